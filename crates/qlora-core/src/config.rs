@@ -1,0 +1,60 @@
+//! What a decoder is made of: one description for all supported architectures.
+
+use qlora_kernels::ops::rope::RopeConfig;
+
+/// The architectures whose parts the decoder can be put together from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Architecture {
+    /// Llama 2, 3, 3.1, 3.2 and everything of the same shape (SmolLM2, ...).
+    Llama,
+    /// Mistral: sliding window.
+    Mistral,
+    /// Qwen2 and Qwen2.5: biases on q, k and v.
+    Qwen2,
+    /// Qwen3: RMSNorm on every head of q and k.
+    Qwen3,
+}
+
+/// A decoder's parts and sizes, in the names of Hugging Face's `config.json`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelConfig {
+    /// Which architecture the file named.
+    pub architecture: Architecture,
+    /// Rows of the embedding.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of the MLP.
+    pub intermediate_size: usize,
+    /// Number of blocks.
+    pub num_hidden_layers: usize,
+    /// Query heads.
+    pub num_attention_heads: usize,
+    /// Key and value heads; divides the query heads.
+    pub num_key_value_heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+    /// Added to the mean square in RMSNorm.
+    pub rms_norm_eps: f32,
+    /// Rotary position embedding with its scaling.
+    pub rope: RopeConfig,
+    /// The longest sequence the model was made for.
+    pub max_position_embeddings: usize,
+    /// For each block, how many positions a token sees (itself included), if limited.
+    pub sliding_window: Vec<Option<usize>>,
+    /// Whether the output head is the embedding.
+    pub tie_word_embeddings: bool,
+    /// Biases on q, k and v.
+    pub qkv_bias: bool,
+    /// A bias on o.
+    pub o_bias: bool,
+    /// Biases on gate, up and down.
+    pub mlp_bias: bool,
+    /// RMSNorm on every head of q and k.
+    pub qk_norm: bool,
+    /// First token of a text, if the model has one.
+    pub bos_token_id: Option<u32>,
+    /// Tokens that end a generation.
+    pub eos_token_ids: Vec<u32>,
+}

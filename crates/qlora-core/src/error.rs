@@ -1,0 +1,82 @@
+//! What loading, building or running a model can refuse.
+
+use std::path::{Path, PathBuf};
+
+/// The result of anything in this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why something in this crate failed. Messages name the file, tensor or layer, and say what to do where that is known.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Reading or writing a file failed.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+
+    /// A file does not hold what its format asks for.
+    #[error("{path}: {message}")]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, and where in it.
+        message: String,
+    },
+
+    /// A tensor is missing, superfluous or has the wrong shape, dtype or values.
+    #[error("tensor {name}: {message}")]
+    Tensor {
+        /// The tensor's name in its file.
+        name: String,
+        /// What is wrong with it.
+        message: String,
+    },
+
+    /// The model or the option is known but not supported.
+    #[error("not supported: {0}")]
+    Unsupported(String),
+
+    /// An argument or a configuration makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+
+    /// An operation failed.
+    #[error(transparent)]
+    Kernel(#[from] qlora_kernels::Error),
+
+    /// candle failed.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+impl Error {
+    /// An [`Error::Io`] for `path`.
+    pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
+        Self::Io { path: path.as_ref().to_owned(), source }
+    }
+
+    /// An [`Error::Format`] for `path`.
+    pub fn format(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
+        Self::Format { path: path.as_ref().to_owned(), message: message.into() }
+    }
+
+    /// An [`Error::Tensor`] for `name`.
+    pub fn tensor(name: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::Tensor { name: name.into(), message: message.into() }
+    }
+}
+
+/// So that core functions can be used inside candle custom ops and modules.
+impl From<Error> for candle_core::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Candle(inner) => inner,
+            Error::Kernel(inner) => inner.into(),
+            other => candle_core::Error::wrap(other),
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! The operations of QLoRA training as plain functions, forward and backward.
+//!
+//! Nothing here knows of autograd. An operation reads [`View`]s and writes into [`ViewMut`]s that its caller gives it
+//! (in place, accumulating, into a window of a wider buffer), so that models can be written without a copy that is not
+//! needed. The layers above (`qlora-core`) turn the same functions into candle custom ops.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`view`], [`matrix`] | windows into memory, and the memory itself with the pool it returns to |
+//! | [`sequence`] | how the tokens of a batch fall into sequences |
+//! | [`tensor`] | the bridge to and from candle tensors, without copies |
+//! | [`quant`] | bitsandbytes' 4-bit formats, bit for bit |
+//! | [`weight`] | the one interface of a frozen weight: dequantize, multiply, bytes |
+//! | [`ops`] | one operation a file |
+//!
+//! This is the one crate of the workspace that holds unsafe code.
+
+pub mod error;
+pub mod matrix;
+pub mod ops;
+pub mod quant;
+pub mod sequence;
+mod simd;
+pub mod tensor;
+pub mod view;
+pub mod weight;
+
+pub use error::{Error, Result};
+pub use matrix::{Matrix, Workspace};
+pub use sequence::SequenceLayout;
+pub use view::{View, ViewMut};

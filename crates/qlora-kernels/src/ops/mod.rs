@@ -1,0 +1,4 @@
+//! The operations, one a file. Each is a `forward` and a `backward` over views.
+
+pub mod matmul;
+pub mod rope;

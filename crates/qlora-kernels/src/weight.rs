@@ -1,0 +1,132 @@
+//! The one interface of a frozen weight.
+
+use std::fmt;
+use std::ops::Range;
+
+use half::{bf16, f16};
+
+/// A frozen weight `[rows = output features, cols = input features]`: plain, 4-bit, and whatever comes later.
+///
+/// Training and inference only need to read rows of it; [`crate::ops::frozen_linear`] multiplies with any of them.
+pub trait FrozenWeight: Send + Sync + fmt::Debug {
+    /// Output features.
+    fn rows(&self) -> usize;
+
+    /// Input features.
+    fn cols(&self) -> usize;
+
+    /// Writes the given rows as f32, row-major, into `out` (`range.len() * cols` elements). Single-threaded: callers
+    /// split the rows over their threads.
+    fn dequantize_rows(&self, range: Range<usize>, out: &mut [f32]);
+
+    /// Bytes held, tables and scales included.
+    fn bytes(&self) -> usize;
+
+    /// The rows as they lie in memory, where they are f32 already and need no dequantization.
+    fn as_f32(&self) -> Option<&[f32]> {
+        None
+    }
+}
+
+/// A weight that is not quantized, in the precision it was stored in.
+pub struct PlainWeight {
+    data: PlainData,
+    rows: usize,
+    cols: usize,
+}
+
+/// The elements of a [`PlainWeight`], row-major.
+#[derive(Clone)]
+pub enum PlainData {
+    /// 32-bit.
+    F32(Vec<f32>),
+    /// bfloat16.
+    Bf16(Vec<bf16>),
+    /// IEEE half.
+    F16(Vec<f16>),
+}
+
+impl PlainData {
+    /// The number of elements.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(data) => data.len(),
+            Self::Bf16(data) => data.len(),
+            Self::F16(data) => data.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Writes the elements in `range` as f32.
+    pub fn to_f32(&self, range: Range<usize>, out: &mut [f32]) {
+        match self {
+            Self::F32(data) => out.copy_from_slice(&data[range]),
+            Self::Bf16(data) => {
+                let data = &data[range];
+                crate::simd::vectorize(
+                    #[inline(always)]
+                    || out.iter_mut().zip(data).for_each(|(o, x)| *o = f32::from_bits(u32::from(x.to_bits()) << 16)),
+                );
+            }
+            Self::F16(data) => out.iter_mut().zip(&data[range]).for_each(|(o, x)| *o = x.to_f32()),
+        }
+    }
+}
+
+impl PlainWeight {
+    /// # Panics
+    /// If `data` does not have `rows * cols` elements.
+    pub fn new(data: PlainData, rows: usize, cols: usize) -> Self {
+        assert_eq!(data.len(), rows * cols, "{} elements cannot be {rows} x {cols}", data.len());
+        Self { data, rows, cols }
+    }
+
+    /// The elements.
+    pub fn data(&self) -> &PlainData {
+        &self.data
+    }
+}
+
+impl FrozenWeight for PlainWeight {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    fn dequantize_rows(&self, range: Range<usize>, out: &mut [f32]) {
+        self.data.to_f32(range.start * self.cols..range.end * self.cols, out);
+    }
+
+    fn bytes(&self) -> usize {
+        self.data.len()
+            * match self.data {
+                PlainData::F32(_) => 4,
+                PlainData::Bf16(_) | PlainData::F16(_) => 2,
+            }
+    }
+
+    fn as_f32(&self) -> Option<&[f32]> {
+        match &self.data {
+            PlainData::F32(data) => Some(data),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Debug for PlainWeight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let dtype = match self.data {
+            PlainData::F32(_) => "f32",
+            PlainData::Bf16(_) => "bf16",
+            PlainData::F16(_) => "f16",
+        };
+        write!(f, "PlainWeight({} x {}, {dtype})", self.rows, self.cols)
+    }
+}

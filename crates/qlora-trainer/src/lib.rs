@@ -1,0 +1,1 @@
+//! Configuration, data, optimizer and training loop.
