@@ -2,7 +2,9 @@
 
 use std::ops::Deref;
 
-use candle_core::{CpuStorage, Device, Shape, Storage, Tensor, op::BackpropOp};
+use std::cell::RefCell;
+
+use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Shape, Storage, Tensor, op::BackpropOp};
 
 use crate::error::{Error, Result};
 use crate::matrix::Matrix;
@@ -26,7 +28,7 @@ impl<'a> TensorView<'a> {
     /// If the tensor is on another device, has another dtype or is not contiguous; the error names `op`.
     pub fn new(op: &'static str, tensor: &'a Tensor) -> Result<Self> {
         if !tensor.device().is_cpu() {
-            return Err(Error::Device { op, device: format!("{:?}", tensor.device().location()) });
+            return Err(Error::Device { op, device: device_name(tensor.device()) });
         }
         let cols = tensor.dims().last().copied().unwrap_or(1);
         let rows = if cols == 0 { 0 } else { tensor.elem_count() / cols };
@@ -69,6 +71,54 @@ impl Matrix {
     }
 }
 
+/// What a custom op's forward is given, seen as `[product of the leading dimensions, last dimension]`.
+///
+/// # Errors
+/// If the storage is not contiguous f32; the error names `op`.
+pub fn storage_view<'a>(op: &'static str, storage: &'a CpuStorage, layout: &Layout) -> Result<View<'a>> {
+    let CpuStorage::F32(data) = storage else {
+        return Err(Error::invalid(op, "expects f32 tensors"));
+    };
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        return Err(Error::invalid(op, format!("a tensor of shape {:?} is not contiguous", layout.dims())));
+    };
+    let cols = layout.dims().last().copied().unwrap_or(1);
+    let rows = if cols == 0 { 0 } else { (end - start) / cols };
+    Ok(View::new(&data[start..end], rows, cols))
+}
+
+/// Lets `update` write a contiguous f32 CPU tensor's elements where they are: an optimizer's step on a `Var`.
+///
+/// # Errors
+/// If the tensor is on another device, has another dtype or is not contiguous; the error names `op`.
+pub fn update_in_place(op: &'static str, tensor: &Tensor, update: impl FnOnce(&mut [f32])) -> Result<()> {
+    if !tensor.device().is_cpu() {
+        return Err(Error::Device { op, device: device_name(tensor.device()) });
+    }
+    Ok(tensor.inplace_op1(&InPlace { op, update: RefCell::new(Some(update)) })?)
+}
+
+struct InPlace<F> {
+    op: &'static str,
+    update: RefCell<Option<F>>,
+}
+
+impl<F: FnOnce(&mut [f32])> InplaceOp1 for InPlace<F> {
+    fn name(&self) -> &'static str {
+        self.op
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let (CpuStorage::F32(data), Some((start, end))) = (storage, layout.contiguous_offsets()) else {
+            return Err(Error::invalid(self.op, "expects a contiguous f32 tensor").into());
+        };
+        if let Some(update) = self.update.borrow_mut().take() {
+            update(&mut data[start..end]);
+        }
+        Ok(())
+    }
+}
+
 /// The device's name for messages.
 pub fn device_name(device: &Device) -> String {
     format!("{:?}", device.location()).to_lowercase()
@@ -94,6 +144,15 @@ mod tests {
         assert!(TensorView::new("rms_norm", &tensor).err().unwrap().to_string().contains("rms_norm: expects f32"));
         let tensor = Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap().t().unwrap();
         assert!(TensorView::new("rms_norm", &tensor).err().unwrap().to_string().contains("not contiguous"));
+    }
+
+    #[test]
+    fn a_variable_is_updated_where_it_is() {
+        let tensor = Tensor::zeros((2, 2), DType::F32, &Device::Cpu).unwrap();
+        let alias = tensor.detach();
+        update_in_place("test", &tensor, |data| data[3] = 5.0).unwrap();
+        assert_eq!(alias.to_vec2::<f32>().unwrap(), [[0.0, 0.0], [0.0, 5.0]]);
+        assert!(update_in_place("test", &tensor.t().unwrap(), |_| ()).is_err());
     }
 
     #[test]

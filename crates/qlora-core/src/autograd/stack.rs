@@ -1,0 +1,110 @@
+//! The large grain: the whole decoder stack as one candle node over one flat adapter variable.
+//!
+//! The result is computed before the node is made; the node's forward only hands it over. What the blocks kept is owned
+//! by the node and freed block by block during the backward. The node's arguments are `x` (the embedding's output,
+//! which gets a gradient only if candle tracks it) and `flat`, the variable that holds all adapters back to back: an op
+//! without a tracked argument would record nothing, and nothing would be trained.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
+use qlora_kernels::tensor::TensorView;
+use qlora_kernels::{Matrix, SequenceLayout, Workspace};
+
+use crate::error::{Error, Result};
+use crate::model::block::Pass;
+use crate::model::projection::AdapterPass;
+use crate::model::stack::{SavedStack, Stack};
+
+const OP: &str = "decoder_stack";
+
+struct StackNode {
+    stack: Arc<Stack>,
+    layout: Arc<SequenceLayout>,
+    dropout: Option<(f32, u64)>,
+    workspace: Workspace,
+    result: Mutex<Option<Matrix>>,
+    saved: Mutex<Option<SavedStack>>,
+}
+
+/// Runs the stack on `x [tokens, hidden]` (f32) with the adapters in `flat`; the result `[tokens, hidden]` is tracked.
+///
+/// # Errors
+/// If shapes, dtypes or the device do not fit. The backward fails on a second call: what the first one read is gone.
+pub fn apply(
+    stack: &Arc<Stack>,
+    x: &Tensor,
+    flat: &Tensor,
+    layout: Arc<SequenceLayout>,
+    dropout: Option<(f32, u64)>,
+    workspace: &Workspace,
+) -> Result<Tensor> {
+    let (result, saved) = {
+        let input = TensorView::new(OP, x)?;
+        let values = TensorView::new(OP, flat)?;
+        let mut copy = workspace.matrix(input.view().rows(), input.view().cols());
+        copy.as_mut_slice().copy_from_slice(input.as_slice());
+        let rope = stack.rope(layout.max_len())?;
+        let adapter = Some(AdapterPass { values: values.as_slice(), dropout });
+        let pass = Pass { adapter, layout: &layout, rope: &rope, workspace };
+        stack.forward(copy, &pass, x.track_op())?
+    };
+    let node = StackNode {
+        stack: stack.clone(),
+        layout,
+        dropout,
+        workspace: workspace.clone(),
+        result: Mutex::new(Some(result)),
+        saved: Mutex::new(Some(saved)),
+    };
+    Ok(x.apply_op2(flat, node)?)
+}
+
+impl CustomOp2 for StackNode {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        x: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let result = take(&self.result)
+            .ok_or_else(|| candle_core::Error::from(Error::Invalid(format!("{OP}: the node runs once"))))?;
+        Ok((result.into_storage(x.shape())?, x.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        flat: &Tensor,
+        _result: &Tensor,
+        gradient: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        let saved = take(&self.saved).ok_or_else(|| {
+            let message = format!("{OP}: backward ran already; run the forward again before a second backward");
+            candle_core::Error::from(Error::Invalid(message))
+        })?;
+        let gradient = gradient.contiguous()?;
+        let mut dflat = Matrix::from_vec(vec![0.0; flat.elem_count()], 1, flat.elem_count());
+        let dx = {
+            let gradient = TensorView::new(OP, &gradient)?;
+            let mut dy = self.workspace.matrix(gradient.view().rows(), gradient.view().cols());
+            dy.as_mut_slice().copy_from_slice(gradient.as_slice());
+            let values = TensorView::new(OP, flat)?;
+            let rope = self.stack.rope(self.layout.max_len())?;
+            let adapter = Some(AdapterPass { values: values.as_slice(), dropout: self.dropout });
+            let pass = Pass { adapter, layout: &self.layout, rope: &rope, workspace: &self.workspace };
+            self.stack.backward(saved, &dy, &pass, dflat.as_mut_slice(), x.track_op())?
+        };
+        let dx = dx.map(|dx| dx.into_tensor(x.shape().clone())).transpose()?;
+        Ok((dx, Some(dflat.into_tensor(flat.shape().clone())?)))
+    }
+}
+
+fn take<T>(slot: &Mutex<Option<T>>) -> Option<T> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner).take()
+}

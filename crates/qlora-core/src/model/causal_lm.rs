@@ -1,0 +1,369 @@
+//! A causal language model: embedding, decoder stack, head, and at most one adapter.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor, Var};
+use qlora_kernels::ops::linear_cross_entropy::{self, LossSum};
+use qlora_kernels::ops::{embedding, frozen_linear};
+use qlora_kernels::tensor::{TensorView, update_in_place};
+use qlora_kernels::weight::FrozenWeight;
+use qlora_kernels::{Matrix, SequenceLayout, Workspace};
+
+use super::block::Pass;
+use super::cache::KvCache;
+use super::projection::{AdapterPass, LoraSlot};
+use super::stack::Stack;
+use crate::autograd;
+use crate::batch::Batch;
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::lora::{AdapterLayout, LoraConfig};
+
+/// A model with frozen weights and, once [`Self::add_adapter`] or [`Self::set_adapter`] was called, a trainable adapter.
+#[derive(Debug)]
+pub struct CausalLm {
+    config: ModelConfig,
+    embedding: Arc<dyn FrozenWeight>,
+    head: Arc<dyn FrozenWeight>,
+    stack: Arc<Stack>,
+    adapter: Option<Adapter>,
+    enabled: bool,
+    workspace: Workspace,
+}
+
+/// A LoRA adapter in memory: all tensors back to back in one candle variable.
+#[derive(Clone, Debug)]
+pub struct Adapter {
+    config: LoraConfig,
+    layout: AdapterLayout,
+    flat: Var,
+}
+
+/// What distinguishes one training pass from another.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TrainPass {
+    /// Seeds the dropout of this pass; two passes with the same seed drop the same elements.
+    pub seed: u64,
+}
+
+/// Bytes held by a model, by part.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// The blocks' frozen projections.
+    pub projections: usize,
+    /// The embedding, and the head where it is not the embedding.
+    pub embeddings: usize,
+    /// Norm weights and biases.
+    pub vectors: usize,
+    /// The adapter's values.
+    pub adapter: usize,
+}
+
+impl MemoryUse {
+    /// All parts.
+    pub fn total(&self) -> usize {
+        self.projections + self.embeddings + self.vectors + self.adapter
+    }
+}
+
+impl Adapter {
+    /// Its configuration.
+    pub fn config(&self) -> &LoraConfig {
+        &self.config
+    }
+
+    /// Where each tensor lies in the flat buffer.
+    pub fn layout(&self) -> &AdapterLayout {
+        &self.layout
+    }
+
+    /// All tensors back to back, f32, one dimension: what a candle optimizer trains.
+    pub fn variable(&self) -> &Var {
+        &self.flat
+    }
+
+    /// A copy of all values.
+    pub fn values(&self) -> Result<Vec<f32>> {
+        Ok(self.flat.as_tensor().to_vec1()?)
+    }
+
+    /// Replaces all values.
+    ///
+    /// # Errors
+    /// If there is another number of them.
+    pub fn set_values(&self, values: &[f32]) -> Result<()> {
+        if values.len() != self.layout.len() {
+            let (got, expected) = (values.len(), self.layout.len());
+            return Err(Error::Invalid(format!("the adapter has {expected} values, {got} were given")));
+        }
+        self.update(|flat| flat.copy_from_slice(values))
+    }
+
+    /// Changes the values where they are.
+    pub fn update(&self, update: impl FnOnce(&mut [f32])) -> Result<()> {
+        Ok(update_in_place("adapter", self.flat.as_tensor(), update)?)
+    }
+}
+
+impl CausalLm {
+    /// Puts a model together from its parts; [`Self::load`] reads them from a checkpoint.
+    pub fn new(
+        config: ModelConfig,
+        embedding: Arc<dyn FrozenWeight>,
+        head: Arc<dyn FrozenWeight>,
+        stack: Stack,
+        workspace: Workspace,
+    ) -> Self {
+        Self { config, embedding, head, stack: Arc::new(stack), adapter: None, enabled: true, workspace }
+    }
+
+    /// The model's description.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The adapter, if there is one.
+    pub fn adapter(&self) -> Option<&Adapter> {
+        self.adapter.as_ref()
+    }
+
+    /// Where this model's activations live.
+    pub fn workspace(&self) -> &Workspace {
+        &self.workspace
+    }
+
+    /// The decoder stack.
+    pub fn stack(&self) -> &Arc<Stack> {
+        &self.stack
+    }
+
+    /// A fresh adapter: A kaiming-uniform from `seed`, B zero, so that the model computes what it did before.
+    ///
+    /// # Errors
+    /// If the configuration targets nothing, or a graph of this model is still alive.
+    pub fn add_adapter(&mut self, config: LoraConfig, seed: u64) -> Result<()> {
+        let layout = AdapterLayout::new(&config, &self.config)?;
+        let values = crate::lora::init(&layout, seed);
+        self.set_adapter(config, layout, values)
+    }
+
+    /// An adapter with given values, as [`crate::adapter::load`] returns them.
+    ///
+    /// # Errors
+    /// If the layout names a module that this model does not have, shapes differ, or a graph of this model is alive.
+    pub fn set_adapter(&mut self, config: LoraConfig, layout: AdapterLayout, values: Vec<f32>) -> Result<()> {
+        if values.len() != layout.len() {
+            let (got, expected) = (values.len(), layout.len());
+            return Err(Error::Invalid(format!("the adapter has {expected} values, {got} were given")));
+        }
+        let stack = self.stack_mut()?;
+        let mut placed = 0;
+        for (index, projection) in stack.blocks_mut().iter_mut().flat_map(|block| block.projections_mut()).enumerate() {
+            let slot = layout.slot(projection.name()).map(|(a, b)| -> Result<LoraSlot> {
+                for (entry, shape) in [(a, [a.rows, projection.inputs()]), (b, [projection.outputs(), a.rows])] {
+                    if [entry.rows, entry.cols] != shape {
+                        let message = format!("has shape {:?}, expected {shape:?}", [entry.rows, entry.cols]);
+                        return Err(Error::tensor(layout.peft_key(entry), message));
+                    }
+                }
+                let scale = config.scaling(a.rows);
+                let stream = index as u64;
+                Ok(LoraSlot { a: a.range(), b: b.range(), rank: a.rows, scale, stream })
+            });
+            placed += usize::from(slot.is_some());
+            projection.set_slot(slot.transpose()?);
+        }
+        if 2 * placed != layout.entries().len() {
+            return Err(Error::Invalid(format!(
+                "the adapter has {} tensors, {} of them find their place in the model",
+                layout.entries().len(),
+                2 * placed
+            )));
+        }
+        let flat = Var::from_tensor(&Tensor::from_vec(values, layout.len(), &Device::Cpu)?)?;
+        self.adapter = Some(Adapter { config, layout, flat });
+        Ok(())
+    }
+
+    /// Takes the adapter away.
+    pub fn remove_adapter(&mut self) -> Result<()> {
+        let projections = self.stack_mut()?.blocks_mut().iter_mut().flat_map(|block| block.projections_mut());
+        projections.for_each(|projection| projection.set_slot(None));
+        self.adapter = None;
+        Ok(())
+    }
+
+    /// Runs the model with or without its adapter; it stays in memory.
+    pub fn enable_adapter(&mut self, enabled: bool) {
+        self.enabled = enabled;
+    }
+
+    /// Recompute every block in the backward instead of keeping its activations: less memory, more time, same bits.
+    pub fn set_gradient_checkpointing(&mut self, on: bool) -> Result<()> {
+        self.stack_mut()?.set_gradient_checkpointing(on);
+        Ok(())
+    }
+
+    /// The mean loss over `num_items` trained tokens as a candle scalar: `loss.backward()` gives the gradient of
+    /// [`Adapter::variable`]. `num_items` counts the whole optimizer step, so that micro-batches add up.
+    ///
+    /// # Errors
+    /// If there is no adapter, a token or target is outside the vocabulary, or a sequence is too long.
+    pub fn loss(&self, batch: &Batch, num_items: usize, train: TrainPass) -> Result<Tensor> {
+        let adapter = self.adapter_to_train()?;
+        let x = autograd::ops::embedding(&batch.tokens, &*self.embedding, &self.workspace)?;
+        let layout = Arc::new(batch.layout.clone());
+        let dropout = adapter.config.dropout(train.seed);
+        let hidden =
+            autograd::stack::apply(&self.stack, &x, adapter.flat.as_tensor(), layout, dropout, &self.workspace)?;
+        autograd::ops::linear_cross_entropy(&hidden, &*self.head, &batch.targets, num_items, &self.workspace)
+    }
+
+    /// One forward and backward without a candle graph: adds the gradient of `sum of losses / num_items` to `gradient`
+    /// (laid out as the adapter) and returns the sum of the losses. The same operations as [`Self::loss`], the same
+    /// bits, and no copy of the gradient.
+    ///
+    /// # Errors
+    /// As [`Self::loss`]; also if `gradient` does not have the adapter's length.
+    pub fn accumulate_gradients(
+        &self,
+        batch: &Batch,
+        num_items: usize,
+        train: TrainPass,
+        gradient: &mut [f32],
+    ) -> Result<LossSum> {
+        let adapter = self.adapter_to_train()?;
+        if gradient.len() != adapter.layout.len() {
+            let (got, expected) = (gradient.len(), adapter.layout.len());
+            return Err(Error::Invalid(format!("the adapter has {expected} values, the gradient {got}")));
+        }
+        if num_items == 0 {
+            return Err(Error::Invalid("there is no trained token to divide the loss by".into()));
+        }
+        let values = TensorView::new("adapter", adapter.flat.as_tensor())?;
+        let dropout = adapter.config.dropout(train.seed);
+        let rope = self.stack.rope(batch.layout.max_len())?;
+        let adapter = Some(AdapterPass { values: values.as_slice(), dropout });
+        let pass = Pass { adapter, layout: &batch.layout, rope: &rope, workspace: &self.workspace };
+        let x = self.embed(&batch.tokens)?;
+        let (hidden, saved) = self.stack.forward(x, &pass, false)?;
+        let mut dhidden = self.workspace.matrix(hidden.rows(), hidden.cols());
+        let loss = linear_cross_entropy::forward_backward(
+            hidden.view(),
+            &*self.head,
+            &batch.targets,
+            num_items,
+            dhidden.view_mut(),
+            &self.workspace,
+        )?;
+        drop(hidden);
+        self.stack.backward(saved, &dhidden, &pass, gradient, false)?;
+        Ok(loss)
+    }
+
+    /// The sum of the losses of a batch, without gradient and without dropout.
+    pub fn evaluate(&self, batch: &Batch) -> Result<LossSum> {
+        let hidden = self.hidden(&batch.tokens, &batch.layout)?;
+        Ok(linear_cross_entropy::forward(hidden.view(), &*self.head, &batch.targets, &self.workspace)?)
+    }
+
+    /// The logits of every token of a batch of sequences, `[tokens, vocab_size]`: for tests and analysis (training never
+    /// makes them whole).
+    pub fn logits(&self, tokens: &[u32], layout: &SequenceLayout) -> Result<Tensor> {
+        let hidden = self.hidden(tokens, layout)?;
+        let logits = self.head_logits(&hidden)?;
+        Ok(logits.into_tensor((tokens.len(), self.config.vocab_size))?)
+    }
+
+    /// An empty cache for a text of at most `capacity` tokens.
+    pub fn new_cache(&self, capacity: usize) -> KvCache {
+        let width = self.config.num_key_value_heads * self.config.head_dim;
+        KvCache::new(self.config.num_hidden_layers, width, capacity)
+    }
+
+    /// Runs the next `tokens` of one sequence, whose earlier ones are in `cache`, and returns the logits that follow the
+    /// last of them, `[vocab_size]`.
+    ///
+    /// # Errors
+    /// If there is no token, the cache is too small, or a token is outside the vocabulary. The cache is then as before.
+    pub fn next_logits(&self, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
+        if tokens.is_empty() {
+            return Err(Error::Invalid("generation needs at least one token to start from".into()));
+        }
+        let seen = cache.len();
+        let result = self.next_logits_unguarded(tokens, cache);
+        if result.is_err() {
+            cache.truncate(seen);
+        }
+        result
+    }
+
+    fn next_logits_unguarded(&self, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
+        let seen = cache.len();
+        let end = seen + tokens.len();
+        let positions: Vec<u32> = (seen..end).map(|p| p as u32).collect();
+        let layout = SequenceLayout::from_lengths(&[tokens.len()]);
+        let rope = self.stack.rope(end)?;
+        let values = self.adapter_values()?;
+        let adapter = values.as_ref().map(|values| AdapterPass::new(values.as_slice()));
+        let pass = Pass { adapter, layout: &layout, rope: &rope, workspace: &self.workspace };
+        let hidden = self.stack.infer_cached(self.embed(tokens)?, &positions, cache, &pass)?;
+        let last = hidden.view().slice_rows(tokens.len() - 1..tokens.len());
+        let mut logits = self.workspace.matrix(1, self.config.vocab_size);
+        frozen_linear::forward(last, &*self.head, logits.view_mut(), 0.0, &self.workspace)?;
+        Ok(logits.into_vec())
+    }
+
+    /// Bytes held, by part.
+    pub fn memory(&self) -> MemoryUse {
+        let mut memory = MemoryUse { embeddings: self.embedding.bytes(), ..MemoryUse::default() };
+        if !Arc::ptr_eq(&self.embedding, &self.head) {
+            memory.embeddings += self.head.bytes();
+        }
+        for block in self.stack.blocks() {
+            memory.projections += block.projections().iter().map(|p| p.weight().bytes()).sum::<usize>();
+            memory.vectors += block.vector_bytes();
+        }
+        memory.vectors += self.config.hidden_size * size_of::<f32>();
+        memory.adapter = self.adapter.as_ref().map_or(0, |adapter| adapter.layout.len() * size_of::<f32>());
+        memory
+    }
+
+    fn hidden(&self, tokens: &[u32], layout: &SequenceLayout) -> Result<Matrix> {
+        let rope = self.stack.rope(layout.max_len())?;
+        let values = self.adapter_values()?;
+        let adapter = values.as_ref().map(|values| AdapterPass::new(values.as_slice()));
+        let pass = Pass { adapter, layout, rope: &rope, workspace: &self.workspace };
+        self.stack.infer(self.embed(tokens)?, &pass)
+    }
+
+    fn embed(&self, tokens: &[u32]) -> Result<Matrix> {
+        let mut x = self.workspace.matrix(tokens.len(), self.config.hidden_size);
+        embedding::forward(tokens, &*self.embedding, x.view_mut())?;
+        Ok(x)
+    }
+
+    fn head_logits(&self, hidden: &Matrix) -> Result<Matrix> {
+        let mut logits = self.workspace.matrix(hidden.rows(), self.config.vocab_size);
+        frozen_linear::forward(hidden.view(), &*self.head, logits.view_mut(), 0.0, &self.workspace)?;
+        Ok(logits)
+    }
+
+    /// The adapter's values for a pass without dropout, unless it is off.
+    fn adapter_values(&self) -> Result<Option<TensorView<'_>>> {
+        let Some(adapter) = self.adapter.as_ref().filter(|_| self.enabled) else { return Ok(None) };
+        Ok(Some(TensorView::new("adapter", adapter.flat.as_tensor())?))
+    }
+
+    fn adapter_to_train(&self) -> Result<&Adapter> {
+        self.adapter.as_ref().ok_or_else(|| {
+            Error::Invalid("the model has no adapter to train: call add_adapter or set_adapter first".into())
+        })
+    }
+
+    fn stack_mut(&mut self) -> Result<&mut Stack> {
+        Arc::get_mut(&mut self.stack).ok_or_else(|| {
+            Error::Invalid("a loss of this model is still alive: drop it before changing the model".into())
+        })
+    }
+}

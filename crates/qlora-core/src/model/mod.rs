@@ -1,0 +1,12 @@
+//! The decoder: one implementation whose parts a [`ModelConfig`](crate::config::ModelConfig) chooses.
+
+pub mod block;
+pub mod cache;
+pub mod causal_lm;
+mod load;
+pub mod projection;
+pub mod stack;
+
+pub use cache::KvCache;
+pub use causal_lm::{Adapter, CausalLm, MemoryUse, TrainPass};
+pub use load::{LoadOptions, Quantization};

@@ -1,0 +1,164 @@
+//! The decoder stack: all blocks and the final norm, forward and backward as plain functions.
+//!
+//! `x [tokens, hidden]` is the embedding's output, the result is the final norm's output. The candle node over it is in
+//! [`crate::autograd::stack`]; the trainer calls it directly.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use qlora_kernels::ops::rms_norm;
+use qlora_kernels::ops::rope::{RopeConfig, RopeTable};
+use qlora_kernels::{Matrix, Workspace};
+
+use super::block::{Block, Keep, Pass, Saved};
+use super::cache::KvCache;
+use crate::error::{Error, Result};
+
+/// All blocks of a decoder and its final norm.
+#[derive(Debug)]
+pub struct Stack {
+    blocks: Vec<Block>,
+    final_norm: Vec<f32>,
+    eps: f32,
+    keep: Keep,
+    rope: RopeTables,
+}
+
+/// What a forward of the stack keeps for its backward.
+#[derive(Debug)]
+pub struct SavedStack {
+    /// One a block; none for the blocks below the first adapter, which have no backward.
+    blocks: Vec<Option<Saved>>,
+    last: Matrix,
+    rstd: Matrix,
+}
+
+/// Rotation angles, made as far as the sequences need them: a table to the longest position a model allows would take
+/// more memory than a small model.
+#[derive(Debug)]
+struct RopeTables {
+    config: RopeConfig,
+    head_dim: usize,
+    limit: usize,
+    current: Mutex<Option<Arc<RopeTable>>>,
+}
+
+impl Stack {
+    /// Puts a stack together; `limit` is the longest sequence it takes.
+    pub fn new(blocks: Vec<Block>, final_norm: Vec<f32>, eps: f32, rope: RopeConfig, limit: usize) -> Result<Self> {
+        let Some(first) = blocks.first() else {
+            return Err(Error::Invalid("a decoder needs at least one block".into()));
+        };
+        let head_dim = first.attention.head_dim;
+        let rope = RopeTables { config: rope, head_dim, limit, current: Mutex::new(None) };
+        Ok(Self { blocks, final_norm, eps, keep: Keep::Everything, rope })
+    }
+
+    /// The blocks, from the embedding up.
+    pub fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    /// The blocks, to give them adapters.
+    pub fn blocks_mut(&mut self) -> &mut [Block] {
+        &mut self.blocks
+    }
+
+    /// Whether blocks recompute their forward in the backward instead of keeping it.
+    pub fn set_gradient_checkpointing(&mut self, on: bool) {
+        self.keep = if on { Keep::Input } else { Keep::Everything };
+    }
+
+    /// The angles for sequences of up to `tokens` tokens.
+    ///
+    /// # Errors
+    /// If that is longer than the model allows.
+    pub fn rope(&self, tokens: usize) -> Result<Arc<RopeTable>> {
+        self.rope.up_to(tokens)
+    }
+
+    /// Without a backward.
+    pub fn infer(&self, mut x: Matrix, pass: &Pass) -> Result<Matrix> {
+        for block in &self.blocks {
+            x = block.forward(x, pass, Keep::Nothing)?.0;
+        }
+        Ok(self.norm(&x, pass.workspace)?.0)
+    }
+
+    /// The last tokens of one sequence; earlier ones are in `cache`.
+    pub fn infer_cached(&self, mut x: Matrix, positions: &[u32], cache: &mut KvCache, pass: &Pass) -> Result<Matrix> {
+        for (block, layer) in self.blocks.iter().zip(cache.layers_mut()) {
+            x = block.forward_cached(x, positions, layer, pass)?;
+        }
+        Ok(self.norm(&x, pass.workspace)?.0)
+    }
+
+    /// With what [`Self::backward`] needs. With `needs_dx`, the backward reaches the input.
+    pub fn forward(&self, mut x: Matrix, pass: &Pass, needs_dx: bool) -> Result<(Matrix, SavedStack)> {
+        let lowest = self.lowest_with_backward(needs_dx);
+        let mut saved = Vec::with_capacity(self.blocks.len());
+        for (index, block) in self.blocks.iter().enumerate() {
+            let keep = if index < lowest { Keep::Nothing } else { self.keep };
+            let (y, kept) = block.forward(x, pass, keep)?;
+            saved.push(kept);
+            x = y;
+        }
+        let (normed, rstd) = self.norm(&x, pass.workspace)?;
+        Ok((normed, SavedStack { blocks: saved, last: x, rstd }))
+    }
+
+    /// Adds the adapters' gradients to `gradient` and, with `needs_dx`, returns the input's.
+    pub fn backward(
+        &self,
+        saved: SavedStack,
+        dy: &Matrix,
+        pass: &Pass,
+        gradient: &mut [f32],
+        needs_dx: bool,
+    ) -> Result<Option<Matrix>> {
+        let SavedStack { blocks, last, rstd } = saved;
+        let lowest = self.lowest_with_backward(needs_dx);
+        let mut dx = pass.workspace.matrix(last.rows(), last.cols());
+        rms_norm::backward(last.view(), &self.final_norm, rstd.as_slice(), dy.view(), dx.view_mut(), false)?;
+        drop((last, rstd));
+        let mut dx = Some(dx);
+        for (index, (block, kept)) in self.blocks.iter().zip(blocks).enumerate().rev() {
+            let (Some(kept), Some(dy)) = (kept, dx.take()) else { break };
+            dx = block.backward(kept, dy, pass, gradient, index > lowest || needs_dx)?;
+        }
+        Ok(dx.filter(|_| needs_dx))
+    }
+
+    /// The first block whose backward anything needs.
+    fn lowest_with_backward(&self, needs_dx: bool) -> usize {
+        if needs_dx {
+            return 0;
+        }
+        self.blocks.iter().position(Block::is_trained).unwrap_or(self.blocks.len())
+    }
+
+    fn norm(&self, x: &Matrix, workspace: &Workspace) -> Result<(Matrix, Matrix)> {
+        let mut normed = workspace.matrix(x.rows(), x.cols());
+        let mut rstd = workspace.matrix(x.rows(), 1);
+        rms_norm::forward(x.view(), &self.final_norm, self.eps, normed.view_mut(), rstd.as_mut_slice())?;
+        Ok((normed, rstd))
+    }
+}
+
+impl RopeTables {
+    fn up_to(&self, tokens: usize) -> Result<Arc<RopeTable>> {
+        if tokens > self.limit {
+            return Err(Error::Invalid(format!(
+                "a sequence of {tokens} tokens is longer than the model's max_position_embeddings ({})",
+                self.limit
+            )));
+        }
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(table) = current.as_ref().filter(|table| table.max_positions() >= tokens) {
+            return Ok(table.clone());
+        }
+        let size = tokens.next_power_of_two().clamp(256, self.limit.max(256));
+        let table = Arc::new(RopeTable::new(&self.config, self.head_dim, size)?);
+        *current = Some(table.clone());
+        Ok(table)
+    }
+}
