@@ -1,5 +1,7 @@
 //! Quantized weights, LoRA adapters, Llama-style models, the ecosystem's file formats, and generation.
 
+#![forbid(unsafe_code)]
+
 pub mod batch;
 pub mod config;
 pub mod error;

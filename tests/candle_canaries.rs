@@ -1,0 +1,119 @@
+//! Traps of candle 0.11.1 that shaped this library, each as a test.
+//!
+//! They document why the code exists. A test that fails after an update of candle means that the trap is gone, and that
+//! the workaround named in it can go too.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, Var};
+use candle_nn::Optimizer;
+
+fn variable(rows: usize, cols: usize) -> Var {
+    Var::randn(0f32, 1.0, (rows, cols), &Device::Cpu).unwrap()
+}
+
+/// The reason for `ops::rms_norm`, `ops::rope` and `ops::attention`.
+#[test]
+fn fused_operations_cut_the_gradient_without_an_error() {
+    let weight = Tensor::ones(8, DType::F32, &Device::Cpu).unwrap();
+    let cos = Tensor::ones((4, 4), DType::F32, &Device::Cpu).unwrap();
+    let sin = Tensor::zeros((4, 4), DType::F32, &Device::Cpu).unwrap();
+    let cut: [(&str, &dyn Fn(&Tensor) -> Result<Tensor>); 3] = [
+        ("rms_norm", &|x| candle_nn::ops::rms_norm(x, &weight, 1e-5)),
+        ("softmax_last_dim", &|x| candle_nn::ops::softmax_last_dim(x)),
+        ("rope", &|x| candle_nn::rotary_emb::rope(&x.reshape((1, 1, 4, 8))?, &cos, &sin)),
+    ];
+    for (name, op) in cut {
+        let x = variable(4, 8);
+        let y = op(x.as_tensor()).unwrap();
+        assert!(!y.track_op(), "{name} is recorded now");
+        let gradients = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        assert!(gradients.get(&x).is_none(), "{name} has a gradient now");
+    }
+}
+
+/// The reason why frozen weights sit inside our nodes and never are arguments of them.
+#[test]
+fn a_matrix_product_makes_gradients_for_frozen_weights() {
+    let (x, frozen) = (variable(4, 8), Tensor::randn(0f32, 1.0, (8, 6), &Device::Cpu).unwrap());
+    let loss = x.as_tensor().matmul(&frozen).unwrap().sum_all().unwrap();
+    let gradients = loss.backward().unwrap();
+    assert!(gradients.get(&frozen).is_some());
+}
+
+struct NoGradient;
+
+impl CustomOp1 for NoGradient {
+    fn name(&self) -> &'static str {
+        "no_gradient"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((storage.clone(), layout.shape().clone()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+}
+
+/// The reason why our nodes return no gradient only for arguments that candle does not track.
+#[test]
+fn a_missing_gradient_of_a_tracked_intermediate_panics() {
+    let x = variable(2, 2);
+    let on_variable = x.as_tensor().apply_op1(NoGradient).unwrap().sum_all().unwrap();
+    assert!(on_variable.backward().unwrap().get(&x).is_none());
+    let intermediate = x.as_tensor().affine(2.0, 0.0).unwrap();
+    let loss = intermediate.apply_op1(NoGradient).unwrap().sum_all().unwrap();
+    assert!(catch_unwind(AssertUnwindSafe(|| loss.backward())).is_err());
+}
+
+struct Add;
+
+impl CustomOp2 for Add {
+    fn name(&self) -> &'static str {
+        "add"
+    }
+
+    fn cpu_fwd(&self, a: &CpuStorage, la: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((a.clone(), la.shape().clone()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor, g: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((Some(g.clone()), Some(g.clone())))
+    }
+}
+
+/// The reason why the flat adapter variable is an argument of the stack node.
+#[test]
+fn an_op_records_nothing_unless_an_argument_is_tracked() {
+    let (a, b) = (Tensor::ones(3, DType::F32, &Device::Cpu).unwrap(), Var::ones(3, DType::F32, &Device::Cpu).unwrap());
+    assert!(!a.apply_op2(&a.clone(), Add).unwrap().track_op());
+    assert!(a.apply_op2(b.as_tensor(), Add).unwrap().track_op());
+}
+
+/// The reason for `ops::adamw`: candle's moments take the variable's dtype, and bf16(0.999) is 1.
+#[test]
+fn candles_adamw_does_not_train_in_bf16() {
+    let train = |dtype: DType| {
+        let x = Var::ones(4, dtype, &Device::Cpu).unwrap();
+        let params = candle_nn::ParamsAdamW { lr: 1e-4, weight_decay: 0.0, ..Default::default() };
+        let mut optimizer = candle_nn::AdamW::new(vec![x.clone()], params).unwrap();
+        for _ in 0..200 {
+            optimizer.backward_step(&x.as_tensor().sqr().unwrap().sum_all().unwrap()).unwrap();
+        }
+        x.as_tensor().to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap()[0]
+    };
+    assert_eq!(train(DType::BF16), 1.0);
+    assert!(train(DType::F32) < 0.99);
+}
+
+/// The reason why one flat variable is never handed to the graph in `narrow`ed pieces: each piece's backward pads with
+/// zeros to the size of the whole.
+#[test]
+fn the_gradient_of_a_slice_is_as_large_as_its_source() {
+    let flat = Var::ones(1000, DType::F32, &Device::Cpu).unwrap();
+    let loss = flat.as_tensor().narrow(0, 10, 2).unwrap().sum_all().unwrap();
+    let gradient = loss.backward().unwrap().remove(&flat).unwrap();
+    assert_eq!(gradient.elem_count(), 1000);
+}
