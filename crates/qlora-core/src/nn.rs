@@ -31,7 +31,7 @@ use qlora_kernels::weight::{FrozenWeight, PlainData};
 
 use crate::autograd::ops;
 use crate::error::{Error, Result};
-use crate::lora::{LoraConfig, kaiming_uniform};
+use crate::lora::{self, AdapterLayout, LinearModule, LoraConfig};
 
 /// A linear layer with a frozen weight `W [out, in]` (4-bit or plain) and a trainable adapter:
 /// `y = x W^T + bias + scale drop(x) A^T B^T`, with `A [r, in]`, `B [out, r]`.
@@ -56,22 +56,23 @@ impl QLoraLinear {
     /// A layer over a frozen weight of any kind; A is drawn from `seed`, B is zero.
     ///
     /// # Errors
-    /// If the rank is 0 or the bias does not have one element an output.
+    /// If the configuration is not valid or the bias does not have one element an output.
     pub fn new(weight: Arc<dyn FrozenWeight>, bias: Option<Tensor>, lora: &LoraConfig, seed: u64) -> Result<Self> {
-        if lora.r == 0 {
-            return Err(Error::Invalid("r must be at least 1".into()));
-        }
+        lora.validate()?;
         if let Some(bias) = bias.as_ref().filter(|bias| bias.dims() != [weight.rows()]) {
             let (got, rows) = (bias.dims(), weight.rows());
             return Err(Error::tensor("bias", format!("has shape {got:?}, the weight has {rows} rows")));
         }
-        let a = kaiming_uniform(lora.r, weight.cols(), seed, "lora_A");
-        let a = Var::from_tensor(&Tensor::from_vec(a, (lora.r, weight.cols()), &Device::Cpu)?)?;
+        let (out_features, in_features) = (weight.rows(), weight.cols());
+        let module = LinearModule { name: "linear".into(), out_features, in_features };
+        let layout = AdapterLayout::new(&[module], lora.r);
+        let a = &lora::init(&layout, seed)[layout.entries()[0].range()];
+        let a = Var::from_tensor(&Tensor::from_slice(a, (lora.r, in_features), &Device::Cpu)?)?;
         let b = Var::zeros((weight.rows(), lora.r), DType::F32, &Device::Cpu)?;
         Ok(Self {
             bias: bias.map(|bias| bias.detach().to_dtype(DType::F32)).transpose()?,
-            scale: lora.scaling(lora.r),
-            dropout: lora.lora_dropout,
+            scale: lora.scaling() as f32,
+            dropout: lora.lora_dropout as f32,
             a,
             b,
             seed,

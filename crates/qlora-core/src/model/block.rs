@@ -169,13 +169,23 @@ impl Block {
         self.backward_attention(activations, dmid, pass, gradient, needs_dx)
     }
 
-    /// Runs the block on the last tokens of one sequence whose earlier keys and values are in `cache`.
-    pub fn forward_cached(&self, x: Matrix, positions: &[u32], cache: &mut LayerCache, pass: &Pass) -> Result<Matrix> {
-        let Pass { workspace, .. } = *pass;
+    /// Runs the block on the next tokens of several sequences, one after the other in `x` as `pass.layout` says; the
+    /// earlier keys and values of each are in its cache.
+    pub(crate) fn forward_cached(
+        &self,
+        x: Matrix,
+        positions: &[u32],
+        caches: &mut [&mut LayerCache],
+        pass: &Pass,
+    ) -> Result<Matrix> {
+        let Pass { workspace, layout, .. } = *pass;
         let (q, k, v, _, _) = self.project_qkv(&x, positions, pass)?;
-        cache.append(k.view(), v.view())?;
         let mut attn = workspace.matrix(x.rows(), q.cols());
-        attention::cached(&self.attention, q.view(), cache.keys(), cache.values(), attn.view_mut(), workspace)?;
+        for (rows, cache) in layout.sequences().zip(caches) {
+            cache.append(k.view().slice_rows(rows.clone()), v.view().slice_rows(rows.clone()))?;
+            let (q, out) = (q.view().slice_rows(rows.clone()), attn.view_mut().slice_rows(rows));
+            attention::cached(&self.attention, q, cache.keys(), cache.values(), out, workspace)?;
+        }
         let mut mid = x;
         self.o.forward(attn.view(), mid.view_mut(), 1.0, pass.adapter.as_ref(), workspace)?;
         let (n2, _) = self.norm(&mid, &self.post_attention_norm, workspace)?;

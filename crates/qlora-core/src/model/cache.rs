@@ -55,8 +55,8 @@ impl KvCache {
         }
     }
 
-    pub(crate) fn layers_mut(&mut self) -> &mut [LayerCache] {
-        &mut self.layers
+    pub(crate) fn layer_mut(&mut self, index: usize) -> &mut LayerCache {
+        &mut self.layers[index]
     }
 }
 
@@ -65,6 +65,8 @@ impl LayerCache {
         self.keys.len() / self.width
     }
 
+    /// # Errors
+    /// If the cache would hold more tokens than it was made for.
     pub(crate) fn append(&mut self, keys: View, values: View) -> Result<()> {
         let total = self.len() + keys.rows();
         if total > self.capacity {

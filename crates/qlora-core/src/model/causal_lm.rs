@@ -99,6 +99,11 @@ impl Adapter {
         self.update(|flat| flat.copy_from_slice(values))
     }
 
+    /// The dropout of a training pass, if the configuration has any.
+    fn dropout(&self, train: TrainPass) -> Option<(f32, u64)> {
+        (self.config.lora_dropout > 0.0).then_some((self.config.lora_dropout as f32, train.seed))
+    }
+
     /// Changes the values where they are.
     pub fn update(&self, update: impl FnOnce(&mut [f32])) -> Result<()> {
         Ok(update_in_place("adapter", self.flat.as_tensor(), update)?)
@@ -132,6 +137,11 @@ impl CausalLm {
         &self.workspace
     }
 
+    /// The embedding table `[vocab_size, hidden_size]`.
+    pub fn embedding(&self) -> &Arc<dyn FrozenWeight> {
+        &self.embedding
+    }
+
     /// The decoder stack.
     pub fn stack(&self) -> &Arc<Stack> {
         &self.stack
@@ -142,7 +152,7 @@ impl CausalLm {
     /// # Errors
     /// If the configuration targets nothing, or a graph of this model is still alive.
     pub fn add_adapter(&mut self, config: LoraConfig, seed: u64) -> Result<()> {
-        let layout = AdapterLayout::new(&config, &self.config)?;
+        let layout = AdapterLayout::for_model(&config, &self.config)?;
         let values = crate::lora::init(&layout, seed);
         self.set_adapter(config, layout, values)
     }
@@ -159,16 +169,16 @@ impl CausalLm {
         let stack = self.stack_mut()?;
         let mut placed = 0;
         for (index, projection) in stack.blocks_mut().iter_mut().flat_map(|block| block.projections_mut()).enumerate() {
-            let slot = layout.slot(projection.name()).map(|(a, b)| -> Result<LoraSlot> {
-                for (entry, shape) in [(a, [a.rows, projection.inputs()]), (b, [projection.outputs(), a.rows])] {
+            let slot = layout.get(projection.name()).map(|pair| -> Result<LoraSlot> {
+                let rank = pair.rank();
+                for (entry, shape) in [(pair.a, [rank, projection.inputs()]), (pair.b, [projection.outputs(), rank])] {
                     if [entry.rows, entry.cols] != shape {
                         let message = format!("has shape {:?}, expected {shape:?}", [entry.rows, entry.cols]);
-                        return Err(Error::tensor(layout.peft_key(entry), message));
+                        return Err(Error::tensor(entry.tensor_name(), message));
                     }
                 }
-                let scale = config.scaling(a.rows);
-                let stream = index as u64;
-                Ok(LoraSlot { a: a.range(), b: b.range(), rank: a.rows, scale, stream })
+                let (a, b) = (pair.a.range(), pair.b.range());
+                Ok(LoraSlot { a, b, rank, scale: config.scaling() as f32, stream: index as u64 })
             });
             placed += usize::from(slot.is_some());
             projection.set_slot(slot.transpose()?);
@@ -213,7 +223,7 @@ impl CausalLm {
         let adapter = self.adapter_to_train()?;
         let x = autograd::ops::embedding(&batch.tokens, &*self.embedding, &self.workspace)?;
         let layout = Arc::new(batch.layout.clone());
-        let dropout = adapter.config.dropout(train.seed);
+        let dropout = adapter.dropout(train);
         let hidden =
             autograd::stack::apply(&self.stack, &x, adapter.flat.as_tensor(), layout, dropout, &self.workspace)?;
         autograd::ops::linear_cross_entropy(&hidden, &*self.head, &batch.targets, num_items, &self.workspace)
@@ -241,7 +251,7 @@ impl CausalLm {
             return Err(Error::Invalid("there is no trained token to divide the loss by".into()));
         }
         let values = TensorView::new("adapter", adapter.flat.as_tensor())?;
-        let dropout = adapter.config.dropout(train.seed);
+        let dropout = adapter.dropout(train);
         let rope = self.stack.rope(batch.layout.max_len())?;
         let adapter = Some(AdapterPass { values: values.as_slice(), dropout });
         let pass = Pass { adapter, layout: &batch.layout, rope: &rope, workspace: &self.workspace };
@@ -287,31 +297,46 @@ impl CausalLm {
     /// # Errors
     /// If there is no token, the cache is too small, or a token is outside the vocabulary. The cache is then as before.
     pub fn next_logits(&self, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
-        if tokens.is_empty() {
+        Ok(self.next_logits_batch(&[tokens], &mut [cache])?.into_vec())
+    }
+
+    /// [`Self::next_logits`] of several sequences at once, `[sequences, vocab_size]`: each weight is read once for all.
+    ///
+    /// # Errors
+    /// As for one; also if there is not one cache a sequence.
+    pub fn next_logits_batch(&self, sequences: &[&[u32]], caches: &mut [&mut KvCache]) -> Result<Matrix> {
+        if sequences.len() != caches.len() {
+            let (got, expected) = (caches.len(), sequences.len());
+            return Err(Error::Invalid(format!("{expected} sequences need as many caches, {got} were given")));
+        }
+        if sequences.is_empty() || sequences.iter().any(|tokens| tokens.is_empty()) {
             return Err(Error::Invalid("generation needs at least one token to start from".into()));
         }
-        let seen = cache.len();
-        let result = self.next_logits_unguarded(tokens, cache);
+        let seen: Vec<usize> = caches.iter().map(|cache| cache.len()).collect();
+        let result = self.run_cached(sequences, caches, &seen);
         if result.is_err() {
-            cache.truncate(seen);
+            caches.iter_mut().zip(&seen).for_each(|(cache, &len)| cache.truncate(len));
         }
         result
     }
 
-    fn next_logits_unguarded(&self, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
-        let seen = cache.len();
-        let end = seen + tokens.len();
-        let positions: Vec<u32> = (seen..end).map(|p| p as u32).collect();
-        let layout = SequenceLayout::from_lengths(&[tokens.len()]);
-        let rope = self.stack.rope(end)?;
+    fn run_cached(&self, sequences: &[&[u32]], caches: &mut [&mut KvCache], seen: &[usize]) -> Result<Matrix> {
+        let tokens = sequences.concat();
+        let lengths: Vec<usize> = sequences.iter().map(|tokens| tokens.len()).collect();
+        let layout = SequenceLayout::from_lengths(&lengths);
+        let ends = || seen.iter().zip(&lengths).map(|(seen, len)| seen + len);
+        let rope = self.stack.rope(ends().max().unwrap_or(0))?;
+        let positions: Vec<u32> = seen.iter().zip(ends()).flat_map(|(&seen, end)| seen as u32..end as u32).collect();
         let values = self.adapter_values()?;
         let adapter = values.as_ref().map(|values| AdapterPass::new(values.as_slice()));
         let pass = Pass { adapter, layout: &layout, rope: &rope, workspace: &self.workspace };
-        let hidden = self.stack.infer_cached(self.embed(tokens)?, &positions, cache, &pass)?;
-        let last = hidden.view().slice_rows(tokens.len() - 1..tokens.len());
-        let mut logits = self.workspace.matrix(1, self.config.vocab_size);
-        frozen_linear::forward(last, &*self.head, logits.view_mut(), 0.0, &self.workspace)?;
-        Ok(logits.into_vec())
+        let hidden = self.stack.infer_cached(self.embed(&tokens)?, &positions, caches, &pass)?;
+        let mut last = self.workspace.matrix(sequences.len(), hidden.cols());
+        for (row, range) in last.as_mut_slice().chunks_exact_mut(hidden.cols()).zip(layout.sequences()) {
+            let start = (range.end - 1) * hidden.cols();
+            row.copy_from_slice(&hidden.as_slice()[start..start + hidden.cols()]);
+        }
+        self.head_logits(&last)
     }
 
     /// Bytes held, by part.

@@ -58,6 +58,11 @@ impl Stack {
         &self.blocks
     }
 
+    /// The weight of the last norm.
+    pub fn final_norm(&self) -> &[f32] {
+        &self.final_norm
+    }
+
     /// The blocks, to give them adapters.
     pub fn blocks_mut(&mut self) -> &mut [Block] {
         &mut self.blocks
@@ -84,10 +89,17 @@ impl Stack {
         Ok(self.norm(&x, pass.workspace)?.0)
     }
 
-    /// The last tokens of one sequence; earlier ones are in `cache`.
-    pub fn infer_cached(&self, mut x: Matrix, positions: &[u32], cache: &mut KvCache, pass: &Pass) -> Result<Matrix> {
-        for (block, layer) in self.blocks.iter().zip(cache.layers_mut()) {
-            x = block.forward_cached(x, positions, layer, pass)?;
+    /// The next tokens of several sequences, as `pass.layout` cuts them; the earlier ones of each are in its cache.
+    pub fn infer_cached(
+        &self,
+        mut x: Matrix,
+        positions: &[u32],
+        caches: &mut [&mut KvCache],
+        pass: &Pass,
+    ) -> Result<Matrix> {
+        for (index, block) in self.blocks.iter().enumerate() {
+            let mut layers: Vec<_> = caches.iter_mut().map(|cache| cache.layer_mut(index)).collect();
+            x = block.forward_cached(x, positions, &mut layers, pass)?;
         }
         Ok(self.norm(&x, pass.workspace)?.0)
     }

@@ -1,0 +1,119 @@
+//! Text generation with a key-value cache, for one prompt or a batch of them.
+
+use std::ops::ControlFlow;
+
+use crate::error::{Error, Result};
+use crate::model::{CausalLm, KvCache};
+use crate::sampling::{GenerationConfig, Sampler};
+
+/// Why a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StopReason {
+    /// The model produced this end token; it is not part of the answer.
+    EndToken(u32),
+    /// The answer has `max_new_tokens` tokens.
+    Length,
+    /// The caller asked to stop.
+    Caller,
+}
+
+/// One finished answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Generation {
+    /// The new tokens, without the end token.
+    pub tokens: Vec<u32>,
+    /// Why there are no more.
+    pub stop: StopReason,
+}
+
+/// Continues `prompt`. `on_token` sees every new token as it is made and may end the generation.
+///
+/// # Errors
+/// If the configuration is not valid, the prompt is empty, or prompt and answer are longer than the model allows.
+pub fn generate(
+    model: &CausalLm,
+    prompt: &[u32],
+    config: &GenerationConfig,
+    mut on_token: impl FnMut(u32) -> ControlFlow<()>,
+) -> Result<Generation> {
+    let mut answers = run(model, &[prompt], config, |_, token| on_token(token))?;
+    Ok(answers.swap_remove(0))
+}
+
+/// Continues several prompts together: every weight is read once for all of them. The answer of each is what
+/// [`generate`] gives for it alone up to rounding; with sampling, each draws from a seed of its own.
+///
+/// # Errors
+/// As [`generate`].
+pub fn generate_batch(model: &CausalLm, prompts: &[&[u32]], config: &GenerationConfig) -> Result<Vec<Generation>> {
+    run(model, prompts, config, |_, _| ControlFlow::Continue(()))
+}
+
+/// One prompt's state.
+struct Sequence<'a> {
+    cache: KvCache,
+    sampler: Sampler,
+    prompt: &'a [u32],
+    tokens: Vec<u32>,
+    stop: Option<StopReason>,
+}
+
+impl Sequence<'_> {
+    /// What the model has not seen yet: the prompt at first, then the last token.
+    fn pending(&self) -> &[u32] {
+        match self.tokens.last() {
+            None => self.prompt,
+            Some(last) => std::slice::from_ref(last),
+        }
+    }
+}
+
+fn run(
+    model: &CausalLm,
+    prompts: &[&[u32]],
+    config: &GenerationConfig,
+    mut on_token: impl FnMut(usize, u32) -> ControlFlow<()>,
+) -> Result<Vec<Generation>> {
+    config.validate()?;
+    let limit = model.config().max_position_embeddings;
+    let mut sequences = Vec::with_capacity(prompts.len());
+    for (index, &prompt) in prompts.iter().enumerate() {
+        let capacity = prompt.len().saturating_add(config.max_new_tokens);
+        if prompt.len() >= limit {
+            return Err(Error::Invalid(format!(
+                "the prompt has {} tokens, the model takes {limit} (max_position_embeddings)",
+                prompt.len()
+            )));
+        }
+        let cache = model.new_cache(capacity.min(limit));
+        let sampler = Sampler::for_sequence(config, index)?;
+        let stop = (config.max_new_tokens == 0).then_some(StopReason::Length);
+        sequences.push(Sequence { cache, sampler, prompt, tokens: Vec::new(), stop });
+    }
+    loop {
+        let mut active: Vec<_> = sequences.iter_mut().enumerate().filter(|(_, seq)| seq.stop.is_none()).collect();
+        if active.is_empty() {
+            break;
+        }
+        let pending: Vec<Vec<u32>> = active.iter().map(|(_, seq)| seq.pending().to_vec()).collect();
+        let inputs: Vec<&[u32]> = pending.iter().map(Vec::as_slice).collect();
+        let mut caches: Vec<_> = active.iter_mut().map(|(_, seq)| &mut seq.cache).collect();
+        let logits = model.next_logits_batch(&inputs, &mut caches)?;
+        for ((index, sequence), row) in active.iter_mut().zip(logits.as_slice().chunks_exact(logits.cols())) {
+            let token = sequence.sampler.sample(row, sequence.prompt, &sequence.tokens)?;
+            if config.is_stop_token(token) || model.config().eos_token_ids.contains(&token) {
+                sequence.stop = Some(StopReason::EndToken(token));
+                continue;
+            }
+            sequence.tokens.push(token);
+            let full = sequence.prompt.len() + sequence.tokens.len() >= limit;
+            if on_token(*index, token).is_break() {
+                sequence.stop = Some(StopReason::Caller);
+            } else if full || sequence.tokens.len() >= config.max_new_tokens {
+                sequence.stop = Some(StopReason::Length);
+            }
+        }
+    }
+    let finished = |seq: Sequence| Generation { tokens: seq.tokens, stop: seq.stop.unwrap_or(StopReason::Length) };
+    Ok(sequences.into_iter().map(finished).collect())
+}

@@ -1,0 +1,116 @@
+//! What several test files share: tiny random models and comparisons.
+#![allow(dead_code)]
+
+use std::sync::Arc;
+
+use qlora::config::{Architecture, ModelConfig};
+use qlora::kernels::Workspace;
+use qlora::kernels::ops::attention::AttentionConfig;
+use qlora::kernels::ops::rope::RopeConfig;
+use qlora::kernels::quant::{QuantConfig, Quantized4bit};
+use qlora::kernels::weight::{FrozenWeight, PlainData, PlainWeight};
+use qlora::lora::LoraConfig;
+use qlora::model::CausalLm;
+use qlora::model::block::Block;
+use qlora::model::projection::Projection;
+use qlora::model::stack::Stack;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// A configuration small enough for finite differences, with grouped queries and every optional part switched on.
+pub fn tiny_config() -> ModelConfig {
+    ModelConfig {
+        architecture: Architecture::Qwen3,
+        vocab_size: 61,
+        hidden_size: 32,
+        intermediate_size: 48,
+        num_hidden_layers: 3,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 8,
+        rms_norm_eps: 1e-5,
+        rope: RopeConfig { theta: 10_000.0, scaling: None },
+        max_position_embeddings: 128,
+        sliding_window: vec![None, Some(3), None],
+        tie_word_embeddings: true,
+        qkv_bias: true,
+        o_bias: true,
+        mlp_bias: true,
+        qk_norm: true,
+        bos_token_id: Some(1),
+        eos_token_ids: vec![2],
+    }
+}
+
+/// Random values in `-scale..scale`.
+pub fn random(rng: &mut ChaCha8Rng, len: usize, scale: f32) -> Vec<f32> {
+    (0..len).map(|_| rng.random_range(-scale..scale)).collect()
+}
+
+/// A model with random weights, its projections quantized if `quantized`; the same seed gives the same model.
+pub fn tiny_model(config: &ModelConfig, quantized: bool, seed: u64, workspace: Workspace) -> CausalLm {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let (hidden, mlp, head_dim) = (config.hidden_size, config.intermediate_size, config.head_dim);
+    let (q_width, kv_width) = (config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim);
+    let norm = |rng: &mut ChaCha8Rng, len: usize| -> Vec<f32> { random(rng, len, 0.3).iter().map(|x| 1.0 + x).collect() };
+    let table = |rng: &mut ChaCha8Rng| -> Arc<dyn FrozenWeight> {
+        let data = PlainData::F32(random(rng, config.vocab_size * hidden, 1.0));
+        Arc::new(PlainWeight::new(data, config.vocab_size, hidden))
+    };
+    let projection = |rng: &mut ChaCha8Rng, name: String, rows: usize, cols: usize, bias: bool| {
+        let data = PlainData::F32(random(rng, rows * cols, 1.5 / (cols as f32).sqrt()));
+        let weight: Arc<dyn FrozenWeight> = match quantized {
+            true => Arc::new(Quantized4bit::quantize(&data, rows, cols, &QuantConfig::default()).unwrap()),
+            false => Arc::new(PlainWeight::new(data, rows, cols)),
+        };
+        Projection::new(name, weight, bias.then(|| random(rng, rows, 0.5))).unwrap()
+    };
+    let embedding = table(&mut rng);
+    let blocks = (0..config.num_hidden_layers)
+        .map(|layer| {
+            let rng = &mut rng;
+            let name = |part: &str| format!("model.layers.{layer}.{part}");
+            Block {
+                input_norm: norm(rng, hidden),
+                post_attention_norm: norm(rng, hidden),
+                qk_norm: config.qk_norm.then(|| (norm(rng, head_dim), norm(rng, head_dim))),
+                eps: config.rms_norm_eps,
+                attention: AttentionConfig {
+                    heads: config.num_attention_heads,
+                    kv_heads: config.num_key_value_heads,
+                    head_dim,
+                    scale: 1.0 / (head_dim as f32).sqrt(),
+                    window: config.sliding_window[layer],
+                },
+                q: projection(rng, name("self_attn.q_proj"), q_width, hidden, config.qkv_bias),
+                k: projection(rng, name("self_attn.k_proj"), kv_width, hidden, config.qkv_bias),
+                v: projection(rng, name("self_attn.v_proj"), kv_width, hidden, config.qkv_bias),
+                o: projection(rng, name("self_attn.o_proj"), hidden, q_width, config.o_bias),
+                gate: projection(rng, name("mlp.gate_proj"), mlp, hidden, config.mlp_bias),
+                up: projection(rng, name("mlp.up_proj"), mlp, hidden, config.mlp_bias),
+                down: projection(rng, name("mlp.down_proj"), hidden, mlp, config.mlp_bias),
+            }
+        })
+        .collect();
+    let final_norm = norm(&mut rng, hidden);
+    let head = if config.tie_word_embeddings { embedding.clone() } else { table(&mut rng) };
+    let limit = config.max_position_embeddings;
+    let stack = Stack::new(blocks, final_norm, config.rms_norm_eps, config.rope.clone(), limit).unwrap();
+    CausalLm::new(config.clone(), embedding, head, stack, workspace)
+}
+
+/// Gives the model an adapter on all linear layers whose A and B are both random, so that every gradient is non-zero.
+pub fn add_random_adapter(model: &mut CausalLm, lora: LoraConfig, seed: u64) {
+    model.add_adapter(lora, seed).unwrap();
+    let adapter = model.adapter().unwrap();
+    let values = random(&mut ChaCha8Rng::seed_from_u64(seed), adapter.layout().len(), 0.3);
+    adapter.set_values(&values).unwrap();
+}
+
+/// The largest difference, relative to the largest value of `expected`.
+pub fn relative_error(got: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(got.len(), expected.len());
+    let scale = expected.iter().fold(0f32, |max, x| max.max(x.abs()));
+    let difference = got.iter().zip(expected).map(|(g, e)| (g - e).abs());
+    difference.fold(0f32, |max, d| if d.is_nan() { f32::NAN } else { max.max(d) }) / scale
+}

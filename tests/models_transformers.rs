@@ -1,0 +1,161 @@
+//! Logits and gradients against transformers, PEFT and PyTorch, on tiny random models of every architecture.
+//! The fixtures are made by `scripts/fixtures/tiny_models.py` and `scripts/fixtures/lora_step.py`.
+
+mod common;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use common::relative_error;
+use qlora::batch::Batch;
+use qlora::kernels::SequenceLayout;
+use qlora::kernels::ops::adamw::{self, AdamW};
+use qlora::kernels::ops::grad_norm;
+use qlora::kernels::quant::QuantConfig;
+use qlora::model::{CausalLm, LoadOptions, Quantization, TrainPass};
+use qlora::source::HfDirectory;
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+}
+
+fn load(name: &str, quantization: Quantization) -> CausalLm {
+    let source = HfDirectory::open(fixtures().join("models").join(name)).unwrap();
+    CausalLm::load(&source, LoadOptions { quantization, progress: None }).unwrap()
+}
+
+fn tensors(path: PathBuf) -> HashMap<String, Tensor> {
+    candle_core::safetensors::load(path, &Device::Cpu).unwrap()
+}
+
+fn ids(tensor: &Tensor) -> Vec<u32> {
+    labels(tensor).into_iter().map(|id| id as u32).collect()
+}
+
+fn labels(tensor: &Tensor) -> Vec<i64> {
+    tensor.to_dtype(DType::I64).unwrap().to_vec1().unwrap()
+}
+
+fn largest_difference(got: &Tensor, expected: &Tensor) -> f32 {
+    let difference = (got - expected).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+    difference.to_scalar().unwrap()
+}
+
+#[test]
+fn logits_of_every_architecture_equal_those_of_transformers() {
+    let names = [
+        "llama",
+        "llama_rope_linear",
+        "llama_rope_llama3",
+        "llama_rope_yarn",
+        "mistral",
+        "qwen2",
+        "qwen2_window",
+        "qwen3",
+    ];
+    for name in names {
+        let model = load(name, Quantization::None);
+        let expected = tensors(fixtures().join("models").join(name).join("expected.safetensors"));
+        let texts: Vec<Vec<u32>> = (0..2).map(|i| ids(&expected[&format!("input_ids.{i}")])).collect();
+        let lengths: Vec<usize> = texts.iter().map(Vec::len).collect();
+        // Both sequences in one packed batch; transformers ran each alone.
+        let logits = model.logits(&texts.concat(), &SequenceLayout::from_lengths(&lengths)).unwrap();
+        for (i, start) in [0, lengths[0]].into_iter().enumerate() {
+            let got = logits.narrow(0, start, lengths[i]).unwrap();
+            let difference = largest_difference(&got, &expected[&format!("logits.{i}")]);
+            assert!(difference < 1e-4, "{name}, sequence {i}: {difference}");
+        }
+    }
+}
+
+struct Step {
+    model: CausalLm,
+    expected: HashMap<String, Tensor>,
+    batches: Vec<Batch>,
+    items: usize,
+}
+
+impl Step {
+    fn load(case: &str, base: &str, quantization: Quantization) -> Self {
+        let folder = fixtures().join("lora_step").join(case);
+        let mut model = load(base, quantization);
+        let adapter = qlora::adapter::load(&folder, model.config()).unwrap();
+        model.set_adapter(adapter.config, adapter.layout, adapter.values).unwrap();
+        let expected = tensors(folder.join("step.safetensors"));
+        let batches: Vec<Batch> = (0..2)
+            .map(|i| {
+                let (ids, labels) =
+                    (ids(&expected[&format!("input_ids.{i}")]), labels(&expected[&format!("labels.{i}")]));
+                Batch::from_documents([(ids.as_slice(), labels.as_slice())])
+            })
+            .collect();
+        let items = batches.iter().map(Batch::trained_tokens).sum();
+        Self { model, expected, batches, items }
+    }
+
+    fn run(&self) -> (f64, Vec<f32>) {
+        let mut gradient = vec![0.0; self.model.adapter().unwrap().layout().len()];
+        let sums = self.batches.iter().map(|batch| {
+            self.model.accumulate_gradients(batch, self.items, TrainPass::default(), &mut gradient).unwrap().sum
+        });
+        (sums.sum::<f64>() / self.items as f64, gradient)
+    }
+
+    /// The values under `prefix` in the adapter's order.
+    fn flat(&self, prefix: &str) -> Vec<f32> {
+        let layout = self.model.adapter().unwrap().layout();
+        let mut flat = vec![0.0; layout.len()];
+        for entry in layout.entries() {
+            let tensor = &self.expected[&format!("{prefix}.{}", entry.tensor_name())];
+            flat[entry.range()].copy_from_slice(&tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+        }
+        flat
+    }
+
+    fn check(&self, tolerance: f32) {
+        for (i, batch) in self.batches.iter().enumerate() {
+            let logits = self.model.logits(&batch.tokens, &batch.layout).unwrap();
+            let difference = largest_difference(&logits, &self.expected[&format!("logits.{i}")]);
+            assert!(difference < 1e-3, "logits of document {i}: {difference}");
+        }
+        let (loss, gradient) = self.run();
+        let expected_loss = f64::from(self.expected["loss"].to_scalar::<f32>().unwrap());
+        assert!((loss - expected_loss).abs() < 1e-5 * expected_loss, "{loss} {expected_loss}");
+        let expected = self.flat("grad");
+        let layout = self.model.adapter().unwrap().layout();
+        for entry in layout.entries() {
+            let error = relative_error(&gradient[entry.range()], &expected[entry.range()]);
+            assert!(error < tolerance, "{}: {error}", entry.tensor_name());
+        }
+        let norm = f64::from(self.expected["grad_norm"].to_scalar::<f32>().unwrap());
+        assert!((grad_norm::global_norm(&gradient) - norm).abs() < 1e-4 * norm);
+    }
+}
+
+#[test]
+fn one_step_over_a_plain_base_gives_the_gradients_of_pytorch() {
+    Step::load("llama", "llama", Quantization::None).check(1e-4);
+    Step::load("qwen3", "qwen3", Quantization::None).check(1e-4);
+}
+
+#[test]
+fn one_step_over_an_nf4_base_gives_the_gradients_of_bitsandbytes() {
+    let quantization = Quantization::Bits4(QuantConfig { double_quant: true, ..QuantConfig::default() });
+    Step::load("llama_nf4", "llama", quantization).check(1e-4);
+}
+
+#[test]
+fn clipping_and_adamw_give_the_adapter_of_pytorch() {
+    let step = Step::load("llama", "llama", Quantization::None);
+    let (_, gradient) = step.run();
+    let clip = grad_norm::clip_coefficient(grad_norm::global_norm(&gradient), 0.5);
+    let optimizer = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1 };
+    let (mut m, mut v) = (vec![0.0; gradient.len()], vec![0.0; gradient.len()]);
+    let adapter = step.model.adapter().unwrap();
+    adapter.update(|values| adamw::step(&optimizer, 1, clip, values, &gradient, &mut m, &mut v).unwrap()).unwrap();
+    // A step of lr 1e-2 moves every element by almost 1e-2, whatever its gradient: compare with that.
+    let got = adapter.values().unwrap();
+    let difference = got.iter().zip(step.flat("after")).map(|(g, e)| (g - e).abs()).fold(0f32, f32::max);
+    assert!(difference < 2e-5, "{difference}");
+}
