@@ -16,6 +16,7 @@
 //! This is the one crate of the workspace that holds unsafe code.
 
 pub mod error;
+mod math;
 pub mod matrix;
 pub mod ops;
 pub mod quant;
