@@ -1,9 +1,13 @@
-//! Elementary functions in f32 that the compiler can turn into vector code: no branches, no tables, no library calls.
+//! Functions of f32 numbers and sums of f32 rows in a form that the compiler turns into vector code: no branches, no
+//! tables, no library calls.
 //!
 //! `exp(x) = 2^n exp(r)` with `n = round(x / ln 2)` and `r = x - n ln 2`, `|r| <= ln(2) / 2` (Cody and Waite's two-part
 //! reduction); `exp(r) = 1 + r + r^2 P(r)`, where `P` has degree 4 and was fitted with the Remez exchange to the least
-//! relative error (3.1e-9). Everything else here is made from it. There is no fused multiply-add, so the results are the
-//! same on every machine.
+//! relative error (3.1e-9).
+//!
+//! Sums run in [`LANES`] separate f32 accumulators, element `i` in accumulator `i mod LANES`, which are then added in
+//! pairs. The order is part of the definition and there is no fused multiply-add, so the results are the same on every
+//! machine.
 //!
 //! Call these from loops inside [`crate::simd::vectorize`].
 
@@ -50,9 +54,46 @@ pub(crate) fn exp_inplace(x: &mut [f32]) {
 
 /// `1 / (1 + e^-x)`.
 #[inline(always)]
-#[allow(dead_code, reason = "used by the next commit")]
 pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
+}
+
+/// How many accumulators a sum has: two AVX-512 registers, enough to hide the latency of the addition.
+const LANES: usize = 32;
+
+/// `sum_i a[i] b[i]`.
+#[inline(always)]
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let mut sums = [0f32; LANES];
+    for (a, b) in a.iter().zip(b) {
+        (0..LANES).for_each(|i| sums[i] += a[i] * b[i]);
+    }
+    a_rest.iter().zip(b_rest).zip(&mut sums).for_each(|((a, b), sum)| *sum += a * b);
+    add_in_pairs(sums)
+}
+
+/// `sum_i a[i] b[i] c[i]`.
+#[inline(always)]
+pub(crate) fn dot3(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let (c, c_rest) = c.as_chunks::<LANES>();
+    let mut sums = [0f32; LANES];
+    for ((a, b), c) in a.iter().zip(b).zip(c) {
+        (0..LANES).for_each(|i| sums[i] += a[i] * b[i] * c[i]);
+    }
+    a_rest.iter().zip(b_rest).zip(c_rest).zip(&mut sums).for_each(|(((a, b), c), sum)| *sum += a * b * c);
+    add_in_pairs(sums)
+}
+
+#[inline(always)]
+fn add_in_pairs(mut sums: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        (0..width).for_each(|i| sums[i] += sums[i + width]);
+        width /= 2;
+    }
+    sums[0]
 }
 
 #[cfg(test)]
