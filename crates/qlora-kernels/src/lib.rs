@@ -16,12 +16,16 @@
 //! This is the one crate of the workspace that holds unsafe code.
 
 pub mod error;
+mod math;
 pub mod matrix;
 pub mod ops;
+mod parallel;
 pub mod quant;
 pub mod sequence;
 mod simd;
 pub mod tensor;
+#[cfg(test)]
+mod testing;
 pub mod view;
 pub mod weight;
 

@@ -66,6 +66,13 @@ fn check_window(len: usize, rows: usize, cols: usize, stride: usize) {
     assert!(needed <= len, "a window of {rows} x {cols} (stride {stride}) does not fit {len} elements");
 }
 
+/// Panics unless `from` is one run of elements, as many as `to` has: the window then addresses the same memory.
+fn check_reshape(from: [usize; 2], stride: usize, to: [usize; 2]) {
+    let [rows, cols] = from;
+    assert!(stride == cols || rows <= 1, "a window with gaps (stride {stride}, {cols} columns) cannot be reshaped");
+    assert_eq!(to[0].checked_mul(to[1]), Some(rows * cols), "{from:?} cannot be reshaped to {to:?}");
+}
+
 impl<'a> View<'a> {
     /// `rows x cols` consecutive elements.
     ///
@@ -113,6 +120,14 @@ impl<'a> View<'a> {
     /// The columns in `range`.
     pub fn slice_cols(&self, range: Range<usize>) -> Self {
         Self { host: self.host.slice_cols(range) }
+    }
+
+    /// The same elements as `rows x cols`, row by row: `[tokens, heads * d]` becomes `[tokens * heads, d]`.
+    ///
+    /// # Panics
+    /// If there are gaps between the rows, or the number of elements differs.
+    pub fn reshape(&self, rows: usize, cols: usize) -> Self {
+        Self { host: self.host.reshape(rows, cols) }
     }
 
     /// The CPU representation, or an error that names `op`.
@@ -195,6 +210,14 @@ impl<'a> ViewMut<'a> {
         (Self { host: left }, Self { host: right })
     }
 
+    /// The same elements as `rows x cols`, row by row: `[tokens, heads * d]` becomes `[tokens * heads, d]`.
+    ///
+    /// # Panics
+    /// If there are gaps between the rows, or the number of elements differs.
+    pub fn reshape(self, rows: usize, cols: usize) -> Self {
+        Self { host: self.host.reshape(rows, cols) }
+    }
+
     /// The CPU representation, or an error that names `op`.
     pub fn host(self, op: &'static str) -> Result<HostViewMut<'a>> {
         let _ = op;
@@ -241,6 +264,15 @@ impl<'a> HostView<'a> {
         // SAFETY: the constructor checked that all rows lie within memory borrowed for 'a; without gaps they are one
         // run of rows * cols elements.
         gapless.then(|| unsafe { std::slice::from_raw_parts(self.ptr, self.rows * self.cols) })
+    }
+
+    /// The same elements as `rows x cols`.
+    ///
+    /// # Panics
+    /// If there are gaps between the rows, or the number of elements differs.
+    pub fn reshape(self, rows: usize, cols: usize) -> Self {
+        check_reshape([self.rows, self.cols], self.stride, [rows, cols]);
+        Self { rows, cols, stride: cols, ..self }
     }
 
     /// The rows in `range`.
@@ -311,6 +343,15 @@ impl<'a> HostViewMut<'a> {
         let gapless = self.stride == self.cols || self.rows <= 1;
         // SAFETY: as for row_mut; without gaps the rows are one run of rows * cols elements.
         gapless.then(|| unsafe { std::slice::from_raw_parts_mut(self.ptr, self.rows * self.cols) })
+    }
+
+    /// The same elements as `rows x cols`.
+    ///
+    /// # Panics
+    /// If there are gaps between the rows, or the number of elements differs.
+    pub fn reshape(self, rows: usize, cols: usize) -> Self {
+        check_reshape([self.rows, self.cols], self.stride, [rows, cols]);
+        Self { rows, cols, stride: cols, ..self }
     }
 
     /// The rows in `range`.
@@ -402,6 +443,30 @@ mod tests {
     #[should_panic(expected = "does not fit")]
     fn a_window_outside_its_memory_is_refused() {
         View::strided(&[0.0; 10], 3, 4, 4);
+    }
+
+    #[test]
+    fn a_window_without_gaps_can_be_reshaped() {
+        let mut data: Vec<f32> = (0..12).map(|i| i as f32).collect();
+        let heads = View::new(&data, 2, 6).reshape(6, 2);
+        assert_eq!(heads.shape(), [6, 2]);
+        assert_eq!(heads.host("test").unwrap().row(4), [8.0, 9.0]);
+        // One row has no gap, whatever the stride.
+        assert_eq!(View::strided(&data, 1, 6, 100).reshape(3, 2).host("test").unwrap().row(2), [4.0, 5.0]);
+        ViewMut::new(&mut data, 2, 6).reshape(3, 4).host("test").unwrap().row_mut(2).fill(-1.0);
+        assert_eq!(data[7..], [7.0, -1.0, -1.0, -1.0, -1.0]);
+    }
+
+    #[test]
+    #[should_panic(expected = "with gaps")]
+    fn a_window_with_gaps_cannot_be_reshaped() {
+        View::strided(&[0.0; 12], 2, 4, 6).reshape(4, 2);
+    }
+
+    #[test]
+    #[should_panic(expected = "cannot be reshaped")]
+    fn reshaping_keeps_the_number_of_elements() {
+        ViewMut::new(&mut [0.0; 12], 2, 6).reshape(4, 4);
     }
 
     #[test]

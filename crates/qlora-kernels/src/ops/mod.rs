@@ -1,4 +1,11 @@
 //! The operations, one a file. Each is a `forward` and a `backward` over views.
 
+pub mod adamw;
+pub mod dropout;
+pub mod embedding;
+pub mod grad_norm;
+pub mod lora_linear;
 pub mod matmul;
+pub mod rms_norm;
 pub mod rope;
+pub mod swiglu;
