@@ -45,6 +45,21 @@ pub fn forward(
     check(OP, x, a, b, dropout)?;
     s.expect(OP, "s", x.rows(), a.rows())?;
     y.expect(OP, "y", x.rows(), b.rows())?;
+    shrink(x, a, dropout, s.reborrow(), workspace)?;
+    matmul::nt(s.as_view(), b, y, scale, 1.0)
+}
+
+/// `s = drop(x) A^T` alone: what a recomputed layer needs whose output nobody reads.
+///
+/// Shapes as in [`forward`].
+///
+/// # Errors
+/// As [`forward`].
+pub fn shrink(x: View, a: View, dropout: Option<Dropout>, mut s: ViewMut, workspace: &Workspace) -> Result<()> {
+    const OP: &str = "lora_linear_shrink";
+    a.expect(OP, "a", a.rows(), x.cols())?;
+    s.expect(OP, "s", x.rows(), a.rows())?;
+    dropout.map_or(Ok(()), |dropout| dropout.check(OP))?;
     match dropout.filter(|dropout| dropout.p > 0.0) {
         None => matmul::nt(x, a, s.reborrow(), 1.0, 0.0)?,
         Some(dropout) => {
@@ -56,13 +71,13 @@ pub fn forward(
             }
         }
     }
-    matmul::nt(s.as_view(), b, y, scale, 1.0)
+    Ok(())
 }
 
 /// The gradients; all are added to what `dx`, `da` and `db` hold.
 ///
-/// `s`: from the forward; `dy`: `[tokens, out]`; `dx`: `[tokens, in]`; `da`: `[r, in]`; `db`: `[out, r]`; `dropout`: the
-/// same as in the forward.
+/// `s`: from the forward; `dy`: `[tokens, out]`; `dx`: `[tokens, in]`, or none where the input needs no gradient;
+/// `da`: `[r, in]`; `db`: `[out, r]`; `dropout`: the same as in the forward.
 ///
 /// # Errors
 /// If the shapes do not fit each other, the dropout probability is out of range, or a view is not on the CPU.
@@ -74,7 +89,7 @@ pub fn backward(
     dropout: Option<Dropout>,
     s: View,
     dy: View,
-    mut dx: ViewMut,
+    mut dx: Option<ViewMut>,
     mut da: ViewMut,
     db: ViewMut,
     workspace: &Workspace,
@@ -85,7 +100,9 @@ pub fn backward(
     let [outputs, r] = b.shape();
     s.expect(OP, "s", tokens, r)?;
     dy.expect(OP, "dy", tokens, outputs)?;
-    dx.expect(OP, "dx", tokens, inputs)?;
+    if let Some(dx) = &dx {
+        dx.expect(OP, "dx", tokens, inputs)?;
+    }
     da.expect(OP, "da", r, inputs)?;
     db.expect(OP, "db", outputs, r)?;
 
@@ -94,6 +111,7 @@ pub fn backward(
     matmul::nn(dy, b, ds.view_mut(), scale, 0.0)?;
     let Some(dropout) = dropout.filter(|dropout| dropout.p > 0.0) else {
         matmul::tn(ds.view(), x, da, 1.0, 1.0)?;
+        let Some(dx) = dx else { return Ok(()) };
         return matmul::nn(ds.view(), a, dx, 1.0, 1.0);
     };
     let mut buffer = workspace.matrix(tile_rows(inputs).min(tokens), inputs);
@@ -102,6 +120,7 @@ pub fn backward(
         let mut tile = buffer.view_mut().slice_rows(0..rows.len());
         dropout::forward(&dropout, x.slice_rows(rows.clone()), rows.start, tile.reborrow())?;
         matmul::tn(ds, tile.as_view(), da.reborrow(), 1.0, 1.0)?;
+        let Some(dx) = &mut dx else { continue };
         matmul::nn(ds, a, tile.reborrow(), 1.0, 0.0)?;
         dropout::backward(&dropout, tile.as_view(), rows.start, dx.reborrow().slice_rows(rows))?;
     }
@@ -174,7 +193,7 @@ mod tests {
             (window(&dx0, tokens, inputs), window(&da0, r, inputs), window(&db0, outputs, r));
         let (dx_mut, da_mut, db_mut) = (dx.view_mut(), da.view_mut(), db.view_mut());
         let (x, a, b, s, dy) = (x.view(), a.view(), b.view(), s.view(), dy.view());
-        backward(x, a, b, SCALE, dropout, s, dy, dx_mut, da_mut, db_mut, &workspace).unwrap();
+        backward(x, a, b, SCALE, dropout, s, dy, Some(dx_mut), da_mut, db_mut, &workspace).unwrap();
         let want = numeric_gradient(&x64, &dy64, |x| f(x, &a64, &b64));
         assert_close("dx", &dx.to_vec(), &plus(&dx0, want), 2e-6);
         let want = numeric_gradient(&a64, &dy64, |a| f(&x64, a, &b64));
@@ -213,7 +232,7 @@ mod tests {
             let (mut dx, mut da) = (workspace.zeros(tokens, inputs), workspace.zeros(r, inputs));
             let (mut db, dy) = (workspace.zeros(3, r), View::new(&dy, tokens, 3));
             let (dx_mut, da_mut, db_mut) = (dx.view_mut(), da.view_mut(), db.view_mut());
-            backward(x, a, b, 2.0, dropout, s.view(), dy, dx_mut, da_mut, db_mut, &workspace).unwrap();
+            backward(x, a, b, 2.0, dropout, s.view(), dy, Some(dx_mut), da_mut, db_mut, &workspace).unwrap();
             (y, dx, da, db)
         };
         let (y, dx, da, db) = run(View::new(&x, tokens, inputs), Some(dropout));
@@ -245,5 +264,30 @@ mod tests {
         assert_eq!(run(a, other_rank, None).unwrap_err(), "lora_linear: b has shape [4, 3], expected [4, 2]");
         let dropout = Some(Dropout { p: 1.5, seed: 0, stream: 0 });
         assert!(run(a, b, dropout).unwrap_err().contains("dropout probability is 1.5"));
+    }
+
+    #[test]
+    fn the_parts_that_nobody_reads_can_be_left_out() {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(9);
+        let (x, a, b) = (random(&mut rng, 30 * 7), random(&mut rng, 3 * 7), random(&mut rng, 5 * 3));
+        let dy = random(&mut rng, 30 * 5);
+        let (x, a, b) = (View::new(&x, 30, 7), View::new(&a, 3, 7), View::new(&b, 5, 3));
+        let workspace = Workspace::poisoned();
+        for dropout in [None, Some(Dropout { p: 0.4, seed: 1, stream: 2 })] {
+            let (mut s, mut alone, mut y) = (workspace.matrix(30, 3), workspace.matrix(30, 3), workspace.zeros(30, 5));
+            forward(x, a, b, 2.0, dropout, s.view_mut(), y.view_mut(), &workspace).unwrap();
+            shrink(x, a, dropout, alone.view_mut(), &workspace).unwrap();
+            assert_eq!(s.as_slice(), alone.as_slice());
+
+            let gradients = |dx: Option<ViewMut>| {
+                let (mut da, mut db) = (workspace.zeros(3, 7), workspace.zeros(5, 3));
+                let (da_mut, db_mut, dy) = (da.view_mut(), db.view_mut(), View::new(&dy, 30, 5));
+                backward(x, a, b, 2.0, dropout, s.view(), dy, dx, da_mut, db_mut, &workspace).unwrap();
+                (da.into_vec(), db.into_vec())
+            };
+            let mut dx = workspace.zeros(30, 7);
+            assert_eq!(gradients(Some(dx.view_mut())), gradients(None));
+            assert!(dx.as_slice().iter().any(|&x| x != 0.0));
+        }
     }
 }
