@@ -1,5 +1,5 @@
 //! QLoRA fine-tuning of Llama-style models: a frozen NF4 base, trainable LoRA adapters, on candle.
 
-pub use qlora_core as core;
+pub use qlora_core::*;
 pub use qlora_kernels as kernels;
 pub use qlora_trainer as trainer;

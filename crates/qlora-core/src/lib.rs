@@ -2,8 +2,13 @@
 
 #![forbid(unsafe_code)]
 
+pub mod autograd;
 pub mod batch;
 pub mod config;
 pub mod error;
+pub mod lora;
+pub mod model;
+pub mod nn;
+pub mod source;
 
 pub use error::{Error, Result};

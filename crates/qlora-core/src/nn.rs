@@ -2,7 +2,7 @@
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
-//! use candle_nn::{Module, Optimizer};
+//! use candle_nn::Optimizer;
 //! use qlora_core::lora::LoraConfig;
 //! use qlora_core::nn::QLoraLinear;
 //! use qlora_kernels::quant::QuantConfig;
@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::{Module, ModuleT};
+use candle_nn::ModuleT;
 use qlora_kernels::Workspace;
 use qlora_kernels::ops::dropout::Dropout;
 use qlora_kernels::quant::{QuantConfig, Quantized4bit};
@@ -36,8 +36,9 @@ use crate::lora::{self, AdapterLayout, LinearModule, LoraConfig};
 /// A linear layer with a frozen weight `W [out, in]` (4-bit or plain) and a trainable adapter:
 /// `y = x W^T + bias + scale drop(x) A^T B^T`, with `A [r, in]`, `B [out, r]`.
 ///
-/// Inputs are f32, `[.., in]`. [`Module::forward`] is the deterministic form; [`ModuleT::forward_t`] with `train = true`
-/// applies the configuration's dropout.
+/// Inputs are f32, `[.., in]`. [`Self::forward`] is the deterministic form; [`ModuleT::forward_t`] with `train = true`
+/// applies the configuration's dropout (candle gives every `Module` a `forward_t` that ignores `train`, which is why this
+/// layer is a `ModuleT` alone, like candle's batch norm).
 #[derive(Debug)]
 pub struct QLoraLinear {
     weight: Arc<dyn FrozenWeight>,
@@ -115,6 +116,14 @@ impl QLoraLinear {
         &self.weight
     }
 
+    /// The deterministic form, without dropout.
+    ///
+    /// # Errors
+    /// If the last dimension of `x` is not `in`, or `x` is not f32 on the CPU.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.run(x, None)
+    }
+
     fn run(&self, x: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
         let (a, b) = (self.a.as_tensor(), self.b.as_tensor());
         let y = ops::qlora_linear(x, a, b, self.weight.clone(), self.scale, dropout, &self.workspace)?;
@@ -122,12 +131,6 @@ impl QLoraLinear {
             Some(bias) => Ok(y.broadcast_add(bias)?),
             None => Ok(y),
         }
-    }
-}
-
-impl Module for QLoraLinear {
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        Ok(self.run(x, None)?)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use anyhow::ensure;
 use candle_core::{Device, Tensor};
-use candle_nn::{Module, Optimizer};
+use candle_nn::Optimizer;
 use qlora::kernels::quant::QuantConfig;
 use qlora::lora::LoraConfig;
 use qlora::nn::QLoraLinear;

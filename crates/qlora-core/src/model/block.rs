@@ -275,7 +275,7 @@ impl Block {
         let (rows, width) = (x.rows() * (x.cols() / self.attention.head_dim), self.attention.head_dim);
         let mut normed = workspace.matrix(x.rows(), x.cols());
         let mut rstd = workspace.matrix(rows, 1);
-        let (heads, out) = (View::new(x.as_slice(), rows, width), normed.view_mut().reshape(rows, width)?);
+        let (heads, out) = (View::new(x.as_slice(), rows, width), normed.view_mut().reshape(rows, width));
         rms_norm::forward(heads, weight, self.eps, out, rstd.as_mut_slice())?;
         Ok((normed, rstd))
     }
@@ -383,7 +383,7 @@ impl Block {
         let (rows, width) = (rstd.rows(), self.attention.head_dim);
         let mut dx = workspace.matrix(x.rows(), x.cols());
         let (x, dy) = (View::new(x.as_slice(), rows, width), View::new(dy.as_slice(), rows, width));
-        rms_norm::backward(x, weight, rstd.as_slice(), dy, dx.view_mut().reshape(rows, width)?, false)?;
+        rms_norm::backward(x, weight, rstd.as_slice(), dy, dx.view_mut().reshape(rows, width), false)?;
         Ok(dx)
     }
 }
