@@ -48,7 +48,11 @@ fn power_of_two(n: i32) -> f32 {
 pub(crate) fn exp_inplace(x: &mut [f32]) {
     crate::simd::vectorize(
         #[inline(always)]
-        || x.iter_mut().for_each(|x| *x = exp(*x)),
+        || {
+            for x in x.iter_mut() {
+                *x = exp(*x);
+            }
+        },
     );
 }
 
@@ -64,33 +68,61 @@ const LANES: usize = 32;
 /// `sum_i a[i] b[i]`.
 #[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks(), b.as_chunks());
     let mut sums = [0f32; LANES];
     for (a, b) in a.iter().zip(b) {
-        (0..LANES).for_each(|i| sums[i] += a[i] * b[i]);
+        add_products(&mut sums, a, b);
     }
-    a_rest.iter().zip(b_rest).zip(&mut sums).for_each(|((a, b), sum)| *sum += a * b);
+    add_products(&mut sums, &padded(a_rest), &padded(b_rest));
     add_in_pairs(sums)
 }
 
 /// `sum_i a[i] b[i] c[i]`.
 #[inline(always)]
 pub(crate) fn dot3(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    let (c, c_rest) = c.as_chunks::<LANES>();
+    let ((a, a_rest), (b, b_rest), (c, c_rest)) = (a.as_chunks(), b.as_chunks(), c.as_chunks());
     let mut sums = [0f32; LANES];
     for ((a, b), c) in a.iter().zip(b).zip(c) {
-        (0..LANES).for_each(|i| sums[i] += a[i] * b[i] * c[i]);
+        add_products(&mut sums, &products(a, b), c);
     }
-    a_rest.iter().zip(b_rest).zip(c_rest).zip(&mut sums).for_each(|(((a, b), c), sum)| *sum += a * b * c);
+    add_products(&mut sums, &products(&padded(a_rest), &padded(b_rest)), &padded(c_rest));
     add_in_pairs(sums)
 }
 
 #[inline(always)]
-fn add_in_pairs(mut sums: [f32; LANES]) -> f32 {
+fn products(a: &[f32; LANES], b: &[f32; LANES]) -> [f32; LANES] {
+    let mut products = *a;
+    for (product, b) in products.iter_mut().zip(b) {
+        *product *= b;
+    }
+    products
+}
+
+#[inline(always)]
+fn add_products(sums: &mut [f32; LANES], a: &[f32; LANES], b: &[f32; LANES]) {
+    for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+        *sum += a * b;
+    }
+}
+
+/// The last, partial block with zeros behind it. (Adding it to the first few accumulators instead would index them by a
+/// variable, which keeps the compiler from holding them in registers.)
+#[inline(always)]
+fn padded(rest: &[f32]) -> [f32; LANES] {
+    let mut block = [0.0; LANES];
+    block[..rest.len()].copy_from_slice(rest);
+    block
+}
+
+#[inline(always)]
+fn add_in_pairs(sums: [f32; LANES]) -> f32 {
+    let mut sums = sums;
     let mut width = LANES / 2;
     while width > 0 {
-        (0..width).for_each(|i| sums[i] += sums[i + width]);
+        let (low, high) = sums.split_at_mut(width);
+        for (low, high) in low.iter_mut().zip(high) {
+            *low += *high;
+        }
         width /= 2;
     }
     sums[0]

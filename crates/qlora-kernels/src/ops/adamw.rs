@@ -71,8 +71,8 @@ pub fn step(
         .for_each(|(((param, grad), m), v)| {
             vectorize(
                 #[inline(always)]
-                || {
-                    for (((param, grad), m), v) in param.iter_mut().zip(grad).zip(m).zip(v) {
+                move || {
+                    for (((param, grad), m), v) in param.iter_mut().zip(grad).zip(m.iter_mut()).zip(v.iter_mut()) {
                         let g = grad * grad_scale;
                         *m += (g - *m) * new_m;
                         *v = *v * old_v + new_v * g * g;

@@ -107,7 +107,7 @@ fn run<const ADD: bool>(op: &'static str, dropout: &Dropout, x: View, first_row:
         let (x, first) = (x.row(i), (first_row + i) as u64 * cols as u64);
         vectorize(
             #[inline(always)]
-            || {
+            move || {
                 for ((y, x), index) in y.iter_mut().zip(x).zip(first..) {
                     let kept = if mask.keeps(index) { x * mask.scale } else { 0.0 };
                     *y = if ADD { *y + kept } else { kept };

@@ -24,14 +24,16 @@ fn sum_of_squares(chunk: &[f32]) -> f64 {
     const LANES: usize = 16;
     vectorize(
         #[inline(always)]
-        || {
+        move || {
             let mut sums = [0f64; LANES];
             let (blocks, rest) = chunk.as_chunks::<LANES>();
             for block in blocks {
-                (0..LANES).for_each(|i| sums[i] += f64::from(block[i]) * f64::from(block[i]));
+                for (sum, &x) in sums.iter_mut().zip(block) {
+                    *sum += f64::from(x) * f64::from(x);
+                }
             }
-            rest.iter().zip(&mut sums).for_each(|(&x, sum)| *sum += f64::from(x) * f64::from(x));
-            sums.iter().sum()
+            let rest: f64 = rest.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+            sums.iter().sum::<f64>() + rest
         },
     )
 }
@@ -49,7 +51,13 @@ pub fn first_non_finite(grad: &[f32]) -> Option<usize> {
     let largest = |chunk: &[f32]| {
         vectorize(
             #[inline(always)]
-            || chunk.iter().fold(0, |largest: u32, x| largest.max(x.to_bits() & 0x7fff_ffff)),
+            move || {
+                let mut largest = 0;
+                for x in chunk {
+                    largest = largest.max(x.to_bits() & 0x7fff_ffff);
+                }
+                largest
+            },
         )
     };
     // Without its sign, a number is finite if and only if its bits are below those of infinity.

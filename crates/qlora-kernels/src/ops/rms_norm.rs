@@ -5,7 +5,7 @@
 //! dx   = rstd * (weight * dy - x * rstd^2 * mean(weight * dy * x))
 //! ```
 //!
-//! The weight is frozen in QLoRA, so it gets no gradient. Sums are f32 in the fixed order of [`crate::math`]. The
+//! The weight is frozen in QLoRA, so it gets no gradient. Sums are f32 in a fixed order of additions. The
 //! normalization of single heads (Qwen3) is the same operation on a view reshaped to `[tokens * heads, head_dim]`.
 
 use rayon::iter::{IndexedParallelIterator, IntoParallelRefMutIterator, ParallelIterator};
@@ -32,7 +32,7 @@ pub fn forward(x: View, weight: &[f32], eps: f32, y: ViewMut, rstd: &mut [f32]) 
         |(i, (y, rstd))| {
             vectorize(
                 #[inline(always)]
-                || *rstd = normalize(x.row(i), weight, eps, y),
+                move || *rstd = normalize(x.row(i), weight, eps, y),
             );
         },
     );
@@ -60,8 +60,10 @@ pub fn forward_residual(x: ViewMut, delta: View, weight: &[f32], eps: f32, y: Vi
         .for_each(|(i, ((x, y), rstd))| {
             vectorize(
                 #[inline(always)]
-                || {
-                    x.iter_mut().zip(delta.row(i)).for_each(|(x, delta)| *x += delta);
+                move || {
+                    for (x, delta) in x.iter_mut().zip(delta.row(i)) {
+                        *x += delta;
+                    }
                     *rstd = normalize(x, weight, eps, y);
                 },
             );
@@ -86,16 +88,11 @@ pub fn backward(x: View, weight: &[f32], rstd: &[f32], dy: View, dx: ViewMut, ac
         let (x, dy, rstd) = (x.row(i), dy.row(i), rstd[i]);
         vectorize(
             #[inline(always)]
-            || {
+            move || {
                 let along = rstd * rstd * math::dot3(weight, dy, x) / cols as f32;
-                let terms = weight.iter().zip(dy).zip(x).map(
-                    #[inline(always)]
-                    |((weight, dy), x)| rstd * (weight * dy - x * along),
-                );
-                if accumulate {
-                    dx.iter_mut().zip(terms).for_each(|(dx, term)| *dx += term);
-                } else {
-                    dx.iter_mut().zip(terms).for_each(|(dx, term)| *dx = term);
+                for (((dx, weight), dy), x) in dx.iter_mut().zip(weight).zip(dy).zip(x) {
+                    let term = rstd * (weight * dy - x * along);
+                    *dx = if accumulate { *dx + term } else { term };
                 }
             },
         );
@@ -112,7 +109,9 @@ fn check_vectors(op: &'static str, rows: usize, cols: usize, weight: &[f32], rst
 #[inline(always)]
 fn normalize(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) -> f32 {
     let rstd = 1.0 / (math::dot(x, x) / x.len() as f32 + eps).sqrt();
-    y.iter_mut().zip(x).zip(weight).for_each(|((y, x), weight)| *y = x * rstd * weight);
+    for ((y, x), weight) in y.iter_mut().zip(x).zip(weight) {
+        *y = x * rstd * weight;
+    }
     rstd
 }
 

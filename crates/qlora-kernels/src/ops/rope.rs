@@ -167,7 +167,7 @@ fn rotate<const TRANSPOSED: bool>(
     let [tokens, cols] = x.shape();
     Error::check_shape(op, "the table's heads", &[table.head_dim()], &[head_dim])?;
     Error::check_shape(op, "positions", &[positions.len()], &[tokens])?;
-    if cols % head_dim != 0 {
+    if !cols.is_multiple_of(head_dim) {
         return Err(Error::invalid(op, format!("{cols} columns are not a whole number of heads of {head_dim}")));
     }
     if let Some(token) = positions.iter().position(|&position| position as usize >= table.max_positions) {
@@ -181,7 +181,7 @@ fn rotate<const TRANSPOSED: bool>(
         let (cos, sin) = (table.cos(position as usize), table.sin(position as usize));
         vectorize(
             #[inline(always)]
-            || {
+            move || {
                 for head in row.chunks_exact_mut(head_dim) {
                     let (a, b) = head.split_at_mut(head_dim / 2);
                     for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
@@ -206,7 +206,7 @@ fn check_positive(what: &str, x: f64) -> Result<f64> {
 
 /// Radians per position of every pair, scaled as `config` says.
 fn inverse_frequencies(config: &RopeConfig, head_dim: usize) -> Result<Vec<f32>> {
-    if head_dim == 0 || head_dim % 2 != 0 {
+    if head_dim == 0 || !head_dim.is_multiple_of(2) {
         return Err(Error::invalid(TABLE, format!("heads of {head_dim} elements cannot be cut into two halves")));
     }
     let theta = check_positive("rope_theta", config.theta)?;

@@ -28,7 +28,11 @@ pub fn forward(gate: View, up: View, h: ViewMut) -> Result<()> {
         let (gate, up) = (gate.row(i), up.row(i));
         vectorize(
             #[inline(always)]
-            || h.iter_mut().zip(gate).zip(up).for_each(|((h, gate), up)| *h = gate * sigmoid(*gate) * up),
+            move || {
+                for ((h, gate), up) in h.iter_mut().zip(gate).zip(up) {
+                    *h = gate * sigmoid(*gate) * up;
+                }
+            },
         );
     });
     Ok(())
@@ -55,8 +59,8 @@ pub fn backward(gate: ViewMut, up: ViewMut, dh: View, h: Option<ViewMut>) -> Res
             let dh = dh.row(i);
             vectorize(
                 #[inline(always)]
-                || {
-                    for ((gate, up), dh) in gate.iter_mut().zip(up).zip(dh) {
+                move || {
+                    for ((gate, up), dh) in gate.iter_mut().zip(up.iter_mut()).zip(dh) {
                         differentiate(gate, up, *dh);
                     }
                 },
@@ -66,8 +70,8 @@ pub fn backward(gate: ViewMut, up: ViewMut, dh: View, h: Option<ViewMut>) -> Res
             let dh = dh.row(i);
             vectorize(
                 #[inline(always)]
-                || {
-                    for (((gate, up), dh), h) in gate.iter_mut().zip(up).zip(dh).zip(h) {
+                move || {
+                    for (((gate, up), dh), h) in gate.iter_mut().zip(up.iter_mut()).zip(dh).zip(h.iter_mut()) {
                         *h = differentiate(gate, up, *dh);
                     }
                 },
