@@ -16,12 +16,14 @@
 //! This is the one crate of the workspace that holds unsafe code.
 
 pub mod error;
+mod math;
 pub mod matrix;
 pub mod ops;
 pub mod quant;
 pub mod sequence;
 mod simd;
 pub mod tensor;
+mod transpose;
 pub mod view;
 pub mod weight;
 

@@ -1,4 +1,5 @@
 //! The operations, one a file. Each is a `forward` and a `backward` over views.
 
+pub mod attention;
 pub mod matmul;
 pub mod rope;
