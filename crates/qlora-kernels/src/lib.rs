@@ -26,6 +26,7 @@ mod simd;
 pub mod tensor;
 #[cfg(test)]
 mod testing;
+mod transpose;
 pub mod view;
 pub mod weight;
 

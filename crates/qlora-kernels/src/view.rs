@@ -231,6 +231,14 @@ impl<'a> ViewMut<'a> {
 }
 
 impl<'a> HostView<'a> {
+    /// `rows x cols` consecutive elements: memory that an operation itself holds.
+    ///
+    /// # Panics
+    /// If `data` has another length.
+    pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
+        View::new(data, rows, cols).host
+    }
+
     /// The number of rows.
     pub fn rows(&self) -> usize {
         self.rows
@@ -295,6 +303,14 @@ impl<'a> HostView<'a> {
 }
 
 impl<'a> HostViewMut<'a> {
+    /// `rows x cols` consecutive elements: memory that an operation itself holds.
+    ///
+    /// # Panics
+    /// If `data` has another length.
+    pub fn new(data: &'a mut [f32], rows: usize, cols: usize) -> Self {
+        ViewMut::new(data, rows, cols).host
+    }
+
     /// The number of rows.
     pub fn rows(&self) -> usize {
         self.rows

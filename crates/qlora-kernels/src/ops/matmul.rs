@@ -6,12 +6,13 @@
 //! | [`nn`] | `[m, k]` | `[k, n]` | `[m, n]` | `dx = dy W` |
 //! | [`tn`] | `[k, m]` | `[k, n]` | `[m, n]` | `dW = dy^T x` |
 //!
-//! On the CPU the `gemm` crate does the work, in f32.
+//! On the CPU the `gemm` crate does the work, in f32. The `*_serial` kinds stay on the calling thread: they are for
+//! operations that cut their work into parallel tasks themselves.
 
 use gemm::Parallelism;
 
 use crate::error::{Error, Result};
-use crate::view::{HostView, View, ViewMut};
+use crate::view::{HostView, HostViewMut, View, ViewMut};
 
 /// `c = alpha * a b^T + beta * c`.
 pub fn nt(a: View, b: View, c: ViewMut, alpha: f32, beta: f32) -> Result<()> {
@@ -20,6 +21,16 @@ pub fn nt(a: View, b: View, c: ViewMut, alpha: f32, beta: f32) -> Result<()> {
     c.expect(OP, "c", a.rows(), b.rows())?;
     let (a, b) = (a.host(OP)?, b.host(OP)?);
     run(OP, Strided::rows(a), Strided::columns(b), c, alpha, beta, a.cols())
+}
+
+/// [`nt`] on the calling thread.
+///
+/// # Panics
+/// If the shapes do not fit each other or a factor is NaN.
+#[allow(dead_code, reason = "the third of three")]
+pub(crate) fn nt_serial(a: HostView, b: HostView, mut c: HostViewMut, alpha: f32, beta: f32) {
+    assert_eq!((b.cols(), c.rows(), c.cols()), (a.cols(), a.rows(), b.rows()), "matmul_nt: shapes");
+    call_gemm(Strided::rows(a), Strided::columns(b), &mut c, alpha, beta, a.cols(), Parallelism::None);
 }
 
 /// `c = alpha * a b + beta * c`.
@@ -31,6 +42,15 @@ pub fn nn(a: View, b: View, c: ViewMut, alpha: f32, beta: f32) -> Result<()> {
     run(OP, Strided::rows(a), Strided::rows(b), c, alpha, beta, a.cols())
 }
 
+/// [`nn`] on the calling thread.
+///
+/// # Panics
+/// If the shapes do not fit each other or a factor is NaN.
+pub(crate) fn nn_serial(a: HostView, b: HostView, mut c: HostViewMut, alpha: f32, beta: f32) {
+    assert_eq!((b.rows(), c.rows(), c.cols()), (a.cols(), a.rows(), b.cols()), "matmul_nn: shapes");
+    call_gemm(Strided::rows(a), Strided::rows(b), &mut c, alpha, beta, a.cols(), Parallelism::None);
+}
+
 /// `c = alpha * a^T b + beta * c`.
 pub fn tn(a: View, b: View, c: ViewMut, alpha: f32, beta: f32) -> Result<()> {
     const OP: &str = "matmul_tn";
@@ -38,6 +58,15 @@ pub fn tn(a: View, b: View, c: ViewMut, alpha: f32, beta: f32) -> Result<()> {
     c.expect(OP, "c", a.cols(), b.cols())?;
     let (a, b) = (a.host(OP)?, b.host(OP)?);
     run(OP, Strided::columns(a), Strided::rows(b), c, alpha, beta, a.rows())
+}
+
+/// [`tn`] on the calling thread.
+///
+/// # Panics
+/// If the shapes do not fit each other or a factor is NaN.
+pub(crate) fn tn_serial(a: HostView, b: HostView, mut c: HostViewMut, alpha: f32, beta: f32) {
+    assert_eq!((b.rows(), c.rows(), c.cols()), (a.rows(), a.cols(), b.cols()), "matmul_tn: shapes");
+    call_gemm(Strided::columns(a), Strided::rows(b), &mut c, alpha, beta, a.rows(), Parallelism::None);
 }
 
 /// A matrix by pointer and the distances between its rows and columns.
@@ -69,14 +98,21 @@ fn run(op: &'static str, a: Strided, b: Strided, c: ViewMut, alpha: f32, beta: f
     }
     let threads = if m * n * k < PARALLEL_ABOVE { 1 } else { rayon::current_num_threads() };
     let parallelism = if threads == 1 { Parallelism::None } else { Parallelism::Rayon(threads) };
+    call_gemm(a, b, &mut c, alpha, beta, k, parallelism);
+    Ok(())
+}
+
+/// The callers have checked that `a` is `[c.rows, k]` and `b` is `[k, c.cols]`.
+fn call_gemm(a: Strided, b: Strided, c: &mut HostViewMut, alpha: f32, beta: f32, k: usize, parallelism: Parallelism) {
+    assert!(!alpha.is_nan() && !beta.is_nan(), "the factors of a matrix product must not be NaN");
     let stride = c.stride() as isize;
     // SAFETY: the callers checked that a is [m, k], b is [k, n] and c is [m, n]; views guarantee that all elements at
     // these strides lie in borrowed memory and that c's is borrowed mutably, so it overlaps neither a nor b. With
     // beta = 0, c is not read.
     unsafe {
         gemm::gemm(
-            m,
-            n,
+            c.rows(),
+            c.cols(),
             k,
             c.as_mut_ptr(),
             1,
@@ -96,7 +132,6 @@ fn run(op: &'static str, a: Strided, b: Strided, c: ViewMut, alpha: f32, beta: f
             parallelism,
         );
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -158,5 +193,36 @@ mod tests {
         let mut c = vec![0.0; 4];
         let error = nn(View::new(&a, 2, 3), View::new(&b, 2, 3), ViewMut::new(&mut c, 2, 2), 1.0, 0.0).unwrap_err();
         assert_eq!(error.to_string(), "matmul_nn: b has shape [2, 3], expected [3, 2]");
+    }
+
+    #[test]
+    fn serial_products_give_the_bits_of_the_parallel_ones() {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(2);
+        for (m, n, k) in [(1, 1, 1), (5, 3, 9), (130, 70, 200), (192, 160, 300)] {
+            let (a, b) = (random(&mut rng, m * k), random(&mut rng, k * n));
+            type Parallel = fn(View, View, ViewMut, f32, f32) -> Result<()>;
+            type Serial = fn(HostView, HostView, HostViewMut, f32, f32);
+            let cases: [(Parallel, Serial, [usize; 2], [usize; 2]); 3] =
+                [(nn, nn_serial, [m, k], [k, n]), (nt, nt_serial, [m, k], [n, k]), (tn, tn_serial, [k, m], [k, n])];
+            for (parallel, serial, sa, sb) in cases {
+                let (mut c, mut d) = (vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
+                let (a, b) = (View::new(&a, sa[0], sa[1]), View::new(&b, sb[0], sb[1]));
+                parallel(a, b, ViewMut::new(&mut c, m, n), 0.5, 0.0).unwrap();
+                serial(a.host("t").unwrap(), b.host("t").unwrap(), HostViewMut::new(&mut d, m, n), 0.5, 0.0);
+                assert_eq!(c, d, "{m} {n} {k}");
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "shapes")]
+    fn serial_products_refuse_shapes_that_do_not_fit() {
+        nn_serial(
+            HostView::new(&[0.0; 6], 2, 3),
+            HostView::new(&[0.0; 6], 2, 3),
+            HostViewMut::new(&mut [0.0; 6], 2, 3),
+            1.0,
+            0.0,
+        );
     }
 }
