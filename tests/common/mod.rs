@@ -52,7 +52,8 @@ pub fn tiny_model(config: &ModelConfig, quantized: bool, seed: u64, workspace: W
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let (hidden, mlp, head_dim) = (config.hidden_size, config.intermediate_size, config.head_dim);
     let (q_width, kv_width) = (config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim);
-    let norm = |rng: &mut ChaCha8Rng, len: usize| -> Vec<f32> { random(rng, len, 0.3).iter().map(|x| 1.0 + x).collect() };
+    let norm =
+        |rng: &mut ChaCha8Rng, len: usize| -> Vec<f32> { random(rng, len, 0.3).iter().map(|x| 1.0 + x).collect() };
     let table = |rng: &mut ChaCha8Rng| -> Arc<dyn FrozenWeight> {
         let data = PlainData::F32(random(rng, config.vocab_size * hidden, 1.0));
         Arc::new(PlainWeight::new(data, config.vocab_size, hidden))

@@ -372,8 +372,7 @@ impl CustomOp3 for QLoraLinear {
         let name = self.name();
         let dy = dy.contiguous()?;
         let s = self.s.get().ok_or_else(|| Error::Invalid(format!("{name}: backward before forward")))?;
-        let (mut da, mut db) =
-            (self.workspace.zeros(a.dim(0)?, a.dim(1)?), self.workspace.zeros(b.dim(0)?, b.dim(1)?));
+        let (mut da, mut db) = (self.workspace.zeros(a.dim(0)?, a.dim(1)?), self.workspace.zeros(b.dim(0)?, b.dim(1)?));
         // candle panics on a missing gradient only for tracked tensors: untracked ones cost nothing.
         let dx = {
             let (input, dy) = (TensorView::new(name, x)?, TensorView::new(name, &dy)?);

@@ -195,7 +195,11 @@ impl<'de> Deserialize<'de> for InitLoraWeights {
             }
 
             fn visit_bool<E: serde::de::Error>(self, value: bool) -> std::result::Result<InitLoraWeights, E> {
-                if value { Ok(InitLoraWeights::KaimingUniform) } else { Err(E::invalid_value(serde::de::Unexpected::Bool(value), &self)) }
+                if value {
+                    Ok(InitLoraWeights::KaimingUniform)
+                } else {
+                    Err(E::invalid_value(serde::de::Unexpected::Bool(value), &self))
+                }
             }
         }
         deserializer.deserialize_any(Visitor)
@@ -234,9 +238,8 @@ mod tests {
 
     #[test]
     fn the_default_targets_are_the_attention_of_every_block_in_layer_order() {
-        let expected: Vec<String> = (0..2)
-            .flat_map(|i| ["q", "k", "v", "o"].map(|p| format!("model.layers.{i}.self_attn.{p}_proj")))
-            .collect();
+        let expected: Vec<String> =
+            (0..2).flat_map(|i| ["q", "k", "v", "o"].map(|p| format!("model.layers.{i}.self_attn.{p}_proj"))).collect();
         assert_eq!(names(&LoraConfig::default()), expected);
         // The order is the model's, not the list's.
         assert_eq!(names(&with_targets(TargetModules::list(["o_proj", "v_proj", "k_proj", "q_proj"]))), expected);
@@ -260,7 +263,8 @@ mod tests {
         let error = with_targets(TargetModules::parse("q_proj").unwrap()).resolve(&model).unwrap_err().to_string();
         assert!(error.contains("has to match the whole name") && error.contains("mlp.down_proj"), "{error}");
         let mut config = LoraConfig::default();
-        config.exclude_modules = Some(ModuleFilter::List(["q_proj", "k_proj", "v_proj", "o_proj"].map(String::from).into()));
+        config.exclude_modules =
+            Some(ModuleFilter::List(["q_proj", "k_proj", "v_proj", "o_proj"].map(String::from).into()));
         assert!(config.resolve(&model).unwrap_err().to_string().contains("leave no linear layer"));
     }
 
@@ -275,7 +279,10 @@ mod tests {
             (TargetModules::parse(r"model\.layers\.0.*").unwrap(), "model.layers.0.self_attn"),
         ] {
             let error = with_targets(targets).resolve(&model).unwrap_err();
-            assert!(matches!(&error, Error::Unsupported(text) if text.contains(&format!("selects {name};"))), "{error}");
+            assert!(
+                matches!(&error, Error::Unsupported(text) if text.contains(&format!("selects {name};"))),
+                "{error}"
+            );
         }
         // Excluding them makes the same pattern usable.
         let mut config = with_targets(TargetModules::parse(".*(q_proj|norm)").unwrap());
@@ -292,7 +299,10 @@ mod tests {
             (LoraConfig { lora_dropout: 1.0, ..Default::default() }, "lora_dropout is 1"),
             (LoraConfig { lora_dropout: -0.1, ..Default::default() }, "lora_dropout is -0.1"),
             (with_targets(TargetModules::list::<&str>([])), "target_modules is empty"),
-            (LoraConfig { exclude_modules: Some(ModuleFilter::List(vec![])), ..Default::default() }, "exclude_modules is empty"),
+            (
+                LoraConfig { exclude_modules: Some(ModuleFilter::List(vec![])), ..Default::default() },
+                "exclude_modules is empty",
+            ),
             (with_targets(TargetModules::list([""])), "empty entry"),
         ];
         for (config, expected) in bad {
@@ -303,7 +313,8 @@ mod tests {
 
     #[test]
     fn files_take_defaults_and_refuse_unknown_keys_and_unsupported_values() {
-        let config: LoraConfig = serde_json::from_str(r#"{"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}"#).unwrap();
+        let config: LoraConfig =
+            serde_json::from_str(r#"{"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}"#).unwrap();
         assert_eq!((config.r, config.lora_alpha, config.lora_dropout), (4, 16.0, 0.0));
         let text = serde_json::to_string(&config).unwrap();
         assert!(text.contains("\"lora_alpha\":16,"), "{text}");

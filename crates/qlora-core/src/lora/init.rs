@@ -67,9 +67,15 @@ mod tests {
             let variance = values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / n;
             // Standard errors: bound / sqrt(3 n) for the mean, bound^2 * sqrt(4 / 45 / n) for the mean square.
             assert!(mean.abs() < 5.0 * bound / (3.0 * n).sqrt(), "{mean}");
-            assert!((variance - bound * bound / 3.0).abs() < 5.0 * bound * bound * (4.0 / 45.0 / n).sqrt(), "{variance}");
+            assert!(
+                (variance - bound * bound / 3.0).abs() < 5.0 * bound * bound * (4.0 / 45.0 / n).sqrt(),
+                "{variance}"
+            );
             assert!(values.iter().all(|&v| f64::from(v).abs() <= bound * (1.0 + 1e-6)));
-            assert!(values.iter().any(|&v| f64::from(v) > 0.98 * bound) && values.iter().any(|&v| f64::from(v) < -0.98 * bound));
+            assert!(
+                values.iter().any(|&v| f64::from(v) > 0.98 * bound)
+                    && values.iter().any(|&v| f64::from(v) < -0.98 * bound)
+            );
         }
     }
 

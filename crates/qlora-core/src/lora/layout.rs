@@ -175,7 +175,8 @@ mod tests {
     use super::*;
 
     fn layout() -> AdapterLayout {
-        let config = LoraConfig { r: 3, target_modules: TargetModules::list(["q_proj", "down_proj"]), ..Default::default() };
+        let config =
+            LoraConfig { r: 3, target_modules: TargetModules::list(["q_proj", "down_proj"]), ..Default::default() };
         AdapterLayout::for_model(&config, &tiny_model(2)).unwrap()
     }
 

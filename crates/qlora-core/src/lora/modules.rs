@@ -97,7 +97,9 @@ pub fn linear_modules(model: &ModelConfig) -> Vec<LinearModule> {
 /// is refused, as PEFT would either adapt it (the embedding, the head) or fail on it (everything else).
 pub(super) fn other_modules(model: &ModelConfig) -> Vec<String> {
     let mut names: Vec<String> =
-        ["lm_head", "model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb"].map(String::from).into();
+        ["lm_head", "model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb"]
+            .map(String::from)
+            .into();
     let mut parts = vec!["self_attn", "mlp", "mlp.act_fn", "input_layernorm", "post_attention_layernorm"];
     if model.qk_norm {
         parts.extend(["self_attn.q_norm", "self_attn.k_norm"]);

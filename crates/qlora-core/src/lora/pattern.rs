@@ -223,9 +223,7 @@ impl Translator {
         let Some(c) = self.next() else { return self.invalid("unexpected end of pattern") };
         match c {
             ':' => self.open("(?:"),
-            '#' => {
-                while self.next().ok_or(()).or_else(|()| self.invalid("missing ), unterminated comment"))? != ')' {}
-            }
+            '#' => while self.next().ok_or(()).or_else(|()| self.invalid("missing ), unterminated comment"))? != ')' {},
             '=' | '!' => return Err(Problem::Unsupported("a lookahead")),
             '<' if matches!(self.peek(), Some('=' | '!')) => return Err(Problem::Unsupported("a lookbehind")),
             '>' => return Err(Problem::Unsupported("an atomic group")),
@@ -269,7 +267,8 @@ impl Translator {
                     if !self.at_start {
                         return self.invalid("global flags not at the start of the expression");
                     }
-                    self.global_flags.extend(on.chars().filter(|flag| !self.global_flags.contains(*flag)).collect::<Vec<_>>());
+                    self.global_flags
+                        .extend(on.chars().filter(|flag| !self.global_flags.contains(*flag)).collect::<Vec<_>>());
                     return Ok(());
                 }
                 ':' if negative && off.is_empty() => return self.invalid("missing flag"),
@@ -284,7 +283,8 @@ impl Translator {
         if on.chars().any(|flag| off.contains(flag)) {
             return self.invalid("flag turned on and off");
         }
-        let unique = |flags: String| ['i', 'm', 's'].into_iter().filter(|flag| flags.contains(*flag)).collect::<String>();
+        let unique =
+            |flags: String| ['i', 'm', 's'].into_iter().filter(|flag| flags.contains(*flag)).collect::<String>();
         let (on, off) = (unique(on), unique(off));
         let text = if off.is_empty() { format!("(?{on}:") } else { format!("(?{on}-{off}:") };
         self.open(&text);
@@ -450,7 +450,9 @@ mod tests {
         assert!(matches(r"\<a\>", "<a>"));
         assert!(matches(r"a\Z", "a"));
         assert!(matches(r"\056\x2e\u002e", "..."));
-        assert!(matches("(?i)Q_PROJ", "q_proj") && matches("(?i:Q)_proj", "q_proj") && !matches("(?i:Q)_PROJ", "q_proj"));
+        assert!(
+            matches("(?i)Q_PROJ", "q_proj") && matches("(?i:Q)_proj", "q_proj") && !matches("(?i:Q)_PROJ", "q_proj")
+        );
         assert!(matches("a(?# note )b", "ab"));
         assert!(matches("a}]", "a}]"));
     }
@@ -458,11 +460,34 @@ mod tests {
     #[test]
     fn what_python_refuses_is_refused() {
         for pattern in [
-            "a**", "a*{2}", "*a", "^*", "(", ")", "a)|(b", "[a", "[b-a]", r"\q", r"[\8]", r"a\", "a(?i)", r"\p{L}", "a{3,2}",
-            "(?<n>a)", "(?", "(?P<1>a)", r"\x1", "(?z)", r"(?P<n>a)(?P<n>b)", r"\400",
+            "a**",
+            "a*{2}",
+            "*a",
+            "^*",
+            "(",
+            ")",
+            "a)|(b",
+            "[a",
+            "[b-a]",
+            r"\q",
+            r"[\8]",
+            r"a\",
+            "a(?i)",
+            r"\p{L}",
+            "a{3,2}",
+            "(?<n>a)",
+            "(?",
+            "(?P<1>a)",
+            r"\x1",
+            "(?z)",
+            r"(?P<n>a)(?P<n>b)",
+            r"\400",
         ] {
             let error = ModulePattern::new(pattern).unwrap_err();
-            assert!(matches!(&error, Error::Invalid(message) if message.contains(&format!("{pattern:?}"))), "{pattern}: {error}");
+            assert!(
+                matches!(&error, Error::Invalid(message) if message.contains(&format!("{pattern:?}"))),
+                "{pattern}: {error}"
+            );
         }
     }
 

@@ -124,7 +124,9 @@ impl<'de> Deserialize<'de> for TextOrList {
             type Value = TextOrList;
 
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("a list of module names, or one string (a regular expression; for targets also \"all-linear\")")
+                f.write_str(
+                    "a list of module names, or one string (a regular expression; for targets also \"all-linear\")",
+                )
             }
 
             fn visit_str<E: serde::de::Error>(self, text: &str) -> std::result::Result<TextOrList, E> {

@@ -246,11 +246,7 @@ impl Block {
     }
 
     #[allow(clippy::type_complexity)]
-    fn project_gate_up(
-        &self,
-        n2: View,
-        pass: &Pass,
-    ) -> Result<(Matrix, Matrix, Option<Matrix>, Option<Matrix>)> {
+    fn project_gate_up(&self, n2: View, pass: &Pass) -> Result<(Matrix, Matrix, Option<Matrix>, Option<Matrix>)> {
         let Pass { workspace, .. } = *pass;
         let mut gate = workspace.matrix(n2.rows(), self.gate.outputs());
         let mut up = workspace.matrix(n2.rows(), self.up.outputs());

@@ -44,8 +44,8 @@ impl CausalLm {
     /// names it.
     pub fn load(source: &dyn WeightSource, options: LoadOptions<'_>) -> Result<Self> {
         let device = candle_core::Device::Cpu;
-        let workspace = Workspace::new(&device)
-            .map_err(|_| Error::Unsupported(format!("models on {}", device_name(&device))))?;
+        let workspace =
+            Workspace::new(&device).map_err(|_| Error::Unsupported(format!("models on {}", device_name(&device))))?;
         Loader::new(source, options).model(workspace)
     }
 }
@@ -170,7 +170,9 @@ impl<'a, 'b> Loader<'a, 'b> {
         }
         let shown = unused.iter().take(5).cloned().collect::<Vec<_>>().join(", ");
         let more = if unused.len() > 5 { format!(" and {} more", unused.len() - 5) } else { String::new() };
-        Err(Error::Unsupported(format!("the checkpoint has tensors that this architecture does not use: {shown}{more}")))
+        Err(Error::Unsupported(format!(
+            "the checkpoint has tensors that this architecture does not use: {shown}{more}"
+        )))
     }
 }
 

@@ -268,9 +268,8 @@ mod tests {
 
     #[test]
     fn the_parts_that_nobody_reads_can_be_left_out() {
-        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(9);
-        let (x, a, b) = (random(&mut rng, 30 * 7), random(&mut rng, 3 * 7), random(&mut rng, 5 * 3));
-        let dy = random(&mut rng, 30 * 5);
+        let mut random = random(9);
+        let (x, a, b, dy) = (random(30 * 7), random(3 * 7), random(5 * 3), random(30 * 5));
         let (x, a, b) = (View::new(&x, 30, 7), View::new(&a, 3, 7), View::new(&b, 5, 3));
         let workspace = Workspace::poisoned();
         for dropout in [None, Some(Dropout { p: 0.4, seed: 1, stream: 2 })] {

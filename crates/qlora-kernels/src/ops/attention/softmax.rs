@@ -21,7 +21,9 @@ pub(super) fn raise(max: &[f32], before: &mut [f32], shift: &mut [f32], factor: 
     vectorize(
         #[inline(always)]
         || {
-            for (((&max, before), shift), factor) in max.iter().zip(before.iter_mut()).zip(shift.iter_mut()).zip(factor.iter_mut()) {
+            for (((&max, before), shift), factor) in
+                max.iter().zip(before.iter_mut()).zip(shift.iter_mut()).zip(factor.iter_mut())
+            {
                 *shift = if max == f32::NEG_INFINITY { 0.0 } else { max };
                 *factor = math::exp(*before - *shift);
                 *before = max;
