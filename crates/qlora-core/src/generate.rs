@@ -2,6 +2,8 @@
 
 use std::ops::ControlFlow;
 
+use candle_core::{Device, Tensor};
+
 use crate::error::{Error, Result};
 use crate::model::{CausalLm, KvCache};
 use crate::sampling::{GenerationConfig, Sampler};
@@ -50,21 +52,38 @@ pub fn generate_batch(model: &CausalLm, prompts: &[&[u32]], config: &GenerationC
 }
 
 /// One prompt's state.
-struct Sequence<'a> {
+struct Sequence {
     cache: KvCache,
     sampler: Sampler,
-    prompt: &'a [u32],
-    tokens: Vec<u32>,
+    /// The prompt and the answer so far.
+    text: Vec<u32>,
+    prompt: usize,
     stop: Option<StopReason>,
 }
 
-impl Sequence<'_> {
+impl Sequence {
+    fn new(model: &CausalLm, prompt: &[u32], config: &GenerationConfig, index: usize) -> Result<Self> {
+        let limit = model.config().max_position_embeddings;
+        if prompt.len() >= limit {
+            return Err(Error::Invalid(format!(
+                "the prompt has {} tokens, the model takes {limit} (max_position_embeddings)",
+                prompt.len()
+            )));
+        }
+        let capacity = prompt.len().saturating_add(config.max_new_tokens).min(limit);
+        let config = GenerationConfig { seed: config.seed.wrapping_add(index as u64), ..config.clone() };
+        Ok(Self {
+            cache: model.new_cache(capacity),
+            sampler: Sampler::new(&config)?,
+            text: prompt.to_vec(),
+            prompt: prompt.len(),
+            stop: (config.max_new_tokens == 0).then_some(StopReason::Length),
+        })
+    }
+
     /// What the model has not seen yet: the prompt at first, then the last token.
     fn pending(&self) -> &[u32] {
-        match self.tokens.last() {
-            None => self.prompt,
-            Some(last) => std::slice::from_ref(last),
-        }
+        &self.text[self.cache.len()..]
     }
 }
 
@@ -76,20 +95,8 @@ fn run(
 ) -> Result<Vec<Generation>> {
     config.validate()?;
     let limit = model.config().max_position_embeddings;
-    let mut sequences = Vec::with_capacity(prompts.len());
-    for (index, &prompt) in prompts.iter().enumerate() {
-        let capacity = prompt.len().saturating_add(config.max_new_tokens);
-        if prompt.len() >= limit {
-            return Err(Error::Invalid(format!(
-                "the prompt has {} tokens, the model takes {limit} (max_position_embeddings)",
-                prompt.len()
-            )));
-        }
-        let cache = model.new_cache(capacity.min(limit));
-        let sampler = Sampler::for_sequence(config, index)?;
-        let stop = (config.max_new_tokens == 0).then_some(StopReason::Length);
-        sequences.push(Sequence { cache, sampler, prompt, tokens: Vec::new(), stop });
-    }
+    let new = |(index, prompt): (usize, &&[u32])| Sequence::new(model, prompt, config, index);
+    let mut sequences = prompts.iter().enumerate().map(new).collect::<Result<Vec<_>>>()?;
     loop {
         let mut active: Vec<_> = sequences.iter_mut().enumerate().filter(|(_, seq)| seq.stop.is_none()).collect();
         if active.is_empty() {
@@ -100,20 +107,24 @@ fn run(
         let mut caches: Vec<_> = active.iter_mut().map(|(_, seq)| &mut seq.cache).collect();
         let logits = model.next_logits_batch(&inputs, &mut caches)?;
         for ((index, sequence), row) in active.iter_mut().zip(logits.as_slice().chunks_exact(logits.cols())) {
-            let token = sequence.sampler.sample(row, sequence.prompt, &sequence.tokens)?;
+            let row = Tensor::from_slice(row, row.len(), &Device::Cpu)?;
+            let token = sequence.sampler.sample(&row, &sequence.text)?;
             if config.is_stop_token(token) || model.config().eos_token_ids.contains(&token) {
                 sequence.stop = Some(StopReason::EndToken(token));
                 continue;
             }
-            sequence.tokens.push(token);
-            let full = sequence.prompt.len() + sequence.tokens.len() >= limit;
+            sequence.text.push(token);
+            let made = sequence.text.len() - sequence.prompt;
             if on_token(*index, token).is_break() {
                 sequence.stop = Some(StopReason::Caller);
-            } else if full || sequence.tokens.len() >= config.max_new_tokens {
+            } else if made >= config.max_new_tokens || sequence.text.len() >= limit {
                 sequence.stop = Some(StopReason::Length);
             }
         }
     }
-    let finished = |seq: Sequence| Generation { tokens: seq.tokens, stop: seq.stop.unwrap_or(StopReason::Length) };
-    Ok(sequences.into_iter().map(finished).collect())
+    let finish = |mut sequence: Sequence| Generation {
+        tokens: sequence.text.split_off(sequence.prompt),
+        stop: sequence.stop.unwrap_or(StopReason::Length),
+    };
+    Ok(sequences.into_iter().map(finish).collect())
 }

@@ -2,13 +2,18 @@
 
 #![forbid(unsafe_code)]
 
+pub mod adapter;
+pub mod atomic;
 pub mod autograd;
 pub mod batch;
 pub mod config;
 pub mod error;
+pub mod generate;
 pub mod lora;
 pub mod model;
 pub mod nn;
+mod safetensors_file;
+pub mod sampling;
 pub mod source;
 
 pub use error::{Error, Result};

@@ -1,0 +1,78 @@
+//! The model card: what the hub and a reader want to know about an adapter.
+
+use super::config_file::last_names;
+use super::save::SaveOptions;
+use crate::lora::{AdapterLayout, LoraConfig};
+use std::fmt::Write;
+
+/// Marks a card as written here, so that it may be replaced.
+const MARK: &str = "<!-- Written by qlora at every save. Remove this line to keep your changes. -->";
+
+pub(super) fn is_ours(text: &str) -> bool {
+    text.contains(MARK)
+}
+
+pub(super) fn text(config: &LoraConfig, layout: &AdapterLayout, options: &SaveOptions) -> String {
+    let base = options.base_model_name_or_path.as_deref();
+    let mut card = String::from("---\n");
+    // The hub takes only ids here. JSON strings are YAML strings.
+    if let Some(id) = base.filter(|name| is_hub_id(name)) {
+        card += &format!("base_model: {}\n", serde_json::Value::from(id));
+    }
+    card += "library_name: peft\ntags:\n- lora\n---\n";
+    card += MARK;
+    card += "\n\n# LoRA adapter\n\n";
+    let of = base.map_or_else(String::new, |name| format!(" of `{name}`"));
+    // Writing to a string cannot fail.
+    let _ = write!(
+        card,
+        "A LoRA fine-tune{of}, made with qlora {} and stored in PEFT's format.\n\n\
+         - r {}, lora_alpha {}, scaling {} ({})\n- lora_dropout {}\n- layers: {} ({} adapters)\n- {} trained parameters\n\n\
+         In Python: `PeftModel.from_pretrained(base_model, \"path/to/this/folder\")`.\n",
+        env!("CARGO_PKG_VERSION"),
+        config.r,
+        config.lora_alpha,
+        config.scaling(),
+        if config.use_rslora { "rank-stabilized: lora_alpha / sqrt(r)" } else { "lora_alpha / r" },
+        config.lora_dropout,
+        last_names(layout).join(", "),
+        layout.modules().count(),
+        layout.len(),
+    );
+    card
+}
+
+/// Whether a name has the form `name` or `owner/name` of the hub.
+fn is_hub_id(name: &str) -> bool {
+    let parts: Vec<&str> = name.split('/').collect();
+    let valid = |part: &str| {
+        part.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    };
+    parts.len() <= 2 && parts.into_iter().all(valid) && !name.ends_with(".gguf")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_hub_ids_go_to_the_header() {
+        for (name, expected) in [
+            ("org/Model-1.5_b", true),
+            ("gpt2", true),
+            ("/data/model", false),
+            ("./model", false),
+            ("a/b/c", false),
+            ("m.gguf", false),
+            ("", false),
+            ("a b", false),
+        ] {
+            assert_eq!(is_hub_id(name), expected, "{name}");
+            let options = SaveOptions { base_model_name_or_path: Some(name.into()), ..Default::default() };
+            let card = text(&LoraConfig::default(), &AdapterLayout::new(&[], 8), &options);
+            assert_eq!(card.contains("base_model: "), expected);
+            assert!(is_ours(&card));
+        }
+    }
+}

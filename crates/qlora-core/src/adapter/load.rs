@@ -1,0 +1,202 @@
+//! Reads an adapter folder, strictly.
+
+use super::config_file::{self, AdapterConfig};
+use super::{CONFIG_FILE, WEIGHTS_FILE};
+use crate::config::ModelConfig;
+use crate::lora::{AdapterLayout, Entry, LoraConfig, ModuleFilter, TargetModules};
+use crate::{Error, Result};
+use half::{bf16, f16};
+use safetensors::{Dtype, SafeTensors};
+use std::fs;
+use std::io;
+use std::path::Path;
+
+/// An adapter from disk.
+#[derive(Clone, Debug)]
+pub struct Adapter {
+    /// Its options, and the base model that it names.
+    pub config: AdapterConfig,
+    /// Where its numbers lie in `weights`.
+    pub layout: AdapterLayout,
+    /// All A and B, in f32.
+    pub weights: Vec<f32>,
+}
+
+/// Reads the adapter in the folder `dir` for `model`.
+///
+/// # Errors
+/// If a file is missing or broken, if an option is not supported, or if the tensors are not exactly those that the
+/// options give for this model, in F32, F16 or BF16, with the right shapes and finite numbers.
+pub fn load(dir: impl AsRef<Path>, model: &ModelConfig) -> Result<Adapter> {
+    let dir = dir.as_ref();
+    let config = read_config(dir)?;
+    assemble(dir, config, &read_file(&dir.join(WEIGHTS_FILE))?, model)
+}
+
+/// The adapter of these options and this tensor file; `dir` is for messages.
+fn assemble(dir: &Path, mut config: AdapterConfig, file: &[u8], model: &ModelConfig) -> Result<Adapter> {
+    drop_unmatched(&mut config.lora, model, dir);
+    let layout = AdapterLayout::for_model(&config.lora, model).map_err(|error| prefixed(dir, error))?;
+    let mut weights = vec![0.0; layout.len()];
+    fill(&dir.join(WEIGHTS_FILE), file, &layout, &mut weights)?;
+    Ok(Adapter { config, layout, weights })
+}
+
+/// Reads the adapter in the folder `dir` into the buffer of a model that is being trained, to go on from it. The target
+/// modules may be written differently as long as they select the same layers.
+///
+/// # Errors
+/// Those of [`load`], and if rank or scaling are not those of `config`. The buffer is then unchanged.
+///
+/// # Panics
+/// If the buffer's length is not the layout's.
+pub fn load_into(dir: impl AsRef<Path>, config: &LoraConfig, layout: &AdapterLayout, flat: &mut [f32]) -> Result<()> {
+    assert_eq!(flat.len(), layout.len(), "the buffer does not have the layout's length");
+    let dir = dir.as_ref();
+    let saved = read_config(dir)?.lora;
+    if (saved.r, saved.scaling()) != (config.r, config.scaling()) {
+        let text =
+            |of: &LoraConfig| format!("r = {}, lora_alpha = {}, use_rslora = {}", of.r, of.lora_alpha, of.use_rslora);
+        return Err(Error::format(
+            dir.join(CONFIG_FILE),
+            format!("the adapter has {}, but this run has {}", text(&saved), text(config)),
+        ));
+    }
+    let path = dir.join(WEIGHTS_FILE);
+    fill(&path, &read_file(&path)?, layout, flat)
+}
+
+/// Reads the options of the adapter in the folder `dir`, and which base model it names.
+///
+/// # Errors
+/// If the file is missing or broken, or if an option is not supported.
+pub fn read_config(dir: impl AsRef<Path>) -> Result<AdapterConfig> {
+    let path = dir.as_ref().join(CONFIG_FILE);
+    config_file::parse(&path, &read_file(&path)?)
+}
+
+/// PEFT takes lists of which some entries match nothing, and publishes adapters with them. The check of the tensors' names
+/// says whether anything is missing, so such entries are only dropped.
+fn drop_unmatched(config: &mut LoraConfig, model: &ModelConfig, dir: &Path) {
+    let unmatched: Vec<String> = config.unmatched(model).into_iter().map(str::to_owned).collect();
+    if unmatched.is_empty() {
+        return;
+    }
+    if let TargetModules::Selected(ModuleFilter::List(entries)) = &mut config.target_modules
+        && unmatched.len() < entries.len()
+    {
+        tracing::warn!("{}: target_modules {unmatched:?} match no module of this model", dir.display());
+        entries.retain(|entry| !unmatched.contains(entry));
+    }
+}
+
+fn prefixed(dir: &Path, error: Error) -> Error {
+    let path = dir.join(CONFIG_FILE);
+    match error {
+        Error::Unsupported(message) => Error::Unsupported(format!("{}: {message}", path.display())),
+        other => Error::format(path, other.to_string()),
+    }
+}
+
+fn read_file(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).map_err(|error| missing(path, error))
+}
+
+fn missing(path: &Path, error: io::Error) -> Error {
+    if error.kind() != io::ErrorKind::NotFound {
+        return Error::io(path, error);
+    }
+    let pickle = path.with_file_name("adapter_model.bin");
+    let hint = if path.ends_with(WEIGHTS_FILE) && pickle.exists() {
+        "not found; adapter_model.bin is a Python pickle, which is not read: load it with PEFT and save it again"
+    } else {
+        "not found; an adapter folder holds adapter_config.json and adapter_model.safetensors"
+    };
+    Error::io(path, io::Error::new(io::ErrorKind::NotFound, hint))
+}
+
+/// Fills `flat` from the bytes of the tensor file at `path`; unchanged if anything is wrong.
+fn fill(path: &Path, bytes: &[u8], layout: &AdapterLayout, flat: &mut [f32]) -> Result<()> {
+    let file = SafeTensors::deserialize(bytes)
+        .map_err(|error| Error::format(path, format!("broken or truncated safetensors file: {error}")))?;
+    check_names(path, &file, layout)?;
+    for entry in layout.entries() {
+        let values = Values::of(path, &file, entry)?;
+        if let Some(index) = (0..entry.numel()).find(|&i| !values.get(i).is_finite()) {
+            let (row, column) = (index / entry.cols, index % entry.cols);
+            return Err(in_file(path, entry, format!("holds {} at row {row}, column {column}", values.get(index))));
+        }
+    }
+    for entry in layout.entries() {
+        let values = Values::of(path, &file, entry)?;
+        flat[entry.range()].iter_mut().enumerate().for_each(|(i, value)| *value = values.get(i));
+    }
+    Ok(())
+}
+
+fn check_names(path: &Path, file: &SafeTensors, layout: &AdapterLayout) -> Result<()> {
+    let expected: std::collections::BTreeSet<String> = layout.entries().iter().map(Entry::tensor_name).collect();
+    let mut unexpected: Vec<&str> = file.names().into_iter().filter(|name| !expected.contains(*name)).collect();
+    unexpected.sort_unstable();
+    let missing: Vec<&str> = expected.iter().map(String::as_str).filter(|name| file.tensor(name).is_err()).collect();
+    if missing.is_empty() && unexpected.is_empty() {
+        return Ok(());
+    }
+    let mut parts = Vec::new();
+    for (what, names) in [("missing", &missing), ("unexpected", &unexpected)] {
+        if !names.is_empty() {
+            let more = if names.len() > 8 { format!(" and {} more", names.len() - 8) } else { String::new() };
+            parts.push(format!("{} {what} tensors: {}{more}", names.len(), names[..names.len().min(8)].join(", ")));
+        }
+    }
+    let hint = if unexpected.iter().any(|name| name.contains("lora_magnitude_vector")) {
+        " (lora_magnitude_vector belongs to DoRA, which is not supported)"
+    } else if missing.len() == expected.len() {
+        " (was it made for another model?)"
+    } else {
+        ""
+    };
+    Err(Error::format(
+        path,
+        format!("the tensors are not those of adapter_config.json and the model: {}{hint}", parts.join("; ")),
+    ))
+}
+
+fn in_file(path: &Path, entry: &Entry, message: String) -> Error {
+    Error::tensor(entry.tensor_name(), format!("{message} (in {})", path.display()))
+}
+
+/// A tensor's numbers as they lie in the file.
+struct Values<'a> {
+    dtype: Dtype,
+    bytes: &'a [u8],
+}
+
+impl<'a> Values<'a> {
+    fn of(path: &Path, file: &SafeTensors<'a>, entry: &Entry) -> Result<Self> {
+        let tensor = file.tensor(&entry.tensor_name()).map_err(|error| in_file(path, entry, error.to_string()))?;
+        let (shape, expected) = (tensor.shape(), [entry.rows, entry.cols]);
+        if shape != expected {
+            let message = format!("has shape {shape:?}, but the model and adapter_config.json give {expected:?}");
+            return Err(in_file(path, entry, message));
+        }
+        let dtype = tensor.dtype();
+        if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+            return Err(in_file(path, entry, format!("has dtype {dtype:?}; adapters are F32, F16 or BF16")));
+        }
+        Ok(Self { dtype, bytes: tensor.data() })
+    }
+
+    fn get(&self, i: usize) -> f32 {
+        let two = || [self.bytes[2 * i], self.bytes[2 * i + 1]];
+        match self.dtype {
+            Dtype::F16 => f16::from_le_bytes(two()).to_f32(),
+            Dtype::BF16 => bf16::from_le_bytes(two()).to_f32(),
+            _ => f32::from_le_bytes([0, 1, 2, 3].map(|k| self.bytes[4 * i + k])),
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "tests.rs"]
+mod tests;

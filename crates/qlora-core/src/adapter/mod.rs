@@ -1,0 +1,22 @@
+//! Adapters on disk, in PEFT's format: `adapter_config.json`, `adapter_model.safetensors`, and a `README.md` as model card.
+//!
+//! Tensors are `base_model.model.{module}.lora_A.weight` [r, in_features] and `...lora_B.weight` [out_features, r], in F32,
+//! F16 or BF16; the header's metadata is `{"format": "pt"}`. Source: PEFT 0.21.2 (`save_pretrained`). PEFT loads what
+//! [`save`] writes; [`load`] takes what PEFT writes, and is strict: a missing or superfluous tensor, a wrong shape, a number
+//! that is not finite, or an option that would change the result and is not supported is an error, never a warning.
+
+mod card;
+mod config_file;
+mod load;
+mod save;
+
+pub use config_file::AdapterConfig;
+pub use load::{Adapter, load, load_into, read_config};
+pub use save::{AdapterDtype, SaveOptions, save};
+
+/// The name of the file with the options.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// The name of the file with the tensors.
+pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+/// The name of the model card.
+pub const CARD_FILE: &str = "README.md";

@@ -1,0 +1,192 @@
+//! Writes an adapter folder.
+//!
+//! All files are complete and on the disk under temporary names before the first one gets its own; a folder that does not
+//! exist yet appears as a whole.
+
+use super::{CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, card, config_file};
+use crate::atomic::{PendingFile, cannot_write, replace_directory};
+use crate::lora::{AdapterLayout, Entry, LoraConfig};
+use crate::safetensors_file::write_safetensors;
+use crate::{Error, Result};
+use half::{bf16, f16};
+use safetensors::Dtype;
+use safetensors::tensor::View;
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+
+/// The dtype of an adapter's tensors on disk. Training holds them in f32; PEFT's default is F32 too.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AdapterDtype {
+    /// 32-bit: keeps what was trained.
+    #[default]
+    F32,
+    /// 16-bit with a small range; a number that does not fit is an error.
+    F16,
+    /// 16-bit with f32's range.
+    BF16,
+}
+
+impl AdapterDtype {
+    fn safetensors(self) -> Dtype {
+        match self {
+            Self::F32 => Dtype::F32,
+            Self::F16 => Dtype::F16,
+            Self::BF16 => Dtype::BF16,
+        }
+    }
+
+    fn bytes(self) -> usize {
+        if self == Self::F32 { 4 } else { 2 }
+    }
+
+    /// Whether the number is finite on disk.
+    fn holds(self, value: f32) -> bool {
+        match self {
+            Self::F32 => value.is_finite(),
+            Self::F16 => f16::from_f32(value).is_finite(),
+            Self::BF16 => bf16::from_f32(value).is_finite(),
+        }
+    }
+}
+
+/// How an adapter is written.
+#[derive(Clone, Debug)]
+pub struct SaveOptions {
+    /// The tensors' dtype.
+    pub dtype: AdapterDtype,
+    /// The hub id or the path of the base model; PEFT's `AutoPeftModel` finds the base by it.
+    pub base_model_name_or_path: Option<String>,
+    /// The base model's revision.
+    pub revision: Option<String>,
+    /// Whether to write a model card. A `README.md` that is not one of ours is never replaced.
+    pub model_card: bool,
+}
+
+impl Default for SaveOptions {
+    fn default() -> Self {
+        Self { dtype: AdapterDtype::F32, base_model_name_or_path: None, revision: None, model_card: true }
+    }
+}
+
+/// Writes the adapter whose numbers are `flat`, in the layout `layout`, to the folder `dir`, which is made if it does not
+/// exist. Files of the same names are replaced, others stay.
+///
+/// # Errors
+/// If options, layout and buffer do not belong together, if a number is not finite (or does not fit the dtype), or if the
+/// folder cannot be written. Nothing half-written is left.
+pub fn save(
+    dir: impl AsRef<Path>,
+    config: &LoraConfig,
+    layout: &AdapterLayout,
+    flat: &[f32],
+    options: &SaveOptions,
+) -> Result<()> {
+    let dir = dir.as_ref();
+    check(config, layout, flat, options.dtype)?;
+    if dir.is_dir() {
+        return write_files(dir, config, layout, flat, options);
+    }
+    if dir.exists() {
+        let error = std::io::Error::new(std::io::ErrorKind::NotADirectory, "is a file, not a folder");
+        return Err(cannot_write(dir, error));
+    }
+    replace_directory(dir, |temporary| write_files(temporary, config, layout, flat, options))
+}
+
+fn check(config: &LoraConfig, layout: &AdapterLayout, flat: &[f32], dtype: AdapterDtype) -> Result<()> {
+    config.validate()?;
+    if flat.len() != layout.len() {
+        return Err(Error::Invalid(format!("{} adapter values for a layout of {}", flat.len(), layout.len())));
+    }
+    for module in layout.modules() {
+        let rank = layout.get(module).map_or(0, |pair| pair.rank());
+        if !config.targets(module) || rank != config.r {
+            return Err(Error::Invalid(format!(
+                "the adapter of {module} with rank {rank} does not belong to these options (r = {})",
+                config.r
+            )));
+        }
+    }
+    let Some(index) = flat.iter().position(|&value| !dtype.holds(value)) else { return Ok(()) };
+    let name = layout.entry_at(index).map_or_else(|| format!("value {index}"), Entry::tensor_name);
+    let value = flat[index];
+    Err(Error::tensor(
+        name,
+        if value.is_finite() {
+            format!("{value} does not fit {dtype:?}; save as BF16 or F32")
+        } else {
+            format!("holds {value}; the adapter is broken and is not saved")
+        },
+    ))
+}
+
+fn write_files(
+    dir: &Path,
+    config: &LoraConfig,
+    layout: &AdapterLayout,
+    flat: &[f32],
+    options: &SaveOptions,
+) -> Result<()> {
+    let mut files = vec![PendingFile::create(dir.join(WEIGHTS_FILE))?, PendingFile::create(dir.join(CONFIG_FILE))?];
+    let tensors: Vec<_> = layout
+        .entries()
+        .iter()
+        .map(|entry| {
+            (
+                entry.tensor_name(),
+                Matrix { shape: [entry.rows, entry.cols], data: &flat[entry.range()], dtype: options.dtype },
+            )
+        })
+        .collect();
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    files[0].write_with(|writer| write_safetensors(writer, tensors, Some(metadata)))?;
+    let json = config_file::to_json(config, layout, options)?;
+    files[1].write_with(|writer| writer.write_all(json.as_bytes()))?;
+    let card = dir.join(CARD_FILE);
+    if options.model_card && fs::read_to_string(&card).map_or(!card.exists(), |text| card::is_ours(&text)) {
+        let mut file = PendingFile::create(&card)?;
+        file.write_with(|writer| writer.write_all(card::text(config, layout, options).as_bytes()))?;
+        files.push(file);
+    }
+    for file in &mut files {
+        file.sync()?;
+    }
+    files.into_iter().try_for_each(PendingFile::commit)
+}
+
+/// A matrix of the flat buffer in the form it has on disk.
+struct Matrix<'a> {
+    shape: [usize; 2],
+    data: &'a [f32],
+    dtype: AdapterDtype,
+}
+
+impl View for Matrix<'_> {
+    fn dtype(&self) -> Dtype {
+        self.dtype.safetensors()
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let mut bytes = Vec::with_capacity(self.data_len());
+        match self.dtype {
+            AdapterDtype::F32 => self.data.iter().for_each(|value| bytes.extend_from_slice(&value.to_le_bytes())),
+            AdapterDtype::F16 => {
+                self.data.iter().for_each(|&value| bytes.extend_from_slice(&f16::from_f32(value).to_le_bytes()));
+            }
+            AdapterDtype::BF16 => {
+                self.data.iter().for_each(|&value| bytes.extend_from_slice(&bf16::from_f32(value).to_le_bytes()));
+            }
+        }
+        bytes.into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.data.len() * self.dtype.bytes()
+    }
+}

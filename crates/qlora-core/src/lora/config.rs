@@ -1,0 +1,333 @@
+//! LoRA's options in PEFT's names, and the layers they select in a model.
+
+use super::modules::{LinearModule, describe, linear_modules, other_modules};
+use super::targets::{ModuleFilter, TargetModules, entry_matches};
+use crate::config::ModelConfig;
+use crate::{Error, Result};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// Options of a LoRA adapter. Names, meanings and defaults are PEFT's, but for `target_modules`, which PEFT takes from a
+/// table by architecture, and `task_type`.
+///
+/// In files (TOML, JSON) every key may be left out and an unknown key is an error.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LoraConfig {
+    /// Rank: rows of A and columns of B.
+    pub r: usize,
+    /// Numerator of the scaling.
+    #[serde(serialize_with = "as_integer_if_whole")]
+    pub lora_alpha: f64,
+    /// Probability with which an input of A is dropped in training.
+    pub lora_dropout: f64,
+    /// Rank-stabilized scaling: `lora_alpha / sqrt(r)` instead of `lora_alpha / r`.
+    pub use_rslora: bool,
+    /// Which linear layers get an adapter.
+    pub target_modules: TargetModules,
+    /// Which of them are left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exclude_modules: Option<ModuleFilter>,
+    /// Which biases are trained.
+    pub bias: Bias,
+    /// What A and B start as.
+    pub init_lora_weights: InitLoraWeights,
+    /// What the model is for, in PEFT's terms; written to `adapter_config.json`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub task_type: Option<String>,
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self {
+            r: 8,
+            lora_alpha: 8.0,
+            lora_dropout: 0.0,
+            use_rslora: false,
+            target_modules: TargetModules::default(),
+            exclude_modules: None,
+            bias: Bias::None,
+            init_lora_weights: InitLoraWeights::KaimingUniform,
+            task_type: Some("CAUSAL_LM".to_owned()),
+        }
+    }
+}
+
+impl LoraConfig {
+    /// What the adapter's output is multiplied by: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+    pub fn scaling(&self) -> f64 {
+        let rank = self.r as f64;
+        self.lora_alpha / if self.use_rslora { rank.sqrt() } else { rank }
+    }
+
+    /// Checks what can be checked without a model.
+    ///
+    /// # Errors
+    /// If an option is outside its range; the message names it.
+    pub fn validate(&self) -> Result<()> {
+        if self.r == 0 {
+            return Err(Error::Invalid("r is 0: a LoRA adapter needs a rank of at least 1".to_owned()));
+        }
+        if !(self.lora_alpha.is_finite() && self.lora_alpha > 0.0) {
+            return Err(Error::Invalid(format!("lora_alpha is {}: it has to be a positive number", self.lora_alpha)));
+        }
+        if !(0.0..1.0).contains(&self.lora_dropout) {
+            return Err(Error::Invalid(format!(
+                "lora_dropout is {}: it has to be at least 0 and less than 1",
+                self.lora_dropout
+            )));
+        }
+        if let TargetModules::Selected(filter) = &self.target_modules {
+            filter.validate("target_modules")?;
+        }
+        self.exclude_modules.as_ref().map_or(Ok(()), |filter| filter.validate("exclude_modules"))
+    }
+
+    /// Whether the module of this full name gets an adapter: targeted and not excluded.
+    pub fn targets(&self, module: &str) -> bool {
+        !self.excludes(module) && self.target_modules.matches(module)
+    }
+
+    fn excludes(&self, module: &str) -> bool {
+        self.exclude_modules.as_ref().is_some_and(|filter| filter.matches(module))
+    }
+
+    /// The linear layers of `model` that get an adapter, in the order in which they run.
+    ///
+    /// # Errors
+    /// If the options are not valid ([`LoraConfig::validate`]), if nothing is selected, if an entry of a list selects
+    /// nothing, or if the targets select something that is no linear layer of a block (the output head, the embedding, a
+    /// whole block). The message says which layers there are.
+    pub fn resolve(&self, model: &ModelConfig) -> Result<Vec<LinearModule>> {
+        self.validate()?;
+        let modules = linear_modules(model);
+        if let Some(entry) = self.unmatched(model).first() {
+            return Err(Error::Invalid(format!(
+                "target_modules: {entry:?} matches no module of this model; its linear layers are {}",
+                describe(model)
+            )));
+        }
+        if let TargetModules::Selected(filter) = &self.target_modules {
+            let other = other_modules(model).into_iter().find(|name| filter.matches(name) && !self.excludes(name));
+            if let Some(name) = other {
+                return Err(Error::Unsupported(format!(
+                    "target_modules selects {name}; adapters can be put on the linear layers of the blocks: {}",
+                    describe(model)
+                )));
+            }
+        }
+        if self.exclude_modules.is_some() && !modules.iter().any(|module| self.excludes(&module.name)) {
+            tracing::warn!("exclude_modules leaves out no linear layer of this model");
+        }
+        let selected: Vec<LinearModule> = modules.into_iter().filter(|module| self.targets(&module.name)).collect();
+        if !selected.is_empty() {
+            return Ok(selected);
+        }
+        let what = match &self.target_modules {
+            TargetModules::Selected(ModuleFilter::Pattern(pattern)) if self.exclude_modules.is_none() => format!(
+                "target_modules: the regular expression {:?} matches no linear layer (it has to match the whole name; for \
+                 names, give a list)",
+                pattern.as_str()
+            ),
+            _ => "target_modules and exclude_modules leave no linear layer to train".to_owned(),
+        };
+        Err(Error::Invalid(format!("{what}; the model's linear layers are {}", describe(model))))
+    }
+
+    /// The entries of a `target_modules` list that match no module of `model` at all.
+    pub(crate) fn unmatched<'a>(&'a self, model: &ModelConfig) -> Vec<&'a str> {
+        let TargetModules::Selected(ModuleFilter::List(entries)) = &self.target_modules else { return Vec::new() };
+        let linear = linear_modules(model);
+        let other = other_modules(model);
+        let names = || linear.iter().map(|module| &module.name).chain(&other);
+        entries.iter().map(String::as_str).filter(|entry| !names().any(|name| entry_matches(entry, name))).collect()
+    }
+}
+
+/// Which biases are trained with an adapter.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Bias {
+    /// None (`"none"`).
+    #[default]
+    None,
+}
+
+impl Serialize for Bias {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.serialize_str("none")
+    }
+}
+
+impl<'de> Deserialize<'de> for Bias {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        match String::deserialize(deserializer)?.as_str() {
+            "none" => Ok(Self::None),
+            other => {
+                Err(serde::de::Error::custom(format!("bias = {other:?} is not supported; the only value is \"none\"")))
+            }
+        }
+    }
+}
+
+/// What an adapter starts as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum InitLoraWeights {
+    /// A uniform in `+-1/sqrt(in_features)`, B zero (`true`).
+    #[default]
+    KaimingUniform,
+}
+
+impl Serialize for InitLoraWeights {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.serialize_bool(true)
+    }
+}
+
+impl<'de> Deserialize<'de> for InitLoraWeights {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Visitor;
+        impl serde::de::Visitor<'_> for Visitor {
+            type Value = InitLoraWeights;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str("true, the only supported initialization")
+            }
+
+            fn visit_bool<E: serde::de::Error>(self, value: bool) -> std::result::Result<InitLoraWeights, E> {
+                if value {
+                    Ok(InitLoraWeights::KaimingUniform)
+                } else {
+                    Err(E::invalid_value(serde::de::Unexpected::Bool(value), &self))
+                }
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+/// PEFT writes `lora_alpha` as it was given, which is nearly always an integer, and some readers insist on one.
+fn as_integer_if_whole<S: Serializer>(value: &f64, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    if value.fract() == 0.0 && value.abs() < 2f64.powi(53) {
+        serializer.serialize_i64(*value as i64)
+    } else {
+        serializer.serialize_f64(*value)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::modules::tests::tiny_model;
+    use super::*;
+
+    fn with_targets(targets: TargetModules) -> LoraConfig {
+        LoraConfig { target_modules: targets, ..Default::default() }
+    }
+
+    fn names(config: &LoraConfig) -> Vec<String> {
+        config.resolve(&tiny_model(2)).unwrap().into_iter().map(|module| module.name).collect()
+    }
+
+    #[test]
+    fn scaling_is_alpha_over_r_or_over_its_root() {
+        let mut config = LoraConfig { r: 16, lora_alpha: 32.0, ..Default::default() };
+        assert_eq!(config.scaling(), 2.0);
+        config.use_rslora = true;
+        assert_eq!(config.scaling(), 8.0);
+    }
+
+    #[test]
+    fn the_default_targets_are_the_attention_of_every_block_in_layer_order() {
+        let expected: Vec<String> =
+            (0..2).flat_map(|i| ["q", "k", "v", "o"].map(|p| format!("model.layers.{i}.self_attn.{p}_proj"))).collect();
+        assert_eq!(names(&LoraConfig::default()), expected);
+        // The order is the model's, not the list's.
+        assert_eq!(names(&with_targets(TargetModules::list(["o_proj", "v_proj", "k_proj", "q_proj"]))), expected);
+    }
+
+    #[test]
+    fn all_linear_selects_seven_layers_a_block_and_exclusion_takes_away() {
+        let mut config = with_targets(TargetModules::AllLinear);
+        assert_eq!(names(&config).len(), 14);
+        config.exclude_modules = Some(ModuleFilter::List(vec!["0.self_attn.q_proj".into(), "down_proj".into()]));
+        let left = names(&config);
+        assert_eq!(left.len(), 11);
+        assert!(!left.iter().any(|name| name.ends_with("down_proj") || name == "model.layers.0.self_attn.q_proj"));
+    }
+
+    #[test]
+    fn a_target_that_selects_nothing_is_named_with_what_there_is() {
+        let model = tiny_model(2);
+        let error = with_targets(TargetModules::list(["q_proj", "query"])).resolve(&model).unwrap_err().to_string();
+        assert!(error.contains("\"query\" matches no module") && error.contains("self_attn.q_proj"), "{error}");
+        let error = with_targets(TargetModules::parse("q_proj").unwrap()).resolve(&model).unwrap_err().to_string();
+        assert!(error.contains("has to match the whole name") && error.contains("mlp.down_proj"), "{error}");
+        let mut config = LoraConfig::default();
+        config.exclude_modules =
+            Some(ModuleFilter::List(["q_proj", "k_proj", "v_proj", "o_proj"].map(String::from).into()));
+        assert!(config.resolve(&model).unwrap_err().to_string().contains("leave no linear layer"));
+    }
+
+    #[test]
+    fn what_is_no_linear_layer_of_a_block_is_refused() {
+        let model = tiny_model(1);
+        for (targets, name) in [
+            (TargetModules::list(["q_proj", "lm_head"]), "lm_head"),
+            (TargetModules::list(["embed_tokens"]), "model.embed_tokens"),
+            (TargetModules::list(["mlp"]), "model.layers.0.mlp"),
+            (TargetModules::parse(".*(q_proj|norm)").unwrap(), "model.norm"),
+            (TargetModules::parse(r"model\.layers\.0.*").unwrap(), "model.layers.0.self_attn"),
+        ] {
+            let error = with_targets(targets).resolve(&model).unwrap_err();
+            assert!(
+                matches!(&error, Error::Unsupported(text) if text.contains(&format!("selects {name};"))),
+                "{error}"
+            );
+        }
+        // Excluding them makes the same pattern usable.
+        let mut config = with_targets(TargetModules::parse(".*(q_proj|norm)").unwrap());
+        config.exclude_modules = Some(serde_json::from_str("\".*norm\"").unwrap());
+        assert_eq!(config.resolve(&model).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn options_outside_their_range_are_named() {
+        let bad = [
+            (LoraConfig { r: 0, ..Default::default() }, "r is 0"),
+            (LoraConfig { lora_alpha: 0.0, ..Default::default() }, "lora_alpha is 0"),
+            (LoraConfig { lora_alpha: f64::NAN, ..Default::default() }, "lora_alpha is NaN"),
+            (LoraConfig { lora_dropout: 1.0, ..Default::default() }, "lora_dropout is 1"),
+            (LoraConfig { lora_dropout: -0.1, ..Default::default() }, "lora_dropout is -0.1"),
+            (with_targets(TargetModules::list::<&str>([])), "target_modules is empty"),
+            (
+                LoraConfig { exclude_modules: Some(ModuleFilter::List(vec![])), ..Default::default() },
+                "exclude_modules is empty",
+            ),
+            (with_targets(TargetModules::list([""])), "empty entry"),
+        ];
+        for (config, expected) in bad {
+            let error = config.resolve(&tiny_model(1)).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn files_take_defaults_and_refuse_unknown_keys_and_unsupported_values() {
+        let config: LoraConfig =
+            serde_json::from_str(r#"{"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}"#).unwrap();
+        assert_eq!((config.r, config.lora_alpha, config.lora_dropout), (4, 16.0, 0.0));
+        let text = serde_json::to_string(&config).unwrap();
+        assert!(text.contains("\"lora_alpha\":16,"), "{text}");
+        assert_eq!(serde_json::from_str::<LoraConfig>(&text).unwrap(), config);
+        for (json, expected) in [
+            (r#"{"rank": 4}"#, "unknown field `rank`"),
+            (r#"{"bias": "all"}"#, "bias = \"all\" is not supported"),
+            (r#"{"init_lora_weights": "pissa"}"#, "the only supported initialization"),
+            (r#"{"init_lora_weights": false}"#, "the only supported initialization"),
+            (r#"{"r": -1}"#, "invalid value"),
+        ] {
+            let error = serde_json::from_str::<LoraConfig>(json).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! Where every adapter's numbers lie: all A and B of a model, back to back in one flat f32 buffer.
+//!
+//! For each module in layer order first A [r, in_features], then B [out_features, r], both row-major, without gaps. One
+//! buffer means that one loop does the optimizer step, the gradient's norm or a copy; gradients and moments have the same
+//! layout.
+
+use super::config::LoraConfig;
+use super::modules::LinearModule;
+use crate::Result;
+use crate::config::ModelConfig;
+use qlora_kernels::{View, ViewMut};
+use std::collections::HashMap;
+use std::ops::Range;
+
+/// Which factor of an adapter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Which {
+    /// A [r, in_features], applied first.
+    A,
+    /// B [out_features, r].
+    B,
+}
+
+/// One matrix in the flat buffer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The module that the adapter belongs to: `model.layers.3.self_attn.q_proj`.
+    pub module: String,
+    /// A or B.
+    pub which: Which,
+    /// Index of the first number in the buffer.
+    pub offset: usize,
+    /// Rows of the matrix.
+    pub rows: usize,
+    /// Columns of the matrix.
+    pub cols: usize,
+}
+
+impl Entry {
+    /// How many numbers the matrix has.
+    pub fn numel(&self) -> usize {
+        self.rows * self.cols
+    }
+
+    /// Where they lie in the buffer.
+    pub fn range(&self) -> Range<usize> {
+        self.offset..self.offset + self.numel()
+    }
+
+    /// The matrix inside a buffer of this layout.
+    ///
+    /// # Panics
+    /// If the buffer is shorter than the layout.
+    pub fn view<'a>(&self, flat: &'a [f32]) -> View<'a> {
+        View::new(&flat[self.range()], self.rows, self.cols)
+    }
+
+    /// The tensor's name in PEFT's `adapter_model.safetensors`.
+    pub fn tensor_name(&self) -> String {
+        let which = match self.which {
+            Which::A => "lora_A",
+            Which::B => "lora_B",
+        };
+        format!("base_model.model.{}.{which}.weight", self.module)
+    }
+}
+
+/// The two factors of one module's adapter.
+#[derive(Clone, Copy, Debug)]
+pub struct AdapterPair<'a> {
+    /// A [r, in_features].
+    pub a: &'a Entry,
+    /// B [out_features, r].
+    pub b: &'a Entry,
+}
+
+impl AdapterPair<'_> {
+    /// The adapter's rank.
+    pub fn rank(&self) -> usize {
+        self.a.rows
+    }
+
+    /// Both factors inside a buffer of this layout: `(A, B)`.
+    ///
+    /// # Panics
+    /// If the buffer is shorter than the layout.
+    pub fn views<'b>(&self, flat: &'b [f32]) -> (View<'b>, View<'b>) {
+        (self.a.view(flat), self.b.view(flat))
+    }
+
+    /// Both factors inside a mutable buffer of this layout, for gradients: `(A, B)`.
+    ///
+    /// # Panics
+    /// If the buffer is shorter than the layout.
+    pub fn views_mut<'b>(&self, flat: &'b mut [f32]) -> (ViewMut<'b>, ViewMut<'b>) {
+        // B follows A directly.
+        let both = &mut flat[self.a.offset..self.b.range().end];
+        let (a, b) = both.split_at_mut(self.a.numel());
+        (ViewMut::new(a, self.a.rows, self.a.cols), ViewMut::new(b, self.b.rows, self.b.cols))
+    }
+}
+
+/// All adapters of a model in one flat buffer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdapterLayout {
+    entries: Vec<Entry>,
+    len: usize,
+    /// Index of a module's A; its B is the next entry.
+    modules: HashMap<String, usize>,
+}
+
+impl AdapterLayout {
+    /// The layout for `modules` in this order, each with rank `r`.
+    ///
+    /// # Panics
+    /// If a module comes twice.
+    pub fn new(modules: &[LinearModule], r: usize) -> Self {
+        let mut layout = Self { entries: Vec::new(), len: 0, modules: HashMap::new() };
+        for module in modules {
+            let before = layout.modules.insert(module.name.clone(), layout.entries.len());
+            assert!(before.is_none(), "{} comes twice", module.name);
+            for (which, rows, cols) in [(Which::A, r, module.in_features), (Which::B, module.out_features, r)] {
+                layout.entries.push(Entry { module: module.name.clone(), which, offset: layout.len, rows, cols });
+                layout.len += rows * cols;
+            }
+        }
+        layout
+    }
+
+    /// The layout that `config` gives for `model`.
+    ///
+    /// # Errors
+    /// Those of [`LoraConfig::resolve`].
+    pub fn for_model(config: &LoraConfig, model: &ModelConfig) -> Result<Self> {
+        Ok(Self::new(&config.resolve(model)?, config.r))
+    }
+
+    /// All matrices in the order in which they lie in the buffer.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// How many f32 numbers the buffer holds: the number of trainable parameters.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is no adapter at all.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The names of the modules that have an adapter, in order.
+    pub fn modules(&self) -> impl Iterator<Item = &str> {
+        self.entries.iter().step_by(2).map(|entry| entry.module.as_str())
+    }
+
+    /// The adapter of the module of this full name, if it has one.
+    pub fn get(&self, module: &str) -> Option<AdapterPair<'_>> {
+        let &first = self.modules.get(module)?;
+        Some(AdapterPair { a: &self.entries[first], b: &self.entries[first + 1] })
+    }
+
+    /// The matrix that holds the number at `index` of the buffer, if there is one: names what a bad number belongs to.
+    pub fn entry_at(&self, index: usize) -> Option<&Entry> {
+        let after = self.entries.partition_point(|entry| entry.offset <= index);
+        after.checked_sub(1).map(|i| &self.entries[i]).filter(|entry| entry.range().contains(&index))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::modules::tests::tiny_model;
+    use super::super::{Projection, TargetModules};
+    use super::*;
+
+    fn layout() -> AdapterLayout {
+        let config =
+            LoraConfig { r: 3, target_modules: TargetModules::list(["q_proj", "down_proj"]), ..Default::default() };
+        AdapterLayout::for_model(&config, &tiny_model(2)).unwrap()
+    }
+
+    #[test]
+    fn matrices_lie_back_to_back_in_layer_order() {
+        let layout = layout();
+        let shapes: Vec<_> = layout.entries().iter().map(|e| (e.which, e.rows, e.cols)).collect();
+        let block = [(Which::A, 3, 64), (Which::B, 80, 3), (Which::A, 3, 96), (Which::B, 64, 3)];
+        assert_eq!(shapes, [block, block].concat());
+        let mut end = 0;
+        for entry in layout.entries() {
+            assert_eq!(entry.offset, end);
+            end = entry.range().end;
+        }
+        assert_eq!(layout.len(), end);
+        assert_eq!(end, 2 * 3 * (64 + 80 + 96 + 64));
+        assert_eq!(layout.entries()[6].tensor_name(), "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight");
+    }
+
+    #[test]
+    fn modules_are_found_by_name_and_numbers_by_index() {
+        let layout = layout();
+        let pair = layout.get(&Projection::Down.module_name(1)).unwrap();
+        assert_eq!((pair.a, pair.b, pair.rank()), (&layout.entries()[6], &layout.entries()[7], 3));
+        assert!(layout.get("model.layers.1.mlp.up_proj").is_none());
+        for (i, entry) in layout.entries().iter().enumerate() {
+            assert_eq!(layout.entry_at(entry.offset), Some(&layout.entries()[i]));
+            assert_eq!(layout.entry_at(entry.range().end - 1), Some(&layout.entries()[i]));
+        }
+        assert_eq!(layout.entry_at(layout.len()), None);
+    }
+
+    #[test]
+    fn views_show_the_buffer_at_the_entries_offsets() {
+        let layout = layout();
+        let mut flat: Vec<f32> = (0..layout.len()).map(|i| i as f32).collect();
+        let pair = layout.get(&Projection::Q.module_name(1)).unwrap();
+        let (a, b) = pair.views(&flat);
+        assert_eq!((a.shape(), b.shape()), ([3, 64], [80, 3]));
+        assert_eq!(a.host("test").unwrap().row(1)[0], (pair.a.offset + 64) as f32);
+        assert_eq!(b.host("test").unwrap().row(79)[2], (pair.b.range().end - 1) as f32);
+        let (a, b) = pair.views_mut(&mut flat);
+        a.host("test").unwrap().row_mut(0)[0] = -1.0;
+        b.host("test").unwrap().row_mut(0)[0] = -2.0;
+        assert_eq!((flat[pair.a.offset], flat[pair.b.offset]), (-1.0, -2.0));
+    }
+}

@@ -1,0 +1,99 @@
+//! Stop strings in a text that comes in pieces.
+//!
+//! A stop string may begin in one piece and end in a later one. What could be its beginning is held back until the next
+//! piece decides, so that no part of a stop string is ever shown.
+
+/// Finds the first stop string of a text that is pushed piece by piece.
+#[derive(Clone, Debug)]
+pub struct StopStrings {
+    stops: Vec<String>,
+    /// Text that may be the beginning of a stop string.
+    held: String,
+    found: Option<usize>,
+}
+
+impl StopStrings {
+    /// Looks for `stops`; empty strings are ignored.
+    pub fn new<S: Into<String>>(stops: impl IntoIterator<Item = S>) -> Self {
+        let stops = stops.into_iter().map(Into::into).filter(|stop: &String| !stop.is_empty()).collect();
+        Self { stops, held: String::new(), found: None }
+    }
+
+    /// Takes the next piece and returns the text that is certain not to belong to a stop string. Once one was found, what
+    /// came before it is returned and everything after it is dropped.
+    pub fn push(&mut self, piece: &str) -> String {
+        if self.found.is_some() {
+            return String::new();
+        }
+        self.held.push_str(piece);
+        let first = (0..self.stops.len()).filter_map(|i| self.held.find(&self.stops[i]).map(|at| (at, i))).min();
+        if let Some((at, stop)) = first {
+            self.found = Some(stop);
+            self.held.truncate(at);
+            return std::mem::take(&mut self.held);
+        }
+        let may_begin = |at: &usize| self.stops.iter().any(|stop| stop.starts_with(&self.held[*at..]));
+        let keep = self.held.char_indices().map(|(at, _)| at).find(may_begin).unwrap_or(self.held.len());
+        let rest = self.held.split_off(keep);
+        std::mem::replace(&mut self.held, rest)
+    }
+
+    /// The stop string that was found, if one was.
+    pub fn found(&self) -> Option<&str> {
+        self.found.map(|i| self.stops[i].as_str())
+    }
+
+    /// At the end of the text: what was held back and turned out to be no stop string.
+    pub fn finish(&mut self) -> String {
+        std::mem::take(&mut self.held)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn run(stops: &[&str], pieces: &[&str]) -> (String, Option<String>) {
+        let mut finder = StopStrings::new(stops.iter().copied());
+        let mut text: String = pieces.iter().map(|piece| finder.push(piece)).collect();
+        text += &finder.finish();
+        (text, finder.found().map(str::to_owned))
+    }
+
+    #[test]
+    fn a_stop_string_across_pieces_is_found_and_not_shown() {
+        assert_eq!(run(&["\n\nUser:"], &["Hi.\n", "\nUs", "er: more"]), ("Hi.".into(), Some("\n\nUser:".into())));
+        assert_eq!(run(&["###"], &["a#", "#b", "##", "#c"]), ("a##b".into(), Some("###".into())));
+        assert_eq!(run(&["END"], &["an E", "N"]), ("an EN".into(), None));
+        assert_eq!(run(&[], &["a", "b"]), ("ab".into(), None));
+        // The one that begins first wins.
+        assert_eq!(run(&["cd", "abcd"], &["xab", "cd"]), ("x".into(), Some("abcd".into())));
+    }
+
+    #[test]
+    fn only_a_possible_beginning_is_held_back() {
+        let mut finder = StopStrings::new(["<end>"]);
+        assert_eq!(finder.push("text <e"), "text ");
+        assert_eq!(finder.push("x \u{e9}<"), "<ex \u{e9}");
+        assert_eq!(finder.push("end>tail"), "");
+        assert_eq!((finder.push("more"), finder.finish()), (String::new(), String::new()));
+        assert_eq!(finder.found(), Some("<end>"));
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_give_what_the_whole_text_gives(
+            stops in prop::collection::vec("[ab\u{e9}]{1,4}", 0..3),
+            pieces in prop::collection::vec("[ab\u{e9}]{0,5}", 0..8),
+        ) {
+            let whole = pieces.concat();
+            let cut = stops.iter().filter_map(|stop| whole.find(stop)).min();
+            let stops: Vec<&str> = stops.iter().map(String::as_str).collect();
+            let pieces: Vec<&str> = pieces.iter().map(String::as_str).collect();
+            let (text, found) = run(&stops, &pieces);
+            prop_assert_eq!(&text, &whole[..cut.unwrap_or(whole.len())]);
+            prop_assert_eq!(found.is_some(), cut.is_some());
+        }
+    }
+}
