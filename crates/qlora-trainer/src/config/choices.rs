@@ -1,0 +1,148 @@
+//! The values of keys that are neither numbers nor plain strings.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// The 4-bit data type of the base's linear layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum QuantType {
+    /// Four-bit floating point.
+    Fp4,
+    /// NormalFloat: the quantiles of a normal distribution.
+    Nf4,
+}
+
+/// How the learning rate goes on after the warmup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scheduler {
+    /// Stays, without warmup.
+    Constant,
+    /// Stays, after the warmup.
+    ConstantWithWarmup,
+    /// Half a cosine down to zero.
+    Cosine,
+    /// A straight line down to zero.
+    Linear,
+}
+
+/// What happens to a document of more than `max_length` tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnOverlong {
+    /// It is left out.
+    Drop,
+    /// The run stops.
+    Error,
+    /// Its start is kept.
+    Truncate,
+}
+
+/// What happens to a row that has no token to train on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnUntrained {
+    /// The run stops.
+    Error,
+    /// It is left out.
+    Skip,
+}
+
+/// The order of the data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SamplingStrategy {
+    /// Shuffled, another way in each epoch.
+    Random,
+    /// As in the files.
+    Sequential,
+}
+
+/// One path or a list of paths.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected a path or a list of paths")]
+pub enum Paths {
+    /// One.
+    One(PathBuf),
+    /// Any number.
+    Many(Vec<PathBuf>),
+}
+
+impl Paths {
+    /// The paths.
+    pub fn as_slice(&self) -> &[PathBuf] {
+        match self {
+            Self::One(path) => std::slice::from_ref(path),
+            Self::Many(paths) => paths,
+        }
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.as_slice().is_empty()
+    }
+}
+
+/// No path.
+impl Default for Paths {
+    fn default() -> Self {
+        Self::Many(Vec::new())
+    }
+}
+
+impl From<&Path> for Paths {
+    fn from(path: &Path) -> Self {
+        Self::One(path.to_owned())
+    }
+}
+
+/// Which linear layers get an adapter, as PEFT reads `target_modules`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected \"all-linear\", a regular expression or a list of module names")]
+pub enum Targets {
+    /// `"all-linear"`, or a regular expression that must match a module's whole name.
+    Pattern(String),
+    /// Module names, whole or the part after a dot.
+    List(Vec<String>),
+}
+
+/// Whether a run goes on from a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, from = "ResumeValue", into = "ResumeValue")]
+pub enum Resume {
+    /// It starts anew.
+    No,
+    /// From the latest in `output_dir`.
+    Latest,
+    /// From this folder.
+    From(PathBuf),
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected true, false or the path of a checkpoint")]
+enum ResumeValue {
+    Flag(bool),
+    Path(PathBuf),
+}
+
+impl From<ResumeValue> for Resume {
+    fn from(value: ResumeValue) -> Self {
+        match value {
+            ResumeValue::Flag(false) => Self::No,
+            ResumeValue::Flag(true) => Self::Latest,
+            ResumeValue::Path(path) => Self::From(path),
+        }
+    }
+}
+
+impl From<Resume> for ResumeValue {
+    fn from(value: Resume) -> Self {
+        match value {
+            Resume::No => Self::Flag(false),
+            Resume::Latest => Self::Flag(true),
+            Resume::From(path) => Self::Path(path),
+        }
+    }
+}

@@ -1,0 +1,300 @@
+//! The configuration of a run: a Rust struct, and the same as TOML.
+//!
+//! The file has four sections: `[model]`, `[lora]`, `[data]` and `[training]`. Keys have the names of transformers, PEFT,
+//! bitsandbytes and TRL, and mean here what they mean there. Only `model.model_name_or_path` and `data.train_file` must be
+//! given. An unknown key is an error that names the line and the key that was probably meant.
+//!
+//! ```
+//! use qlora_trainer::config::{Scheduler, TrainConfig};
+//!
+//! let config = TrainConfig::from_toml_str(
+//!     r#"
+//!     [model]
+//!     model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+//!     [data]
+//!     train_file = "train.jsonl"
+//!     [training]
+//!     lr_scheduler_type = "cosine"
+//!     "#,
+//! )?;
+//! assert_eq!(config.training.lr_scheduler_type, Scheduler::Cosine);
+//! assert_eq!(config.training.learning_rate, 2e-4);
+//! # Ok::<(), qlora_trainer::Error>(())
+//! ```
+
+mod choices;
+mod parse;
+mod validate;
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+pub use choices::{OnOverlong, OnUntrained, Paths, QuantType, Resume, SamplingStrategy, Scheduler, Targets};
+
+/// Everything a run needs to know.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainConfig {
+    /// The base model and how it is held in memory.
+    pub model: ModelOptions,
+    /// The adapters.
+    pub lora: LoraOptions,
+    /// What to train on.
+    pub data: DataOptions,
+    /// How to train.
+    pub training: TrainingOptions,
+}
+
+/// `[model]`: the base model and how it is held in memory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ModelOptions {
+    /// A folder with a Hugging Face model, a GGUF file, or a hub id. Must be given.
+    pub model_name_or_path: String,
+    /// Branch, tag or commit on the hub. Default: none, the main branch.
+    pub revision: Option<String>,
+    /// Where downloads are kept. Default: none, the hub's own cache folder.
+    pub cache_dir: Option<PathBuf>,
+    /// Never ask the network. Default: false.
+    pub local_files_only: bool,
+    /// Quantize the base's linear layers to 4 bits (QLoRA). False keeps them as they are stored (LoRA). Default: true.
+    pub load_in_4bit: bool,
+    /// The 4-bit data type. Default: nf4, as in the QLoRA paper.
+    pub bnb_4bit_quant_type: QuantType,
+    /// Quantize the quantization scales too: 0.37 bits a parameter less. Default: true, as in the QLoRA paper.
+    pub bnb_4bit_use_double_quant: bool,
+    /// Elements that share a scale: a power of two from 32 to 4096. Default: 64, as in the QLoRA paper.
+    pub blocksize: usize,
+}
+
+impl Default for ModelOptions {
+    fn default() -> Self {
+        Self {
+            model_name_or_path: String::new(),
+            revision: None,
+            cache_dir: None,
+            local_files_only: false,
+            load_in_4bit: true,
+            bnb_4bit_quant_type: QuantType::Nf4,
+            bnb_4bit_use_double_quant: true,
+            blocksize: 64,
+        }
+    }
+}
+
+/// `[lora]`: the adapters, in PEFT's names.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LoraOptions {
+    /// Rank. Default: 16.
+    pub r: usize,
+    /// Scale: the adapter's output is multiplied by `lora_alpha / r`. Default: 32, twice the default rank.
+    pub lora_alpha: f64,
+    /// Dropout before A. Default: 0.
+    pub lora_dropout: f64,
+    /// Which linear layers get an adapter: a list of names, one regular expression, or `"all-linear"`. Default: the
+    /// attention's q, k, v and o projections. The QLoRA paper needs `"all-linear"` to match full fine-tuning.
+    pub target_modules: Targets,
+    /// Divide `lora_alpha` by the square root of `r` instead of `r`. Default: false.
+    pub use_rslora: bool,
+}
+
+impl Default for LoraOptions {
+    fn default() -> Self {
+        Self {
+            r: 16,
+            lora_alpha: 32.0,
+            lora_dropout: 0.0,
+            target_modules: Targets::List(["q_proj", "k_proj", "v_proj", "o_proj"].map(String::from).to_vec()),
+            use_rslora: false,
+        }
+    }
+}
+
+/// `[data]`: what to train on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DataOptions {
+    /// JSONL files, one path or a list; relative to the working directory. Must be given.
+    pub train_file: Paths,
+    /// JSONL files to evaluate on. Default: none, no evaluation.
+    pub validation_file: Paths,
+    /// A file with a Jinja chat template that replaces the tokenizer's own. Default: none.
+    pub chat_template_path: Option<PathBuf>,
+    /// The longest document in tokens, and with `packing` the size of a bin. Default: 1024.
+    pub max_length: usize,
+    /// What happens to a longer document: `"truncate"` keeps its start, `"drop"` leaves it out, `"error"` stops.
+    /// Default: truncate; the number is reported.
+    pub on_overlong: OnOverlong,
+    /// What happens to a row without a token to train on: `"error"` or `"skip"`. Default: error.
+    pub on_untrained: OnUntrained,
+    /// Train on the assistant's messages and on completions only. False trains on every token. Plain `text` rows are
+    /// always trained whole. Default: true.
+    pub completion_only_loss: bool,
+    /// Put several documents into one bin of up to `max_length` tokens. They stay separate sequences: no token sees
+    /// another document. Default: false.
+    pub packing: bool,
+}
+
+impl Default for DataOptions {
+    fn default() -> Self {
+        Self {
+            train_file: Paths::default(),
+            validation_file: Paths::default(),
+            chat_template_path: None,
+            max_length: 1024,
+            on_overlong: OnOverlong::Truncate,
+            on_untrained: OnUntrained::Error,
+            completion_only_loss: true,
+            packing: false,
+        }
+    }
+}
+
+/// `[training]`: how to train.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainingOptions {
+    /// Where checkpoints, metrics and the final adapter go. Default: `output`.
+    pub output_dir: PathBuf,
+    /// Delete the checkpoints of an earlier run that lie in `output_dir`. Default: false, such a folder is refused.
+    pub overwrite_output_dir: bool,
+    /// Go on from a checkpoint: true for the latest in `output_dir`, or a path. Default: false.
+    pub resume_from_checkpoint: Resume,
+    /// Passes over the data; may be fractional. Default: 3.
+    pub num_train_epochs: f64,
+    /// The number of optimizer steps, if positive: it replaces `num_train_epochs`. Default: -1.
+    pub max_steps: i64,
+    /// Documents (with `packing`: bins) in a micro-batch. Default: 2.
+    pub per_device_train_batch_size: usize,
+    /// Documents in a micro-batch of the evaluation. Default: none, as for training.
+    pub per_device_eval_batch_size: Option<usize>,
+    /// Micro-batches in an optimizer step. The loss is normalised by the trained tokens of all of them. Default: 8,
+    /// which makes 16 documents a step, as in the QLoRA paper.
+    pub gradient_accumulation_steps: usize,
+    /// Recompute activations in the backward pass instead of keeping them: less memory, about a third more time, the
+    /// same gradients. Default: true.
+    pub gradient_checkpointing: bool,
+    /// The peak learning rate. Default: 2e-4, the QLoRA paper's for 7B and 13B.
+    pub learning_rate: f64,
+    /// How the learning rate goes on after the warmup. Default: linear (down to zero).
+    pub lr_scheduler_type: Scheduler,
+    /// Steps in which the learning rate rises from zero; below 1 it is a share of all steps. Default: none.
+    pub warmup_steps: Option<f64>,
+    /// The same as a share of all steps. Default: none, which means 0.03 (the QLoRA paper's) without `warmup_steps`,
+    /// and no warmup for the scheduler `constant`.
+    pub warmup_ratio: Option<f64>,
+    /// Gradients with a larger norm are scaled down to it; 0 turns that off. Default: 1.
+    pub max_grad_norm: f64,
+    /// AdamW's decoupled weight decay. Default: 0.
+    pub weight_decay: f64,
+    /// AdamW's decay of the first moment. Default: 0.9.
+    pub adam_beta1: f64,
+    /// AdamW's decay of the second moment. Default: 0.999.
+    pub adam_beta2: f64,
+    /// AdamW's epsilon. Default: 1e-8.
+    pub adam_epsilon: f64,
+    /// Seed of the adapters' initialisation and of dropout. Default: 42.
+    pub seed: u64,
+    /// Seed of the order of the data. Default: none, as `seed`.
+    pub data_seed: Option<u64>,
+    /// The order of the data: `"random"` (another one in each epoch) or `"sequential"`. Default: random.
+    pub train_sampling_strategy: SamplingStrategy,
+    /// Steps between two lines in `metrics.jsonl`. Default: 1.
+    pub logging_steps: u64,
+    /// Steps between two evaluations. Default: none, only at the end.
+    pub eval_steps: Option<u64>,
+    /// Evaluate before the first step. Default: false.
+    pub eval_on_start: bool,
+    /// Steps between two checkpoints; 0 for one at the end only. Default: 100.
+    pub save_steps: u64,
+    /// How many checkpoints are kept; 0 for all. Default: 2.
+    pub save_total_limit: usize,
+}
+
+impl Default for TrainingOptions {
+    fn default() -> Self {
+        Self {
+            output_dir: PathBuf::from("output"),
+            overwrite_output_dir: false,
+            resume_from_checkpoint: Resume::No,
+            num_train_epochs: 3.0,
+            max_steps: -1,
+            per_device_train_batch_size: 2,
+            per_device_eval_batch_size: None,
+            gradient_accumulation_steps: 8,
+            gradient_checkpointing: true,
+            learning_rate: 2e-4,
+            lr_scheduler_type: Scheduler::Linear,
+            warmup_steps: None,
+            warmup_ratio: None,
+            max_grad_norm: 1.0,
+            weight_decay: 0.0,
+            adam_beta1: 0.9,
+            adam_beta2: 0.999,
+            adam_epsilon: 1e-8,
+            seed: 42,
+            data_seed: None,
+            train_sampling_strategy: SamplingStrategy::Random,
+            logging_steps: 1,
+            eval_steps: None,
+            eval_on_start: false,
+            save_steps: 100,
+            save_total_limit: 2,
+        }
+    }
+}
+
+impl TrainingOptions {
+    /// The number of optimizer steps when an epoch has `steps_per_epoch`.
+    pub fn total_steps(&self, steps_per_epoch: usize) -> u64 {
+        match u64::try_from(self.max_steps) {
+            Ok(steps) if steps > 0 => steps,
+            _ => (self.num_train_epochs * steps_per_epoch as f64).ceil() as u64,
+        }
+    }
+
+    /// The number of warmup steps out of `total_steps`.
+    pub fn resolved_warmup_steps(&self, total_steps: u64) -> u64 {
+        const DEFAULT_RATIO: f64 = 0.03;
+        let of_ratio = |ratio: f64| (ratio * total_steps as f64).ceil() as u64;
+        match (self.warmup_steps, self.warmup_ratio) {
+            (Some(steps), _) if steps >= 1.0 => steps as u64,
+            (Some(ratio), _) | (None, Some(ratio)) => of_ratio(ratio),
+            (None, None) if self.lr_scheduler_type == Scheduler::Constant => 0,
+            (None, None) => of_ratio(DEFAULT_RATIO),
+        }
+    }
+
+    /// The seed of the order of the data.
+    pub fn resolved_data_seed(&self) -> u64 {
+        self.data_seed.unwrap_or(self.seed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_and_warmup_resolve_as_in_transformers() {
+        let mut options = TrainingOptions::default();
+        assert_eq!(options.total_steps(7), 21);
+        options.num_train_epochs = 1.1;
+        assert_eq!(options.total_steps(7), 8);
+        options.max_steps = 5;
+        assert_eq!(options.total_steps(7), 5);
+
+        assert_eq!(options.resolved_warmup_steps(100), 3);
+        assert_eq!(options.resolved_warmup_steps(101), 4);
+        options.warmup_steps = Some(0.1);
+        assert_eq!(options.resolved_warmup_steps(101), 11);
+        options.warmup_steps = Some(10.0);
+        assert_eq!(options.resolved_warmup_steps(101), 10);
+        (options.warmup_steps, options.warmup_ratio) = (None, Some(0.5));
+        assert_eq!(options.resolved_warmup_steps(101), 51);
+        (options.warmup_ratio, options.lr_scheduler_type) = (None, Scheduler::Constant);
+        assert_eq!(options.resolved_warmup_steps(101), 0);
+    }
+}

@@ -1,0 +1,230 @@
+//! Which values make sense.
+
+use super::{Scheduler, Targets, TrainConfig};
+use crate::error::{Error, Problem, Result};
+
+impl TrainConfig {
+    /// Checks all values.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with everything that is wrong.
+    pub fn validate(&self) -> Result<()> {
+        let problems = self.problems();
+        if problems.is_empty() {
+            return Ok(());
+        }
+        let of_key = |(_, message)| Problem { path: None, line: None, message };
+        Err(Error::Config(problems.into_iter().map(of_key).collect()))
+    }
+
+    /// Every value that makes no sense: its key and a message that names the key.
+    pub(super) fn problems(&self) -> Vec<(&'static str, String)> {
+        let mut check = Checker::default();
+        self.check_model(&mut check);
+        self.check_lora(&mut check);
+        self.check_data(&mut check);
+        self.check_training(&mut check);
+        check.problems
+    }
+
+    fn check_model(&self, check: &mut Checker) {
+        let model = &self.model;
+        check.that(
+            !model.model_name_or_path.trim().is_empty(),
+            "model.model_name_or_path",
+            "is missing: a folder, a GGUF file or a hub id such as \"HuggingFaceTB/SmolLM2-135M-Instruct\"",
+        );
+        let blocksize = model.blocksize;
+        check.that(
+            blocksize.is_power_of_two() && (32..=4096).contains(&blocksize),
+            "model.blocksize",
+            format!("must be a power of two from 32 to 4096, not {blocksize}"),
+        );
+    }
+
+    fn check_lora(&self, check: &mut Checker) {
+        let lora = &self.lora;
+        check.at_least_one("lora.r", lora.r as u64);
+        check.positive("lora.lora_alpha", lora.lora_alpha);
+        check.that(
+            (0.0..1.0).contains(&lora.lora_dropout),
+            "lora.lora_dropout",
+            format!("must be at least 0 and below 1, not {}", lora.lora_dropout),
+        );
+        let named = match &lora.target_modules {
+            Targets::Pattern(pattern) => !pattern.is_empty(),
+            Targets::List(names) => !names.is_empty() && names.iter().all(|name| !name.is_empty()),
+        };
+        check.that(named, "lora.target_modules", "must name at least one module, and no empty name");
+    }
+
+    fn check_data(&self, check: &mut Checker) {
+        let data = &self.data;
+        check.that(!data.train_file.is_empty(), "data.train_file", "is missing: the path of a JSONL file, or a list");
+        check.that(
+            data.max_length >= 2,
+            "data.max_length",
+            format!("must be at least 2 (a token and the one it predicts), not {}", data.max_length),
+        );
+    }
+
+    fn check_training(&self, check: &mut Checker) {
+        let training = &self.training;
+        check.that(!training.output_dir.as_os_str().is_empty(), "training.output_dir", "must not be empty");
+        check.positive("training.num_train_epochs", training.num_train_epochs);
+        check.that(
+            training.max_steps == -1 || training.max_steps > 0,
+            "training.max_steps",
+            format!("must be at least 1, or -1 for all epochs, not {}", training.max_steps),
+        );
+        check.at_least_one("training.per_device_train_batch_size", training.per_device_train_batch_size as u64);
+        if let Some(size) = training.per_device_eval_batch_size {
+            check.at_least_one("training.per_device_eval_batch_size", size as u64);
+        }
+        check.at_least_one("training.gradient_accumulation_steps", training.gradient_accumulation_steps as u64);
+        check.positive("training.learning_rate", training.learning_rate);
+        self.check_warmup(check);
+        check.not_negative("training.max_grad_norm", training.max_grad_norm);
+        check.not_negative("training.weight_decay", training.weight_decay);
+        for (key, beta) in
+            [("training.adam_beta1", training.adam_beta1), ("training.adam_beta2", training.adam_beta2)]
+        {
+            check.that((0.0..1.0).contains(&beta), key, format!("must be at least 0 and below 1, not {beta}"));
+        }
+        check.positive("training.adam_epsilon", training.adam_epsilon);
+        check.at_least_one("training.logging_steps", training.logging_steps);
+        let evaluates = !self.data.validation_file.is_empty();
+        if let Some(steps) = training.eval_steps {
+            check.at_least_one("training.eval_steps", steps);
+            check.that(evaluates, "training.eval_steps", "needs a validation_file in [data]");
+        }
+        let on_start = !training.eval_on_start || evaluates;
+        check.that(on_start, "training.eval_on_start", "needs a validation_file in [data]");
+        // TOML and JSON consumers read integers as i64.
+        for (key, seed) in [("training.seed", Some(training.seed)), ("training.data_seed", training.data_seed)] {
+            check.that(seed.is_none_or(|seed| seed <= i64::MAX as u64), key, "must be below 2^63");
+        }
+    }
+
+    fn check_warmup(&self, check: &mut Checker) {
+        let training = &self.training;
+        check.that(
+            training.warmup_steps.is_none() || training.warmup_ratio.is_none(),
+            "training.warmup_ratio",
+            "and `warmup_steps` exclude each other",
+        );
+        if let Some(steps) = training.warmup_steps {
+            check.that(
+                steps.is_finite() && steps >= 0.0 && (steps < 1.0 || steps.fract() == 0.0),
+                "training.warmup_steps",
+                format!("must be a whole number of steps, or a share of all steps below 1, not {steps}"),
+            );
+        }
+        if let Some(ratio) = training.warmup_ratio {
+            check.that(
+                (0.0..=1.0).contains(&ratio),
+                "training.warmup_ratio",
+                format!("must be from 0 to 1, not {ratio}"),
+            );
+        }
+        let asked = training.warmup_steps.or(training.warmup_ratio).unwrap_or(0.0) > 0.0;
+        check.that(
+            !asked || training.lr_scheduler_type != Scheduler::Constant,
+            "training.lr_scheduler_type",
+            "\"constant\" has no warmup: use \"constant_with_warmup\" or leave the warmup out",
+        );
+    }
+}
+
+#[derive(Default)]
+struct Checker {
+    problems: Vec<(&'static str, String)>,
+}
+
+impl Checker {
+    fn that(&mut self, holds: bool, key: &'static str, message: impl Into<String>) {
+        if !holds {
+            self.problems.push((key, format!("`{key}` {}", message.into())));
+        }
+    }
+
+    fn at_least_one(&mut self, key: &'static str, value: u64) {
+        self.that(value >= 1, key, "must be at least 1");
+    }
+
+    fn positive(&mut self, key: &'static str, value: f64) {
+        self.that(value.is_finite() && value > 0.0, key, format!("must be a number above 0, not {value}"));
+    }
+
+    fn not_negative(&mut self, key: &'static str, value: f64) {
+        self.that(value.is_finite() && value >= 0.0, key, format!("must be a number of at least 0, not {value}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn valid() -> TrainConfig {
+        let text = "model.model_name_or_path = \"m\"\ndata.train_file = \"t\"\ndata.validation_file = \"v\"";
+        TrainConfig::from_toml_str(text).unwrap()
+    }
+
+    #[test]
+    fn every_bad_value_is_named() {
+        for (key, value) in [
+            ("model.model_name_or_path", "\"\""),
+            ("model.blocksize", "48"),
+            ("model.blocksize", "8192"),
+            ("lora.r", "0"),
+            ("lora.lora_alpha", "0"),
+            ("lora.lora_alpha", "nan"),
+            ("lora.lora_dropout", "1.0"),
+            ("lora.target_modules", "[]"),
+            ("lora.target_modules", "[\"\"]"),
+            ("data.train_file", "[]"),
+            ("data.max_length", "1"),
+            ("training.output_dir", "\"\""),
+            ("training.num_train_epochs", "0"),
+            ("training.num_train_epochs", "inf"),
+            ("training.max_steps", "0"),
+            ("training.max_steps", "-2"),
+            ("training.per_device_train_batch_size", "0"),
+            ("training.per_device_eval_batch_size", "0"),
+            ("training.gradient_accumulation_steps", "0"),
+            ("training.learning_rate", "-1e-4"),
+            ("training.warmup_steps", "1.5"),
+            ("training.warmup_steps", "-1"),
+            ("training.warmup_ratio", "1.5"),
+            ("training.max_grad_norm", "-1"),
+            ("training.weight_decay", "nan"),
+            ("training.adam_beta1", "1"),
+            ("training.adam_beta2", "-0.1"),
+            ("training.adam_epsilon", "0"),
+            ("training.logging_steps", "0"),
+            ("training.eval_steps", "0"),
+        ] {
+            let mut config = valid();
+            config.validate().unwrap();
+            config.set(key, value).unwrap();
+            let message = config.validate().unwrap_err().to_string();
+            assert!(message.starts_with(&format!("`{key}` ")), "{key} = {value}: {message}");
+            assert_eq!(message.lines().count(), 1, "{key} = {value}: {message}");
+        }
+    }
+
+    #[test]
+    fn values_that_contradict_each_other() {
+        let refusal = |values: &[(&str, &str)]| {
+            let mut config = valid();
+            values.iter().for_each(|(key, value)| config.set(key, value).unwrap());
+            config.validate().unwrap_err().to_string()
+        };
+        let both = refusal(&[("training.warmup_steps", "3"), ("training.warmup_ratio", "0.1")]);
+        assert!(both.contains("exclude each other"), "{both}");
+        let constant = refusal(&[("training.lr_scheduler_type", "\"constant\""), ("training.warmup_steps", "3")]);
+        assert!(constant.contains("constant_with_warmup"), "{constant}");
+        let no_data = refusal(&[("data.validation_file", "[]"), ("training.eval_steps", "5")]);
+        assert!(no_data.contains("`training.eval_steps` needs a validation_file"), "{no_data}");
+    }
+}

@@ -1,0 +1,235 @@
+//! JSONL files to a [`Dataset`]: one JSON object a line, UTF-8, blank lines ignored.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+
+use rayon::iter::{IntoParallelRefIterator, ParallelIterator};
+use serde_json::Value;
+
+use super::dataset::Dataset;
+use super::encode::{EncodeOptions, Outcome, TextEncoder, encode};
+use super::record::Record;
+use crate::error::{Error, Result};
+
+/// Rows that are encoded together, in parallel; bounds the memory that undecoded rows take.
+const CHUNK: usize = 2048;
+
+/// A line of a file with its number, from 1.
+struct Line {
+    number: usize,
+    bytes: Vec<u8>,
+}
+
+/// Reads and encodes JSONL files.
+///
+/// # Errors
+/// The first problem, with its file and line: a file that cannot be read, a line that is not UTF-8 or not JSON, a row in
+/// no known format, one without a token to train on (unless the options say to skip those), an overlong one (if the
+/// options say so). Also files without any row, and files of which nothing is left.
+pub fn load_jsonl(paths: &[PathBuf], encoder: &dyn TextEncoder, options: &EncodeOptions) -> Result<Dataset> {
+    let mut dataset = Dataset::new();
+    for path in paths {
+        read_file(path, encoder, options, &mut dataset)?;
+    }
+    if dataset.is_empty() {
+        let paths: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
+        let stats = dataset.stats();
+        return Err(Error::Invalid(format!("{}: none of {} rows is left: {stats}", paths.join(", "), stats.rows)));
+    }
+    tracing::info!(files = paths.len(), "{}", dataset.stats());
+    Ok(dataset)
+}
+
+fn read_file(path: &Path, encoder: &dyn TextEncoder, options: &EncodeOptions, dataset: &mut Dataset) -> Result<()> {
+    let file = File::open(path).map_err(|error| Error::io(path, error))?;
+    let mut reader = BufReader::new(file);
+    let index = dataset.add_file(path);
+    let rows_before = dataset.stats().rows;
+    let mut number = 0;
+    loop {
+        let lines = read_lines(path, &mut reader, &mut number)?;
+        if lines.is_empty() {
+            break;
+        }
+        let outcomes: Vec<Result<Outcome>> =
+            lines.par_iter().map(|line| encode_line(path, line, encoder, options)).collect();
+        for (line, outcome) in lines.iter().zip(outcomes) {
+            let outcome = outcome?;
+            let stats = dataset.stats_mut();
+            stats.rows += 1;
+            match outcome {
+                Outcome::Document(document, notes) => dataset.push(&document, notes, Some((index, line.number))),
+                Outcome::Overlong => stats.dropped_overlong += 1,
+                Outcome::Untrained => stats.dropped_untrained += 1,
+                Outcome::UntrainedAfterTruncation => stats.dropped_after_truncation += 1,
+            }
+        }
+    }
+    if dataset.stats().rows == rows_before {
+        return Err(Error::data(path, None, "the file has no rows"));
+    }
+    Ok(())
+}
+
+/// The next lines that are not blank.
+fn read_lines(path: &Path, reader: &mut impl BufRead, number: &mut usize) -> Result<Vec<Line>> {
+    let mut lines = Vec::new();
+    while lines.len() < CHUNK {
+        let mut bytes = Vec::new();
+        let read = reader.read_until(b'\n', &mut bytes).map_err(|error| Error::io(path, error))?;
+        if read == 0 {
+            break;
+        }
+        *number += 1;
+        if *number == 1 && bytes.starts_with(b"\xef\xbb\xbf") {
+            bytes.drain(..3);
+        }
+        if !bytes.trim_ascii().is_empty() {
+            lines.push(Line { number: *number, bytes });
+        }
+    }
+    Ok(lines)
+}
+
+fn encode_line(path: &Path, line: &Line, encoder: &dyn TextEncoder, options: &EncodeOptions) -> Result<Outcome> {
+    let refuse = |message: String| Error::data(path, line.number, message);
+    let text = std::str::from_utf8(&line.bytes)
+        .map_err(|error| refuse(format!("not UTF-8 text (byte {} of the line)", error.valid_up_to() + 1)))?;
+    let row: Value = serde_json::from_str(text).map_err(|error| refuse(json_message(text, line.number, &error)))?;
+    let record = Record::from_json(&row).map_err(refuse)?;
+    encode(&record, encoder, options).map_err(refuse)
+}
+
+fn json_message(text: &str, number: usize, error: &serde_json::Error) -> String {
+    // serde_json counts lines within the row; only the column means something.
+    let message = error.to_string();
+    let message = message.split(" at line ").next().unwrap_or_default();
+    let mut message = format!("not valid JSON: {message} at column {}", error.column());
+    if number == 1 && matches!(text.trim(), "[" | "{") || text.trim_start().starts_with("[{") {
+        message += "; a JSONL file has one object a line (`jq -c '.[]'` makes one of a JSON list)";
+    }
+    message
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::ToyEncoder;
+    use super::*;
+    use crate::config::DataOptions;
+    use proptest::prelude::*;
+
+    fn load_with(content: &[u8], change: impl Fn(&mut DataOptions)) -> Result<Dataset> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("data.jsonl");
+        std::fs::write(&path, content).unwrap();
+        let mut options = DataOptions::default();
+        change(&mut options);
+        load_jsonl(&[path], &ToyEncoder::default(), &EncodeOptions::from(&options))
+    }
+
+    fn refusal(content: &[u8]) -> String {
+        let message = load_with(content, |_| ()).unwrap_err().to_string();
+        message.split_once("data.jsonl").expect("the file is named").1.to_owned()
+    }
+
+    #[test]
+    fn every_format_is_read_and_lines_are_remembered() {
+        let content = "\u{feff}{\"text\": \"a\"}\r\n\n   \n{\"prompt\": \"p\", \"completion\": \"c\"}\n\
+            {\"messages\": [{\"role\": \"user\", \"content\": \"q\"}, {\"role\": \"assistant\", \"content\": \"a\"}]}\n\
+            {\"instruction\": \"i\", \"input\": \"\", \"output\": \"o\"}\n\
+            {\"conversations\": [{\"from\": \"human\", \"value\": \"q\"}, {\"from\": \"gpt\", \"value\": \"a\"}]}";
+        let dataset = load_with(content.as_bytes(), |_| ()).unwrap();
+        assert_eq!(dataset.len(), 5);
+        let encoder = ToyEncoder::default();
+        let texts: Vec<_> = (0..5).map(|i| dataset.document(i).marked_text(&encoder, "[", "]").unwrap()).collect();
+        assert_eq!(texts, ["[^a$]", "^p[c$]", "^<u>q|<a>[a|]", "^<u>i|<a>[o|]", "^<u>q|<a>[a|]"]);
+        assert!(dataset.origin(1).ends_with("data.jsonl:4"), "{}", dataset.origin(1));
+        assert_eq!(dataset.stats().rows, 5);
+    }
+
+    #[test]
+    fn chunks_keep_order_and_line_numbers() {
+        let content: String = (0..3 * CHUNK).map(|i| format!("{{\"text\": \"{i}\"}}\n")).collect();
+        let dataset = load_with(content.as_bytes(), |_| ()).unwrap();
+        assert_eq!(dataset.len(), 3 * CHUNK);
+        let encoder = ToyEncoder::default();
+        for i in [0, CHUNK - 1, CHUNK, 3 * CHUNK - 1] {
+            assert_eq!(dataset.document(i).marked_text(&encoder, "", "").unwrap(), format!("^{i}$"));
+            assert!(dataset.origin(i).ends_with(&format!(":{}", i + 1)));
+        }
+        let broken = content + "{";
+        assert!(refusal(broken.as_bytes()).starts_with(&format!(":{}: not valid JSON", 3 * CHUNK + 1)));
+    }
+
+    #[test]
+    fn bad_files_are_refused_with_their_line() {
+        let good = b"{\"text\": \"a\"}\n".as_slice();
+        assert_eq!(refusal(b""), ": the file has no rows");
+        assert_eq!(refusal(b"\n \n"), ": the file has no rows");
+        let after_good = |line: &[u8]| refusal(&[good, b"\n", line].concat());
+        assert_eq!(after_good(b"{\"text\": \"a\xff\"}"), ":3: not UTF-8 text (byte 12 of the line)");
+        assert_eq!(after_good(b"{\"text\": }"), ":3: not valid JSON: expected value at column 10");
+        assert_eq!(after_good(b"{\"text\": \"a"), ":3: not valid JSON: EOF while parsing a string at column 11");
+        assert!(after_good(b"{\"text\": \"a\"} x").starts_with(":3: not valid JSON: trailing characters"));
+        assert!(after_good(b"{\"prompt\": \"a\"}").starts_with(":3: `prompt` without `completion`"));
+        let untrained = b"{\"messages\": [{\"role\": \"user\", \"content\": \"q\"}]}";
+        assert!(after_good(untrained).starts_with(":3: no token to train on: no message of the assistant"));
+        let list = refusal(b"[\n{\"text\": \"a\"}\n]");
+        assert!(list.starts_with(":1: not valid JSON: EOF") && list.contains("one object a line"), "{list}");
+        assert!(refusal(b"[{\"text\": \"a\"}]").starts_with(":1: a row must be a JSON object, not a list"));
+        let missing = load_jsonl(&["no/such.jsonl".into()], &ToyEncoder::default(), &(&DataOptions::default()).into());
+        assert!(missing.unwrap_err().to_string().starts_with("no/such.jsonl: No such file"));
+        // A folder opens but cannot be read.
+        let folder = load_jsonl(&[".".into()], &ToyEncoder::default(), &(&DataOptions::default()).into());
+        assert!(folder.unwrap_err().to_string().starts_with(".: Is a directory"));
+    }
+
+    #[test]
+    fn what_is_left_out_is_counted() {
+        let content = b"{\"prompt\": \"aaaaaaaaaa\", \"completion\": \"b\"}\n{\"text\": \"abcdefghij\"}\n\
+            {\"prompt\": \"a\", \"completion\": \"\"}\n{\"prompt\": \"^a\", \"completion\": \"b\"}\n";
+        let skip = |options: &mut DataOptions| {
+            options.max_length = 6;
+            options.on_untrained = crate::config::OnUntrained::Skip;
+        };
+        let stats = *load_with(content, skip).unwrap().stats();
+        assert_eq!((stats.rows, stats.documents, stats.longest), (4, 2, 6));
+        assert_eq!((stats.truncated, stats.dropped_after_truncation, stats.dropped_untrained), (1, 1, 1));
+        assert_eq!((stats.double_bos, stats.tokens, stats.trained_tokens), (1, 10, 7));
+        let drop = |options: &mut DataOptions| {
+            skip(options);
+            options.on_overlong = crate::config::OnOverlong::Drop;
+        };
+        assert_eq!(load_with(content, drop).unwrap().stats().dropped_overlong, 2);
+        let nothing = load_with(b"{\"prompt\": \"a\", \"completion\": \"\"}", drop).unwrap_err().to_string();
+        assert!(nothing.contains("none of 1 rows is left"), "{nothing}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// Any bytes give documents or an error that names the file.
+        #[test]
+        fn arbitrary_bytes_never_panic(content in proptest::collection::vec(any::<u8>(), 0..200)) {
+            if let Err(error) = load_with(&content, |_| ()) {
+                prop_assert!(error.to_string().contains("data.jsonl"));
+            }
+        }
+
+        /// The same for bytes that begin like rows.
+        #[test]
+        fn damaged_rows_never_panic(cut in 0usize..400, flip in 0usize..400, value in any::<u8>()) {
+            let mut content = b"{\"messages\": [{\"role\": \"user\", \"content\": \"q\"}, {\"role\": \"assistant\", \
+                \"content\": \"a\", \"weight\": 1}], \"tools\": null}\n{\"prompt\": \"p\", \"completion\": \"c\"}\n\
+                {\"instruction\": \"i\", \"output\": \"o\", \"history\": [[\"a\", \"b\"]]}\n{\"text\": \"t\"}\n".to_vec();
+            if let Some(byte) = content.get_mut(flip) {
+                *byte = value;
+            }
+            content.truncate(cut);
+            if let Err(error) = load_with(&content, |_| ()) {
+                prop_assert!(error.to_string().contains("data.jsonl"));
+            }
+        }
+    }
+}

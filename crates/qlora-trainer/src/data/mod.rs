@@ -1,0 +1,25 @@
+//! From JSONL files to micro-batches.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`record`] | the row formats: `messages`, `conversations`, `prompt`/`completion`, Alpaca, `text` |
+//! | [`encode`] | rows to token ids, with the tokens to train on; the [`TextEncoder`] that does it for a model |
+//! | [`jsonl`] | files to a [`Dataset`], with errors that name file and line |
+//! | [`dataset`] | the documents of a run, as tokens |
+//! | [`packing`] | documents into bins of limited size |
+//! | [`loader`] | whole optimizer steps, shuffled, from any position |
+
+pub mod dataset;
+pub mod encode;
+pub mod jsonl;
+pub mod loader;
+pub mod packing;
+pub mod record;
+#[cfg(test)]
+mod testing;
+
+pub use dataset::{DataStats, Dataset, Document};
+pub use encode::{EncodeOptions, Encoded, TextEncoder};
+pub use jsonl::load_jsonl;
+pub use loader::{Loader, LoaderOptions, Position, StepBatch};
+pub use record::{Conversation, Message, Record};

@@ -1,0 +1,195 @@
+//! What configuration, data, checkpoints and training can refuse.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// The result of anything in this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why something in this crate failed. Messages name the file and line, the key, the step or the tensor.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Reading or writing a file or folder failed.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+
+    /// The configuration is not valid; all problems that were found.
+    #[error("{}", ProblemList(.0))]
+    Config(Vec<Problem>),
+
+    /// A data file does not hold what it should.
+    #[error("{}", Location(path, *line, message))]
+    Data {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1, if the problem is that of one line.
+        line: Option<usize>,
+        /// What is wrong.
+        message: String,
+    },
+
+    /// A checkpoint is damaged, missing or in the way.
+    #[error("{path}: {message}")]
+    Checkpoint {
+        /// The checkpoint's folder, or the file in it.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        message: String,
+    },
+
+    /// A checkpoint belongs to another run.
+    #[error("{path} belongs to a different run:\n  {}", differences.join("\n  "))]
+    Mismatch {
+        /// The checkpoint's folder.
+        path: PathBuf,
+        /// What differs: name, value in the checkpoint, value now.
+        differences: Vec<String>,
+    },
+
+    /// A loss or gradient is NaN or infinite. Nothing was saved; the last checkpoint is from before this step.
+    #[error(
+        "step {step}, micro-batch {micro_batch}: {what}; the micro-batch holds {documents}. The last checkpoint is \
+         untouched. Usual causes: a learning rate that is too high, or NaN in the base weights"
+    )]
+    NonFinite {
+        /// The optimizer step, from 1.
+        step: u64,
+        /// The micro-batch within the step, from 1.
+        micro_batch: usize,
+        /// What is not finite: the loss, or a tensor's gradient.
+        what: String,
+        /// Where the micro-batch's documents come from.
+        documents: String,
+    },
+
+    /// Trainable tensors that get no gradient: the model would train without them.
+    #[error("step {step}: no gradient reaches {} of {total} trainable tensors: {}", names.len(), list(names))]
+    NoGradient {
+        /// The optimizer step, from 1.
+        step: u64,
+        /// How many trainable tensors there are.
+        total: usize,
+        /// The tensors without gradient.
+        names: Vec<String>,
+    },
+
+    /// An argument makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+
+    /// Loading, building or running the model failed.
+    #[error(transparent)]
+    Core(#[from] qlora_core::Error),
+
+    /// An operation failed.
+    #[error(transparent)]
+    Kernel(#[from] qlora_kernels::Error),
+
+    /// The user's own model or encoder failed.
+    #[error(transparent)]
+    Other(Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// One thing that is wrong with a configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// The file, if the configuration came from one.
+    pub path: Option<PathBuf>,
+    /// The line, from 1, if the key stands in the file.
+    pub line: Option<usize>,
+    /// What is wrong; names the key.
+    pub message: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.path {
+            Some(path) => Location(path, self.line, &self.message).fmt(f),
+            None => f.write_str(&self.message),
+        }
+    }
+}
+
+/// `path:line: message`, as compilers write it.
+struct Location<'a>(&'a Path, Option<usize>, &'a str);
+
+impl fmt::Display for Location<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(path, line, message) = self;
+        match line {
+            Some(line) => write!(f, "{}:{line}: {message}", path.display()),
+            None => write!(f, "{}: {message}", path.display()),
+        }
+    }
+}
+
+struct ProblemList<'a>(&'a [Problem]);
+
+impl fmt::Display for ProblemList<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, problem) in self.0.iter().enumerate() {
+            let separator = if i == 0 { "" } else { "\n" };
+            write!(f, "{separator}{problem}")?;
+        }
+        Ok(())
+    }
+}
+
+/// The first names of a list that may be long.
+fn list(names: &[String]) -> String {
+    const SHOWN: usize = 8;
+    let mut text = names.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join(", ");
+    if names.len() > SHOWN {
+        text += &format!(" and {} more", names.len() - SHOWN);
+    }
+    text
+}
+
+impl Error {
+    /// An [`Error::Io`] for `path`.
+    pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
+        Self::Io { path: path.as_ref().to_owned(), source }
+    }
+
+    /// An [`Error::Data`] for a line of a file.
+    pub fn data(path: impl AsRef<Path>, line: impl Into<Option<usize>>, message: impl Into<String>) -> Self {
+        Self::Data { path: path.as_ref().to_owned(), line: line.into(), message: message.into() }
+    }
+
+    /// An [`Error::Checkpoint`] for a folder or file.
+    pub fn checkpoint(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
+        Self::Checkpoint { path: path.as_ref().to_owned(), message: message.into() }
+    }
+
+    /// An [`Error::Other`].
+    pub fn other(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Other(source.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_say_where() {
+        let error = Error::data("train.jsonl", 7, "not JSON");
+        assert_eq!(error.to_string(), "train.jsonl:7: not JSON");
+        assert_eq!(Error::data("train.jsonl", None, "empty").to_string(), "train.jsonl: empty");
+        let problem = |line| Problem { path: Some("a.toml".into()), line, message: "bad".into() };
+        assert_eq!(Error::Config(vec![problem(Some(3)), problem(None)]).to_string(), "a.toml:3: bad\na.toml: bad");
+    }
+
+    #[test]
+    fn long_lists_are_cut() {
+        let names: Vec<_> = (0..20).map(|i| format!("t{i}")).collect();
+        let text = Error::NoGradient { step: 1, total: 20, names }.to_string();
+        assert!(text.ends_with("t7 and 12 more"), "{text}");
+    }
+}
