@@ -12,7 +12,7 @@ pub mod generate;
 pub mod lora;
 pub mod model;
 pub mod nn;
-mod safetensors_file;
+pub mod safetensors_file;
 pub mod sampling;
 pub mod source;
 

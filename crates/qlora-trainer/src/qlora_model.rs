@@ -1,0 +1,98 @@
+//! The decoder of `qlora-core` as the training loop drives it.
+
+use std::path::Path;
+
+use qlora_core::adapter::{self, SaveOptions};
+use qlora_core::batch::Batch;
+use qlora_core::lora::Which;
+use qlora_core::model::{CausalLm, TrainPass};
+use qlora_core::{Error, Result};
+use qlora_kernels::ops::linear_cross_entropy::LossSum;
+
+use crate::model::{Parameter, TrainableModel};
+
+/// A model with an adapter, its f32 master parameters, and what it is saved as.
+#[derive(Debug)]
+pub struct QLoraModel {
+    model: CausalLm,
+    masters: Vec<f32>,
+    save: SaveOptions,
+    identity: Vec<(String, String)>,
+}
+
+impl QLoraModel {
+    /// Wraps a model that has an adapter. `identity` names what makes the model another one, for resumed runs.
+    ///
+    /// # Errors
+    /// If the model has no adapter.
+    pub fn new(model: CausalLm, save: SaveOptions, identity: Vec<(String, String)>) -> Result<Self> {
+        let adapter = model.adapter().ok_or_else(|| Error::Invalid("the model has no adapter to train".into()))?;
+        let masters = adapter.values()?;
+        Ok(Self { model, masters, save, identity })
+    }
+
+    /// The model with its adapter as of the last step.
+    pub fn model(&self) -> &CausalLm {
+        &self.model
+    }
+
+    /// Gives the model back.
+    pub fn into_model(self) -> CausalLm {
+        self.model
+    }
+
+    fn adapter(&self) -> &qlora_core::model::Adapter {
+        self.model.adapter().expect("checked in new; nothing takes the adapter away")
+    }
+}
+
+impl TrainableModel for QLoraModel {
+    fn parameters(&self) -> Vec<Parameter> {
+        let entries = self.adapter().layout().entries();
+        let partner = |module: &str| entries.iter().position(|e| e.module == module && e.which == Which::B);
+        let parameter = |entry: &qlora_core::lora::Entry| Parameter {
+            name: entry.tensor_name(),
+            range: entry.range(),
+            shape: vec![entry.rows, entry.cols],
+            silenced_by: if entry.which == Which::A { partner(&entry.module) } else { None },
+        };
+        entries.iter().map(parameter).collect()
+    }
+
+    fn masters(&self) -> &[f32] {
+        &self.masters
+    }
+
+    fn masters_mut(&mut self) -> &mut [f32] {
+        &mut self.masters
+    }
+
+    fn masters_changed(&mut self) -> Result<()> {
+        self.adapter().set_values(&self.masters)
+    }
+
+    fn accumulate_gradients(&mut self, batch: &Batch, items: usize, step_seed: u64, grad: &mut [f32]) -> Result<f64> {
+        Ok(self.model.accumulate_gradients(batch, items, TrainPass { seed: step_seed }, grad)?.sum)
+    }
+
+    fn evaluate(&mut self, batch: &Batch) -> Result<LossSum> {
+        self.model.evaluate(batch)
+    }
+
+    fn save_adapter(&self, folder: &Path) -> Result<()> {
+        let adapter = self.adapter();
+        adapter::save(folder, adapter.config(), adapter.layout(), &self.masters, &self.save)
+    }
+
+    fn identity(&self) -> Vec<(String, String)> {
+        self.identity.clone()
+    }
+
+    fn vocab_size(&self) -> Option<usize> {
+        Some(self.model.config().vocab_size)
+    }
+
+    fn max_positions(&self) -> Option<usize> {
+        Some(self.model.config().max_position_embeddings)
+    }
+}
