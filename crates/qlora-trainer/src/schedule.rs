@@ -80,7 +80,10 @@ mod tests {
             };
             for (step, expected) in case["values"].as_array().unwrap().iter().enumerate() {
                 let (got, expected) = (schedule.at(step as u64), expected.as_f64().unwrap());
-                assert!((got - expected).abs() <= 1e-12 * schedule.learning_rate, "{schedule:?} step {step}: {got} {expected}");
+                assert!(
+                    (got - expected).abs() <= 1e-12 * schedule.learning_rate,
+                    "{schedule:?} step {step}: {got} {expected}"
+                );
             }
         }
     }

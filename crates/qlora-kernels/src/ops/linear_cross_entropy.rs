@@ -1,0 +1,285 @@
+//! The output head and the cross-entropy in one: logits never exist whole.
+//!
+//! With `hidden [tokens, width]`, a frozen head `W [vocab, width]` and a target `y` for each trained token:
+//!
+//! ```text
+//! z = hidden W^T        loss = sum over trained tokens of (logsumexp(z) - z_y)
+//! dz = (softmax(z) - onehot_y) / num_items        dhidden = dz W
+//! ```
+//!
+//! Only rows with a target are multiplied: they are gathered, some hundred at a time, so that a chunk of logits takes at
+//! most 64 MiB. The gradient is made in the same pass, in place over the logits, so nothing is computed twice: the whole
+//! costs two products. `num_items` is an input because an optimizer step divides by the trained tokens of all its
+//! micro-batches. Logits are f32, the loss is summed in f64 in the order of the rows.
+
+use rayon::iter::{IndexedParallelIterator, ParallelIterator};
+use rayon::slice::ParallelSliceMut;
+
+use crate::error::{Error, Result};
+use crate::math;
+use crate::matrix::Workspace;
+use crate::ops::frozen_linear;
+use crate::simd::vectorize;
+use crate::view::{View, ViewMut};
+use crate::weight::FrozenWeight;
+
+const OP: &str = "linear_cross_entropy";
+
+/// The target of a token that is not trained, as in PyTorch.
+pub const IGNORE_INDEX: i64 = -100;
+
+/// Logits of a chunk: 64 MiB.
+const CHUNK: usize = 1 << 24;
+
+/// A sum of cross-entropies and the number of tokens it runs over.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LossSum {
+    /// The sum, in nats, not divided.
+    pub sum: f64,
+    /// The tokens with a target.
+    pub trained_tokens: usize,
+}
+
+/// The loss alone.
+///
+/// # Errors
+/// If the shapes do not fit, or a target is neither in the vocabulary nor [`IGNORE_INDEX`].
+pub fn forward(hidden: View, head: &dyn FrozenWeight, targets: &[i64], workspace: &Workspace) -> Result<LossSum> {
+    run(hidden, head, targets, None, workspace)
+}
+
+/// The loss, and `d (sum / num_items) / d hidden` in `dhidden [tokens, width]`; rows without a target get zeros.
+///
+/// # Errors
+/// As [`forward`]; also if `num_items` is 0 although a token is trained.
+pub fn forward_backward(
+    hidden: View,
+    head: &dyn FrozenWeight,
+    targets: &[i64],
+    num_items: usize,
+    dhidden: ViewMut,
+    workspace: &Workspace,
+) -> Result<LossSum> {
+    dhidden.expect(OP, "dhidden", hidden.rows(), hidden.cols())?;
+    if num_items == 0 && targets.iter().any(|&target| target != IGNORE_INDEX) {
+        return Err(Error::invalid(OP, "num_items is 0 although tokens are trained"));
+    }
+    run(hidden, head, targets, Some((dhidden, 1.0 / num_items.max(1) as f32)), workspace)
+}
+
+fn run(
+    hidden: View,
+    head: &dyn FrozenWeight,
+    targets: &[i64],
+    mut gradient: Option<(ViewMut, f32)>,
+    workspace: &Workspace,
+) -> Result<LossSum> {
+    let (vocab, width) = (head.rows(), head.cols());
+    hidden.expect(OP, "hidden", targets.len(), width)?;
+    let trained = trained_rows(targets, vocab)?;
+    if let Some((dhidden, _)) = &mut gradient {
+        dhidden.reborrow().host(OP)?.rows_mut().for_each(|row| row.fill(0.0));
+    }
+    let source = hidden.host(OP)?;
+    let mut loss = LossSum { sum: 0.0, trained_tokens: trained.len() };
+    let chunk = (CHUNK / vocab.max(1)).max(1);
+    for rows in trained.chunks(chunk) {
+        let mut gathered = workspace.matrix(rows.len(), width);
+        for (to, (from, _)) in gathered.as_mut_slice().chunks_exact_mut(width.max(1)).zip(rows) {
+            to.copy_from_slice(source.row(*from));
+        }
+        let mut logits = workspace.matrix(rows.len(), vocab);
+        frozen_linear::forward(gathered.view(), head, logits.view_mut(), 0.0, workspace)?;
+        let scale = gradient.as_ref().map(|(_, scale)| *scale);
+        let losses: Vec<f64> = logits
+            .as_mut_slice()
+            .par_chunks_exact_mut(vocab)
+            .zip_eq(rayon::iter::IntoParallelRefIterator::par_iter(rows))
+            .map(|(logits, &(_, target))| cross_entropy(logits, target, scale))
+            .collect();
+        loss.sum += losses.iter().sum::<f64>();
+        if let Some((dhidden, _)) = &mut gradient {
+            frozen_linear::backward(logits.view(), head, gathered.view_mut(), 0.0, workspace)?;
+            let mut dhidden = dhidden.reborrow().host(OP)?;
+            for (from, (to, _)) in gathered.as_slice().chunks_exact(width.max(1)).zip(rows) {
+                dhidden.row_mut(*to).copy_from_slice(from);
+            }
+        }
+    }
+    Ok(loss)
+}
+
+/// The rows with a target, and their targets.
+fn trained_rows(targets: &[i64], vocab: usize) -> Result<Vec<(usize, usize)>> {
+    let mut rows = Vec::with_capacity(targets.len());
+    for (row, &target) in targets.iter().enumerate().filter(|&(_, &target)| target != IGNORE_INDEX) {
+        match usize::try_from(target).ok().filter(|&target| target < vocab) {
+            Some(target) => rows.push((row, target)),
+            None => {
+                let message = format!("row {row} has target {target}, the vocabulary has {vocab} tokens");
+                return Err(Error::invalid(OP, message));
+            }
+        }
+    }
+    Ok(rows)
+}
+
+/// The loss of one row; with `scale`, its gradient times `scale` takes the logits' place. A row with NaN has loss NaN.
+fn cross_entropy(logits: &mut [f32], target: usize, scale: Option<f32>) -> f64 {
+    /// Elements whose exponentials are added in f32 before the sum goes to f64.
+    const BLOCK: usize = 1024;
+    let mut logits = logits;
+    let logit = logits[target];
+    let max = vectorize(
+        #[inline(always)]
+        || {
+            let mut lanes = [f32::NEG_INFINITY; 32];
+            let (blocks, rest) = logits.as_chunks::<32>();
+            for block in blocks {
+                for (lane, &x) in lanes.iter_mut().zip(block) {
+                    *lane = if x > *lane { x } else { *lane };
+                }
+            }
+            lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, &x| if x > max { x } else { max })
+        },
+    );
+    let mut sum = 0f64;
+    for block in logits.chunks_mut(BLOCK) {
+        let part = vectorize(
+            #[inline(always)]
+            || {
+                let mut lanes = [0f32; 32];
+                let (chunks, rest) = block.as_chunks_mut::<32>();
+                for chunk in chunks {
+                    for (lane, x) in lanes.iter_mut().zip(chunk) {
+                        *x = math::exp(*x - max);
+                        *lane += *x;
+                    }
+                }
+                let mut tail = 0f32;
+                for x in rest {
+                    *x = math::exp(*x - max);
+                    tail += *x;
+                }
+                lanes.iter().sum::<f32>() + tail
+            },
+        );
+        sum += f64::from(part);
+    }
+    if let Some(scale) = scale {
+        let factor = (f64::from(scale) / sum) as f32;
+        vectorize(
+            #[inline(always)]
+            || {
+                for x in logits.iter_mut() {
+                    *x *= factor;
+                }
+            },
+        );
+        logits = &mut logits[target..=target];
+        logits[0] -= scale;
+    }
+    sum.ln() + f64::from(max) - f64::from(logit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Window, assert_close, numeric_gradient, random, to_f64};
+    use crate::weight::{PlainData, PlainWeight};
+
+    fn reference(hidden: &[f64], head: &[f64], width: usize, targets: &[i64]) -> f64 {
+        let loss = |(row, &target): (&[f64], &i64)| {
+            if target < 0 {
+                return 0.0;
+            }
+            let logits: Vec<f64> =
+                head.chunks_exact(width).map(|w| w.iter().zip(row).map(|(w, x)| w * x).sum()).collect();
+            let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            logits.iter().map(|z| (z - max).exp()).sum::<f64>().ln() + max - logits[target as usize]
+        };
+        hidden.chunks_exact(width).zip(targets).map(loss).sum()
+    }
+
+    #[test]
+    fn loss_and_gradient_match_f64() {
+        for (tokens, width, vocab) in [(1, 1, 2), (5, 7, 61), (9, 16, 2500), (40, 33, 130)] {
+            let mut random = random(tokens as u64);
+            let (x, w) = (random(tokens * width), random(vocab * width));
+            let targets: Vec<i64> =
+                (0..tokens as i64).map(|i| if i % 3 == 2 { IGNORE_INDEX } else { i * 37 % vocab as i64 }).collect();
+            let (x64, w64) = (to_f64(&x), to_f64(&w));
+            let head = PlainWeight::new(PlainData::F32(w), vocab, width);
+            let input = Window::of(&x, tokens, width, 3);
+            let want = reference(&x64, &w64, width, &targets);
+            let gradient = numeric_gradient(&x64, &[1.0 / 11.0], |x| vec![reference(x, &w64, width, &targets)]);
+            let workspace = Workspace::poisoned();
+            let mut dx = Window::poisoned(tokens, width, 2);
+            let loss = forward_backward(input.view(), &head, &targets, 11, dx.view_mut(), &workspace).unwrap();
+            assert!((loss.sum - want).abs() < 1e-6 * want, "{} {want}", loss.sum);
+            assert_eq!(loss.trained_tokens, targets.iter().filter(|&&t| t >= 0).count());
+            assert_close("dhidden", &dx.to_vec(), &gradient, 2e-6);
+            assert_eq!(forward(input.view(), &head, &targets, &workspace).unwrap(), loss);
+        }
+    }
+
+    #[test]
+    fn chunks_do_not_show() {
+        // More than CHUNK / vocab trained rows.
+        let (tokens, width, vocab) = (70, 2, 300_000);
+        let mut random = random(1);
+        let (x, w) = (random(tokens * width), random(vocab * width));
+        let targets: Vec<i64> = (0..tokens as i64).map(|i| i * 4001).collect();
+        let head = PlainWeight::new(PlainData::F32(w), vocab, width);
+        let workspace = Workspace::poisoned();
+        let mut dx = workspace.matrix(tokens, width);
+        let view = View::new(&x, tokens, width);
+        let loss = forward_backward(view, &head, &targets, 70, dx.view_mut(), &workspace).unwrap();
+        assert!(workspace.peak_bytes() < (CHUNK + 1000) * 4);
+        let mut sum = 0.0;
+        for row in [0, 54, 55, 56, 69] {
+            let mut alone = workspace.matrix(1, width);
+            let one = forward_backward(
+                view.slice_rows(row..row + 1),
+                &head,
+                &targets[row..=row],
+                70,
+                alone.view_mut(),
+                &workspace,
+            );
+            sum += one.unwrap().sum;
+            // Each element is a sum over 300,000 terms of both signs, in another order.
+            assert_close("row", alone.as_slice(), &to_f64(&dx.as_slice()[row * width..(row + 1) * width]), 1e-3);
+        }
+        assert!(loss.sum > sum);
+    }
+
+    #[test]
+    fn large_logits_do_not_overflow_and_nan_shows() {
+        let head = PlainWeight::new(PlainData::F32(vec![1.0, 0.0]), 2, 1);
+        let workspace = Workspace::poisoned();
+        let loss = |x: f32| forward(View::new(&[x], 1, 1), &head, &[1], &workspace).unwrap().sum;
+        assert_eq!(loss(1000.0), 1000.0);
+        assert_eq!(loss(-1000.0), 0.0);
+        assert!(loss(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn a_target_outside_the_vocabulary_is_named() {
+        let head = PlainWeight::new(PlainData::F32(vec![1.0; 6]), 3, 2);
+        for target in [3, -1, i64::MIN] {
+            let error = forward(View::new(&[0.0; 4], 2, 2), &head, &[0, target], &Workspace::poisoned()).unwrap_err();
+            let expected = format!("linear_cross_entropy: row 1 has target {target}, the vocabulary has 3 tokens");
+            assert_eq!(error.to_string(), expected);
+        }
+    }
+
+    #[test]
+    fn nothing_trained_costs_nothing() {
+        let head = PlainWeight::new(PlainData::F32(vec![1.0; 6]), 3, 2);
+        let mut dx = [f32::NAN; 4];
+        let (hidden, out) = (View::new(&[1.0; 4], 2, 2), ViewMut::new(&mut dx, 2, 2));
+        let loss = forward_backward(hidden, &head, &[IGNORE_INDEX; 2], 0, out, &Workspace::poisoned()).unwrap();
+        assert_eq!((loss, dx), (LossSum::default(), [0.0; 4]));
+    }
+}
