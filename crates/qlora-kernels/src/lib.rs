@@ -7,6 +7,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`view`], [`matrix`] | windows into memory, and the memory itself with the pool it returns to |
+//! | [`mapped`] | read-only memory-mapped files |
 //! | [`sequence`] | how the tokens of a batch fall into sequences |
 //! | [`tensor`] | the bridge to and from candle tensors, without copies |
 //! | [`quant`] | bitsandbytes' 4-bit formats, bit for bit |
@@ -16,6 +17,7 @@
 //! This is the one crate of the workspace that holds unsafe code.
 
 pub mod error;
+pub mod mapped;
 pub mod matrix;
 pub mod ops;
 pub mod quant;
@@ -26,6 +28,7 @@ pub mod view;
 pub mod weight;
 
 pub use error::{Error, Result};
+pub use mapped::MappedFile;
 pub use matrix::{Matrix, Workspace};
 pub use sequence::SequenceLayout;
 pub use view::{View, ViewMut};
