@@ -1,6 +1,16 @@
 //! What a decoder is made of: one description for all supported architectures.
+//!
+//! [`ModelConfig::from_json_file`] reads the `config.json` of transformers 4 and 5. What it cannot represent is an error
+//! that names the option; sizes are checked, so that no file can ask for an absurd allocation.
+
+mod json;
+mod limits;
+mod rope;
+mod tensors;
 
 use qlora_kernels::ops::rope::RopeConfig;
+
+pub(crate) use limits::MAX_LAYERS;
 
 /// The architectures whose parts the decoder can be put together from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

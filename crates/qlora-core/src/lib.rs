@@ -6,14 +6,20 @@ pub mod adapter;
 pub mod atomic;
 pub mod autograd;
 pub mod batch;
+pub mod chat;
 pub mod config;
 pub mod error;
+mod file;
 pub mod generate;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod lora;
 pub mod model;
 pub mod nn;
+pub mod open;
 pub mod safetensors_file;
 pub mod sampling;
 pub mod source;
+pub mod tokenizer;
 
 pub use error::{Error, Result};

@@ -7,6 +7,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`view`], [`matrix`] | windows into memory, and the memory itself with the pool it returns to |
+//! | [`mapped`] | read-only memory-mapped files |
 //! | [`sequence`] | how the tokens of a batch fall into sequences |
 //! | [`tensor`] | the bridge to and from candle tensors, without copies |
 //! | [`quant`] | bitsandbytes' 4-bit formats, bit for bit |
@@ -17,6 +18,7 @@
 
 pub mod error;
 mod math;
+pub mod mapped;
 pub mod matrix;
 pub mod ops;
 mod parallel;
@@ -31,6 +33,7 @@ pub mod view;
 pub mod weight;
 
 pub use error::{Error, Result};
+pub use mapped::MappedFile;
 pub use matrix::{Matrix, Workspace};
 pub use sequence::SequenceLayout;
 pub use view::{View, ViewMut};

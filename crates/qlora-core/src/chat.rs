@@ -1,0 +1,231 @@
+//! Chat templates: conversations to the text a model was trained on, and which part of that text are its answers.
+//!
+//! A template is the Jinja program of `chat_template.jinja`, `tokenizer_config.json` or a GGUF file, rendered as
+//! transformers renders it (`apply_chat_template`). Templates are programs from the network: they get a limited number
+//! of steps and a limited output, and no access to anything but their arguments.
+
+mod environment;
+mod message;
+mod python;
+mod spans;
+
+use std::fmt;
+use std::ops::Range;
+use std::path::Path;
+
+use minijinja::value::Serde;
+use minijinja::{Environment, Value as Jinja};
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use crate::file::{self, SMALL};
+use crate::source::{Gguf, WeightSource};
+use crate::tokenizer::Tokenizer;
+
+pub use message::Message;
+
+/// Further arguments of a template by name, such as `tools`, `enable_thinking` or `date_string`.
+pub type TemplateArguments = Map<String, Value>;
+
+/// A chat template with the special tokens it writes.
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    source: String,
+    // What transformers passes beside the conversation: `bos_token`, `eos_token`, ...
+    special_tokens: Map<String, Value>,
+    marks_answers: bool,
+}
+
+/// A conversation as text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RenderedChat {
+    /// The text; special tokens are written out in it.
+    pub text: String,
+    /// The byte ranges of the assistant's answers, each with the marker that ends its turn, ascending.
+    pub answers: Vec<Range<usize>>,
+}
+
+/// A conversation as tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EncodedChat {
+    /// The token ids.
+    pub tokens: Vec<u32>,
+    /// For each token, whether it belongs to an answer of the assistant or to the marker that ends it.
+    pub answer: Vec<bool>,
+}
+
+/// The keys of `tokenizer_config.json` that templates see.
+const SPECIAL_TOKENS: [&str; 7] =
+    ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"];
+
+impl ChatTemplate {
+    /// Compiles a template. `special_tokens` are the texts of `bos_token`, `eos_token` and so on.
+    ///
+    /// # Errors
+    /// If the template has a syntax error; the message has the line.
+    pub fn new(source: &str, special_tokens: impl IntoIterator<Item = (String, String)>) -> Result<Self> {
+        let special_tokens = special_tokens.into_iter().map(|(name, text)| (name, Value::String(text))).collect();
+        let (environment, marks_answers) = environment::compile(source).map_err(template_error)?;
+        Ok(Self { environment, source: source.to_owned(), special_tokens, marks_answers })
+    }
+
+    /// The template of a model folder: `chat_template.jinja`, else `chat_template` of `tokenizer_config.json`. `name`
+    /// chooses among several ("default" if none is given).
+    ///
+    /// # Errors
+    /// If a file is damaged, or there are templates but none of that name.
+    pub fn from_folder(folder: impl AsRef<Path>, name: Option<&str>) -> Result<Option<Self>> {
+        let folder = folder.as_ref();
+        let mut tokens = Vec::new();
+        let mut stated = None;
+        for file_name in ["special_tokens_map.json", "tokenizer_config.json"] {
+            let path = folder.join(file_name);
+            if !path.exists() {
+                continue;
+            }
+            let config = file::read_object(&path, SMALL)?;
+            for key in SPECIAL_TOKENS {
+                let value = config.get(key);
+                let text = value.and_then(|value| value.as_str().or_else(|| value.get("content")?.as_str()));
+                tokens.extend(text.map(|text| (key.to_owned(), text.to_owned())));
+            }
+            stated = config.get("chat_template").filter(|value| !value.is_null()).map(|value| (path, value.clone()));
+        }
+        let file = match name {
+            None | Some("default") => folder.join("chat_template.jinja"),
+            Some(name) if name.contains(['/', '\\']) => return Err(Error::Invalid(format!("no chat template {name:?}"))),
+            Some(name) => folder.join("additional_chat_templates").join(format!("{name}.jinja")),
+        };
+        let (path, source) = if file.exists() {
+            let source = file::read_text(&file, SMALL)?;
+            (file, source)
+        } else {
+            match stated {
+                Some((path, value)) => {
+                    let source = choose(&value, name).map_err(|message| Error::format(&path, message))?;
+                    (path, source)
+                }
+                None if name.is_none_or(|name| name == "default") => return Ok(None),
+                None => return Err(Error::format(folder, format!("no chat template {:?}", name.unwrap_or_default()))),
+            }
+        };
+        Self::new(&source, tokens).map(Some).map_err(|error| Error::format(path, error.to_string()))
+    }
+
+    /// The template of a GGUF file, if it has one.
+    ///
+    /// # Errors
+    /// If the template is damaged.
+    pub fn from_gguf(model: &Gguf, tokenizer: &Tokenizer) -> Result<Option<Self>> {
+        let Some(source) = model.chat_template()? else { return Ok(None) };
+        let roles = [
+            ("bos_token", tokenizer.bos_token_id()),
+            ("eos_token", tokenizer.eos_token_id()),
+            ("unk_token", tokenizer.unk_token_id()),
+            ("pad_token", tokenizer.pad_token_id()),
+        ];
+        let tokens = roles.into_iter().filter_map(|(name, id)| Some((name.to_owned(), tokenizer.id_to_token(id?)?)));
+        Self::new(source, tokens).map(Some).map_err(|error| Error::format(model.path(), error.to_string()))
+    }
+
+    /// The template's text.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// Renders a conversation. With `add_generation_prompt` the text ends where the assistant's next answer begins.
+    ///
+    /// # Errors
+    /// What the template refuses (`raise_exception`), an error in it, or too many steps.
+    pub fn render(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+        arguments: &TemplateArguments,
+    ) -> Result<String> {
+        self.render_as(environment::PLAIN, messages, add_generation_prompt, arguments)
+    }
+
+    /// Renders a conversation and finds the assistant's answers in it: by the template's `{% generation %}` blocks if it
+    /// has some, else by comparing the text with that of the conversation cut before and after each answer. The marker
+    /// that ends an answer belongs to it; white space behind the marker does not.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`], and if the answers cannot be found because the template changes earlier turns when
+    /// later ones follow.
+    pub fn render_with_answers(&self, messages: &[Message], arguments: &TemplateArguments) -> Result<RenderedChat> {
+        if self.marks_answers {
+            spans::by_marks(self, messages, arguments)
+        } else {
+            spans::by_prefixes(self, messages, arguments)
+        }
+    }
+
+    /// Renders a conversation for training and encodes it. The tokenizer adds nothing: special tokens are the template's.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render_with_answers`] and [`Tokenizer::encode`].
+    pub fn encode(&self, tokenizer: &Tokenizer, messages: &[Message], arguments: &TemplateArguments) -> Result<EncodedChat> {
+        let RenderedChat { text, answers } = self.render_with_answers(messages, arguments)?;
+        let (tokens, answer) = tokenizer.encode_with_spans(&text, &answers, false)?;
+        Ok(EncodedChat { tokens, answer })
+    }
+
+    fn render_as(
+        &self,
+        template: &str,
+        messages: &[Message],
+        add_generation_prompt: bool,
+        arguments: &TemplateArguments,
+    ) -> Result<String> {
+        let mut context = self.special_tokens.clone();
+        context.insert("tools".to_owned(), Value::Null);
+        context.insert("documents".to_owned(), Value::Null);
+        context.extend(arguments.iter().map(|(name, value)| (name.clone(), value.clone())));
+        context.insert("messages".to_owned(), messages.iter().map(Message::to_template).collect());
+        context.insert("add_generation_prompt".to_owned(), Value::Bool(add_generation_prompt));
+        environment::render(&self.environment, template, Jinja::from(Serde(&context))).map_err(template_error)
+    }
+}
+
+impl fmt::Debug for ChatTemplate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ChatTemplate({} bytes, answers marked: {})", self.source.len(), self.marks_answers)
+    }
+}
+
+/// The template of that name from `chat_template`: a text, or a list of objects with `name` and `template`.
+fn choose(value: &Value, name: Option<&str>) -> std::result::Result<String, String> {
+    let wanted = name.unwrap_or("default");
+    match value {
+        Value::String(source) if wanted == "default" => Ok(source.clone()),
+        Value::Array(list) => {
+            let names: Vec<&str> = list.iter().filter_map(|entry| entry.get("name")?.as_str()).collect();
+            let found = list.iter().find(|entry| entry.get("name").and_then(Value::as_str) == Some(wanted));
+            let source = found.and_then(|entry| entry.get("template")?.as_str());
+            source.map(str::to_owned).ok_or_else(|| format!("no chat template {wanted:?}; there are {}", names.join(", ")))
+        }
+        Value::String(_) => Err(format!("no chat template {wanted:?}; there is one without a name")),
+        _ => Err("chat_template is neither a text nor a list of named templates".to_owned()),
+    }
+}
+
+fn template_error(error: minijinja::Error) -> Error {
+    let place = error.line().map_or(String::new(), |line| format!(" (line {line})"));
+    let message = match error.kind() {
+        minijinja::ErrorKind::OutOfFuel => format!("it runs for more than {} steps", environment::FUEL),
+        kind => error.detail().map_or_else(|| kind.to_string(), |detail| format!("{kind}: {detail}")),
+    };
+    // The reason of an error inside a macro or of writing the output is in its sources.
+    let mut message = message;
+    let mut source = std::error::Error::source(&error);
+    while let Some(inner) = source {
+        message = format!("{message}: {inner}");
+        source = inner.source();
+    }
+    Error::Invalid(format!("the chat template failed{place}: {message}"))
+}
+
+#[cfg(test)]
+#[path = "chat/tests.rs"]
+mod tests;

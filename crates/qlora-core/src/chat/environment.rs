@@ -1,0 +1,115 @@
+//! The Jinja environment of transformers' chat templates, on minijinja.
+
+use std::fmt::Write as _;
+use std::io;
+
+use chrono::Local;
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Kwargs;
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, UndefinedBehavior, Value};
+use minijinja_contrib::pycompat;
+use regex::Regex;
+
+use super::python;
+
+/// The template as it is.
+pub(super) const PLAIN: &str = "chat template";
+/// The template with its generation blocks between [`ANSWER_BEGIN`] and [`ANSWER_END`].
+pub(super) const MARKED: &str = "chat template with marked answers";
+
+/// Non-characters of Unicode, which no text contains.
+pub(super) const ANSWER_BEGIN: char = '\u{FDD0}';
+/// See [`ANSWER_BEGIN`].
+pub(super) const ANSWER_END: char = '\u{FDD1}';
+
+/// Instructions that a template may run: a conversation of a thousand messages needs about a hundredth.
+pub(super) const FUEL: u64 = 5_000_000;
+/// The longest text that a template may write.
+const MAX_OUTPUT: usize = 64 << 20;
+
+/// Compiles a template; also says whether it marks the assistant's answers.
+pub(super) fn compile(source: &str) -> Result<(Environment<'static>, bool), Error> {
+    let mut environment = Environment::new();
+    environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
+    environment.set_auto_escape_callback(|_| AutoEscape::None);
+    environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+    environment.set_fuel(Some(FUEL));
+    environment.set_formatter(|out, _, value| write!(out, "{}", python::Str(value)).map_err(|_| ErrorKind::WriteFailure.into()));
+    environment.set_unknown_method_callback(method);
+    environment.add_filter("tojson", python::to_json);
+    environment.add_filter("string", |value: &Value| python::Str(value).to_string());
+    environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+        Err(Error::new(ErrorKind::InvalidOperation, message))
+    });
+    environment.add_function("strftime_now", strftime_now);
+    environment.add_function("__generation", |state: &mut State, arguments: Kwargs| body(state, &arguments));
+    environment.add_function("__marked_generation", |state: &mut State, arguments: Kwargs| -> Result<Value, Error> {
+        let body = body(state, &arguments)?;
+        Ok(Value::from(format!("{ANSWER_BEGIN}{body}{ANSWER_END}")))
+    });
+
+    // minijinja has no tags of its own making; transformers' `generation` is a call block underneath anyway.
+    let begin = Regex::new(r"\{%([-+]?)\s*generation\s*([-+]?)%\}").expect("a valid expression");
+    let end = Regex::new(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}").expect("a valid expression");
+    let marks_answers = begin.is_match(source);
+    let with = |function: &str| {
+        let opened = begin.replace_all(source, format!("{{%$1 call {function}() $2%}}"));
+        end.replace_all(&opened, "{%$1 endcall $2%}").into_owned()
+    };
+    environment.add_template_owned(PLAIN, with("__generation"))?;
+    if marks_answers {
+        environment.add_template_owned(MARKED, with("__marked_generation"))?;
+    }
+    Ok((environment, marks_answers))
+}
+
+/// Renders one of the two forms of a compiled template.
+pub(super) fn render(environment: &Environment<'_>, template: &str, context: Value) -> Result<String, Error> {
+    let mut output = Limited(Vec::new());
+    environment.get_template(template)?.render_captured_to(context, &mut output)?;
+    String::from_utf8(output.0).map_err(|_| Error::new(ErrorKind::WriteFailure, "the output is not UTF-8"))
+}
+
+/// The text of a call block.
+fn body(state: &mut State, arguments: &Kwargs) -> Result<Value, Error> {
+    arguments.get::<Value>("caller")?.call(state, &[])
+}
+
+fn strftime_now(format: &str) -> Result<String, Error> {
+    let mut text = String::new();
+    match write!(text, "{}", Local::now().format(format)) {
+        Ok(()) => Ok(text),
+        Err(_) => Err(Error::new(ErrorKind::InvalidOperation, format!("strftime_now: unknown date format {format:?}"))),
+    }
+}
+
+/// Python's methods: those of pycompat, and a few more that templates use.
+fn method(state: &mut State, value: &Value, name: &str, arguments: &[Value]) -> Result<Value, Error> {
+    if let (Some(text), [argument]) = (value.as_str(), arguments)
+        && let Some(affix) = argument.as_str()
+    {
+        match name {
+            "removeprefix" => return Ok(Value::from(text.strip_prefix(affix).unwrap_or(text))),
+            "removesuffix" => return Ok(Value::from(text.strip_suffix(affix).unwrap_or(text))),
+            _ => {}
+        }
+    }
+    pycompat::unknown_method_callback(state, value, name, arguments)
+}
+
+/// A buffer that refuses to grow past [`MAX_OUTPUT`].
+struct Limited(Vec<u8>);
+
+impl io::Write for Limited {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > MAX_OUTPUT {
+            return Err(io::Error::other(format!("it writes more than {MAX_OUTPUT} bytes")));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

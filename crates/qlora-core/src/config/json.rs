@@ -1,0 +1,358 @@
+//! Hugging Face's `config.json` to a [`ModelConfig`].
+//!
+//! Keys that are missing get the default of the architecture's configuration class in transformers (checked against
+//! 5.23); keys that change the computation in a way the decoder does not know are errors; all others are ignored.
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::{Architecture, MAX_LAYERS, ModelConfig, rope};
+use crate::error::{Error, Result};
+use crate::file::{self, SMALL};
+
+impl ModelConfig {
+    /// Reads a `config.json` as transformers 4 or 5 writes it.
+    ///
+    /// # Errors
+    /// If the file cannot be read, is no valid configuration, or asks for something that is not supported; the message
+    /// names the option.
+    pub fn from_json_file(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        Self::from_json(&file::read_text(path, SMALL)?, path)
+    }
+
+    /// Reads the text of a `config.json`; `path` is only named in errors.
+    ///
+    /// # Errors
+    /// As [`ModelConfig::from_json_file`].
+    pub fn from_json(text: &str, path: &Path) -> Result<Self> {
+        parse(text, path)
+    }
+}
+
+/// The architectures by the names that `architectures` and `model_type` give them.
+const ARCHITECTURES: [(&str, &str, Architecture); 4] = [
+    ("LlamaForCausalLM", "llama", Architecture::Llama),
+    ("MistralForCausalLM", "mistral", Architecture::Mistral),
+    ("Qwen2ForCausalLM", "qwen2", Architecture::Qwen2),
+    ("Qwen3ForCausalLM", "qwen3", Architecture::Qwen3),
+];
+
+/// Options that change the computation. Where they are set to anything but null, false, 0 or an empty collection, the
+/// model is not one the decoder can run.
+const UNSUPPORTED: [&str; 24] = [
+    "add_cross_attention",
+    "attention_chunk_size",
+    "attention_multiplier",
+    "attn_logit_softcapping",
+    "clip_qkv",
+    "embedding_multiplier",
+    "final_logit_softcapping",
+    "is_encoder_decoder",
+    "logit_scale",
+    "logits_scaling",
+    "moe_intermediate_size",
+    "n_routed_experts",
+    "no_rope_layers",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_local_experts",
+    "per_layer_config",
+    "query_pre_attn_scalar",
+    "residual_multiplier",
+    "scale_emb",
+    "text_config",
+    "use_mrope",
+    "use_qk_norm",
+    "vision_config",
+];
+
+pub(super) fn parse(text: &str, path: &Path) -> Result<ModelConfig> {
+    let map = file::parse_object(text, path)?;
+    let fields = Fields { path, map: &map, prefix: String::new() };
+    let architecture = architecture(&fields)?;
+    refuse(&fields)?;
+
+    let num_hidden_layers = fields.required("num_hidden_layers")?;
+    if num_hidden_layers > MAX_LAYERS {
+        return Err(fields.invalid(&format!("num_hidden_layers is {num_hidden_layers}; at most {MAX_LAYERS} are supported")));
+    }
+    let hidden_size = fields.required("hidden_size")?;
+    let num_attention_heads = fields.required("num_attention_heads")?;
+    let max_position_embeddings = fields.usize("max_position_embeddings")?.unwrap_or(match architecture {
+        Architecture::Llama => 2048,
+        Architecture::Mistral => 131_072,
+        Architecture::Qwen2 | Architecture::Qwen3 => 32_768,
+    });
+    // A key set to null means one key/value head a query head; a missing one means the class's default.
+    let num_key_value_heads = match (fields.get("num_key_value_heads"), architecture) {
+        (Some(Value::Null), _) | (None, Architecture::Llama) => num_attention_heads,
+        (None, Architecture::Mistral) => 8,
+        (None, Architecture::Qwen2 | Architecture::Qwen3) => 32,
+        (Some(_), _) => fields.required("num_key_value_heads")?,
+    };
+    let head_dim = match (fields.get("head_dim"), architecture) {
+        (None, Architecture::Qwen3) => 128,
+        (None | Some(Value::Null), _) => {
+            if num_attention_heads == 0 || !hidden_size.is_multiple_of(num_attention_heads) {
+                return Err(fields.invalid(&format!(
+                    "hidden_size ({hidden_size}) is not a multiple of num_attention_heads ({num_attention_heads}), and there is \
+                     no head_dim"
+                )));
+            }
+            hidden_size / num_attention_heads
+        }
+        (Some(_), _) => fields.required("head_dim")?,
+    };
+    let attention_bias = fields.bool("attention_bias")?.unwrap_or(false);
+    let (qkv_bias, o_bias) = match architecture {
+        Architecture::Llama | Architecture::Qwen3 => (attention_bias, attention_bias),
+        Architecture::Mistral => (false, false),
+        Architecture::Qwen2 => (true, false),
+    };
+    let special = match architecture {
+        Architecture::Llama | Architecture::Mistral => (Some(1), vec![2]),
+        Architecture::Qwen2 | Architecture::Qwen3 => (None, Vec::new()),
+    };
+    let vocab_size = fields.required("vocab_size")?;
+    let config = ModelConfig {
+        architecture,
+        vocab_size,
+        hidden_size,
+        intermediate_size: fields.required("intermediate_size")?,
+        num_hidden_layers,
+        num_attention_heads,
+        num_key_value_heads,
+        head_dim,
+        rms_norm_eps: fields.f64("rms_norm_eps")?.unwrap_or(1e-6) as f32,
+        rope: rope::parse(&fields, max_position_embeddings)?,
+        max_position_embeddings,
+        sliding_window: sliding_window(&fields, architecture, num_hidden_layers)?,
+        // False in all four classes of transformers 5.23 (and 4): a tied model says so in its file.
+        tie_word_embeddings: fields.bool("tie_word_embeddings")?.unwrap_or(false),
+        qkv_bias,
+        o_bias,
+        mlp_bias: architecture == Architecture::Llama && fields.bool("mlp_bias")?.unwrap_or(false),
+        qk_norm: architecture == Architecture::Qwen3,
+        bos_token_id: match fields.get("bos_token_id") {
+            None => special.0.filter(|id| (*id as usize) < vocab_size),
+            Some(_) => fields.token_ids("bos_token_id", vocab_size)?.first().copied(),
+        },
+        eos_token_ids: match fields.get("eos_token_id") {
+            None => special.1.into_iter().filter(|id| (*id as usize) < vocab_size).collect(),
+            Some(_) => fields.token_ids("eos_token_id", vocab_size)?,
+        },
+    };
+    config.check_sizes(path)?;
+    Ok(config)
+}
+
+/// The architecture from `architectures`, else from `model_type`; both must agree where both are known.
+fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
+    let supported = || ARCHITECTURES.map(|(name, ..)| name).join(", ");
+    let by_type = match fields.string("model_type")? {
+        None => None,
+        Some(kind) => match ARCHITECTURES.iter().find(|(_, model_type, _)| *model_type == kind) {
+            Some((.., architecture)) => Some(*architecture),
+            None => return Err(fields.unsupported(&format!("model_type \"{kind}\" (supported: {})", supported()))),
+        },
+    };
+    let listed = match fields.get("architectures") {
+        None | Some(Value::Null) => None,
+        Some(Value::Array(names)) => names.first(),
+        Some(other) => return Err(fields.wrong("architectures", "a list of names", other)),
+    };
+    let by_name = match listed {
+        None => None,
+        Some(name) => match ARCHITECTURES.iter().find(|(known, ..)| name.as_str() == Some(known)) {
+            Some((.., architecture)) => Some(*architecture),
+            None => return Err(fields.unsupported(&format!("architecture {name} (supported: {})", supported()))),
+        },
+    };
+    match (by_name, by_type) {
+        (Some(a), Some(b)) if a != b => Err(fields.invalid("architectures and model_type name different models")),
+        (Some(architecture), _) | (None, Some(architecture)) => Ok(architecture),
+        (None, None) => Err(fields.invalid("neither architectures nor model_type says what model this is")),
+    }
+}
+
+/// Errors for options that would make the result wrong if they were ignored.
+fn refuse(fields: &Fields<'_>) -> Result<()> {
+    if let Some(options) = fields.object("quantization_config")? {
+        let method = options.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
+        return Err(fields.unsupported(&format!(
+            "quantization_config (quant_method \"{method}\"): the weights are stored quantized; use the repository with the \
+             original bf16, f16 or f32 weights, they are quantized while loading"
+        )));
+    }
+    for key in ["hidden_act", "hidden_activation"] {
+        if let Some(activation) = fields.string(key)?
+            && !matches!(activation, "silu" | "swish")
+        {
+            return Err(fields.unsupported(&format!("{key} \"{activation}\" (supported: silu)")));
+        }
+    }
+    for key in UNSUPPORTED {
+        let harmless = match fields.get(key) {
+            None | Some(Value::Null) => true,
+            Some(Value::Bool(set)) => !set,
+            Some(Value::Number(number)) => number.as_f64() == Some(0.0),
+            Some(Value::String(_)) => false,
+            Some(Value::Array(items)) => items.is_empty(),
+            Some(Value::Object(items)) => items.is_empty(),
+        };
+        if !harmless {
+            return Err(fields.unsupported(key));
+        }
+    }
+    if fields.f64("attention_dropout")?.is_some_and(|p| p != 0.0) {
+        tracing::warn!("{}: attention_dropout is ignored: attention runs without dropout", fields.path.display());
+    }
+    Ok(())
+}
+
+/// For each block, how far it sees. Llama ignores the keys, as its class in transformers does.
+fn sliding_window(fields: &Fields<'_>, architecture: Architecture, layers: usize) -> Result<Vec<Option<usize>>> {
+    let window = match (fields.get("sliding_window"), architecture) {
+        (None, _) => Some(4096),
+        (Some(Value::Null), _) => None,
+        (Some(_), _) => Some(fields.required("sliding_window")?),
+    };
+    let types = match fields.get("layer_types") {
+        None | Some(Value::Null) => None,
+        Some(Value::Array(types)) => Some(types),
+        Some(other) => return Err(fields.wrong("layer_types", "a list of names", other)),
+    };
+    if let Some(types) = types {
+        if types.len() != layers {
+            return Err(fields.invalid(&format!("layer_types has {} entries for {layers} layers", types.len())));
+        }
+        for kind in types {
+            if !matches!(kind.as_str(), Some("full_attention" | "attention" | "sliding_attention")) {
+                return Err(fields.unsupported(&format!("layer type {kind}")));
+            }
+        }
+    }
+    let slides = |layer: usize| types.map(|types| types[layer].as_str() == Some("sliding_attention"));
+    match architecture {
+        Architecture::Llama | Architecture::Mistral => {
+            let window = if architecture == Architecture::Llama { None } else { window };
+            if (0..layers).any(|layer| slides(layer).is_some_and(|slides| slides != window.is_some())) {
+                return Err(fields.unsupported("layer_types that mix full and sliding attention in this architecture"));
+            }
+            Ok(vec![window; layers])
+        }
+        Architecture::Qwen2 | Architecture::Qwen3 => {
+            let window = window.filter(|_| fields.map.get("use_sliding_window") == Some(&Value::Bool(true)));
+            fields.bool("use_sliding_window")?;
+            let first = fields.usize("max_window_layers")?.unwrap_or(28);
+            if window.is_none() && (0..layers).any(|layer| slides(layer) == Some(true)) {
+                return Err(fields.invalid("layer_types asks for sliding attention, but there is no sliding_window in use"));
+            }
+            Ok((0..layers).map(|layer| window.filter(|_| slides(layer).unwrap_or(layer >= first))).collect())
+        }
+    }
+}
+
+/// A JSON object whose values are asked for by key; errors name the file and the key. Null counts as missing except in
+/// [`Fields::get`].
+pub(super) struct Fields<'a> {
+    path: &'a Path,
+    map: &'a Map<String, Value>,
+    prefix: String,
+}
+
+impl<'a> Fields<'a> {
+    /// The object under `key` of the same file.
+    pub(super) fn inside(&self, key: &str, map: &'a Map<String, Value>) -> Self {
+        Self { path: self.path, map, prefix: format!("{key}.") }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        self.path
+    }
+
+    pub(super) fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
+        self.map.get(key)
+    }
+
+    pub(super) fn invalid(&self, message: &str) -> Error {
+        Error::format(self.path, format!("{}{message}", self.prefix))
+    }
+
+    fn wrong(&self, key: &str, expected: &str, got: &Value) -> Error {
+        let mut got = got.to_string();
+        if got.len() > 60 {
+            got.truncate(got.floor_char_boundary(60));
+            got.push_str("...");
+        }
+        self.invalid(&format!("{key} is {got}; expected {expected}"))
+    }
+
+    fn typed<T>(&self, key: &str, expected: &str, read: impl Fn(&'a Value) -> Option<T>) -> Result<Option<T>> {
+        match self.map.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => read(value).map(Some).ok_or_else(|| self.wrong(key, expected, value)),
+        }
+    }
+
+    pub(super) fn f64(&self, key: &str) -> Result<Option<f64>> {
+        self.typed(key, "a number", Value::as_f64)
+    }
+
+    pub(super) fn bool(&self, key: &str) -> Result<Option<bool>> {
+        self.typed(key, "true or false", Value::as_bool)
+    }
+
+    pub(super) fn string(&self, key: &str) -> Result<Option<&'a str>> {
+        self.typed(key, "a string", Value::as_str)
+    }
+
+    pub(super) fn object(&self, key: &str) -> Result<Option<&'a Map<String, Value>>> {
+        self.typed(key, "an object", Value::as_object)
+    }
+
+    /// A whole number; `8192.0` counts as one, as some files write it so.
+    pub(super) fn usize(&self, key: &str) -> Result<Option<usize>> {
+        self.typed(key, "a whole number", |value| {
+            value.as_u64().and_then(|n| usize::try_from(n).ok()).or_else(|| {
+                value.as_f64().filter(|x| x.fract() == 0.0 && (0.0..1e15).contains(x)).map(|x| x as usize)
+            })
+        })
+    }
+
+    fn required(&self, key: &str) -> Result<usize> {
+        self.usize(key)?.ok_or_else(|| self.invalid(&format!("{key} is missing")))
+    }
+
+    /// A token id or a list of them. Ids outside the vocabulary are dropped with a warning: published files contain
+    /// some, and no token can have them.
+    fn token_ids(&self, key: &str, vocab_size: usize) -> Result<Vec<u32>> {
+        let values = match self.map.get(key) {
+            None | Some(Value::Null) => return Ok(Vec::new()),
+            Some(Value::Array(values)) => values.as_slice(),
+            Some(value) => std::slice::from_ref(value),
+        };
+        let mut ids = Vec::new();
+        for value in values {
+            let id = value.as_i64().ok_or_else(|| self.wrong(key, "a token id or a list of them", value))?;
+            match u32::try_from(id).ok().filter(|id| (*id as usize) < vocab_size) {
+                Some(id) if ids.contains(&id) => {}
+                Some(id) => ids.push(id),
+                None => {
+                    tracing::warn!("{}: {key} {id} is outside the vocabulary of {vocab_size}", self.path.display());
+                }
+            }
+        }
+        Ok(ids)
+    }
+}
+
+#[cfg(test)]
+#[path = "json_tests.rs"]
+mod tests;

@@ -1,0 +1,223 @@
+//! Models from the Hugging Face hub: only the files that are needed, into the cache that Hugging Face's libraries share.
+//!
+//! A snapshot is pinned to a commit: the file list of a revision gives the commit, and every file is taken from there, so
+//! that a push in between cannot mix two states.
+
+mod errors;
+mod settings;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
+use hf_hub::{Cache, Repo, RepoType};
+
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::open::OpenOptions;
+use crate::source::hf::{INDEX, SINGLE, read_index};
+
+use settings::Settings;
+
+/// The files of a model in the cache.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The folder that holds them.
+    pub folder: PathBuf,
+    /// The commit they are from.
+    pub commit: String,
+}
+
+/// Files that are taken if the repository has them.
+const OPTIONAL: [&str; 4] =
+    ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"];
+const CONFIG: &str = "config.json";
+const TOKENIZER: &str = "tokenizer.json";
+
+/// Makes sure that the needed files of `id` (`org/name`) are in the cache: configuration, tokenizer, chat template and
+/// safetensors, or the one GGUF file that is named. Files that are there are not downloaded again.
+///
+/// If the hub cannot be reached and the cache has all files of the revision, those are used, with a warning.
+///
+/// # Errors
+/// If the hub refuses (which token to set, where to ask for access), does not have the repository, revision or file,
+/// cannot be reached, or the model is not supported; offline, if files are missing in the cache.
+pub fn snapshot(id: &str, gguf: Option<&str>, options: &OpenOptions) -> Result<Snapshot> {
+    let settings = Settings::new(options, |name| std::env::var(name).ok().filter(|value| !value.is_empty()))?;
+    snapshot_with(id, gguf, &settings)
+}
+
+fn snapshot_with(id: &str, gguf: Option<&str>, settings: &Settings) -> Result<Snapshot> {
+    let request = Request { id, gguf, settings };
+    if settings.offline {
+        return request.cached().map_err(|missing| {
+            Error::Invalid(format!(
+                "{id}: offline, and the cache in {} has not all files of revision {}: {missing}. Download it once while online, or \
+                 give the path of a folder",
+                settings.cache.display(),
+                settings.revision
+            ))
+        });
+    }
+    if let Err(reason) = settings.check_reachable() {
+        return match request.cached() {
+            Ok(snapshot) => {
+                tracing::warn!("cannot reach {} ({reason}); using {id} from the cache", settings.endpoint);
+                Ok(snapshot)
+            }
+            Err(_) => Err(errors::unreachable(id, settings, &reason)),
+        };
+    }
+    request.download()
+}
+
+struct Request<'a> {
+    id: &'a str,
+    gguf: Option<&'a str>,
+    settings: &'a Settings,
+}
+
+impl Request<'_> {
+    fn repo(&self, revision: &str) -> Repo {
+        Repo::with_revision(self.id.to_owned(), RepoType::Model, revision.to_owned())
+    }
+
+    fn folder(&self, commit: &str) -> PathBuf {
+        Cache::new(self.settings.cache.clone()).repo(self.repo(commit)).pointer_path(commit)
+    }
+
+    /// The snapshot, if the cache has all of it; else what is missing.
+    fn cached(&self) -> std::result::Result<Snapshot, String> {
+        let revision = &self.settings.revision;
+        let commit = if is_commit(revision) {
+            revision.clone()
+        } else {
+            let reference = self.settings.cache.join(self.repo(revision).folder_name()).join("refs").join(revision);
+            let text = fs::read_to_string(&reference).map_err(|_| format!("the revision {revision} was never downloaded"))?;
+            let commit = text.trim().to_owned();
+            if !is_commit(&commit) {
+                return Err(format!("{} holds no commit", reference.display()));
+            }
+            commit
+        };
+        let folder = self.folder(&commit);
+        let need = |name: &str| if folder.join(name).is_file() { Ok(()) } else { Err(format!("{name} is missing")) };
+        match self.gguf {
+            Some(file) => need(file)?,
+            None => {
+                need(CONFIG)?;
+                need(TOKENIZER)?;
+                if need(SINGLE).is_err() {
+                    need(INDEX).map_err(|_| format!("{SINGLE} and {INDEX} are missing"))?;
+                    let index = read_index(&folder.join(INDEX)).map_err(|error| error.to_string())?;
+                    index.values().try_for_each(|shard| need(shard))?;
+                }
+            }
+        }
+        Ok(Snapshot { folder, commit })
+    }
+
+    fn download(&self) -> Result<Snapshot> {
+        let settings = self.settings;
+        let explain = |error: ApiError, what: &str| errors::explain(&error, self.id, what, settings);
+        let api = ApiBuilder::from_cache(Cache::new(settings.cache.clone()))
+            .with_endpoint(settings.endpoint.clone())
+            .with_token(settings.token.clone())
+            .with_progress(settings.progress)
+            .build()
+            .map_err(|error| explain(error, ""))?;
+        let info = api.repo(self.repo(&settings.revision)).info().map_err(|error| explain(error, ""))?;
+        if !is_commit(&info.sha) {
+            return Err(Error::Invalid(format!("{}: the hub names {:?} as its commit", self.id, info.sha)));
+        }
+        let files: Vec<&str> = info.siblings.iter().map(|sibling| sibling.rfilename.as_str()).collect();
+        let snapshot = Snapshot { folder: self.folder(&info.sha), commit: info.sha.clone() };
+        let get = Downloads { repo: api.repo(self.repo(&info.sha)), folder: &snapshot.folder, explain: &explain };
+        match self.gguf {
+            Some(file) if files.contains(&file) => get.file(file)?,
+            Some(file) => return Err(self.lacks(&files, file)),
+            None => self.download_folder(&files, &get)?,
+        }
+        if settings.revision != info.sha {
+            let cache = Cache::new(settings.cache.clone()).repo(self.repo(&settings.revision));
+            cache.create_ref(&info.sha).map_err(|error| Error::io(&settings.cache, error))?;
+        }
+        Ok(snapshot)
+    }
+
+    /// Small files first: a model that is not supported is refused before its weights are downloaded.
+    fn download_folder(&self, files: &[&str], get: &Downloads<'_>) -> Result<()> {
+        let has = |name: &str| files.contains(&name);
+        if let Some(missing) = [CONFIG, TOKENIZER].into_iter().find(|name| !has(name)) {
+            return Err(self.lacks(files, missing));
+        }
+        if !has(SINGLE) && !has(INDEX) {
+            return Err(self.lacks(files, "safetensors"));
+        }
+        get.file(CONFIG)?;
+        ModelConfig::from_json_file(get.folder.join(CONFIG))?;
+        get.file(TOKENIZER)?;
+        for name in OPTIONAL.into_iter().filter(|name| has(name)) {
+            get.file(name)?;
+        }
+        if has(SINGLE) {
+            return get.file(SINGLE);
+        }
+        get.file(INDEX)?;
+        let index = read_index(&get.folder.join(INDEX))?;
+        let mut shards: Vec<&str> = index.values().map(String::as_str).collect();
+        shards.sort_unstable();
+        shards.dedup();
+        for shard in shards {
+            if !has(shard) {
+                return Err(self.lacks(files, shard));
+            }
+            get.file(shard)?;
+        }
+        Ok(())
+    }
+
+    /// The error for a repository without a file, and what it has instead.
+    fn lacks(&self, files: &[&str], name: &str) -> Error {
+        let has = |end: &str| files.iter().any(|file| file.ends_with(end));
+        let ggufs: Vec<&str> = files.iter().copied().filter(|file| file.ends_with(".gguf")).collect();
+        let hint = if !ggufs.is_empty() {
+            format!("; name one of its GGUF files as {}:FILE: {}", self.id, ggufs.join(", "))
+        } else if has("adapter_config.json") {
+            "; it is an adapter: open the model it was trained on, and load the adapter separately".to_owned()
+        } else if name == "safetensors" && (has(".bin") || has(".pth")) {
+            "; it has PyTorch pickles, which are not read: convert them with save_pretrained in transformers".to_owned()
+        } else if name == TOKENIZER && has("tokenizer.model") {
+            "; tokenizer.model alone is not read: AutoTokenizer.from_pretrained(...).save_pretrained(...) converts it".to_owned()
+        } else {
+            String::new()
+        };
+        Error::Invalid(format!("{} at {} has no {name}{hint}", self.id, self.settings.revision))
+    }
+}
+
+/// The files of one commit.
+struct Downloads<'a> {
+    repo: ApiRepo,
+    folder: &'a Path,
+    explain: &'a dyn Fn(ApiError, &str) -> Error,
+}
+
+impl Downloads<'_> {
+    fn file(&self, name: &str) -> Result<()> {
+        if self.folder.join(name).is_file() {
+            return Ok(());
+        }
+        tracing::info!("downloading {}", self.repo.url(name));
+        self.repo.download(name).map(drop).map_err(|error| (self.explain)(error, name))
+    }
+}
+
+/// Whether a revision is a full commit hash.
+fn is_commit(revision: &str) -> bool {
+    revision.len() == 40 && revision.bytes().all(|b| b.is_ascii_hexdigit() && !b.is_ascii_uppercase())
+}
+
+#[cfg(test)]
+#[path = "hub/tests.rs"]
+mod tests;

@@ -1,0 +1,76 @@
+//! What the hub answered, in words that say what to do.
+
+use hf_hub::api::sync::ApiError;
+
+use super::settings::Settings;
+use crate::error::Error;
+
+/// The error for a request about `id`: for one of its files, or with an empty `what` for the repository itself.
+pub(super) fn explain(error: &ApiError, id: &str, what: &str, settings: &Settings) -> Error {
+    let error = match error {
+        ApiError::TooManyRetries(inner) => inner,
+        other => other,
+    };
+    let request = match error {
+        ApiError::RequestError(request) => &**request,
+        ApiError::IoError(io) => return Error::Invalid(format!("{id}: {}{io}", prefix(what))),
+        ApiError::LockAcquisition(path) => {
+            let message = format!("{id}: another process is downloading {what} (lock {})", path.display());
+            return Error::Invalid(message);
+        }
+        other => return Error::Invalid(format!("{id}: {}the hub's answer is not understood: {other}", prefix(what))),
+    };
+    let Settings { endpoint, revision, token, token_source, .. } = settings;
+    let access = format!("ask for access at {endpoint}/{id} with the account that the token belongs to");
+    let message = match request {
+        ureq::Error::StatusCode(401) if token.is_some() => format!(
+            "the hub does not accept the access token from {token_source} (401), or there is no such repository. Set HF_TOKEN to a \
+             valid token from {endpoint}/settings/tokens"
+        ),
+        ureq::Error::StatusCode(401) => format!(
+            "the hub wants to know who asks (401): the repository is private or gated, or does not exist. Set the environment \
+             variable HF_TOKEN to an access token from {endpoint}/settings/tokens; if the model is gated, first {access}"
+        ),
+        ureq::Error::StatusCode(403) => {
+            let with = if token.is_some() {
+                format!("the access token from {token_source} does not allow it")
+            } else {
+                format!("it needs an access token: set the environment variable HF_TOKEN to one from {endpoint}/settings/tokens")
+            };
+            format!("access is refused (403): {with}. The model is gated or private: {access}")
+        }
+        ureq::Error::StatusCode(404) if what.is_empty() => {
+            let private = if token.is_some() { "" } else { " (a private repository also needs HF_TOKEN)" };
+            format!("no such repository on {endpoint}, or it has no revision {revision}{private}")
+        }
+        ureq::Error::StatusCode(404) => format!("revision {revision} has no file {what}"),
+        ureq::Error::StatusCode(429) => format!("the hub limits the requests (429): wait, or set HF_TOKEN{}", at(what)),
+        ureq::Error::StatusCode(status @ 500..) => format!("the hub has a problem (status {status}): try again later"),
+        ureq::Error::StatusCode(status) => format!("the hub answers with status {status}{}", at(what)),
+        ureq::Error::Io(_)
+        | ureq::Error::HostNotFound
+        | ureq::Error::ConnectionFailed
+        | ureq::Error::Timeout(_)
+        | ureq::Error::Tls(_) => return unreachable(id, settings, &format!("{request}{}", at(what))),
+        other => format!("{other}{}", at(what)),
+    };
+    Error::Invalid(format!("{id}: {message}"))
+}
+
+/// The error for a hub that cannot be reached.
+pub(super) fn unreachable(id: &str, settings: &Settings, reason: &str) -> Error {
+    Error::Invalid(format!(
+        "{id}: cannot reach {} ({reason}). If the model was downloaded before, set HF_HUB_OFFLINE=1 to use the cache in {}; else \
+         download it where there is a network and give the path of its folder",
+        settings.endpoint,
+        settings.cache.display()
+    ))
+}
+
+fn prefix(what: &str) -> String {
+    if what.is_empty() { String::new() } else { format!("{what}: ") }
+}
+
+fn at(what: &str) -> String {
+    if what.is_empty() { String::new() } else { format!(", for {what}") }
+}

@@ -1,0 +1,303 @@
+//! From what a user writes for a model (a folder, a GGUF file, a hub id) to everything needed to run it.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::chat::ChatTemplate;
+use crate::error::{Error, Result};
+use crate::file::{self, SMALL};
+use crate::source::{Gguf, HfDirectory, WeightSource};
+use crate::tokenizer::Tokenizer;
+
+/// How a model is looked for. The defaults are those of Hugging Face's libraries, their environment variables included.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct OpenOptions {
+    /// Branch, tag or commit on the hub (`main`).
+    pub revision: Option<String>,
+    /// Access token for the hub; else `HF_TOKEN`, else the one that `hf auth login` stored.
+    pub token: Option<String>,
+    /// Where downloads are kept; else `HF_HUB_CACHE`, `HF_HOME/hub` or `~/.cache/huggingface/hub`.
+    pub cache_dir: Option<PathBuf>,
+    /// Use only what was downloaded before; also on with `HF_HUB_OFFLINE=1`.
+    pub offline: bool,
+    /// Address of the hub; else `HF_ENDPOINT`, else <https://huggingface.co>.
+    pub endpoint: Option<String>,
+    /// Show hf-hub's progress bars (on standard error) while downloading.
+    pub progress: bool,
+    /// A folder with another `tokenizer.json` (and its `tokenizer_config.json`) than the model's own.
+    pub tokenizer: Option<PathBuf>,
+    /// Which chat template to take where a model has several ("default").
+    pub chat_template: Option<String>,
+}
+
+impl fmt::Debug for OpenOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OpenOptions")
+            .field("revision", &self.revision)
+            .field("token", &self.token.as_ref().map(|_| "(hidden)"))
+            .field("cache_dir", &self.cache_dir)
+            .field("offline", &self.offline)
+            .field("endpoint", &self.endpoint)
+            .field("progress", &self.progress)
+            .field("tokenizer", &self.tokenizer)
+            .field("chat_template", &self.chat_template)
+            .finish()
+    }
+}
+
+/// An opened model. Weights are still in their files.
+#[derive(Debug)]
+pub struct ModelFiles {
+    /// The weights and the configuration.
+    pub source: Box<dyn WeightSource>,
+    /// The tokenizer.
+    pub tokenizer: Tokenizer,
+    /// The chat template, if the model has one.
+    pub chat_template: Option<ChatTemplate>,
+    /// What the model's authors recommend for generating.
+    pub generation: GenerationDefaults,
+    /// The model's hub id, or its path as it was given: what an adapter names as its base model.
+    pub name: String,
+    /// The commit on the hub, if the model came from there.
+    pub commit: Option<String>,
+}
+
+/// The options of `generation_config.json`; what is not there is none.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GenerationDefaults {
+    /// Tokens that end a generation: those of this file, else of the configuration, else the tokenizer's.
+    pub eos_token_ids: Vec<u32>,
+    /// Whether to sample.
+    pub do_sample: Option<bool>,
+    /// Divides the logits.
+    pub temperature: Option<f64>,
+    /// Only the so many most likely tokens.
+    pub top_k: Option<usize>,
+    /// Only the most likely tokens that together have this probability.
+    pub top_p: Option<f64>,
+    /// Makes tokens that occurred less likely.
+    pub repetition_penalty: Option<f64>,
+}
+
+/// Opens a model by the path of a folder in Hugging Face's layout, the path of a `.gguf` file, or a hub id: `org/name`,
+/// or `org/name:file.gguf` for a GGUF file in a repository. A path that exists is taken as such.
+///
+/// # Errors
+/// If there is no such model, it cannot be downloaded, or it is damaged or not supported. The message says what to do.
+pub fn open_model(spec: &str, options: &OpenOptions) -> Result<ModelFiles> {
+    match Spec::parse(spec)? {
+        Spec::Folder(folder) => open_folder(&folder, spec, options),
+        Spec::Gguf(path) => open_gguf(&path, spec, options),
+        Spec::Hub { id, file } => open_hub(&id, file.as_deref(), options),
+    }
+}
+
+/// What a model was given as.
+#[derive(Debug, PartialEq, Eq)]
+enum Spec {
+    Folder(PathBuf),
+    Gguf(PathBuf),
+    Hub { id: String, file: Option<String> },
+}
+
+impl Spec {
+    fn parse(spec: &str) -> Result<Self> {
+        let path = Path::new(spec);
+        let is_gguf = |name: &str| name.to_ascii_lowercase().ends_with(".gguf");
+        if path.is_dir() {
+            return Ok(Self::Folder(path.to_owned()));
+        }
+        if path.is_file() {
+            if is_gguf(spec) {
+                return Ok(Self::Gguf(path.to_owned()));
+            }
+            let hint = if spec.ends_with(".safetensors") { "; give the folder that holds it" } else { "" };
+            return Err(Error::format(path, format!("a model is a folder, a .gguf file or a hub id{hint}")));
+        }
+        let (id, file) = match spec.split_once(':') {
+            Some((id, file)) => (id, Some(file)),
+            None => (spec, None),
+        };
+        let is_part = |part: &str| {
+            !part.is_empty()
+                && !part.starts_with(['.', '-'])
+                && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+                && !part.contains("..")
+        };
+        let is_file = |file: &str| is_gguf(file) && file.split('/').all(|part| !part.is_empty() && !part.starts_with('.'));
+        match id.split_once('/') {
+            Some((organisation, name)) if is_part(organisation) && is_part(name) && !is_gguf(name) => {
+                match file {
+                    None => Ok(Self::Hub { id: id.to_owned(), file: None }),
+                    Some(file) if is_file(file) && !file.contains('\\') => {
+                        Ok(Self::Hub { id: id.to_owned(), file: Some(file.to_owned()) })
+                    }
+                    Some(file) => Err(Error::Invalid(format!("{spec:?}: {file:?} is not the name of a .gguf file"))),
+                }
+            }
+            _ if spec.is_empty() => Err(Error::Invalid("no model was named".to_owned())),
+            _ => {
+                let hint = if spec.starts_with('~') { "; ~ is only known to the shell" } else { "" };
+                Err(Error::Invalid(format!(
+                    "{spec:?}: no such file or folder{hint}. A model is the path of a folder or of a .gguf file, or a hub id such \
+                     as org/name or org/name:file.gguf"
+                )))
+            }
+        }
+    }
+}
+
+fn open_folder(folder: &Path, name: &str, options: &OpenOptions) -> Result<ModelFiles> {
+    if !folder.join("config.json").exists() {
+        return match gguf_files(folder).as_slice() {
+            [single] => open_gguf(single, name, options),
+            [] => Err(Error::format(folder, "no model: there is neither config.json nor a .gguf file")),
+            [first, ..] => {
+                let message = format!("several .gguf files and no config.json; give the path of one, such as {}", first.display());
+                Err(Error::format(folder, message))
+            }
+        };
+    }
+    let source = HfDirectory::open(folder)?;
+    let tokenizer = Tokenizer::from_folder(options.tokenizer.as_deref().unwrap_or(folder))?;
+    let chat_template = ChatTemplate::from_folder(folder, options.chat_template.as_deref())?;
+    let generation = GenerationDefaults::read(&folder.join("generation_config.json"))?;
+    Ok(ModelFiles::new(Box::new(source), tokenizer, chat_template, generation, name))
+}
+
+fn open_gguf(path: &Path, name: &str, options: &OpenOptions) -> Result<ModelFiles> {
+    let source = Gguf::open(path)?;
+    let tokenizer = match &options.tokenizer {
+        Some(folder) => Tokenizer::from_folder(folder)?,
+        None => Tokenizer::from_gguf(&source)?,
+    };
+    let chat_template = ChatTemplate::from_gguf(&source, &tokenizer)?;
+    Ok(ModelFiles::new(Box::new(source), tokenizer, chat_template, GenerationDefaults::default(), name))
+}
+
+#[cfg(feature = "hub")]
+fn open_hub(id: &str, file: Option<&str>, options: &OpenOptions) -> Result<ModelFiles> {
+    let snapshot = crate::hub::snapshot(id, file, options)?;
+    let mut files = match file {
+        Some(file) => open_gguf(&snapshot.folder.join(file), id, options)?,
+        None => open_folder(&snapshot.folder, id, options)?,
+    };
+    files.commit = Some(snapshot.commit);
+    Ok(files)
+}
+
+#[cfg(not(feature = "hub"))]
+fn open_hub(id: &str, _file: Option<&str>, _options: &OpenOptions) -> Result<ModelFiles> {
+    Err(Error::Unsupported(format!(
+        "{id} as a hub id: this build has no access to the hub (feature `hub`), and there is no such folder"
+    )))
+}
+
+fn gguf_files(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut files: Vec<PathBuf> =
+        entries.filter(|path| path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf"))).collect();
+    files.sort();
+    files
+}
+
+impl ModelFiles {
+    fn new(
+        source: Box<dyn WeightSource>,
+        tokenizer: Tokenizer,
+        chat_template: Option<ChatTemplate>,
+        mut generation: GenerationDefaults,
+        name: &str,
+    ) -> Self {
+        let config = source.config();
+        if tokenizer.vocab_size() > config.vocab_size {
+            tracing::warn!(
+                "{}: the tokenizer has {} tokens, the embedding {}; texts with the tokens beyond cannot be used",
+                source.path().display(),
+                tokenizer.vocab_size(),
+                config.vocab_size
+            );
+        }
+        if generation.eos_token_ids.is_empty() {
+            generation.eos_token_ids.clone_from(&config.eos_token_ids);
+        }
+        if generation.eos_token_ids.is_empty() {
+            generation.eos_token_ids.extend(tokenizer.eos_token_id());
+        }
+        Self { source, tokenizer, chat_template, generation, name: name.to_owned(), commit: None }
+    }
+}
+
+impl GenerationDefaults {
+    /// Reads a `generation_config.json`; without a file everything is none.
+    ///
+    /// # Errors
+    /// If the file is damaged. Values of an unexpected type are taken as missing: they are recommendations.
+    pub fn read(path: &Path) -> Result<Self> {
+        if !path.exists() {
+            return Ok(Self::default());
+        }
+        let map = file::read_object(path, SMALL)?;
+        let ids = match map.get("eos_token_id") {
+            Some(Value::Array(ids)) => ids.as_slice(),
+            Some(id) => std::slice::from_ref(id),
+            None => &[],
+        };
+        let number = |key: &str| map.get(key).and_then(Value::as_f64).filter(|x| x.is_finite());
+        Ok(Self {
+            eos_token_ids: ids.iter().filter_map(|id| u32::try_from(id.as_u64()?).ok()).collect(),
+            do_sample: map.get("do_sample").and_then(Value::as_bool),
+            temperature: number("temperature"),
+            top_k: map.get("top_k").and_then(Value::as_u64).and_then(|k| usize::try_from(k).ok()),
+            top_p: number("top_p"),
+            repetition_penalty: number("repetition_penalty"),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_user_writes_is_told_apart() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+        std::fs::write(path("model.GGUF"), "").unwrap();
+        std::fs::write(path("model.safetensors"), "").unwrap();
+        assert_eq!(Spec::parse(folder.path().to_str().unwrap()).unwrap(), Spec::Folder(folder.path().to_owned()));
+        assert_eq!(Spec::parse(&path("model.GGUF")).unwrap(), Spec::Gguf(path("model.GGUF").into()));
+        assert!(Spec::parse(&path("model.safetensors")).unwrap_err().to_string().contains("give the folder"));
+
+        let hub = |id: &str, file: Option<&str>| Spec::Hub { id: id.to_owned(), file: file.map(str::to_owned) };
+        assert_eq!(Spec::parse("Qwen/Qwen2.5-0.5B").unwrap(), hub("Qwen/Qwen2.5-0.5B", None));
+        assert_eq!(Spec::parse("a/b-GGUF:q4/x.gguf").unwrap(), hub("a/b-GGUF", Some("q4/x.gguf")));
+        for wrong in ["", "gpt2", "/nowhere/model", "./nowhere", "~/model", "a/b/c", "a/b.gguf", "../a/b", "a/..", "a\\b", "C:\\a"] {
+            let error = Spec::parse(wrong).unwrap_err().to_string();
+            assert!(wrong.is_empty() || error.contains("no such file or folder"), "{wrong}: {error}");
+        }
+        for wrong in ["a/b:x.bin", "a/b:../x.gguf", "a/b:/x.gguf", "a/b:"] {
+            assert!(Spec::parse(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_token_is_not_shown() {
+        let options = OpenOptions { token: Some("secret".to_owned()), ..OpenOptions::default() };
+        assert!(!format!("{options:?}").contains("secret"));
+    }
+
+    #[test]
+    fn recommendations_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("generation_config.json");
+        assert_eq!(GenerationDefaults::read(&path).unwrap(), GenerationDefaults::default());
+        std::fs::write(&path, r#"{"eos_token_id": [5, -1, 7], "do_sample": true, "temperature": 0.6, "top_k": null}"#).unwrap();
+        let read = GenerationDefaults::read(&path).unwrap();
+        assert_eq!((read.eos_token_ids.as_slice(), read.temperature, read.top_k), (&[5, 7][..], Some(0.6), None));
+        std::fs::write(&path, "{").unwrap();
+        assert!(GenerationDefaults::read(&path).unwrap_err().to_string().contains("generation_config.json"));
+    }
+}

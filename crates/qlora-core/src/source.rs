@@ -1,0 +1,188 @@
+//! Where a model's weights come from: one interface over a Hugging Face folder and a GGUF file.
+//!
+//! A source maps its files into memory and hands out one tensor at a time, so that quantizing a model needs anonymous
+//! memory for the tensor at hand only. Names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`), whatever the
+//! file calls them, and rows lie in Hugging Face's order.
+
+pub mod gguf;
+pub(crate) mod hf;
+mod shard;
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::Path;
+
+use qlora_kernels::weight::{PlainData, PlainWeight};
+use rayon::iter::IndexedParallelIterator;
+use rayon::slice::ParallelSlice;
+
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+
+pub use gguf::Gguf;
+pub use hf::HfDirectory;
+
+/// A tensor in the precision it was stored in, row-major.
+#[derive(Clone)]
+pub struct PlainTensor {
+    /// The elements.
+    pub data: PlainData,
+    /// The sizes of the dimensions, the outermost first.
+    pub shape: Vec<usize>,
+}
+
+impl PlainTensor {
+    /// The elements as f32; f32 data is not copied.
+    pub fn into_f32(self) -> Vec<f32> {
+        match self.data {
+            PlainData::F32(data) => data,
+            data => {
+                let mut out = vec![0.0; data.len()];
+                data.to_f32(0..data.len(), &mut out);
+                out
+            }
+        }
+    }
+
+    /// The tensor as a frozen weight `[rows, cols]`; a vector becomes one row.
+    ///
+    /// # Errors
+    /// If it has more than two dimensions; the error has `name`.
+    pub fn into_weight(self, name: &str) -> Result<PlainWeight> {
+        match *self.shape {
+            [cols] => Ok(PlainWeight::new(self.data, 1, cols)),
+            [rows, cols] => Ok(PlainWeight::new(self.data, rows, cols)),
+            _ => Err(Error::tensor(name, format!("has shape {:?}, expected a matrix", self.shape))),
+        }
+    }
+
+    /// The index of the first element that is NaN or infinite.
+    pub fn first_non_finite(&self) -> Option<usize> {
+        fn find<T: Sync>(data: &[T], finite: impl Fn(&T) -> bool + Sync) -> Option<usize> {
+            const CHUNK: usize = 1 << 16;
+            let chunk = data.par_chunks(CHUNK).position_first(|chunk| !chunk.iter().all(&finite))?;
+            data[chunk * CHUNK..].iter().position(|x| !finite(x)).map(|i| chunk * CHUNK + i)
+        }
+        match &self.data {
+            PlainData::F32(data) => find(data, |x| x.is_finite()),
+            PlainData::Bf16(data) => find(data, |x| x.is_finite()),
+            PlainData::F16(data) => find(data, |x| x.is_finite()),
+        }
+    }
+}
+
+impl fmt::Debug for PlainTensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let dtype = match self.data {
+            PlainData::F32(_) => "f32",
+            PlainData::Bf16(_) => "bf16",
+            PlainData::F16(_) => "f16",
+        };
+        write!(f, "PlainTensor({:?}, {dtype})", self.shape)
+    }
+}
+
+/// The weights of one model.
+///
+/// A source that was opened holds exactly the tensors of its configuration ([`ModelConfig::tensor_shapes`]), each with
+/// the shape listed there; a head that is tied to the embedding is left out.
+pub trait WeightSource: Send + Sync + fmt::Debug {
+    /// The model's parts and sizes.
+    fn config(&self) -> &ModelConfig;
+
+    /// The file or folder, for messages.
+    fn path(&self) -> &Path;
+
+    /// The file that holds a tensor, for messages.
+    fn file_of(&self, name: &str) -> Option<&Path>;
+
+    /// All tensors, sorted by name.
+    fn names(&self) -> Vec<String>;
+
+    /// A tensor's shape, if there is one of that name.
+    fn shape(&self, name: &str) -> Option<Vec<usize>>;
+
+    /// Copies one tensor out of the file. Values are not checked; see [`WeightSource::read_finite`].
+    ///
+    /// # Errors
+    /// If there is no tensor of that name; the error names tensor and file.
+    fn read(&self, name: &str) -> Result<PlainTensor>;
+
+    /// As [`WeightSource::read`], and NaN or infinity among the values is an error that says where.
+    ///
+    /// # Errors
+    /// As [`WeightSource::read`], and for values that are not finite.
+    fn read_finite(&self, name: &str) -> Result<PlainTensor> {
+        let tensor = self.read(name)?;
+        let Some(index) = tensor.first_non_finite() else { return Ok(tensor) };
+        let cols = tensor.shape.last().copied().unwrap_or(1).max(1);
+        let mut value = [0.0];
+        tensor.data.to_f32(index..index + 1, &mut value);
+        Err(Error::tensor(
+            name,
+            format!(
+                "holds {} at row {}, column {}, in {}; the file is damaged or the model diverged when it was trained",
+                value[0],
+                index / cols,
+                index % cols,
+                self.file_of(name).unwrap_or(self.path()).display()
+            ),
+        ))
+    }
+}
+
+/// The error for a name that a source does not have.
+fn unknown_tensor(source: &dyn WeightSource, name: &str) -> Error {
+    Error::tensor(name, format!("not in {}", source.path().display()))
+}
+
+/// Tensors that old checkpoints carry and no model needs.
+fn ignorable(config: &ModelConfig, name: &str) -> bool {
+    (config.tie_word_embeddings && name == "lm_head.weight")
+        || name.ends_with(".rotary_emb.inv_freq")
+        || name.ends_with(".self_attn.masked_bias")
+}
+
+/// Checks that a source holds the tensors of its configuration with the right shapes, and no others.
+fn check_tensors(source: &dyn WeightSource) -> Result<()> {
+    let place = |name: &str| source.file_of(name).unwrap_or(source.path()).display().to_string();
+    let mut left: BTreeSet<String> = source.names().into_iter().collect();
+    for (name, expected) in source.config().tensor_shapes() {
+        let Some(got) = source.shape(&name) else {
+            return Err(Error::tensor(&name, format!("missing in {}", source.path().display())));
+        };
+        if got != expected {
+            let message = format!("has shape {got:?} in {}; the configuration gives {expected:?}", place(&name));
+            return Err(Error::tensor(&name, message));
+        }
+        left.remove(&name);
+    }
+    match left.first() {
+        None => Ok(()),
+        Some(name) => Err(Error::tensor(
+            name,
+            format!("in {}, but the configuration has no place for it: file and configuration do not fit", place(name)),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+
+    #[test]
+    fn the_first_non_finite_element_is_found() {
+        let mut data = vec![1f32; 200_000];
+        let tensor = |data: &[f32]| PlainTensor { data: PlainData::F32(data.to_vec()), shape: vec![data.len()] };
+        assert_eq!(tensor(&data).first_non_finite(), None);
+        data[150_000] = f32::INFINITY;
+        data[150_001] = f32::NAN;
+        assert_eq!(tensor(&data).first_non_finite(), Some(150_000));
+        data[70_000] = f32::NAN;
+        assert_eq!(tensor(&data).first_non_finite(), Some(70_000));
+        let half = PlainTensor { data: PlainData::Bf16(vec![bf16::ONE, bf16::NEG_INFINITY]), shape: vec![2] };
+        assert_eq!(half.first_non_finite(), Some(1));
+    }
+}

@@ -1,0 +1,137 @@
+//! Llama-style models in GGUF files (llama.cpp).
+//!
+//! Read are the architectures `llama` (which is also how Mistral models are written), `qwen2` and `qwen3`, with weights
+//! of the types that candle dequantizes. Tensors are named and ordered as Hugging Face's; the configuration, tokenizer
+//! and chat template come from the metadata.
+
+mod config;
+mod header;
+mod names;
+mod types;
+mod vocabulary;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use qlora_kernels::MappedFile;
+
+use self::header::Header;
+use self::types::GgmlType;
+pub(crate) use self::vocabulary::{Vocabulary, VocabularyKind, token_type};
+use super::{PlainTensor, WeightSource, check_tensors, ignorable, unknown_tensor};
+use crate::config::{Architecture, ModelConfig};
+use crate::error::{Error, Result};
+
+/// A GGUF file.
+#[derive(Debug)]
+pub struct Gguf {
+    path: PathBuf,
+    file: MappedFile,
+    header: Header,
+    config: ModelConfig,
+    // Hugging Face's name to the index in `header.tensors`.
+    tensors: BTreeMap<String, usize>,
+}
+
+impl Gguf {
+    /// Maps the file, checks its header against its length and its tensors against its configuration.
+    ///
+    /// # Errors
+    /// If the file is damaged, cut short, or of an architecture, type or option that is not supported; the message names
+    /// the file and the metadata key or tensor.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref().to_owned();
+        let file = MappedFile::open(&path).map_err(|e| Error::io(&path, e))?;
+        let header = Header::parse(&file).map_err(|e| Error::format(&path, e))?;
+        let config = config::model_config(&header, &file, &path)?;
+        let mut tensors = BTreeMap::new();
+        for (index, tensor) in header.tensors.iter().enumerate() {
+            if config::is_rope_table(&tensor.name) {
+                continue;
+            }
+            let Some(name) = names::hugging_face(&tensor.name) else {
+                return Err(Error::tensor(
+                    &tensor.name,
+                    format!("not a tensor of a Llama-style decoder, in {}; this model is not supported", path.display()),
+                ));
+            };
+            if ignorable(&config, &name) {
+                continue;
+            }
+            if !tensor.kind.is_supported() {
+                return Err(Error::tensor(
+                    &tensor.name,
+                    format!("has type {} in {}; supported are {}", tensor.kind, path.display(), GgmlType::supported()),
+                ));
+            }
+            tensors.insert(name, index);
+        }
+        let source = Self { path, file, header, config, tensors };
+        check_tensors(&source)?;
+        Ok(source)
+    }
+
+    /// The chat template in the file, if there is one.
+    ///
+    /// # Errors
+    /// If it is not text.
+    pub fn chat_template(&self) -> Result<Option<&str>> {
+        self.header.str("tokenizer.chat_template", &self.file).map_err(|e| Error::format(&self.path, e))
+    }
+
+    /// The name in the file's metadata.
+    pub fn name(&self) -> Option<&str> {
+        self.header.str("general.name", &self.file).ok().flatten()
+    }
+
+    /// The tokenizer's vocabulary and options.
+    pub(crate) fn vocabulary(&self) -> Result<Vocabulary<'_>> {
+        Vocabulary::read(&self.header, &self.file).map_err(|e| Error::format(&self.path, e))
+    }
+
+    /// The heads of a q or k projection, where llama.cpp's converter changed the order of its rows.
+    fn permuted_heads(&self, name: &str) -> Option<usize> {
+        if self.config.architecture != Architecture::Llama {
+            return None;
+        }
+        if name.contains(".self_attn.q_proj.") {
+            Some(self.config.num_attention_heads)
+        } else if name.contains(".self_attn.k_proj.") {
+            Some(self.config.num_key_value_heads)
+        } else {
+            None
+        }
+    }
+}
+
+impl WeightSource for Gguf {
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn file_of(&self, _name: &str) -> Option<&Path> {
+        Some(&self.path)
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.tensors.keys().cloned().collect()
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.tensors.get(name).map(|&index| self.header.tensors[index].shape.clone())
+    }
+
+    fn read(&self, name: &str) -> Result<PlainTensor> {
+        let index = *self.tensors.get(name).ok_or_else(|| unknown_tensor(self, name))?;
+        let info = &self.header.tensors[index];
+        let mut data = info.kind.decode(&self.file[info.bytes.clone()])?;
+        if let Some(heads) = self.permuted_heads(name) {
+            names::unpermute(&mut data, heads, self.config.head_dim);
+        }
+        Ok(PlainTensor { data, shape: info.shape.clone() })
+    }
+}

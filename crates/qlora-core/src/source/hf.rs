@@ -1,0 +1,223 @@
+//! A folder as `save_pretrained` writes it: `config.json` with `model.safetensors`, or with shards and their index.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+use serde_json::Value;
+
+use super::shard::{Shard, unsupported_dtype};
+use super::{PlainTensor, WeightSource, check_tensors, ignorable, unknown_tensor};
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::file::{self, LARGE};
+
+/// The one file of a model that is not sharded.
+pub(crate) const SINGLE: &str = "model.safetensors";
+/// The file that says which shard holds which tensor.
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+
+/// A model folder in Hugging Face's layout, in bf16, f16 or f32.
+#[derive(Debug)]
+pub struct HfDirectory {
+    folder: PathBuf,
+    config: ModelConfig,
+    shards: Vec<Shard>,
+    // Name to the index in `shards`, without what no model needs.
+    tensors: BTreeMap<String, usize>,
+}
+
+impl HfDirectory {
+    /// Reads the configuration, maps the weight files and checks that they hold exactly the tensors the configuration
+    /// asks for.
+    ///
+    /// # Errors
+    /// If a file is missing, damaged or not supported, or a tensor is missing, superfluous, there twice, or of the wrong
+    /// shape or dtype. The message names file and tensor.
+    pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref().to_owned();
+        let config = ModelConfig::from_json_file(folder.join("config.json"))?;
+        let (index, files) = weight_files(&folder)?;
+        let shards: Vec<Shard> =
+            files.iter().map(|name| Shard::open(folder.join(name))).collect::<Result<_>>()?;
+        let mut tensors = BTreeMap::new();
+        for (number, shard) in shards.iter().enumerate() {
+            for name in shard.names() {
+                if let Some(mapped) = &index {
+                    match mapped.get(&name) {
+                        Some(file) if *file == files[number] => {}
+                        Some(file) => return Err(twice(&name, &folder.join(file), shard.path())),
+                        None => {
+                            let place = shard.path().display();
+                            return Err(Error::tensor(name, format!("in {place}, but not in {INDEX}")));
+                        }
+                    }
+                }
+                if ignorable(&config, &name) {
+                    continue;
+                }
+                refuse_quantized(shard, &name)?;
+                if let Some(first) = tensors.insert(name.clone(), number) {
+                    return Err(twice(&name, shards[first].path(), shard.path()));
+                }
+            }
+        }
+        if let Some(mapped) = &index {
+            for (name, file) in mapped {
+                let number = files.binary_search(file).expect("every file of the index was opened");
+                if shards[number].shape(name).is_none() {
+                    let message = format!("missing in {}, where {INDEX} says it is", shards[number].path().display());
+                    return Err(Error::tensor(name, message));
+                }
+            }
+        }
+        let source = Self { folder, config, shards, tensors };
+        check_tensors(&source)?;
+        Ok(source)
+    }
+
+    fn shard(&self, name: &str) -> Option<&Shard> {
+        self.tensors.get(name).map(|&number| &self.shards[number])
+    }
+}
+
+impl WeightSource for HfDirectory {
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn path(&self) -> &Path {
+        &self.folder
+    }
+
+    fn file_of(&self, name: &str) -> Option<&Path> {
+        self.shard(name).map(Shard::path)
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.tensors.keys().cloned().collect()
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.shard(name)?.shape(name).map(<[usize]>::to_vec)
+    }
+
+    fn read(&self, name: &str) -> Result<PlainTensor> {
+        self.shard(name).ok_or_else(|| unknown_tensor(self, name))?.read(name)
+    }
+}
+
+/// The index, if the model is sharded, and the sorted names of the weight files.
+type WeightFiles = (Option<BTreeMap<String, String>>, Vec<String>);
+
+fn weight_files(folder: &Path) -> Result<WeightFiles> {
+    if folder.join(SINGLE).exists() {
+        return Ok((None, vec![SINGLE.to_owned()]));
+    }
+    let path = folder.join(INDEX);
+    if !path.exists() {
+        return Err(no_weights(folder));
+    }
+    let index = read_index(&path)?;
+    let mut files: Vec<String> = index.values().cloned().collect();
+    files.sort_unstable();
+    files.dedup();
+    Ok((Some(index), files))
+}
+
+/// Which shard holds which tensor. Shard names must be plain file names: an index cannot point outside its folder.
+pub(crate) fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
+    let object = file::read_object(path, LARGE)?;
+    let Some(Value::Object(map)) = object.get("weight_map") else {
+        return Err(Error::format(path, "weight_map is missing"));
+    };
+    if map.is_empty() {
+        return Err(Error::format(path, "weight_map is empty"));
+    }
+    let mut index = BTreeMap::new();
+    for (name, value) in map {
+        match value.as_str() {
+            Some(file) if is_plain_file_name(file) => index.insert(name.clone(), file.to_owned()),
+            _ => {
+                let message = format!("the shard of {name} is {value}, which is not the name of a .safetensors file");
+                return Err(Error::format(path, message));
+            }
+        };
+    }
+    Ok(index)
+}
+
+fn is_plain_file_name(name: &str) -> bool {
+    name.ends_with(".safetensors") && !name.starts_with('.') && !name.contains(['/', '\\', ':', '\0'])
+}
+
+fn twice(name: &str, first: &Path, second: &Path) -> Error {
+    Error::tensor(name, format!("in two files: {} and {}", first.display(), second.display()))
+}
+
+/// Weights that a quantizer wrote have companions or integer types; they are not the model's own.
+fn refuse_quantized(shard: &Shard, name: &str) -> Result<()> {
+    const COMPANIONS: [&str; 9] = [
+        ".absmax",
+        ".SCB",
+        ".qweight",
+        ".qzeros",
+        ".weight_scale",
+        ".weight_scale_inv",
+        ".weight_packed",
+        ".quant_map",
+        ".input_scale",
+    ];
+    if name.contains(".quant_state.") || COMPANIONS.iter().any(|suffix| name.ends_with(suffix)) {
+        return Err(Error::Unsupported(format!(
+            "{} holds quantized weights (tensor {name}); use the repository with the original bf16, f16 or f32 weights, they \
+             are quantized while loading",
+            shard.path().display()
+        )));
+    }
+    match shard.dtype(name) {
+        Some(Dtype::F32 | Dtype::BF16 | Dtype::F16) => Ok(()),
+        Some(other) => Err(unsupported_dtype(name, other, shard.path())),
+        None => Ok(()),
+    }
+}
+
+/// Says what a folder holds instead of weights.
+fn no_weights(folder: &Path) -> Error {
+    let names: Vec<String> = fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    let has = |test: &dyn Fn(&str) -> bool| names.iter().any(|name| test(name));
+    let hint = if has(&|name| name == "adapter_config.json") {
+        "; this is an adapter: give the model it was trained on, and the adapter separately"
+    } else if has(&|name| name.ends_with(".bin") || name.ends_with(".pth")) {
+        "; it has PyTorch pickles, which are not read: convert them with save_pretrained in transformers"
+    } else if has(&|name| name.starts_with("consolidated")) {
+        "; it has weights in Mistral's own layout, which is not read: use the ones converted to Hugging Face's"
+    } else if has(&|name| name.ends_with(".gguf")) {
+        "; it has GGUF files: give the path of one of them"
+    } else {
+        ""
+    };
+    Error::format(folder, format!("neither {SINGLE} nor {INDEX} is here{hint}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shard_names_cannot_leave_the_folder() {
+        for name in ["model-00001-of-00002.safetensors", "a b.safetensors"] {
+            assert!(is_plain_file_name(name), "{name}");
+        }
+        for name in ["", "..", "../x.safetensors", "/x.safetensors", "a\\x.safetensors", "C:x.safetensors", "x.bin", ".safetensors"]
+        {
+            assert!(!is_plain_file_name(name), "{name}");
+        }
+    }
+}

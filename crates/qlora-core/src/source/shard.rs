@@ -1,0 +1,144 @@
+//! One memory-mapped safetensors file.
+//!
+//! Layout: `u64` little-endian header length, a JSON header (name -> dtype, shape, byte range), then the tensors without
+//! gaps. Everything the header says is checked against the file's length before a tensor is read.
+
+use std::path::{Path, PathBuf};
+
+use bytemuck::Pod;
+use half::{bf16, f16};
+use qlora_kernels::MappedFile;
+use qlora_kernels::weight::PlainData;
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
+
+use super::PlainTensor;
+use crate::error::{Error, Result};
+
+/// The largest header that is read, as in safetensors.
+const MAX_HEADER: u64 = 100_000_000;
+
+/// A safetensors file with its parsed header.
+#[derive(Debug)]
+pub(super) struct Shard {
+    path: PathBuf,
+    file: MappedFile,
+    header: Metadata,
+    data_start: usize,
+}
+
+impl Shard {
+    /// Maps the file and checks its header.
+    pub(super) fn open(path: PathBuf) -> Result<Self> {
+        let file = MappedFile::open(&path).map_err(|e| Error::io(&path, e))?;
+        let (header, data_start) = parse_header(&file).map_err(|message| Error::format(&path, message))?;
+        Ok(Self { path, file, header, data_start })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The tensors' names, in no particular order.
+    pub(super) fn names(&self) -> impl Iterator<Item = String> {
+        self.header.tensors().into_keys()
+    }
+
+    pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.header.info(name).map(|info| info.shape.as_slice())
+    }
+
+    pub(super) fn dtype(&self, name: &str) -> Option<Dtype> {
+        self.header.info(name).map(|info| info.dtype)
+    }
+
+    /// Copies one tensor out of the file.
+    pub(super) fn read(&self, name: &str) -> Result<PlainTensor> {
+        let info = self
+            .header
+            .info(name)
+            .ok_or_else(|| Error::tensor(name, format!("not in {}", self.path.display())))?;
+        let (start, end) = info.data_offsets;
+        let bytes = &self.file[self.data_start + start..self.data_start + end];
+        let data = match info.dtype {
+            Dtype::F32 => PlainData::F32(copy::<f32>(bytes)),
+            Dtype::BF16 => PlainData::Bf16(copy::<bf16>(bytes)),
+            Dtype::F16 => PlainData::F16(copy::<f16>(bytes)),
+            other => return Err(unsupported_dtype(name, other, &self.path)),
+        };
+        Ok(PlainTensor { data, shape: info.shape.clone() })
+    }
+}
+
+/// The error for a dtype that is not read.
+pub(super) fn unsupported_dtype(name: &str, dtype: Dtype, path: &Path) -> Error {
+    let message = format!("has dtype {dtype:?} in {}; supported are F32, BF16 and F16", path.display());
+    Error::tensor(name, message)
+}
+
+/// The elements of a little-endian buffer. Tensors may start at any byte, so they are copied as bytes.
+fn copy<T: Pod>(bytes: &[u8]) -> Vec<T> {
+    const { assert!(cfg!(target_endian = "little"), "safetensors are little-endian") };
+    let mut out = vec![T::zeroed(); bytes.len() / size_of::<T>()];
+    bytemuck::cast_slice_mut(&mut out).copy_from_slice(bytes);
+    out
+}
+
+/// The header and where the data begins. Not `SafeTensors::read_metadata`: that adds lengths from the file unchecked.
+fn parse_header(file: &[u8]) -> std::result::Result<(Metadata, usize), String> {
+    let Some((length, rest)) = file.split_first_chunk::<8>() else {
+        return Err(format!("not a safetensors file: only {} bytes long", file.len()));
+    };
+    let length = u64::from_le_bytes(*length);
+    if length > MAX_HEADER {
+        return Err(format!("not a safetensors file: its header would be {length} bytes long"));
+    }
+    let Some(text) = rest.get(..length as usize) else {
+        let left = rest.len();
+        return Err(format!("cut short: the header should be {length} bytes long, {left} bytes follow"));
+    };
+    let header: Metadata = serde_json::from_slice(text).map_err(|e| format!("the safetensors header is damaged: {e}"))?;
+    let data = rest.len() - text.len();
+    if header.data_len() != data {
+        let what = if data < header.data_len() { "cut short" } else { "damaged" };
+        return Err(format!("{what}: the header describes {} bytes of tensors, the file has {data}", header.data_len()));
+    }
+    Ok((header, 8 + text.len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(header: &str, data: usize) -> Vec<u8> {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        bytes.resize(bytes.len() + data, 0);
+        bytes
+    }
+
+    #[test]
+    fn hostile_headers_are_errors() {
+        let good = file(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#, 8);
+        assert!(parse_header(&good).is_ok());
+        for length in 0..good.len() {
+            assert!(parse_header(&good[..length]).is_err(), "cut to {length} bytes");
+        }
+        let huge = usize::MAX;
+        let half = usize::MAX / 8;
+        for (header, message) in [
+            (r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#.to_owned(), "damaged"),
+            (r#"{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}"#.to_owned(), "damaged"),
+            (format!(r#"{{"a":{{"dtype":"F32","shape":[{huge},{huge}],"data_offsets":[0,8]}}}}"#), "damaged"),
+            (format!(r#"{{"a":{{"dtype":"U8","shape":[{half}],"data_offsets":[0,{half}]}}}}"#), "cut short"),
+            (r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}"#.to_owned(), "damaged"),
+            (r#"{"a":{"dtype":"F99","shape":[2],"data_offsets":[0,8]}}"#.to_owned(), "damaged"),
+        ] {
+            let error = parse_header(&file(&header, 8)).unwrap_err();
+            assert!(error.contains(message), "{header}: {error}");
+        }
+        let mut huge = good.clone();
+        huge[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+        assert!(parse_header(&huge).unwrap_err().contains("header would be"));
+    }
+}

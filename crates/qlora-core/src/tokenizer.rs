@@ -1,0 +1,235 @@
+//! Text to token ids and back: Hugging Face's `tokenizer.json`, or the vocabulary inside a GGUF file.
+
+mod gguf;
+mod json;
+mod stream;
+
+use std::fmt;
+use std::ops::Range;
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use crate::file::{self, LARGE, SMALL};
+use crate::source::Gguf;
+
+pub use stream::DecodeStream;
+
+/// A tokenizer with its special tokens. Encoding neither truncates nor pads, whatever the file says.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    special: SpecialTokens,
+    vocab_size: usize,
+}
+
+/// The roles that a tokenizer's files give to tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct SpecialTokens {
+    bos: Option<u32>,
+    eos: Option<u32>,
+    unknown: Option<u32>,
+    padding: Option<u32>,
+}
+
+/// A token of an encoded text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// The token's id.
+    pub id: u32,
+    /// The bytes of the text it stands for. Tokens that are part of one character all get the character's bytes; a token
+    /// that was added (such as BOS) has an empty range.
+    pub bytes: Range<usize>,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` of a model folder, and the special tokens from `tokenizer_config.json` or
+    /// `special_tokens_map.json`.
+    ///
+    /// # Errors
+    /// If there is no `tokenizer.json`, or a file is damaged.
+    pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let path = folder.join("tokenizer.json");
+        if !path.exists() {
+            let hint = if folder.join("tokenizer.model").exists() {
+                "; tokenizer.model alone is not read: AutoTokenizer.from_pretrained(...).save_pretrained(...) writes the file"
+            } else {
+                ""
+            };
+            return Err(Error::format(folder, format!("tokenizer.json is missing{hint}")));
+        }
+        let mut tokenizer = Self::from_file(&path)?;
+        for name in ["special_tokens_map.json", "tokenizer_config.json"] {
+            let path = folder.join(name);
+            if path.exists() {
+                tokenizer.take_roles(&file::read_object(&path, SMALL)?);
+            }
+        }
+        Ok(tokenizer)
+    }
+
+    /// Reads a `tokenizer.json`. Roles of special tokens are not in that file: [`Tokenizer::from_folder`] finds them.
+    ///
+    /// # Errors
+    /// If the file cannot be read or is damaged.
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        json::read(&file::read_text(path, LARGE)?)
+            .map(|inner| Self::new(inner, SpecialTokens::default()))
+            .map_err(|message| Error::format(path, message))
+    }
+
+    /// Builds the tokenizer whose vocabulary a GGUF file holds.
+    ///
+    /// # Errors
+    /// If the file has none, it is damaged, or its kind is not supported.
+    pub fn from_gguf(model: &Gguf) -> Result<Self> {
+        use crate::source::WeightSource;
+        gguf::build(&model.vocabulary()?)
+            .map(|(inner, special)| Self::new(inner, special))
+            .map_err(|message| Error::format(model.path(), message))
+    }
+
+    fn new(inner: tokenizers::Tokenizer, special: SpecialTokens) -> Self {
+        let vocab_size = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
+        Self { inner, special, vocab_size }
+    }
+
+    /// Takes over the special tokens of a `tokenizer_config.json`: a string, or an object with `content`.
+    fn take_roles(&mut self, config: &Map<String, Value>) {
+        let find = |key: &str| {
+            let value = config.get(key)?;
+            let token = value.as_str().or_else(|| value.get("content")?.as_str())?;
+            self.inner.token_to_id(token)
+        };
+        let found = SpecialTokens {
+            bos: find("bos_token").or(self.special.bos),
+            eos: find("eos_token").or(self.special.eos),
+            unknown: find("unk_token").or(self.special.unknown),
+            padding: find("pad_token").or(self.special.padding),
+        };
+        self.special = found;
+    }
+
+    /// The token ids of `text`. Special tokens written in the text are recognised; `add_special_tokens` also adds those
+    /// the tokenizer puts around every text (BOS, for most models). Text from a chat template has them already.
+    ///
+    /// # Errors
+    /// If the tokenizer cannot encode the text (a vocabulary without unknown token).
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, add_special_tokens).map_err(failed)?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// As [`Tokenizer::encode`], with the place of every token in the text.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_pieces(&self, text: &str, add_special_tokens: bool) -> Result<Vec<Piece>> {
+        let encoding = self.inner.encode(text, add_special_tokens).map_err(failed)?;
+        let pieces = encoding.get_ids().iter().zip(encoding.get_offsets());
+        Ok(pieces.map(|(&id, &(start, end))| Piece { id, bytes: start..end }).collect())
+    }
+
+    /// The token ids of `text`, and for each whether any of its bytes lies in one of `spans` (ascending byte ranges of
+    /// the text): the tokens to train.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_with_spans(
+        &self,
+        text: &str,
+        spans: &[Range<usize>],
+        add_special_tokens: bool,
+    ) -> Result<(Vec<u32>, Vec<bool>)> {
+        let pieces = self.encode_pieces(text, add_special_tokens)?;
+        let inside = |bytes: &Range<usize>| {
+            let next = spans.partition_point(|span| span.end <= bytes.start);
+            spans.get(next).is_some_and(|span| span.start < bytes.end)
+        };
+        Ok(pieces.into_iter().map(|piece| (piece.id, inside(&piece.bytes))).unzip())
+    }
+
+    /// The text of token ids. Bytes that are no UTF-8 become U+FFFD.
+    ///
+    /// # Errors
+    /// If the tokenizer's decoder fails.
+    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
+        self.inner.decode(ids, skip_special_tokens).map_err(failed)
+    }
+
+    /// Decodes token by token, for output while generating.
+    pub fn decode_stream(&self, skip_special_tokens: bool) -> DecodeStream<'_> {
+        DecodeStream::new(self, skip_special_tokens)
+    }
+
+    /// The token that begins a text.
+    pub fn bos_token_id(&self) -> Option<u32> {
+        self.special.bos
+    }
+
+    /// The token that ends a text.
+    pub fn eos_token_id(&self) -> Option<u32> {
+        self.special.eos
+    }
+
+    /// The token for what the vocabulary does not have.
+    pub fn unk_token_id(&self) -> Option<u32> {
+        self.special.unknown
+    }
+
+    /// The token that pads batches.
+    pub fn pad_token_id(&self) -> Option<u32> {
+        self.special.padding
+    }
+
+    /// The largest token id plus one. The embedding may have more rows.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// The id of a token by its text in the vocabulary.
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// A token's text in the vocabulary (byte-level tokens in their printable alphabet).
+    pub fn id_to_token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// Whether decoding can skip this token as a special one.
+    pub fn is_special(&self, id: u32) -> bool {
+        let added = self.inner.get_added_vocabulary();
+        added.get_added_tokens_decoder().get(&id).is_some_and(|token| token.special)
+    }
+
+    /// The tokenizer of the `tokenizers` crate.
+    pub fn inner(&self) -> &tokenizers::Tokenizer {
+        &self.inner
+    }
+
+    /// Writes a `tokenizer.json` that Hugging Face's libraries read.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        self.inner.save(path, true).map_err(|e| Error::io(path, std::io::Error::other(e)))
+    }
+}
+
+impl fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tokenizer({} tokens, {:?})", self.vocab_size, self.special)
+    }
+}
+
+fn failed(error: tokenizers::Error) -> Error {
+    Error::Invalid(format!("the tokenizer failed: {error}"))
+}
+
+#[cfg(test)]
+#[path = "tokenizer/tests.rs"]
+mod tests;
