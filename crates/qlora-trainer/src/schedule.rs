@@ -64,7 +64,7 @@ mod tests {
     use serde_json::Value;
 
     /// Written by `scripts/fixtures/schedules.py` with transformers.
-    const FIXTURE: &str = include_str!("../tests/fixtures/schedules.json");
+    const FIXTURE: &str = include_str!("../tests/fixtures/schedule/transformers.json");
 
     #[test]
     fn equals_transformers() {
@@ -80,7 +80,10 @@ mod tests {
             };
             for (step, expected) in case["values"].as_array().unwrap().iter().enumerate() {
                 let (got, expected) = (schedule.at(step as u64), expected.as_f64().unwrap());
-                assert!((got - expected).abs() <= 1e-12 * schedule.learning_rate, "{schedule:?} step {step}: {got} {expected}");
+                assert!(
+                    (got - expected).abs() <= 1e-12 * schedule.learning_rate,
+                    "{schedule:?} step {step}: {got} {expected}"
+                );
             }
         }
     }

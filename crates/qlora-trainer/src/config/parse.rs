@@ -284,14 +284,23 @@ mod tests {
     #[test]
     fn unknown_keys_name_the_line_and_what_was_meant() {
         let cases = [
-            ("[training]\nlearning_rte = 1", "line 6: unknown key `learning_rte` in [training]; did you mean `learning_rate`?"),
+            (
+                "[training]\nlearning_rte = 1",
+                "line 6: unknown key `learning_rte` in [training]; did you mean `learning_rate`?",
+            ),
             ("[training]\nr = 8", "line 6: unknown key `r` in [training]; it belongs in [lora]"),
             ("[lora]\nlora_r = 8", "line 6: unknown key `lora_r` in [lora]; here it is `r` in [lora]"),
-            ("train_on_inputs = true", "line 5: unknown key `train_on_inputs` in [data]; here it is `completion_only_loss` in [data], with the opposite value"),
+            (
+                "train_on_inputs = true",
+                "line 5: unknown key `train_on_inputs` in [data]; here it is `completion_only_loss` in [data], with the opposite value",
+            ),
             ("[trainig]", "line 5: unknown section [trainig]; did you mean [training]?"),
             ("[zzz]\na = 1", "line 5: unknown section [zzz]; there are [model], [lora], [data], [training]"),
             ("[lora]\nqqq = 1", "line 6: unknown key `qqq` in [lora]"),
-            ("[lora]\nmax_lenght = 1", "line 6: unknown key `max_lenght` in [lora]; did you mean `max_length` in [data]?"),
+            (
+                "[lora]\nmax_lenght = 1",
+                "line 6: unknown key `max_lenght` in [lora]; did you mean `max_length` in [data]?",
+            ),
         ];
         for (extra, expected) in cases {
             assert_eq!(refusal(&with(extra)), expected);

@@ -86,8 +86,7 @@ impl TrainConfig {
         self.check_warmup(check);
         check.not_negative("training.max_grad_norm", training.max_grad_norm);
         check.not_negative("training.weight_decay", training.weight_decay);
-        for (key, beta) in
-            [("training.adam_beta1", training.adam_beta1), ("training.adam_beta2", training.adam_beta2)]
+        for (key, beta) in [("training.adam_beta1", training.adam_beta1), ("training.adam_beta2", training.adam_beta2)]
         {
             check.that((0.0..1.0).contains(&beta), key, format!("must be at least 0 and below 1, not {beta}"));
         }

@@ -310,7 +310,8 @@ mod tests {
 
     #[test]
     fn the_summary_mentions_only_what_happened() {
-        let stats = DataStats { rows: 5, documents: 3, tokens: 30, trained_tokens: 9, longest: 12, ..Default::default() };
+        let stats =
+            DataStats { rows: 5, documents: 3, tokens: 30, trained_tokens: 9, longest: 12, ..Default::default() };
         assert_eq!(stats.to_string(), "3 documents, 30 tokens (9 trained), longest 12");
         let stats = DataStats { truncated: 2, dropped_untrained: 1, ..stats };
         assert!(stats.to_string().ends_with("; 2 truncated; 1 left out with nothing to train on"));

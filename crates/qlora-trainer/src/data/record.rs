@@ -93,7 +93,8 @@ impl Record {
         } else if has("conversations") {
             chat(row, "conversations", sharegpt_message)
         } else if has("chosen") && has("rejected") {
-            Err("preference data (`chosen`, `rejected`) is not supported; keep `prompt` and one `completion`".to_owned())
+            Err("preference data (`chosen`, `rejected`) is not supported; keep `prompt` and one `completion`"
+                .to_owned())
         } else if has("prompt") || has("completion") {
             completion(row)
         } else if has("instruction") {
@@ -372,8 +373,13 @@ mod tests {
         let summary: Vec<_> = chat.iter().map(|m| (m.role.as_str(), m.content.as_str(), m.trained)).collect();
         assert_eq!(
             summary,
-            [("system", "be", false), ("user", "a", false), ("assistant", "b", false), ("user", "do\nit", false),
-             ("assistant", "done", true)]
+            [
+                ("system", "be", false),
+                ("user", "a", false),
+                ("assistant", "b", false),
+                ("user", "do\nit", false),
+                ("assistant", "done", true)
+            ]
         );
         let (prompt, answer) = full.instruction_text().unwrap();
         assert_eq!(answer, "done");
@@ -395,7 +401,10 @@ mod tests {
             (json!({"messages": [{"role": "user"}]}), "`messages[0]`: `content` is missing"),
             (json!({"messages": [{"content": "x"}]}), "`messages[0]`: `role` is missing"),
             (json!({"messages": [{"role": "user", "content": 5}]}), "`content` must be a string, not the number 5"),
-            (json!({"messages": [{"role": "user", "content": [{"type": "image"}]}]}), "type \"image\" is not supported"),
+            (
+                json!({"messages": [{"role": "user", "content": [{"type": "image"}]}]}),
+                "type \"image\" is not supported",
+            ),
             (json!({"messages": [{"role": "assistant", "content": "", "weight": 0.5}]}), "`weight` must be 0 or 1"),
             (json!({"conversations": [{"from": "alien", "value": "x"}]}), "unknown `from` \"alien\""),
             (json!({"prompt": "p"}), "`prompt` without `completion`"),
