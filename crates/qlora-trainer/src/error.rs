@@ -91,9 +91,16 @@ pub enum Error {
     #[error(transparent)]
     Kernel(#[from] qlora_kernels::Error),
 
-    /// The user's own model or encoder failed.
-    #[error(transparent)]
-    Other(Box<dyn std::error::Error + Send + Sync>),
+    /// The model failed in the middle of a step.
+    #[error("step {step}, micro-batch {micro_batch}: {source}")]
+    Step {
+        /// The optimizer step, from 1.
+        step: u64,
+        /// The micro-batch within the step, from 1.
+        micro_batch: usize,
+        /// What it said.
+        source: qlora_core::Error,
+    },
 }
 
 /// One thing that is wrong with a configuration.
@@ -165,11 +172,6 @@ impl Error {
     /// An [`Error::Checkpoint`] for a folder or file.
     pub fn checkpoint(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
         Self::Checkpoint { path: path.as_ref().to_owned(), message: message.into() }
-    }
-
-    /// An [`Error::Other`].
-    pub fn other(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
-        Self::Other(source.into())
     }
 }
 

@@ -40,6 +40,11 @@ impl Interrupt {
         self.0.swap(true, Ordering::SeqCst)
     }
 
+    /// Withdraws the request.
+    pub fn clear(&self) {
+        self.0.store(false, Ordering::SeqCst);
+    }
+
     /// Whether somebody asked the loop to stop.
     pub fn requested(&self) -> bool {
         self.0.load(Ordering::SeqCst)
@@ -58,5 +63,7 @@ mod tests {
         assert!(!other.request());
         assert!(interrupt.requested());
         assert!(other.request());
+        other.clear();
+        assert!(!interrupt.requested());
     }
 }

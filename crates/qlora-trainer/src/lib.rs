@@ -1,13 +1,37 @@
 //! Configuration, data, optimizer and training loop.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`config`] | everything a run needs to know, as a struct and as TOML |
+//! | [`data`] | JSONL to tokens, packing, whole optimizer steps |
+//! | [`model`] | what the loop asks of a model |
+//! | [`trainer`] | the loop |
+//! | [`optimizer`], [`schedule`] | AdamW with clipping, the learning rate |
+//! | [`checkpoint`] | atomic checkpoints, resumed bit for bit |
+//! | [`metrics`], [`progress`] | the log, a progress bar, a plot of the loss |
+//! | [`interrupt`], [`memory`], [`fingerprint`] | Ctrl-C, memory of the process, fingerprints |
+
 #![forbid(unsafe_code)]
 
+pub mod checkpoint;
 pub mod config;
 pub mod data;
 pub mod error;
 pub mod fingerprint;
+mod guard;
 pub mod interrupt;
 pub mod memory;
+pub mod metrics;
+pub mod model;
+pub mod optimizer;
+mod pending;
+pub mod progress;
 mod rng;
 pub mod schedule;
+pub mod trainer;
 
+pub use config::TrainConfig;
 pub use error::{Error, Result};
+pub use interrupt::Interrupt;
+pub use model::{LossSum, Parameter, TrainableModel};
+pub use trainer::{Outcome, Summary, Trainer};

@@ -64,7 +64,7 @@ mod tests {
     use serde_json::Value;
 
     /// Written by `scripts/fixtures/schedules.py` with transformers.
-    const FIXTURE: &str = include_str!("../tests/fixtures/schedules.json");
+    const FIXTURE: &str = include_str!("../tests/fixtures/schedule/transformers.json");
 
     #[test]
     fn equals_transformers() {

@@ -1,0 +1,95 @@
+//! What the training loop asks of a model.
+
+use std::ops::Range;
+use std::path::Path;
+
+use qlora_core::Result;
+use qlora_core::batch::Batch;
+
+/// A sum of cross-entropies and the number of tokens it runs over.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LossSum {
+    /// The sum, not divided, in nats.
+    pub sum: f64,
+    /// The tokens with a target.
+    pub trained_tokens: usize,
+}
+
+/// A trainable tensor: a stretch of the model's flat parameter buffer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parameter {
+    /// Its name, for messages and checkpoints.
+    pub name: String,
+    /// Its elements in the flat buffer, row-major.
+    pub range: Range<usize>,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// The index of the parameter whose zeros silence this one's gradient: lora_A names its lora_B, which starts at zero.
+    pub silenced_by: Option<usize>,
+}
+
+/// A model whose trainable parameters lie in one flat f32 buffer.
+///
+/// The loop zeroes a gradient buffer, lets the model add the gradients of each micro-batch to it, clips, updates the
+/// master parameters with AdamW, and tells the model.
+pub trait TrainableModel {
+    /// The trainable tensors. Their ranges follow each other without a gap and cover [`TrainableModel::masters`].
+    fn parameters(&self) -> Vec<Parameter>;
+
+    /// The f32 master parameters.
+    fn masters(&self) -> &[f32];
+
+    /// The f32 master parameters, for the optimizer and for a resumed run.
+    fn masters_mut(&mut self) -> &mut [f32];
+
+    /// Called when the masters have new values: the place to refresh copies in another precision or on a device.
+    ///
+    /// # Errors
+    /// Whatever went wrong; it ends the run.
+    fn masters_changed(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Adds the gradient of `(sum of the micro-batch's cross-entropies) / num_items` to `grad`, and returns the sum
+    /// (not divided).
+    ///
+    /// `step_seed` is all the randomness (dropout) of this call: the same seed, parameters and batch give the same bits.
+    ///
+    /// # Errors
+    /// Whatever went wrong; it ends the run, with the step and the micro-batch added to the message.
+    fn accumulate_gradients(
+        &mut self,
+        batch: &Batch,
+        num_items: usize,
+        step_seed: u64,
+        grad: &mut [f32],
+    ) -> Result<f64>;
+
+    /// The loss of a micro-batch, without dropout.
+    ///
+    /// # Errors
+    /// Whatever went wrong; it ends the run.
+    fn evaluate(&mut self, batch: &Batch) -> Result<LossSum>;
+
+    /// Writes the adapter to a folder that exists, in PEFT's format.
+    ///
+    /// # Errors
+    /// Whatever went wrong; nothing half-written may be left under the adapter's final names.
+    fn save_adapter(&self, folder: &Path) -> Result<()>;
+
+    /// What makes this model a different one, as names and values: its files, quantization, adapter options. A checkpoint
+    /// is only taken by a model with the same.
+    fn identity(&self) -> Vec<(String, String)> {
+        Vec::new()
+    }
+
+    /// The number of token ids, if the model knows it: data with other ids is refused before the first step.
+    fn vocab_size(&self) -> Option<usize> {
+        None
+    }
+
+    /// The most positions a sequence may have, if the model knows it: longer documents are refused before the first step.
+    fn max_positions(&self) -> Option<usize> {
+        None
+    }
+}

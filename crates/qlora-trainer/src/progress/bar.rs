@@ -1,0 +1,220 @@
+//! A progress bar on the terminal; plain lines where there is none.
+//!
+//! ```text
+//! ████████████░░░░░░░░░░░░ 40/80  epoch 1.50  loss 0.8123  lr 1.1e-4  812 tok/s  3m20s left
+//! ```
+
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressDrawTarget, ProgressStyle};
+
+use super::{Event, Observer, StepInfo};
+use crate::metrics::LogEntry;
+use crate::trainer::Outcome;
+
+/// Time between two plain lines.
+const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
+
+/// The weight of a new step in the moving average of speed: about the last ten steps count.
+const NEW: f64 = 0.1;
+
+/// Shows a run on stderr.
+pub struct ProgressBar {
+    display: Display,
+    speed: Speed,
+}
+
+enum Display {
+    Bar(indicatif::ProgressBar),
+    Lines { out: Box<dyn Write>, last: Option<Instant> },
+}
+
+impl Default for ProgressBar {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl ProgressBar {
+    /// A bar if stderr is a terminal, else a plain line every ten seconds.
+    pub fn new() -> Self {
+        if !std::io::stderr().is_terminal() {
+            return Self::lines(std::io::stderr());
+        }
+        let bar = indicatif::ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        let style = ProgressStyle::with_template("{bar:24.cyan} {pos}/{len}  {msg}").expect("the template is valid");
+        bar.set_style(style.progress_chars("█▉▊▋▌▍▎▏░"));
+        Self { display: Display::Bar(bar), speed: Speed::default() }
+    }
+
+    /// Plain lines: the first and last step, one every ten seconds between, every evaluation and checkpoint.
+    pub fn lines(out: impl Write + 'static) -> Self {
+        Self { display: Display::Lines { out: Box::new(out), last: None }, speed: Speed::default() }
+    }
+
+    /// A line that stays.
+    fn say(&mut self, line: &str) {
+        match &mut self.display {
+            Display::Bar(bar) => bar.println(line),
+            // Nowhere to report that stderr is closed.
+            Display::Lines { out, .. } => drop(writeln!(out, "{line}")),
+        }
+    }
+
+    fn step(&mut self, info: &StepInfo) {
+        self.speed.add(info);
+        let status = status(info, &self.speed);
+        match &mut self.display {
+            Display::Bar(bar) => {
+                bar.set_position(info.step);
+                bar.set_message(status);
+            }
+            Display::Lines { out, last } => {
+                let is_due = last.is_none_or(|last| last.elapsed() >= PLAIN_INTERVAL);
+                if is_due || info.step == info.total_steps {
+                    drop(writeln!(out, "step {}/{}  {status}", info.step, info.total_steps));
+                    *last = Some(Instant::now());
+                }
+            }
+        }
+    }
+}
+
+impl Observer for ProgressBar {
+    fn observe(&mut self, event: &Event<'_>) {
+        match event {
+            Event::Started(info) => {
+                if let Some(path) = info.resumed_from {
+                    self.say(&format!("resuming from {} at step {}", path.display(), info.first_step));
+                }
+                let (documents, trainable) = (info.documents, info.trainable_parameters);
+                let (steps, per_epoch) = (info.total_steps, info.steps_per_epoch);
+                self.say(&format!(
+                    "{documents} documents, {trainable} trainable parameters, {steps} steps ({per_epoch} an epoch)"
+                ));
+                if let Display::Bar(bar) = &self.display {
+                    bar.set_length(info.total_steps);
+                    bar.set_position(info.first_step);
+                }
+            }
+            Event::Step(info) => self.step(info),
+            Event::EvalProgress { done, total } => {
+                if let Display::Bar(bar) = &self.display {
+                    bar.set_message(format!("evaluating {done}/{total}"));
+                }
+            }
+            Event::Eval(entry) => {
+                let (step, loss, seconds) = (entry.step, entry.eval_loss, entry.eval_runtime);
+                self.say(&format!("step {step}: eval loss {loss:.4} ({})", duration(seconds)));
+            }
+            Event::Checkpoint(path) => self.say(&format!("saved {}", path.display())),
+            Event::Message(text) => self.say(text),
+            Event::Finished(outcome) => {
+                if let Display::Bar(bar) = &self.display {
+                    bar.abandon();
+                }
+                if *outcome == Outcome::Interrupted {
+                    self.say("interrupted; resume_from_checkpoint = true goes on from here");
+                }
+            }
+            Event::Logged(LogEntry::Train(_) | LogEntry::Eval(_)) => {}
+        }
+    }
+}
+
+/// Moving averages over the last steps.
+#[derive(Debug, Default)]
+struct Speed {
+    tokens: f64,
+    seconds: f64,
+}
+
+impl Speed {
+    fn add(&mut self, info: &StepInfo) {
+        let weight = if self.seconds == 0.0 { 1.0 } else { NEW };
+        self.tokens += weight * (info.tokens as f64 - self.tokens);
+        self.seconds += weight * (info.seconds - self.seconds);
+    }
+}
+
+fn status(info: &StepInfo, speed: &Speed) -> String {
+    let per_second = speed.tokens / speed.seconds.max(1e-9);
+    let left = (info.total_steps - info.step) as f64 * speed.seconds;
+    let (epoch, loss, rate) = (info.epoch, info.loss, info.learning_rate);
+    format!("epoch {epoch:.2}  loss {loss:.4}  lr {rate:.1e}  {per_second:.0} tok/s  {} left", duration(left))
+}
+
+/// `45s`, `3m20s`, `2h05m`.
+fn duration(seconds: f64) -> String {
+    let seconds = seconds.round().max(0.0) as u64;
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m{:02}s", seconds / 60, seconds % 60),
+        _ => format!("{}h{:02}m", seconds / 3600, seconds % 3600 / 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::{Arc, Mutex};
+
+    #[derive(Clone, Default)]
+    struct Shared(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Shared {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn info(step: u64, seconds: f64) -> StepInfo {
+        StepInfo {
+            step,
+            total_steps: 100,
+            epoch: 0.5,
+            loss: 1.23456,
+            learning_rate: 1.95e-4,
+            grad_norm: 1.0,
+            tokens: 500,
+            trained_tokens: 200,
+            seconds,
+        }
+    }
+
+    #[test]
+    fn the_status_has_loss_rate_speed_and_time_left() {
+        let mut speed = Speed::default();
+        speed.add(&info(1, 2.0));
+        assert_eq!(status(&info(1, 2.0), &speed), "epoch 0.50  loss 1.2346  lr 1.9e-4  250 tok/s  3m18s left");
+        // One slow step out of many moves it a little.
+        speed.add(&info(2, 12.0));
+        assert!((speed.seconds - 3.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn durations_are_short() {
+        let texts = [0.2, 59.4, 59.6, 200.0, 3599.0, 7500.0, 400_000.0].map(duration);
+        assert_eq!(texts, ["0s", "59s", "1m00s", "3m20s", "59m59s", "2h05m", "111h06m"]);
+    }
+
+    #[test]
+    fn plain_lines_are_few_and_include_the_ends() {
+        let out = Shared::default();
+        let mut bar = ProgressBar::lines(out.clone());
+        (1..=100).for_each(|step| bar.observe(&Event::Step(&info(step, 1.0))));
+        bar.observe(&Event::Checkpoint("out/checkpoint-100".as_ref()));
+        bar.observe(&Event::Finished(Outcome::Interrupted));
+        let text = String::from_utf8(out.0.lock().unwrap().clone()).unwrap();
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines.len(), 4, "{text}");
+        assert!(lines[0].starts_with("step 1/100  epoch") && lines[1].starts_with("step 100/100  epoch"));
+        assert_eq!(lines[2], "saved out/checkpoint-100");
+    }
+}

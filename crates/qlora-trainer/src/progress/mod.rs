@@ -1,0 +1,96 @@
+//! Following a run: events, a progress bar, a plot of the loss.
+
+pub mod bar;
+mod chart;
+pub mod plot;
+
+use std::path::Path;
+
+pub use bar::ProgressBar;
+pub use plot::LossPlot;
+
+use crate::metrics::{EvalLog, LogEntry};
+use crate::trainer::Outcome;
+
+/// Something that is told what happens in a run. Its methods cannot fail: following a run must not end it.
+pub trait Observer {
+    /// Something happened.
+    fn observe(&mut self, event: &Event<'_>);
+}
+
+impl<O: Observer + ?Sized> Observer for &mut O {
+    fn observe(&mut self, event: &Event<'_>) {
+        (**self).observe(event);
+    }
+}
+
+/// What happens in a run.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// The loop is about to begin.
+    Started(&'a StartInfo<'a>),
+    /// An optimizer step is done.
+    Step(&'a StepInfo),
+    /// A line was written to the log.
+    Logged(&'a LogEntry),
+    /// A micro-batch of an evaluation is done.
+    EvalProgress {
+        /// Micro-batches done.
+        done: usize,
+        /// Micro-batches of the evaluation.
+        total: usize,
+    },
+    /// An evaluation is done.
+    Eval(&'a EvalLog),
+    /// A checkpoint was written.
+    Checkpoint(&'a Path),
+    /// Something a person may want to know.
+    Message(&'a str),
+    /// The loop has ended without an error.
+    Finished(Outcome),
+}
+
+/// What is known before the first step.
+#[derive(Clone, Copy, Debug)]
+pub struct StartInfo<'a> {
+    /// Steps that are done already, in a resumed run.
+    pub first_step: u64,
+    /// Steps of the whole run.
+    pub total_steps: u64,
+    /// Steps of an epoch.
+    pub steps_per_epoch: usize,
+    /// Documents of the training data.
+    pub documents: usize,
+    /// Trainable parameters.
+    pub trainable_parameters: usize,
+    /// Stands for the parameters before the first step: equal for runs that began equally.
+    pub initial_parameters: &'a str,
+    /// The checkpoint that the run goes on from.
+    pub resumed_from: Option<&'a Path>,
+    /// The log up to here.
+    pub history: &'a [LogEntry],
+}
+
+/// An optimizer step that is done.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepInfo {
+    /// Its number, from 1.
+    pub step: u64,
+    /// Steps of the whole run.
+    pub total_steps: u64,
+    /// Epochs done, with the fraction of the current one.
+    pub epoch: f64,
+    /// The mean cross-entropy over the step's trained tokens.
+    pub loss: f64,
+    /// The learning rate.
+    pub learning_rate: f64,
+    /// The gradient's norm before clipping.
+    pub grad_norm: f64,
+    /// Tokens processed.
+    pub tokens: usize,
+    /// Tokens with a loss.
+    pub trained_tokens: usize,
+    /// How long it took, in seconds.
+    pub seconds: f64,
+}

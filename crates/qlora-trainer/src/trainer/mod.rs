@@ -1,0 +1,249 @@
+//! The training loop.
+//!
+//! Every optimizer step adds the gradients of its micro-batches to one flat f32 buffer; each is already divided by the
+//! trained tokens of the whole step, so the result does not depend on how the step is cut into micro-batches. Then the
+//! norm, clipping and AdamW.
+//!
+//! After a step, in this order and where due: a line in the log, an evaluation, a checkpoint. A run that was interrupted
+//! or killed at any point goes on from its last checkpoint with the same bits and the same log as one that was not.
+
+mod run;
+mod step;
+
+use std::path::PathBuf;
+
+use crate::checkpoint::identity::RunIdentity;
+use crate::checkpoint::state::{FORMAT_VERSION, QloraState, StatefulCallbacks, TrainerState};
+use crate::config::{SamplingStrategy, TrainConfig};
+use crate::data::{Dataset, Loader, LoaderOptions, Position};
+use crate::error::{Error, Result};
+use crate::fingerprint::Fingerprint;
+use crate::guard::GradientGuard;
+use crate::interrupt::Interrupt;
+use crate::metrics::{LogEntry, LogWindow};
+use crate::model::{Parameter, TrainableModel};
+use crate::optimizer::Optimizer;
+use crate::progress::{Event, Observer};
+use crate::schedule::Schedule;
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps are done.
+    Finished,
+    /// Somebody asked it to stop; it can be resumed.
+    Interrupted,
+}
+
+/// What a run leaves.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Summary {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Optimizer steps done.
+    pub steps: u64,
+    /// The loss of the last evaluation.
+    pub eval_loss: Option<f64>,
+    /// The last checkpoint.
+    pub checkpoint: Option<PathBuf>,
+    /// The folder with the final adapter; none if the run was interrupted.
+    pub adapter: Option<PathBuf>,
+}
+
+/// A model, its data, and everything a run changes.
+pub struct Trainer<'a, M> {
+    config: TrainConfig,
+    model: M,
+    parameters: Vec<Parameter>,
+    loader: Loader,
+    validation: Option<Dataset>,
+    schedule: Schedule,
+    optimizer: Optimizer,
+    guard: GradientGuard,
+    identity: RunIdentity,
+    observers: Vec<Box<dyn Observer + 'a>>,
+    interrupt: Interrupt,
+    progress: Progress,
+}
+
+/// What changes from step to step besides model, optimizer and loader.
+#[derive(Clone, Debug, Default)]
+struct Progress {
+    global_step: u64,
+    tokens_seen: u64,
+    history: Vec<LogEntry>,
+    window: LogWindow,
+    initial_parameters: String,
+    /// The last checkpoint in the output folder that this run wrote or began from, with its step.
+    checkpoint: Option<(u64, PathBuf)>,
+}
+
+impl<'a, M: TrainableModel> Trainer<'a, M> {
+    /// A run that has not begun.
+    ///
+    /// # Errors
+    /// If the configuration is not valid, the data is empty, holds token ids that the model does not have or documents
+    /// longer than the model can take, or the model's parameters do not cover its buffer.
+    pub fn new(config: TrainConfig, model: M, training: Dataset, validation: Option<Dataset>) -> Result<Self> {
+        config.validate()?;
+        let options = &config.training;
+        check_data(&model, &training)?;
+        if let Some(data) = &validation {
+            check_data(&model, data)?;
+            if data.is_empty() {
+                return Err(Error::Invalid("the validation data is empty".to_owned()));
+            }
+        }
+        let parameters = model.parameters();
+        check_parameters(&parameters, model.masters().len())?;
+        let random = options.train_sampling_strategy == SamplingStrategy::Random;
+        let loader = Loader::new(
+            training,
+            LoaderOptions {
+                batch_size: options.per_device_train_batch_size,
+                accumulation: options.gradient_accumulation_steps,
+                shuffle: random.then(|| options.resolved_data_seed()),
+                packing: config.data.packing.then_some(config.data.max_length),
+            },
+        )?;
+        let schedule = Schedule::new(options, options.total_steps(loader.steps_per_epoch()));
+        let optimizer = Optimizer::new(options, model.masters().len());
+        let identity = RunIdentity::new(&config, &schedule, loader.dataset(), &model, &parameters);
+        let initial_parameters = Fingerprint::new().floats(model.masters()).to_string();
+        Ok(Self {
+            guard: GradientGuard::new(&parameters),
+            progress: Progress { initial_parameters, ..Progress::default() },
+            observers: Vec::new(),
+            interrupt: Interrupt::new(),
+            config,
+            model,
+            parameters,
+            loader,
+            validation,
+            schedule,
+            optimizer,
+            identity,
+        })
+    }
+
+    /// Adds somebody who is told what happens.
+    #[must_use]
+    pub fn with_observer(mut self, observer: impl Observer + 'a) -> Self {
+        self.observers.push(Box::new(observer));
+        self
+    }
+
+    /// Stops the run, with a checkpoint, after the step in which `interrupt` is requested.
+    #[must_use]
+    pub fn with_interrupt(mut self, interrupt: Interrupt) -> Self {
+        self.interrupt = interrupt;
+        self
+    }
+
+    /// Optimizer steps of the whole run.
+    pub fn total_steps(&self) -> u64 {
+        self.schedule.total_steps
+    }
+
+    /// The log so far.
+    pub fn history(&self) -> &[LogEntry] {
+        &self.progress.history
+    }
+
+    /// The model.
+    pub fn model(&self) -> &M {
+        &self.model
+    }
+
+    /// The model, to keep.
+    pub fn into_model(self) -> M {
+        self.model
+    }
+
+    fn notify(&mut self, event: &Event<'_>) {
+        self.observers.iter_mut().for_each(|observer| observer.observe(event));
+    }
+
+    /// `trainer_state.json` as of now.
+    fn state(&self) -> TrainerState {
+        let (options, progress) = (&self.config.training, &self.progress);
+        TrainerState {
+            best_global_step: None,
+            best_metric: None,
+            best_model_checkpoint: None,
+            epoch: self.loader.epochs(),
+            eval_steps: options.eval_steps.unwrap_or(0),
+            global_step: progress.global_step,
+            is_hyper_param_search: false,
+            is_local_process_zero: true,
+            is_world_process_zero: true,
+            log_history: progress.history.clone(),
+            logging_steps: options.logging_steps,
+            max_steps: self.schedule.total_steps,
+            num_input_tokens_seen: progress.tokens_seen,
+            num_train_epochs: self.schedule.total_steps.div_ceil(self.loader.steps_per_epoch() as u64),
+            save_steps: options.save_steps,
+            stateful_callbacks: StatefulCallbacks {
+                qlora: QloraState {
+                    format_version: FORMAT_VERSION,
+                    qlora_version: env!("CARGO_PKG_VERSION").to_owned(),
+                    position: self.loader.position(),
+                    window: progress.window,
+                    seed: options.seed,
+                    data_seed: options.resolved_data_seed(),
+                    initial_parameters: progress.initial_parameters.clone(),
+                    optimizer_fingerprint: String::new(),
+                    identity: self.identity.clone(),
+                },
+            },
+            total_flos: 0.0,
+            train_batch_size: options.per_device_train_batch_size,
+            trial_name: None,
+            trial_params: None,
+        }
+    }
+
+    /// Where the loader is after `steps` optimizer steps.
+    fn position_after(&self, steps: u64) -> Position {
+        let per_epoch = self.loader.steps_per_epoch() as u64;
+        Position { epoch: steps / per_epoch, step: (steps % per_epoch) as usize }
+    }
+}
+
+fn check_data<M: TrainableModel>(model: &M, dataset: &Dataset) -> Result<()> {
+    if let (Some(size), Some(largest)) = (model.vocab_size(), dataset.largest_token())
+        && largest as usize >= size
+    {
+        let origin = dataset.first_with_token(largest).map(|i| dataset.origin(i)).unwrap_or_default();
+        return Err(Error::Invalid(format!(
+            "{origin}: token id {largest}, but the model has only {size}; the tokenizer belongs to another model"
+        )));
+    }
+    if let Some(limit) = model.max_positions()
+        && let Some(i) = (0..dataset.len()).find(|&i| dataset.document_len(i) > limit)
+    {
+        let (origin, length) = (dataset.origin(i), dataset.document_len(i));
+        return Err(Error::Invalid(format!(
+            "{origin}: {length} tokens, but the model has only {limit} positions; set data.max_length to at most {limit}"
+        )));
+    }
+    Ok(())
+}
+
+fn check_parameters(parameters: &[Parameter], len: usize) -> Result<()> {
+    let mut end = 0;
+    for parameter in parameters {
+        let elements: usize = parameter.shape.iter().product();
+        if parameter.range.start != end || parameter.range.len() != elements {
+            let Parameter { name, range, shape, .. } = parameter;
+            return Err(Error::Invalid(format!(
+                "{name}: the elements {range:?} do not fit the shape {shape:?} or do not follow the parameter before"
+            )));
+        }
+        end = parameter.range.end;
+    }
+    if end != len || len == 0 {
+        return Err(Error::Invalid(format!("the parameters have {end} elements, the buffer {len}")));
+    }
+    Ok(())
+}

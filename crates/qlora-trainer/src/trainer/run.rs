@@ -1,0 +1,211 @@
+//! From the first step, or a checkpoint, to the last.
+
+use std::path::{Path, PathBuf};
+
+use super::{Outcome, Summary, Trainer};
+use crate::checkpoint::folder::{self, OutputFolder};
+use crate::checkpoint::tensors::OptimizerTensors;
+use crate::checkpoint::{self, Checkpoint};
+use crate::config::Resume;
+use crate::error::{Error, Result};
+use crate::metrics::{LogEntry, MetricsFile};
+use crate::model::TrainableModel;
+use crate::progress::{Event, StartInfo};
+
+impl<M: TrainableModel> Trainer<'_, M> {
+    /// Runs to the end, or until somebody asks to stop. A run that was stopped can be run again, once the request is
+    /// withdrawn ([`Interrupt::clear`](crate::interrupt::Interrupt::clear)).
+    ///
+    /// # Errors
+    /// If the output folder cannot be used, a checkpoint cannot be resumed or written, the model fails, or a loss or
+    /// gradient is not finite. The checkpoints that were written before stay.
+    pub fn run(&mut self) -> Result<Summary> {
+        let output = OutputFolder::open(&self.config.training.output_dir)?;
+        let resumed_from = if self.progress.global_step == 0 { self.begin(output.path())? } else { None };
+        let mut metrics = MetricsFile::open(output.path(), &self.progress.history)?;
+        self.announce(resumed_from.as_deref());
+
+        let outcome = self.run_loop(output.path(), &mut metrics)?;
+        let adapter = match outcome {
+            Outcome::Finished => {
+                self.model.save_adapter(output.path())?;
+                Some(output.path().to_owned())
+            }
+            Outcome::Interrupted => None,
+        };
+        self.notify(&Event::Finished(outcome));
+        let eval_loss = self.progress.history.iter().rev().find_map(|entry| match entry {
+            LogEntry::Eval(entry) => Some(entry.eval_loss),
+            LogEntry::Train(_) => None,
+        });
+        let checkpoint = self.progress.checkpoint.as_ref().map(|(_, path)| path.clone());
+        Ok(Summary { outcome, steps: self.progress.global_step, eval_loss, checkpoint, adapter })
+    }
+
+    fn run_loop(&mut self, output: &Path, metrics: &mut MetricsFile) -> Result<Outcome> {
+        loop {
+            let step = self.progress.global_step;
+            if self.eval_is_due(step)
+                && let Some(entry) = self.evaluate()?
+            {
+                self.notify(&Event::Eval(&entry));
+                self.log(LogEntry::Eval(entry), metrics)?;
+                // A checkpoint of this step was written before the evaluation, which had been interrupted.
+                self.progress.checkpoint.take_if(|(of, _)| *of == step);
+            }
+            let complete = step == self.schedule.total_steps && !self.eval_is_due(step);
+            let stop = self.interrupt.requested() && !complete;
+            if self.save_is_due(step) || stop {
+                self.save(output)?;
+            }
+            if complete {
+                return Ok(Outcome::Finished);
+            }
+            if stop {
+                return Ok(Outcome::Interrupted);
+            }
+            let info = self.step()?;
+            self.notify(&Event::Step(&info));
+            if info.step.is_multiple_of(self.config.training.logging_steps) || info.step == info.total_steps {
+                let entry = self.log_entry(&info);
+                self.log(entry, metrics)?;
+            }
+        }
+    }
+
+    /// Prepares a run that has not made a step: resumes, or checks that the folder holds no other run.
+    fn begin(&mut self, output: &Path) -> Result<Option<PathBuf>> {
+        let options = &self.config.training;
+        let from = match &options.resume_from_checkpoint {
+            Resume::No => None,
+            Resume::From(path) => Some(path.clone()),
+            Resume::Latest => Some(folder::latest(output)?.ok_or_else(|| {
+                Error::checkpoint(output, "there is no checkpoint to resume from; leave resume_from_checkpoint out")
+            })?),
+        };
+        let is_inside = from.as_ref().is_some_and(|path| is_in(path, output));
+        // Loaded before anything is deleted: it may be the folder's own.
+        let checkpoint = from.as_deref().map(checkpoint::load).transpose()?;
+        if !is_inside {
+            self.make_room(output)?;
+        }
+        if let (Some(path), Some(checkpoint)) = (&from, checkpoint) {
+            self.restore(path, checkpoint)?;
+            if is_inside {
+                self.progress.checkpoint = Some((self.progress.global_step, path.clone()));
+            }
+        }
+        Ok(from)
+    }
+
+    /// An output folder with the checkpoints of another run is refused, or emptied if the options say so.
+    fn make_room(&self, output: &Path) -> Result<()> {
+        let old = folder::list(output)?;
+        let Some((_, newest)) = old.last() else { return Ok(()) };
+        if !self.config.training.overwrite_output_dir {
+            return Err(Error::checkpoint(
+                newest,
+                "the output folder holds an earlier run; set resume_from_checkpoint = true to go on with it, \
+                 overwrite_output_dir = true to delete its checkpoints, or another output_dir",
+            ));
+        }
+        old.iter().try_for_each(|(_, path)| folder::remove(path))
+    }
+
+    fn restore(&mut self, path: &Path, checkpoint: Checkpoint) -> Result<()> {
+        let Checkpoint { state, tensors } = checkpoint;
+        let ours = state.stateful_callbacks.qlora;
+        ours.identity.check(path, &self.identity)?;
+        let (len, total) = (self.model.masters().len(), self.schedule.total_steps);
+        if tensors.master.len() != len {
+            let found = tensors.master.len();
+            return Err(Error::checkpoint(path, format!("it has {found} parameters, the model {len}")));
+        }
+        if state.global_step > total {
+            let step = state.global_step;
+            return Err(Error::checkpoint(path, format!("it is at step {step}, but the run has only {total} steps")));
+        }
+        if ours.position != self.position_after(state.global_step) {
+            return Err(Error::checkpoint(path, "step and position in the data do not belong together"));
+        }
+        self.loader.seek(ours.position)?;
+        self.model.masters_mut().copy_from_slice(&tensors.master);
+        self.model.masters_changed()?;
+        self.optimizer.exp_avg = tensors.exp_avg;
+        self.optimizer.exp_avg_sq = tensors.exp_avg_sq;
+        let progress = &mut self.progress;
+        progress.global_step = state.global_step;
+        progress.tokens_seen = state.num_input_tokens_seen;
+        progress.history = state.log_history;
+        progress.window = ours.window;
+        progress.initial_parameters = ours.initial_parameters;
+        Ok(())
+    }
+
+    fn announce(&mut self, resumed_from: Option<&Path>) {
+        let (history, initial) = (self.progress.history.clone(), self.progress.initial_parameters.clone());
+        let info = StartInfo {
+            first_step: self.progress.global_step,
+            total_steps: self.schedule.total_steps,
+            steps_per_epoch: self.loader.steps_per_epoch(),
+            documents: self.loader.dataset().len(),
+            trainable_parameters: self.model.masters().len(),
+            initial_parameters: &initial,
+            resumed_from,
+            history: &history,
+        };
+        tracing::info!(
+            steps = info.total_steps,
+            trainable = info.trainable_parameters,
+            initial = info.initial_parameters,
+            "training"
+        );
+        self.notify(&Event::Started(&info));
+    }
+
+    fn log(&mut self, entry: LogEntry, metrics: &mut MetricsFile) -> Result<()> {
+        metrics.write(&entry)?;
+        self.notify(&Event::Logged(&entry));
+        self.progress.history.push(entry);
+        Ok(())
+    }
+
+    fn save(&mut self, output: &Path) -> Result<()> {
+        let step = self.progress.global_step;
+        if step == 0 || self.progress.checkpoint.as_ref().is_some_and(|(of, _)| *of == step) {
+            return Ok(());
+        }
+        let tensors = OptimizerTensors {
+            master: self.model.masters(),
+            exp_avg: self.optimizer.exp_avg.as_slice(),
+            exp_avg_sq: self.optimizer.exp_avg_sq.as_slice(),
+        };
+        let path = checkpoint::save(output, &self.model, tensors, &self.state(), &self.config)?;
+        self.notify(&Event::Checkpoint(&path));
+        self.progress.checkpoint = Some((step, path));
+        folder::limit(output, self.config.training.save_total_limit, step)
+    }
+
+    /// Whether an evaluation belongs here that the log does not have yet.
+    fn eval_is_due(&self, step: u64) -> bool {
+        let options = &self.config.training;
+        let here = match step {
+            0 => options.eval_on_start,
+            _ => step == self.schedule.total_steps || options.eval_steps.is_some_and(|n| step.is_multiple_of(n)),
+        };
+        let is_done = |entry: &LogEntry| matches!(entry, LogEntry::Eval(entry) if entry.step == step);
+        here && self.validation.is_some() && !self.progress.history.iter().rev().take(2).any(is_done)
+    }
+
+    fn save_is_due(&self, step: u64) -> bool {
+        let every = self.config.training.save_steps;
+        step == self.schedule.total_steps || (every > 0 && step.is_multiple_of(every))
+    }
+}
+
+fn is_in(path: &Path, folder: &Path) -> bool {
+    match (path.canonicalize(), folder.canonicalize()) {
+        (Ok(path), Ok(folder)) => path.parent() == Some(&folder),
+        _ => false,
+    }
+}

@@ -1,0 +1,167 @@
+//! One optimizer step, and one evaluation.
+
+use std::time::Instant;
+
+use super::Trainer;
+use crate::data::StepBatch;
+use crate::data::loader::eval_batches;
+use crate::error::{Error, Result};
+use crate::memory;
+use crate::metrics::{EvalLog, LogEntry, LogWindow, TrainLog};
+use crate::model::{LossSum, TrainableModel};
+use crate::progress::{Event, StepInfo};
+use crate::rng::derive_seed;
+
+impl<M: TrainableModel> Trainer<'_, M> {
+    /// Makes the next optimizer step. On an error neither parameters nor moments have changed.
+    pub(super) fn step(&mut self) -> Result<StepInfo> {
+        let started = Instant::now();
+        let position = self.loader.position();
+        let batch = self.loader.next_step();
+        let step = self.progress.global_step + 1;
+        let made = self.gradient_and_update(step, &batch);
+        let (loss, learning_rate, grad_norm) = match made {
+            Ok(numbers) => numbers,
+            Err(error) => {
+                // A caller may try again; the data must not move on without the model.
+                self.loader.seek(position)?;
+                return Err(error);
+            }
+        };
+        self.progress.global_step = step;
+        self.progress.tokens_seen += batch.tokens() as u64;
+        let info = StepInfo {
+            step,
+            total_steps: self.schedule.total_steps,
+            epoch: self.loader.epochs(),
+            loss,
+            learning_rate,
+            grad_norm,
+            tokens: batch.tokens(),
+            trained_tokens: batch.num_items,
+            seconds: started.elapsed().as_secs_f64(),
+        };
+        let window = &mut self.progress.window;
+        window.steps += 1;
+        window.loss_sum += info.loss;
+        window.tokens += info.tokens as u64;
+        window.trained_tokens += info.trained_tokens as u64;
+        window.seconds += info.seconds;
+        Ok(info)
+    }
+
+    /// Loss, learning rate and gradient norm of the step.
+    fn gradient_and_update(&mut self, step: u64, batch: &StepBatch) -> Result<(f64, f64, f64)> {
+        self.optimizer.grad.fill(0.0);
+        let mut loss_sum = 0.0;
+        for micro_batch in 0..batch.micro_batches.len() {
+            let loss = self.accumulate(step, batch, micro_batch)?;
+            if !loss.is_finite() {
+                return Err(self.non_finite(step, batch, micro_batch, &format!("the loss is {loss}")));
+            }
+            loss_sum += loss;
+        }
+        let norm = self.optimizer.grad_norm();
+        if !norm.is_finite() {
+            return Err(self.locate_non_finite(step, batch));
+        }
+        self.guard.check(step, &self.parameters, self.model.masters(), &self.optimizer.grad)?;
+        let learning_rate = self.schedule.at(step - 1);
+        self.optimizer.update(step, learning_rate, norm, self.model.masters_mut())?;
+        self.model.masters_changed()?;
+        Ok((loss_sum / batch.num_items as f64, learning_rate, norm))
+    }
+
+    /// Adds the gradient of a micro-batch, and returns its loss sum.
+    fn accumulate(&mut self, step: u64, batch: &StepBatch, micro_batch: usize) -> Result<f64> {
+        let seed = derive_seed(self.config.training.seed, &[step, micro_batch as u64]);
+        let tokens = &batch.micro_batches[micro_batch];
+        self.model
+            .accumulate_gradients(tokens, batch.num_items, seed, &mut self.optimizer.grad)
+            .map_err(|source| Error::Step { step, micro_batch: micro_batch + 1, source })
+    }
+
+    /// The step's gradient is not finite: finds the micro-batch by computing each one's gradient again.
+    fn locate_non_finite(&mut self, step: u64, batch: &StepBatch) -> Error {
+        let of_sum = self.describe_gradient("the sum over the step of ");
+        for micro_batch in 0..batch.micro_batches.len() {
+            self.optimizer.grad.fill(0.0);
+            if let Err(error) = self.accumulate(step, batch, micro_batch) {
+                return error;
+            }
+            if let Some(what) = self.describe_gradient("") {
+                return self.non_finite(step, batch, micro_batch, &what);
+            }
+        }
+        let what = of_sum.unwrap_or_else(|| "the gradient's norm is not finite".to_owned());
+        self.non_finite(step, batch, batch.micro_batches.len() - 1, &what)
+    }
+
+    /// The first element of the gradient that is not finite, in words.
+    fn describe_gradient(&self, prefix: &str) -> Option<String> {
+        let element = self.optimizer.first_non_finite()?;
+        let parameter = self.parameters.iter().find(|parameter| parameter.range.contains(&element))?;
+        let value = self.optimizer.grad[element];
+        Some(format!("{prefix}the gradient of {} is {value}", parameter.name))
+    }
+
+    fn non_finite(&self, step: u64, batch: &StepBatch, micro_batch: usize, what: &str) -> Error {
+        const SHOWN: usize = 4;
+        let documents = &batch.documents[micro_batch];
+        let named: Vec<_> = documents.iter().take(SHOWN).map(|&i| self.loader.dataset().origin(i)).collect();
+        let more = documents.len().saturating_sub(SHOWN);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        let documents = format!("{}{more}", named.join(", "));
+        Error::NonFinite { step, micro_batch: micro_batch + 1, what: what.to_owned(), documents }
+    }
+
+    /// The log entry for what was trained since the last one.
+    pub(super) fn log_entry(&mut self, info: &StepInfo) -> LogEntry {
+        let window: LogWindow = std::mem::take(&mut self.progress.window);
+        LogEntry::Train(TrainLog {
+            step: info.step,
+            epoch: info.epoch,
+            loss: window.loss_sum / window.steps as f64,
+            learning_rate: info.learning_rate,
+            grad_norm: info.grad_norm,
+            tokens: window.tokens,
+            trained_tokens: window.trained_tokens,
+            num_tokens: self.progress.tokens_seen,
+            tokens_per_second: window.tokens as f64 / window.seconds.max(f64::MIN_POSITIVE),
+            peak_memory: memory::peak_resident(),
+            anonymous_memory: memory::anonymous_resident(),
+        })
+    }
+
+    /// Evaluates on the validation data; `None` if the run was asked to stop before the end.
+    pub(super) fn evaluate(&mut self) -> Result<Option<EvalLog>> {
+        let Some(validation) = &self.validation else { return Ok(None) };
+        let started = Instant::now();
+        let options = &self.config.training;
+        let batch_size = options.per_device_eval_batch_size.unwrap_or(options.per_device_train_batch_size);
+        let total = validation.len().div_ceil(batch_size);
+        let mut loss = LossSum::default();
+        for (i, batch) in eval_batches(validation, batch_size).enumerate() {
+            if self.interrupt.requested() {
+                return Ok(None);
+            }
+            let of_batch = self.model.evaluate(&batch)?;
+            loss.sum += of_batch.sum;
+            loss.trained_tokens += of_batch.trained_tokens;
+            let event = Event::EvalProgress { done: i + 1, total };
+            self.observers.iter_mut().for_each(|observer| observer.observe(&event));
+        }
+        let eval_loss = loss.sum / loss.trained_tokens as f64;
+        if !eval_loss.is_finite() {
+            let step = self.progress.global_step;
+            return Err(Error::Invalid(format!("after step {step} the loss on the validation data is {eval_loss}")));
+        }
+        Ok(Some(EvalLog {
+            step: self.progress.global_step,
+            epoch: self.loader.epochs(),
+            eval_loss,
+            eval_trained_tokens: loss.trained_tokens as u64,
+            eval_runtime: started.elapsed().as_secs_f64(),
+        }))
+    }
+}

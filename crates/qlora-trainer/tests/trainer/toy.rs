@@ -1,0 +1,307 @@
+//! A language model small enough to differentiate by hand, and runs of it.
+//!
+//! The logits after token `t` with predecessor `u` in the same document are
+//! `base[t] + B1 A1[:, t] + drop(B2 A2[:, u])`; the loss is the cross-entropy. Because of `u`, a loader that lets documents
+//! see each other changes the loss.
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use qlora_core::batch::{Batch, IGNORE_INDEX};
+use qlora_core::{Error, Result};
+use qlora_trainer::config::{Paths, TrainConfig};
+use qlora_trainer::data::{Dataset, Encoded};
+use qlora_trainer::{LossSum, Parameter, TrainableModel, Trainer};
+use serde_json::Value;
+
+pub(crate) const VOCAB: usize = 11;
+const RANK: usize = 3;
+const TENSOR: usize = VOCAB * RANK;
+/// A1, B1, A2, B2.
+const OFFSETS: [usize; 4] = [0, TENSOR, 2 * TENSOR, 3 * TENSOR];
+
+/// What goes wrong, and when.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Fault {
+    /// The loss is NaN.
+    Loss,
+    /// This element of the gradient is infinite.
+    Gradient(usize),
+    /// An error, as when the process is killed.
+    Killed,
+}
+
+#[derive(Clone)]
+pub(crate) struct Toy {
+    pub(crate) base: Vec<f32>,
+    pub(crate) flat: Vec<f32>,
+    /// Calls of `accumulate_gradients` and `evaluate` so far.
+    pub(crate) calls: Rc<Cell<usize>>,
+    /// Happens at this call, from 0.
+    pub(crate) fault: Option<(usize, Fault)>,
+    /// Happens whenever a batch holds this token in front.
+    pub(crate) poisoned_token: Option<(u32, Fault)>,
+    /// The second pair of tensors gets no gradient.
+    pub(crate) detached: bool,
+    /// Drops terms at random. It depends on the row in the batch, so not when batches are compared.
+    pub(crate) dropout: bool,
+    /// Where the adapter is written, if not in the checkpoint.
+    pub(crate) adapter_path: Option<PathBuf>,
+}
+
+impl Toy {
+    pub(crate) fn new(seed: u32) -> Self {
+        let value =
+            |i: usize| (hash(seed.wrapping_mul(7919).wrapping_add(i as u32)) as f32 / u32::MAX as f32 - 0.5) * 2.0;
+        let mut flat = vec![0.0; 4 * TENSOR];
+        for offset in [OFFSETS[0], OFFSETS[2]] {
+            (offset..offset + TENSOR).for_each(|i| flat[i] = value(i));
+        }
+        Self {
+            base: (0..VOCAB * VOCAB).map(|i| value(i + 10_000)).collect(),
+            flat,
+            calls: Rc::default(),
+            fault: None,
+            poisoned_token: None,
+            detached: false,
+            dropout: true,
+            adapter_path: None,
+        }
+    }
+
+    /// With lora_B away from zero, so that every gradient is busy.
+    pub(crate) fn warm(seed: u32) -> Self {
+        let mut toy = Self::new(seed);
+        let other = Self::new(seed + 1);
+        toy.flat[OFFSETS[1]..][..TENSOR].copy_from_slice(&other.flat[..TENSOR]);
+        toy.flat[OFFSETS[3]..][..TENSOR].copy_from_slice(&other.flat[OFFSETS[2]..][..TENSOR]);
+        toy
+    }
+
+    /// Loss sum over the batch; adds the gradient of `sum / num_items` to `grad` if there is one.
+    fn pass(&self, batch: &Batch, num_items: usize, seed: Option<u64>, mut grad: Option<&mut [f32]>) -> f64 {
+        let mut total = 0.0;
+        for rows in batch.layout.sequences() {
+            for row in rows.clone() {
+                let Ok(target) = usize::try_from(batch.targets[row]) else {
+                    assert_eq!(batch.targets[row], IGNORE_INDEX);
+                    continue;
+                };
+                let t = batch.tokens[row] as usize;
+                let u = (row > rows.start).then(|| batch.tokens[row - 1] as usize);
+                // Dropout of a whole term, scaled by 1 / (1 - p) with p = 1/2.
+                let keep = seed
+                    .filter(|_| self.dropout)
+                    .map_or(1.0, |seed| f64::from(hash(seed as u32 ^ row as u32) % 2) * 2.0);
+                let pairs = [(0, Some(t), 1.0), (2, u, keep)];
+                let mut logits: Vec<f64> = self.base[t * VOCAB..][..VOCAB].iter().map(|&x| f64::from(x)).collect();
+                for &(pair, token, scale) in &pairs {
+                    let Some(token) = token else { continue };
+                    for (i, logit) in logits.iter_mut().enumerate() {
+                        for r in 0..RANK {
+                            *logit += scale * self.b(pair, i, r) * self.a(pair, r, token);
+                        }
+                    }
+                }
+                let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let sum: f64 = logits.iter().map(|logit| (logit - largest).exp()).sum();
+                total += sum.ln() + largest - logits[target];
+                let Some(grad) = grad.as_deref_mut() else { continue };
+                for &(pair, token, scale) in &pairs {
+                    let Some(token) = token.filter(|_| !(self.detached && pair == 2)) else { continue };
+                    for (i, logit) in logits.iter().enumerate() {
+                        let probability = (logit - largest).exp() / sum;
+                        let d = scale * (probability - f64::from(u8::from(i == target))) / num_items as f64;
+                        for r in 0..RANK {
+                            grad[OFFSETS[pair + 1] + i * RANK + r] += (d * self.a(pair, r, token)) as f32;
+                            grad[OFFSETS[pair] + r * VOCAB + token] += (d * self.b(pair, i, r)) as f32;
+                        }
+                    }
+                }
+            }
+        }
+        total
+    }
+
+    fn a(&self, pair: usize, r: usize, token: usize) -> f64 {
+        f64::from(self.flat[OFFSETS[pair] + r * VOCAB + token])
+    }
+
+    fn b(&self, pair: usize, i: usize, r: usize) -> f64 {
+        f64::from(self.flat[OFFSETS[pair + 1] + i * RANK + r])
+    }
+
+    fn fault(&self, batch: &Batch) -> Option<Fault> {
+        let call = self.calls.replace(self.calls.get() + 1);
+        let at_call = self.fault.filter(|(at, _)| *at == call);
+        let at_token = self.poisoned_token.filter(|(token, _)| batch.tokens.first() == Some(token));
+        let (_, fault) = at_call.or(at_token.map(|(_, fault)| (0, fault)))?;
+        Some(fault)
+    }
+}
+
+impl TrainableModel for Toy {
+    fn parameters(&self) -> Vec<Parameter> {
+        let parameter = |i: usize| Parameter {
+            name: ["one.lora_A", "one.lora_B", "two.lora_A", "two.lora_B"][i].into(),
+            range: OFFSETS[i]..OFFSETS[i] + TENSOR,
+            shape: if i.is_multiple_of(2) { vec![RANK, VOCAB] } else { vec![VOCAB, RANK] },
+            silenced_by: i.is_multiple_of(2).then_some(i + 1),
+        };
+        (0..4).map(parameter).collect()
+    }
+
+    fn masters(&self) -> &[f32] {
+        &self.flat
+    }
+
+    fn masters_mut(&mut self) -> &mut [f32] {
+        &mut self.flat
+    }
+
+    fn accumulate_gradients(
+        &mut self,
+        batch: &Batch,
+        num_items: usize,
+        step_seed: u64,
+        grad: &mut [f32],
+    ) -> Result<f64> {
+        let fault = self.fault(batch);
+        if fault == Some(Fault::Killed) {
+            return Err(Error::Invalid("killed".into()));
+        }
+        let loss = self.pass(batch, num_items, Some(step_seed), Some(&mut *grad));
+        match fault {
+            Some(Fault::Loss) => return Ok(f64::NAN),
+            Some(Fault::Gradient(element)) => grad[element] = f32::INFINITY,
+            _ => {}
+        }
+        Ok(loss)
+    }
+
+    fn evaluate(&mut self, batch: &Batch) -> Result<LossSum> {
+        if self.fault(batch).is_some() {
+            return Err(Error::Invalid("killed".into()));
+        }
+        Ok(LossSum { sum: self.pass(batch, 1, None, None), trained_tokens: batch.trained_tokens() })
+    }
+
+    fn save_adapter(&self, folder: &Path) -> Result<()> {
+        let path = self.adapter_path.clone().unwrap_or_else(|| folder.join("adapter_model.bin"));
+        let bytes: Vec<u8> = self.flat.iter().flat_map(|x| x.to_le_bytes()).collect();
+        fs::write(&path, bytes).map_err(|error| Error::io(path, error))
+    }
+
+    fn identity(&self) -> Vec<(String, String)> {
+        vec![("base".into(), format!("{:?}", self.base[0]))]
+    }
+
+    fn vocab_size(&self) -> Option<usize> {
+        Some(VOCAB)
+    }
+
+    fn max_positions(&self) -> Option<usize> {
+        Some(20)
+    }
+}
+
+/// Documents of 3 to 9 tokens; all but the first token or two are trained.
+pub(crate) fn dataset(documents: usize) -> Dataset {
+    let document = |i: usize| {
+        let length = 3 + hash(i as u32) as usize % 7;
+        let ids: Vec<u32> = (0..length).map(|place| hash((100 * i + place) as u32) % VOCAB as u32).collect();
+        Encoded { trained: (0..length).map(|place| place > i % 2).collect(), ids }
+    };
+    Dataset::from_encoded((0..documents).map(document)).unwrap()
+}
+
+/// 9 steps of 2 x 3 documents out of 15, the last step of each epoch being partial.
+pub(crate) fn config(output: &Path) -> TrainConfig {
+    let mut config = TrainConfig::default();
+    config.model.model_name_or_path = "toy".into();
+    config.data.train_file = Paths::One("toy".into());
+    config.data.validation_file = Paths::One("toy".into());
+    let training = &mut config.training;
+    training.output_dir = output.to_owned();
+    training.per_device_train_batch_size = 2;
+    training.gradient_accumulation_steps = 3;
+    training.learning_rate = 0.05;
+    training.weight_decay = 0.01;
+    training.warmup_steps = Some(2.0);
+    training.max_grad_norm = 0.5;
+    training.logging_steps = 2;
+    training.eval_steps = Some(3);
+    training.eval_on_start = true;
+    training.save_steps = 2;
+    config
+}
+
+/// A run of the toy that has not begun.
+pub(crate) fn trainer(config: &TrainConfig, model: Toy) -> Trainer<'static, Toy> {
+    Trainer::new(config.clone(), model, dataset(15), Some(dataset(5))).unwrap()
+}
+
+/// Everything a run leaves that must not depend on how often it was interrupted.
+pub(crate) fn result(output: &Path, steps: u64) -> BTreeMap<String, Vec<u8>> {
+    let checkpoint = output.join(format!("checkpoint-{steps}"));
+    let mut files = BTreeMap::new();
+    for path in [checkpoint.join("optimizer.safetensors"), output.join("adapter_model.bin")] {
+        files.insert(path.file_name().unwrap().to_string_lossy().into_owned(), fs::read(&path).unwrap());
+    }
+    let log = fs::read_to_string(output.join("metrics.jsonl")).unwrap();
+    let lines: Vec<String> = log.lines().map(|line| without_times(line)).collect();
+    files.insert("metrics.jsonl".into(), lines.join("\n").into_bytes());
+    let state = fs::read_to_string(checkpoint.join("trainer_state.json")).unwrap();
+    files.insert("trainer_state.json".into(), without_times(&state).into_bytes());
+    files
+}
+
+/// JSON without what differs between two runs of the same thing.
+fn without_times(json: &str) -> String {
+    fn strip(value: &mut Value) {
+        match value {
+            Value::Object(map) => {
+                for key in ["tokens_per_second", "peak_memory", "anonymous_memory", "eval_runtime", "seconds"] {
+                    map.shift_remove(key);
+                }
+                map.values_mut().for_each(strip);
+            }
+            Value::Array(list) => list.iter_mut().for_each(strip),
+            _ => {}
+        }
+    }
+    let mut value: Value = serde_json::from_str(json).unwrap();
+    strip(&mut value);
+    value.to_string()
+}
+
+fn hash(x: u32) -> u32 {
+    let mut z = x.wrapping_add(0x9e37_79b9);
+    z = (z ^ (z >> 16)).wrapping_mul(0x85eb_ca6b);
+    z = (z ^ (z >> 13)).wrapping_mul(0xc2b2_ae35);
+    z ^ (z >> 16)
+}
+
+#[test]
+fn the_toys_gradient_is_right() {
+    let mut toy = Toy::warm(3);
+    let data = dataset(3);
+    let batch = data.batch(&[0, 1, 2]);
+    let num_items = batch.trained_tokens();
+    let mut grad = vec![0.0; toy.flat.len()];
+    toy.accumulate_gradients(&batch, num_items, 5, &mut grad).unwrap();
+    for i in 0..toy.flat.len() {
+        let original = toy.flat[i];
+        let mut at = |value: f32| {
+            toy.flat[i] = value;
+            toy.pass(&batch, num_items, Some(5), None) / num_items as f64
+        };
+        let (high, low) = (original + 1e-3, original - 1e-3);
+        let slope = (at(high) - at(low)) / (f64::from(high) - f64::from(low));
+        toy.flat[i] = original;
+        assert!((slope - f64::from(grad[i])).abs() < 1e-5, "element {i}: {slope} {}", grad[i]);
+    }
+}
