@@ -15,7 +15,7 @@ use crate::sequence::SequenceLayout;
 use crate::view::{HostView, HostViewMut, View, ViewMut};
 
 /// Keys to a block: scores, their gradients and the operands of the five products stay in the L2 cache.
-const KEY_BLOCK: usize = 128;
+const KEY_BLOCK: usize = 192;
 
 /// Tasks to a head of a sequence, each of which but the last needs sums of its own: in all at most about five times the
 /// memory of `dk` and `dv`.

@@ -10,7 +10,7 @@ use crate::sequence::SequenceLayout;
 use crate::view::{HostView, HostViewMut, View, ViewMut};
 
 /// Keys to a block.
-const KEY_BLOCK: usize = 256;
+const KEY_BLOCK: usize = 192;
 
 /// Writes `out` and `lse`.
 ///

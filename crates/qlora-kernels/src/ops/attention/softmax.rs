@@ -102,35 +102,3 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
         },
     )
 }
-
-#[cfg(test)]
-mod timing {
-    use super::*;
-    unsafe extern "C" {
-        safe fn clock() -> std::ffi::c_long;
-    }
-    #[test]
-    fn dbg_timing() {
-        let (keys, width) = (256, 192);
-        let mut s: Vec<f32> = (0..keys * width).map(|i| ((i * 7919) % 1000) as f32 * -0.01).collect();
-        let mut m = vec![0f32; width];
-        let mut sum = vec![0f32; width];
-        let f = vec![1f32; width];
-        let p = s.clone();
-        let mut t = |name: &str, f: &mut dyn FnMut()| {
-            let mut best = f64::MAX;
-            for _ in 0..20 {
-                let t0 = clock();
-                for _ in 0..50 {
-                    f();
-                }
-                best = best.min((clock() - t0) as f64);
-            }
-            println!("{name}: {:.3} ns/elem", best * 1e3 / 50.0 / (keys * width) as f64);
-        };
-        t("max", &mut || column_max(&p, &mut m));
-        t("exp", &mut || exp_shifted(&mut s, &m));
-        t("sum", &mut || add_columns(&p, &f, &mut sum));
-        t("grad", &mut || score_gradient(&p, &mut s, &f));
-    }
-}
