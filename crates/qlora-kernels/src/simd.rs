@@ -28,3 +28,9 @@ pub(crate) fn vectorize<R, F: FnMut() -> R>(f: F) -> R {
     }
     ARCH.dispatch(Op(f))
 }
+
+/// [`vectorize`] for an operation that is a type of its own: for one that consumes what it captures, or is generic.
+#[inline(always)]
+pub(crate) fn dispatch<Op: pulp::NullaryFnOnce>(op: Op) -> Op::Output {
+    ARCH.dispatch(op)
+}
