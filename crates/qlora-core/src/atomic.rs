@@ -1,13 +1,13 @@
 //! Files and folders that are either the old one or the new one, whatever happens in between.
 //!
 //! A file is written under a temporary name in the same folder (`name.tmp-...`), flushed to the disk, and then renamed
-//! over its final name; a folder likewise. A reader, or the next run after a crash, never sees half of it. If writing fails
-//! the temporary file is removed and the old one is untouched; only a killed process leaves a `.tmp-` behind, which can be
-//! deleted.
+//! over its final name; a folder likewise. A reader, or the next run after a crash, never sees half of it. If writing
+//! fails the temporary file is removed and the old one is untouched; only a killed process leaves a `.tmp-` behind,
+//! which can be deleted.
 //!
 //! - [`write_atomically`]: one file.
-//! - [`PendingFile`]: several files that become visible together, as near as a file system allows: write all, then commit
-//!   all.
+//! - [`PendingFile`]: several files that become visible together, as near as a file system allows: write all, then
+//!   commit all.
 //! - [`replace_directory`]: a folder with everything in it. On Linux the exchange of old and new is one system call.
 
 use crate::{Error, Result};
@@ -78,8 +78,8 @@ impl PendingFile {
     }
 }
 
-/// Fills a new folder through `fill`, which is given the temporary path, and puts it at `path` once all of its files are on
-/// the disk. What was at `path` is removed after that. The folders above are created.
+/// Fills a new folder through `fill`, which is given the temporary path, and puts it at `path` once all of its files
+/// are on the disk. What was at `path` is removed after that. The folders above are created.
 ///
 /// Where the system cannot exchange two folders in one step (not Linux, or a file system without it) a folder that is
 /// replaced has no name for a moment; a crash in that moment leaves both the old one (`name.old-...`) and the new one

@@ -2,8 +2,8 @@
 //!
 //! Layout: u64 little-endian length of the header; the header, JSON, padded with spaces to 8 bytes; the tensors' bytes
 //! without gaps. Tensors are ordered by dtype (widest first), then by name, as the safetensors crate and its Python
-//! binding do: the same tensors and metadata give the same bytes. The crate's own writers need the whole file in memory,
-//! or choose the temporary file themselves.
+//! binding do: the same tensors and metadata give the same bytes. The crate's own writers need the whole file in
+//! memory, or choose the temporary file themselves.
 
 use safetensors::tensor::{Metadata, TensorInfo, View};
 use std::collections::{HashMap, HashSet};

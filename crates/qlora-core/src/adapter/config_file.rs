@@ -1,9 +1,9 @@
 //! `adapter_config.json`: PEFT's options, to and from [`LoraConfig`].
 //!
-//! Written: the keys that PEFT has had for years, sorted, indented by two, without a line break at the end, ASCII only, as
-//! Python's `json.dumps(indent=2, sort_keys=True)` does; newer keys only where they are needed, as older readers warn about
-//! keys they don't know. Read: every key of PEFT 0.21.2. One that changes what the adapter computes and is not supported is
-//! an error that names it; one that nobody knows is a warning.
+//! Written: the keys that PEFT has had for years, sorted, indented by two, without a line break at the end, ASCII only,
+//! as Python's `json.dumps(indent=2, sort_keys=True)` does; newer keys only where they are needed, as older readers
+//! warn about keys they don't know. Read: every key of PEFT 0.21.2. One that changes what the adapter computes and is
+//! not supported is an error that names it; one that nobody knows is a warning.
 
 use super::save::SaveOptions;
 use crate::lora::{AdapterLayout, LoraConfig, ModuleFilter, TargetModules};
@@ -49,8 +49,8 @@ const UNSUPPORTED: [&str; 19] = [
     "velora_config",
 ];
 
-/// Options that do not change what a trained adapter computes, or that are read elsewhere in this file. The configurations
-/// of initializations belong here: the initialization itself is checked.
+/// Options that do not change what a trained adapter computes, or that are read elsewhere in this file. The
+/// configurations of initializations belong here: the initialization itself is checked.
 const HARMLESS: [&str; 22] = [
     "auto_mapping",
     "base_model_name_or_path",

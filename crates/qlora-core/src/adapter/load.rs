@@ -34,7 +34,7 @@ pub fn load(dir: impl AsRef<Path>, model: &ModelConfig) -> Result<Adapter> {
 }
 
 /// The adapter of these options and this tensor file; `dir` is for messages.
-fn assemble(dir: &Path, mut config: AdapterConfig, file: &[u8], model: &ModelConfig) -> Result<Adapter> {
+pub(super) fn assemble(dir: &Path, mut config: AdapterConfig, file: &[u8], model: &ModelConfig) -> Result<Adapter> {
     drop_unmatched(&mut config.lora, model, dir);
     let layout = AdapterLayout::for_model(&config.lora, model).map_err(|error| prefixed(dir, error))?;
     let mut weights = vec![0.0; layout.len()];
@@ -75,8 +75,8 @@ pub fn read_config(dir: impl AsRef<Path>) -> Result<AdapterConfig> {
     config_file::parse(&path, &read_file(&path)?)
 }
 
-/// PEFT takes lists of which some entries match nothing, and publishes adapters with them. The check of the tensors' names
-/// says whether anything is missing, so such entries are only dropped.
+/// PEFT takes lists of which some entries match nothing, and publishes adapters with them. The check of the tensors'
+/// names says whether anything is missing, so such entries are only dropped.
 fn drop_unmatched(config: &mut LoraConfig, model: &ModelConfig, dir: &Path) {
     let unmatched: Vec<String> = config.unmatched(model).into_iter().map(str::to_owned).collect();
     if unmatched.is_empty() {
@@ -196,7 +196,3 @@ impl<'a> Values<'a> {
         }
     }
 }
-
-#[cfg(test)]
-#[path = "tests.rs"]
-mod tests;

@@ -1,14 +1,18 @@
-//! Adapters on disk, in PEFT's format: `adapter_config.json`, `adapter_model.safetensors`, and a `README.md` as model card.
+//! Adapters on disk, in PEFT's format: `adapter_config.json`, `adapter_model.safetensors`, and a `README.md` as model
+//! card.
 //!
-//! Tensors are `base_model.model.{module}.lora_A.weight` [r, in_features] and `...lora_B.weight` [out_features, r], in F32,
-//! F16 or BF16; the header's metadata is `{"format": "pt"}`. Source: PEFT 0.21.2 (`save_pretrained`). PEFT loads what
-//! [`save`] writes; [`load`] takes what PEFT writes, and is strict: a missing or superfluous tensor, a wrong shape, a number
-//! that is not finite, or an option that would change the result and is not supported is an error, never a warning.
+//! Tensors are `base_model.model.{module}.lora_A.weight` [r, in_features] and `...lora_B.weight` [out_features, r], in
+//! F32, F16 or BF16; the header's metadata is `{"format": "pt"}`. Source: PEFT 0.21.2 (`save_pretrained`). PEFT loads
+//! what [`save`] writes; [`load`] takes what PEFT writes, and is strict: a missing or superfluous tensor, a wrong
+//! shape, a number that is not finite, or an option that would change the result and is not supported is an error,
+//! never a warning.
 
 mod card;
 mod config_file;
 mod load;
 mod save;
+#[cfg(test)]
+mod tests;
 
 pub use config_file::AdapterConfig;
 pub use load::{Adapter, load, load_into, read_config};

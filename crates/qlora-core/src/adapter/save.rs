@@ -1,7 +1,7 @@
 //! Writes an adapter folder.
 //!
-//! All files are complete and on the disk under temporary names before the first one gets its own; a folder that does not
-//! exist yet appears as a whole.
+//! All files are complete and on the disk under temporary names before the first one gets its own; a folder that does
+//! not exist yet appears as a whole.
 
 use super::{CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, card, config_file};
 use crate::atomic::{PendingFile, cannot_write, replace_directory};
@@ -70,12 +70,12 @@ impl Default for SaveOptions {
     }
 }
 
-/// Writes the adapter whose numbers are `flat`, in the layout `layout`, to the folder `dir`, which is made if it does not
-/// exist. Files of the same names are replaced, others stay.
+/// Writes the adapter whose numbers are `flat`, in the layout `layout`, to the folder `dir`, which is made if it does
+/// not exist. Files of the same names are replaced, others stay.
 ///
 /// # Errors
-/// If options, layout and buffer do not belong together, if a number is not finite (or does not fit the dtype), or if the
-/// folder cannot be written. Nothing half-written is left.
+/// If options, layout and buffer do not belong together, if a number is not finite (or does not fit the dtype), or if
+/// the folder cannot be written. Nothing half-written is left.
 pub fn save(
     dir: impl AsRef<Path>,
     config: &LoraConfig,

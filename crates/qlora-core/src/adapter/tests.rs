@@ -1,10 +1,14 @@
 //! Saving and loading through the file system, and broken files of every kind.
 
-use super::super::{AdapterDtype, CARD_FILE, SaveOptions, save};
-use super::*;
+use super::load::assemble;
+use super::{AdapterDtype, CARD_FILE, CONFIG_FILE, SaveOptions, WEIGHTS_FILE, config_file, load, load_into, save};
 use crate::config::ModelConfig;
-use crate::lora::{Projection, init, tiny_model};
+use crate::lora::{AdapterLayout, LoraConfig, Projection, TargetModules, init, tiny_model};
+use half::{bf16, f16};
 use proptest::prelude::*;
+use safetensors::{Dtype, SafeTensors};
+use std::fs;
+use std::path::Path;
 use std::sync::OnceLock;
 use tempfile::TempDir;
 

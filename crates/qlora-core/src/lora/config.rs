@@ -6,8 +6,8 @@ use crate::config::ModelConfig;
 use crate::{Error, Result};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// Options of a LoRA adapter. Names, meanings and defaults are PEFT's, but for `target_modules`, which PEFT takes from a
-/// table by architecture, and `task_type`.
+/// Options of a LoRA adapter. Names, meanings and defaults are PEFT's, but for `target_modules`, which PEFT takes from
+/// a table by architecture, and `task_type`.
 ///
 /// In files (TOML, JSON) every key may be left out and an unknown key is an error.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -95,8 +95,8 @@ impl LoraConfig {
     ///
     /// # Errors
     /// If the options are not valid ([`LoraConfig::validate`]), if nothing is selected, if an entry of a list selects
-    /// nothing, or if the targets select something that is no linear layer of a block (the output head, the embedding, a
-    /// whole block). The message says which layers there are.
+    /// nothing, or if the targets select something that is no linear layer of a block (the output head, the embedding,
+    /// a whole block). The message says which layers there are.
     pub fn resolve(&self, model: &ModelConfig) -> Result<Vec<LinearModule>> {
         self.validate()?;
         let modules = linear_modules(model);
@@ -262,9 +262,8 @@ mod tests {
         assert!(error.contains("\"query\" matches no module") && error.contains("self_attn.q_proj"), "{error}");
         let error = with_targets(TargetModules::parse("q_proj").unwrap()).resolve(&model).unwrap_err().to_string();
         assert!(error.contains("has to match the whole name") && error.contains("mlp.down_proj"), "{error}");
-        let mut config = LoraConfig::default();
-        config.exclude_modules =
-            Some(ModuleFilter::List(["q_proj", "k_proj", "v_proj", "o_proj"].map(String::from).into()));
+        let all = ModuleFilter::List(["q_proj", "k_proj", "v_proj", "o_proj"].map(String::from).into());
+        let config = LoraConfig { exclude_modules: Some(all), ..Default::default() };
         assert!(config.resolve(&model).unwrap_err().to_string().contains("leave no linear layer"));
     }
 

@@ -1,9 +1,9 @@
 //! What an adapter starts as: A uniform in `+-1/sqrt(in_features)`, B zero, so that the model starts unchanged.
 //!
-//! This is PyTorch's `kaiming_uniform_(a = sqrt(5))`, which PEFT uses for `init_lora_weights = true`: gain
-//! `sqrt(2 / (1 + 5))`, bound `sqrt(3) * gain / sqrt(in_features)`. The random numbers are not PyTorch's. Every matrix has a
-//! ChaCha8 stream of its own, chosen by its name: a module starts the same whatever other modules are trained and in
-//! whatever order, and the numbers depend on no library's sampling code.
+//! This is PyTorch's `kaiming_uniform_(a = sqrt(5))`, which PEFT uses for `init_lora_weights = true`: with the gain
+//! `sqrt(2 / (1 + 5))` its bound is `sqrt(3) * gain / sqrt(in_features)`. The random numbers are not PyTorch's. Every
+//! matrix has a ChaCha8 stream of its own, chosen by its name: a module starts the same whatever other modules are
+//! trained and in whatever order, and the numbers depend on no library's sampling code.
 
 use super::layout::{AdapterLayout, Which};
 use rand_chacha::ChaCha8Rng;

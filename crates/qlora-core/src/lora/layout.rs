@@ -1,8 +1,8 @@
 //! Where every adapter's numbers lie: all A and B of a model, back to back in one flat f32 buffer.
 //!
 //! For each module in layer order first A [r, in_features], then B [out_features, r], both row-major, without gaps. One
-//! buffer means that one loop does the optimizer step, the gradient's norm or a copy; gradients and moments have the same
-//! layout.
+//! buffer means that one loop does the optimizer step, the gradient's norm or a copy; gradients and moments have the
+//! same layout.
 
 use super::config::LoraConfig;
 use super::modules::LinearModule;

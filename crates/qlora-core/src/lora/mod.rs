@@ -1,8 +1,9 @@
 //! LoRA: which linear layers get an adapter, where its numbers lie, and what they start as.
 //!
 //! For a frozen weight W [out, in] an adapter is A [r, in] and B [out, r]; the layer computes
-//! `y = x W^T + scaling * drop(x) A^T B^T`, with `scaling = lora_alpha / r`, or `lora_alpha / sqrt(r)` for rank-stabilized
-//! LoRA. Source: Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA); names and selection rules are those of PEFT 0.21.
+//! `y = x W^T + scaling * drop(x) A^T B^T`, with `scaling = lora_alpha / r`, or `lora_alpha / sqrt(r)` for
+//! rank-stabilized LoRA. Source: Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA); names and selection rules are those
+//! of PEFT 0.21.
 //!
 //! - [`LoraConfig`]: the options, in PEFT's names; [`LoraConfig::resolve`] turns them into the layers of one model.
 //! - [`TargetModules`], [`ModuleFilter`], [`ModulePattern`]: how a list or a regular expression selects layers.

@@ -1,8 +1,8 @@
 //! Which modules get an adapter: PEFT's `target_modules` and `exclude_modules`.
 //!
-//! A list selects by name: an entry matches the module of that name and every module whose name ends in `.entry`. A string
-//! is a regular expression that has to match the whole name ([`ModulePattern`]). `"all-linear"` (in any case, targets
-//! only) selects every linear layer of the blocks.
+//! A list selects by name: an entry matches the module of that name and every module whose name ends in `.entry`. A
+//! string is a regular expression that has to match the whole name ([`ModulePattern`]). `"all-linear"` (in any case,
+//! targets only) selects every linear layer of the blocks.
 
 use super::modules::Projection;
 use super::pattern::ModulePattern;

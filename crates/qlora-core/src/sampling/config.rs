@@ -53,7 +53,8 @@ impl Default for GenerationConfig {
     }
 }
 
-/// Options of transformers that change which tokens come out and have no counterpart here, with the values that are off.
+/// Options of transformers that change which tokens come out and have no counterpart here, with the values that are
+/// off.
 const WITHOUT_COUNTERPART: [(&str, &[f64]); 22] = [
     ("bad_words_ids", &[]),
     ("diversity_penalty", &[0.0]),
@@ -93,8 +94,8 @@ impl GenerationConfig {
         self.stop_tokens.contains(&token)
     }
 
-    /// The defaults of a model: what the `generation_config.json` at `file` says, if there is one, and as stop tokens the
-    /// end tokens of that file, or else those of the model's own configuration.
+    /// The defaults of a model: what the `generation_config.json` at `file` says, if there is one, and as stop tokens
+    /// the end tokens of that file, or else those of the model's own configuration.
     ///
     /// As in transformers, a file that does not say `do_sample` is greedy whatever temperature it gives, and one that
     /// does samples with temperature 1 and `top_k` 50 unless it says otherwise. `max_length` is not used: it counts the

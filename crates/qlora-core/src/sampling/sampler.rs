@@ -1,7 +1,7 @@
 //! Draws the next token from logits, with candle-transformers' `LogitsProcessor` and `apply_repeat_penalty`.
 //!
-//! What candle leaves open is settled here: logits that are not numbers are an error (candle takes a NaN for the largest,
-//! or fails while drawing); the largest logit is subtracted before the division by the temperature, so that no
+//! What candle leaves open is settled here: logits that are not numbers are an error (candle takes a NaN for the
+//! largest, or fails while drawing); the largest logit is subtracted before the division by the temperature, so that no
 //! temperature overflows; and `top_p` after `top_k` counts from the probabilities of the k tokens, as in transformers
 //! (candle counts from those of the whole vocabulary).
 
@@ -11,8 +11,8 @@ use candle_core::{DType, Device, Tensor};
 use candle_transformers::generation::{LogitsProcessor, Sampling};
 use candle_transformers::utils::apply_repeat_penalty;
 
-/// Draws tokens. The same options, seed and logits give the same tokens (for one version of candle, whose random numbers
-/// these are).
+/// Draws tokens. The same options, seed and logits give the same tokens (for one version of candle, whose random
+/// numbers these are).
 pub struct Sampler {
     processor: LogitsProcessor,
     greedy: bool,
@@ -50,11 +50,12 @@ impl Sampler {
     }
 
     /// The next token after the tokens `previous` (prompt and what was generated), from its logits: a tensor with one
-    /// number a token of the vocabulary, [vocab] or with leading dimensions of 1, of any float dtype on any device.
+    /// number a token of the vocabulary, of shape `[vocab]` or with leading dimensions of 1, of any float dtype on any
+    /// device.
     ///
     /// # Errors
-    /// If the tensor has another shape, or if a logit is NaN or infinite (minus infinity, for a token that is ruled out,
-    /// is fine as long as another token is left).
+    /// If the tensor has another shape, or if a logit is NaN or infinite (minus infinity, for a token that is ruled
+    /// out, is fine as long as another token is left).
     pub fn sample(&mut self, logits: &Tensor, previous: &[u32]) -> Result<u32> {
         let vocabulary = logits.dims().last().copied().unwrap_or(0);
         if logits.elem_count() != vocabulary || vocabulary == 0 {

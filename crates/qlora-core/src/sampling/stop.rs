@@ -19,8 +19,8 @@ impl StopStrings {
         Self { stops, held: String::new(), found: None }
     }
 
-    /// Takes the next piece and returns the text that is certain not to belong to a stop string. Once one was found, what
-    /// came before it is returned and everything after it is dropped.
+    /// Takes the next piece and returns the text that is certain not to belong to a stop string. Once one was found,
+    /// what came before it is returned and everything after it is dropped.
     pub fn push(&mut self, piece: &str) -> String {
         if self.found.is_some() {
             return String::new();
