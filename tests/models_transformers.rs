@@ -81,7 +81,7 @@ impl Step {
         let folder = fixtures().join("lora_step").join(case);
         let mut model = load(base, quantization);
         let adapter = qlora::adapter::load(&folder, model.config()).unwrap();
-        model.set_adapter(adapter.config, adapter.layout, adapter.values).unwrap();
+        model.set_adapter(adapter.config.lora, adapter.layout, adapter.weights).unwrap();
         let expected = tensors(folder.join("step.safetensors"));
         let batches: Vec<Batch> = (0..2)
             .map(|i| {
