@@ -1,7 +1,7 @@
 //! The 16 values of each 4-bit type, and the thresholds between them.
 //!
-//! A scaled value `s` in [-1, 1] becomes a code by comparing it with thresholds, a code `c` stands for `values[c]`. All of it
-//! is f32 and equal to the constants in bitsandbytes' compiled CUDA kernels, bit for bit.
+//! A scaled value `s` in [-1, 1] becomes a code by comparing it with thresholds, a code `c` stands for `values[c]`. All
+//! of it is f32 and equal to the constants in bitsandbytes' compiled CUDA kernels, bit for bit.
 
 use std::fmt;
 use std::str::FromStr;
@@ -36,8 +36,8 @@ const NF4: [f32; 16] = [
     1.0,
 ];
 
-/// Code = the number of thresholds below `s`. Written as bits: three of them lie almost halfway between two floats and are
-/// easily rounded to the wrong one on the way through an f64.
+/// Code = the number of thresholds below `s`. Written as bits: three of them lie almost halfway between two floats and
+/// are easily rounded to the wrong one on the way through an f64.
 const NF4_THRESHOLDS: [f32; 15] = [
     f32::from_bits(0xbf59_1cd9), // -0.84809643
     f32::from_bits(0xbf1c_5270), // -0.6106329
@@ -59,16 +59,16 @@ const NF4_THRESHOLDS: [f32; 15] = [
 /// `{0, 1/16, 8, 12, 4, 6, 2, 3} / 12`, then the same with a minus sign.
 const FP4: [f32; 16] = [
     0.0,
-    0.005208333333,
-    0.66666667,
+    0.0052083335,
+    0.6666667,
     1.0,
     0.33333333,
     0.5,
     0.16666667,
     0.25,
     -0.0,
-    -0.005208333333,
-    -0.66666667,
+    -0.0052083335,
+    -0.6666667,
     -1.0,
     -0.33333333,
     -0.5,
@@ -88,8 +88,8 @@ impl QuantType {
         }
     }
 
-    /// The table that bitsandbytes writes into checkpoints as `quant_map`. It is [`Self::values`], but for FP4 its negative
-    /// zero (code 8) is written as 0.
+    /// The table that bitsandbytes writes into checkpoints as `quant_map`. It is [`Self::values`], but for FP4 its
+    /// negative zero (code 8) is written as 0.
     pub fn quant_map(self) -> [f32; 16] {
         // -0.0 + 0.0 is 0.0; everything else stays.
         self.values().map(|value| value + 0.0)
@@ -104,35 +104,41 @@ impl QuantType {
     }
 }
 
-/// The NF4 codes of scaled values; a NaN (0 times the reciprocal of 0) becomes code 0, as on the GPU.
+/// The NF4 code of a scaled value; a NaN (0 times the reciprocal of 0) becomes code 0, as on the GPU.
 #[inline(always)]
-pub(super) fn encode_nf4<const N: usize>(scaled: &[f32; N], codes: &mut [u32; N]) {
-    count_below(&NF4_THRESHOLDS, scaled, codes);
+pub(super) fn encode_nf4(s: f32) -> u32 {
+    // A binary search in selects: a loop over the thresholds is vectorized across them instead of across the values.
+    let t = &NF4_THRESHOLDS;
+    let bit3 = s > t[7];
+    let bit2 = s > if bit3 { t[11] } else { t[3] };
+    let bit1 = s > select(bit3, bit2, [t[1], t[5], t[9], t[13]]);
+    let low = select(bit2, bit1, [t[0], t[2], t[4], t[6]]);
+    let high = select(bit2, bit1, [t[8], t[10], t[12], t[14]]);
+    let bit0 = s > if bit3 { high } else { low };
+    u32::from(bit3) << 3 | u32::from(bit2) << 2 | u32::from(bit1) << 1 | u32::from(bit0)
 }
 
-/// The FP4 codes of scaled values; a NaN becomes code 0.
+/// The FP4 code of a scaled value; a NaN becomes code 0.
 #[inline(always)]
-pub(super) fn encode_fp4<const N: usize>(scaled: &[f32; N], codes: &mut [u32; N]) {
-    let mut magnitudes = [0f32; N];
-    for (magnitude, s) in magnitudes.iter_mut().zip(scaled) {
-        *magnitude = s.abs();
-    }
-    count_below(&FP4_PIVOTS, &magnitudes, codes);
-    for (code, s) in codes.iter_mut().zip(scaled) {
-        // Levels 0..7 are the codes 0, 1, 6, 7, 4, 5, 2, 3. The GPU flushes subnormals before it looks at the sign.
-        let level = *code;
-        *code = level ^ (level & 2) << 1 | u32::from(*s <= -f32::MIN_POSITIVE) << 3;
-    }
+pub(super) fn encode_fp4(s: f32) -> u32 {
+    let (t, magnitude) = (&FP4_PIVOTS, s.abs());
+    let bit2 = magnitude > t[3];
+    let bit1 = magnitude > if bit2 { t[5] } else { t[1] };
+    let bit0 = magnitude > select(bit2, bit1, [t[0], t[2], t[4], t[6]]);
+    // Levels 0..7 are the codes 0, 1, 6, 7, 4, 5, 2, 3. The GPU flushes subnormals before it looks at the sign.
+    let code = u32::from(bit2 != bit1) << 2 | u32::from(bit1) << 1 | u32::from(bit0);
+    code | u32::from(s <= -f32::MIN_POSITIVE) << 3
 }
 
-/// How many thresholds are below each value: the thresholds outside, so that the lanes stay in registers.
 #[inline(always)]
-fn count_below<const N: usize>(thresholds: &[f32], values: &[f32; N], counts: &mut [u32; N]) {
-    *counts = [0; N];
-    for &threshold in thresholds {
-        for (count, value) in counts.iter_mut().zip(values) {
-            *count += u32::from(*value > threshold);
-        }
+fn select(upper: bool, lower: bool, values: [f32; 4]) -> f32 {
+    let [a, b, c, d] = values;
+    if upper {
+        if lower { d } else { c }
+    } else if lower {
+        b
+    } else {
+        a
     }
 }
 
@@ -149,7 +155,9 @@ impl FromStr for QuantType {
         match name {
             "nf4" => Ok(Self::Nf4),
             "fp4" => Ok(Self::Fp4),
-            _ => Err(Error::invalid("quant_type", format!("{name:?} is not a 4-bit type, expected \"nf4\" or \"fp4\""))),
+            _ => {
+                Err(Error::invalid("quant_type", format!("{name:?} is not a 4-bit type, expected \"nf4\" or \"fp4\"")))
+            }
         }
     }
 }
@@ -159,12 +167,11 @@ mod tests {
     use super::*;
 
     fn code(quant_type: QuantType, s: f32) -> u8 {
-        let mut code = [99];
-        match quant_type {
-            QuantType::Nf4 => encode_nf4(&[s], &mut code),
-            QuantType::Fp4 => encode_fp4(&[s], &mut code),
-        }
-        code[0] as u8
+        let code = match quant_type {
+            QuantType::Nf4 => encode_nf4(s),
+            QuantType::Fp4 => encode_fp4(s),
+        };
+        code as u8
     }
 
     fn next_up(x: f32) -> f32 {

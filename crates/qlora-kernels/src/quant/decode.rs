@@ -1,8 +1,8 @@
 //! Codes to f32: `out[i] = values[code[i]] * absmax[i / blocksize]`, for any range of elements.
 //!
-//! Layout: two codes a byte, the even element in the high nibble. One rounding; results and scales that are subnormal become
-//! zeros, as in bitsandbytes' CUDA kernels (compiled with `--use_fast_math`). The 16 values are multiplied by a block's
-//! absmax first, so that the rest is a table lookup: one permutation of a 16-lane register with AVX-512.
+//! Layout: two codes a byte, the even element in the high nibble. One rounding; results and scales that are subnormal
+//! become zeros, as in bitsandbytes' CUDA kernels (compiled with `--use_fast_math`). The 16 values are multiplied by a
+//! block's absmax first, so that the rest is a table lookup: one permutation of a 16-lane register with AVX-512.
 
 use std::ops::Range;
 use std::sync::LazyLock;
@@ -155,7 +155,8 @@ impl Expand for pulp::x86::V4 {
     fn expand(self, table: &[f32; 16], bytes: &[u8], out: &mut [f32]) {
         let simd = self.avx512f;
         let table512 = pulp::cast(*table);
-        // The permutation looks at the lowest four bits of each lane: the byte for odd elements, byte >> 4 for even ones.
+        // The permutation looks at the lowest four bits of each lane: the byte for odd elements, byte >> 4 for even
+        // ones.
         let shifts = pulp::cast(nibble_shifts::<16>());
         let (chunks, tail) = bytes.as_chunks::<8>();
         let (vectors, rest) = out.as_chunks_mut::<16>();

@@ -1,8 +1,8 @@
 //! The signed dynamic 8-bit map, which double quantization uses for the absmax values.
 //!
-//! For i in 0..7, 2^i values lie linearly between 0.1 and 1, times 10^(i-6); with their negatives, 0 and 1 that makes 256
-//! (8-bit Approximations for Parallelism in Deep Learning, arXiv 1511.04561, as bitsandbytes builds it with PyTorch). The
-//! smallest is -0.99296875, zero is code 127, 1 is code 255.
+//! For i in 0..7, 2^i values lie linearly between 0.1 and 1, times 10^(i-6); with their negatives, 0 and 1 that makes
+//! 256 (8-bit Approximations for Parallelism in Deep Learning, arXiv 1511.04561, as bitsandbytes builds it with
+//! PyTorch). The smallest is -0.99296875, zero is code 127, 1 is code 255.
 
 use std::sync::LazyLock;
 
@@ -36,8 +36,8 @@ fn linspace(start: f32, end: f32, n: usize) -> Vec<f32> {
         .collect()
 }
 
-/// The code whose value is nearest to `x`; halfway, the even one (the two searches of bitsandbytes' `dQuantize` end there).
-/// NaN (0 times the reciprocal of 0) becomes code 0, as on the GPU.
+/// The code whose value is nearest to `x`; halfway, the even one (the two searches of bitsandbytes' `dQuantize` end
+/// there). NaN (0 times the reciprocal of 0) becomes code 0, as on the GPU.
 pub(super) fn nearest(map: &[f32; 256], x: f32) -> u8 {
     // The steps of 64, 32, ... 1 from 127 visit odd codes and end on an even one, between two that were visited.
     let (mut pivot, mut lower, mut upper) = (127usize, 0usize, 255usize);

@@ -1,7 +1,7 @@
 //! Blocks to codes: `absmax = max |w|`, `code = encode(w * reciprocal(absmax))`, in f32.
 //!
-//! The CUDA rules of bitsandbytes: subnormal inputs count as zeros; in a block of zeros the reciprocal is infinite, 0 times
-//! infinity is NaN, and NaN has code 0; a missing last element (odd length) is a zero.
+//! The CUDA rules of bitsandbytes: subnormal inputs count as zeros; in a block of zeros the reciprocal is infinite, 0
+//! times infinity is NaN, and NaN has code 0; a missing last element (odd length) is a zero.
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -84,13 +84,13 @@ pub(super) const LARGEST: f32 = f32::from_bits((126 + 127) << 23);
 const LARGEST_BLOCK: usize = 4096;
 
 /// Elements that are encoded together: two registers of AVX-512, four of AVX2.
-pub(super) const LANES: usize = 32;
+const LANES: usize = 32;
 
 /// Elements that one thread quantizes at a time: whole blocks, and few enough to stay in its cache.
 const PIECE: usize = 16 * LARGEST_BLOCK;
 
-/// Quantizes `data` from a block boundary on, on all threads: `codes` takes `ceil(n / 2)` bytes, `absmax` `ceil(n / blocksize)`
-/// values.
+/// Quantizes `data` from a block boundary on, on all threads: `codes` takes `ceil(n / 2)` bytes, `absmax` `ceil(n /
+/// blocksize)` values.
 ///
 /// # Errors
 /// The index of the first element that is not finite or is larger than [`LARGEST`].
@@ -114,7 +114,8 @@ pub(super) fn encode<T: Element>(
     refused.map_or(Ok(()), Err)
 }
 
-/// What one thread does. Not a closure: the shim that calls one is not always inlined where the vector instructions are.
+/// What one thread does. Not a closure: the shim that calls one is not always inlined where the vector instructions
+/// are.
 struct Piece<'a, T> {
     quant_type: QuantType,
     blocksize: usize,
@@ -161,16 +162,13 @@ fn encode_piece<T: Element>(
         let packed = &mut codes[i * blocksize / 2..][..block.len().div_ceil(2)];
         let chunks = values.as_chunks::<LANES>().0.iter();
         for (values, packed) in chunks.zip(packed.chunks_mut(LANES / 2)) {
-            let mut scaled = [0f32; LANES];
             let mut codes = [0u32; LANES];
-            let mut bytes = [0u8; LANES / 2];
-            for (scaled, value) in scaled.iter_mut().zip(values) {
-                *scaled = flush(*value) * factor;
-            }
+            let scaled = values.iter().map(|value| flush(*value) * factor);
             match quant_type {
-                QuantType::Nf4 => encode_nf4(&scaled, &mut codes),
-                QuantType::Fp4 => encode_fp4(&scaled, &mut codes),
+                QuantType::Nf4 => codes.iter_mut().zip(scaled).for_each(|(code, s)| *code = encode_nf4(s)),
+                QuantType::Fp4 => codes.iter_mut().zip(scaled).for_each(|(code, s)| *code = encode_fp4(s)),
             }
+            let mut bytes = [0u8; LANES / 2];
             for (byte, pair) in bytes.iter_mut().zip(codes.as_chunks::<2>().0) {
                 *byte = (pair[0] << 4 | pair[1]) as u8;
             }

@@ -9,10 +9,11 @@
 //! ```
 //!
 //! With double quantization the absmax values are themselves quantized, in blocks of 256, to 8 bits around their mean:
-//! `absmax[b] = map[code8[b]] * absmax2[b / 256] + offset`, rounded after the product and after the sum (QLoRA, section 3).
+//! `absmax[b] = map[code8[b]] * absmax2[b / 256] + offset`, rounded after the product and after the sum (QLoRA, section
+//! 3).
 //!
 //! The rules are those of bitsandbytes' CUDA backend, which its CPU backend follows only in part. They are visible in
-//! bytes: the reciprocal is the GPU's approximate one ([`reciprocal`]), subnormal numbers count as zeros, the codes of a
+//! bytes: the reciprocal is the GPU's approximate one (`reciprocal`), subnormal numbers count as zeros, the codes of a
 //! block of zeros are 0, an odd number of elements is padded with the code of zero.
 //!
 //! | file | what it is |

@@ -45,8 +45,8 @@ impl Quantized4bit {
     /// Quantizes a weight on all threads.
     ///
     /// # Errors
-    /// As [`Quantizer`]: values that are not finite (the error names row and column), a block size that does not exist, a
-    /// number of elements other than `rows * cols`.
+    /// As [`Quantizer`]: values that are not finite (the error names row and column), a block size that does not exist,
+    /// a number of elements other than `rows * cols`.
     pub fn quantize(data: &PlainData, rows: usize, cols: usize, config: &QuantConfig) -> Result<Self> {
         match data {
             PlainData::F32(data) => Self::quantize_slice(data, rows, cols, config),
@@ -74,7 +74,8 @@ impl Quantized4bit {
             return Err(Error::invalid(OP, format!("{rows} x {cols} elements are more than memory can hold")));
         };
         if codes.len() != elements.div_ceil(2) {
-            let message = format!("{rows} x {cols} elements need {} bytes of codes, got {}", elements.div_ceil(2), codes.len());
+            let message =
+                format!("{rows} x {cols} elements need {} bytes of codes, got {}", elements.div_ceil(2), codes.len());
             return Err(Error::invalid(OP, message));
         }
         absmax.check(OP, elements.div_ceil(*blocksize))?;
@@ -261,10 +262,12 @@ mod tests {
     #[test]
     fn counts_are_checked() {
         let config = QuantConfig::default();
-        let error = |n, rows, cols| Quantized4bit::quantize_slice(&ramp(n), rows, cols, &config).unwrap_err().to_string();
+        let error =
+            |n, rows, cols| Quantized4bit::quantize_slice(&ramp(n), rows, cols, &config).unwrap_err().to_string();
         assert_eq!(error(5, 2, 3), "quantize_4bit: got 5 elements for 2 x 3");
         assert_eq!(error(7, 2, 3), "quantize_4bit: got more than the 6 elements of 2 x 3");
-        assert!(error(7, usize::MAX, 2).contains("more than memory can hold"));
+        assert!(error(7, usize::MAX, 2).contains("no memory for"));
+        assert!(error(7, 1 << 31, 1 << 31).contains("no memory for"));
         let config = QuantConfig { blocksize: 48, ..config };
         let error = Quantized4bit::quantize_slice(&ramp(6), 2, 3, &config).unwrap_err().to_string();
         assert!(error.contains("blocksize 48 is not one of [32, 64,"), "{error}");

@@ -10,8 +10,8 @@ const OP: &str = "quantize_4bit";
 
 /// Takes the elements of a weight in pieces of any length and holds no more of them than a part of a block.
 ///
-/// The result does not depend on how the elements are cut into pieces. Pieces of some 100,000 elements and more keep all
-/// threads busy.
+/// The result does not depend on how the elements are cut into pieces. Pieces of some 100,000 elements and more keep
+/// all threads busy.
 #[derive(Debug)]
 pub struct Quantizer<T> {
     config: QuantConfig,
@@ -27,31 +27,27 @@ impl<T: Element> Quantizer<T> {
     /// A quantizer for a weight of `rows * cols` elements.
     ///
     /// # Errors
-    /// If the block size is none of [`super::BLOCKSIZES`], or `rows * cols` overflows.
+    /// If the block size is none of [`super::BLOCKSIZES`], or there is no memory for the codes.
     pub fn new(rows: usize, cols: usize, config: &QuantConfig) -> Result<Self> {
         check_blocksize(OP, config.blocksize)?;
-        let Some(elements) = rows.checked_mul(cols) else {
-            return Err(Error::invalid(OP, format!("{rows} x {cols} elements are more than memory can hold")));
-        };
-        Ok(Self {
-            config: *config,
-            rows,
-            cols,
-            codes: Vec::with_capacity(elements.div_ceil(2)),
-            absmax: Vec::with_capacity(elements.div_ceil(config.blocksize)),
-            pending: Vec::with_capacity(config.blocksize),
-        })
+        let too_large = || Error::invalid(OP, format!("no memory for {rows} x {cols} 4-bit elements"));
+        let elements = rows.checked_mul(cols).ok_or_else(too_large)?;
+        let (mut codes, mut absmax) = (Vec::new(), Vec::new());
+        codes.try_reserve_exact(elements.div_ceil(2)).map_err(|_| too_large())?;
+        absmax.try_reserve_exact(elements.div_ceil(config.blocksize)).map_err(|_| too_large())?;
+        Ok(Self { config: *config, rows, cols, codes, absmax, pending: Vec::with_capacity(config.blocksize) })
     }
 
     /// Quantizes the next elements, row-major, on all threads.
     ///
     /// # Errors
-    /// If there are more than `rows * cols`, if one is not finite, or if one is larger than 2^126 (where the reciprocal of
-    /// absmax is no normal f32). The error names its row and column.
+    /// If there are more than `rows * cols`, if one is not finite, or if one is larger than 2^126 (where the reciprocal
+    /// of absmax is no normal f32). The error names its row and column; the quantizer is of no further use.
     pub fn push(&mut self, mut elements: &[T]) -> Result<()> {
         let blocksize = self.config.blocksize;
         if elements.len() > self.rows * self.cols - self.pushed() {
-            let message = format!("got more than the {} elements of {} x {}", self.rows * self.cols, self.rows, self.cols);
+            let message =
+                format!("got more than the {} elements of {} x {}", self.rows * self.cols, self.rows, self.cols);
             return Err(Error::invalid(OP, message));
         }
         if !self.pending.is_empty() {
@@ -121,7 +117,8 @@ impl<T: Element> Quantizer<T> {
             T::widen(&elements[i..=i], &mut value);
             let at = block * blocksize + i;
             let [value] = value;
-            let why = if value.is_finite() { format!("; 4-bit blocks hold at most {LARGEST:e}") } else { String::new() };
+            let why =
+                if value.is_finite() { format!("; 4-bit blocks hold at most {LARGEST:e}") } else { String::new() };
             Error::invalid(OP, format!("row {}, column {} is {value}{why}", at / self.cols, at % self.cols))
         })
     }

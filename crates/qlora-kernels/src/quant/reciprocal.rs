@@ -1,16 +1,16 @@
 //! The GPU's approximate reciprocal, bit for bit.
 //!
-//! bitsandbytes is compiled with `--use_fast_math`: its `1.0f / absmax` is one `MUFU.RCP` instruction, which is off by one
-//! unit in the last place for 13% of the mantissas. Where a scaled value falls on a threshold, that decides the code (FP4
-//! from bf16 weights: 7 codes in 100,000), so this function computes what the instruction does:
+//! bitsandbytes is compiled with `--use_fast_math`: its `1.0f / absmax` is one `MUFU.RCP` instruction, which is off by
+//! one unit in the last place for 13% of the mantissas. Where a scaled value falls on a threshold, that decides the
+//! code (FP4 from bf16 weights: 7 codes in 100,000), so this function computes what the instruction does:
 //!
 //! with the f32 `x = 2^e (1 + (2^16 s + l) / 2^23)`, `s` the upper 7 and `l` the lower 16 mantissa bits,
 //! `1/x = 2^(-e-24) * ((c0[s] * 2^13 + 2023 - c1[s] * l + c2[s] * square(l)) >> 15)`, where `square(l)` is `l^2 / 2^17`
 //! without the partial products below 2^17. Subnormals are zeros on both sides.
 //!
-//! Scheme: Oberman and Siu, "A high-performance area-efficient multifunction interpolator" (ARITH 2005). The coefficients were
-//! recovered from the answers of an NVIDIA H100 by `scripts/fixtures/gpu_reciprocal.py`; the test below compares all 2^23
-//! mantissas with them.
+//! Scheme: Oberman and Siu, "A high-performance area-efficient multifunction interpolator" (ARITH 2005). The
+//! coefficients were recovered from the answers of an NVIDIA H100 by `scripts/fixtures/gpu_reciprocal.py`; the test
+//! below compares all 2^23 mantissas with them.
 
 /// 1 / x for x >= 0 as the GPU computes it: infinity for zeros and subnormals, 0 where the result would be subnormal.
 #[inline(always)]
