@@ -130,7 +130,6 @@ def main() -> None:
     parser.add_argument("--base", choices=["f32", "nf4"], default="f32")
     parser.add_argument("--atol", type=float, default=1e-3)
     args = parser.parse_args()
-    torch.set_num_threads(2)
     model = load(args)
     check_tensors(model, args.adapter)
     if args.logits:

@@ -71,7 +71,6 @@ def main() -> None:
     parser.add_argument("--skip-before", action="store_true")
     parser.add_argument("--save", help="folder for the adapter")
     args = parser.parse_args()
-    torch.set_num_threads(2)
     set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     quantization = BitsAndBytesConfig(
