@@ -243,6 +243,7 @@ impl<'de> Deserializer<'de> for &mut FieldRecorder {
 mod tests {
     use super::super::{Paths, Resume, Scheduler, Targets};
     use super::*;
+    use proptest::prelude::*;
 
     const MINIMAL: &str = "[model]\nmodel_name_or_path = \"m\"\n[data]\ntrain_file = \"t.jsonl\"\n";
 
@@ -366,5 +367,39 @@ mod tests {
         assert!(refusal("learning_rate", "1").contains("it belongs in [training]"));
         assert!(refusal("training.max_steps", "many").contains("expected i64"));
         assert_eq!(config.training.warmup_steps, Some(5.0));
+    }
+
+    /// Characters that mean something in TOML, and some that do not.
+    fn toml_like() -> impl Strategy<Value = String> {
+        proptest::string::string_regex("[\\[\\]{}=\"'.,#_a-z0-9 \n\t\\\\+\u{e9}-]{0,120}").unwrap()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(4000))]
+
+        #[test]
+        fn arbitrary_text_never_panics(text in toml_like()) {
+            let _ = TrainConfig::from_toml_str(&text);
+        }
+
+        /// A whole configuration with a stretch replaced: it is read, or every problem names a line or a key.
+        #[test]
+        fn damaged_files_never_panic(start in 0usize..1500, len in 0usize..30, text in toml_like()) {
+            let mut whole = TrainConfig::from_toml_str(MINIMAL).unwrap().to_toml();
+            let start = start.min(whole.len());
+            whole.replace_range(start..(start + len).min(whole.len()), &text);
+            if let Err(error) = TrainConfig::from_toml_str(&whole) {
+                let message = error.to_string();
+                prop_assert!(message.starts_with("line ") || message.starts_with('`'), "{}", message);
+            }
+        }
+
+        #[test]
+        fn arbitrary_values_never_panic(key in "[a-z_]{1,12}(\\.[a-z_0-9]{1,30})?", value in toml_like()) {
+            let mut config = TrainConfig::default();
+            let _ = config.set(&key, &value);
+            let _ = config.set("training.learning_rate", &value);
+            let _ = config.validate();
+        }
     }
 }

@@ -63,6 +63,8 @@ pub struct Trainer<'a, M> {
     identity: RunIdentity,
     observers: Vec<Box<dyn Observer + 'a>>,
     interrupt: Interrupt,
+    /// Whether the observers know that somebody asked to stop.
+    interrupt_announced: bool,
     progress: Progress,
 }
 
@@ -115,6 +117,7 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
             progress: Progress { initial_parameters, ..Progress::default() },
             observers: Vec::new(),
             interrupt: Interrupt::new(),
+            interrupt_announced: false,
             config,
             model,
             parameters,
@@ -162,6 +165,14 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
 
     fn notify(&mut self, event: &Event<'_>) {
         self.observers.iter_mut().for_each(|observer| observer.observe(event));
+    }
+
+    /// Tells the observers once that somebody asked to stop: until the step is done that is all a person sees of it.
+    fn announce_interrupt(&mut self) {
+        if self.interrupt.requested() && !self.interrupt_announced {
+            self.interrupt_announced = true;
+            self.notify(&Event::Message("stopping: finishing the step, then saving; Ctrl-C again exits at once"));
+        }
     }
 
     /// `trainer_state.json` as of now.

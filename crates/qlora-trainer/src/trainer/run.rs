@@ -25,6 +25,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
         let mut metrics = MetricsFile::open(output.path(), &self.progress.history)?;
         self.announce(resumed_from.as_deref());
 
+        self.interrupt_announced = false;
         let outcome = self.run_loop(output.path(), &mut metrics)?;
         let adapter = match outcome {
             Outcome::Finished => {

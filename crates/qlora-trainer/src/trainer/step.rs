@@ -60,6 +60,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
                 return Err(self.non_finite(step, batch, micro_batch, &format!("the loss is {loss}")));
             }
             loss_sum += loss;
+            self.announce_interrupt();
         }
         let norm = self.optimizer.grad_norm();
         if !norm.is_finite() {

@@ -78,7 +78,7 @@ fn whole_runs_agree_across_splits() {
         trainer.into_model().masters().to_vec()
     };
     let reference = run(6, 1);
-    let moved = difference(&[reference.clone()], &[model().masters().to_vec()]);
+    let moved = difference(std::slice::from_ref(&reference), &[model().masters().to_vec()]);
     assert!(moved > 0.05, "{moved}");
     for (batch_size, accumulation) in [(3, 2), (2, 3), (1, 6)] {
         let found = difference(std::slice::from_ref(&reference), &[run(batch_size, accumulation)]);

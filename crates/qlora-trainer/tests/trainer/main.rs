@@ -1,5 +1,7 @@
 //! The training loop, driven with a toy model that has an exact gradient.
 
+#[cfg(unix)]
+mod ctrl_c;
 mod invariance;
 mod observers;
 mod refusals;

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::time::Duration;
 
 use qlora_core::batch::{Batch, IGNORE_INDEX};
 use qlora_core::{Error, Result};
@@ -48,6 +49,8 @@ pub(crate) struct Toy {
     pub(crate) detached: bool,
     /// Drops terms at random. It depends on the row in the batch, so not when batches are compared.
     pub(crate) dropout: bool,
+    /// How long each call takes.
+    pub(crate) pause: Duration,
     /// Where the adapter is written, if not in the checkpoint.
     pub(crate) adapter_path: Option<PathBuf>,
 }
@@ -68,6 +71,7 @@ impl Toy {
             poisoned_token: None,
             detached: false,
             dropout: true,
+            pause: Duration::ZERO,
             adapter_path: None,
         }
     }
@@ -135,6 +139,7 @@ impl Toy {
     }
 
     fn fault(&self, batch: &Batch) -> Option<Fault> {
+        std::thread::sleep(self.pause);
         let call = self.calls.replace(self.calls.get() + 1);
         let at_call = self.fault.filter(|(at, _)| *at == call);
         let at_token = self.poisoned_token.filter(|(token, _)| batch.tokens.first() == Some(token));
@@ -252,7 +257,7 @@ pub(crate) fn result(output: &Path, steps: u64) -> BTreeMap<String, Vec<u8>> {
         files.insert(path.file_name().unwrap().to_string_lossy().into_owned(), fs::read(&path).unwrap());
     }
     let log = fs::read_to_string(output.join("metrics.jsonl")).unwrap();
-    let lines: Vec<String> = log.lines().map(|line| without_times(line)).collect();
+    let lines: Vec<String> = log.lines().map(without_times).collect();
     files.insert("metrics.jsonl".into(), lines.join("\n").into_bytes());
     let state = fs::read_to_string(checkpoint.join("trainer_state.json")).unwrap();
     files.insert("trainer_state.json".into(), without_times(&state).into_bytes());
@@ -293,7 +298,7 @@ fn the_toys_gradient_is_right() {
     let num_items = batch.trained_tokens();
     let mut grad = vec![0.0; toy.flat.len()];
     toy.accumulate_gradients(&batch, num_items, 5, &mut grad).unwrap();
-    for i in 0..toy.flat.len() {
+    for (i, slope_of_model) in grad.into_iter().enumerate() {
         let original = toy.flat[i];
         let mut at = |value: f32| {
             toy.flat[i] = value;
@@ -302,6 +307,6 @@ fn the_toys_gradient_is_right() {
         let (high, low) = (original + 1e-3, original - 1e-3);
         let slope = (at(high) - at(low)) / (f64::from(high) - f64::from(low));
         toy.flat[i] = original;
-        assert!((slope - f64::from(grad[i])).abs() < 1e-5, "element {i}: {slope} {}", grad[i]);
+        assert!((slope - f64::from(slope_of_model)).abs() < 1e-5, "element {i}: {slope} {slope_of_model}");
     }
 }
