@@ -46,6 +46,7 @@ fn largest_difference(got: &Tensor, expected: &Tensor) -> f32 {
 fn logits_of_every_architecture_equal_those_of_transformers() {
     let names = [
         "llama",
+        "llama_wide",
         "llama_rope_linear",
         "llama_rope_llama3",
         "llama_rope_yarn",
@@ -142,7 +143,7 @@ fn one_step_over_a_plain_base_gives_the_gradients_of_pytorch() {
 #[test]
 fn one_step_over_an_nf4_base_gives_the_gradients_of_bitsandbytes() {
     let quantization = Quantization::Bits4(QuantConfig { double_quant: true, ..QuantConfig::default() });
-    Step::load("llama_nf4", "llama", quantization).check(1e-4);
+    Step::load("llama_nf4", "llama_wide", quantization).check(1e-4);
 }
 
 #[test]
@@ -154,8 +155,12 @@ fn clipping_and_adamw_give_the_adapter_of_pytorch() {
     let (mut m, mut v) = (vec![0.0; gradient.len()], vec![0.0; gradient.len()]);
     let adapter = step.model.adapter().unwrap();
     adapter.update(|values| adamw::step(&optimizer, 1, clip, values, &gradient, &mut m, &mut v).unwrap()).unwrap();
-    // A step of lr 1e-2 moves every element by almost 1e-2, whatever its gradient: compare with that.
+    // The first step moves an element by lr * g / (|g| + eps): a gradient near eps (1e-8) would turn the last bits of its
+    // own rounding into a visible difference, so the few such elements are left out.
     let got = adapter.values().unwrap();
-    let difference = got.iter().zip(step.flat("after")).map(|(g, e)| (g - e).abs()).fold(0f32, f32::max);
-    assert!(difference < 2e-5, "{difference}");
+    let compared = got.iter().zip(step.flat("after")).zip(&gradient).filter(|(_, g)| (clip * **g).abs() > 1e-5);
+    let differences: Vec<f32> = compared.map(|((got, expected), _)| (got - expected).abs()).collect();
+    assert!(differences.len() * 100 > got.len() * 98, "{} of {}", differences.len(), got.len());
+    let largest = differences.into_iter().fold(0f32, f32::max);
+    assert!(largest < 2e-6, "{largest}");
 }
