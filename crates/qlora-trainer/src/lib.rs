@@ -4,7 +4,9 @@
 //! |---|---|
 //! | [`config`] | everything a run needs to know, as a struct and as TOML |
 //! | [`data`] | JSONL to tokens, packing, whole optimizer steps |
-//! | [`model`] | what the loop asks of a model |
+//! | [`session`] | from a configuration to a model, its data and a run |
+//! | [`model`], [`qlora_model`] | what the loop asks of a model, and the decoder that answers |
+//! | [`encoder`] | a model's tokenizer and chat template as the data code sees them |
 //! | [`trainer`] | the loop |
 //! | [`optimizer`], [`schedule`] | AdamW with clipping, the learning rate |
 //! | [`checkpoint`] | atomic checkpoints, resumed bit for bit |
@@ -16,6 +18,7 @@
 pub mod checkpoint;
 pub mod config;
 pub mod data;
+pub mod encoder;
 pub mod error;
 pub mod fingerprint;
 mod guard;
@@ -26,8 +29,10 @@ pub mod model;
 pub mod optimizer;
 mod pending;
 pub mod progress;
+pub mod qlora_model;
 mod rng;
 pub mod schedule;
+pub mod session;
 pub mod trainer;
 
 pub use config::TrainConfig;

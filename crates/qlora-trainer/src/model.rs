@@ -3,17 +3,10 @@
 use std::ops::Range;
 use std::path::Path;
 
+pub use qlora_kernels::ops::linear_cross_entropy::LossSum;
+
 use qlora_core::Result;
 use qlora_core::batch::Batch;
-
-/// A sum of cross-entropies and the number of tokens it runs over.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct LossSum {
-    /// The sum, not divided, in nats.
-    pub sum: f64,
-    /// The tokens with a target.
-    pub trained_tokens: usize,
-}
 
 /// A trainable tensor: a stretch of the model's flat parameter buffer.
 #[derive(Clone, Debug, PartialEq, Eq)]
