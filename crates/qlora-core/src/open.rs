@@ -126,17 +126,16 @@ impl Spec {
                 && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
                 && !part.contains("..")
         };
-        let is_file = |file: &str| is_gguf(file) && file.split('/').all(|part| !part.is_empty() && !part.starts_with('.'));
+        let is_file =
+            |file: &str| is_gguf(file) && file.split('/').all(|part| !part.is_empty() && !part.starts_with('.'));
         match id.split_once('/') {
-            Some((organisation, name)) if is_part(organisation) && is_part(name) && !is_gguf(name) => {
-                match file {
-                    None => Ok(Self::Hub { id: id.to_owned(), file: None }),
-                    Some(file) if is_file(file) && !file.contains('\\') => {
-                        Ok(Self::Hub { id: id.to_owned(), file: Some(file.to_owned()) })
-                    }
-                    Some(file) => Err(Error::Invalid(format!("{spec:?}: {file:?} is not the name of a .gguf file"))),
+            Some((organisation, name)) if is_part(organisation) && is_part(name) && !is_gguf(name) => match file {
+                None => Ok(Self::Hub { id: id.to_owned(), file: None }),
+                Some(file) if is_file(file) && !file.contains('\\') => {
+                    Ok(Self::Hub { id: id.to_owned(), file: Some(file.to_owned()) })
                 }
-            }
+                Some(file) => Err(Error::Invalid(format!("{spec:?}: {file:?} is not the name of a .gguf file"))),
+            },
             _ if spec.is_empty() => Err(Error::Invalid("no model was named".to_owned())),
             _ => {
                 let hint = if spec.starts_with('~') { "; ~ is only known to the shell" } else { "" };
@@ -155,7 +154,10 @@ fn open_folder(folder: &Path, name: &str, options: &OpenOptions) -> Result<Model
             [single] => open_gguf(single, name, options),
             [] => Err(Error::format(folder, "no model: there is neither config.json nor a .gguf file")),
             [first, ..] => {
-                let message = format!("several .gguf files and no config.json; give the path of one, such as {}", first.display());
+                let message = format!(
+                    "several .gguf files and no config.json; give the path of one, such as {}",
+                    first.display()
+                );
                 Err(Error::format(folder, message))
             }
         };
@@ -274,7 +276,19 @@ mod tests {
         let hub = |id: &str, file: Option<&str>| Spec::Hub { id: id.to_owned(), file: file.map(str::to_owned) };
         assert_eq!(Spec::parse("Qwen/Qwen2.5-0.5B").unwrap(), hub("Qwen/Qwen2.5-0.5B", None));
         assert_eq!(Spec::parse("a/b-GGUF:q4/x.gguf").unwrap(), hub("a/b-GGUF", Some("q4/x.gguf")));
-        for wrong in ["", "gpt2", "/nowhere/model", "./nowhere", "~/model", "a/b/c", "a/b.gguf", "../a/b", "a/..", "a\\b", "C:\\a"] {
+        for wrong in [
+            "",
+            "gpt2",
+            "/nowhere/model",
+            "./nowhere",
+            "~/model",
+            "a/b/c",
+            "a/b.gguf",
+            "../a/b",
+            "a/..",
+            "a\\b",
+            "C:\\a",
+        ] {
             let error = Spec::parse(wrong).unwrap_err().to_string();
             assert!(wrong.is_empty() || error.contains("no such file or folder"), "{wrong}: {error}");
         }
@@ -294,7 +308,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("generation_config.json");
         assert_eq!(GenerationDefaults::read(&path).unwrap(), GenerationDefaults::default());
-        std::fs::write(&path, r#"{"eos_token_id": [5, -1, 7], "do_sample": true, "temperature": 0.6, "top_k": null}"#).unwrap();
+        std::fs::write(&path, r#"{"eos_token_id": [5, -1, 7], "do_sample": true, "temperature": 0.6, "top_k": null}"#)
+            .unwrap();
         let read = GenerationDefaults::read(&path).unwrap();
         assert_eq!((read.eos_token_ids.as_slice(), read.temperature, read.top_k), (&[5, 7][..], Some(0.6), None));
         std::fs::write(&path, "{").unwrap();
