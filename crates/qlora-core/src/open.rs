@@ -26,7 +26,8 @@ pub struct OpenOptions {
     pub endpoint: Option<String>,
     /// Show hf-hub's progress bars (on standard error) while downloading.
     pub progress: bool,
-    /// A folder with another `tokenizer.json` (and its `tokenizer_config.json`) than the model's own.
+    /// A folder whose `tokenizer.json`, `tokenizer_config.json` and chat template are taken instead of the model's own. The
+    /// model's chat template stays if the folder has none.
     pub tokenizer: Option<PathBuf>,
     /// Which chat template to take where a model has several ("default").
     pub chat_template: Option<String>,
@@ -164,7 +165,10 @@ fn open_folder(folder: &Path, name: &str, options: &OpenOptions) -> Result<Model
     }
     let source = HfDirectory::open(folder)?;
     let tokenizer = Tokenizer::from_folder(options.tokenizer.as_deref().unwrap_or(folder))?;
-    let chat_template = ChatTemplate::from_folder(folder, options.chat_template.as_deref())?;
+    let chat_template = match other_template(options)? {
+        Some(template) => Some(template),
+        None => ChatTemplate::from_folder(folder, options.chat_template.as_deref())?,
+    };
     let generation = GenerationDefaults::read(&folder.join("generation_config.json"))?;
     Ok(ModelFiles::new(Box::new(source), tokenizer, chat_template, generation, name))
 }
@@ -175,8 +179,19 @@ fn open_gguf(path: &Path, name: &str, options: &OpenOptions) -> Result<ModelFile
         Some(folder) => Tokenizer::from_folder(folder)?,
         None => Tokenizer::from_gguf(&source)?,
     };
-    let chat_template = ChatTemplate::from_gguf(&source, &tokenizer)?;
+    let chat_template = match other_template(options)? {
+        Some(template) => Some(template),
+        None => ChatTemplate::from_gguf(&source, &tokenizer)?,
+    };
     Ok(ModelFiles::new(Box::new(source), tokenizer, chat_template, GenerationDefaults::default(), name))
+}
+
+/// The chat template beside a tokenizer that was asked for.
+fn other_template(options: &OpenOptions) -> Result<Option<ChatTemplate>> {
+    match &options.tokenizer {
+        Some(folder) => ChatTemplate::from_folder(folder, options.chat_template.as_deref()),
+        None => Ok(None),
+    }
 }
 
 #[cfg(feature = "hub")]

@@ -209,6 +209,7 @@ fn a_model_is_opened_by_its_id() {
     let options = OpenOptions { tokenizer: Some(folder), ..options };
     let files = crate::open::open_model("org/name:q/tiny.gguf", &options).unwrap();
     assert_eq!(files.name, "org/name");
+    assert!(files.chat_template.is_some(), "from the tokenizer's folder");
     assert!(
         server.requests()[before..].iter().all(|path| path.contains("revision/main") || path.ends_with("tiny.gguf"))
     );

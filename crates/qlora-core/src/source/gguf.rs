@@ -148,3 +148,7 @@ impl WeightSource for Gguf {
         Ok(PlainTensor { data, shape: info.shape.clone() })
     }
 }
+
+#[cfg(test)]
+#[path = "gguf/tests.rs"]
+mod tests;

@@ -88,6 +88,7 @@ fn streams_do_not_split_characters() {
 }
 
 #[test]
+#[allow(clippy::single_range_in_vec_init, reason = "lists of one span")]
 fn tokens_in_spans_are_found() {
     let tokenizer = Tokenizer::from_folder(fixture("llama")).unwrap();
     let text = "the water  x</s>";

@@ -33,7 +33,7 @@ const UNSUPPORTED: [&str; 17] = [
 
 /// Tensors that hold rotary frequencies instead of weights.
 pub(super) fn is_rope_table(name: &str) -> bool {
-    name == "rope_freqs.weight" || name.ends_with(".attn_rot_embd.weight") || name.ends_with(".rope_freqs.weight")
+    name == "rope_freqs.weight" || name.ends_with(".attn_rot_embd.weight")
 }
 
 pub(super) fn model_config(header: &Header, file: &[u8], path: &Path) -> Result<ModelConfig> {
