@@ -93,7 +93,9 @@ impl ChatTemplate {
         }
         let file = match name {
             None | Some("default") => folder.join("chat_template.jinja"),
-            Some(name) if name.contains(['/', '\\']) => return Err(Error::Invalid(format!("no chat template {name:?}"))),
+            Some(name) if name.contains(['/', '\\']) => {
+                return Err(Error::Invalid(format!("no chat template {name:?}")));
+            }
             Some(name) => folder.join("additional_chat_templates").join(format!("{name}.jinja")),
         };
         let (path, source) = if file.exists() {
@@ -165,7 +167,12 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// As [`ChatTemplate::render_with_answers`] and [`Tokenizer::encode`].
-    pub fn encode(&self, tokenizer: &Tokenizer, messages: &[Message], arguments: &TemplateArguments) -> Result<EncodedChat> {
+    pub fn encode(
+        &self,
+        tokenizer: &Tokenizer,
+        messages: &[Message],
+        arguments: &TemplateArguments,
+    ) -> Result<EncodedChat> {
         let RenderedChat { text, answers } = self.render_with_answers(messages, arguments)?;
         let (tokens, answer) = tokenizer.encode_with_spans(&text, &answers, false)?;
         Ok(EncodedChat { tokens, answer })
@@ -203,7 +210,9 @@ fn choose(value: &Value, name: Option<&str>) -> std::result::Result<String, Stri
             let names: Vec<&str> = list.iter().filter_map(|entry| entry.get("name")?.as_str()).collect();
             let found = list.iter().find(|entry| entry.get("name").and_then(Value::as_str) == Some(wanted));
             let source = found.and_then(|entry| entry.get("template")?.as_str());
-            source.map(str::to_owned).ok_or_else(|| format!("no chat template {wanted:?}; there are {}", names.join(", ")))
+            source
+                .map(str::to_owned)
+                .ok_or_else(|| format!("no chat template {wanted:?}; there are {}", names.join(", ")))
         }
         Value::String(_) => Err(format!("no chat template {wanted:?}; there is one without a name")),
         _ => Err("chat_template is neither a text nor a list of named templates".to_owned()),

@@ -25,7 +25,10 @@ pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String> {
         return Err(Error::format(path, format!("larger than the {limit} bytes that such a file may have")));
     }
     String::from_utf8(bytes).map_err(|e| {
-        Error::format(path, format!("not UTF-8 text (byte {} is not part of a character)", e.utf8_error().valid_up_to()))
+        Error::format(
+            path,
+            format!("not UTF-8 text (byte {} is not part of a character)", e.utf8_error().valid_up_to()),
+        )
     })
 }
 

@@ -93,7 +93,8 @@ impl Request<'_> {
             revision.clone()
         } else {
             let reference = self.settings.cache.join(self.repo(revision).folder_name()).join("refs").join(revision);
-            let text = fs::read_to_string(&reference).map_err(|_| format!("the revision {revision} was never downloaded"))?;
+            let text =
+                fs::read_to_string(&reference).map_err(|_| format!("the revision {revision} was never downloaded"))?;
             let commit = text.trim().to_owned();
             if !is_commit(&commit) {
                 return Err(format!("{} holds no commit", reference.display()));
@@ -188,7 +189,8 @@ impl Request<'_> {
         } else if name == "safetensors" && (has(".bin") || has(".pth")) {
             "; it has PyTorch pickles, which are not read: convert them with save_pretrained in transformers".to_owned()
         } else if name == TOKENIZER && has("tokenizer.model") {
-            "; tokenizer.model alone is not read: AutoTokenizer.from_pretrained(...).save_pretrained(...) converts it".to_owned()
+            "; tokenizer.model alone is not read: AutoTokenizer.from_pretrained(...).save_pretrained(...) converts it"
+                .to_owned()
         } else {
             String::new()
         };

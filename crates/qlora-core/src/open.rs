@@ -26,7 +26,8 @@ pub struct OpenOptions {
     pub endpoint: Option<String>,
     /// Show hf-hub's progress bars (on standard error) while downloading.
     pub progress: bool,
-    /// A folder with another `tokenizer.json` (and its `tokenizer_config.json`) than the model's own.
+    /// A folder whose `tokenizer.json`, `tokenizer_config.json` and chat template are taken instead of the model's own. The
+    /// model's chat template stays if the folder has none.
     pub tokenizer: Option<PathBuf>,
     /// Which chat template to take where a model has several ("default").
     pub chat_template: Option<String>,
@@ -126,17 +127,16 @@ impl Spec {
                 && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
                 && !part.contains("..")
         };
-        let is_file = |file: &str| is_gguf(file) && file.split('/').all(|part| !part.is_empty() && !part.starts_with('.'));
+        let is_file =
+            |file: &str| is_gguf(file) && file.split('/').all(|part| !part.is_empty() && !part.starts_with('.'));
         match id.split_once('/') {
-            Some((organisation, name)) if is_part(organisation) && is_part(name) && !is_gguf(name) => {
-                match file {
-                    None => Ok(Self::Hub { id: id.to_owned(), file: None }),
-                    Some(file) if is_file(file) && !file.contains('\\') => {
-                        Ok(Self::Hub { id: id.to_owned(), file: Some(file.to_owned()) })
-                    }
-                    Some(file) => Err(Error::Invalid(format!("{spec:?}: {file:?} is not the name of a .gguf file"))),
+            Some((organisation, name)) if is_part(organisation) && is_part(name) && !is_gguf(name) => match file {
+                None => Ok(Self::Hub { id: id.to_owned(), file: None }),
+                Some(file) if is_file(file) && !file.contains('\\') => {
+                    Ok(Self::Hub { id: id.to_owned(), file: Some(file.to_owned()) })
                 }
-            }
+                Some(file) => Err(Error::Invalid(format!("{spec:?}: {file:?} is not the name of a .gguf file"))),
+            },
             _ if spec.is_empty() => Err(Error::Invalid("no model was named".to_owned())),
             _ => {
                 let hint = if spec.starts_with('~') { "; ~ is only known to the shell" } else { "" };
@@ -155,14 +155,20 @@ fn open_folder(folder: &Path, name: &str, options: &OpenOptions) -> Result<Model
             [single] => open_gguf(single, name, options),
             [] => Err(Error::format(folder, "no model: there is neither config.json nor a .gguf file")),
             [first, ..] => {
-                let message = format!("several .gguf files and no config.json; give the path of one, such as {}", first.display());
+                let message = format!(
+                    "several .gguf files and no config.json; give the path of one, such as {}",
+                    first.display()
+                );
                 Err(Error::format(folder, message))
             }
         };
     }
     let source = HfDirectory::open(folder)?;
     let tokenizer = Tokenizer::from_folder(options.tokenizer.as_deref().unwrap_or(folder))?;
-    let chat_template = ChatTemplate::from_folder(folder, options.chat_template.as_deref())?;
+    let chat_template = match other_template(options)? {
+        Some(template) => Some(template),
+        None => ChatTemplate::from_folder(folder, options.chat_template.as_deref())?,
+    };
     let generation = GenerationDefaults::read(&folder.join("generation_config.json"))?;
     Ok(ModelFiles::new(Box::new(source), tokenizer, chat_template, generation, name))
 }
@@ -173,8 +179,19 @@ fn open_gguf(path: &Path, name: &str, options: &OpenOptions) -> Result<ModelFile
         Some(folder) => Tokenizer::from_folder(folder)?,
         None => Tokenizer::from_gguf(&source)?,
     };
-    let chat_template = ChatTemplate::from_gguf(&source, &tokenizer)?;
+    let chat_template = match other_template(options)? {
+        Some(template) => Some(template),
+        None => ChatTemplate::from_gguf(&source, &tokenizer)?,
+    };
     Ok(ModelFiles::new(Box::new(source), tokenizer, chat_template, GenerationDefaults::default(), name))
+}
+
+/// The chat template beside a tokenizer that was asked for.
+fn other_template(options: &OpenOptions) -> Result<Option<ChatTemplate>> {
+    match &options.tokenizer {
+        Some(folder) => ChatTemplate::from_folder(folder, options.chat_template.as_deref()),
+        None => Ok(None),
+    }
 }
 
 #[cfg(feature = "hub")]
@@ -274,7 +291,19 @@ mod tests {
         let hub = |id: &str, file: Option<&str>| Spec::Hub { id: id.to_owned(), file: file.map(str::to_owned) };
         assert_eq!(Spec::parse("Qwen/Qwen2.5-0.5B").unwrap(), hub("Qwen/Qwen2.5-0.5B", None));
         assert_eq!(Spec::parse("a/b-GGUF:q4/x.gguf").unwrap(), hub("a/b-GGUF", Some("q4/x.gguf")));
-        for wrong in ["", "gpt2", "/nowhere/model", "./nowhere", "~/model", "a/b/c", "a/b.gguf", "../a/b", "a/..", "a\\b", "C:\\a"] {
+        for wrong in [
+            "",
+            "gpt2",
+            "/nowhere/model",
+            "./nowhere",
+            "~/model",
+            "a/b/c",
+            "a/b.gguf",
+            "../a/b",
+            "a/..",
+            "a\\b",
+            "C:\\a",
+        ] {
             let error = Spec::parse(wrong).unwrap_err().to_string();
             assert!(wrong.is_empty() || error.contains("no such file or folder"), "{wrong}: {error}");
         }
@@ -294,7 +323,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("generation_config.json");
         assert_eq!(GenerationDefaults::read(&path).unwrap(), GenerationDefaults::default());
-        std::fs::write(&path, r#"{"eos_token_id": [5, -1, 7], "do_sample": true, "temperature": 0.6, "top_k": null}"#).unwrap();
+        std::fs::write(&path, r#"{"eos_token_id": [5, -1, 7], "do_sample": true, "temperature": 0.6, "top_k": null}"#)
+            .unwrap();
         let read = GenerationDefaults::read(&path).unwrap();
         assert_eq!((read.eos_token_ids.as_slice(), read.temperature, read.top_k), (&[5, 7][..], Some(0.6), None));
         std::fs::write(&path, "{").unwrap();

@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::file::{self, LARGE, SMALL};
-use crate::source::Gguf;
+use crate::source::gguf::{Gguf, read_vocabulary};
 
 pub use stream::DecodeStream;
 
@@ -89,6 +89,14 @@ impl Tokenizer {
         gguf::build(&model.vocabulary()?)
             .map(|(inner, special)| Self::new(inner, special))
             .map_err(|message| Error::format(model.path(), message))
+    }
+
+    /// As [`Tokenizer::from_gguf`], from a file that need not hold a model (a "vocab-only" file).
+    ///
+    /// # Errors
+    /// As [`Tokenizer::from_gguf`].
+    pub fn from_gguf_file(path: impl AsRef<Path>) -> Result<Self> {
+        read_vocabulary(path.as_ref(), gguf::build).map(|(inner, special)| Self::new(inner, special))
     }
 
     fn new(inner: tokenizers::Tokenizer, special: SpecialTokens) -> Self {

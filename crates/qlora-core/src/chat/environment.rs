@@ -34,7 +34,9 @@ pub(super) fn compile(source: &str) -> Result<(Environment<'static>, bool), Erro
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_undefined_behavior(UndefinedBehavior::Lenient);
     environment.set_fuel(Some(FUEL));
-    environment.set_formatter(|out, _, value| write!(out, "{}", python::Str(value)).map_err(|_| ErrorKind::WriteFailure.into()));
+    environment.set_formatter(|out, _, value| {
+        write!(out, "{}", python::Str(value)).map_err(|_| ErrorKind::WriteFailure.into())
+    });
     environment.set_unknown_method_callback(method);
     environment.add_filter("tojson", python::to_json);
     environment.add_filter("string", |value: &Value| python::Str(value).to_string());

@@ -53,12 +53,14 @@ impl Message {
     /// The message as templates see it. Reasoning is passed under both names that templates read, as by transformers.
     pub(super) fn to_template(&self) -> Value {
         let mut map = Map::new();
+        let reasoning = REASONING.iter().find_map(|key| self.extra.get(*key).filter(|value| !value.is_null()));
+        if let Some(reasoning) = reasoning {
+            map.insert("thinking".to_owned(), reasoning.clone());
+        }
         map.insert("role".to_owned(), Value::String(self.role.clone()));
         map.insert("content".to_owned(), self.content.clone());
         map.extend(self.extra.iter().map(|(key, value)| (key.clone(), value.clone())));
-        let reasoning = REASONING.iter().find_map(|key| self.extra.get(*key).filter(|value| !value.is_null()));
         if let Some(reasoning) = reasoning {
-            map.entry("thinking").or_insert_with(|| reasoning.clone());
             map.insert(REASONING[0].to_owned(), reasoning.clone());
         }
         Value::Object(map)

@@ -73,7 +73,9 @@ fn quoted(out: &mut impl Write, text: &str) -> fmt::Result {
             '\r' => out.write_str("\\r")?,
             '\t' => out.write_str("\\t")?,
             c if c == quote => write!(out, "\\{c}")?,
-            c if (c as u32) < 0x20 || (0x7f..0xa1).contains(&(c as u32)) || c == '\u{ad}' => write!(out, "\\x{:02x}", c as u32)?,
+            c if (c as u32) < 0x20 || (0x7f..0xa1).contains(&(c as u32)) || c == '\u{ad}' => {
+                write!(out, "\\x{:02x}", c as u32)?
+            }
             c => out.write_char(c)?,
         }
     }

@@ -5,7 +5,11 @@ use super::{ChatTemplate, Message, RenderedChat, TemplateArguments};
 use crate::error::{Error, Result};
 
 /// By the template's generation blocks, which put marks around the answers.
-pub(super) fn by_marks(template: &ChatTemplate, messages: &[Message], arguments: &TemplateArguments) -> Result<RenderedChat> {
+pub(super) fn by_marks(
+    template: &ChatTemplate,
+    messages: &[Message],
+    arguments: &TemplateArguments,
+) -> Result<RenderedChat> {
     let plain = template.render(messages, false, arguments)?;
     if plain.contains([ANSWER_BEGIN, ANSWER_END]) {
         return Err(Error::Invalid("the conversation contains U+FDD0 or U+FDD1, which are not characters".to_owned()));
@@ -51,9 +55,9 @@ pub(super) fn by_prefixes(
                 index + 1
             ))
         };
-        let before = template.render(&messages[..index], true, arguments).map_err(|error| {
-            fails(&format!("the conversation before an answer cannot be rendered alone ({error})"))
-        })?;
+        let before = template
+            .render(&messages[..index], true, arguments)
+            .map_err(|error| fails(&format!("the conversation before an answer cannot be rendered alone ({error})")))?;
         let with = if index + 1 == messages.len() {
             text.clone()
         } else {

@@ -1,0 +1,197 @@
+use serde::Deserialize;
+
+use super::*;
+
+#[derive(Deserialize)]
+struct Golden {
+    special_tokens: Map<String, Value>,
+    templates: std::collections::BTreeMap<String, GoldenTemplate>,
+    conversations: std::collections::BTreeMap<String, Vec<Message>>,
+    cases: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+struct GoldenTemplate {
+    source: String,
+    arguments: TemplateArguments,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    template: String,
+    conversation: String,
+    add_generation_prompt: bool,
+    text: Option<String>,
+    answers: Option<Vec<(usize, usize)>>,
+    error: Option<String>,
+}
+
+fn golden() -> Golden {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/chat/golden.json");
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+fn template(source: &str) -> ChatTemplate {
+    let tokens = [("bos_token", "<s>"), ("eos_token", "</s>")];
+    ChatTemplate::new(source, tokens.map(|(name, text)| (name.to_owned(), text.to_owned()))).unwrap()
+}
+
+#[test]
+fn texts_are_those_of_transformers() {
+    let golden = golden();
+    let tokens = golden.special_tokens.iter().map(|(key, value)| (key.clone(), value.as_str().unwrap().to_owned()));
+    let (mut rendered, mut refused) = (0, 0);
+    for case in &golden.cases {
+        let GoldenTemplate { source, arguments } = &golden.templates[&case.template];
+        let template = ChatTemplate::new(source, tokens.clone()).unwrap();
+        let messages = &golden.conversations[&case.conversation];
+        let name = format!("{} / {} / {}", case.template, case.conversation, case.add_generation_prompt);
+        let got = template.render(messages, case.add_generation_prompt, arguments);
+        match (&case.text, &case.error) {
+            (Some(text), _) => {
+                assert_eq!(&got.unwrap(), text, "{name}");
+                rendered += 1;
+            }
+            (None, Some(error)) => {
+                let got = got.expect_err(&name).to_string();
+                if let Some(reason) = error.strip_prefix("TemplateError: ") {
+                    assert!(got.contains(reason), "{name}: {got}");
+                }
+                refused += 1;
+            }
+            (None, None) => panic!("{name} has neither text nor error"),
+        }
+        if let (Some(answers), false) = (&case.answers, case.add_generation_prompt) {
+            let got = template.render_with_answers(messages, arguments).unwrap();
+            assert_eq!(Some(&got.text), case.text.as_ref(), "{name}");
+            let got: Vec<(usize, usize)> = got.answers.iter().map(|range| (range.start, range.end)).collect();
+            let expected: Vec<(usize, usize)> = answers.iter().copied().filter(|(start, end)| start < end).collect();
+            assert_eq!(got, expected, "{name}");
+        }
+    }
+    assert!(rendered > 140 && refused > 10, "{rendered} rendered, {refused} refused");
+}
+
+#[test]
+fn answers_are_found_by_prefixes() {
+    let golden = golden();
+    let none = TemplateArguments::new();
+    let answers = |name: &str, conversation: &str| {
+        let source = &golden.templates[name].source;
+        template(source)
+            .render_with_answers(&golden.conversations[conversation], &none)
+            .map(|chat| chat.answers.iter().map(|range| chat.text[range.clone()].to_owned()).collect::<Vec<_>>())
+    };
+    assert_eq!(answers("chatml", "three turns").unwrap(), ["b<|im_end|>", "é😀 e<|im_end|>", "<|im_end|>"]);
+    assert_eq!(answers("chatml", "question").unwrap(), Vec::<String>::new());
+    assert_eq!(answers("llama 3", "system").unwrap(), ["Because.<|eot_id|>"]);
+    assert_eq!(answers("llama 3", "tools").unwrap().len(), 2);
+    assert_eq!(answers("mistral", "three turns").unwrap(), [" b</s>", " é😀 e</s>", " </s>"]);
+    assert_eq!(answers("qwen", "one turn").unwrap(), ["<think>\n\n</think>\n\nHello!<|im_end|>"]);
+    // Earlier answers lose their reasoning in this template, so no prefix ends behind them.
+    let error = answers("qwen", "reasoning").unwrap_err().to_string();
+    assert!(error.contains("changes an answer when messages follow it") && error.contains("message 2"), "{error}");
+    // This one writes the system message into the last turn, and only if that is the user's.
+    let messages = [
+        Message::system("s"),
+        Message::user("a"),
+        Message::assistant("b"),
+        Message::user("c"),
+        Message::assistant("d"),
+    ];
+    let error =
+        template(&golden.templates["mistral"].source).render_with_answers(&messages, &none).unwrap_err().to_string();
+    assert!(error.contains("something else before an answer"), "{error}");
+    let error = answers("mistral", "wrong order").unwrap_err().to_string();
+    assert!(error.contains("roles must alternate"), "{error}");
+}
+
+#[test]
+fn marks_and_prefixes_agree() {
+    let golden = golden();
+    let none = TemplateArguments::new();
+    for name in ["one turn", "three turns", "system"] {
+        let messages = &golden.conversations[name];
+        let marked = template(&golden.templates["chatml marked"].source).render_with_answers(messages, &none).unwrap();
+        let unmarked = golden.templates["chatml marked"]
+            .source
+            .replace("{%- generation %}", "")
+            .replace("{%- endgeneration %}", "");
+        let prefixes = template(&unmarked).render_with_answers(messages, &none).unwrap();
+        assert_eq!(marked.text, prefixes.text);
+        assert_eq!(marked.answers, prefixes.answers);
+    }
+}
+
+#[test]
+fn endless_templates_are_stopped() {
+    let none = TemplateArguments::new();
+    for (source, reason) in [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "steps"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{% for a in range(2000) %}{{ 'x' * 99999 }}{% endfor %}", "more than"),
+        ("{{ 'x' * 10000000000 }}", "too large"),
+    ] {
+        let error = template(source).render(&[], false, &none).unwrap_err().to_string();
+        assert!(error.contains("the chat template failed") && error.contains(reason), "{source}: {error}");
+    }
+}
+
+#[test]
+fn errors_say_where() {
+    let error = ChatTemplate::new("line 1\n{% if %}", []).unwrap_err().to_string();
+    assert!(error.contains("line 2"), "{error}");
+    let error =
+        template("\n\n{{ messages[0].content.nothing.more }}").render(&[Message::user("x")], false, &Map::new());
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("line 3"), "{error}");
+    let error = template("{{ strftime_now('%Q%!') }}").render(&[], false, &Map::new()).unwrap_err().to_string();
+    assert!(error.contains("date format"), "{error}");
+    let error = template("{% generation %}{% generation %}{% endgeneration %}{% endgeneration %}");
+    let error = error.render_with_answers(&[], &Map::new()).unwrap_err().to_string();
+    assert!(error.contains("inside each other"), "{error}");
+    let error = template("{% set x %}{% generation %}abc{% endgeneration %}{% endset %}{{ x | length }}");
+    let error = error.render_with_answers(&[], &Map::new()).unwrap_err().to_string();
+    assert!(error.contains("changes the text"), "{error}");
+    let source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}";
+    let error =
+        template(source).render_with_answers(&[Message::user("\u{fdd0}")], &Map::new()).unwrap_err().to_string();
+    assert!(error.contains("U+FDD0"), "{error}");
+}
+
+#[test]
+fn the_date_is_todays() {
+    let text = template("{{ strftime_now('%d %b %Y') }}").render(&[], false, &Map::new()).unwrap();
+    let parts: Vec<&str> = text.split(' ').collect();
+    assert!(parts.len() == 3 && parts[0].len() == 2 && parts[1].len() == 3 && parts[2].len() == 4, "{text}");
+}
+
+#[test]
+fn templates_are_found_in_a_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    };
+    let open = |name: Option<&str>| ChatTemplate::from_folder(folder.path(), name);
+    let render = |name: Option<&str>| open(name).unwrap().unwrap().render(&[], false, &Map::new()).unwrap();
+    assert!(open(None).unwrap().is_none());
+    write(
+        "tokenizer_config.json",
+        r#"{"bos_token": {"content": "<b>"}, "eos_token": "<e>", "chat_template": "{{ bos_token }}1{{ eos_token }}"}"#,
+    );
+    assert_eq!(render(None), "<b>1<e>");
+    assert!(open(Some("tool_use")).unwrap_err().to_string().contains("\"tool_use\""));
+    let named = r#"{"chat_template": [{"name": "default", "template": "2"}, {"name": "tool_use", "template": "3"}]}"#;
+    write("tokenizer_config.json", named);
+    assert_eq!((render(None), render(Some("tool_use"))), ("2".to_owned(), "3".to_owned()));
+    assert!(open(Some("rag")).unwrap_err().to_string().contains("default, tool_use"));
+    write("chat_template.jinja", "4");
+    write("additional_chat_templates/rag.jinja", "5");
+    assert_eq!((render(None), render(Some("rag"))), ("4".to_owned(), "5".to_owned()));
+    write("chat_template.jinja", "{{ oops");
+    let error = open(None).unwrap_err().to_string();
+    assert!(error.contains("chat_template.jinja"), "{error}");
+    assert!(open(Some("../x")).is_err());
+}

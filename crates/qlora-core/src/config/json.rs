@@ -76,7 +76,9 @@ pub(super) fn parse(text: &str, path: &Path) -> Result<ModelConfig> {
 
     let num_hidden_layers = fields.required("num_hidden_layers")?;
     if num_hidden_layers > MAX_LAYERS {
-        return Err(fields.invalid(&format!("num_hidden_layers is {num_hidden_layers}; at most {MAX_LAYERS} are supported")));
+        return Err(
+            fields.invalid(&format!("num_hidden_layers is {num_hidden_layers}; at most {MAX_LAYERS} are supported"))
+        );
     }
     let hidden_size = fields.required("hidden_size")?;
     let num_attention_heads = fields.required("num_attention_heads")?;
@@ -248,7 +250,9 @@ fn sliding_window(fields: &Fields<'_>, architecture: Architecture, layers: usize
             fields.bool("use_sliding_window")?;
             let first = fields.usize("max_window_layers")?.unwrap_or(28);
             if window.is_none() && (0..layers).any(|layer| slides(layer) == Some(true)) {
-                return Err(fields.invalid("layer_types asks for sliding attention, but there is no sliding_window in use"));
+                return Err(
+                    fields.invalid("layer_types asks for sliding attention, but there is no sliding_window in use")
+                );
             }
             Ok((0..layers).map(|layer| window.filter(|_| slides(layer).unwrap_or(layer >= first))).collect())
         }
@@ -320,9 +324,10 @@ impl<'a> Fields<'a> {
     /// A whole number; `8192.0` counts as one, as some files write it so.
     pub(super) fn usize(&self, key: &str) -> Result<Option<usize>> {
         self.typed(key, "a whole number", |value| {
-            value.as_u64().and_then(|n| usize::try_from(n).ok()).or_else(|| {
-                value.as_f64().filter(|x| x.fract() == 0.0 && (0.0..1e15).contains(x)).map(|x| x as usize)
-            })
+            value
+                .as_u64()
+                .and_then(|n| usize::try_from(n).ok())
+                .or_else(|| value.as_f64().filter(|x| x.fract() == 0.0 && (0.0..1e15).contains(x)).map(|x| x as usize))
         })
     }
 

@@ -67,8 +67,11 @@ fn what_is_not_supported_is_named() {
         ("llama", r#", "final_logit_softcapping": 30.0"#, "final_logit_softcapping"),
         ("llama", r#", "layer_types": ["conv", "conv", "conv", "conv"]"#, "layer type \"conv\""),
         ("mistral", r#", "layer_types": ["full_attention"]"#, "1 entries for 4 layers"),
-        ("qwen2", r#", "num_key_value_heads": 2, "layer_types": ["sliding_attention", "full_attention", "attention", "attention"]"#,
-            "no sliding_window in use"),
+        (
+            "qwen2",
+            r#", "num_key_value_heads": 2, "layer_types": ["sliding_attention", "full_attention", "attention", "attention"]"#,
+            "no sliding_window in use",
+        ),
     ] {
         let error = config(model, options).unwrap_err().to_string();
         assert!(error.contains(message) && error.contains("config.json"), "{model}{options}: {error}");
@@ -91,7 +94,10 @@ fn sizes_are_checked() {
         (r#", "intermediate_size": 1e300"#, "expected a whole number"),
         (r#", "max_position_embeddings": 1000000000000"#, "max_position_embeddings is 1000000000000"),
         (r#", "rms_norm_eps": 2"#, "rms_norm_eps is 2"),
-        (r#", "hidden_size": 1048576, "intermediate_size": 4194304, "num_hidden_layers": 4096"#, "parameters"),
+        (
+            r#", "hidden_size": 1048576, "num_attention_heads": 1024, "intermediate_size": 4194304, "num_hidden_layers": 4096"#,
+            "parameters",
+        ),
         (r#", "vocab_size": null"#, "vocab_size is missing"),
     ] {
         let error = config("llama", options).unwrap_err().to_string();

@@ -58,7 +58,9 @@ pub(super) fn parse(config: &Fields<'_>, max_position_embeddings: usize) -> Resu
         "llama3" => {
             let (low, high) = (rope.positive("low_freq_factor")?, rope.positive("high_freq_factor")?);
             if high <= low {
-                return Err(rope.invalid(&format!("high_freq_factor ({high}) must be greater than low_freq_factor ({low})")));
+                return Err(
+                    rope.invalid(&format!("high_freq_factor ({high}) must be greater than low_freq_factor ({low})"))
+                );
             }
             Some(RopeScaling::Llama3 {
                 factor: rope.positive("factor")?,
@@ -93,7 +95,9 @@ fn yarn(rope: &Fields<'_>, original: usize, max_position_embeddings: usize) -> R
     }
     let (beta_fast, beta_slow) = (nonzero("beta_fast")?.unwrap_or(32.0), nonzero("beta_slow")?.unwrap_or(1.0));
     if !(beta_fast > 0.0 && beta_slow > 0.0 && beta_fast >= beta_slow) {
-        return Err(rope.invalid(&format!("beta_fast ({beta_fast}) must be at least beta_slow ({beta_slow}), both positive")));
+        return Err(
+            rope.invalid(&format!("beta_fast ({beta_fast}) must be at least beta_slow ({beta_slow}), both positive"))
+        );
     }
     Ok(RopeScaling::Yarn {
         factor,
@@ -158,7 +162,8 @@ mod tests {
             high_freq_factor: 4.0,
             original_max_position_embeddings: original,
         };
-        let options = r#", "rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4"#;
+        let options =
+            r#", "rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4"#;
         assert_eq!(rope(&format!("{options}}}")).unwrap().scaling, Some(llama(1024)));
         let original = format!("{options}, \"original_max_position_embeddings\": 256}}");
         assert_eq!(rope(&original).unwrap().scaling, Some(llama(256)));
@@ -167,9 +172,9 @@ mod tests {
     #[test]
     fn yarn_takes_transformers_defaults() {
         let yarn = |extra: &str| match rope(&format!(r#", "rope_scaling": {{"rope_type": "yarn"{extra}}}"#))?.scaling {
-            Some(RopeScaling::Yarn { factor, original_max_position_embeddings, attention_factor, truncate, .. }) => {
-                Ok::<_, Error>((factor, original_max_position_embeddings, attention_factor, truncate))
-            }
+            Some(RopeScaling::Yarn {
+                factor, original_max_position_embeddings, attention_factor, truncate, ..
+            }) => Ok::<_, Error>((factor, original_max_position_embeddings, attention_factor, truncate)),
             other => panic!("{other:?}"),
         };
         assert_eq!(yarn(r#", "factor": 4"#).unwrap(), (4.0, 1024, None, true));

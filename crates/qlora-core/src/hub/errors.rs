@@ -35,7 +35,9 @@ pub(super) fn explain(error: &ApiError, id: &str, what: &str, settings: &Setting
             let with = if token.is_some() {
                 format!("the access token from {token_source} does not allow it")
             } else {
-                format!("it needs an access token: set the environment variable HF_TOKEN to one from {endpoint}/settings/tokens")
+                format!(
+                    "it needs an access token: set the environment variable HF_TOKEN to one from {endpoint}/settings/tokens"
+                )
             };
             format!("access is refused (403): {with}. The model is gated or private: {access}")
         }

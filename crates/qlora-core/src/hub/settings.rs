@@ -33,7 +33,9 @@ impl Settings {
             Some(home) => Some(PathBuf::from(home)),
             None => match env("XDG_CACHE_HOME") {
                 Some(cache) => Some(PathBuf::from(cache).join("huggingface")),
-                None => first(&["HOME", "USERPROFILE"]).map(|home| PathBuf::from(home).join(".cache").join("huggingface")),
+                None => {
+                    first(&["HOME", "USERPROFILE"]).map(|home| PathBuf::from(home).join(".cache").join("huggingface"))
+                }
             },
         };
         let cache = options.cache_dir.clone();
@@ -54,7 +56,9 @@ impl Settings {
         if !revision.chars().all(plain) || revision.split('/').any(|part| part.is_empty() || part.starts_with('.')) {
             return Err(Error::Invalid(format!("{revision:?} is not the name of a branch, a tag or a commit")));
         }
-        let set = |name: &str| env(name).is_some_and(|value| matches!(value.to_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE"));
+        let set = |name: &str| {
+            env(name).is_some_and(|value| matches!(value.to_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE"))
+        };
         let endpoint = options.endpoint.clone().or_else(|| env("HF_ENDPOINT"));
         let endpoint = endpoint.unwrap_or_else(|| "https://huggingface.co".to_owned()).trim_end_matches('/').to_owned();
         let proxies = ["HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"];
@@ -95,7 +99,11 @@ impl Settings {
 }
 
 /// The token and where it is from.
-fn find_token(options: &OpenOptions, env: &impl Fn(&str) -> Option<String>, home: Option<PathBuf>) -> (Option<String>, String) {
+fn find_token(
+    options: &OpenOptions,
+    env: &impl Fn(&str) -> Option<String>,
+    home: Option<PathBuf>,
+) -> (Option<String>, String) {
     if let Some(token) = &options.token {
         return (Some(token.trim().to_owned()), "the options".to_owned());
     }

@@ -1,0 +1,331 @@
+//! Against a small server that plays the hub.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use super::*;
+
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+/// What the server answers: a status for everything, for a path, or files.
+#[derive(Clone, Default)]
+struct Hub {
+    files: BTreeMap<String, Vec<u8>>,
+    /// Path ends and the status they get.
+    statuses: Vec<(&'static str, u16)>,
+    /// The token that is asked for.
+    token: Option<&'static str>,
+    commit: Option<&'static str>,
+}
+
+struct Server {
+    endpoint: String,
+    requests: Arc<Mutex<Vec<String>>>,
+}
+
+impl Server {
+    fn start(hub: Hub) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let requests = Arc::new(Mutex::new(Vec::new()));
+        let log = requests.clone();
+        // The thread ends with the test's process.
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let (hub, log) = (hub.clone(), log.clone());
+                thread::spawn(move || serve(stream, &hub, &log));
+            }
+        });
+        Self { endpoint, requests }
+    }
+
+    fn requests(&self) -> Vec<String> {
+        self.requests.lock().unwrap().clone()
+    }
+}
+
+fn serve(stream: TcpStream, hub: &Hub, log: &Mutex<Vec<String>>) -> Option<()> {
+    let mut reader = BufReader::new(stream.try_clone().ok()?);
+    let mut stream = stream;
+    loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line).ok()? == 0 {
+            return None;
+        }
+        let path = line.split(' ').nth(1)?.to_owned();
+        let (mut token, mut range) = (None, None);
+        loop {
+            let mut header = String::new();
+            reader.read_line(&mut header).ok()?;
+            let Some((name, value)) = header.trim_end().split_once(": ") else { break };
+            match name.to_ascii_lowercase().as_str() {
+                "authorization" => token = value.strip_prefix("Bearer ").map(str::to_owned),
+                "range" => range = value.strip_prefix("bytes=").map(str::to_owned),
+                _ => {}
+            }
+        }
+        log.lock().unwrap().push(path.clone());
+        let (status, headers, body) = answer(hub, &path, token.as_deref(), range.as_deref());
+        write!(stream, "HTTP/1.1 {status} X\r\nContent-Length: {}\r\n{headers}\r\n", body.len()).ok()?;
+        stream.write_all(&body).ok()?;
+    }
+}
+
+fn answer(hub: &Hub, path: &str, token: Option<&str>, range: Option<&str>) -> (u16, String, Vec<u8>) {
+    if let Some((_, status)) = hub.statuses.iter().find(|(end, _)| path.ends_with(end)) {
+        return (*status, String::new(), Vec::new());
+    }
+    if hub.token.is_some() && token != hub.token {
+        return (401, String::new(), Vec::new());
+    }
+    if path.starts_with("/api/models/org/name/revision/") {
+        let names: Vec<serde_json::Value> =
+            hub.files.keys().map(|name| serde_json::json!({ "rfilename": name })).collect();
+        let body = serde_json::json!({ "siblings": names, "sha": hub.commit.unwrap_or(COMMIT) });
+        return (200, "Content-Type: application/json\r\n".to_owned(), body.to_string().into_bytes());
+    }
+    let name = path.strip_prefix("/org/name/resolve/").and_then(|rest| rest.split_once('/'));
+    let Some(data) = name.and_then(|(_, name)| hub.files.get(name)) else { return (404, String::new(), Vec::new()) };
+    let (start, end) = range.and_then(|range| range.split_once('-')).unwrap_or(("0", ""));
+    let start: usize = start.parse().unwrap();
+    let end = end.parse().map_or(data.len(), |end: usize| end + 1).min(data.len());
+    let etag = path.replace('/', "_");
+    let headers = format!(
+        "ETag: \"{etag}\"\r\nX-Repo-Commit: {COMMIT}\r\nContent-Range: bytes {start}-{}/{}\r\n",
+        end - 1,
+        data.len()
+    );
+    (206, headers, data[start..end].to_vec())
+}
+
+/// A model of our own fixtures, with a tokenizer.
+fn model() -> Hub {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures");
+    let mut files = BTreeMap::new();
+    for folder in ["loading/llama", "tokenizer/llama"] {
+        for entry in fs::read_dir(fixtures.join(folder)).unwrap() {
+            let path = entry.unwrap().path();
+            files.insert(path.file_name().unwrap().to_str().unwrap().to_owned(), fs::read(&path).unwrap());
+        }
+    }
+    files.insert("README.md".to_owned(), b"not needed".to_vec());
+    files.insert("pytorch_model.bin".to_owned(), b"not needed".to_vec());
+    files.insert("q/tiny.gguf".to_owned(), fs::read(fixtures.join("loading/llama.gguf")).unwrap());
+    Hub { files, ..Hub::default() }
+}
+
+fn settings(endpoint: &str, cache: &Path, token: Option<&str>) -> Settings {
+    let options = OpenOptions {
+        endpoint: Some(endpoint.to_owned()),
+        cache_dir: Some(cache.to_owned()),
+        token: token.map(str::to_owned),
+        ..OpenOptions::default()
+    };
+    Settings::new(&options, |_| None).unwrap()
+}
+
+fn refused(hub: Hub, token: Option<&str>) -> String {
+    let cache = tempfile::tempdir().unwrap();
+    let server = Server::start(hub);
+    snapshot_with("org/name", None, &settings(&server.endpoint, cache.path(), token)).unwrap_err().to_string()
+}
+
+#[test]
+fn only_the_needed_files_are_downloaded_once() {
+    let cache = tempfile::tempdir().unwrap();
+    let server = Server::start(model());
+    let settings = settings(&server.endpoint, cache.path(), None);
+    let snapshot = snapshot_with("org/name", None, &settings).unwrap();
+    assert_eq!(snapshot.commit, COMMIT);
+    assert!(snapshot.folder.ends_with(format!("models--org--name/snapshots/{COMMIT}")));
+    let mut names: Vec<String> = fs::read_dir(&snapshot.folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    let expected = [
+        "config.json",
+        "model-00001-of-00003.safetensors",
+        "model-00002-of-00003.safetensors",
+        "model-00003-of-00003.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ];
+    assert_eq!(names, expected);
+    assert!(
+        !cache
+            .path()
+            .join("models--org--name/blobs")
+            .read_dir()
+            .unwrap()
+            .any(|blob| { blob.unwrap().path().extension().is_some_and(|end| end == "part") })
+    );
+    let name = |path: &str| path.contains(".md") || path.contains(".bin");
+    assert!(!server.requests().iter().any(|path| name(path)), "{:?}", server.requests());
+
+    // The second time only the list of files is asked for; offline nothing is.
+    let before = server.requests().len();
+    assert_eq!(snapshot_with("org/name", None, &settings).unwrap(), snapshot);
+    assert_eq!(server.requests()[before..], ["/api/models/org/name/revision/main"]);
+    let offline = Settings { offline: true, ..settings.clone() };
+    assert_eq!(snapshot_with("org/name", None, &offline).unwrap(), snapshot);
+    let pinned = Settings { revision: COMMIT.to_owned(), ..offline };
+    assert_eq!(snapshot_with("org/name", None, &pinned).unwrap(), snapshot);
+    assert_eq!(server.requests().len(), before + 1);
+
+    // A hub that cannot be reached is no obstacle to a model that is there.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let gone = format!("http://{}", listener.local_addr().unwrap());
+    drop(listener);
+    let unreachable = Settings { endpoint: gone, ..settings };
+    assert_eq!(snapshot_with("org/name", None, &unreachable).unwrap(), snapshot);
+}
+
+#[test]
+fn a_model_is_opened_by_its_id() {
+    let cache = tempfile::tempdir().unwrap();
+    let server = Server::start(model());
+    let options = OpenOptions {
+        endpoint: Some(server.endpoint.clone()),
+        cache_dir: Some(cache.path().to_owned()),
+        token: Some("t".to_owned()),
+        ..OpenOptions::default()
+    };
+    // The tokenizer is larger than this model's vocabulary, which is only a warning.
+    let files = crate::open::open_model("org/name", &options).unwrap();
+    assert_eq!((files.name.as_str(), files.commit.as_deref()), ("org/name", Some(COMMIT)));
+    assert_eq!(files.source.config().num_hidden_layers, 2);
+    assert!(files.chat_template.is_some());
+    assert_eq!(files.generation.eos_token_ids, [2]);
+
+    let before = server.requests().len();
+    let error = crate::open::open_model("org/name:q/tiny.gguf", &options).unwrap_err().to_string();
+    assert!(error.contains("tokenizer.ggml.model is missing"), "{error}");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tokenizer/llama");
+    let options = OpenOptions { tokenizer: Some(folder), ..options };
+    let files = crate::open::open_model("org/name:q/tiny.gguf", &options).unwrap();
+    assert_eq!(files.name, "org/name");
+    assert!(files.chat_template.is_some(), "from the tokenizer's folder");
+    assert!(
+        server.requests()[before..].iter().all(|path| path.contains("revision/main") || path.ends_with("tiny.gguf"))
+    );
+}
+
+#[test]
+fn refusals_say_which_token_and_where_to_ask() {
+    let private = Hub { token: Some("right"), ..model() };
+    let error = refused(private.clone(), None);
+    assert!(error.contains("401") && error.contains("HF_TOKEN") && error.contains("/settings/tokens"), "{error}");
+    assert!(error.contains("org/name with the account"), "{error}");
+    let error = refused(private.clone(), Some("wrong"));
+    assert!(error.contains("does not accept the access token from the options") && !error.contains("wrong"), "{error}");
+    let cache = tempfile::tempdir().unwrap();
+    let server = Server::start(private);
+    snapshot_with("org/name", None, &settings(&server.endpoint, cache.path(), Some("right"))).unwrap();
+
+    // A gated repository shows its list of files to everybody.
+    let gated = Hub { statuses: vec![("/config.json", 403)], ..model() };
+    let error = refused(gated.clone(), None);
+    assert!(
+        error.contains("403") && error.contains("HF_TOKEN") && error.contains("ask for access at http://127"),
+        "{error}"
+    );
+    let error = refused(gated, Some("t"));
+    assert!(error.contains("403") && error.contains("the access token from the options does not allow it"), "{error}");
+    let error = refused(Hub { statuses: vec![("model-00002-of-00003.safetensors", 401)], ..model() }, None);
+    assert!(error.contains("401"), "{error}");
+}
+
+#[test]
+fn what_is_not_there_is_named() {
+    let error = refused(Hub { statuses: vec![("revision/main", 404)], ..model() }, None);
+    assert!(error.contains("no such repository") && error.contains("revision main"), "{error}");
+    let error = refused(Hub { statuses: vec![("/tokenizer.json", 404)], ..model() }, None);
+    assert!(error.contains("has no file tokenizer.json"), "{error}");
+    let without = |names: &[&str]| {
+        let mut hub = model();
+        hub.files.retain(|name, _| !names.contains(&name.as_str()));
+        refused(hub, None)
+    };
+    assert!(without(&["tokenizer.json"]).contains("has no tokenizer.json; name one of its GGUF files"));
+    assert!(without(&["tokenizer.json", "q/tiny.gguf"]).contains("has no tokenizer.json"));
+    assert!(without(&["model-00001-of-00003.safetensors"]).contains("has no model-00001-of-00003.safetensors"));
+    assert!(without(&["model.safetensors.index.json", "q/tiny.gguf"]).contains("PyTorch pickles"));
+    let error = refused(Hub { statuses: vec![("revision/main", 500)], ..model() }, None);
+    assert!(error.contains("try again later"), "{error}");
+    let error = refused(Hub { commit: Some("../../x"), ..model() }, None);
+    assert!(error.contains("as its commit"), "{error}");
+}
+
+#[test]
+fn a_model_that_is_not_supported_is_refused_before_its_weights() {
+    let mut hub = model();
+    hub.files.insert("config.json".to_owned(), br#"{"model_type": "mamba"}"#.to_vec());
+    let cache = tempfile::tempdir().unwrap();
+    let server = Server::start(hub);
+    let error =
+        snapshot_with("org/name", None, &settings(&server.endpoint, cache.path(), None)).unwrap_err().to_string();
+    assert!(error.contains("\"mamba\""), "{error}");
+    assert!(!server.requests().iter().any(|path| path.ends_with(".safetensors")));
+}
+
+#[test]
+fn offline_says_what_is_missing() {
+    let cache = tempfile::tempdir().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    drop(listener);
+    let online = settings(&endpoint, cache.path(), None);
+    let error = snapshot_with("org/name", None, &online).unwrap_err().to_string();
+    assert!(
+        error.contains("cannot reach") && error.contains("HF_HUB_OFFLINE=1") && error.contains("path of its folder"),
+        "{error}"
+    );
+
+    let offline = Settings { offline: true, ..online };
+    let error = snapshot_with("org/name", None, &offline).unwrap_err().to_string();
+    assert!(error.contains("never downloaded"), "{error}");
+    let server = Server::start(Hub { statuses: vec![("model-00003-of-00003.safetensors", 500)], ..model() });
+    snapshot_with("org/name", None, &settings(&server.endpoint, cache.path(), None)).unwrap_err();
+    let pinned = Settings { revision: COMMIT.to_owned(), ..offline };
+    let error = snapshot_with("org/name", None, &pinned).unwrap_err().to_string();
+    assert!(error.contains("model-00003-of-00003.safetensors is missing"), "{error}");
+}
+
+#[test]
+fn settings_come_from_options_then_the_environment() {
+    let home = tempfile::tempdir().unwrap();
+    let from = |options: &OpenOptions, pairs: &[(&str, &str)]| {
+        Settings::new(options, |name| pairs.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned()))
+    };
+    let plain = OpenOptions::default();
+    let path = home.path().to_str().unwrap();
+    let settings = from(&plain, &[("HOME", path)]).unwrap();
+    assert_eq!(settings.cache, home.path().join(".cache/huggingface/hub"));
+    assert_eq!((settings.endpoint.as_str(), settings.token, settings.offline), ("https://huggingface.co", None, false));
+    assert_eq!(from(&plain, &[("HF_HOME", path)]).unwrap().cache, home.path().join("hub"));
+    assert_eq!(from(&plain, &[("HF_HOME", "/x"), ("HF_HUB_CACHE", path)]).unwrap().cache, home.path());
+    assert!(from(&plain, &[]).err().unwrap().to_string().contains("HF_HOME"));
+    fs::write(home.path().join("token"), " stored\n").unwrap();
+    assert_eq!(from(&plain, &[("HF_HOME", path)]).unwrap().token.unwrap(), "stored");
+    let environment =
+        [("HF_HOME", path), ("HF_TOKEN", "set"), ("HF_HUB_OFFLINE", "true"), ("HF_ENDPOINT", "http://mirror/")];
+    let settings = from(&plain, &environment).unwrap();
+    assert_eq!(
+        (settings.token.unwrap().as_str(), settings.endpoint.as_str(), settings.offline),
+        ("set", "http://mirror", true)
+    );
+    let options = OpenOptions { token: Some("mine".to_owned()), ..OpenOptions::default() };
+    assert_eq!(from(&options, &environment).unwrap().token.unwrap(), "mine");
+    let options = OpenOptions { token: Some("a\nb".to_owned()), ..OpenOptions::default() };
+    let error = from(&options, &environment).err().unwrap().to_string();
+    assert!(error.contains("characters") && !error.contains('\n'), "{error}");
+    for revision in ["../x", "a b", "", "a//b", "/a"] {
+        let options = OpenOptions { revision: Some(revision.to_owned()), ..OpenOptions::default() };
+        assert!(from(&options, &environment).is_err(), "{revision}");
+    }
+}

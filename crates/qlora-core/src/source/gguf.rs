@@ -22,6 +22,16 @@ use super::{PlainTensor, WeightSource, check_tensors, ignorable, unknown_tensor}
 use crate::config::{Architecture, ModelConfig};
 use crate::error::{Error, Result};
 
+/// The vocabulary of a GGUF file that need not hold a model.
+pub(crate) fn read_vocabulary<T>(
+    path: &Path,
+    read: impl FnOnce(&Vocabulary<'_>) -> std::result::Result<T, String>,
+) -> Result<T> {
+    let file = MappedFile::open(path).map_err(|e| Error::io(path, e))?;
+    let vocabulary = |header: Header| Vocabulary::read(&header, &file).and_then(|vocabulary| read(&vocabulary));
+    Header::parse(&file).and_then(vocabulary).map_err(|message| Error::format(path, message))
+}
+
 /// A GGUF file.
 #[derive(Debug)]
 pub struct Gguf {
@@ -52,7 +62,10 @@ impl Gguf {
             let Some(name) = names::hugging_face(&tensor.name) else {
                 return Err(Error::tensor(
                     &tensor.name,
-                    format!("not a tensor of a Llama-style decoder, in {}; this model is not supported", path.display()),
+                    format!(
+                        "not a tensor of a Llama-style decoder, in {}; this model is not supported",
+                        path.display()
+                    ),
                 ));
             };
             if ignorable(&config, &name) {
@@ -135,3 +148,7 @@ impl WeightSource for Gguf {
         Ok(PlainTensor { data, shape: info.shape.clone() })
     }
 }
+
+#[cfg(test)]
+#[path = "gguf/tests.rs"]
+mod tests;

@@ -39,8 +39,7 @@ impl HfDirectory {
         let folder = folder.as_ref().to_owned();
         let config = ModelConfig::from_json_file(folder.join("config.json"))?;
         let (index, files) = weight_files(&folder)?;
-        let shards: Vec<Shard> =
-            files.iter().map(|name| Shard::open(folder.join(name))).collect::<Result<_>>()?;
+        let shards: Vec<Shard> = files.iter().map(|name| Shard::open(folder.join(name))).collect::<Result<_>>()?;
         let mut tensors = BTreeMap::new();
         for (number, shard) in shards.iter().enumerate() {
             for name in shard.names() {
@@ -215,8 +214,16 @@ mod tests {
         for name in ["model-00001-of-00002.safetensors", "a b.safetensors"] {
             assert!(is_plain_file_name(name), "{name}");
         }
-        for name in ["", "..", "../x.safetensors", "/x.safetensors", "a\\x.safetensors", "C:x.safetensors", "x.bin", ".safetensors"]
-        {
+        for name in [
+            "",
+            "..",
+            "../x.safetensors",
+            "/x.safetensors",
+            "a\\x.safetensors",
+            "C:x.safetensors",
+            "x.bin",
+            ".safetensors",
+        ] {
             assert!(!is_plain_file_name(name), "{name}");
         }
     }

@@ -54,10 +54,8 @@ impl Shard {
 
     /// Copies one tensor out of the file.
     pub(super) fn read(&self, name: &str) -> Result<PlainTensor> {
-        let info = self
-            .header
-            .info(name)
-            .ok_or_else(|| Error::tensor(name, format!("not in {}", self.path.display())))?;
+        let info =
+            self.header.info(name).ok_or_else(|| Error::tensor(name, format!("not in {}", self.path.display())))?;
         let (start, end) = info.data_offsets;
         let bytes = &self.file[self.data_start + start..self.data_start + end];
         let data = match info.dtype {
@@ -97,11 +95,15 @@ fn parse_header(file: &[u8]) -> std::result::Result<(Metadata, usize), String> {
         let left = rest.len();
         return Err(format!("cut short: the header should be {length} bytes long, {left} bytes follow"));
     };
-    let header: Metadata = serde_json::from_slice(text).map_err(|e| format!("the safetensors header is damaged: {e}"))?;
+    let header: Metadata =
+        serde_json::from_slice(text).map_err(|e| format!("the safetensors header is damaged: {e}"))?;
     let data = rest.len() - text.len();
     if header.data_len() != data {
         let what = if data < header.data_len() { "cut short" } else { "damaged" };
-        return Err(format!("{what}: the header describes {} bytes of tensors, the file has {data}", header.data_len()));
+        return Err(format!(
+            "{what}: the header describes {} bytes of tensors, the file has {data}",
+            header.data_len()
+        ));
     }
     Ok((header, 8 + text.len()))
 }

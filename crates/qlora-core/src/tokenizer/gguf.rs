@@ -16,7 +16,8 @@ use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::processors::template::{Template, TemplateProcessing};
 use tokenizers::{
-    AddedToken, DecoderWrapper, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer, decoders, normalizers,
+    AddedToken, DecoderWrapper, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer, decoders,
+    normalizers,
 };
 
 use super::SpecialTokens;
@@ -69,7 +70,8 @@ enum PreTokenizer {
 }
 
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 fn byte_level(vocabulary: &Vocabulary<'_>) -> Result<Tokenizer, String> {
@@ -213,7 +215,8 @@ fn add_template(tokenizer: &mut Tokenizer, vocabulary: &Vocabulary<'_>) -> Resul
         return Err("the begin or end token of the vocabulary cannot be put around texts".to_owned());
     }
     let single: Vec<&str> = [bos_token, Some("$A"), eos_token].into_iter().flatten().collect();
-    let pair: Vec<&str> = [bos_token, Some("$A"), eos_token, bos_token, Some("$B:1"), eos_token].into_iter().flatten().collect();
+    let pair: Vec<&str> =
+        [bos_token, Some("$A"), eos_token, bos_token, Some("$B:1"), eos_token].into_iter().flatten().collect();
     let tokens: HashSet<(String, u32)> =
         [bos, eos].into_iter().flatten().map(|id| (vocabulary.tokens[id as usize].to_owned(), id)).collect();
     let processor = TemplateProcessing::builder()

@@ -53,7 +53,8 @@ enum Merge<'a> {
 /// every merge has to give a token.
 fn check_merges(text: &str) -> Result<(), String> {
     let file: File<'_> = serde_json::from_str(text).map_err(|e| format!("not a tokenizer.json: {e}"))?;
-    let Some(Model { vocab: Some(Vocab::Ids(vocab)), merges: Some(merges), continuing_subword_prefix }) = file.model else {
+    let Some(Model { vocab: Some(Vocab::Ids(vocab)), merges: Some(merges), continuing_subword_prefix }) = file.model
+    else {
         return Ok(());
     };
     let prefix = continuing_subword_prefix.unwrap_or_default();

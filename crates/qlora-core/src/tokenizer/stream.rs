@@ -32,7 +32,9 @@ impl<'a> DecodeStream<'a> {
     pub fn push(&mut self, id: u32) -> Result<String> {
         self.ids.push(id);
         let (text, start) = self.pending()?;
-        if text.len() <= start || (text.ends_with(char::REPLACEMENT_CHARACTER) && self.ids.len() - self.done < MAX_PENDING) {
+        if text.len() <= start
+            || (text.ends_with(char::REPLACEMENT_CHARACTER) && self.ids.len() - self.done < MAX_PENDING)
+        {
             return Ok(String::new());
         }
         self.ids.drain(..self.done);

@@ -33,7 +33,7 @@ const UNSUPPORTED: [&str; 17] = [
 
 /// Tensors that hold rotary frequencies instead of weights.
 pub(super) fn is_rope_table(name: &str) -> bool {
-    name == "rope_freqs.weight" || name.ends_with(".attn_rot_embd.weight") || name.ends_with(".rope_freqs.weight")
+    name == "rope_freqs.weight" || name.ends_with(".attn_rot_embd.weight")
 }
 
 pub(super) fn model_config(header: &Header, file: &[u8], path: &Path) -> Result<ModelConfig> {
@@ -56,7 +56,10 @@ pub(super) fn model_config(header: &Header, file: &[u8], path: &Path) -> Result<
         }
     }
     if header.u64("split.count").map_err(format)?.is_some_and(|count| count > 1) {
-        let message = format!("{} is one part of a split GGUF file; merge the parts first (llama-gguf-split --merge)", path.display());
+        let message = format!(
+            "{} is one part of a split GGUF file; merge the parts first (llama-gguf-split --merge)",
+            path.display()
+        );
         return Err(Error::Unsupported(message));
     }
     let config = meta.build(architecture, file).map_err(|problem| match problem {
@@ -99,7 +102,9 @@ impl Meta<'_> {
         let key = self.key(key);
         match self.header.u64(&key)? {
             None => Ok(None),
-            Some(value) => usize::try_from(value).map(Some).map_err(|_| format!("metadata {key} is {value}, too large")),
+            Some(value) => {
+                usize::try_from(value).map(Some).map_err(|_| format!("metadata {key} is {value}, too large"))
+            }
         }
     }
 
@@ -114,19 +119,28 @@ impl Meta<'_> {
     fn build(&self, architecture: Architecture, file: &[u8]) -> std::result::Result<ModelConfig, Problem> {
         let layers = self.required("block_count")?;
         if layers > MAX_LAYERS {
-            return Err(Problem::Format(format!("metadata {} is {layers}, more than {MAX_LAYERS}", self.key("block_count"))));
+            return Err(Problem::Format(format!(
+                "metadata {} is {layers}, more than {MAX_LAYERS}",
+                self.key("block_count")
+            )));
         }
         let hidden_size = self.required("embedding_length")?;
         let heads = self.required("attention.head_count")?;
         let head_dim = match self.usize("attention.key_length")? {
             Some(head_dim) => head_dim,
             None if heads > 0 && hidden_size.is_multiple_of(heads) => hidden_size / heads,
-            None => return Err(Problem::Format(format!("embedding_length {hidden_size} is not a multiple of head_count {heads}"))),
+            None => {
+                return Err(Problem::Format(format!(
+                    "embedding_length {hidden_size} is not a multiple of head_count {heads}"
+                )));
+            }
         };
         for (key, what) in [("attention.value_length", "value heads"), ("rope.dimension_count", "rotary embeddings")] {
             match self.usize(key)? {
                 Some(width) if width != head_dim => {
-                    return Err(Problem::Unsupported(format!("{what} of another width than the heads ({width}, {head_dim})")));
+                    return Err(Problem::Unsupported(format!(
+                        "{what} of another width than the heads ({width}, {head_dim})"
+                    )));
                 }
                 _ => {}
             }
@@ -159,7 +173,9 @@ impl Meta<'_> {
             num_attention_heads: heads,
             num_key_value_heads: self.usize("attention.head_count_kv")?.unwrap_or(heads),
             head_dim,
-            rms_norm_eps: eps.ok_or_else(|| format!("metadata {} is missing", self.key("attention.layer_norm_rms_epsilon")))? as f32,
+            rms_norm_eps: eps
+                .ok_or_else(|| format!("metadata {} is missing", self.key("attention.layer_norm_rms_epsilon")))?
+                as f32,
             rope: self.rope(file, head_dim, max_position_embeddings)?,
             max_position_embeddings,
             sliding_window: vec![window; layers],
@@ -197,7 +213,8 @@ impl Meta<'_> {
             "linear" if factor == 1.0 => None,
             "linear" => Some(RopeScaling::Linear { factor }),
             "yarn" => {
-                let beta = |key: &str, default| Ok::<_, String>(number(key)?.filter(|beta| *beta > 0.0).unwrap_or(default));
+                let beta =
+                    |key: &str, default| Ok::<_, String>(number(key)?.filter(|beta| *beta > 0.0).unwrap_or(default));
                 let magnitude = match number("rope.scaling.yarn_attn_factor")? {
                     Some(magnitude) => Some(magnitude),
                     None => number("rope.scaling.attn_factor")?,
@@ -214,7 +231,9 @@ impl Meta<'_> {
                     truncate: true,
                 })
             }
-            other => return Err(Problem::Unsupported(format!("rope scaling \"{other}\" (supported: none, linear, yarn)"))),
+            other => {
+                return Err(Problem::Unsupported(format!("rope scaling \"{other}\" (supported: none, linear, yarn)")));
+            }
         };
         if let Some(table) = self.tensor("rope_freqs.weight") {
             let llama3 = llama3(table, file, theta, head_dim)?;
@@ -231,12 +250,20 @@ impl Meta<'_> {
 ///
 /// The file has the divisors only. Every Llama 3.1 to 3.3 model was made with the same wavelength bounds (1, 4 and 8192
 /// positions), so the factor is the largest divisor, and all others must then follow; anything else is refused.
-fn llama3(table: &TensorInfo, file: &[u8], theta: f64, head_dim: usize) -> std::result::Result<Option<RopeScaling>, Problem> {
+fn llama3(
+    table: &TensorInfo,
+    file: &[u8],
+    theta: f64,
+    head_dim: usize,
+) -> std::result::Result<Option<RopeScaling>, Problem> {
     const LOW: f64 = 1.0;
     const HIGH: f64 = 4.0;
     const ORIGINAL: usize = 8192;
     if table.kind != GgmlType::F32 || table.shape != [head_dim / 2] {
-        return Err(Problem::Format(format!("tensor rope_freqs.weight has type {} and shape {:?}", table.kind, table.shape)));
+        return Err(Problem::Format(format!(
+            "tensor rope_freqs.weight has type {} and shape {:?}",
+            table.kind, table.shape
+        )));
     }
     let divisors: Vec<f64> =
         file[table.bytes.clone()].as_chunks().0.iter().map(|chunk| f64::from(f32::from_le_bytes(*chunk))).collect();

@@ -71,7 +71,9 @@ impl Header {
         let needed = value_count.checked_mul(13).zip(tensor_count.checked_mul(32)).and_then(|(a, b)| a.checked_add(b));
         if needed.is_none_or(|needed| needed > reader.left() as u64) {
             let left = reader.left();
-            return Err(format!("{value_count} metadata entries and {tensor_count} tensors do not fit the {left} bytes left"));
+            return Err(format!(
+                "{value_count} metadata entries and {tensor_count} tensors do not fit the {left} bytes left"
+            ));
         }
 
         let mut values = HashMap::new();
@@ -141,7 +143,9 @@ impl Header {
             Value::String(range) => Some(range.clone()),
             _ => None,
         })?;
-        range.map(|range| std::str::from_utf8(&file[range]).map_err(|_| format!("metadata {key} is not UTF-8"))).transpose()
+        range
+            .map(|range| std::str::from_utf8(&file[range]).map_err(|_| format!("metadata {key} is not UTF-8")))
+            .transpose()
     }
 
     fn array(&self, key: &str, expected: u32, what: &str) -> Parse<Option<(usize, Range<usize>)>> {
@@ -342,7 +346,8 @@ impl<'a> Reader<'a> {
         if !sizes[0].is_multiple_of(block) {
             return Err(format!("rows of {} elements are not whole blocks of {block} as {kind} has them", sizes[0]));
         }
-        let size = (elements / block).checked_mul(block_bytes).ok_or_else(|| format!("shape {sizes:?} is too large"))?;
+        let size =
+            (elements / block).checked_mul(block_bytes).ok_or_else(|| format!("shape {sizes:?} is too large"))?;
         sizes.reverse();
         let shape = sizes.into_iter().map(|size| size as usize).collect();
         Ok(Description { name: name.to_owned(), shape, kind, offset, size })

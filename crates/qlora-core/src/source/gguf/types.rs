@@ -122,7 +122,8 @@ fn dequantize(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) -> Result<()> {
     let mut aligned = vec![u64::zeroed(); bytes.len().div_ceil(8)];
     let blocks = &mut bytemuck::cast_slice_mut::<u64, u8>(&mut aligned)[..bytes.len()];
     blocks.copy_from_slice(bytes);
-    let tensor = ggml_file::qtensor_from_ggml(dtype, blocks, vec![out.len()], &Device::Cpu)?.dequantize(&Device::Cpu)?;
+    let tensor =
+        ggml_file::qtensor_from_ggml(dtype, blocks, vec![out.len()], &Device::Cpu)?.dequantize(&Device::Cpu)?;
     out.copy_from_slice(TensorView::new("dequantize", &tensor)?.as_slice());
     Ok(())
 }

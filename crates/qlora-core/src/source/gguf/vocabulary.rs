@@ -49,7 +49,8 @@ impl<'a> Vocabulary<'a> {
             "llama" => VocabularyKind::SentencePiece,
             other => return Err(format!("tokenizer \"{other}\" is not supported (supported: gpt2, llama)")),
         };
-        let tokens = header.strings("tokenizer.ggml.tokens", file)?.ok_or("metadata tokenizer.ggml.tokens is missing")?;
+        let tokens =
+            header.strings("tokenizer.ggml.tokens", file)?.ok_or("metadata tokenizer.ggml.tokens is missing")?;
         let types = header.ints("tokenizer.ggml.token_type", file)?.unwrap_or_default();
         let scores = header.floats("tokenizer.ggml.scores", file)?.unwrap_or_default();
         for (key, len) in [("token_type", types.len()), ("scores", scores.len())] {
