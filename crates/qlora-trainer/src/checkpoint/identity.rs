@@ -55,7 +55,9 @@ impl RunIdentity {
         let options = serde_json::to_value(config).expect("plain values have a JSON form");
         let mut map = Map::new();
         for (section, keys) in OPTIONS {
-            for key in *keys {
+            // How a base is quantized says nothing about one that is not.
+            let keys = if *section == "model" && !config.model.load_in_4bit { &keys[..1] } else { keys };
+            for key in keys {
                 map.insert(format!("{section}.{key}"), options[section][key].clone());
             }
         }

@@ -66,7 +66,7 @@ fn resumes_to_the_same_end(output: &Path) {
 #[test]
 fn the_first_saves_and_leaves() {
     let folder = tempfile::tempdir().unwrap();
-    let mut child = start(folder.path(), 30);
+    let mut child = start(folder.path(), 150);
     wait_for_log(folder.path(), 2);
     signal(&child, "-INT");
     assert!(child.wait().unwrap().success());

@@ -1,6 +1,8 @@
 //! What observers are told, and what ends up in the log.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::rc::Rc;
 
 use qlora_trainer::metrics::LogEntry;
 use qlora_trainer::progress::{Event, LossPlot, Observer};
@@ -72,4 +74,22 @@ fn the_log_says_what_happened() {
     let state: serde_json::Value = serde_json::from_str(&state).unwrap();
     assert_eq!(state["global_step"], 9);
     assert_eq!(state["log_history"].as_array().unwrap().len(), log.len());
+}
+
+#[test]
+fn every_micro_batch_has_its_own_randomness() {
+    let run = |seed: u64| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = config(folder.path());
+        config.training.seed = seed;
+        let model = Toy::new(1);
+        let seeds = Rc::clone(&model.seeds);
+        trainer(&config, model).run().unwrap();
+        seeds.take()
+    };
+    let seeds = run(42);
+    assert_eq!(seeds.len(), 24);
+    let both: BTreeSet<u64> = seeds.iter().copied().chain(run(43)).collect();
+    assert_eq!(both.len(), 48);
+    assert_eq!(run(42), seeds);
 }

@@ -4,7 +4,7 @@
 //! `base[t] + B1 A1[:, t] + drop(B2 A2[:, u])`; the loss is the cross-entropy. Because of `u`, a loader that lets documents
 //! see each other changes the loss.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -41,6 +41,8 @@ pub(crate) struct Toy {
     pub(crate) flat: Vec<f32>,
     /// Calls of `accumulate_gradients` and `evaluate` so far.
     pub(crate) calls: Rc<Cell<usize>>,
+    /// The seeds of all calls so far.
+    pub(crate) seeds: Rc<RefCell<Vec<u64>>>,
     /// Happens at this call, from 0.
     pub(crate) fault: Option<(usize, Fault)>,
     /// Happens whenever a batch holds this token in front.
@@ -67,6 +69,7 @@ impl Toy {
             base: (0..VOCAB * VOCAB).map(|i| value(i + 10_000)).collect(),
             flat,
             calls: Rc::default(),
+            seeds: Rc::default(),
             fault: None,
             poisoned_token: None,
             detached: false,
@@ -174,6 +177,7 @@ impl TrainableModel for Toy {
         step_seed: u64,
         grad: &mut [f32],
     ) -> Result<f64> {
+        self.seeds.borrow_mut().push(step_seed);
         let fault = self.fault(batch);
         if fault == Some(Fault::Killed) {
             return Err(Error::Invalid("killed".into()));
