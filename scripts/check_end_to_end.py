@@ -4,19 +4,20 @@
     python check_end_to_end.py BASE_FOLDER ADAPTER_FOLDER [--generated FILE.json] [--logits FILE.safetensors]
                                [--base f32|nf4|nf4_nearest] [--atol 1e-3]
 
-BASE_FOLDER is a Hugging Face folder, ADAPTER_FOLDER holds `adapter_config.json` and `adapter_model.safetensors`. Checks,
-each with a line of output; the exit code is 1 if one fails:
-1. the file's keys are exactly those PEFT expects: none missing, none unexpected, and no adapter tensor was left as PEFT
-   initialized it;
-2. `--logits`: for i = 0, 1, ...: `input_ids.i` (I64 or U32, [n]) and `logits.i` (F32, [n, vocab], the adapter on). The largest
-   difference to PEFT's must be at most `--atol`. `base_logits.i`, if there, is compared with the adapter off;
-3. `--generated`: `[{"input_ids": [...], "new_ids": [...]}, ...]`: greedy generation with the adapter on must give the same
-   tokens. A difference is shown with the distance between the two largest logits at that place: if that is of the size of
-   f32 rounding, the two answers are equally right, and the prompt a bad choice.
+BASE_FOLDER is a Hugging Face folder, ADAPTER_FOLDER holds `adapter_config.json` and `adapter_model.safetensors`.
+Checks, each with a line of output; the exit code is 1 if one fails:
+1. the file's keys are exactly those PEFT expects: none missing, none unexpected, and no adapter tensor was left as
+   PEFT initialized it;
+2. `--logits`: for i = 0, 1, ...: `input_ids.i` (I64 or U32, [n]) and `logits.i` (F32, [n, vocab], the adapter on).
+   The largest difference to PEFT's must be at most `--atol`. `base_logits.i`, if there, is compared with the adapter
+   off;
+3. `--generated`: `[{"input_ids": [...], "new_ids": [...]}, ...]`: greedy generation with the adapter on must give the
+   same tokens. A difference is shown with the distance between the two largest logits at that place: if that is of
+   the size of f32 rounding, the two answers are equally right, and the prompt a bad choice.
 
-With `--base nf4_nearest` the base is quantized as the adapter's training had it (NF4, double quantization, blocksize 64)
-and every block maximum has the code of the nearest level. With `--base nf4` the codes are those of bitsandbytes' CPU backend,
-about 2 in 1000 of which are not the nearest: allow a larger `--atol` then.
+With `--base nf4_nearest` the base is quantized as the adapter's training had it (NF4, double quantization, blocksize
+64) and every block maximum has the code of the nearest level. With `--base nf4` the codes are those of bitsandbytes'
+CPU backend, about 2 in 1000 of which are not the nearest: allow a larger `--atol` then.
 """
 
 import argparse
@@ -101,7 +102,7 @@ def check_generated(model, path: str) -> None:
     report(len(rows) > 0, f"{path} holds {len(rows)} prompts")
     equal = 0
     for number, row in enumerate(rows):
-        # Teacher forcing: greedy generation gives our tokens if and only if each is the largest logit given those before.
+        # Greedy generation gives our tokens if and only if each has the largest logit given those before.
         ids = torch.tensor([row["input_ids"] + row["new_ids"]])
         logits = model(input_ids=ids, use_cache=False).logits[0, len(row["input_ids"]) - 1 : -1]
         wrong = (logits.argmax(-1) != torch.tensor(row["new_ids"])).nonzero()
@@ -109,7 +110,10 @@ def check_generated(model, path: str) -> None:
             at = wrong[0].item()
             first, second = logits[at].topk(2).values.tolist()
             token = logits[at].argmax().item()
-            report(False, f"prompt {number}, token {at}: ours {row['new_ids'][at]}, PEFT's {token}, margin {first - second:.1e}")
+            report(
+                False,
+                f"prompt {number}, token {at}: ours {row['new_ids'][at]}, PEFT's {token}, margin {first - second:.1e}",
+            )
         else:
             equal += len(row["new_ids"]) > 0
     report(equal == len(rows), f"{equal} of {len(rows)} greedy generations are equal")

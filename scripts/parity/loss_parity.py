@@ -3,23 +3,24 @@
 
     python loss_parity.py HF_FOLDER [tests/fixtures/parity/smollm2_20_steps.json]
 
-Settings: base in NF4 with double quantization (blocksize 64, nested 256), quantized from f32 weights, f32 compute; LoRA
-r = 8, alpha = 16, all-linear, no dropout, adapters f32; AdamW (lr 2e-4, betas 0.9 and 0.999, eps 1e-8, weight decay 0);
-linear schedule without warmup: step k = 0..19 has lr 2e-4 * (20 - k) / 20; 2 micro-batches of one or two documents a step;
-loss = sum over the trained tokens of both micro-batches / their number; gradients clipped to norm 1.
+Settings: base in NF4 with double quantization (blocksize 64, nested 256), quantized from f32 weights, f32 compute;
+LoRA r = 8, alpha = 16, all-linear, no dropout, adapters f32; AdamW (lr 2e-4, betas 0.9 and 0.999, eps 1e-8, weight
+decay 0); linear schedule without warmup: step k = 0..19 has lr 2e-4 * (20 - k) / 20; 2 micro-batches of one or two
+documents a step; loss = sum over the trained tokens of both micro-batches / their number; gradients clipped to norm
+1.
 
-The file holds the documents (token ids of rows of examples/data/demo_train.jsonl in the chat template, and the number of
-leading tokens that are not trained), and for every step lr, loss (before the update) and gradient norm (before clipping)
-for three bases:
-* `nf4`: as bitsandbytes' CPU backend quantizes. About 2 in 1000 of its codes of absmax values are not the nearest of the 256
-  levels, as they should be (3700 of 1658880 here). The nested offset is the f32 mean of a layer's absmax values in PyTorch's
-  order of summation.
+The file holds the documents (token ids of rows of examples/data/demo_train.jsonl in the chat template, and the number
+of leading tokens that are not trained), and for every step lr, loss (before the update) and gradient norm (before
+clipping) for three bases:
+* `nf4`: as bitsandbytes' CPU backend quantizes. About 2 in 1000 of its codes of absmax values are not the nearest of
+  the 256 levels, as they should be (3700 of 1658880 here). The nested offset is the f32 mean of a layer's absmax
+  values in PyTorch's order of summation.
 * `nf4_nearest`: the same with every one of these codes set to the nearest level: what a correct quantizer gives.
 * `f32`: no quantization.
 
-The initial adapter is a formula, so that it need not be stored. B is zero. Element i (row-major, from 0) of the A named n
-(as in the adapter file: `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`), of shape [r, in], all integers
-modulo 2^64:
+The initial adapter is a formula, so that it need not be stored. B is zero. Element i (row-major, from 0) of the A
+named n (as in the adapter file: `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`), of shape [r, in],
+all integers modulo 2^64:
 
     seed = FNV-1a of the bytes of n    h = 0xcbf29ce484222325; for each byte b: h = (h xor b) * 0x100000001b3
     z = seed + (i + 1) * 0x9e3779b97f4a7c15                                           (splitmix64)
@@ -114,7 +115,9 @@ def write(result: dict, out: pathlib.Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     head = {k: v for k, v in result.items() if k not in ("micro_batches", "steps")}
     lines = [f'  "{k}": {json.dumps(v)}' for k, v in head.items()]
-    lines.append('  "micro_batches": [\n' + ",\n".join("    " + json.dumps(b) for b in result["micro_batches"]) + "\n  ]")
+    lines.append(
+        '  "micro_batches": [\n' + ",\n".join("    " + json.dumps(b) for b in result["micro_batches"]) + "\n  ]"
+    )
     traces = [
         f'    "{base}": [\n' + ",\n".join("      " + json.dumps(s) for s in trace) + "\n    ]"
         for base, trace in result["steps"].items()

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
 def set_codes_to_nearest(weight, plain: np.ndarray) -> int:
-    """Replaces the absmax codes that are not the level nearest to `(absmax - offset) / nested absmax`; how many were."""
+    """Replaces the absmax codes that are not the level nearest to (absmax - offset) / nested absmax; how many?"""
     state = weight.quant_state
     levels, offset = state.state2.code.numpy(), state.offset.numpy()
     absmax = np.abs(plain.reshape(-1, 64)).max(axis=1) - offset
