@@ -2,31 +2,36 @@
 """Does PEFT read an adapter that this library wrote, and compute the same with it?
 
     python check_end_to_end.py BASE_FOLDER ADAPTER_FOLDER [--generated FILE.json] [--logits FILE.safetensors]
-                               [--base f32|nf4] [--atol 1e-3]
+                               [--base f32|nf4|nf4_nearest] [--atol 1e-3]
 
-BASE_FOLDER is a Hugging Face folder, ADAPTER_FOLDER holds `adapter_config.json` and `adapter_model.safetensors`. Checks,
-each with a line of output; the exit code is 1 if one fails:
-1. the file's keys are exactly those PEFT expects: none missing, none unexpected, and no adapter tensor was left as PEFT
-   initialized it;
-2. `--logits`: for i = 0, 1, ...: `input_ids.i` (I64 or U32, [n]) and `logits.i` (F32, [n, vocab], the adapter on). The largest
-   difference to PEFT's must be at most `--atol`. `base_logits.i`, if there, is compared with the adapter off;
-3. `--generated`: `[{"input_ids": [...], "new_ids": [...]}, ...]`: greedy generation with the adapter on must give the same
-   tokens. A difference is shown with the distance between the two largest logits at that place: if that is of the size of
-   f32 rounding, the two answers are equally right, and the prompt a bad choice.
+BASE_FOLDER is a Hugging Face folder, ADAPTER_FOLDER holds `adapter_config.json` and `adapter_model.safetensors`.
+Checks, each with a line of output; the exit code is 1 if one fails:
+1. the file's keys are exactly those PEFT expects: none missing, none unexpected, and no adapter tensor was left as
+   PEFT initialized it;
+2. `--logits`: for i = 0, 1, ...: `input_ids.i` (I64 or U32, [n]) and `logits.i` (F32, [n, vocab], the adapter on).
+   The largest difference to PEFT's must be at most `--atol`. `base_logits.i`, if there, is compared with the adapter
+   off;
+3. `--generated`: `[{"input_ids": [...], "new_ids": [...]}, ...]`: greedy generation with the adapter on must give the
+   same tokens. A difference is shown with the distance between the two largest logits at that place: if that is of
+   the size of f32 rounding, the two answers are equally right, and the prompt a bad choice.
 
-With `--base nf4` the base is quantized by bitsandbytes (double quantization) as the adapter's training had it; the codes of
-its CPU backend differ from the nearest level in about 1 of 1000 block maxima, so allow a larger `--atol` then.
+With `--base nf4_nearest` the base is quantized as the adapter's training had it (NF4, double quantization, blocksize
+64) and every block maximum has the code of the nearest level. With `--base nf4` the codes are those of bitsandbytes'
+CPU backend, about 2 in 1000 of which are not the nearest: allow a larger `--atol` then.
 """
 
 import argparse
 import json
+import pathlib
 import sys
 import warnings
 
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parent / "parity"))
+import nf4_base  # noqa: E402
 
 failures = 0
 
@@ -38,17 +43,7 @@ def report(ok: bool, text: str) -> None:
 
 
 def load(args):
-    kwargs = {}
-    if args.base == "nf4":
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        )
-    base = AutoModelForCausalLM.from_pretrained(
-        args.base_folder, dtype=torch.float32, attn_implementation="eager", **kwargs
-    )
+    base = nf4_base.load(args.base_folder, args.base)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = PeftModel.from_pretrained(base, args.adapter)
@@ -107,7 +102,7 @@ def check_generated(model, path: str) -> None:
     report(len(rows) > 0, f"{path} holds {len(rows)} prompts")
     equal = 0
     for number, row in enumerate(rows):
-        # Teacher forcing: greedy generation gives our tokens if and only if each is the largest logit given those before.
+        # Greedy generation gives our tokens if and only if each has the largest logit given those before.
         ids = torch.tensor([row["input_ids"] + row["new_ids"]])
         logits = model(input_ids=ids, use_cache=False).logits[0, len(row["input_ids"]) - 1 : -1]
         wrong = (logits.argmax(-1) != torch.tensor(row["new_ids"])).nonzero()
@@ -115,7 +110,10 @@ def check_generated(model, path: str) -> None:
             at = wrong[0].item()
             first, second = logits[at].topk(2).values.tolist()
             token = logits[at].argmax().item()
-            report(False, f"prompt {number}, token {at}: ours {row['new_ids'][at]}, PEFT's {token}, margin {first - second:.1e}")
+            report(
+                False,
+                f"prompt {number}, token {at}: ours {row['new_ids'][at]}, PEFT's {token}, margin {first - second:.1e}",
+            )
         else:
             equal += len(row["new_ids"]) > 0
     report(equal == len(rows), f"{equal} of {len(rows)} greedy generations are equal")
@@ -127,7 +125,7 @@ def main() -> None:
     parser.add_argument("adapter")
     parser.add_argument("--generated")
     parser.add_argument("--logits")
-    parser.add_argument("--base", choices=["f32", "nf4"], default="f32")
+    parser.add_argument("--base", choices=["f32", "nf4", "nf4_nearest"], default="f32")
     parser.add_argument("--atol", type=float, default=1e-3)
     args = parser.parse_args()
     model = load(args)

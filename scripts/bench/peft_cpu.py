@@ -3,10 +3,10 @@
 
     python peft_cpu.py HF_FOLDER [--base nf4|fp32|bf16] [--compute f32|bf16] [--steps 8] ...
 
-Real steps (forward, backward, gradient clipping, AdamW) on random tokens with the loss over all of them, LoRA on every
-linear layer. Prints one JSON line: `tok_s` is tokens per second of the median step after the warm-up; `peak_rss_gb` the
-peak resident memory (GB = 1e9 bytes) of the whole process, loading included, and `peak_rss_train_gb` that of the steps
-alone, both with the pages of the memory-mapped model file that are resident.
+Real steps (forward, backward, gradient clipping, AdamW) on random tokens with the loss over all of them, LoRA on
+every linear layer. Prints one JSON line: `tok_s` is tokens per second of the median step after the warm-up;
+`peak_rss_gb` the peak resident memory (GB = 1e9 bytes) of the whole process, loading included, and
+`peak_rss_train_gb` that of the steps alone, both with the pages of the memory-mapped model file that are resident.
 """
 
 import argparse
@@ -29,8 +29,12 @@ def peak_rss_gb() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="Hugging Face folder")
-    parser.add_argument("--base", choices=["nf4", "fp32", "bf16"], default="nf4", help="nf4 is with double quantization")
-    parser.add_argument("--compute", choices=list(DTYPES), default="f32", help="dtype of activations and dequantized weights")
+    parser.add_argument(
+        "--base", choices=["nf4", "fp32", "bf16"], default="nf4", help="nf4 is with double quantization"
+    )
+    parser.add_argument(
+        "--compute", choices=list(DTYPES), default="f32", help="dtype of activations and dequantized weights"
+    )
     parser.add_argument("--sequences", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--r", type=int, default=16)
@@ -41,7 +45,9 @@ def main() -> None:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     args = parser.parse_args()
     if (args.base, args.compute) in (("fp32", "bf16"), ("bf16", "f32")):
-        parser.error("a base that is not quantized computes in its own dtype: give --base fp32 or --base bf16 --compute bf16")
+        parser.error(
+            "a base that is not quantized computes in its own dtype: give --base fp32 or --base bf16 --compute bf16"
+        )
     torch.set_num_threads(args.threads)
     set_seed(0)
     kwargs = {}
@@ -77,8 +83,9 @@ def main() -> None:
         seconds.append(time.perf_counter() - start)
     tokens = args.sequences * args.length
     train = peak_rss_gb()
+    library = " + bitsandbytes" if args.base == "nf4" else ""
     line = {
-        "system": f"transformers + PEFT + {'bitsandbytes ' if args.base == 'nf4' else ''}{args.base}, compute {args.compute}",
+        "system": f"transformers + PEFT{library}, base {args.base}, compute {args.compute}",
         "tok_s": round(tokens / statistics.median(seconds[args.warmup :]), 1),
         "peak_rss_gb": round(max(whole, train), 3),
         "peak_rss_train_gb": round(train, 3),

@@ -3,9 +3,9 @@
 
     python demo_task.py HF_FOLDER [--steps 60 --batch 8 --lr 1e-3 --r 16 --alpha 32 --base nf4|f32 --eval 100]
 
-Trains on examples/data/demo_train.jsonl in the file's order (loss on the answer alone, normalized by its tokens; AdamW
-without weight decay, linear warmup over the first 5 % of the steps, then cosine to 0, gradients clipped to norm 1) and prints the
-held-out exact match of greedy generation before and after.
+Trains on examples/data/demo_train.jsonl in the file's order (loss on the answer alone, normalized by its tokens;
+AdamW without weight decay, linear warmup over the first 5 % of the steps, then cosine to 0, gradients clipped to norm
+1) and prints the held-out exact match of greedy generation before and after.
 """
 
 import argparse
@@ -38,18 +38,21 @@ def example(tokenizer, messages) -> tuple[list[int], int]:
 def pad(sequences: list[list[int]], value: int, left: bool = False) -> torch.Tensor:
     width = max(map(len, sequences))
     fill = [[value] * (width - len(s)) for s in sequences]
-    return torch.tensor([f + s if left else s + f for s, f in zip(sequences, fill)])
+    return torch.tensor([f + s if left else s + f for s, f in zip(sequences, fill, strict=True)])
 
 
 @torch.no_grad()
 def exact_match(model, tokenizer, held_out, batch: int = 50) -> tuple[float, list]:
     right, wrong = 0, []
-    prompts = [tokenizer.apply_chat_template(m[:-1], add_generation_prompt=True, return_dict=True)["input_ids"] for m in held_out]
+    prompts = [
+        tokenizer.apply_chat_template(m[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        for m in held_out
+    ]
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         ids, mask = pad(part, tokenizer.pad_token_id, left=True), pad([[1] * len(p) for p in part], 0, left=True)
         out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=48, do_sample=False)
-        for messages, row in zip(held_out[start:], out[:, ids.shape[1] :]):
+        for messages, row in zip(held_out[start : start + batch], out[:, ids.shape[1] :], strict=True):
             text = tokenizer.decode(row, skip_special_tokens=True).strip()
             if text == messages[-1]["content"]:
                 right += 1

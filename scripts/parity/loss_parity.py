@@ -3,23 +3,24 @@
 
     python loss_parity.py HF_FOLDER [tests/fixtures/parity/smollm2_20_steps.json]
 
-Settings: base in NF4 with double quantization (blocksize 64, nested 256), quantized from f32 weights, f32 compute; LoRA
-r = 8, alpha = 16, all-linear, no dropout, adapters f32; AdamW (lr 2e-4, betas 0.9 and 0.999, eps 1e-8, weight decay 0);
-linear schedule without warmup: step k = 0..19 has lr 2e-4 * (20 - k) / 20; 2 micro-batches of one or two documents a step;
-loss = sum over the trained tokens of both micro-batches / their number; gradients clipped to norm 1.
+Settings: base in NF4 with double quantization (blocksize 64, nested 256), quantized from f32 weights, f32 compute;
+LoRA r = 8, alpha = 16, all-linear, no dropout, adapters f32; AdamW (lr 2e-4, betas 0.9 and 0.999, eps 1e-8, weight
+decay 0); linear schedule without warmup: step k = 0..19 has lr 2e-4 * (20 - k) / 20; 2 micro-batches of one or two
+documents a step; loss = sum over the trained tokens of both micro-batches / their number; gradients clipped to norm
+1.
 
-The file holds the documents (token ids of rows of examples/data/demo_train.jsonl in the chat template, and the number of
-leading tokens that are not trained), and for every step lr, loss (before the update) and gradient norm (before clipping)
-for three bases:
-* `nf4`: as bitsandbytes' CPU backend quantizes. That backend looks the levels of the block maxima up in a table, and about
-  1 code in 1000 is not the nearest of the 256 levels (its CUDA backend finds the nearest). The nested offset is the f32
-  mean of a layer's absmax values in PyTorch's order of summation.
+The file holds the documents (token ids of rows of examples/data/demo_train.jsonl in the chat template, and the number
+of leading tokens that are not trained), and for every step lr, loss (before the update) and gradient norm (before
+clipping) for three bases:
+* `nf4`: as bitsandbytes' CPU backend quantizes. About 2 in 1000 of its codes of absmax values are not the nearest of
+  the 256 levels, as they should be (3700 of 1658880 here). The nested offset is the f32 mean of a layer's absmax
+  values in PyTorch's order of summation.
 * `nf4_nearest`: the same with every one of these codes set to the nearest level: what a correct quantizer gives.
 * `f32`: no quantization.
 
-The initial adapter is a formula, so that it need not be stored. B is zero. Element i (row-major, from 0) of the A named n
-(as in the adapter file: `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`), of shape [r, in], all integers
-modulo 2^64:
+The initial adapter is a formula, so that it need not be stored. B is zero. Element i (row-major, from 0) of the A
+named n (as in the adapter file: `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`), of shape [r, in],
+all integers modulo 2^64:
 
     seed = FNV-1a of the bytes of n    h = 0xcbf29ce484222325; for each byte b: h = (h xor b) * 0x100000001b3
     z = seed + (i + 1) * 0x9e3779b97f4a7c15                                           (splitmix64)
@@ -29,6 +30,7 @@ modulo 2^64:
     A[i] = f32(((z >> 40) * 2^-23 - 1) * bound)    bound = f32(1 / sqrt(f64(in)))
 
 The factor in front of `bound` is exact in f32, the product is one f32 multiplication: the same bits on every machine.
+`initial_a_check` in the file has the first four values of two tensors.
 """
 
 import json
@@ -38,13 +40,17 @@ import time
 
 import numpy as np
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoTokenizer
 
+import nf4_base
 from demo_task import example, pad, rows
 
 STEPS, ACCUMULATION, RATE = 20, 2, 2e-4
+CHECKED = {
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": 576,
+    "base_model.model.model.layers.29.mlp.down_proj.lora_A.weight": 1536,
+}
 
 
 def initial_a(name: str, rows: int, width: int) -> np.ndarray:
@@ -59,40 +65,8 @@ def initial_a(name: str, rows: int, width: int) -> np.ndarray:
     return (unit * np.float32(1 / np.sqrt(np.float64(width)))).reshape(rows, width)
 
 
-def set_codes_to_nearest(weight) -> int:
-    """Replaces the absmax codes that are not the level nearest to `(absmax - offset) / nested absmax`; how many were."""
-    state = weight.quant_state
-    levels, offset = state.state2.code.numpy(), state.offset.numpy()
-    absmax = np.abs(weight.plain.reshape(-1, 64)).max(axis=1) - offset
-    nested = np.repeat(state.state2.absmax.numpy(), 256)[: len(absmax)]
-    scaled = absmax * (np.float32(1) / nested)
-    middle = (levels[:-1].astype(np.float64) + levels[1:].astype(np.float64)) / 2
-    codes = torch.from_numpy(np.searchsorted(middle, scaled.astype(np.float64)).astype(np.uint8))
-    changed = int((codes != state.absmax).sum())
-    state.absmax.copy_(codes)
-    return changed
-
-
 def build(source: str, base: str):
-    kwargs = {}
-    if base != "f32":
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        )
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager", **kwargs)
-    if base == "nf4_nearest":
-        plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        changed = total = 0
-        for name, module in model.named_modules():
-            if isinstance(module, Linear4bit):
-                module.weight.plain = plain.get_submodule(name).weight.detach().numpy()
-                changed += set_codes_to_nearest(module.weight)
-                total += module.weight.quant_state.absmax.numel()
-                del module.weight.plain
-        print(f"{changed} of {total} absmax codes were not the nearest level")
+    model = nf4_base.load(source, base)
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
@@ -137,6 +111,21 @@ def train(model, batches: list[list[dict]], pad_id: int) -> list[dict]:
     return trace
 
 
+def write(result: dict, out: pathlib.Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    head = {k: v for k, v in result.items() if k not in ("micro_batches", "steps")}
+    lines = [f'  "{k}": {json.dumps(v)}' for k, v in head.items()]
+    lines.append(
+        '  "micro_batches": [\n' + ",\n".join("    " + json.dumps(b) for b in result["micro_batches"]) + "\n  ]"
+    )
+    traces = [
+        f'    "{base}": [\n' + ",\n".join("      " + json.dumps(s) for s in trace) + "\n    ]"
+        for base, trace in result["steps"].items()
+    ]
+    lines.append('  "steps": {\n' + ",\n".join(traces) + "\n  }")
+    out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
 def main() -> None:
     torch.set_num_threads(1)  # the same order of summation everywhere
     source = sys.argv[1]
@@ -159,6 +148,7 @@ def main() -> None:
             "max_grad_norm": 1.0,
             "gradient_accumulation_steps": ACCUMULATION,
         },
+        "initial_a_check": {name: initial_a(name, 8, width)[0, :4].tolist() for name, width in CHECKED.items()},
         "micro_batches": batches,
         "steps": {},
     }
@@ -167,16 +157,7 @@ def main() -> None:
         model = build(source, base)
         result["steps"][base] = train(model, batches, tokenizer.pad_token_id)
         print(f"{base}: {time.time() - start:.0f} s", flush=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    head = {k: v for k, v in result.items() if k not in ("micro_batches", "steps")}
-    lines = [f'  "{k}": {json.dumps(v)}' for k, v in head.items()]
-    lines.append('  "micro_batches": [\n' + ",\n".join("    " + json.dumps(b) for b in batches) + "\n  ]")
-    traces = [
-        f'    "{base}": [\n' + ",\n".join("      " + json.dumps(s) for s in trace) + "\n    ]"
-        for base, trace in result["steps"].items()
-    ]
-    lines.append('  "steps": {\n' + ",\n".join(traces) + "\n  }")
-    out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    write(result, out)
 
 
 if __name__ == "__main__":
