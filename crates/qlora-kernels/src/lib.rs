@@ -17,8 +17,8 @@
 //! This is the one crate of the workspace that holds unsafe code.
 
 pub mod error;
-mod math;
 pub mod mapped;
+mod math;
 pub mod matrix;
 pub mod ops;
 mod parallel;

@@ -64,7 +64,8 @@ impl TextEncoder for ModelEncoder<'_> {
             )
             .into());
         }
-        let spans: Vec<_> = rendered.answers.into_iter().zip(trained).filter(|(_, t)| *t).map(|(span, _)| span).collect();
+        let spans: Vec<_> =
+            rendered.answers.into_iter().zip(trained).filter(|(_, t)| *t).map(|(span, _)| span).collect();
         let (ids, trained) = self.tokenizer.encode_with_spans(&rendered.text, &spans, false)?;
         Ok(Encoded { ids, trained })
     }

@@ -10,6 +10,7 @@
 //! | [`trainer`] | the loop |
 //! | [`optimizer`], [`schedule`] | AdamW with clipping, the learning rate |
 //! | [`checkpoint`] | atomic checkpoints, resumed bit for bit |
+//! | [`exact_match`] | generated answers against expected ones |
 //! | [`metrics`], [`progress`] | the log, a progress bar, a plot of the loss |
 //! | [`interrupt`], [`memory`], [`fingerprint`] | Ctrl-C, memory of the process, fingerprints |
 
@@ -20,6 +21,7 @@ pub mod config;
 pub mod data;
 pub mod encoder;
 pub mod error;
+pub mod exact_match;
 pub mod fingerprint;
 mod guard;
 pub mod interrupt;
@@ -27,7 +29,6 @@ pub mod memory;
 pub mod metrics;
 pub mod model;
 pub mod optimizer;
-mod pending;
 pub mod progress;
 pub mod qlora_model;
 mod rng;

@@ -5,8 +5,8 @@
 
 use crate::config::TrainingOptions;
 use crate::error::Result;
-use crate::pending::adamw::{self, AdamW};
-use crate::pending::grad_norm;
+use qlora_kernels::ops::adamw::{self, AdamW};
+use qlora_kernels::ops::grad_norm;
 
 /// Gradient and moments of all trainable parameters, and the settings of the update.
 #[derive(Clone, Debug)]

@@ -110,11 +110,7 @@ impl Session {
     ///
     /// # Errors
     /// If the data does not fit the model.
-    pub fn into_trainer<'a>(
-        self,
-        training: Dataset,
-        validation: Option<Dataset>,
-    ) -> Result<Trainer<'a, QLoraModel>> {
+    pub fn into_trainer<'a>(self, training: Dataset, validation: Option<Dataset>) -> Result<Trainer<'a, QLoraModel>> {
         let (model, config) = self.into_model()?;
         Trainer::new(config, model, training, validation)
     }

@@ -31,7 +31,7 @@ use std::path::{Path, PathBuf};
 use crate::config::TrainConfig;
 use crate::error::{Error, Result};
 use crate::model::TrainableModel;
-use crate::pending::atomic::replace_directory;
+use qlora_core::atomic::replace_directory;
 use state::TrainerState;
 use tensors::OptimizerTensors;
 

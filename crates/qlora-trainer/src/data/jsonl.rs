@@ -41,6 +41,28 @@ pub fn load_jsonl(paths: &[PathBuf], encoder: &dyn TextEncoder, options: &Encode
     Ok(dataset)
 }
 
+/// Reads the rows of a JSONL file as they are, without encoding them.
+///
+/// # Errors
+/// The first problem, with its file and line. Also a file without any row.
+pub fn read_records(path: &Path) -> Result<Vec<Record>> {
+    let mut reader = BufReader::new(File::open(path).map_err(|error| Error::io(path, error))?);
+    let (mut number, mut records) = (0, Vec::new());
+    loop {
+        let lines = read_lines(path, &mut reader, &mut number)?;
+        if lines.is_empty() {
+            break;
+        }
+        for line in &lines {
+            records.push(parse_line(path, line)?);
+        }
+    }
+    if records.is_empty() {
+        return Err(Error::data(path, None, "the file has no rows"));
+    }
+    Ok(records)
+}
+
 fn read_file(path: &Path, encoder: &dyn TextEncoder, options: &EncodeOptions, dataset: &mut Dataset) -> Result<()> {
     let file = File::open(path).map_err(|error| Error::io(path, error))?;
     let mut reader = BufReader::new(file);
@@ -93,12 +115,16 @@ fn read_lines(path: &Path, reader: &mut impl BufRead, number: &mut usize) -> Res
 }
 
 fn encode_line(path: &Path, line: &Line, encoder: &dyn TextEncoder, options: &EncodeOptions) -> Result<Outcome> {
+    let record = parse_line(path, line)?;
+    encode(&record, encoder, options).map_err(|message| Error::data(path, line.number, message))
+}
+
+fn parse_line(path: &Path, line: &Line) -> Result<Record> {
     let refuse = |message: String| Error::data(path, line.number, message);
     let text = std::str::from_utf8(&line.bytes)
         .map_err(|error| refuse(format!("not UTF-8 text (byte {} of the line)", error.valid_up_to() + 1)))?;
     let row: Value = serde_json::from_str(text).map_err(|error| refuse(json_message(text, line.number, &error)))?;
-    let record = Record::from_json(&row).map_err(refuse)?;
-    encode(&record, encoder, options).map_err(refuse)
+    Record::from_json(&row).map_err(refuse)
 }
 
 fn json_message(text: &str, number: usize, error: &serde_json::Error) -> String {

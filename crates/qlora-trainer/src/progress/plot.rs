@@ -8,7 +8,7 @@ use super::chart::{Chart, Series, Style};
 use super::{Event, Observer};
 use crate::error::Result;
 use crate::metrics::LogEntry;
-use crate::pending::atomic::write_atomically;
+use qlora_core::atomic::write_atomically;
 
 /// The most points of a line; longer logs are thinned out.
 const POINTS: usize = 1000;

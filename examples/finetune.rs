@@ -1,0 +1,69 @@
+//! Fine-tunes a model as a TOML file says.
+//!
+//!     cargo run --release --example finetune -- examples/finetune.toml
+//!     cargo run --release --example finetune -- my.toml --set training.learning_rate=1e-4 --set lora.r=32
+//!
+//! `examples/finetune.toml` lists every key. Ctrl-C saves a checkpoint and stops; `resume_from_checkpoint = true` goes on
+//! from it, bit for bit.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Parser;
+use indicatif::{ProgressBar as Bar, ProgressStyle};
+use qlora::trainer::progress::{LossPlot, ProgressBar};
+use qlora::trainer::session::Session;
+use qlora::trainer::{Interrupt, Outcome, TrainConfig};
+
+/// Fine-tunes a model with QLoRA.
+#[derive(Parser)]
+struct Args {
+    /// The configuration.
+    config: PathBuf,
+    /// Changes a key of it, as `section.key=value`.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+}
+
+fn main() -> anyhow::Result<()> {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(tracing::Level::WARN).init();
+    let args = Args::parse();
+    let mut config = TrainConfig::from_toml_file(&args.config)?;
+    for change in &args.set {
+        let (key, value) = change.split_once('=').context("--set takes section.key=value")?;
+        config.set(key.trim(), value.trim())?;
+    }
+    let interrupt = Interrupt::on_ctrl_c()?;
+
+    eprintln!("loading {}", config.model.model_name_or_path);
+    let bar = Bar::new(0).with_style(ProgressStyle::with_template("{bar:24} {pos}/{len} weights, {eta} left")?);
+    let session = Session::open(&config, |done, total| {
+        bar.set_length(total as u64);
+        bar.set_position(done as u64);
+    })?;
+    bar.finish_and_clear();
+    let memory = session.model().memory();
+    eprintln!(
+        "model {:.1} MB (of it frozen projections {:.1}), adapter {:.1} MB",
+        memory.total() as f64 / 1e6,
+        memory.projections as f64 / 1e6,
+        memory.adapter as f64 / 1e6
+    );
+
+    let (training, validation) = session.datasets()?;
+    eprintln!("{}", training.stats());
+    let output = config.training.output_dir.clone();
+    let summary = session
+        .into_trainer(training, validation)?
+        .with_interrupt(interrupt)
+        .with_observer(ProgressBar::new())
+        .with_observer(LossPlot::new(output.join("loss.svg"), "training loss"))
+        .run()?;
+
+    match (summary.outcome, summary.adapter) {
+        (Outcome::Finished, Some(adapter)) => println!("adapter: {}", adapter.display()),
+        _ => println!("stopped after step {}; the checkpoint is in {}", summary.steps, output.display()),
+    }
+    println!("loss plot: {}", output.join("loss.svg").display());
+    Ok(())
+}

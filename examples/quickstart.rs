@@ -1,0 +1,101 @@
+//! The whole way on the demo task: measure the base model, fine-tune it, measure it again. `scripts/quickstart.sh` runs it.
+//!
+//!     cargo run --release --example quickstart -- --model SmolLM2-135M-Instruct.gguf
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use clap::Parser;
+use indicatif::{ProgressBar as Bar, ProgressStyle};
+use qlora::model::CausalLm;
+use qlora::tokenizer::Tokenizer;
+use qlora::trainer::data::{Record, read_records};
+use qlora::trainer::encoder::ModelEncoder;
+use qlora::trainer::exact_match::{Answer, answers};
+use qlora::trainer::progress::{LossPlot, ProgressBar};
+use qlora::trainer::session::Session;
+use qlora::trainer::{Interrupt, Outcome, TrainConfig, memory};
+
+/// Fine-tunes the demo model on the demo task.
+#[derive(Parser)]
+struct Args {
+    /// The model: a folder, a GGUF file or a hub id.
+    #[arg(long)]
+    model: String,
+    /// The configuration.
+    #[arg(long, default_value = "examples/quickstart.toml")]
+    config: PathBuf,
+    /// The rows to measure on.
+    #[arg(long, default_value = "examples/data/demo_heldout.jsonl")]
+    heldout: PathBuf,
+}
+
+fn main() -> anyhow::Result<()> {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(tracing::Level::WARN).init();
+    let args = Args::parse();
+    let start = Instant::now();
+    let mut config = TrainConfig::from_toml_file(&args.config)?;
+    config.model.model_name_or_path = args.model;
+    let heldout = read_records(&args.heldout)?;
+
+    println!("loading and quantizing {}", config.model.model_name_or_path);
+    let session = Session::open(&config, |_, _| ())?;
+    let (training, validation) = session.datasets()?;
+    println!("training data: {}", training.stats());
+
+    // The trainer takes the model; what reads and writes text stays here.
+    let files = qlora::open::open_model(&config.model.model_name_or_path, &Default::default())?;
+    let ends = &files.generation.eos_token_ids;
+    let encoder = ModelEncoder::new(&files.tokenizer, files.chat_template.as_ref(), ends);
+    let before = measure("before", session.model(), &files.tokenizer, &encoder, &heldout)?;
+
+    let output = config.training.output_dir.clone();
+    let plot = output.join("loss.svg");
+    let mut trainer = session
+        .into_trainer(training, validation)?
+        .with_interrupt(Interrupt::on_ctrl_c()?)
+        .with_observer(ProgressBar::new())
+        .with_observer(LossPlot::new(&plot, "demo task: training loss"));
+    let summary = trainer.run()?;
+    if summary.outcome == Outcome::Interrupted {
+        println!("stopped after step {}", summary.steps);
+        return Ok(());
+    }
+    let model = trainer.into_model();
+    let after = measure("after", model.model(), &files.tokenizer, &encoder, &heldout)?;
+    report(&before, &after, &plot, summary.adapter.as_deref());
+    let peak = memory::peak_resident().unwrap_or_default() as f64 / 1e9;
+    println!("{:.0} s in all, peak memory {peak:.2} GB", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+fn measure(
+    when: &str,
+    model: &CausalLm,
+    tokenizer: &Tokenizer,
+    encoder: &ModelEncoder,
+    heldout: &[Record],
+) -> anyhow::Result<Vec<Answer>> {
+    let style = ProgressStyle::with_template("{msg} {bar:24} {pos}/{len} answers")?;
+    let bar = Bar::new(heldout.len() as u64).with_style(style).with_message(format!("measuring {when}"));
+    let answers = answers(model, tokenizer, encoder, heldout, 48, 25, |done| bar.set_position(done as u64))?;
+    bar.finish_and_clear();
+    println!("exact match {when} training: {} of {}", exact(&answers), answers.len());
+    Ok(answers)
+}
+
+fn exact(answers: &[Answer]) -> usize {
+    answers.iter().filter(|answer| answer.is_exact()).count()
+}
+
+fn report(before: &[Answer], after: &[Answer], plot: &Path, adapter: Option<&Path>) {
+    println!("\nfor example: {}", before[0].prompt);
+    println!("  expected   {}", before[0].expected);
+    println!("  before     {}", before[0].given.replace('\n', " "));
+    println!("  after      {}", after[0].given);
+    println!("\nheld-out exact match: {} -> {} of {}", exact(before), exact(after), after.len());
+    println!("loss plot: {}", plot.display());
+    if let Some(adapter) = adapter {
+        println!("adapter:   {} (PEFT loads it too)", adapter.display());
+    }
+}
