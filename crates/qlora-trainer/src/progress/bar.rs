@@ -23,6 +23,8 @@ const NEW: f64 = 0.1;
 pub struct ProgressBar {
     display: Display,
     speed: Speed,
+    /// The status after the last step, to go back to after an evaluation.
+    status: String,
 }
 
 enum Display {
@@ -42,15 +44,23 @@ impl ProgressBar {
         if !std::io::stderr().is_terminal() {
             return Self::lines(std::io::stderr());
         }
-        let bar = indicatif::ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        Self::bar(ProgressDrawTarget::stderr())
+    }
+
+    fn bar(target: ProgressDrawTarget) -> Self {
+        let bar = indicatif::ProgressBar::with_draw_target(None, target);
         let style = ProgressStyle::with_template("{bar:24.cyan} {pos}/{len}  {msg}").expect("the template is valid");
         bar.set_style(style.progress_chars("█▉▊▋▌▍▎▏░"));
-        Self { display: Display::Bar(bar), speed: Speed::default() }
+        Self { display: Display::Bar(bar), speed: Speed::default(), status: String::new() }
     }
 
     /// Plain lines: the first and last step, one every ten seconds between, every evaluation and checkpoint.
     pub fn lines(out: impl Write + 'static) -> Self {
-        Self { display: Display::Lines { out: Box::new(out), last: None }, speed: Speed::default() }
+        Self {
+            display: Display::Lines { out: Box::new(out), last: None },
+            speed: Speed::default(),
+            status: String::new(),
+        }
     }
 
     /// A line that stays.
@@ -67,8 +77,8 @@ impl ProgressBar {
         let status = status(info, &self.speed);
         match &mut self.display {
             Display::Bar(bar) => {
+                bar.set_message(status.clone());
                 bar.set_position(info.step);
-                bar.set_message(status);
             }
             Display::Lines { out, last } => {
                 let is_due = last.is_none_or(|last| last.elapsed() >= PLAIN_INTERVAL);
@@ -78,6 +88,7 @@ impl ProgressBar {
                 }
             }
         }
+        self.status = status;
     }
 }
 
@@ -107,6 +118,9 @@ impl Observer for ProgressBar {
             Event::Eval(entry) => {
                 let (step, loss, seconds) = (entry.step, entry.eval_loss, entry.eval_runtime);
                 self.say(&format!("step {step}: eval loss {loss:.4} ({})", duration(seconds)));
+                if let Display::Bar(bar) = &self.display {
+                    bar.set_message(self.status.clone());
+                }
             }
             Event::Checkpoint(path) => self.say(&format!("saved {}", path.display())),
             Event::Message(text) => self.say(text),
@@ -157,7 +171,9 @@ fn duration(seconds: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::StartInfo;
     use super::*;
+    use crate::metrics::EvalLog;
     use std::sync::{Arc, Mutex};
 
     #[derive(Clone, Default)]
@@ -202,6 +218,34 @@ mod tests {
     fn durations_are_short() {
         let texts = [0.2, 59.4, 59.6, 200.0, 3599.0, 7500.0, 400_000.0].map(duration);
         assert_eq!(texts, ["0s", "59s", "1m00s", "3m20s", "59m59s", "2h05m", "111h06m"]);
+    }
+
+    #[test]
+    fn the_bar_follows_the_run() {
+        let mut progress = ProgressBar::bar(ProgressDrawTarget::hidden());
+        let start = StartInfo {
+            first_step: 20,
+            total_steps: 100,
+            steps_per_epoch: 50,
+            documents: 7,
+            trainable_parameters: 3,
+            initial_parameters: "0",
+            resumed_from: Some("out/checkpoint-20".as_ref()),
+            history: &[],
+        };
+        progress.observe(&Event::Started(&start));
+        progress.observe(&Event::Step(&info(21, 1.0)));
+        let Display::Bar(bar) = &progress.display else { panic!("no bar") };
+        assert_eq!((bar.position(), bar.length()), (21, Some(100)));
+        assert!(bar.message().contains("loss 1.2346"));
+        progress.observe(&Event::EvalProgress { done: 1, total: 3 });
+        let Display::Bar(bar) = &progress.display else { panic!("no bar") };
+        assert_eq!(bar.message(), "evaluating 1/3");
+        let entry = EvalLog { step: 21, epoch: 0.0, eval_loss: 1.0, eval_trained_tokens: 1, eval_runtime: 1.0 };
+        progress.observe(&Event::Eval(&entry));
+        let Display::Bar(bar) = &progress.display else { panic!("no bar") };
+        assert!(bar.message().contains("loss 1.2346"));
+        progress.observe(&Event::Finished(Outcome::Finished));
     }
 
     #[test]

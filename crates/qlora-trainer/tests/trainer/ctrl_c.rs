@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use qlora_trainer::checkpoint::folder;
 use qlora_trainer::config::Resume;
+use qlora_trainer::progress::ProgressBar;
 use qlora_trainer::{Interrupt, Outcome};
 
 use crate::toy::{Toy, config, result, trainer};
@@ -25,7 +26,11 @@ fn child() {
     let interrupt = Interrupt::on_ctrl_c().unwrap();
     assert!(Interrupt::on_ctrl_c().unwrap_err().to_string().starts_with("cannot handle Ctrl-C"));
     let model = Toy { pause, ..Toy::new(1) };
-    let summary = trainer(&config(Path::new(&output)), model).with_interrupt(interrupt).run().unwrap();
+    let summary = trainer(&config(Path::new(&output)), model)
+        .with_observer(ProgressBar::new())
+        .with_interrupt(interrupt)
+        .run()
+        .unwrap();
     assert_eq!(summary.outcome, Outcome::Interrupted);
 }
 
@@ -35,6 +40,7 @@ fn start(output: &Path, pause: u32) -> Child {
         .env(OUTPUT, output)
         .env(PAUSE, pause.to_string())
         .stdout(Stdio::null())
+        .stderr(Stdio::null())
         .spawn()
         .unwrap()
 }
