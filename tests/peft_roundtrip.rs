@@ -9,10 +9,10 @@
 //! The way back into Python needs an interpreter with PEFT:
 //! `QLORA_PYTHON=path/to/python cargo test --test peft_roundtrip -- --ignored`.
 
-use qlora::core::adapter::{self, AdapterDtype, SaveOptions};
-use qlora::core::config::{Architecture, ModelConfig};
-use qlora::core::lora::{AdapterLayout, LoraConfig, ModuleFilter, ModulePattern, TargetModules, linear_modules};
-use qlora::core::{Error, Result};
+use qlora::adapter::{self, AdapterDtype, SaveOptions};
+use qlora::config::{Architecture, ModelConfig};
+use qlora::lora::{AdapterLayout, LoraConfig, ModuleFilter, ModulePattern, TargetModules, linear_modules};
+use qlora::{Error, Result};
 use qlora::kernels::ops::rope::RopeConfig;
 use safetensors::SafeTensors;
 use serde_json::Value;

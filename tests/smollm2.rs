@@ -81,7 +81,7 @@ fn greedy_generation_gives_the_tokens_of_transformers() {
 }
 
 /// The initial A of `scripts/parity/loss_parity.py`.
-fn initial_a(name: &str, len: usize, width: usize) -> impl Iterator<Item = f32> {
+fn initial_a(name: &str, len: usize, width: usize) -> impl Iterator<Item = f32> + use<> {
     let seed = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
     let bound = (1.0 / (width as f64).sqrt()) as f32;
     (1..=len as u64).map(move |i| {
@@ -137,9 +137,9 @@ fn loss_parity(quantization: Quantization, column: &str) -> f64 {
         let items: usize = micro_batches.iter().map(Batch::trained_tokens).sum();
         assert_eq!(items as u64, expected["trained_tokens"].as_u64().unwrap());
         let mut gradient = vec![0.0; values.len()];
-        let sums = micro_batches.iter().map(|batch| {
-            model.accumulate_gradients(batch, items, TrainPass::default(), &mut gradient).unwrap().sum
-        });
+        let sums = micro_batches
+            .iter()
+            .map(|batch| model.accumulate_gradients(batch, items, TrainPass::default(), &mut gradient).unwrap().sum);
         let loss = sums.sum::<f64>() / items as f64;
         let (want, norm) = (expected["loss"].as_f64().unwrap(), grad_norm::global_norm(&gradient));
         println!("{column} step {step}: loss {loss:.6} expected {want:.6}, norm {norm:.5} {}", expected["grad_norm"]);

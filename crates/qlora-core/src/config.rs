@@ -7,6 +7,7 @@ mod json;
 mod limits;
 mod rope;
 mod tensors;
+mod write;
 
 use qlora_kernels::ops::rope::RopeConfig;
 

@@ -17,6 +17,7 @@ pub mod lora;
 pub mod model;
 pub mod nn;
 pub mod open;
+pub mod quantized_checkpoint;
 pub mod safetensors_file;
 pub mod sampling;
 pub mod source;

@@ -1,0 +1,87 @@
+//! A model's description as a `config.json`, for models that came from elsewhere (GGUF).
+
+use qlora_kernels::ops::rope::RopeScaling;
+use serde_json::{Map, Value, json};
+
+use super::{Architecture, ModelConfig};
+
+impl ModelConfig {
+    /// The text of a `config.json` that transformers and [`ModelConfig::from_json_file`] read as this model.
+    pub fn to_json(&self) -> String {
+        let (class, model_type) = match self.architecture {
+            Architecture::Llama => ("LlamaForCausalLM", "llama"),
+            Architecture::Mistral => ("MistralForCausalLM", "mistral"),
+            Architecture::Qwen2 => ("Qwen2ForCausalLM", "qwen2"),
+            Architecture::Qwen3 => ("Qwen3ForCausalLM", "qwen3"),
+        };
+        let mut config = Map::new();
+        let mut set = |key: &str, value: Value| drop(config.insert(key.to_owned(), value));
+        set("architectures", json!([class]));
+        set("model_type", json!(model_type));
+        set("hidden_act", json!("silu"));
+        set("vocab_size", json!(self.vocab_size));
+        set("hidden_size", json!(self.hidden_size));
+        set("intermediate_size", json!(self.intermediate_size));
+        set("num_hidden_layers", json!(self.num_hidden_layers));
+        set("num_attention_heads", json!(self.num_attention_heads));
+        set("num_key_value_heads", json!(self.num_key_value_heads));
+        set("head_dim", json!(self.head_dim));
+        // The shortest decimal that is this f32, not its f64 expansion.
+        set("rms_norm_eps", self.rms_norm_eps.to_string().parse::<f64>().map_or(Value::Null, |eps| json!(eps)));
+        set("max_position_embeddings", json!(self.max_position_embeddings));
+        set("rope_theta", json!(self.rope.theta));
+        set("rope_scaling", self.rope.scaling.as_ref().map_or(Value::Null, scaling));
+        set("tie_word_embeddings", json!(self.tie_word_embeddings));
+        set("torch_dtype", json!("float32"));
+        match self.architecture {
+            Architecture::Llama => {
+                set("attention_bias", json!(self.qkv_bias));
+                set("mlp_bias", json!(self.mlp_bias));
+            }
+            Architecture::Mistral => set("sliding_window", json!(self.sliding_window.first().copied().flatten())),
+            Architecture::Qwen2 | Architecture::Qwen3 => {
+                let windowed = self.sliding_window.iter().flatten().next();
+                set("use_sliding_window", json!(windowed.is_some()));
+                set("sliding_window", json!(windowed));
+                let kind = |w: &Option<usize>| if w.is_some() { "sliding_attention" } else { "full_attention" };
+                set("layer_types", self.sliding_window.iter().map(kind).collect());
+                if self.architecture == Architecture::Qwen3 {
+                    set("attention_bias", json!(self.qkv_bias));
+                }
+            }
+        }
+        set("bos_token_id", json!(self.bos_token_id));
+        set("eos_token_id", if let [one] = self.eos_token_ids[..] { json!(one) } else { json!(self.eos_token_ids) });
+        serde_json::to_string_pretty(&config).expect("a map of plain values is JSON")
+    }
+}
+
+fn scaling(scaling: &RopeScaling) -> Value {
+    match scaling {
+        RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => json!({
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor,
+            "original_max_position_embeddings": original_max_position_embeddings,
+        }),
+        RopeScaling::Yarn {
+            factor,
+            original_max_position_embeddings,
+            beta_fast,
+            beta_slow,
+            attention_factor,
+            truncate,
+        } => json!({
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original_max_position_embeddings,
+            "beta_fast": beta_fast,
+            "beta_slow": beta_slow,
+            "attention_factor": attention_factor,
+            "truncate": truncate,
+        }),
+        _ => unreachable!("every scaling that is read can be written"),
+    }
+}

@@ -1,0 +1,225 @@
+//! Writes a model as a 4-bit checkpoint in the layout of bitsandbytes and transformers.
+//!
+//! Every linear layer `P` of the blocks becomes `P.weight` (U8 `[n/2, 1]`, the even element in the high nibble),
+//! `P.weight.absmax`, `P.weight.quant_map` and `P.weight.quant_state.bitsandbytes__nf4` (JSON as bytes); with double
+//! quantization also `P.weight.nested_absmax` and `P.weight.nested_quant_map`. All other tensors keep their name and
+//! precision. `config.json` gains `quantization_config`.
+//!
+//! Tensors are read, quantized and written one after the other. The header of a safetensors file stands before the data but
+//! depends on it (the offset of double quantization is printed in the JSON): room is left for the longest header, and what
+//! is not needed is filled with spaces, as the format allows.
+
+use std::fs::{self, File};
+use std::io::{Seek, SeekFrom, Write};
+use std::path::Path;
+
+use qlora_kernels::quant::{Absmax, QuantConfig, Quantized4bit};
+use qlora_kernels::weight::PlainData;
+use serde_json::{Map, Value, json};
+
+use crate::atomic::replace_directory;
+use crate::error::{Error, Result};
+use crate::lora::linear_modules;
+use crate::source::{PlainTensor, WeightSource};
+
+/// What a quantized checkpoint takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QuantizedSize {
+    /// Bytes of all weights in their source.
+    pub before: u64,
+    /// Bytes of the written file.
+    pub after: u64,
+}
+
+/// Quantizes the linear layers of `source` into the folder `out`, which must not exist yet. `config_json` is the model's
+/// own `config.json`. `progress` is called with the number of tensors done and their total.
+///
+/// # Errors
+/// If a tensor cannot be read or holds a value that is not finite, or the folder exists or cannot be written; nothing is
+/// left in that case.
+pub fn write(
+    source: &dyn WeightSource,
+    config_json: &str,
+    quantization: &QuantConfig,
+    out: &Path,
+    mut progress: impl FnMut(usize, usize),
+) -> Result<QuantizedSize> {
+    if out.exists() {
+        return Err(Error::format(out, "exists already; choose another folder or delete it"));
+    }
+    let config = config_with_quantization(config_json, quantization)?;
+    let names = source.names();
+    let quantized: std::collections::HashSet<String> =
+        linear_modules(source.config()).into_iter().map(|module| format!("{}.weight", module.name)).collect();
+    replace_directory(out, |folder| {
+        let path = folder.join("model.safetensors");
+        let file = File::create(&path).map_err(|error| Error::io(&path, error))?;
+        // At most 12 tensors' entries of some 200 bytes for each tensor of the source.
+        let mut writer = Writer::new(file, names.len() * 1600 + 1024).map_err(|error| Error::io(&path, error))?;
+        let mut before = 0;
+        for (index, name) in names.iter().enumerate() {
+            let tensor = source.read_finite(name)?;
+            before += tensor_bytes(&tensor.data).1;
+            if quantized.contains(name) {
+                let weight = Quantized4bit::quantize(&tensor.data, tensor.shape[0], tensor.shape[1], quantization)
+                    .map_err(|error| Error::tensor(name, error.to_string()))?;
+                writer.quantized(name, weight, &tensor.shape)
+            } else {
+                writer.plain(name, &tensor)
+            }
+            .map_err(|error| Error::io(&path, error))?;
+            progress(index + 1, names.len());
+        }
+        let after = writer.finish().map_err(|error| Error::io(&path, error))?;
+        let path = folder.join("config.json");
+        fs::write(&path, &config).map_err(|error| Error::io(&path, error))?;
+        Ok(QuantizedSize { before, after })
+    })
+}
+
+/// The model's configuration with what transformers needs to load the checkpoint.
+fn config_with_quantization(config: &str, quantization: &QuantConfig) -> Result<String> {
+    let invalid = |message: String| Error::Invalid(format!("config.json: {message}"));
+    let mut config: Map<String, Value> = serde_json::from_str(config).map_err(|error| invalid(error.to_string()))?;
+    let dtype = config.get("torch_dtype").or_else(|| config.get("dtype")).and_then(Value::as_str);
+    let compute = dtype.unwrap_or("bfloat16").to_owned();
+    config.insert(
+        "quantization_config".into(),
+        json!({
+            "_load_in_4bit": true,
+            "_load_in_8bit": false,
+            "bnb_4bit_compute_dtype": compute,
+            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_quant_type": quantization.quant_type.name(),
+            "bnb_4bit_use_double_quant": quantization.double_quant,
+            "llm_int8_enable_fp32_cpu_offload": false,
+            "llm_int8_has_fp16_weight": false,
+            "llm_int8_skip_modules": null,
+            "llm_int8_threshold": 6.0,
+            "load_in_4bit": true,
+            "load_in_8bit": false,
+            "quant_method": "bitsandbytes",
+        }),
+    );
+    serde_json::to_string_pretty(&config).map_err(|error| invalid(error.to_string()))
+}
+
+/// Writes tensors in the order they come and the header at the end.
+struct Writer {
+    file: std::io::BufWriter<File>,
+    room: usize,
+    header: Map<String, Value>,
+    written: u64,
+    /// Tensors of odd size, which come last so that all others stay aligned.
+    unaligned: Vec<(String, Vec<u8>)>,
+}
+
+impl Writer {
+    fn new(file: File, room: usize) -> std::io::Result<Self> {
+        let room = room.next_multiple_of(8);
+        let mut file = std::io::BufWriter::with_capacity(1 << 20, file);
+        file.write_all(&vec![b' '; 8 + room])?;
+        let mut header = Map::new();
+        header.insert("__metadata__".into(), json!({"format": "pt"}));
+        Ok(Self { file, room, header, written: 0, unaligned: Vec::new() })
+    }
+
+    fn tensor(&mut self, name: &str, dtype: &str, shape: &[usize], bytes: &[u8]) -> std::io::Result<()> {
+        let end = self.written + bytes.len() as u64;
+        let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": [self.written, end]});
+        self.header.insert(name.to_owned(), entry);
+        self.written = end;
+        self.file.write_all(bytes)
+    }
+
+    fn plain(&mut self, name: &str, tensor: &PlainTensor) -> std::io::Result<()> {
+        let (dtype, _) = tensor_bytes(&tensor.data);
+        match &tensor.data {
+            PlainData::F32(data) => self.tensor(name, dtype, &tensor.shape, bytemuck::cast_slice(data)),
+            PlainData::Bf16(data) => self.tensor(name, dtype, &tensor.shape, bytemuck::cast_slice(data)),
+            PlainData::F16(data) => self.tensor(name, dtype, &tensor.shape, bytemuck::cast_slice(data)),
+        }
+    }
+
+    fn bytes(&mut self, name: String, shape: &[usize], bytes: Vec<u8>) -> std::io::Result<()> {
+        if bytes.len() % 8 == 0 {
+            return self.tensor(&name, "U8", shape, &bytes);
+        }
+        self.unaligned.push((name, bytes));
+        Ok(())
+    }
+
+    fn quantized(&mut self, name: &str, weight: Quantized4bit, shape: &[usize]) -> std::io::Result<()> {
+        let parts = weight.into_parts();
+        let quant_type = parts.quant_type.name();
+        let mut state = json!({
+            "quant_type": quant_type,
+            "blocksize": parts.blocksize,
+            "dtype": parts.source_dtype.name(),
+            "shape": shape,
+        });
+        self.floats(&format!("{name}.quant_map"), &parts.quant_type.quant_map())?;
+        match parts.absmax {
+            Absmax::Plain(absmax) => self.floats(&format!("{name}.absmax"), &absmax)?,
+            Absmax::Nested(nested) => {
+                state["nested_blocksize"] = json!(nested.blocksize);
+                state["nested_dtype"] = json!("float32");
+                // The f64 that prints as the f32's exact value, as Python prints it.
+                state["nested_offset"] = json!(f64::from(nested.offset));
+                self.floats(&format!("{name}.nested_absmax"), &nested.absmax)?;
+                self.floats(&format!("{name}.nested_quant_map"), &nested.quant_map)?;
+                self.bytes(format!("{name}.absmax"), &[nested.codes.len()], nested.codes)?;
+            }
+        }
+        let codes = parts.codes.len();
+        self.bytes(name.to_owned(), &[codes, 1], parts.codes)?;
+        let state = python_json(&state).into_bytes();
+        self.unaligned.push((format!("{name}.quant_state.bitsandbytes__{quant_type}"), state));
+        Ok(())
+    }
+
+    fn floats(&mut self, name: &str, values: &[f32]) -> std::io::Result<()> {
+        // An odd number of f32 would leave the next 8-byte type unaligned; there is none in these files.
+        self.tensor(name, "F32", &[values.len()], bytemuck::cast_slice(values))
+    }
+
+    fn finish(mut self) -> std::io::Result<u64> {
+        for (name, bytes) in std::mem::take(&mut self.unaligned) {
+            let columns = !name.contains(".weight.");
+            let shape = if columns { vec![bytes.len(), 1] } else { vec![bytes.len()] };
+            self.tensor(&name, "U8", &shape, &bytes)?;
+        }
+        let header = serde_json::to_vec(&self.header)?;
+        if header.len() > self.room {
+            return Err(std::io::Error::other("the header outgrew the room that was left for it"));
+        }
+        self.file.seek(SeekFrom::Start(0))?;
+        self.file.write_all(&(self.room as u64).to_le_bytes())?;
+        self.file.write_all(&header)?;
+        self.file.flush()?;
+        self.file.get_ref().sync_all()?;
+        Ok(8 + self.room as u64 + self.written)
+    }
+}
+
+/// The safetensors dtype and the bytes of a tensor.
+fn tensor_bytes(data: &PlainData) -> (&'static str, u64) {
+    let len = data.len() as u64;
+    match data {
+        PlainData::F32(_) => ("F32", 4 * len),
+        PlainData::Bf16(_) => ("BF16", 2 * len),
+        PlainData::F16(_) => ("F16", 2 * len),
+    }
+}
+
+/// JSON with the spaces of Python's `json.dumps`: `", "` and `": "`.
+fn python_json(value: &Value) -> String {
+    match value {
+        Value::Object(map) => {
+            let parts: Vec<_> = map.iter().map(|(key, value)| format!("\"{key}\": {}", python_json(value))).collect();
+            format!("{{{}}}", parts.join(", "))
+        }
+        Value::Array(list) => format!("[{}]", list.iter().map(python_json).collect::<Vec<_>>().join(", ")),
+        other => other.to_string(),
+    }
+}
