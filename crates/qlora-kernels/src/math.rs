@@ -1,9 +1,13 @@
-//! Elementary functions in f32 that the compiler can turn into vector code: no branches, no tables, no library calls.
+//! Functions of f32 numbers and sums of f32 rows in a form that the compiler turns into vector code: no branches, no
+//! tables, no library calls.
 //!
 //! `exp(x) = 2^n exp(r)` with `n = round(x / ln 2)` and `r = x - n ln 2`, `|r| <= ln(2) / 2` (Cody and Waite's two-part
 //! reduction); `exp(r) = 1 + r + r^2 P(r)`, where `P` has degree 4 and was fitted with the Remez exchange to the least
-//! relative error (3.1e-9). Everything else here is made from it. There is no fused multiply-add, so the results are the
-//! same on every machine.
+//! relative error (3.1e-9).
+//!
+//! Sums run in [`LANES`] separate f32 accumulators, element `i` in accumulator `i mod LANES`, which are then added in
+//! pairs. The order is part of the definition and there is no fused multiply-add, so the results are the same on every
+//! machine.
 //!
 //! Call these from loops inside [`crate::simd::vectorize`].
 
@@ -44,15 +48,84 @@ fn power_of_two(n: i32) -> f32 {
 pub(crate) fn exp_inplace(x: &mut [f32]) {
     crate::simd::vectorize(
         #[inline(always)]
-        || x.iter_mut().for_each(|x| *x = exp(*x)),
+        || {
+            for x in x.iter_mut() {
+                *x = exp(*x);
+            }
+        },
     );
 }
 
 /// `1 / (1 + e^-x)`.
 #[inline(always)]
-#[allow(dead_code, reason = "used by the next commit")]
 pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
+}
+
+/// How many accumulators a sum has: two AVX-512 registers, enough to hide the latency of the addition.
+const LANES: usize = 32;
+
+/// `sum_i a[i] b[i]`.
+#[inline(always)]
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks(), b.as_chunks());
+    let mut sums = [0f32; LANES];
+    for (a, b) in a.iter().zip(b) {
+        add_products(&mut sums, a, b);
+    }
+    add_products(&mut sums, &padded(a_rest), &padded(b_rest));
+    add_in_pairs(sums)
+}
+
+/// `sum_i a[i] b[i] c[i]`.
+#[inline(always)]
+pub(crate) fn dot3(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
+    let ((a, a_rest), (b, b_rest), (c, c_rest)) = (a.as_chunks(), b.as_chunks(), c.as_chunks());
+    let mut sums = [0f32; LANES];
+    for ((a, b), c) in a.iter().zip(b).zip(c) {
+        add_products(&mut sums, &products(a, b), c);
+    }
+    add_products(&mut sums, &products(&padded(a_rest), &padded(b_rest)), &padded(c_rest));
+    add_in_pairs(sums)
+}
+
+#[inline(always)]
+fn products(a: &[f32; LANES], b: &[f32; LANES]) -> [f32; LANES] {
+    let mut products = *a;
+    for (product, b) in products.iter_mut().zip(b) {
+        *product *= b;
+    }
+    products
+}
+
+#[inline(always)]
+fn add_products(sums: &mut [f32; LANES], a: &[f32; LANES], b: &[f32; LANES]) {
+    for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+        *sum += a * b;
+    }
+}
+
+/// The last, partial block with zeros behind it. (Adding it to the first few accumulators instead would index them by a
+/// variable, which keeps the compiler from holding them in registers.)
+#[inline(always)]
+fn padded(rest: &[f32]) -> [f32; LANES] {
+    let mut block = [0.0; LANES];
+    block[..rest.len()].copy_from_slice(rest);
+    block
+}
+
+#[inline(always)]
+fn add_in_pairs(sums: [f32; LANES]) -> f32 {
+    let mut sums = sums;
+    let mut width = LANES / 2;
+    while width > 0 {
+        let (low, high) = sums.split_at_mut(width);
+        for (low, high) in low.iter_mut().zip(high) {
+            *low += *high;
+        }
+        width /= 2;
+    }
+    sums[0]
 }
 
 #[cfg(test)]
