@@ -239,6 +239,14 @@ impl<'a> HostView<'a> {
         View::new(data, rows, cols).host
     }
 
+    /// `rows x cols` elements whose rows start `stride` elements apart.
+    ///
+    /// # Panics
+    /// If the window does not fit `data`.
+    pub fn strided(data: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
+        View::strided(data, rows, cols, stride).host
+    }
+
     /// The number of rows.
     pub fn rows(&self) -> usize {
         self.rows
