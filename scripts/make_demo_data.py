@@ -3,8 +3,8 @@
 
     python3 scripts/make_demo_data.py [examples/data]
 
-Writes `demo_train.jsonl` (800 rows) and `demo_heldout.jsonl` (100 rows); `examples/data/README.md` describes them. Only the
-standard library is used, the seed is fixed, and the same files come out every time.
+Writes `demo_train.jsonl` (800 rows) and `demo_heldout.jsonl` (100 rows); `examples/data/README.md` describes them.
+Only the standard library is used, the seed is fixed, and the same files come out every time.
 """
 
 import json
@@ -17,11 +17,11 @@ SYSTEM = "Turn the order into JSON."
 
 # Of every list the last entries (after the `*`) stay out of training: every second held-out row has one of them.
 NAMES = """
-Abbott Achterberg Adeyemi Alvarez Amari Andersson Bauer Becker Bianchi Brandt Castillo Chandra Cohen Costa Delgado Dubois
-Eriksen Farouk Ferrari Fischer Fontaine Garcia Gupta Haddad Hansen Hoffman Ivanov Jansen Jensen Johansson Kaplan Keller
-Khan Kim Kovacs Larsen Laurent Lehmann Lindgren Lopez Marino Martin Mbeki Meyer Moreau Morgan Murphy Nakamura Nguyen
-Novak Okafor Olsen Ortega Patel Pereira Petrov Quinn Rahman Ramos Reyes Ricci Rossi Russo Sanders Santos Sato Schmidt
-Silva Singh Soto Suzuki Tanaka Torres Turner Vargas Virtanen Wagner Weber Yilmaz Zhang
+Abbott Achterberg Adeyemi Alvarez Amari Andersson Bauer Becker Bianchi Brandt Castillo Chandra Cohen Costa Delgado
+Dubois Eriksen Farouk Ferrari Fischer Fontaine Garcia Gupta Haddad Hansen Hoffman Ivanov Jansen Jensen Johansson
+Kaplan Keller Khan Kim Kovacs Larsen Laurent Lehmann Lindgren Lopez Marino Martin Mbeki Meyer Moreau Morgan Murphy
+Nakamura Nguyen Novak Okafor Olsen Ortega Patel Pereira Petrov Quinn Rahman Ramos Reyes Ricci Rossi Russo Sanders
+Santos Sato Schmidt Silva Singh Soto Suzuki Tanaka Torres Turner Vargas Virtanen Wagner Weber Yilmaz Zhang
 * Baptiste Calloway Dimitrov Eklund Fujita Grimaldi Holloway Iversen Kowalski Lindqvist Mendoza Osman Pelletier Sharma
 Thornton Ueda Vasquez Whitaker Yamamoto Zimmer
 """
@@ -32,13 +32,13 @@ Porto Prague Quito Rome Seattle Seoul Sofia Toronto Turin Valencia Vienna Warsaw
 * Antwerp Austin Belfast Cairo Dresden Florence Krakow Lagos Montreal Osaka Riga Stockholm
 """
 ITEMS = """
-apple juice, black tea, blue paint, brown sugar, candles, cat food, cement, chalk, coffee beans, copper wire, cotton yarn,
-dish soap, dog food, envelopes, floor tiles, garden soil, ginger tea, glass jars, green tea, hand soap, honey, ink, lamp
-oil, light bulbs, maple syrup, matches, mineral water, nails, notebooks, oat milk, olive oil, orange juice, paper cups,
-paper towels, pencils, plaster, postcards, potatoes, printer paper, rice, roof tiles, rope, salt, screws, soy sauce,
-sunflower seeds, tomato soup, walnuts, white paint, wood glue
-* batteries, bird seed, brown rice, cherry jam, garlic, lentils, orange paint, paper bags, red wine, sandpaper, sea salt,
-spring water
+apple juice, black tea, blue paint, brown sugar, candles, cat food, cement, chalk, coffee beans, copper wire, cotton
+yarn, dish soap, dog food, envelopes, floor tiles, garden soil, ginger tea, glass jars, green tea, hand soap, honey,
+ink, lamp oil, light bulbs, maple syrup, matches, mineral water, nails, notebooks, oat milk, olive oil, orange juice,
+paper cups, paper towels, pencils, plaster, postcards, potatoes, printer paper, rice, roof tiles, rope, salt, screws,
+soy sauce, sunflower seeds, tomato soup, walnuts, white paint, wood glue
+* batteries, bird seed, brown rice, cherry jam, garlic, lentils, orange paint, paper bags, red wine, sandpaper, sea
+salt, spring water
 """
 UNITS = "bags bottles boxes cans cases crates packs".split()
 NUMBERS = "two three four five six seven eight nine ten eleven twelve".split()
