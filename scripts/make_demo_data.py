@@ -3,7 +3,7 @@
 
     python3 scripts/make_demo_data.py [examples/data]
 
-Writes `demo_train.jsonl` (800 rows) and `demo_heldout.jsonl` (100 rows); the README beside them describes the task.
+Writes `demo_train.jsonl` (800 rows) and `demo_heldout.jsonl` (100 rows); `examples/data/README.md` describes them.
 Only the standard library is used, the seed is fixed, and the same files come out every time.
 """
 
@@ -15,43 +15,28 @@ import sys
 SEED, TRAIN_ROWS, HELDOUT_ROWS = 20, 800, 100
 SYSTEM = "Turn the order into JSON."
 
-# Of every list the last entries (after the `*`) stay out of training: half of the held-out rows are made of them alone.
+# Of every list the last entries (after the `*`) stay out of training: every second held-out row has one of them.
 NAMES = """
-Abbott Abe Achterberg Adeyemi Ahmed Allen Alvarez Amari Andersson Andrade Arslan Aydin Bailey Banerjee Barros Bashir
-Bauer Becker Benali Berg Bianchi Blanc Bosch Brandt Bryant Campbell Carvalho Castillo Chandra Chen Clarke Cohen Conti
-Cooper Costa Dahl Delgado Desai Diallo Diaz Dubois Dunn Ekberg Engel Eriksen Evans Farouk Fernandez Ferrari Fischer
-Flores Fontaine Fraser Gallo Garcia Gomez Greco Gupta Haddad Hamid Hansen Hayashi Herrera Hoffman Holm Huang Ibrahim
-Ito Ivanov Jacobs Jansen Jensen Jimenez Johansson Kaplan Kaya Keller Khan Kim Koch Kovacs Lambert Larsen Laurent Lee
-Lehmann Leroy Lindgren Lopez Lund Maier Mancini Marino Martin Mbeki Mensah Meyer Mishra Mora Moreau Morgan Murphy
-Nakamura Nguyen Nielsen Noor Novak Okada Okafor Oliveira Olsen Ortega Park Patel Pavlov Pereira Perez Petrov Popescu
-Quinn Rahman Ramos Reyes Ricci Richter Rojas Rossi Roy Russo Saito Sakai Sanders Santos Sato Schmidt Schneider Serrano
-Shah Silva Simon Singh Soto Stein Suzuki Takeda Tanaka Teixeira Torres Tran Turner Varga Vargas Virtanen Vogel Wagner
-Walsh Wang Weber Winter Wong Wright Yilmaz Young Zhang
+Abbott Achterberg Adeyemi Alvarez Amari Andersson Bauer Becker Bianchi Brandt Castillo Chandra Cohen Costa Delgado
+Dubois Eriksen Farouk Ferrari Fischer Fontaine Garcia Gupta Haddad Hansen Hoffman Ivanov Jansen Jensen Johansson
+Kaplan Keller Khan Kim Kovacs Larsen Laurent Lehmann Lindgren Lopez Marino Martin Mbeki Meyer Moreau Morgan Murphy
+Nakamura Nguyen Novak Okafor Olsen Ortega Patel Pereira Petrov Quinn Rahman Ramos Reyes Ricci Rossi Russo Sanders
+Santos Sato Schmidt Silva Singh Soto Suzuki Tanaka Torres Turner Vargas Virtanen Wagner Weber Yilmaz Zhang
 * Baptiste Calloway Dimitrov Eklund Fujita Grimaldi Holloway Iversen Kowalski Lindqvist Mendoza Osman Pelletier Sharma
 Thornton Ueda Vasquez Whitaker Yamamoto Zimmer
 """
 CITIES = """
-Aberdeen Adelaide Ankara Athens Atlanta Auckland Baltimore Bangkok Barcelona Basel Beirut Belgrade Bergamo Bergen
-Berlin Bilbao Birmingham Bologna Bonn Bordeaux Boston Bremen Brisbane Bristol Bruges Brussels Bucharest Budapest
-Calgary Cardiff Casablanca Chicago Cleveland Cologne Copenhagen Cork Dallas Delhi Denver Detroit Dortmund Dubai Dublin
-Edinburgh Essen Frankfurt Geneva Genoa Ghent Glasgow Granada Graz Hamburg Hanoi Hanover Helsinki Houston Istanbul
-Jakarta Kyoto Lausanne Leeds Leipzig Lille Lima Linz Lisbon Liverpool London Lyon Madrid Malaga Manchester Manila
-Marseille Melbourne Memphis Miami Milan Mumbai Munich Nairobi Nantes Naples Nice Odense Oslo Ottawa Palermo Paris
-Perth Phoenix Pisa Portland Porto Prague Quito Rome Rotterdam Salzburg Santiago Seattle Seoul Seville Singapore Sofia
-Split Sydney Tallinn Tampere Tokyo Toronto Trieste Tunis Turin Utrecht Valencia Vancouver Verona Vienna Vilnius Warsaw
-Zagreb Zurich
+Athens Basel Bergen Berlin Bilbao Boston Bristol Chicago Cologne Dallas Denver Dublin Geneva Genoa Glasgow Hamburg
+Helsinki Houston Kyoto Leeds Leipzig Lima Lisbon London Lyon Madrid Malaga Milan Munich Naples Nice Oslo Ottawa Paris
+Porto Prague Quito Rome Seattle Seoul Sofia Toronto Turin Valencia Vienna Warsaw Zagreb Zurich
 * Antwerp Austin Belfast Cairo Dresden Florence Krakow Lagos Montreal Osaka Riga Stockholm
 """
 ITEMS = """
-almonds, apple juice, apple pie, baking powder, barley, black beans, black pepper, black tea, blue paint, bricks,
-brown sugar, buttons, candles, canned corn, cat food, cement, chalk, cinnamon, cocoa powder, coffee beans, copper
-wire, corn flour, cotton yarn, cough drops, dish soap, dog food, dried figs, duct tape, envelopes, fish food, floor
-tiles, flower pots, garden soil, gift wrap, ginger tea, glass jars, green beans, green tea, ground coffee, hair gel,
-hand soap, herbal tea, hinges, honey, ice cream, ink, lamp oil, lemons, light bulbs, maple syrup, matches, milk
-powder, mineral water, mustard, nails, notebooks, oat milk, oats, olive oil, orange juice, paper cups, paper plates,
-paper towels, pasta, peanuts, pencils, pine boards, plaster, plum jam, postcards, potatoes, printer paper, raisins,
-red paint, rice, roof tiles, rope, rubber bands, salt, screws, shampoo, soy sauce, sponges, staples, sunflower seeds,
-tea towels, tomato soup, vinegar, walnuts, washers, wheat flour, white paint, wood glue, yeast
+apple juice, black tea, blue paint, brown sugar, candles, cat food, cement, chalk, coffee beans, copper wire, cotton
+yarn, dish soap, dog food, envelopes, floor tiles, garden soil, ginger tea, glass jars, green tea, hand soap, honey,
+ink, lamp oil, light bulbs, maple syrup, matches, mineral water, nails, notebooks, oat milk, olive oil, orange juice,
+paper cups, paper towels, pencils, plaster, postcards, potatoes, printer paper, rice, roof tiles, rope, salt, screws,
+soy sauce, sunflower seeds, tomato soup, walnuts, white paint, wood glue
 * batteries, bird seed, brown rice, cherry jam, garlic, lentils, orange paint, paper bags, red wine, sandpaper, sea
 salt, spring water
 """
@@ -130,10 +115,11 @@ def main() -> None:
             name, city, item = key
             pairs |= {(name, city), (name, item), (city, item)}
     while len(heldout) < HELDOUT_ROWS:
+        lists = [names[0], cities[0], items[0]]
         if len(heldout) % 2:
-            key, made = row(rng, names[1], cities[1], items[1])  # nothing of it was ever seen
-        else:
-            key, made = row(rng, names[0], cities[0], items[0])  # known parts, never seen together
+            part = len(heldout) // 2 % 3
+            lists[part] = (names, cities, items)[part][1]
+        key, made = row(rng, *lists)
         name, city, item = key
         if key not in heldout and not pairs & {(name, city), (name, item), (city, item)}:
             heldout[key] = made
