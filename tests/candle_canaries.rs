@@ -18,7 +18,8 @@ fn fused_operations_cut_the_gradient_without_an_error() {
     let weight = Tensor::ones(8, DType::F32, &Device::Cpu).unwrap();
     let cos = Tensor::ones((4, 4), DType::F32, &Device::Cpu).unwrap();
     let sin = Tensor::zeros((4, 4), DType::F32, &Device::Cpu).unwrap();
-    let cut: [(&str, &dyn Fn(&Tensor) -> Result<Tensor>); 3] = [
+    type Op<'a> = &'a dyn Fn(&Tensor) -> Result<Tensor>;
+    let cut: [(&str, Op); 3] = [
         ("rms_norm", &|x| candle_nn::ops::rms_norm(x, &weight, 1e-5)),
         ("softmax_last_dim", &|x| candle_nn::ops::softmax_last_dim(x)),
         ("rope", &|x| candle_nn::rotary_emb::rope(&x.reshape((1, 1, 4, 8))?, &cos, &sin)),

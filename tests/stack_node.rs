@@ -89,7 +89,7 @@ fn composed(model: &CausalLm, batch: &Batch, num_items: usize) -> (Tensor, Vec<(
         let q = rotate(&heads(&linear(&block.q, &n), q_norm));
         let k = rotate(&heads(&linear(&block.k, &n), k_norm));
         let v = linear(&block.v, &n);
-        let attention = block.attention.clone();
+        let attention = block.attention;
         let attended = ops::causal_attention(&q, &k, &v, attention, layout.clone(), &workspace).unwrap();
         x = (&x + linear(&block.o, &attended)).unwrap();
         let n = norm(&x, &block.post_attention_norm);

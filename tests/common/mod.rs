@@ -18,7 +18,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 /// A configuration small enough for finite differences, with grouped queries and every optional part switched on.
-pub fn tiny_config() -> ModelConfig {
+pub(crate) fn tiny_config() -> ModelConfig {
     ModelConfig {
         architecture: Architecture::Qwen3,
         vocab_size: 61,
@@ -43,12 +43,12 @@ pub fn tiny_config() -> ModelConfig {
 }
 
 /// Random values in `-scale..scale`.
-pub fn random(rng: &mut ChaCha8Rng, len: usize, scale: f32) -> Vec<f32> {
+pub(crate) fn random(rng: &mut ChaCha8Rng, len: usize, scale: f32) -> Vec<f32> {
     (0..len).map(|_| rng.random_range(-scale..scale)).collect()
 }
 
 /// A model with random weights, its projections quantized if `quantized`; the same seed gives the same model.
-pub fn tiny_model(config: &ModelConfig, quantized: bool, seed: u64, workspace: Workspace) -> CausalLm {
+pub(crate) fn tiny_model(config: &ModelConfig, quantized: bool, seed: u64, workspace: Workspace) -> CausalLm {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let (hidden, mlp, head_dim) = (config.hidden_size, config.intermediate_size, config.head_dim);
     let (q_width, kv_width) = (config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim);
@@ -101,7 +101,7 @@ pub fn tiny_model(config: &ModelConfig, quantized: bool, seed: u64, workspace: W
 }
 
 /// Gives the model an adapter on all linear layers whose A and B are both random, so that every gradient is non-zero.
-pub fn add_random_adapter(model: &mut CausalLm, lora: LoraConfig, seed: u64) {
+pub(crate) fn add_random_adapter(model: &mut CausalLm, lora: LoraConfig, seed: u64) {
     model.add_adapter(lora, seed).unwrap();
     let adapter = model.adapter().unwrap();
     let values = random(&mut ChaCha8Rng::seed_from_u64(seed), adapter.layout().len(), 0.3);
@@ -109,7 +109,7 @@ pub fn add_random_adapter(model: &mut CausalLm, lora: LoraConfig, seed: u64) {
 }
 
 /// The largest difference, relative to the largest value of `expected`.
-pub fn relative_error(got: &[f32], expected: &[f32]) -> f32 {
+pub(crate) fn relative_error(got: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(got.len(), expected.len());
     let scale = expected.iter().fold(0f32, |max, x| max.max(x.abs()));
     let difference = got.iter().zip(expected).map(|(g, e)| (g - e).abs());

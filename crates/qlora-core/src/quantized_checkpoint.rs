@@ -142,7 +142,7 @@ impl Writer {
     }
 
     fn bytes(&mut self, name: String, shape: &[usize], bytes: Vec<u8>) -> std::io::Result<()> {
-        if bytes.len() % 8 == 0 {
+        if bytes.len().is_multiple_of(8) {
             return self.tensor(&name, "U8", shape, &bytes);
         }
         self.unaligned.push((name, bytes));

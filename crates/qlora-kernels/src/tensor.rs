@@ -31,7 +31,7 @@ impl<'a> TensorView<'a> {
             return Err(Error::Device { op, device: device_name(tensor.device()) });
         }
         let cols = tensor.dims().last().copied().unwrap_or(1);
-        let rows = if cols == 0 { 0 } else { tensor.elem_count() / cols };
+        let rows = tensor.elem_count().checked_div(cols).unwrap_or(0);
         let (storage, layout) = tensor.storage_and_layout();
         let Some((offset, _)) = layout.contiguous_offsets() else {
             return Err(Error::invalid(op, format!("a tensor of shape {:?} is not contiguous", tensor.dims())));
@@ -83,7 +83,7 @@ pub fn storage_view<'a>(op: &'static str, storage: &'a CpuStorage, layout: &Layo
         return Err(Error::invalid(op, format!("a tensor of shape {:?} is not contiguous", layout.dims())));
     };
     let cols = layout.dims().last().copied().unwrap_or(1);
-    let rows = if cols == 0 { 0 } else { (end - start) / cols };
+    let rows = (end - start).checked_div(cols).unwrap_or(0);
     Ok(View::new(&data[start..end], rows, cols))
 }
 

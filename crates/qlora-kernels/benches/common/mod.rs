@@ -29,7 +29,7 @@ fn seconds() -> f64 {
 ///
 /// They run on a thread of the pool, as a training loop should: entering the pool from outside costs about 10
 /// microseconds.
-pub fn fastest(rounds: usize, functions: &mut [&mut (dyn FnMut() + Send)]) -> Vec<f64> {
+pub(crate) fn fastest(rounds: usize, functions: &mut [&mut (dyn FnMut() + Send)]) -> Vec<f64> {
     let mut best = vec![f64::INFINITY; functions.len()];
     rayon::scope(|_| {
         for _ in 0..rounds {
@@ -44,13 +44,13 @@ pub fn fastest(rounds: usize, functions: &mut [&mut (dyn FnMut() + Send)]) -> Ve
 }
 
 /// Whether a case is to run: all do, unless the command line names a part of some (`cargo bench ... -- '2 x 256'`).
-pub fn chosen(name: &str) -> bool {
+pub(crate) fn chosen(name: &str) -> bool {
     let mut filters = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).peekable();
     filters.peek().is_none() || filters.any(|filter| name.contains(&filter))
 }
 
 /// Pseudo-random numbers between -1 and 1.
-pub fn random(len: usize, seed: u32) -> Vec<f32> {
+pub(crate) fn random(len: usize, seed: u32) -> Vec<f32> {
     let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12_345);
     let mut next = || {
         state ^= state << 13;
@@ -62,7 +62,7 @@ pub fn random(len: usize, seed: u32) -> Vec<f32> {
 }
 
 /// The rate of a plain f32 product of square matrices, in GFLOP/s: what everything else is measured against.
-pub fn matmul_ceiling() -> f64 {
+pub(crate) fn matmul_ceiling() -> f64 {
     let n = 1024;
     let (a, b, mut c) = (random(n * n, 1), random(n * n, 2), vec![0.0; n * n]);
     let mut run =
