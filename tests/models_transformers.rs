@@ -147,6 +147,28 @@ fn one_step_over_an_nf4_base_gives_the_gradients_of_bitsandbytes() {
 }
 
 #[test]
+fn adapters_written_by_peft_give_its_logits() {
+    let folder = fixtures().join("peft");
+    let expected = tensors(folder.join("logits.safetensors"));
+    let tokens = ids(&expected["input_ids"]);
+    let layout = SequenceLayout::from_lengths(&[tokens.len()]);
+    let source = HfDirectory::open(folder.join("base")).unwrap();
+    let mut model = CausalLm::load(&source, LoadOptions::default()).unwrap();
+    let mut seen = 0;
+    for (name, expected) in expected.iter().filter(|(name, _)| *name != "input_ids") {
+        if name != "base" {
+            let adapter = qlora::adapter::load(folder.join(name), model.config()).unwrap();
+            model.set_adapter(adapter.config.lora, adapter.layout, adapter.weights).unwrap();
+        }
+        model.enable_adapter(name != "base");
+        let difference = largest_difference(&model.logits(&tokens, &layout).unwrap(), expected);
+        assert!(difference < 1e-3, "{name}: {difference}");
+        seen += 1;
+    }
+    assert_eq!(seen, 5, "the base and four adapters");
+}
+
+#[test]
 fn clipping_and_adamw_give_the_adapter_of_pytorch() {
     let step = Step::load("llama", "llama", Quantization::None);
     let (_, gradient) = step.run();
