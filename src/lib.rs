@@ -1,4 +1,15 @@
-//! QLoRA fine-tuning of Llama-style models: a frozen NF4 base, trainable LoRA adapters, on candle.
+#![doc = include_str!("../README.md")]
+//!
+//! # Where things are
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`trainer`] | configuration, data, the training loop, checkpoints; [`trainer::session`] puts a run together |
+//! | [`model`], [`config`], [`source`], [`open`] | the decoder and where its weights come from |
+//! | [`lora`], [`adapter`] | LoRA's configuration and PEFT's files |
+//! | [`nn`], [`autograd`] | layers and graph nodes for models of your own |
+//! | [`tokenizer`], [`chat`], [`generate`], [`sampling`] | text in and out |
+//! | [`kernels`] | the operations, the 4-bit formats, frozen weights |
 
 pub use qlora_core::*;
 pub use qlora_kernels as kernels;

@@ -207,6 +207,14 @@ fn packed_documents_are_trained_as_alone() {
     }
     assert!((sum - alone_sum).abs() < 1e-5 * sum);
     assert!(relative_error(&packed, &alone) < 2e-5);
+    // Accumulation over micro-batches of two, and of three with a partial last one.
+    for size in [2, 3] {
+        let mut split = vec![0.0; packed.len()];
+        for part in documents.chunks(size) {
+            model.accumulate_gradients(&batch(part), items, TrainPass::default(), &mut split).unwrap();
+        }
+        assert!(relative_error(&packed, &split) < 2e-5, "{size}");
+    }
 }
 
 #[test]
