@@ -2,6 +2,9 @@
 //!
 //! A stop string may begin in one piece and end in a later one. What could be its beginning is held back until the next
 //! piece decides, so that no part of a stop string is ever shown.
+//!
+//! Of several stop strings the one that is complete first wins, and of those that end together the longest. So a text
+//! stops at the same place however it is cut into pieces, and never waits for a longer stop string once one is there.
 
 /// Finds the first stop string of a text that is pushed piece by piece.
 #[derive(Clone, Debug)]
@@ -26,8 +29,8 @@ impl StopStrings {
             return String::new();
         }
         self.held.push_str(piece);
-        let first = (0..self.stops.len()).filter_map(|i| self.held.find(&self.stops[i]).map(|at| (at, i))).min();
-        if let Some((at, stop)) = first {
+        let found = |i: usize| self.held.find(&self.stops[i]).map(|at| (at + self.stops[i].len(), at, i));
+        if let Some((_, at, stop)) = (0..self.stops.len()).filter_map(found).min() {
             self.found = Some(stop);
             self.held.truncate(at);
             return std::mem::take(&mut self.held);
@@ -67,8 +70,10 @@ mod tests {
         assert_eq!(run(&["###"], &["a#", "#b", "##", "#c"]), ("a##b".into(), Some("###".into())));
         assert_eq!(run(&["END"], &["an E", "N"]), ("an EN".into(), None));
         assert_eq!(run(&[], &["a", "b"]), ("ab".into(), None));
-        // The one that begins first wins.
+        // Of two that end together the longest wins, otherwise the one that is complete first.
         assert_eq!(run(&["cd", "abcd"], &["xab", "cd"]), ("x".into(), Some("abcd".into())));
+        assert_eq!(run(&["bc", "abcd"], &["xab", "cd"]), ("xa".into(), Some("bc".into())));
+        assert_eq!(run(&["bc", "abcd"], &["xabcd"]), ("xa".into(), Some("bc".into())));
     }
 
     #[test]
@@ -88,7 +93,8 @@ mod tests {
             pieces in prop::collection::vec("[ab\u{e9}]{0,5}", 0..8),
         ) {
             let whole = pieces.concat();
-            let cut = stops.iter().filter_map(|stop| whole.find(stop)).min();
+            let cut = stops.iter().filter_map(|stop| whole.find(stop).map(|at| (at + stop.len(), at))).min();
+            let cut = cut.map(|(_, at)| at);
             let stops: Vec<&str> = stops.iter().map(String::as_str).collect();
             let pieces: Vec<&str> = pieces.iter().map(String::as_str).collect();
             let (text, found) = run(&stops, &pieces);
