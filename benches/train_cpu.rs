@@ -54,13 +54,9 @@ fn main() -> anyhow::Result<()> {
         let batch = Batch::from_documents(documents.iter().map(Vec::as_slice).zip(labels.iter().map(Vec::as_slice)));
         let start = Instant::now();
         gradient.fill(0.0);
-        model.accumulate_gradients(&batch, batch.trained_tokens(), TrainPass::default(), &mut gradient)?;
-        let clip = grad_norm::clip_coefficient(grad_norm::global_norm(&gradient), 1.0);
-        let mut result = Ok(());
-        adapter.update(|values| {
-            result = adamw::step(&optimizer, step as u64, clip, values, &gradient, &mut m, &mut v);
-        })?;
-        result?;
+        model.accumulate_gradients(&batch, batch.trained_tokens(), TrainPass::default(), (&mut gradient).into())?;
+        let clip = grad_norm::clip_coefficient(grad_norm::global_norm(&gradient)?, 1.0);
+        adapter.update(|values| adamw::step(&optimizer, step as u64, clip, values, &gradient, &mut m, &mut v))?;
         seconds.push(start.elapsed().as_secs_f64());
     }
     seconds.drain(..WARMUP);

@@ -8,6 +8,7 @@ use qlora::kernels::ops::adamw::AdamW;
 use qlora::kernels::ops::dropout::Dropout;
 use qlora::kernels::ops::rope::{RopeConfig, RopeScaling, RopeTable};
 use qlora::kernels::ops::{adamw, embedding, grad_norm, lora_linear, rms_norm, rope, swiglu};
+use qlora::kernels::sequence::Positions;
 use qlora::kernels::weight::{PlainData, PlainWeight};
 use qlora::kernels::{View, ViewMut, Workspace};
 use safetensors::{Dtype, SafeTensors};
@@ -154,6 +155,7 @@ fn rope_config(case: &serde_json::Value) -> RopeConfig {
 fn rope_is_that_of_transformers() {
     let json: serde_json::Value = serde_json::from_slice(&std::fs::read(fixture_path("rope.json")).unwrap()).unwrap();
     let positions: Vec<u32> = serde_json::from_value(json["positions"].clone()).unwrap();
+    let positions: Positions = positions.into();
     let fixture = Fixture::open("rope");
     for case in json["cases"].as_array().unwrap() {
         let name = case["name"].as_str().unwrap();
@@ -278,7 +280,7 @@ fn clipping_is_that_of_pytorch() {
     for case in fixture.cases() {
         let tensor = |what: &str| format!("{case}.{what}");
         let mut grad = fixture.f32(&tensor("grad"));
-        let norm = grad_norm::global_norm(&grad);
+        let norm = grad_norm::global_norm(&grad).unwrap();
         assert_close(&format!("grad_norm {case}"), &[norm as f32], fixture.f64(&tensor("norm")), 3e-7);
         let coefficient = grad_norm::clip_coefficient(norm, fixture.f64(&tensor("max_norm"))[0]);
         grad.iter_mut().for_each(|x| *x *= coefficient);

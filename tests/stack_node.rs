@@ -36,7 +36,7 @@ fn trained_model(quantized: bool) -> CausalLm {
 
 fn direct_gradient(model: &CausalLm, batch: &Batch, num_items: usize, seed: u64) -> (f64, Vec<f32>) {
     let mut gradient = vec![0.0; model.adapter().unwrap().layout().len()];
-    let loss = model.accumulate_gradients(batch, num_items, TrainPass { seed }, &mut gradient).unwrap();
+    let loss = model.accumulate_gradients(batch, num_items, TrainPass { seed }, (&mut gradient).into()).unwrap();
     (loss.sum, gradient)
 }
 
@@ -55,7 +55,7 @@ fn composed(model: &CausalLm, batch: &Batch, num_items: usize) -> (Tensor, Vec<(
     let values = adapter.values().unwrap();
     let scale = adapter.config().scaling() as f32;
     let layout = Arc::new(batch.layout.clone());
-    let positions: Arc<[u32]> = layout.positions().into();
+    let positions = Arc::new(layout.positions().clone());
     let table = model.stack().rope(layout.max_len()).unwrap();
     let mut variables = Vec::new();
 
@@ -69,7 +69,7 @@ fn composed(model: &CausalLm, batch: &Batch, num_items: usize) -> (Tensor, Vec<(
         let weight = projection.weight().clone();
         let y = ops::qlora_linear(x, a.as_tensor(), b.as_tensor(), weight, scale, None, &workspace).unwrap();
         variables.push((projection.name().to_owned(), a, b));
-        let bias = Tensor::new(projection.bias().unwrap(), &Device::Cpu).unwrap();
+        let bias = Tensor::new(projection.bias().unwrap().as_slice(), &Device::Cpu).unwrap();
         y.broadcast_add(&bias).unwrap()
     };
     let norm = |x: &Tensor, weight: &[f32]| ops::rms_norm(x, weight.into(), config.rms_norm_eps, &workspace).unwrap();
@@ -85,18 +85,18 @@ fn composed(model: &CausalLm, batch: &Batch, num_items: usize) -> (Tensor, Vec<(
     let mut x = ops::embedding(&batch.tokens, &*embedding, &workspace).unwrap();
     for block in model.stack().blocks() {
         let (q_norm, k_norm) = block.qk_norm.as_ref().unwrap();
-        let n = norm(&x, &block.input_norm);
-        let q = rotate(&heads(&linear(&block.q, &n), q_norm));
-        let k = rotate(&heads(&linear(&block.k, &n), k_norm));
+        let n = norm(&x, block.input_norm.as_slice());
+        let q = rotate(&heads(&linear(&block.q, &n), q_norm.as_slice()));
+        let k = rotate(&heads(&linear(&block.k, &n), k_norm.as_slice()));
         let v = linear(&block.v, &n);
         let attention = block.attention;
         let attended = ops::causal_attention(&q, &k, &v, attention, layout.clone(), &workspace).unwrap();
         x = (&x + linear(&block.o, &attended)).unwrap();
-        let n = norm(&x, &block.post_attention_norm);
+        let n = norm(&x, block.post_attention_norm.as_slice());
         let h = ops::swiglu(&linear(&block.gate, &n), &linear(&block.up, &n), &workspace).unwrap();
         x = (&x + linear(&block.down, &h)).unwrap();
     }
-    let hidden = norm(&x, model.stack().final_norm());
+    let hidden = norm(&x, model.stack().final_norm().as_slice());
     let loss = ops::linear_cross_entropy(&hidden, &*embedding, &batch.targets, num_items, &workspace).unwrap();
     (loss, variables)
 }
@@ -203,7 +203,7 @@ fn packed_documents_are_trained_as_alone() {
     let mut alone_sum = 0.0;
     for one in &documents {
         let batch = batch(std::slice::from_ref(one));
-        alone_sum += model.accumulate_gradients(&batch, items, TrainPass::default(), &mut alone).unwrap().sum;
+        alone_sum += model.accumulate_gradients(&batch, items, TrainPass::default(), (&mut alone).into()).unwrap().sum;
     }
     assert!((sum - alone_sum).abs() < 1e-5 * sum);
     assert!(relative_error(&packed, &alone) < 2e-5);
@@ -211,7 +211,7 @@ fn packed_documents_are_trained_as_alone() {
     for size in [2, 3] {
         let mut split = vec![0.0; packed.len()];
         for part in documents.chunks(size) {
-            model.accumulate_gradients(&batch(part), items, TrainPass::default(), &mut split).unwrap();
+            model.accumulate_gradients(&batch(part), items, TrainPass::default(), (&mut split).into()).unwrap();
         }
         assert!(relative_error(&packed, &split) < 2e-5, "{size}");
     }

@@ -11,7 +11,7 @@ use qlora::kernels::quant::{QuantConfig, Quantized4bit};
 use qlora::kernels::weight::{FrozenWeight, PlainData, PlainWeight};
 use qlora::lora::LoraConfig;
 use qlora::model::CausalLm;
-use qlora::model::block::Block;
+use qlora::model::block::{Block, WeightCaches};
 use qlora::model::projection::Projection;
 use qlora::model::stack::Stack;
 use rand::{RngExt, SeedableRng};
@@ -64,7 +64,7 @@ pub(crate) fn tiny_model(config: &ModelConfig, quantized: bool, seed: u64, works
             true => Arc::new(Quantized4bit::quantize(&data, rows, cols, &QuantConfig::default()).unwrap()),
             false => Arc::new(PlainWeight::new(data, rows, cols)),
         };
-        Projection::new(name, weight, bias.then(|| random(rng, rows, 0.5))).unwrap()
+        Projection::new(name, weight, bias.then(|| random(rng, rows, 0.5).into())).unwrap()
     };
     let embedding = table(&mut rng);
     let blocks = (0..config.num_hidden_layers)
@@ -72,9 +72,9 @@ pub(crate) fn tiny_model(config: &ModelConfig, quantized: bool, seed: u64, works
             let rng = &mut rng;
             let name = |part: &str| format!("model.layers.{layer}.{part}");
             Block {
-                input_norm: norm(rng, hidden),
-                post_attention_norm: norm(rng, hidden),
-                qk_norm: config.qk_norm.then(|| (norm(rng, head_dim), norm(rng, head_dim))),
+                input_norm: norm(rng, hidden).into(),
+                post_attention_norm: norm(rng, hidden).into(),
+                qk_norm: config.qk_norm.then(|| (norm(rng, head_dim).into(), norm(rng, head_dim).into())),
                 eps: config.rms_norm_eps,
                 attention: AttentionConfig {
                     heads: config.num_attention_heads,
@@ -90,10 +90,11 @@ pub(crate) fn tiny_model(config: &ModelConfig, quantized: bool, seed: u64, works
                 gate: projection(rng, name("mlp.gate_proj"), mlp, hidden, config.mlp_bias),
                 up: projection(rng, name("mlp.up_proj"), mlp, hidden, config.mlp_bias),
                 down: projection(rng, name("mlp.down_proj"), hidden, mlp, config.mlp_bias),
+                caches: WeightCaches::default(),
             }
         })
         .collect();
-    let final_norm = norm(&mut rng, hidden);
+    let final_norm = norm(&mut rng, hidden).into();
     let head = if config.tie_word_embeddings { embedding.clone() } else { table(&mut rng) };
     let limit = config.max_position_embeddings;
     let stack = Stack::new(blocks, final_norm, config.rms_norm_eps, config.rope.clone(), limit).unwrap();

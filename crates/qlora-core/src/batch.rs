@@ -53,6 +53,6 @@ mod tests {
         assert_eq!(batch.tokens, [5, 6, 7, 8, 9]);
         assert_eq!(batch.targets, [6, 7, -100, -100, -100]);
         assert_eq!(batch.trained_tokens(), 2);
-        assert_eq!(batch.layout.positions(), [0, 1, 2, 0, 1]);
+        assert_eq!(**batch.layout.positions(), [0, 1, 2, 0, 1]);
     }
 }

@@ -106,7 +106,7 @@ fn run(
         let inputs: Vec<&[u32]> = pending.iter().map(Vec::as_slice).collect();
         let mut caches: Vec<_> = active.iter_mut().map(|(_, seq)| &mut seq.cache).collect();
         let logits = model.next_logits_batch(&inputs, &mut caches)?;
-        for ((index, sequence), row) in active.iter_mut().zip(logits.as_slice().chunks_exact(logits.cols())) {
+        for ((index, sequence), row) in active.iter_mut().zip(logits.to_vec()?.chunks_exact(logits.cols())) {
             let row = Tensor::from_slice(row, row.len(), &Device::Cpu)?;
             let token = sequence.sampler.sample(&row, &sequence.text)?;
             if config.is_stop_token(token) || model.config().eos_token_ids.contains(&token) {

@@ -30,7 +30,7 @@ fn main() {
     for n in [64, 512, 2048, 8192] {
         let workspace = Workspace::new(&Device::Cpu).unwrap();
         let (q, k, v) = (random(576, 1), random(n * 192, 2), random(n * 192, 3));
-        let mut out = workspace.matrix(1, 576);
+        let mut out = workspace.matrix(1, 576).unwrap();
         let mut run = || {
             let (q, k, v) = (View::new(&q, 1, 576), View::new(&k, n, 192), View::new(&v, n, 192));
             attention::cached(&cfg, q, k, v, out.view_mut(), &workspace).unwrap();
@@ -55,9 +55,12 @@ fn bench(cfg: &AttentionConfig, lengths: &[usize], ceiling: f64) {
     let q = View::new(&q, tokens, wide);
     let (k, v) = (View::new(&k, tokens, narrow), View::new(&v, tokens, narrow));
     let dout = View::new(&dout, tokens, wide);
-    let (mut out, mut lse) = (workspace.matrix(tokens, wide), workspace.matrix(tokens, cfg.heads));
-    let (mut dq, mut dk, mut dv) =
-        (workspace.matrix(tokens, wide), workspace.matrix(tokens, narrow), workspace.matrix(tokens, narrow));
+    let (mut out, mut lse) = (workspace.matrix(tokens, wide).unwrap(), workspace.matrix(tokens, cfg.heads).unwrap());
+    let (mut dq, mut dk, mut dv) = (
+        workspace.matrix(tokens, wide).unwrap(),
+        workspace.matrix(tokens, narrow).unwrap(),
+        workspace.matrix(tokens, narrow).unwrap(),
+    );
     attention::forward(cfg, q, k, v, &layout, out.view_mut(), lse.view_mut(), &workspace).unwrap();
     let (saved_out, saved_lse) = (out.as_slice().to_vec(), lse.as_slice().to_vec());
     let mut forward = || attention::forward(cfg, q, k, v, &layout, out.view_mut(), lse.view_mut(), &workspace).unwrap();

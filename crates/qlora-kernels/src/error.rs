@@ -38,6 +38,32 @@ pub enum Error {
         device: String,
     },
 
+    /// A GPU has not enough memory left.
+    #[error("{}", out_of_memory(op, *requested, *used, *available, *limit))]
+    OutOfMemory {
+        /// The operation.
+        op: &'static str,
+        /// Bytes it asked for.
+        requested: u64,
+        /// Bytes in use.
+        used: u64,
+        /// Bytes that could still be had.
+        available: u64,
+        /// The limit that was set, if one was.
+        limit: Option<u64>,
+    },
+
+    /// The CUDA driver or a kernel failed.
+    #[error("{op}: {what} (CUDA error {code})")]
+    Cuda {
+        /// The operation.
+        op: &'static str,
+        /// The `cudaError_t`.
+        code: i32,
+        /// What it means.
+        what: &'static str,
+    },
+
     /// candle refused something.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
@@ -56,6 +82,19 @@ impl Error {
         }
         Err(Self::Shape { op, what, got: got.to_vec(), expected: expected.to_vec() })
     }
+}
+
+fn out_of_memory(op: &str, requested: u64, used: u64, available: u64, limit: Option<u64>) -> String {
+    let gb = |bytes: u64| bytes as f64 / 1e9;
+    let limit = limit.map(|limit| format!(" of the {:.2} GB that were allowed", gb(limit))).unwrap_or_default();
+    format!(
+        "{op}: the GPU has no memory left for {:.3} GB more: {:.2} GB are in use{limit}, {:.2} GB are free, other programs' \
+         memory aside. Use shorter sequences, a smaller batch (with more gradient accumulation), gradient checkpointing, \
+         or a smaller memory budget for the plan",
+        gb(requested),
+        gb(used),
+        gb(available)
+    )
 }
 
 /// So that operations can be used inside candle custom ops.

@@ -8,6 +8,8 @@
 //! |---|---|
 //! | [`view`], [`matrix`] | windows into memory, and the memory itself with the pool it returns to |
 //! | [`mapped`] | read-only memory-mapped files |
+//! | [`dtype`] | element types |
+//! | `cuda` (with the feature `cuda`) | GPUs: streams, memory, kernels |
 //! | [`sequence`] | how the tokens of a batch fall into sequences |
 //! | [`tensor`] | the bridge to and from candle tensors, without copies |
 //! | [`quant`] | bitsandbytes' 4-bit formats, bit for bit |
@@ -16,6 +18,9 @@
 //!
 //! This is the one crate of the workspace that holds unsafe code.
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
+pub mod dtype;
 pub mod error;
 pub mod mapped;
 mod math;
@@ -32,6 +37,7 @@ mod transpose;
 pub mod view;
 pub mod weight;
 
+pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use mapped::MappedFile;
 pub use matrix::{Matrix, Workspace};

@@ -4,122 +4,144 @@
 //! Activations are `[tokens, width]`. A vector is a view of one row. [`ViewMut`] is the writable kind; the borrow
 //! checker keeps two writable views apart, and [`ViewMut::split_cols`] cuts one into disjoint windows.
 //!
-//! On the CPU the elements are f32. Views of other devices get their own variant of the private data field; operations
-//! ask for the representation they implement ([`View::host`]), which fails with the operation's name on any other.
+//! On the CPU the elements are f32, on CUDA they have the [`Dtype`] of their matrix. Operations ask for the
+//! representation they implement ([`View::host`]), which fails with the operation's name on any other.
 
-use std::marker::PhantomData;
+mod host;
+
 use std::ops::Range;
 
-use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator};
+#[cfg(feature = "cuda")]
+pub(crate) use host::check_reshape;
+pub use host::{HostView, HostViewMut};
 
+#[cfg(feature = "cuda")]
+use crate::cuda::{CudaView, CudaViewMut, Gpu};
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 
 /// A read-only window of `rows x cols` elements.
 #[derive(Clone, Copy, Debug)]
 pub struct View<'a> {
-    host: HostView<'a>,
+    repr: Repr<'a>,
 }
 
 /// A writable window of `rows x cols` elements.
 #[derive(Debug)]
 pub struct ViewMut<'a> {
-    host: HostViewMut<'a>,
+    repr: ReprMut<'a>,
 }
 
-/// The CPU representation of a [`View`]: f32 rows.
 #[derive(Clone, Copy, Debug)]
-pub struct HostView<'a> {
-    ptr: *const f32,
-    rows: usize,
-    cols: usize,
-    stride: usize,
-    memory: PhantomData<&'a [f32]>,
+enum Repr<'a> {
+    Host(HostView<'a>),
+    #[cfg(feature = "cuda")]
+    Cuda(CudaView<'a>),
 }
 
-/// The CPU representation of a [`ViewMut`]: f32 rows.
 #[derive(Debug)]
-pub struct HostViewMut<'a> {
-    ptr: *mut f32,
-    rows: usize,
-    cols: usize,
-    stride: usize,
-    memory: PhantomData<&'a mut [f32]>,
+enum ReprMut<'a> {
+    Host(HostViewMut<'a>),
+    #[cfg(feature = "cuda")]
+    Cuda(CudaViewMut<'a>),
 }
 
-// SAFETY: a HostView is a shared borrow of f32 memory, as `&[f32]` is.
-unsafe impl Send for HostView<'_> {}
-// SAFETY: as above.
-unsafe impl Sync for HostView<'_> {}
-// SAFETY: a HostViewMut is the only access to its elements, as `&mut [f32]` is.
-unsafe impl Send for HostViewMut<'_> {}
-// SAFETY: a shared reference to it only gives reads.
-unsafe impl Sync for HostViewMut<'_> {}
-
-/// Panics unless `rows` rows of `cols` elements at `stride` lie within `len` elements: the constructors' one check, on
-/// which the unsafe code below rests.
-fn check_window(len: usize, rows: usize, cols: usize, stride: usize) {
-    assert!(stride >= cols || rows <= 1, "row stride {stride} is less than the {cols} columns");
-    let needed = match rows {
-        0 => 0,
-        _ => stride.checked_mul(rows - 1).and_then(|n| n.checked_add(cols)).expect("window size overflows"),
+/// Evaluates the same expression for either representation of a read-only view.
+macro_rules! each {
+    ($view:expr, $v:ident => $body:expr) => {
+        match $view.repr {
+            Repr::Host($v) => $body,
+            #[cfg(feature = "cuda")]
+            Repr::Cuda($v) => $body,
+        }
     };
-    assert!(needed <= len, "a window of {rows} x {cols} (stride {stride}) does not fit {len} elements");
 }
 
-/// Panics unless `from` is one run of elements, as many as `to` has: the window then addresses the same memory.
-fn check_reshape(from: [usize; 2], stride: usize, to: [usize; 2]) {
-    let [rows, cols] = from;
-    assert!(stride == cols || rows <= 1, "a window with gaps (stride {stride}, {cols} columns) cannot be reshaped");
-    assert_eq!(to[0].checked_mul(to[1]), Some(rows * cols), "{from:?} cannot be reshaped to {to:?}");
+/// Applies the same method to either representation and wraps the result again.
+macro_rules! map {
+    ($view:expr, $v:ident => $body:expr) => {
+        match $view.repr {
+            Repr::Host($v) => View { repr: Repr::Host($body) },
+            #[cfg(feature = "cuda")]
+            Repr::Cuda($v) => View { repr: Repr::Cuda($body) },
+        }
+    };
+}
+
+macro_rules! each_mut {
+    ($repr:expr, $v:ident => $body:expr) => {
+        match $repr {
+            ReprMut::Host($v) => $body,
+            #[cfg(feature = "cuda")]
+            ReprMut::Cuda($v) => $body,
+        }
+    };
+}
+
+macro_rules! map_mut {
+    ($repr:expr, $v:ident => $body:expr) => {
+        match $repr {
+            ReprMut::Host($v) => ViewMut { repr: ReprMut::Host($body) },
+            #[cfg(feature = "cuda")]
+            ReprMut::Cuda($v) => ViewMut { repr: ReprMut::Cuda($body) },
+        }
+    };
 }
 
 impl<'a> View<'a> {
-    /// `rows x cols` consecutive elements.
+    /// `rows x cols` consecutive elements of host memory.
     ///
     /// # Panics
     /// If `data` has another length.
     pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
-        assert_eq!(data.len(), rows * cols, "{} elements cannot be viewed as {rows} x {cols}", data.len());
-        Self::strided(data, rows, cols, cols)
+        Self { repr: Repr::Host(HostView::new(data, rows, cols)) }
     }
 
-    /// `rows x cols` elements whose rows start `stride` elements apart.
+    /// `rows x cols` elements of host memory whose rows start `stride` elements apart.
     ///
     /// # Panics
     /// If the window does not fit `data`.
     pub fn strided(data: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
-        check_window(data.len(), rows, cols, stride);
-        Self { host: HostView { ptr: data.as_ptr(), rows, cols, stride, memory: PhantomData } }
+        Self { repr: Repr::Host(HostView::strided(data, rows, cols, stride)) }
     }
 
-    /// One row.
+    /// One row of host memory.
     pub fn vector(data: &'a [f32]) -> Self {
         Self::new(data, 1, data.len())
     }
 
     /// The number of rows.
     pub fn rows(&self) -> usize {
-        self.host.rows
+        each!(self, v => v.rows())
     }
 
     /// The number of columns.
     pub fn cols(&self) -> usize {
-        self.host.cols
+        each!(self, v => v.cols())
     }
 
     /// `[rows, cols]`.
     pub fn shape(&self) -> [usize; 2] {
-        [self.host.rows, self.host.cols]
+        [self.rows(), self.cols()]
+    }
+
+    /// The type of the elements.
+    pub fn dtype(&self) -> Dtype {
+        match self.repr {
+            Repr::Host(_) => Dtype::F32,
+            #[cfg(feature = "cuda")]
+            Repr::Cuda(v) => v.dtype(),
+        }
     }
 
     /// The rows in `range`.
     pub fn slice_rows(&self, range: Range<usize>) -> Self {
-        Self { host: self.host.slice_rows(range) }
+        map!(self, v => v.slice_rows(range))
     }
 
     /// The columns in `range`.
     pub fn slice_cols(&self, range: Range<usize>) -> Self {
-        Self { host: self.host.slice_cols(range) }
+        map!(self, v => v.slice_cols(range))
     }
 
     /// The same elements as `rows x cols`, row by row: `[tokens, heads * d]` becomes `[tokens * heads, d]`.
@@ -127,13 +149,30 @@ impl<'a> View<'a> {
     /// # Panics
     /// If there are gaps between the rows, or the number of elements differs.
     pub fn reshape(&self, rows: usize, cols: usize) -> Self {
-        Self { host: self.host.reshape(rows, cols) }
+        map!(self, v => v.reshape(rows, cols))
     }
 
     /// The CPU representation, or an error that names `op`.
     pub fn host(&self, op: &'static str) -> Result<HostView<'a>> {
+        #[cfg(not(feature = "cuda"))]
         let _ = op;
-        Ok(self.host)
+        match self.repr {
+            Repr::Host(v) => Ok(v),
+            #[cfg(feature = "cuda")]
+            Repr::Cuda(v) => Err(Error::Device { op, device: v.gpu().name() }),
+        }
+    }
+
+    /// The elements as f32, row by row, copied to the host: for checks, checkpoints and small results.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn to_vec(&self) -> Result<Vec<f32>> {
+        match self.repr {
+            Repr::Host(v) => Ok((0..v.rows()).flat_map(|i| v.row(i)).copied().collect()),
+            #[cfg(feature = "cuda")]
+            Repr::Cuda(v) => v.to_vec(),
+        }
     }
 
     /// An error that names `op` and `what` unless the shape is `rows x cols`.
@@ -143,25 +182,23 @@ impl<'a> View<'a> {
 }
 
 impl<'a> ViewMut<'a> {
-    /// `rows x cols` consecutive elements.
+    /// `rows x cols` consecutive elements of host memory.
     ///
     /// # Panics
     /// If `data` has another length.
     pub fn new(data: &'a mut [f32], rows: usize, cols: usize) -> Self {
-        assert_eq!(data.len(), rows * cols, "{} elements cannot be viewed as {rows} x {cols}", data.len());
-        Self::strided(data, rows, cols, cols)
+        Self { repr: ReprMut::Host(HostViewMut::new(data, rows, cols)) }
     }
 
-    /// `rows x cols` elements whose rows start `stride` elements apart.
+    /// `rows x cols` elements of host memory whose rows start `stride` elements apart.
     ///
     /// # Panics
     /// If the window does not fit `data`.
     pub fn strided(data: &'a mut [f32], rows: usize, cols: usize, stride: usize) -> Self {
-        check_window(data.len(), rows, cols, stride);
-        Self { host: HostViewMut { ptr: data.as_mut_ptr(), rows, cols, stride, memory: PhantomData } }
+        Self { repr: ReprMut::Host(HostViewMut::strided(data, rows, cols, stride)) }
     }
 
-    /// One row.
+    /// One row of host memory.
     pub fn vector(data: &'a mut [f32]) -> Self {
         let len = data.len();
         Self::new(data, 1, len)
@@ -169,45 +206,61 @@ impl<'a> ViewMut<'a> {
 
     /// The number of rows.
     pub fn rows(&self) -> usize {
-        self.host.rows
+        each_mut!(&self.repr, v => v.rows())
     }
 
     /// The number of columns.
     pub fn cols(&self) -> usize {
-        self.host.cols
+        each_mut!(&self.repr, v => v.cols())
     }
 
     /// `[rows, cols]`.
     pub fn shape(&self) -> [usize; 2] {
-        [self.host.rows, self.host.cols]
+        [self.rows(), self.cols()]
+    }
+
+    /// The type of the elements.
+    pub fn dtype(&self) -> Dtype {
+        self.as_view().dtype()
     }
 
     /// The same window, readable, for as long as `self` is not written.
     pub fn as_view(&self) -> View<'_> {
-        View { host: self.host.as_view() }
+        match &self.repr {
+            ReprMut::Host(v) => View { repr: Repr::Host(v.as_view()) },
+            #[cfg(feature = "cuda")]
+            ReprMut::Cuda(v) => View { repr: Repr::Cuda(v.as_view()) },
+        }
     }
 
     /// The same window for a shorter time: what is handed to an operation that the caller goes on writing after.
     pub fn reborrow(&mut self) -> ViewMut<'_> {
-        ViewMut { host: self.host.reborrow() }
+        map_mut!(&mut self.repr, v => v.reborrow())
     }
 
     /// The rows in `range`.
     pub fn slice_rows(self, range: Range<usize>) -> Self {
-        Self { host: self.host.slice_rows(range) }
+        map_mut!(self.repr, v => v.slice_rows(range))
     }
 
     /// The columns in `range`.
     pub fn slice_cols(self, range: Range<usize>) -> Self {
-        assert!(range.start <= range.end && range.end <= self.host.cols, "columns {range:?} of {}", self.host.cols);
-        let (_, right) = self.host.split_cols(range.start);
-        Self { host: right.split_cols(range.end - range.start).0 }
+        map_mut!(self.repr, v => v.slice_cols(range))
     }
 
     /// The columns before and from `at`, as two windows that can be written at the same time.
     pub fn split_cols(self, at: usize) -> (Self, Self) {
-        let (left, right) = self.host.split_cols(at);
-        (Self { host: left }, Self { host: right })
+        match self.repr {
+            ReprMut::Host(v) => {
+                let (left, right) = v.split_cols(at);
+                (Self { repr: ReprMut::Host(left) }, Self { repr: ReprMut::Host(right) })
+            }
+            #[cfg(feature = "cuda")]
+            ReprMut::Cuda(v) => {
+                let (left, right) = v.split_cols(at);
+                (Self { repr: ReprMut::Cuda(left) }, Self { repr: ReprMut::Cuda(right) })
+            }
+        }
     }
 
     /// The same elements as `rows x cols`, row by row: `[tokens, heads * d]` becomes `[tokens * heads, d]`.
@@ -215,13 +268,65 @@ impl<'a> ViewMut<'a> {
     /// # Panics
     /// If there are gaps between the rows, or the number of elements differs.
     pub fn reshape(self, rows: usize, cols: usize) -> Self {
-        Self { host: self.host.reshape(rows, cols) }
+        map_mut!(self.repr, v => v.reshape(rows, cols))
     }
 
     /// The CPU representation, or an error that names `op`.
     pub fn host(self, op: &'static str) -> Result<HostViewMut<'a>> {
+        #[cfg(not(feature = "cuda"))]
         let _ = op;
-        Ok(self.host)
+        match self.repr {
+            ReprMut::Host(v) => Ok(v),
+            #[cfg(feature = "cuda")]
+            ReprMut::Cuda(v) => Err(Error::Device { op, device: v.gpu().name() }),
+        }
+    }
+
+    /// Writes every element with `value`, rounded to the elements' type.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn fill(self, value: f32) -> Result<()> {
+        match self.repr {
+            ReprMut::Host(mut v) => {
+                for i in 0..v.rows() {
+                    v.row_mut(i).fill(value);
+                }
+                Ok(())
+            }
+            #[cfg(feature = "cuda")]
+            ReprMut::Cuda(v) => crate::cuda::ops::fill(v, value),
+        }
+    }
+
+    /// Copies `from`, of the same shape, from any device and type; f32 host memory is rounded to the elements' type.
+    ///
+    /// # Errors
+    /// If the shapes differ, or the device fails.
+    pub fn copy_from(self, from: View) -> Result<()> {
+        const OP: &str = "copy";
+        from.expect(OP, "the source", self.rows(), self.cols())?;
+        match (self.repr, from.repr) {
+            (ReprMut::Host(mut to), Repr::Host(from)) => {
+                for i in 0..from.rows() {
+                    to.row_mut(i).copy_from_slice(from.row(i));
+                }
+                Ok(())
+            }
+            #[cfg(feature = "cuda")]
+            (ReprMut::Host(mut to), Repr::Cuda(from)) => {
+                let cols = from.cols();
+                let values = from.to_vec()?;
+                for (i, row) in values.chunks_exact(cols.max(1)).enumerate() {
+                    to.row_mut(i).copy_from_slice(row);
+                }
+                Ok(())
+            }
+            #[cfg(feature = "cuda")]
+            (ReprMut::Cuda(to), Repr::Host(from)) => to.upload(from),
+            #[cfg(feature = "cuda")]
+            (ReprMut::Cuda(to), Repr::Cuda(from)) => crate::cuda::ops::cast(from, to),
+        }
     }
 
     /// An error that names `op` and `what` unless the shape is `rows x cols`.
@@ -230,218 +335,98 @@ impl<'a> ViewMut<'a> {
     }
 }
 
-impl<'a> HostView<'a> {
-    /// `rows x cols` consecutive elements: memory that an operation itself holds.
-    ///
-    /// # Panics
-    /// If `data` has another length.
-    pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
-        View::new(data, rows, cols).host
+#[cfg(feature = "cuda")]
+impl<'a> View<'a> {
+    /// The GPU the elements are on, if they are on one.
+    pub fn gpu(&self) -> Option<&'a Gpu> {
+        match self.repr {
+            Repr::Host(_) => None,
+            Repr::Cuda(v) => Some(v.gpu()),
+        }
     }
 
-    /// `rows x cols` elements whose rows start `stride` elements apart.
-    ///
-    /// # Panics
-    /// If the window does not fit `data`.
-    pub fn strided(data: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
-        View::strided(data, rows, cols, stride).host
-    }
-
-    /// The number of rows.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// The number of columns.
-    pub fn cols(&self) -> usize {
-        self.cols
-    }
-
-    /// Elements between the starts of consecutive rows.
-    pub fn stride(&self) -> usize {
-        self.stride
-    }
-
-    /// The first element.
-    pub fn as_ptr(&self) -> *const f32 {
-        self.ptr
-    }
-
-    /// Row `i`.
-    pub fn row(&self, i: usize) -> &'a [f32] {
-        assert!(i < self.rows, "row {i} of {}", self.rows);
-        // SAFETY: the constructor checked that all rows lie within memory borrowed for 'a, and i is in range.
-        unsafe { std::slice::from_raw_parts(self.ptr.add(i * self.stride), self.cols) }
-    }
-
-    /// All rows as one slice, if they follow each other without a gap.
-    pub fn as_slice(&self) -> Option<&'a [f32]> {
-        let gapless = self.stride == self.cols || self.rows <= 1;
-        // SAFETY: the constructor checked that all rows lie within memory borrowed for 'a; without gaps they are one
-        // run of rows * cols elements.
-        gapless.then(|| unsafe { std::slice::from_raw_parts(self.ptr, self.rows * self.cols) })
-    }
-
-    /// The same elements as `rows x cols`.
-    ///
-    /// # Panics
-    /// If there are gaps between the rows, or the number of elements differs.
-    pub fn reshape(self, rows: usize, cols: usize) -> Self {
-        check_reshape([self.rows, self.cols], self.stride, [rows, cols]);
-        Self { rows, cols, stride: cols, ..self }
-    }
-
-    /// The rows in `range`.
-    pub fn slice_rows(self, range: Range<usize>) -> Self {
-        assert!(range.start <= range.end && range.end <= self.rows, "rows {range:?} of {}", self.rows);
-        let rows = range.end - range.start;
-        // An empty window keeps the base pointer: the offset could lie outside the allocation.
-        let offset = if rows == 0 { 0 } else { range.start * self.stride };
-        // SAFETY: the offset is that of an existing row.
-        Self { ptr: unsafe { self.ptr.add(offset) }, rows, ..self }
-    }
-
-    /// The columns in `range`.
-    pub fn slice_cols(self, range: Range<usize>) -> Self {
-        assert!(range.start <= range.end && range.end <= self.cols, "columns {range:?} of {}", self.cols);
-        let offset = if self.rows == 0 { 0 } else { range.start };
-        // SAFETY: the offset lies within the first row (or at its end, for an empty range).
-        Self { ptr: unsafe { self.ptr.add(offset) }, cols: range.end - range.start, ..self }
+    /// The CUDA representation, or an error that names `op`.
+    pub fn cuda(&self, op: &'static str) -> Result<CudaView<'a>> {
+        match self.repr {
+            Repr::Host(_) => Err(Error::invalid(op, "an argument is on the CPU, the others are on the GPU")),
+            Repr::Cuda(v) => Ok(v),
+        }
     }
 }
 
-impl<'a> HostViewMut<'a> {
-    /// `rows x cols` consecutive elements: memory that an operation itself holds.
-    ///
-    /// # Panics
-    /// If `data` has another length.
-    pub fn new(data: &'a mut [f32], rows: usize, cols: usize) -> Self {
-        ViewMut::new(data, rows, cols).host
+#[cfg(feature = "cuda")]
+impl<'a> ViewMut<'a> {
+    /// The GPU the elements are on, if they are on one.
+    pub fn gpu(&self) -> Option<&'a Gpu> {
+        match &self.repr {
+            ReprMut::Host(_) => None,
+            ReprMut::Cuda(v) => Some(v.gpu()),
+        }
     }
 
-    /// The number of rows.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// The number of columns.
-    pub fn cols(&self) -> usize {
-        self.cols
-    }
-
-    /// Elements between the starts of consecutive rows.
-    pub fn stride(&self) -> usize {
-        self.stride
-    }
-
-    /// The first element.
-    pub fn as_mut_ptr(&mut self) -> *mut f32 {
-        self.ptr
-    }
-
-    /// The same window, readable.
-    pub fn as_view(&self) -> HostView<'_> {
-        HostView { ptr: self.ptr, rows: self.rows, cols: self.cols, stride: self.stride, memory: PhantomData }
-    }
-
-    /// The same window for a shorter time.
-    pub fn reborrow(&mut self) -> HostViewMut<'_> {
-        HostViewMut { ptr: self.ptr, rows: self.rows, cols: self.cols, stride: self.stride, memory: PhantomData }
-    }
-
-    /// Row `i`, readable.
-    pub fn row(&self, i: usize) -> &[f32] {
-        self.as_view().row_of_any_lifetime(i)
-    }
-
-    /// Row `i`.
-    pub fn row_mut(&mut self, i: usize) -> &mut [f32] {
-        assert!(i < self.rows, "row {i} of {}", self.rows);
-        // SAFETY: the constructor checked that all rows lie within memory borrowed mutably for 'a, i is in range, and
-        // the result borrows self.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(i * self.stride), self.cols) }
-    }
-
-    /// All rows as one slice, if they follow each other without a gap.
-    pub fn as_mut_slice(&mut self) -> Option<&mut [f32]> {
-        let gapless = self.stride == self.cols || self.rows <= 1;
-        // SAFETY: as for row_mut; without gaps the rows are one run of rows * cols elements.
-        gapless.then(|| unsafe { std::slice::from_raw_parts_mut(self.ptr, self.rows * self.cols) })
-    }
-
-    /// The same elements as `rows x cols`.
-    ///
-    /// # Panics
-    /// If there are gaps between the rows, or the number of elements differs.
-    pub fn reshape(self, rows: usize, cols: usize) -> Self {
-        check_reshape([self.rows, self.cols], self.stride, [rows, cols]);
-        Self { rows, cols, stride: cols, ..self }
-    }
-
-    /// The rows in `range`.
-    pub fn slice_rows(self, range: Range<usize>) -> Self {
-        let (_, rest) = self.split_rows(range.start);
-        rest.split_rows(range.end.checked_sub(range.start).expect("range ends before it starts")).0
-    }
-
-    /// The rows before and from `at`.
-    pub fn split_rows(self, at: usize) -> (Self, Self) {
-        assert!(at <= self.rows, "row {at} of {}", self.rows);
-        let offset = if at == self.rows { 0 } else { at * self.stride };
-        // SAFETY: the offset is that of an existing row; the two windows share no row.
-        let below = unsafe { self.ptr.add(offset) };
-        let (cols, stride, memory) = (self.cols, self.stride, PhantomData);
-        let upper = Self { ptr: self.ptr, rows: at, cols, stride, memory };
-        (upper, Self { ptr: below, rows: self.rows - at, cols, stride, memory })
-    }
-
-    /// The columns before and from `at`.
-    pub fn split_cols(self, at: usize) -> (Self, Self) {
-        assert!(at <= self.cols, "column {at} of {}", self.cols);
-        let offset = if self.rows == 0 { 0 } else { at };
-        // SAFETY: the offset lies within the first row or at its end; the two windows share no column.
-        let right = unsafe { self.ptr.add(offset) };
-        let (rows, stride, memory) = (self.rows, self.stride, PhantomData);
-        let left = Self { ptr: self.ptr, rows, cols: at, stride, memory };
-        (left, Self { ptr: right, rows, cols: self.cols - at, stride, memory })
-    }
-
-    /// The rows, each with its index, in order.
-    pub fn rows_mut(self) -> impl Iterator<Item = &'a mut [f32]> {
-        let (ptr, cols, stride) = (self.ptr, self.cols, self.stride);
-        // SAFETY: every row is handed out once, `self` is consumed, and stride >= cols keeps the rows apart.
-        (0..self.rows).map(move |i| unsafe { std::slice::from_raw_parts_mut(ptr.add(i * stride), cols) })
-    }
-
-    /// The rows as a parallel iterator.
-    pub fn par_rows_mut(self) -> impl IndexedParallelIterator<Item = &'a mut [f32]> {
-        let window = self;
-        let (cols, stride) = (window.cols, window.stride);
-        let base = RowBase(window.ptr);
-        (0..window.rows).into_par_iter().map(move |i| {
-            let base = &base;
-            // SAFETY: every row is handed out once, the window is consumed, and stride >= cols keeps the rows apart.
-            unsafe { std::slice::from_raw_parts_mut(base.0.add(i * stride), cols) }
-        })
+    /// The CUDA representation, or an error that names `op`.
+    pub fn cuda(self, op: &'static str) -> Result<CudaViewMut<'a>> {
+        match self.repr {
+            ReprMut::Host(_) => Err(Error::invalid(op, "an argument is on the CPU, the others are on the GPU")),
+            ReprMut::Cuda(v) => Ok(v),
+        }
     }
 }
 
-impl<'a> HostView<'a> {
-    fn row_of_any_lifetime(self, i: usize) -> &'a [f32] {
-        self.row(i)
+impl<'a> From<&'a [f32]> for View<'a> {
+    fn from(data: &'a [f32]) -> Self {
+        Self::vector(data)
     }
 }
 
-/// A pointer that may cross threads because the rows made from it never overlap.
-struct RowBase(*mut f32);
-// SAFETY: see par_rows_mut: disjoint rows of memory that is borrowed mutably.
-unsafe impl Sync for RowBase {}
-// SAFETY: as above.
-unsafe impl Send for RowBase {}
+impl<'a> From<&'a Vec<f32>> for View<'a> {
+    fn from(data: &'a Vec<f32>) -> Self {
+        Self::vector(data)
+    }
+}
+
+impl<'a, const N: usize> From<&'a [f32; N]> for View<'a> {
+    fn from(data: &'a [f32; N]) -> Self {
+        Self::vector(data)
+    }
+}
+
+impl<'a> From<&'a mut [f32]> for ViewMut<'a> {
+    fn from(data: &'a mut [f32]) -> Self {
+        Self::vector(data)
+    }
+}
+
+impl<'a> From<&'a mut Vec<f32>> for ViewMut<'a> {
+    fn from(data: &'a mut Vec<f32>) -> Self {
+        Self::vector(data)
+    }
+}
+
+impl<'a, const N: usize> From<&'a mut [f32; N]> for ViewMut<'a> {
+    fn from(data: &'a mut [f32; N]) -> Self {
+        Self::vector(data)
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl<'a> From<CudaView<'a>> for View<'a> {
+    fn from(view: CudaView<'a>) -> Self {
+        Self { repr: Repr::Cuda(view) }
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl<'a> From<CudaViewMut<'a>> for ViewMut<'a> {
+    fn from(view: CudaViewMut<'a>) -> Self {
+        Self { repr: ReprMut::Cuda(view) }
+    }
+}
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rayon::iter::ParallelIterator;
 
     #[test]
     fn windows_address_the_elements_they_name() {

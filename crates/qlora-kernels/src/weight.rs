@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use half::{bf16, f16};
 
@@ -25,6 +26,42 @@ pub trait FrozenWeight: Send + Sync + fmt::Debug {
     /// The rows as they lie in memory, where they are f32 already and need no dequantization.
     fn as_f32(&self) -> Option<&[f32]> {
         None
+    }
+
+    /// The weight on its GPU, if it is on one.
+    #[cfg(feature = "cuda")]
+    fn as_cuda(&self) -> Option<&crate::cuda::CudaWeight> {
+        None
+    }
+}
+
+/// Where a group of layers keeps its dequantized weights between uses, if it may: memory for speed. Only CUDA uses it.
+#[derive(Default)]
+pub struct WeightCache {
+    enabled: AtomicBool,
+    #[cfg(feature = "cuda")]
+    pub(crate) weights: std::sync::Mutex<Option<crate::matrix::Matrix>>,
+}
+
+impl WeightCache {
+    /// Lets the weights be kept from their next use on, or frees them.
+    pub fn set_enabled(&self, enabled: bool) {
+        self.enabled.store(enabled, Ordering::Relaxed);
+        #[cfg(feature = "cuda")]
+        if !enabled {
+            *self.weights.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+        }
+    }
+
+    /// See [`Self::set_enabled`].
+    pub fn enabled(&self) -> bool {
+        self.enabled.load(Ordering::Relaxed)
+    }
+}
+
+impl fmt::Debug for WeightCache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "WeightCache(enabled: {})", self.enabled())
     }
 }
 

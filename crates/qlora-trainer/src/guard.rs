@@ -18,6 +18,11 @@ impl GradientGuard {
         Self { waiting: (0..parameters.len()).collect(), total: parameters.len() }
     }
 
+    /// Whether there is a tensor that had no gradient yet.
+    pub(crate) fn is_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
     /// Looks at the gradients of `step` (from 1) before the update. The gradients are finite.
     pub(crate) fn check(&mut self, step: u64, parameters: &[Parameter], masters: &[f32], grad: &[f32]) -> Result<()> {
         let all_zero = |values: &[f32]| values.iter().all(|&value| value == 0.0);

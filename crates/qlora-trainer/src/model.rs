@@ -7,6 +7,7 @@ pub use qlora_kernels::ops::linear_cross_entropy::LossSum;
 
 use qlora_core::Result;
 use qlora_core::batch::Batch;
+use qlora_kernels::{ViewMut, Workspace};
 
 /// A trainable tensor: a stretch of the model's flat parameter buffer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,42 +22,43 @@ pub struct Parameter {
     pub silenced_by: Option<usize>,
 }
 
-/// A model whose trainable parameters lie in one flat f32 buffer.
+/// A model whose trainable parameters lie in one flat f32 buffer, on the CPU or a GPU.
 ///
-/// The loop zeroes a gradient buffer, lets the model add the gradients of each micro-batch to it, clips, updates the
-/// master parameters with AdamW, and tells the model.
+/// The loop zeroes a gradient buffer, lets the model add the gradients of each micro-batch to it, clips, and updates the
+/// master parameters with AdamW. Gradient and moments are where [`TrainableModel::workspace`] says.
 pub trait TrainableModel {
     /// The trainable tensors. Their ranges follow each other without a gap and cover [`TrainableModel::masters`].
     fn parameters(&self) -> Vec<Parameter>;
 
-    /// The f32 master parameters.
-    fn masters(&self) -> &[f32];
-
-    /// The f32 master parameters, for the optimizer and for a resumed run.
-    fn masters_mut(&mut self) -> &mut [f32];
-
-    /// Called when the masters have new values: the place to refresh copies in another precision or on a device.
+    /// Where the parameters are, and the gradient and the optimizer's state with them: the CPU by default.
     ///
     /// # Errors
-    /// Whatever went wrong; it ends the run.
-    fn masters_changed(&mut self) -> Result<()> {
-        Ok(())
+    /// If the device cannot be used.
+    fn workspace(&self) -> Result<Workspace> {
+        Ok(Workspace::cpu())
     }
 
-    /// Adds the gradient of `(sum of the micro-batch's cross-entropies) / num_items` to `grad`, and returns the sum
+    /// A copy of the f32 master parameters.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn masters(&self) -> Result<Vec<f32>>;
+
+    /// Lets `update` change the f32 master parameters where they are, as one row: the optimizer's step, or the values of
+    /// a resumed run. What the model derives from them follows before this returns.
+    ///
+    /// # Errors
+    /// Whatever `update` returns, and whatever went wrong; it ends the run.
+    fn update_masters(&mut self, update: &mut dyn FnMut(ViewMut) -> qlora_kernels::Result<()>) -> Result<()>;
+
+    /// Adds the gradient of `(sum of the micro-batch's cross-entropies) / num_items` to `grad` (one row, f32), and returns the sum
     /// (not divided).
     ///
     /// `step_seed` is all the randomness (dropout) of this call: the same seed, parameters and batch give the same bits.
     ///
     /// # Errors
     /// Whatever went wrong; it ends the run, with the step and the micro-batch added to the message.
-    fn accumulate_gradients(
-        &mut self,
-        batch: &Batch,
-        num_items: usize,
-        step_seed: u64,
-        grad: &mut [f32],
-    ) -> Result<f64>;
+    fn accumulate_gradients(&mut self, batch: &Batch, num_items: usize, step_seed: u64, grad: ViewMut) -> Result<f64>;
 
     /// The loss of a micro-batch, without dropout.
     ///

@@ -8,14 +8,14 @@ use qlora_core::lora::Which;
 use qlora_core::model::{CausalLm, TrainPass};
 use qlora_core::{Error, Result};
 use qlora_kernels::ops::linear_cross_entropy::LossSum;
+use qlora_kernels::{ViewMut, Workspace};
 
 use crate::model::{Parameter, TrainableModel};
 
-/// A model with an adapter, its f32 master parameters, and what it is saved as.
+/// A model with an adapter, whose f32 variable holds the master parameters, and what it is saved as.
 #[derive(Debug)]
 pub struct QLoraModel {
     model: CausalLm,
-    masters: Vec<f32>,
     save: SaveOptions,
     identity: Vec<(String, String)>,
 }
@@ -26,9 +26,10 @@ impl QLoraModel {
     /// # Errors
     /// If the model has no adapter.
     pub fn new(model: CausalLm, save: SaveOptions, identity: Vec<(String, String)>) -> Result<Self> {
-        let adapter = model.adapter().ok_or_else(|| Error::Invalid("the model has no adapter to train".into()))?;
-        let masters = adapter.values()?;
-        Ok(Self { model, masters, save, identity })
+        if model.adapter().is_none() {
+            return Err(Error::Invalid("the model has no adapter to train".into()));
+        }
+        Ok(Self { model, save, identity })
     }
 
     /// The model with its adapter as of the last step.
@@ -59,19 +60,19 @@ impl TrainableModel for QLoraModel {
         entries.iter().map(parameter).collect()
     }
 
-    fn masters(&self) -> &[f32] {
-        &self.masters
+    fn workspace(&self) -> Result<Workspace> {
+        Ok(self.model.workspace().clone())
     }
 
-    fn masters_mut(&mut self) -> &mut [f32] {
-        &mut self.masters
+    fn masters(&self) -> Result<Vec<f32>> {
+        self.adapter().values()
     }
 
-    fn masters_changed(&mut self) -> Result<()> {
-        self.adapter().set_values(&self.masters)
+    fn update_masters(&mut self, update: &mut dyn FnMut(ViewMut) -> qlora_kernels::Result<()>) -> Result<()> {
+        self.adapter().update(update)
     }
 
-    fn accumulate_gradients(&mut self, batch: &Batch, items: usize, step_seed: u64, grad: &mut [f32]) -> Result<f64> {
+    fn accumulate_gradients(&mut self, batch: &Batch, items: usize, step_seed: u64, grad: ViewMut) -> Result<f64> {
         Ok(self.model.accumulate_gradients(batch, items, TrainPass { seed: step_seed }, grad)?.sum)
     }
 
@@ -81,7 +82,7 @@ impl TrainableModel for QLoraModel {
 
     fn save_adapter(&self, folder: &Path) -> Result<()> {
         let adapter = self.adapter();
-        adapter::save(folder, adapter.config(), adapter.layout(), &self.masters, &self.save)
+        adapter::save(folder, adapter.config(), adapter.layout(), &adapter.values()?, &self.save)
     }
 
     fn identity(&self) -> Vec<(String, String)> {

@@ -11,6 +11,7 @@ use qlora_kernels::ops::dropout::Dropout;
 use qlora_kernels::ops::rope::{self, RopeTable};
 use qlora_kernels::ops::{embedding as embed, frozen_linear as frozen, linear_cross_entropy as cross_entropy};
 use qlora_kernels::ops::{lora_linear, rms_norm as norm, swiglu as glu};
+use qlora_kernels::sequence::Positions;
 use qlora_kernels::tensor::{TensorView, storage_view};
 use qlora_kernels::weight::FrozenWeight;
 use qlora_kernels::{Matrix, SequenceLayout, View, Workspace};
@@ -36,7 +37,7 @@ pub fn rotary(
     x: &Tensor,
     head_dim: usize,
     table: Arc<RopeTable>,
-    positions: Arc<[u32]>,
+    positions: Arc<Positions>,
     workspace: &Workspace,
 ) -> Result<Tensor> {
     Ok(x.contiguous()?.apply_op1(Rotary { head_dim, table, positions, workspace: workspace.clone() })?)
@@ -71,7 +72,7 @@ pub fn causal_attention(
 /// # Errors
 /// If a token is outside the table.
 pub fn embedding(tokens: &[u32], table: &dyn FrozenWeight, workspace: &Workspace) -> Result<Tensor> {
-    let mut out = workspace.matrix(tokens.len(), table.cols());
+    let mut out = workspace.matrix(tokens.len(), table.cols())?;
     embed::forward(tokens, table, out.view_mut())?;
     Ok(out.into_tensor((tokens.len(), table.cols()))?)
 }
@@ -123,14 +124,19 @@ pub fn linear_cross_entropy(
         if !hidden.track_op() {
             (cross_entropy::forward(input.view(), head, targets, workspace)?, None)
         } else {
-            let mut gradient = workspace.matrix(input.view().rows(), input.view().cols());
+            let mut gradient = workspace.matrix(input.view().rows(), input.view().cols())?;
             let out = gradient.view_mut();
             let loss = cross_entropy::forward_backward(input.view(), head, targets, num_items, out, workspace)?;
             (loss, Some(gradient))
         }
     };
     let loss = (loss.sum / num_items as f64) as f32;
-    Ok(hidden.apply_op1(LinearCrossEntropy { loss, gradient: Mutex::new(gradient) })?)
+    Ok(hidden.apply_op1(LinearCrossEntropy {
+        loss,
+        #[cfg(feature = "cuda")]
+        workspace: workspace.clone(),
+        gradient: Mutex::new(gradient),
+    })?)
 }
 
 struct RmsNorm {
@@ -141,9 +147,9 @@ struct RmsNorm {
 
 impl RmsNorm {
     fn run(&self, x: View) -> qlora_kernels::Result<(Matrix, Matrix)> {
-        let mut y = self.workspace.matrix(x.rows(), x.cols());
-        let mut rstd = self.workspace.matrix(x.rows(), 1);
-        norm::forward(x, &self.weight, self.eps, y.view_mut(), rstd.as_mut_slice())?;
+        let mut y = self.workspace.matrix(x.rows(), x.cols())?;
+        let mut rstd = self.workspace.matrix(x.rows(), 1)?;
+        norm::forward(x, &*self.weight, self.eps, y.view_mut(), rstd.view_mut())?;
         Ok((y, rstd))
     }
 }
@@ -162,8 +168,8 @@ impl CustomOp1 for RmsNorm {
         let dy = dy.contiguous()?;
         let (input, dy) = (TensorView::new(self.name(), x)?, TensorView::new(self.name(), &dy)?);
         let (_, rstd) = self.run(input.view())?;
-        let mut dx = self.workspace.matrix(rstd.rows(), self.weight.len());
-        norm::backward(input.view(), &self.weight, rstd.as_slice(), dy.view(), dx.view_mut(), false)?;
+        let mut dx = self.workspace.matrix(rstd.rows(), self.weight.len())?;
+        norm::backward(input.view(), &*self.weight, rstd.view(), dy.view(), dx.view_mut(), false)?;
         Ok(Some(dx.into_tensor(x.shape().clone())?))
     }
 }
@@ -171,7 +177,7 @@ impl CustomOp1 for RmsNorm {
 struct Rotary {
     head_dim: usize,
     table: Arc<RopeTable>,
-    positions: Arc<[u32]>,
+    positions: Arc<Positions>,
     workspace: Workspace,
 }
 
@@ -205,7 +211,7 @@ impl CustomOp2 for SwiGlu {
 
     fn cpu_fwd(&self, gate: &CpuStorage, layout: &Layout, up: &CpuStorage, up_layout: &Layout) -> Forward {
         let (gate, up) = (storage_view(self.name(), gate, layout)?, storage_view(self.name(), up, up_layout)?);
-        let mut h = self.workspace.matrix(gate.rows(), gate.cols());
+        let mut h = self.workspace.matrix(gate.rows(), gate.cols())?;
         glu::forward(gate, up, h.view_mut())?;
         Ok((h.into_storage(layout.shape())?, layout.shape().clone()))
     }
@@ -250,8 +256,8 @@ impl CustomOp3 for Attention {
     ) -> Forward {
         let q = storage_view(self.name(), q, layout)?;
         let (k, v) = (storage_view(self.name(), k, k_layout)?, storage_view(self.name(), v, v_layout)?);
-        let mut out = self.workspace.matrix(q.rows(), q.cols());
-        let mut lse = self.workspace.matrix(q.rows(), self.config.heads);
+        let mut out = self.workspace.matrix(q.rows(), q.cols())?;
+        let mut lse = self.workspace.matrix(q.rows(), self.config.heads)?;
         let (out_view, lse_view) = (out.view_mut(), lse.view_mut());
         attention::forward(&self.config, q, k, v, &self.layout, out_view, lse_view, &self.workspace)?;
         // A second forward of the same node cannot happen; if it did, its lse would be the same.
@@ -270,10 +276,11 @@ impl CustomOp3 for Attention {
         let name = self.name();
         let dout = dout.contiguous()?;
         let lse = self.lse.get().ok_or_else(|| Error::Invalid(format!("{name}: backward before forward")))?;
-        let mut gradients = [q, k, v].map(|tensor| {
+        let matrix_like = |tensor: &Tensor| {
             let cols = tensor.dims().last().copied().unwrap_or(1);
             self.workspace.matrix(tensor.elem_count() / cols, cols)
-        });
+        };
+        let mut gradients = [matrix_like(q)?, matrix_like(k)?, matrix_like(v)?];
         {
             let (q, k, v) = (TensorView::new(name, q)?, TensorView::new(name, k)?, TensorView::new(name, v)?);
             let (out, dout) = (TensorView::new(name, out)?, TensorView::new(name, &dout)?);
@@ -311,7 +318,7 @@ impl CustomOp1 for FrozenLinear {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Forward {
         let x = storage_view(self.name(), x, layout)?;
-        let mut y = self.workspace.matrix(x.rows(), self.weight.rows());
+        let mut y = self.workspace.matrix(x.rows(), self.weight.rows())?;
         frozen::forward(x, &*self.weight, y.view_mut(), 0.0, &self.workspace)?;
         let shape = with_last_dim(layout.dims(), self.weight.rows());
         Ok((y.into_storage(&shape)?, shape))
@@ -320,7 +327,7 @@ impl CustomOp1 for FrozenLinear {
     fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Gradient {
         let dy = dy.contiguous()?;
         let dy = TensorView::new(self.name(), &dy)?;
-        let mut dx = self.workspace.matrix(dy.view().rows(), self.weight.cols());
+        let mut dx = self.workspace.matrix(dy.view().rows(), self.weight.cols())?;
         frozen::backward(dy.view(), &*self.weight, dx.view_mut(), 0.0, &self.workspace)?;
         Ok(Some(dx.into_tensor(x.shape().clone())?))
     }
@@ -351,9 +358,9 @@ impl CustomOp3 for QLoraLinear {
         let name = self.name();
         let x = storage_view(name, x, layout)?;
         let (a, b) = (storage_view(name, a, a_layout)?, storage_view(name, b, b_layout)?);
-        let mut y = self.workspace.matrix(x.rows(), self.weight.rows());
+        let mut y = self.workspace.matrix(x.rows(), self.weight.rows())?;
         frozen::forward(x, &*self.weight, y.view_mut(), 0.0, &self.workspace)?;
-        let mut s = self.workspace.matrix(x.rows(), a.rows());
+        let mut s = self.workspace.matrix(x.rows(), a.rows())?;
         let dropout = self.dropout;
         lora_linear::forward(x, a, b, self.scale, dropout, s.view_mut(), y.view_mut(), &self.workspace)?;
         let _ = self.s.set(s);
@@ -372,12 +379,16 @@ impl CustomOp3 for QLoraLinear {
         let name = self.name();
         let dy = dy.contiguous()?;
         let s = self.s.get().ok_or_else(|| Error::Invalid(format!("{name}: backward before forward")))?;
-        let (mut da, mut db) = (self.workspace.zeros(a.dim(0)?, a.dim(1)?), self.workspace.zeros(b.dim(0)?, b.dim(1)?));
+        let (mut da, mut db) =
+            (self.workspace.zeros(a.dim(0)?, a.dim(1)?)?, self.workspace.zeros(b.dim(0)?, b.dim(1)?)?);
         // candle panics on a missing gradient only for tracked tensors: untracked ones cost nothing.
         let dx = {
             let (input, dy) = (TensorView::new(name, x)?, TensorView::new(name, &dy)?);
             let (av, bv) = (TensorView::new(name, a)?, TensorView::new(name, b)?);
-            let mut dx = x.track_op().then(|| self.workspace.matrix(input.view().rows(), input.view().cols()));
+            let mut dx = match x.track_op() {
+                true => Some(self.workspace.matrix(input.view().rows(), input.view().cols())?),
+                false => None,
+            };
             if let Some(dx) = &mut dx {
                 frozen::backward(dy.view(), &*self.weight, dx.view_mut(), 0.0, &self.workspace)?;
             }
@@ -403,6 +414,8 @@ impl CustomOp3 for QLoraLinear {
 
 struct LinearCrossEntropy {
     loss: f32,
+    #[cfg(feature = "cuda")]
+    workspace: Workspace,
     gradient: Mutex<Option<Matrix>>,
 }
 
@@ -413,6 +426,16 @@ impl CustomOp1 for LinearCrossEntropy {
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Forward {
         Ok((CpuStorage::F32(vec![self.loss]), Shape::from(())))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
+        let loss = self.workspace.upload(&[self.loss], 1, 1)?;
+        Ok((loss.into_cuda_storage(&Shape::from(()))?, Shape::from(())))
     }
 
     fn bwd(&self, hidden: &Tensor, _: &Tensor, incoming: &Tensor) -> Gradient {
@@ -427,9 +450,8 @@ impl CustomOp1 for LinearCrossEntropy {
 }
 
 fn copied(x: View, workspace: &Workspace) -> qlora_kernels::Result<Matrix> {
-    let mut y = workspace.matrix(x.rows(), x.cols());
-    let x = x.host("copy")?;
-    y.view_mut().host("copy")?.rows_mut().enumerate().for_each(|(i, row)| row.copy_from_slice(x.row(i)));
+    let mut y = workspace.matrix(x.rows(), x.cols())?;
+    y.view_mut().copy_from(x)?;
     Ok(y)
 }
 

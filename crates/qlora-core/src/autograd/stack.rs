@@ -42,10 +42,10 @@ pub fn apply(
     let (result, saved) = {
         let input = TensorView::new(OP, x)?;
         let values = TensorView::new(OP, flat)?;
-        let mut copy = workspace.matrix(input.view().rows(), input.view().cols());
-        copy.as_mut_slice().copy_from_slice(input.as_slice());
+        let mut copy = workspace.matrix(input.view().rows(), input.view().cols())?;
+        copy.view_mut().copy_from(input.view())?;
         let rope = stack.rope(layout.max_len())?;
-        let adapter = Some(AdapterPass { values: values.as_slice(), dropout });
+        let adapter = Some(AdapterPass { values: values.view(), dropout });
         let pass = Pass { adapter, layout: &layout, rope: &rope, workspace };
         stack.forward(copy, &pass, x.track_op())?
     };
@@ -77,6 +77,19 @@ impl CustomOp2 for StackNode {
         Ok((result.into_storage(x.shape())?, x.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _: &candle_core::CudaStorage,
+        x: &Layout,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
+        let result = take(&self.result)
+            .ok_or_else(|| candle_core::Error::from(Error::Invalid(format!("{OP}: the node runs once"))))?;
+        Ok((result.into_cuda_storage(x.shape())?, x.shape().clone()))
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -89,18 +102,27 @@ impl CustomOp2 for StackNode {
             candle_core::Error::from(Error::Invalid(message))
         })?;
         let gradient = gradient.contiguous()?;
-        let mut dflat = Matrix::from_vec(vec![0.0; flat.elem_count()], 1, flat.elem_count());
+        let mut dflat = self.workspace.zeros_f32(1, flat.elem_count())?;
         let dx = {
             let gradient = TensorView::new(OP, &gradient)?;
-            let mut dy = self.workspace.matrix(gradient.view().rows(), gradient.view().cols());
-            dy.as_mut_slice().copy_from_slice(gradient.as_slice());
+            let mut dy = self.workspace.matrix(gradient.view().rows(), gradient.view().cols())?;
+            dy.view_mut().copy_from(gradient.view())?;
             let values = TensorView::new(OP, flat)?;
             let rope = self.stack.rope(self.layout.max_len())?;
-            let adapter = Some(AdapterPass { values: values.as_slice(), dropout: self.dropout });
+            let adapter = Some(AdapterPass { values: values.view(), dropout: self.dropout });
             let pass = Pass { adapter, layout: &self.layout, rope: &rope, workspace: &self.workspace };
-            self.stack.backward(saved, &dy, &pass, dflat.as_mut_slice(), x.track_op())?
+            self.stack.backward(saved, dy, &pass, dflat.view_mut(), x.track_op())?
         };
-        let dx = dx.map(|dx| dx.into_tensor(x.shape().clone())).transpose()?;
+        let dx = match dx {
+            None => None,
+            // Its memory has a margin on CUDA, a tensor's has not.
+            Some(dx) if dx.margin() > 0 => {
+                let mut plain = self.workspace.matrix(dx.rows(), dx.cols())?;
+                plain.view_mut().copy_from(dx.view())?;
+                Some(plain.into_tensor(x.shape().clone())?)
+            }
+            Some(dx) => Some(dx.into_tensor(x.shape().clone())?),
+        };
         Ok((dx, Some(dflat.into_tensor(flat.shape().clone())?)))
     }
 }

@@ -7,27 +7,33 @@
 //! y  = m + h Wd
 //! ```
 //!
-//! All activations are `[tokens, width]`, f32 on the CPU. What the backward needs is kept in [`Saved`]; normed inputs
-//! and `h` are cheap and made again. The residual sums happen inside the projections that end in them.
+//! All activations are `[tokens, width]`: f32 on the CPU, bf16 (or f16, f32) on CUDA. q, k and v are the columns of one
+//! matrix, and so are gate and up. What the backward needs is kept in [`Saved`]; normed inputs and `h` are cheap and made
+//! again. The residual sums happen inside the projections that end in them. Matrices that a projection with adapters
+//! reads, and gradients of those it writes, have a margin for the adapters' small factors
+//! ([`qlora_kernels::ops::linear_group`]).
 
 use qlora_kernels::ops::attention::{self, AttentionConfig};
+use qlora_kernels::ops::linear_group::{Group, Member, Shrunk, margin};
 use qlora_kernels::ops::rope::{self, RopeTable};
 use qlora_kernels::ops::{rms_norm, swiglu};
-use qlora_kernels::{Matrix, SequenceLayout, View, Workspace};
+use qlora_kernels::sequence::Positions;
+use qlora_kernels::weight::WeightCache;
+use qlora_kernels::{Matrix, SequenceLayout, View, ViewMut, Workspace};
 
 use super::cache::LayerCache;
 use super::projection::{AdapterPass, Projection};
 use crate::error::Result;
 
 /// A decoder block with its frozen weights and its adapters' places.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Block {
-    /// Weight of the norm before attention.
-    pub input_norm: Vec<f32>,
-    /// Weight of the norm before the MLP.
-    pub post_attention_norm: Vec<f32>,
+    /// Weight of the norm before attention, one f32 row.
+    pub input_norm: Matrix,
+    /// Weight of the norm before the MLP, one f32 row.
+    pub post_attention_norm: Matrix,
     /// Weights of the norms on every head of q and k (Qwen3).
-    pub qk_norm: Option<(Vec<f32>, Vec<f32>)>,
+    pub qk_norm: Option<(Matrix, Matrix)>,
     /// Added to the mean square in every norm.
     pub eps: f32,
     /// Heads, their width, scale and window.
@@ -46,6 +52,24 @@ pub struct Block {
     pub up: Projection,
     /// The MLP's output projection.
     pub down: Projection,
+    /// Where dequantized weights may be kept.
+    pub caches: WeightCaches,
+}
+
+/// Where the dequantized weights of a block's groups may be kept between uses.
+#[derive(Debug, Default)]
+pub struct WeightCaches {
+    qkv: WeightCache,
+    o: WeightCache,
+    gate_up: WeightCache,
+    down: WeightCache,
+}
+
+impl WeightCaches {
+    /// Keeps the dequantized weights of the whole block from their next use on, or frees them.
+    pub fn set_enabled(&self, enabled: bool) {
+        [&self.qkv, &self.o, &self.gate_up, &self.down].iter().for_each(|cache| cache.set_enabled(enabled));
+    }
 }
 
 /// What all blocks share in one pass.
@@ -74,39 +98,46 @@ pub enum Saved {
 #[derive(Debug)]
 pub struct Activations {
     x: Matrix,
-    rstd_in: Matrix,
-    /// q and k as projected, with 1/rms of each head, where the model norms them.
-    raw_qk: Option<RawQk>,
-    q: Matrix,
-    k: Matrix,
-    v: Matrix,
+    qkv: Qkv,
     attn: Matrix,
     lse: Matrix,
     mid: Matrix,
     rstd_mid: Matrix,
-    gate: Matrix,
-    up: Matrix,
+    gate_up: Matrix,
+    s: Factors,
+}
+
+/// Queries, keys and values side by side, normed and rotated, and what the backward needs of how they were made.
+#[derive(Debug)]
+struct Qkv {
+    qkv: Matrix,
+    rstd: Matrix,
+    /// q and k as projected, side by side, with 1/rms of each head, where the model norms them.
+    raw: Option<RawQk>,
     s: Shrunk,
 }
 
 #[derive(Debug)]
 struct RawQk {
-    q: Matrix,
-    k: Matrix,
+    qk: Matrix,
     rstd_q: Matrix,
     rstd_k: Matrix,
 }
 
-/// `S = drop(x) A^T` of every projection that has an adapter.
+/// `S = drop(x) A^T` of the groups after attention.
 #[derive(Debug, Default)]
-struct Shrunk {
-    q: Option<Matrix>,
-    k: Option<Matrix>,
-    v: Option<Matrix>,
-    o: Option<Matrix>,
-    gate: Option<Matrix>,
-    up: Option<Matrix>,
-    down: Option<Matrix>,
+struct Factors {
+    o: Shrunk,
+    gate_up: Shrunk,
+    down: Shrunk,
+}
+
+/// A group with the array that its members are borrowed from.
+macro_rules! group {
+    ($name:ident, $block:expr, $cache:ident, $($member:ident),+) => {
+        let members = [$($block.$member.member()),+];
+        let $name = Group { members: &members, cache: &$block.caches.$cache };
+    };
 }
 
 impl Block {
@@ -122,9 +153,9 @@ impl Block {
 
     /// Bytes of the norms and biases.
     pub fn vector_bytes(&self) -> usize {
-        let qk = self.qk_norm.as_ref().map_or(0, |(q, k)| q.len() + k.len());
-        let biases: usize = self.projections().iter().map(|p| p.bias().map_or(0, <[f32]>::len)).sum();
-        (self.input_norm.len() + self.post_attention_norm.len() + qk + biases) * size_of::<f32>()
+        let qk = self.qk_norm.as_ref().map_or(0, |(q, k)| q.bytes() + k.bytes());
+        let biases: usize = self.projections().iter().map(|p| p.bias().map_or(0, Matrix::bytes)).sum();
+        self.input_norm.bytes() + self.post_attention_norm.bytes() + qk + biases
     }
 
     /// Whether any projection has an adapter.
@@ -132,12 +163,32 @@ impl Block {
         self.projections().iter().any(|projection| projection.slot().is_some())
     }
 
+    /// The margin that the gradient of the residual stream needs: it is what o and down get.
+    pub fn residual_margin(&self) -> usize {
+        margin_of(&[self.o.member()]).max(margin_of(&[self.down.member()]))
+    }
+
+    fn qkv_margin(&self) -> usize {
+        margin_of(&[self.q.member(), self.k.member(), self.v.member()])
+    }
+
+    fn gate_up_margin(&self) -> usize {
+        margin_of(&[self.gate.member(), self.up.member()])
+    }
+
     /// Runs the block on `x [tokens, hidden]`; with `keep`, also what [`Self::backward`] needs.
     pub fn forward(&self, x: Matrix, pass: &Pass, keep: Keep) -> Result<(Matrix, Option<Saved>)> {
+        let Pass { workspace, .. } = *pass;
         let mut activations = self.forward_to_mlp(x, pass)?;
-        let h = self.mlp_hidden(&activations, pass.workspace)?;
-        let mut y = copy(&activations.mid, pass.workspace);
-        activations.s.down = self.down.forward(h.view(), y.view_mut(), 1.0, pass.adapter.as_ref(), pass.workspace)?;
+        let mut h = self.mlp_hidden(&activations.gate_up, workspace)?;
+        if keep != Keep::Everything {
+            // Nothing reads it again: its memory can serve the last projection.
+            activations.gate_up = workspace.matrix(0, 0)?;
+        }
+        let mut y = workspace.matrix(h.rows(), self.down.outputs())?;
+        let residual = Some(activations.mid.view());
+        group!(down, self, down, down);
+        activations.s.down = down.forward(h.view_mut(), pass.adapter.as_ref(), residual, y.view_mut(), workspace)?;
         let saved = match keep {
             Keep::Nothing => None,
             Keep::Input => Some(Saved::Input(activations.x)),
@@ -146,26 +197,21 @@ impl Block {
         Ok((y, saved))
     }
 
-    /// Turns `dy` into `dx` (or gives nothing, if the caller does not need it) and adds the adapters' gradients to
-    /// `gradient`, which is laid out as the adapter.
+    /// Turns `dy` (with the margin of [`Self::residual_margin`]) into `dx` (or gives nothing, if the caller does not need
+    /// it) and adds the adapters' gradients to `gradient`, which is laid out as the adapter.
     pub fn backward(
         &self,
         saved: Saved,
         dy: Matrix,
         pass: &Pass,
-        gradient: &mut [f32],
+        mut gradient: ViewMut,
         needs_dx: bool,
     ) -> Result<Option<Matrix>> {
-        let saved = match saved {
-            Saved::Kept(activations) => *activations,
-            Saved::Input(x) => {
-                let mut activations = self.forward_to_mlp(x, pass)?;
-                let h = self.mlp_hidden(&activations, pass.workspace)?;
-                activations.s.down = self.down.shrink(h.view(), pass.adapter.as_ref(), pass.workspace)?;
-                activations
-            }
+        let (saved, recomputed) = match saved {
+            Saved::Kept(activations) => (*activations, false),
+            Saved::Input(x) => (self.forward_to_mlp(x, pass)?, true),
         };
-        let (activations, dmid) = self.backward_mlp(saved, dy, pass, gradient)?;
+        let (activations, dmid) = self.backward_mlp(saved, dy, pass, gradient.reborrow(), recomputed)?;
         self.backward_attention(activations, dmid, pass, gradient, needs_dx)
     }
 
@@ -174,139 +220,145 @@ impl Block {
     pub(crate) fn forward_cached(
         &self,
         x: Matrix,
-        positions: &[u32],
+        positions: &Positions,
         caches: &mut [&mut LayerCache],
         pass: &Pass,
     ) -> Result<Matrix> {
         let Pass { workspace, layout, .. } = *pass;
-        let (q, k, v, _, _) = self.project_qkv(&x, positions, pass)?;
-        let mut attn = workspace.matrix(x.rows(), q.cols());
+        let adapter = pass.adapter.as_ref();
+        let made = self.project_qkv(&x, positions, pass)?;
+        let [q, k, v] = self.split_qkv(made.qkv.view());
+        group!(o, self, o, o);
+        let mut attn = workspace.with_margin(x.rows(), q.cols(), margin_of(o.members))?;
         for (rows, cache) in layout.sequences().zip(caches) {
-            cache.append(k.view().slice_rows(rows.clone()), v.view().slice_rows(rows.clone()))?;
-            let (q, out) = (q.view().slice_rows(rows.clone()), attn.view_mut().slice_rows(rows));
+            cache.append(k.slice_rows(rows.clone()), v.slice_rows(rows.clone()), workspace)?;
+            let (q, out) = (q.slice_rows(rows.clone()), attn.view_mut().slice_rows(rows));
             attention::cached(&self.attention, q, cache.keys(), cache.values(), out, workspace)?;
         }
-        let mut mid = x;
-        self.o.forward(attn.view(), mid.view_mut(), 1.0, pass.adapter.as_ref(), workspace)?;
-        let (n2, _) = self.norm(&mid, &self.post_attention_norm, workspace)?;
-        let (gate, up, _, _) = self.project_gate_up(n2.view(), pass)?;
-        let h = swiglu_hidden(&gate, &up, workspace)?;
-        let mut y = mid;
-        self.down.forward(h.view(), y.view_mut(), 1.0, pass.adapter.as_ref(), workspace)?;
+        let mut mid = workspace.matrix(x.rows(), x.cols())?;
+        o.forward(attn.view_mut(), adapter, Some(x.view()), mid.view_mut(), workspace)?;
+        let (gate_up, _, _) = self.project_gate_up(&mid, pass)?;
+        let mut h = self.mlp_hidden(&gate_up, workspace)?;
+        let mut y = x;
+        group!(down, self, down, down);
+        down.forward(h.view_mut(), adapter, Some(mid.view()), y.view_mut(), workspace)?;
         Ok(y)
     }
 
     /// Everything but the last projection.
     fn forward_to_mlp(&self, x: Matrix, pass: &Pass) -> Result<Activations> {
         let Pass { workspace, layout, .. } = *pass;
-        let (q, k, v, rest, mut s) = self.project_qkv(&x, layout.positions(), pass)?;
-        let mut attn = workspace.matrix(x.rows(), q.cols());
-        let mut lse = workspace.matrix(x.rows(), self.attention.heads);
-        let (out, lse_out) = (attn.view_mut(), lse.view_mut());
-        attention::forward(&self.attention, q.view(), k.view(), v.view(), layout, out, lse_out, workspace)?;
-        let mut mid = copy(&x, workspace);
-        s.o = self.o.forward(attn.view(), mid.view_mut(), 1.0, pass.adapter.as_ref(), workspace)?;
-        let (n2, rstd_mid) = self.norm(&mid, &self.post_attention_norm, workspace)?;
-        let (gate, up, s_gate, s_up) = self.project_gate_up(n2.view(), pass)?;
-        (s.gate, s.up) = (s_gate, s_up);
-        let (rstd_in, raw_qk) = rest;
-        Ok(Activations { x, rstd_in, raw_qk, q, k, v, attn, lse, mid, rstd_mid, gate, up, s })
+        let tokens = x.rows();
+        let qkv = self.project_qkv(&x, layout.positions(), pass)?;
+        let [q, k, v] = self.split_qkv(qkv.qkv.view());
+        group!(o, self, o, o);
+        let mut attn = workspace.with_margin(tokens, q.cols(), margin_of(o.members))?;
+        let mut lse = workspace.matrix_f32(tokens, self.attention.heads)?;
+        attention::forward(&self.attention, q, k, v, layout, attn.view_mut(), lse.view_mut(), workspace)?;
+        let mut mid = workspace.matrix(tokens, x.cols())?;
+        let mut s = Factors::default();
+        s.o = o.forward(attn.view_mut(), pass.adapter.as_ref(), Some(x.view()), mid.view_mut(), workspace)?;
+        let (gate_up, rstd_mid, factor) = self.project_gate_up(&mid, pass)?;
+        s.gate_up = factor;
+        Ok(Activations { x, qkv, attn, lse, mid, rstd_mid, gate_up, s })
     }
 
-    /// q, k and v, normed where the model does that, and rotated; what the backward needs of it comes along.
-    #[allow(clippy::type_complexity)]
-    fn project_qkv(
-        &self,
-        x: &Matrix,
-        positions: &[u32],
-        pass: &Pass,
-    ) -> Result<(Matrix, Matrix, Matrix, (Matrix, Option<RawQk>), Shrunk)> {
+    /// q, k and v, normed where the model does that, and rotated.
+    fn project_qkv(&self, x: &Matrix, positions: &Positions, pass: &Pass) -> Result<Qkv> {
         let Pass { workspace, .. } = *pass;
-        let adapter = pass.adapter.as_ref();
-        let (n1, rstd) = self.norm(x, &self.input_norm, workspace)?;
-        let mut s = Shrunk::default();
-        let mut q = workspace.matrix(x.rows(), self.q.outputs());
-        let mut k = workspace.matrix(x.rows(), self.k.outputs());
-        let mut v = workspace.matrix(x.rows(), self.v.outputs());
-        s.q = self.q.forward(n1.view(), q.view_mut(), 0.0, adapter, workspace)?;
-        s.k = self.k.forward(n1.view(), k.view_mut(), 0.0, adapter, workspace)?;
-        s.v = self.v.forward(n1.view(), v.view_mut(), 0.0, adapter, workspace)?;
+        let tokens = x.rows();
+        let (mut n1, rstd) = self.norm(x, &self.input_norm, self.qkv_margin(), workspace)?;
+        group!(group, self, qkv, q, k, v);
+        let mut qkv = workspace.matrix(tokens, group.outputs())?;
+        let s = group.forward(n1.view_mut(), pass.adapter.as_ref(), None, qkv.view_mut(), workspace)?;
         drop(n1);
-        let mut raw_qk = None;
+        let (q_width, qk_width) = (self.q.outputs(), self.q.outputs() + self.k.outputs());
+        let mut raw = None;
         if let Some((q_weight, k_weight)) = &self.qk_norm {
-            let (normed_q, rstd_q) = self.norm_heads(&q, q_weight, workspace)?;
-            let (normed_k, rstd_k) = self.norm_heads(&k, k_weight, workspace)?;
-            let (q, k) = (std::mem::replace(&mut q, normed_q), std::mem::replace(&mut k, normed_k));
-            raw_qk = Some(RawQk { q, k, rstd_q, rstd_k });
+            let mut qk = workspace.matrix(tokens, qk_width)?;
+            qk.view_mut().copy_from(qkv.view().slice_cols(0..qk_width))?;
+            let mut rstd_q = workspace.matrix_f32(tokens, self.attention.heads)?;
+            let mut rstd_k = workspace.matrix_f32(tokens, self.attention.kv_heads)?;
+            let (q, rest) = qkv.view_mut().split_cols(q_width);
+            let k = rest.slice_cols(0..qk_width - q_width);
+            let (raw_q, raw_k) = (qk.view().slice_cols(0..q_width), qk.view().slice_cols(q_width..qk_width));
+            rms_norm::forward(raw_q, q_weight.view(), self.eps, q, rstd_q.view_mut())?;
+            rms_norm::forward(raw_k, k_weight.view(), self.eps, k, rstd_k.view_mut())?;
+            raw = Some(RawQk { qk, rstd_q, rstd_k });
         }
-        let head_dim = self.attention.head_dim;
-        rope::forward(q.view_mut(), head_dim, pass.rope, positions)?;
-        rope::forward(k.view_mut(), head_dim, pass.rope, positions)?;
-        Ok((q, k, v, (rstd, raw_qk), s))
+        let rotated = qkv.view_mut().slice_cols(0..qk_width);
+        rope::forward(rotated, self.attention.head_dim, pass.rope, positions)?;
+        Ok(Qkv { qkv, rstd, raw, s })
     }
 
-    #[allow(clippy::type_complexity)]
-    fn project_gate_up(&self, n2: View, pass: &Pass) -> Result<(Matrix, Matrix, Option<Matrix>, Option<Matrix>)> {
+    fn split_qkv<'a>(&self, qkv: View<'a>) -> [View<'a>; 3] {
+        let (q, k) = (self.q.outputs(), self.q.outputs() + self.k.outputs());
+        [qkv.slice_cols(0..q), qkv.slice_cols(q..k), qkv.slice_cols(k..qkv.cols())]
+    }
+
+    /// Gate and up side by side, 1/rms of `mid`, and the group's `S`.
+    fn project_gate_up(&self, mid: &Matrix, pass: &Pass) -> Result<(Matrix, Matrix, Shrunk)> {
         let Pass { workspace, .. } = *pass;
-        let mut gate = workspace.matrix(n2.rows(), self.gate.outputs());
-        let mut up = workspace.matrix(n2.rows(), self.up.outputs());
-        let s_gate = self.gate.forward(n2, gate.view_mut(), 0.0, pass.adapter.as_ref(), workspace)?;
-        let s_up = self.up.forward(n2, up.view_mut(), 0.0, pass.adapter.as_ref(), workspace)?;
-        Ok((gate, up, s_gate, s_up))
+        let (mut n2, rstd) = self.norm(mid, &self.post_attention_norm, self.gate_up_margin(), workspace)?;
+        group!(group, self, gate_up, gate, up);
+        // The backward turns it into its own gradient, so it has the gradient's margin.
+        let mut gate_up = workspace.with_margin(mid.rows(), group.outputs(), self.gate_up_margin())?;
+        let s = group.forward(n2.view_mut(), pass.adapter.as_ref(), None, gate_up.view_mut(), workspace)?;
+        Ok((gate_up, rstd, s))
     }
 
-    fn mlp_hidden(&self, activations: &Activations, workspace: &Workspace) -> Result<Matrix> {
-        swiglu_hidden(&activations.gate, &activations.up, workspace)
+    /// `h`, with the margin of the last projection.
+    fn mlp_hidden(&self, gate_up: &Matrix, workspace: &Workspace) -> Result<Matrix> {
+        let width = self.gate.outputs();
+        let mut h = workspace.with_margin(gate_up.rows(), width, margin_of(&[self.down.member()]))?;
+        let (gate, up) = (gate_up.view().slice_cols(0..width), gate_up.view().slice_cols(width..gate_up.cols()));
+        swiglu::forward(gate, up, h.view_mut())?;
+        Ok(h)
     }
 
-    fn norm(&self, x: &Matrix, weight: &[f32], workspace: &Workspace) -> Result<(Matrix, Matrix)> {
-        let mut normed = workspace.matrix(x.rows(), x.cols());
-        let mut rstd = workspace.matrix(x.rows(), 1);
-        rms_norm::forward(x.view(), weight, self.eps, normed.view_mut(), rstd.as_mut_slice())?;
+    fn norm(&self, x: &Matrix, weight: &Matrix, margin: usize, workspace: &Workspace) -> Result<(Matrix, Matrix)> {
+        let mut normed = workspace.with_margin(x.rows(), x.cols(), margin)?;
+        let mut rstd = workspace.matrix_f32(x.rows(), 1)?;
+        rms_norm::forward(x.view(), weight.view(), self.eps, normed.view_mut(), rstd.view_mut())?;
         Ok((normed, rstd))
     }
 
-    /// The norm over every head: the same operation on `[tokens * heads, head_dim]`.
-    fn norm_heads(&self, x: &Matrix, weight: &[f32], workspace: &Workspace) -> Result<(Matrix, Matrix)> {
-        let (rows, width) = (x.rows() * (x.cols() / self.attention.head_dim), self.attention.head_dim);
-        let mut normed = workspace.matrix(x.rows(), x.cols());
-        let mut rstd = workspace.matrix(rows, 1);
-        let (heads, out) = (View::new(x.as_slice(), rows, width), normed.view_mut().reshape(rows, width));
-        rms_norm::forward(heads, weight, self.eps, out, rstd.as_mut_slice())?;
-        Ok((normed, rstd))
-    }
-
-    /// From `dy` to `d mid`, which takes `dy`'s memory. Frees gate and up.
+    /// From `dy` to `d mid`, which takes `dy`'s memory. Frees gate and up. A recomputed block has no `S` of its last
+    /// projection yet.
     fn backward_mlp(
         &self,
         mut saved: Activations,
         mut dy: Matrix,
         pass: &Pass,
-        gradient: &mut [f32],
+        mut gradient: ViewMut,
+        recomputed: bool,
     ) -> Result<(Activations, Matrix)> {
         let Pass { workspace, .. } = *pass;
         let adapter = pass.adapter.as_ref().expect("a backward pass has an adapter");
-        let tokens = dy.rows();
+        let (tokens, width) = (dy.rows(), self.gate.outputs());
 
-        let h = self.mlp_hidden(&saved, workspace)?;
-        let mut dh = workspace.matrix(tokens, h.cols());
-        let s = std::mem::take(&mut saved.s.down);
-        let target = Some((dh.view_mut(), 0.0));
-        self.down.backward(h.view(), s.as_ref(), dy.view(), target, adapter, gradient, workspace)?;
-        drop(h);
-        swiglu::backward(saved.gate.view_mut(), saved.up.view_mut(), dh.view(), None)?;
-        drop(dh);
-        let (dgate, dup) = (&saved.gate, &saved.up);
+        group!(down, self, down, down);
+        let mut dh = workspace.matrix(tokens, width)?;
+        let ds = down.backward_input(dy.view_mut(), adapter, Some(dh.view_mut()), workspace)?;
+        let mut gate_up = std::mem::replace(&mut saved.gate_up, workspace.matrix(0, 0)?);
+        let (gate, up) = gate_up.view_mut().split_cols(width);
+        swiglu::backward_in_place(gate, up, dh.view_mut())?;
+        let h = dh;
+        let s = match recomputed {
+            true => down.shrink(h.view(), Some(adapter), workspace)?,
+            false => std::mem::take(&mut saved.s.down),
+        };
+        down.backward_adapter(h.view(), &s, dy.view(), &ds, adapter, gradient.reborrow(), workspace)?;
+        drop((h, s, ds));
 
-        let (n2, _) = self.norm(&saved.mid, &self.post_attention_norm, workspace)?;
-        let mut dn2 = workspace.matrix(tokens, n2.cols());
-        let (s_gate, s_up) = (saved.s.gate.as_ref(), saved.s.up.as_ref());
-        let target = Some((dn2.view_mut(), 0.0));
-        self.gate.backward(n2.view(), s_gate, dgate.view(), target, adapter, gradient, workspace)?;
-        let target = Some((dn2.view_mut(), 1.0));
-        self.up.backward(n2.view(), s_up, dup.view(), target, adapter, gradient, workspace)?;
-        let (mid, rstd) = (saved.mid.view(), saved.rstd_mid.as_slice());
-        rms_norm::backward(mid, &self.post_attention_norm, rstd, dn2.view(), dy.view_mut(), true)?;
+        group!(group, self, gate_up, gate, up);
+        let mut dn2 = workspace.matrix(tokens, group.inputs())?;
+        let ds = group.backward_input(gate_up.view_mut(), adapter, Some(dn2.view_mut()), workspace)?;
+        let (n2, _) = self.norm(&saved.mid, &self.post_attention_norm, 0, workspace)?;
+        group.backward_adapter(n2.view(), &saved.s.gate_up, gate_up.view(), &ds, adapter, gradient, workspace)?;
+        drop((n2, gate_up));
+        let (mid, rstd) = (saved.mid.view(), saved.rstd_mid.view());
+        rms_norm::backward(mid, self.post_attention_norm.view(), rstd, dn2.view(), dy.view_mut(), true)?;
         Ok((saved, dy))
     }
 
@@ -316,72 +368,72 @@ impl Block {
         saved: Activations,
         mut dmid: Matrix,
         pass: &Pass,
-        gradient: &mut [f32],
+        mut gradient: ViewMut,
         needs_dx: bool,
     ) -> Result<Option<Matrix>> {
-        let Activations { x, rstd_in, raw_qk, q, k, v, attn, lse, mid, rstd_mid, gate, up, s } = saved;
-        drop((mid, rstd_mid, gate, up));
+        let Activations { x, qkv, attn, lse, mid, rstd_mid, s, .. } = saved;
+        drop((mid, rstd_mid));
         let Pass { workspace, layout, .. } = *pass;
         let adapter = pass.adapter.as_ref().expect("a backward pass has an adapter");
         let tokens = dmid.rows();
 
-        let mut dattn = workspace.matrix(tokens, attn.cols());
-        let target = Some((dattn.view_mut(), 0.0));
-        self.o.backward(attn.view(), s.o.as_ref(), dmid.view(), target, adapter, gradient, workspace)?;
+        group!(o, self, o, o);
+        let mut dattn = workspace.matrix(tokens, attn.cols())?;
+        let ds = o.backward_input(dmid.view_mut(), adapter, Some(dattn.view_mut()), workspace)?;
+        o.backward_adapter(attn.view(), &s.o, dmid.view(), &ds, adapter, gradient.reborrow(), workspace)?;
 
-        let mut dq = workspace.matrix(tokens, q.cols());
-        let mut dk = workspace.matrix(tokens, k.cols());
-        let mut dv = workspace.matrix(tokens, v.cols());
-        attention::backward(
-            &self.attention,
-            q.view(),
-            k.view(),
-            v.view(),
-            attn.view(),
-            lse.view(),
-            dattn.view(),
-            layout,
-            dq.view_mut(),
-            dk.view_mut(),
-            dv.view_mut(),
-            workspace,
-        )?;
-        drop((dattn, attn, lse, q, k, v));
-        let head_dim = self.attention.head_dim;
-        rope::backward(dq.view_mut(), head_dim, pass.rope, layout.positions())?;
-        rope::backward(dk.view_mut(), head_dim, pass.rope, layout.positions())?;
-        if let (Some(raw), Some((q_weight, k_weight))) = (&raw_qk, &self.qk_norm) {
-            dq = self.backward_norm_heads(&raw.q, q_weight, &raw.rstd_q, &dq, workspace)?;
-            dk = self.backward_norm_heads(&raw.k, k_weight, &raw.rstd_k, &dk, workspace)?;
+        let Qkv { qkv, rstd, raw, s } = qkv;
+        let [q, k, v] = self.split_qkv(qkv.view());
+        let mut dqkv = workspace.with_margin(tokens, qkv.cols(), self.qkv_margin())?;
+        let (dq, rest) = dqkv.view_mut().split_cols(q.cols());
+        let (dk, dv) = rest.split_cols(k.cols());
+        let (out, lse_view, dout) = (attn.view(), lse.view(), dattn.view());
+        attention::backward(&self.attention, q, k, v, out, lse_view, dout, layout, dq, dk, dv, workspace)?;
+        drop((dattn, attn, lse, qkv));
+        let qk_width = self.q.outputs() + self.k.outputs();
+        let rotated = dqkv.view_mut().slice_cols(0..qk_width);
+        rope::backward(rotated, self.attention.head_dim, pass.rope, layout.positions())?;
+        if let (Some(raw), Some(weights)) = (raw, &self.qk_norm) {
+            self.backward_qk_norm(raw, weights, &mut dqkv, workspace)?;
         }
 
-        let (n1, _) = self.norm(&x, &self.input_norm, workspace)?;
-        let mut dn1 = needs_dx.then(|| workspace.matrix(tokens, n1.cols()));
-        let parts = [(&self.q, &s.q, &dq), (&self.k, &s.k, &dk), (&self.v, &s.v, &dv)];
-        for (index, (projection, s, dy)) in parts.into_iter().enumerate() {
-            let beta = if index == 0 { 0.0 } else { 1.0 };
-            let target = dn1.as_mut().map(|dn1| (dn1.view_mut(), beta));
-            projection.backward(n1.view(), s.as_ref(), dy.view(), target, adapter, gradient, workspace)?;
-        }
+        group!(group, self, qkv, q, k, v);
+        let mut dn1 = match needs_dx {
+            true => Some(workspace.matrix(tokens, group.inputs())?),
+            false => None,
+        };
+        let target = dn1.as_mut().map(Matrix::view_mut);
+        let ds = group.backward_input(dqkv.view_mut(), adapter, target, workspace)?;
+        let (n1, _) = self.norm(&x, &self.input_norm, 0, workspace)?;
+        group.backward_adapter(n1.view(), &s, dqkv.view(), &ds, adapter, gradient, workspace)?;
+        drop((n1, dqkv));
         let Some(dn1) = dn1 else { return Ok(None) };
-        rms_norm::backward(x.view(), &self.input_norm, rstd_in.as_slice(), dn1.view(), dmid.view_mut(), true)?;
+        rms_norm::backward(x.view(), self.input_norm.view(), rstd.view(), dn1.view(), dmid.view_mut(), true)?;
         Ok(Some(dmid))
     }
 
-    fn backward_norm_heads(
+    /// Turns the gradients of the normed q and k into those of the projected ones, in place.
+    fn backward_qk_norm(
         &self,
-        x: &Matrix,
-        weight: &[f32],
-        rstd: &Matrix,
-        dy: &Matrix,
+        raw: RawQk,
+        (q_weight, k_weight): &(Matrix, Matrix),
+        dqkv: &mut Matrix,
         workspace: &Workspace,
-    ) -> Result<Matrix> {
-        let (rows, width) = (rstd.rows(), self.attention.head_dim);
-        let mut dx = workspace.matrix(x.rows(), x.cols());
-        let (x, dy) = (View::new(x.as_slice(), rows, width), View::new(dy.as_slice(), rows, width));
-        rms_norm::backward(x, weight, rstd.as_slice(), dy, dx.view_mut().reshape(rows, width), false)?;
-        Ok(dx)
+    ) -> Result<()> {
+        let (q_width, qk_width) = (self.q.outputs(), raw.qk.cols());
+        let mut dqk = workspace.matrix(raw.qk.rows(), qk_width)?;
+        let parts = [(0..q_width, q_weight, &raw.rstd_q), (q_width..qk_width, k_weight, &raw.rstd_k)];
+        for (columns, weight, rstd) in parts {
+            let (x, dy) = (raw.qk.view().slice_cols(columns.clone()), dqkv.view().slice_cols(columns.clone()));
+            let dx = dqk.view_mut().slice_cols(columns);
+            rms_norm::backward(x, weight.view(), rstd.view(), dy, dx, false)?;
+        }
+        Ok(dqkv.view_mut().slice_cols(0..qk_width).copy_from(dqk.view())?)
     }
+}
+
+fn margin_of(members: &[Member]) -> usize {
+    margin(members.iter().map(|member| member.lora))
 }
 
 /// What a block's forward keeps.
@@ -393,16 +445,4 @@ pub enum Keep {
     Input,
     /// Everything the backward reads.
     Everything,
-}
-
-fn swiglu_hidden(gate: &Matrix, up: &Matrix, workspace: &Workspace) -> Result<Matrix> {
-    let mut h = workspace.matrix(gate.rows(), gate.cols());
-    swiglu::forward(gate.view(), up.view(), h.view_mut())?;
-    Ok(h)
-}
-
-fn copy(x: &Matrix, workspace: &Workspace) -> Matrix {
-    let mut y = workspace.matrix(x.rows(), x.cols());
-    y.as_mut_slice().copy_from_slice(x.as_slice());
-    y
 }

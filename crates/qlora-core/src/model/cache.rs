@@ -1,21 +1,25 @@
 //! Keys and values of the tokens seen so far, for generation.
 
-use qlora_kernels::View;
+use qlora_kernels::{Dtype, Matrix, View, Workspace};
 
 use crate::error::{Error, Result};
 
 /// The cache of a whole model for one sequence.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct KvCache {
     layers: Vec<LayerCache>,
     capacity: usize,
 }
 
 /// The cache of one block: rotated keys and values, `[tokens, kv_heads * head_dim]` each.
-#[derive(Clone, Debug)]
+///
+/// On the model's device, in the type of its activations. The matrices have more rows than are used; they double when
+/// they are full.
+#[derive(Debug)]
 pub struct LayerCache {
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    keys: Matrix,
+    values: Matrix,
+    len: usize,
     width: usize,
     capacity: usize,
 }
@@ -23,13 +27,14 @@ pub struct LayerCache {
 impl KvCache {
     /// An empty cache for at most `capacity` tokens; memory grows as tokens come.
     pub fn new(layers: usize, width: usize, capacity: usize) -> Self {
-        let layer = LayerCache { keys: Vec::new(), values: Vec::new(), width, capacity };
-        Self { layers: vec![layer; layers], capacity }
+        let empty = || Matrix::from_vec(Vec::new(), 0, width);
+        let layer = |_| LayerCache { keys: empty(), values: empty(), len: 0, width, capacity };
+        Self { layers: (0..layers).map(layer).collect(), capacity }
     }
 
     /// The number of tokens in the cache.
     pub fn len(&self) -> usize {
-        self.layers.first().map_or(0, LayerCache::len)
+        self.layers.first().map_or(0, |layer| layer.len)
     }
 
     /// Whether no token has been seen.
@@ -42,16 +47,15 @@ impl KvCache {
         self.capacity
     }
 
-    /// Bytes that `tokens` tokens take.
-    pub fn bytes(layers: usize, width: usize, tokens: usize) -> usize {
-        2 * layers * width * tokens * size_of::<f32>()
+    /// Bytes that `tokens` tokens take with elements of type `dtype`.
+    pub fn bytes(layers: usize, width: usize, tokens: usize, dtype: Dtype) -> usize {
+        2 * layers * width * tokens * dtype.size()
     }
 
     /// Forgets all tokens from `len` on.
     pub fn truncate(&mut self, len: usize) {
         for layer in &mut self.layers {
-            layer.keys.truncate(len * layer.width);
-            layer.values.truncate(len * layer.width);
+            layer.len = layer.len.min(len);
         }
     }
 
@@ -61,14 +65,10 @@ impl KvCache {
 }
 
 impl LayerCache {
-    fn len(&self) -> usize {
-        self.keys.len() / self.width
-    }
-
     /// # Errors
-    /// If the cache would hold more tokens than it was made for.
-    pub(crate) fn append(&mut self, keys: View, values: View) -> Result<()> {
-        let total = self.len() + keys.rows();
+    /// If the cache would hold more tokens than it was made for, or the memory cannot be had.
+    pub(crate) fn append(&mut self, keys: View, values: View, workspace: &Workspace) -> Result<()> {
+        let total = self.len + keys.rows();
         if total > self.capacity {
             return Err(Error::Invalid(format!(
                 "the text has {total} tokens, the cache was made for {}: raise the maximum length",
@@ -76,17 +76,25 @@ impl LayerCache {
             )));
         }
         for (stored, new) in [(&mut self.keys, keys), (&mut self.values, values)] {
-            let new = new.host("kv_cache")?;
-            (0..new.rows()).for_each(|i| stored.extend_from_slice(new.row(i)));
+            if stored.rows() < total {
+                let rows = total.next_power_of_two().clamp(64, self.capacity.max(64));
+                let mut grown = workspace.matrix(rows, self.width)?;
+                if self.len > 0 {
+                    grown.view_mut().slice_rows(0..self.len).copy_from(stored.view().slice_rows(0..self.len))?;
+                }
+                *stored = grown;
+            }
+            stored.view_mut().slice_rows(self.len..total).copy_from(new)?;
         }
+        self.len = total;
         Ok(())
     }
 
     pub(crate) fn keys(&self) -> View<'_> {
-        View::new(&self.keys, self.len(), self.width)
+        self.keys.view().slice_rows(0..self.len)
     }
 
     pub(crate) fn values(&self) -> View<'_> {
-        View::new(&self.values, self.len(), self.width)
+        self.values.view().slice_rows(0..self.len)
     }
 }

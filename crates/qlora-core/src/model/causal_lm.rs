@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Tensor, Var};
 use qlora_kernels::ops::linear_cross_entropy::{self, LossSum};
 use qlora_kernels::ops::{embedding, frozen_linear};
 use qlora_kernels::tensor::{TensorView, update_in_place};
 use qlora_kernels::weight::FrozenWeight;
-use qlora_kernels::{Matrix, SequenceLayout, Workspace};
+use qlora_kernels::{Matrix, SequenceLayout, View, ViewMut, Workspace};
 
 use super::block::Pass;
 use super::cache::KvCache;
@@ -96,7 +96,7 @@ impl Adapter {
             let (got, expected) = (values.len(), self.layout.len());
             return Err(Error::Invalid(format!("the adapter has {expected} values, {got} were given")));
         }
-        self.update(|flat| flat.copy_from_slice(values))
+        self.update(|flat| flat.copy_from(View::vector(values)))
     }
 
     /// The dropout of a training pass, if the configuration has any.
@@ -104,8 +104,8 @@ impl Adapter {
         (self.config.lora_dropout > 0.0).then_some((self.config.lora_dropout as f32, train.seed))
     }
 
-    /// Changes the values where they are.
-    pub fn update(&self, update: impl FnOnce(&mut [f32])) -> Result<()> {
+    /// Changes the values where they are: one row, f32, on the model's device.
+    pub fn update(&self, update: impl FnOnce(ViewMut) -> qlora_kernels::Result<()>) -> Result<()> {
         Ok(update_in_place("adapter", self.flat.as_tensor(), update)?)
     }
 }
@@ -190,7 +190,7 @@ impl CausalLm {
                 2 * placed
             )));
         }
-        let flat = Var::from_tensor(&Tensor::from_vec(values, layout.len(), &Device::Cpu)?)?;
+        let flat = Var::from_tensor(&Tensor::from_vec(values, layout.len(), &self.workspace.device())?)?;
         self.adapter = Some(Adapter { config, layout, flat });
         Ok(())
     }
@@ -212,6 +212,12 @@ impl CausalLm {
     pub fn set_gradient_checkpointing(&mut self, on: bool) -> Result<()> {
         self.stack_mut()?.set_gradient_checkpointing(on);
         Ok(())
+    }
+
+    /// Keep the dequantized weights of every block between uses (CUDA only): 2 bytes a parameter for the time of
+    /// dequantizing; same bits.
+    pub fn set_weight_cache(&self, on: bool) {
+        self.stack.blocks().iter().for_each(|block| block.caches.set_enabled(on));
     }
 
     /// The mean loss over `num_items` trained tokens as a candle scalar: `loss.backward()` gives the gradient of
@@ -240,11 +246,11 @@ impl CausalLm {
         batch: &Batch,
         num_items: usize,
         train: TrainPass,
-        gradient: &mut [f32],
+        gradient: ViewMut,
     ) -> Result<LossSum> {
         let adapter = self.adapter_to_train()?;
-        if gradient.len() != adapter.layout.len() {
-            let (got, expected) = (gradient.len(), adapter.layout.len());
+        if gradient.rows() * gradient.cols() != adapter.layout.len() {
+            let (got, expected) = (gradient.rows() * gradient.cols(), adapter.layout.len());
             return Err(Error::Invalid(format!("the adapter has {expected} values, the gradient {got}")));
         }
         if num_items == 0 {
@@ -253,12 +259,12 @@ impl CausalLm {
         let values = TensorView::new("adapter", adapter.flat.as_tensor())?;
         let dropout = adapter.dropout(train);
         let rope = self.stack.rope(batch.layout.max_len())?;
-        let adapter = Some(AdapterPass { values: values.as_slice(), dropout });
+        let adapter = Some(AdapterPass { values: values.view(), dropout });
         let pass = Pass { adapter, layout: &batch.layout, rope: &rope, workspace: &self.workspace };
         let x = self.embed(&batch.tokens)?;
         let (hidden, saved) = self.stack.forward(x, &pass, false)?;
-        let mut dhidden = self.workspace.matrix(hidden.rows(), hidden.cols());
-        let loss = linear_cross_entropy::forward_backward(
+        let mut dhidden = self.workspace.matrix(hidden.rows(), hidden.cols())?;
+        let loss = linear_cross_entropy::enqueue(
             hidden.view(),
             &*self.head,
             &batch.targets,
@@ -267,8 +273,8 @@ impl CausalLm {
             &self.workspace,
         )?;
         drop(hidden);
-        self.stack.backward(saved, &dhidden, &pass, gradient, false)?;
-        Ok(loss)
+        self.stack.backward(saved, dhidden, &pass, gradient, false)?;
+        Ok(loss.wait()?)
     }
 
     /// The sum of the losses of a batch, without gradient and without dropout.
@@ -297,7 +303,7 @@ impl CausalLm {
     /// # Errors
     /// If there is no token, the cache is too small, or a token is outside the vocabulary. The cache is then as before.
     pub fn next_logits(&self, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
-        Ok(self.next_logits_batch(&[tokens], &mut [cache])?.into_vec())
+        Ok(self.next_logits_batch(&[tokens], &mut [cache])?.to_vec()?)
     }
 
     /// [`Self::next_logits`] of several sequences at once, `[sequences, vocab_size]`: each weight is read once for all.
@@ -328,13 +334,13 @@ impl CausalLm {
         let rope = self.stack.rope(ends().max().unwrap_or(0))?;
         let positions: Vec<u32> = seen.iter().zip(ends()).flat_map(|(&seen, end)| seen as u32..end as u32).collect();
         let values = self.adapter_values()?;
-        let adapter = values.as_ref().map(|values| AdapterPass::new(values.as_slice()));
+        let adapter = values.as_ref().map(|values| AdapterPass::new(values.view()));
         let pass = Pass { adapter, layout: &layout, rope: &rope, workspace: &self.workspace };
-        let hidden = self.stack.infer_cached(self.embed(&tokens)?, &positions, caches, &pass)?;
-        let mut last = self.workspace.matrix(sequences.len(), hidden.cols());
-        for (row, range) in last.as_mut_slice().chunks_exact_mut(hidden.cols()).zip(layout.sequences()) {
-            let start = (range.end - 1) * hidden.cols();
-            row.copy_from_slice(&hidden.as_slice()[start..start + hidden.cols()]);
+        let hidden = self.stack.infer_cached(self.embed(&tokens)?, &positions.into(), caches, &pass)?;
+        let mut last = self.workspace.matrix(sequences.len(), hidden.cols())?;
+        for (row, range) in layout.sequences().enumerate() {
+            let from = hidden.view().slice_rows(range.end - 1..range.end);
+            last.view_mut().slice_rows(row..row + 1).copy_from(from)?;
         }
         self.head_logits(&last)
     }
@@ -349,7 +355,7 @@ impl CausalLm {
             memory.projections += block.projections().iter().map(|p| p.weight().bytes()).sum::<usize>();
             memory.vectors += block.vector_bytes();
         }
-        memory.vectors += self.config.hidden_size * size_of::<f32>();
+        memory.vectors += self.stack.final_norm().bytes();
         memory.adapter = self.adapter.as_ref().map_or(0, |adapter| adapter.layout.len() * size_of::<f32>());
         memory
     }
@@ -357,19 +363,19 @@ impl CausalLm {
     fn hidden(&self, tokens: &[u32], layout: &SequenceLayout) -> Result<Matrix> {
         let rope = self.stack.rope(layout.max_len())?;
         let values = self.adapter_values()?;
-        let adapter = values.as_ref().map(|values| AdapterPass::new(values.as_slice()));
+        let adapter = values.as_ref().map(|values| AdapterPass::new(values.view()));
         let pass = Pass { adapter, layout, rope: &rope, workspace: &self.workspace };
         self.stack.infer(self.embed(tokens)?, &pass)
     }
 
     fn embed(&self, tokens: &[u32]) -> Result<Matrix> {
-        let mut x = self.workspace.matrix(tokens.len(), self.config.hidden_size);
+        let mut x = self.workspace.matrix(tokens.len(), self.config.hidden_size)?;
         embedding::forward(tokens, &*self.embedding, x.view_mut())?;
         Ok(x)
     }
 
     fn head_logits(&self, hidden: &Matrix) -> Result<Matrix> {
-        let mut logits = self.workspace.matrix(hidden.rows(), self.config.vocab_size);
+        let mut logits = self.workspace.matrix(hidden.rows(), self.config.vocab_size)?;
         frozen_linear::forward(hidden.view(), &*self.head, logits.view_mut(), 0.0, &self.workspace)?;
         Ok(logits)
     }

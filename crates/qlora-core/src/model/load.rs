@@ -5,12 +5,14 @@
 
 use std::sync::Arc;
 
+#[cfg(feature = "cuda")]
+use qlora_kernels::cuda::CudaWeight;
 use qlora_kernels::ops::attention::AttentionConfig;
 use qlora_kernels::quant::{QuantConfig, Quantized4bit};
 use qlora_kernels::weight::{FrozenWeight, PlainData, PlainWeight};
-use qlora_kernels::{Workspace, tensor::device_name};
+use qlora_kernels::{Matrix, Workspace};
 
-use super::block::Block;
+use super::block::{Block, WeightCaches};
 use super::causal_lm::CausalLm;
 use super::projection::Projection;
 use super::stack::Stack;
@@ -43,10 +45,15 @@ impl CausalLm {
     /// If a tensor is missing, superfluous or has the wrong shape, or holds a value that is not finite; the message
     /// names it.
     pub fn load(source: &dyn WeightSource, options: LoadOptions<'_>) -> Result<Self> {
-        let device = candle_core::Device::Cpu;
-        let workspace =
-            Workspace::new(&device).map_err(|_| Error::Unsupported(format!("models on {}", device_name(&device))))?;
-        Loader::new(source, options).model(workspace)
+        Self::load_on(source, options, Workspace::new(&candle_core::Device::Cpu)?)
+    }
+
+    /// [`Self::load`] onto the device of `workspace`, computing in its type. On a GPU, weights are quantized there.
+    ///
+    /// # Errors
+    /// As there; also if the device's memory does not hold the model.
+    pub fn load_on(source: &dyn WeightSource, options: LoadOptions<'_>, workspace: Workspace) -> Result<Self> {
+        Loader { source, options, used: Vec::new(), total: source.names().len(), workspace }.model()
     }
 }
 
@@ -55,28 +62,22 @@ struct Loader<'a, 'b> {
     options: LoadOptions<'b>,
     used: Vec<String>,
     total: usize,
+    workspace: Workspace,
 }
 
-impl<'a, 'b> Loader<'a, 'b> {
-    fn new(source: &'a dyn WeightSource, options: LoadOptions<'b>) -> Self {
-        Self { source, options, used: Vec::new(), total: source.names().len() }
-    }
-
-    fn model(mut self, workspace: Workspace) -> Result<CausalLm> {
+impl Loader<'_, '_> {
+    fn model(mut self) -> Result<CausalLm> {
         let config = self.source.config().clone();
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let embedding: Arc<dyn FrozenWeight> = Arc::new(self.plain("model.embed_tokens.weight", vocab, hidden)?);
+        let embedding = self.plain("model.embed_tokens.weight", vocab, hidden)?;
         let blocks = (0..config.num_hidden_layers).map(|layer| self.block(layer)).collect::<Result<Vec<_>>>()?;
         let final_norm = self.vector("model.norm.weight", hidden)?;
-        let head = if config.tie_word_embeddings {
-            embedding.clone()
-        } else {
-            Arc::new(self.plain("lm_head.weight", vocab, hidden)?)
-        };
+        let head =
+            if config.tie_word_embeddings { embedding.clone() } else { self.plain("lm_head.weight", vocab, hidden)? };
         self.check_all_used(config.tie_word_embeddings)?;
         let limit = config.max_position_embeddings;
         let stack = Stack::new(blocks, final_norm, config.rms_norm_eps, config.rope.clone(), limit)?;
-        Ok(CausalLm::new(config, embedding, head, stack, workspace))
+        Ok(CausalLm::new(config, embedding, head, stack, self.workspace))
     }
 
     fn block(&mut self, layer: usize) -> Result<Block> {
@@ -112,38 +113,62 @@ impl<'a, 'b> Loader<'a, 'b> {
             gate: self.projection(name("mlp.gate_proj"), mlp, hidden, config.mlp_bias)?,
             up: self.projection(name("mlp.up_proj"), mlp, hidden, config.mlp_bias)?,
             down: self.projection(name("mlp.down_proj"), hidden, mlp, config.mlp_bias)?,
+            caches: WeightCaches::default(),
         })
     }
 
     fn projection(&mut self, name: String, rows: usize, cols: usize, bias: bool) -> Result<Projection> {
         let weight_name = format!("{name}.weight");
         let data = self.read(&weight_name, &[rows, cols])?;
-        let weight: Arc<dyn FrozenWeight> = match self.options.quantization {
+        let weight = match self.options.quantization {
             Quantization::None => {
                 check_finite(&weight_name, &data)?;
-                Arc::new(PlainWeight::new(data, rows, cols))
+                self.place_plain(PlainWeight::new(data, rows, cols))?
             }
-            Quantization::Bits4(config) => {
-                let quantized = Quantized4bit::quantize(&data, rows, cols, &config);
-                Arc::new(quantized.map_err(|error| Error::tensor(&weight_name, error.to_string()))?)
-            }
+            Quantization::Bits4(config) => self
+                .quantize(&data, rows, cols, &config)
+                .map_err(|error| Error::tensor(&weight_name, error.to_string()))?,
         };
         let bias = bias.then(|| self.vector(&format!("{name}.bias"), rows)).transpose()?;
         Projection::new(name, weight, bias)
     }
 
-    fn plain(&mut self, name: &str, rows: usize, cols: usize) -> Result<PlainWeight> {
-        let data = self.read(name, &[rows, cols])?;
-        check_finite(name, &data)?;
-        Ok(PlainWeight::new(data, rows, cols))
+    /// Quantizes on the device that the weight is for.
+    fn quantize(
+        &self,
+        data: &PlainData,
+        rows: usize,
+        cols: usize,
+        config: &QuantConfig,
+    ) -> qlora_kernels::Result<Arc<dyn FrozenWeight>> {
+        #[cfg(feature = "cuda")]
+        if self.workspace.gpu().is_some() {
+            return Ok(Arc::new(CudaWeight::quantize(data, rows, cols, config, &self.workspace)?));
+        }
+        Ok(Arc::new(Quantized4bit::quantize(data, rows, cols, config)?))
     }
 
-    fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>> {
+    fn place_plain(&self, weight: PlainWeight) -> Result<Arc<dyn FrozenWeight>> {
+        #[cfg(feature = "cuda")]
+        if self.workspace.gpu().is_some() {
+            return Ok(Arc::new(CudaWeight::plain(&weight, &self.workspace)?));
+        }
+        Ok(Arc::new(weight))
+    }
+
+    fn plain(&mut self, name: &str, rows: usize, cols: usize) -> Result<Arc<dyn FrozenWeight>> {
+        let data = self.read(name, &[rows, cols])?;
+        check_finite(name, &data)?;
+        self.place_plain(PlainWeight::new(data, rows, cols))
+    }
+
+    /// One f32 row on the device.
+    fn vector(&mut self, name: &str, len: usize) -> Result<Matrix> {
         let data = self.read(name, &[len])?;
         check_finite(name, &data)?;
         let mut values = vec![0.0; len];
         data.to_f32(0..len, &mut values);
-        Ok(values)
+        Ok(self.workspace.upload(&values, 1, len)?)
     }
 
     fn read(&mut self, name: &str, shape: &[usize]) -> Result<PlainData> {

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use qlora_kernels::ops::rms_norm;
 use qlora_kernels::ops::rope::{RopeConfig, RopeTable};
-use qlora_kernels::{Matrix, Workspace};
+use qlora_kernels::sequence::Positions;
+use qlora_kernels::{Matrix, ViewMut, Workspace};
 
 use super::block::{Block, Keep, Pass, Saved};
 use super::cache::KvCache;
@@ -17,7 +18,7 @@ use crate::error::{Error, Result};
 #[derive(Debug)]
 pub struct Stack {
     blocks: Vec<Block>,
-    final_norm: Vec<f32>,
+    final_norm: Matrix,
     eps: f32,
     keep: Keep,
     rope: RopeTables,
@@ -44,7 +45,7 @@ struct RopeTables {
 
 impl Stack {
     /// Puts a stack together; `limit` is the longest sequence it takes.
-    pub fn new(blocks: Vec<Block>, final_norm: Vec<f32>, eps: f32, rope: RopeConfig, limit: usize) -> Result<Self> {
+    pub fn new(blocks: Vec<Block>, final_norm: Matrix, eps: f32, rope: RopeConfig, limit: usize) -> Result<Self> {
         let Some(first) = blocks.first() else {
             return Err(Error::Invalid("a decoder needs at least one block".into()));
         };
@@ -58,8 +59,8 @@ impl Stack {
         &self.blocks
     }
 
-    /// The weight of the last norm.
-    pub fn final_norm(&self) -> &[f32] {
+    /// The weight of the last norm, one f32 row.
+    pub fn final_norm(&self) -> &Matrix {
         &self.final_norm
     }
 
@@ -93,7 +94,7 @@ impl Stack {
     pub fn infer_cached(
         &self,
         mut x: Matrix,
-        positions: &[u32],
+        positions: &Positions,
         caches: &mut [&mut KvCache],
         pass: &Pass,
     ) -> Result<Matrix> {
@@ -122,20 +123,21 @@ impl Stack {
     pub fn backward(
         &self,
         saved: SavedStack,
-        dy: &Matrix,
+        dy: Matrix,
         pass: &Pass,
-        gradient: &mut [f32],
+        mut gradient: ViewMut,
         needs_dx: bool,
     ) -> Result<Option<Matrix>> {
         let SavedStack { blocks, last, rstd } = saved;
         let lowest = self.lowest_with_backward(needs_dx);
-        let mut dx = pass.workspace.matrix(last.rows(), last.cols());
-        rms_norm::backward(last.view(), &self.final_norm, rstd.as_slice(), dy.view(), dx.view_mut(), false)?;
-        drop((last, rstd));
+        let margin = self.blocks.iter().map(Block::residual_margin).max().unwrap_or(0);
+        let mut dx = pass.workspace.with_margin(last.rows(), last.cols(), margin)?;
+        rms_norm::backward(last.view(), self.final_norm.view(), rstd.view(), dy.view(), dx.view_mut(), false)?;
+        drop((last, rstd, dy));
         let mut dx = Some(dx);
         for (index, (block, kept)) in self.blocks.iter().zip(blocks).enumerate().rev() {
             let (Some(kept), Some(dy)) = (kept, dx.take()) else { break };
-            dx = block.backward(kept, dy, pass, gradient, index > lowest || needs_dx)?;
+            dx = block.backward(kept, dy, pass, gradient.reborrow(), index > lowest || needs_dx)?;
         }
         Ok(dx.filter(|_| needs_dx))
     }
@@ -149,9 +151,9 @@ impl Stack {
     }
 
     fn norm(&self, x: &Matrix, workspace: &Workspace) -> Result<(Matrix, Matrix)> {
-        let mut normed = workspace.matrix(x.rows(), x.cols());
-        let mut rstd = workspace.matrix(x.rows(), 1);
-        rms_norm::forward(x.view(), &self.final_norm, self.eps, normed.view_mut(), rstd.as_mut_slice())?;
+        let mut normed = workspace.matrix(x.rows(), x.cols())?;
+        let mut rstd = workspace.matrix_f32(x.rows(), 1)?;
+        rms_norm::forward(x.view(), self.final_norm.view(), self.eps, normed.view_mut(), rstd.view_mut())?;
         Ok((normed, rstd))
     }
 }

@@ -17,6 +17,7 @@ use rayon::slice::{ParallelSlice, ParallelSliceMut};
 use crate::error::{Error, Result};
 use crate::parallel::TASK;
 use crate::simd::vectorize;
+use crate::view::{View, ViewMut};
 
 /// The settings of one step.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -41,22 +42,32 @@ const OP: &str = "adamw";
 ///
 /// # Errors
 /// If the buffers differ in length, `step` is 0, or a setting is out of range; nothing is written then.
-pub fn step(
+pub fn step<'a>(
     config: &AdamW,
     step: u64,
     grad_scale: f32,
-    param: &mut [f32],
-    grad: &[f32],
-    m: &mut [f32],
-    v: &mut [f32],
+    param: impl Into<ViewMut<'a>>,
+    grad: impl Into<View<'a>>,
+    m: impl Into<ViewMut<'a>>,
+    v: impl Into<ViewMut<'a>>,
 ) -> Result<()> {
     config.check()?;
     if step == 0 {
         return Err(Error::invalid(OP, "steps are counted from 1"));
     }
-    Error::check_shape(OP, "grad", &[grad.len()], &[param.len()])?;
-    Error::check_shape(OP, "m", &[m.len()], &[param.len()])?;
-    Error::check_shape(OP, "v", &[v.len()], &[param.len()])?;
+    let (param, grad, m, v) = (param.into(), grad.into(), m.into(), v.into());
+    let len = param.rows() * param.cols();
+    Error::check_shape(OP, "grad", &[grad.rows() * grad.cols()], &[len])?;
+    Error::check_shape(OP, "m", &[m.rows() * m.cols()], &[len])?;
+    Error::check_shape(OP, "v", &[v.rows() * v.cols()], &[len])?;
+    #[cfg(feature = "cuda")]
+    if param.gpu().is_some() {
+        return crate::cuda::optimizer::adamw(OP, config, step, grad_scale, param, grad, m, v);
+    }
+    let (mut param, grad, mut m, mut v) = (param.host(OP)?, grad.host(OP)?, m.host(OP)?, v.host(OP)?);
+    let gaps = || Error::invalid(OP, "a buffer has gaps between its elements");
+    let (param, grad) = (param.as_mut_slice().ok_or_else(gaps)?, grad.as_slice().ok_or_else(gaps)?);
+    let (m, v) = (m.as_mut_slice().ok_or_else(gaps)?, v.as_mut_slice().ok_or_else(gaps)?);
 
     let AdamW { lr, beta1, beta2, eps, weight_decay } = *config;
     let decay = (1.0 - lr * weight_decay) as f32;

@@ -102,6 +102,11 @@ fn run<const ADD: bool>(op: &'static str, dropout: &Dropout, x: View, first_row:
     let [rows, cols] = x.shape();
     y.expect(op, "the output", rows, cols)?;
     let mask = Mask::new(dropout);
+    #[cfg(feature = "cuda")]
+    if y.gpu().is_some() {
+        let Mask { key, threshold, scale } = mask;
+        return crate::cuda::ops::dropout(op, ADD, x.cuda(op)?, y.cuda(op)?, first_row, key, threshold, scale);
+    }
     let (x, y) = (x.host(op)?, y.host(op)?);
     y.par_rows_mut().enumerate().with_min_len(rows_per_task(cols)).for_each(|(i, y)| {
         let (x, first) = (x.row(i), (first_row + i) as u64 * cols as u64);

@@ -12,7 +12,7 @@ use crate::weight::FrozenWeight;
 /// `out[i] = table[tokens[i]]`.
 ///
 /// # Errors
-/// If `out` is not `[tokens, width]` or not on the CPU, or a token id is outside the table; nothing is written then.
+/// If `out` is not `[tokens, width]` or not where the table is, or a token id is outside the table; nothing is written then.
 pub fn forward(tokens: &[u32], table: &dyn FrozenWeight, out: ViewMut) -> Result<()> {
     const OP: &str = "embedding";
     out.expect(OP, "out", tokens.len(), table.cols())?;
@@ -22,6 +22,10 @@ pub fn forward(tokens: &[u32], table: &dyn FrozenWeight, out: ViewMut) -> Result
             OP,
             format!("token id {id} at position {i} is outside the vocabulary of {rows}; do tokenizer and model match?"),
         ));
+    }
+    #[cfg(feature = "cuda")]
+    if out.gpu().is_some() {
+        return crate::cuda::linear::embedding(OP, tokens, table, out.cuda(OP)?);
     }
     let rows = out.host(OP)?.par_rows_mut().zip_eq(tokens);
     rows.with_min_len(rows_per_task(table.cols())).for_each(|(row, &id)| {

@@ -42,6 +42,10 @@ pub fn forward(x: View, weight: &dyn FrozenWeight, y: ViewMut, beta: f32, worksp
     const OP: &str = "frozen_linear_forward";
     x.expect(OP, "x", x.rows(), weight.cols())?;
     y.expect(OP, "y", x.rows(), weight.rows())?;
+    #[cfg(feature = "cuda")]
+    if y.gpu().is_some() {
+        return crate::cuda::linear::frozen_forward(OP, x.cuda(OP)?, weight, y.cuda(OP)?, beta);
+    }
     let (x, y) = (x.host(OP)?, y.host(OP)?);
     match x.rows() {
         0 => {}
@@ -59,6 +63,10 @@ pub fn backward(dy: View, weight: &dyn FrozenWeight, dx: ViewMut, beta: f32, wor
     const OP: &str = "frozen_linear_backward";
     dy.expect(OP, "dy", dy.rows(), weight.rows())?;
     dx.expect(OP, "dx", dy.rows(), weight.cols())?;
+    #[cfg(feature = "cuda")]
+    if dx.gpu().is_some() {
+        return crate::cuda::linear::frozen_backward(OP, dy.cuda(OP)?, weight, dx.cuda(OP)?, beta);
+    }
     let (dy, mut dx) = (dy.host(OP)?, dx.host(OP)?);
     let (rows, cols) = (weight.rows(), weight.cols());
     if let Some(data) = weight.as_f32() {
@@ -67,7 +75,7 @@ pub fn backward(dy: View, weight: &dyn FrozenWeight, dx: ViewMut, beta: f32, wor
     }
     // A weight without rows is one empty slab, so that beta is applied.
     let slab = (BACKWARD_SLAB / cols.max(1)).clamp(1, rows.max(1));
-    let mut memory = workspace.matrix(slab.min(rows), cols);
+    let mut memory = workspace.scratch(slab.min(rows), cols);
     for start in (0..rows.max(1)).step_by(slab) {
         let end = rows.min(start + slab);
         let memory = &mut memory.as_mut_slice()[..(end - start) * cols];
@@ -93,7 +101,7 @@ fn many_tokens(x: HostView, weight: &dyn FrozenWeight, y: HostViewMut, beta: f32
     let cols = weight.cols();
     tiles(y, cols).into_par_iter().with_max_len(1).for_each(|tile| {
         let rows = tile.columns;
-        let mut memory = workspace.matrix(1, cols * rows.len() + STRIP * strip_stride(cols));
+        let mut memory = workspace.scratch(1, cols * rows.len() + STRIP * strip_stride(cols));
         let (slab, strip) = memory.as_mut_slice().split_at_mut(cols * rows.len());
         dequantize_transposed(weight, rows.clone(), strip, HostViewMut::new(slab, cols, rows.len()));
         let slab = HostView::new(slab, cols, rows.len());
@@ -170,7 +178,7 @@ fn few_tokens(x: HostView, weight: &dyn FrozenWeight, y: HostViewMut, beta: f32,
     let rows = share.max((1 << 16) / cols.max(1)).next_multiple_of(block);
     let tasks: Vec<_> = split_cols(y, rows).collect();
     tasks.into_par_iter().with_max_len(1).for_each(|(task, mut y)| {
-        let mut memory = workspace.matrix(block, cols);
+        let mut memory = workspace.scratch(block, cols);
         let mut products = [0.0; 16];
         for start in (0..y.cols()).step_by(block) {
             let count = (y.cols() - start).min(block);
@@ -352,7 +360,7 @@ mod tests {
         let [weight, _] = weights(&mut rng, rows, cols);
         let dy = random(&mut rng, tokens * rows);
         let workspace = Workspace::poisoned();
-        let mut dx = workspace.matrix(tokens, cols);
+        let mut dx = workspace.matrix(tokens, cols).unwrap();
         let before = workspace.peak_bytes();
         backward(View::new(&dy, tokens, rows), &weight, dx.view_mut(), 0.0, &workspace).unwrap();
         assert!(workspace.peak_bytes() - before <= BACKWARD_SLAB * 4);
@@ -374,7 +382,7 @@ mod tests {
             let run = |threads: usize| {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 let workspace = Workspace::poisoned();
-                let (mut y, mut dx) = (workspace.matrix(tokens, 200), workspace.matrix(tokens, 70));
+                let (mut y, mut dx) = (workspace.matrix(tokens, 200).unwrap(), workspace.matrix(tokens, 70).unwrap());
                 pool.install(|| {
                     forward(View::new(&x, tokens, 70), &weight, y.view_mut(), 0.0, &workspace).unwrap();
                     backward(View::new(&dy, tokens, 200), &weight, dx.view_mut(), 0.0, &workspace).unwrap();

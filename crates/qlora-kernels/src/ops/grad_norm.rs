@@ -11,13 +11,29 @@
 use rayon::iter::{IndexedParallelIterator, ParallelIterator};
 use rayon::slice::ParallelSlice;
 
+use crate::error::{Error, Result};
 use crate::parallel::TASK;
 use crate::simd::vectorize;
+use crate::view::View;
 
-/// The square root of the sum of the squares.
-pub fn global_norm(grad: &[f32]) -> f64 {
+/// The square root of the sum of the squares of an f32 vector.
+///
+/// # Errors
+/// If it has gaps, or its device fails.
+pub fn global_norm<'a>(grad: impl Into<View<'a>>) -> Result<f64> {
+    const OP: &str = "grad_norm";
+    let grad = grad.into();
+    #[cfg(feature = "cuda")]
+    if grad.gpu().is_some() {
+        return Ok(crate::cuda::optimizer::sum_of_squares(OP, grad.cuda(OP)?)?.sqrt());
+    }
+    let grad = contiguous(OP, grad)?;
     let sums: Vec<f64> = grad.par_chunks(TASK).map(sum_of_squares).collect();
-    sums.iter().sum::<f64>().sqrt()
+    Ok(sums.iter().sum::<f64>().sqrt())
+}
+
+fn contiguous<'a>(op: &'static str, grad: View<'a>) -> Result<&'a [f32]> {
+    grad.host(op)?.as_slice().ok_or_else(|| Error::invalid(op, "the gradient has gaps between its elements"))
 }
 
 fn sum_of_squares(chunk: &[f32]) -> f64 {
@@ -45,8 +61,18 @@ pub fn clip_coefficient(norm: f64, max_norm: f64) -> f32 {
     if coefficient > 1.0 { 1.0 } else { coefficient as f32 }
 }
 
-/// The index of the first NaN or infinite element.
-pub fn first_non_finite(grad: &[f32]) -> Option<usize> {
+/// The index of the first NaN or infinite element of an f32 vector.
+///
+/// # Errors
+/// If it has gaps, or its device fails.
+pub fn first_non_finite<'a>(grad: impl Into<View<'a>>) -> Result<Option<usize>> {
+    const OP: &str = "first_non_finite";
+    let grad = grad.into();
+    #[cfg(feature = "cuda")]
+    if grad.gpu().is_some() {
+        return crate::cuda::optimizer::first_non_finite(OP, grad.cuda(OP)?);
+    }
+    let grad = contiguous(OP, grad)?;
     const EXPONENT: u32 = 0x7f80_0000;
     let largest = |chunk: &[f32]| {
         vectorize(
@@ -61,9 +87,11 @@ pub fn first_non_finite(grad: &[f32]) -> Option<usize> {
         )
     };
     // Without its sign, a number is finite if and only if its bits are below those of infinity.
-    let chunk = grad.par_chunks(TASK).position_first(|chunk| largest(chunk) >= EXPONENT)?;
+    let Some(chunk) = grad.par_chunks(TASK).position_first(|chunk| largest(chunk) >= EXPONENT) else {
+        return Ok(None);
+    };
     let start = chunk * TASK;
-    grad[start..].iter().position(|x| !x.is_finite()).map(|i| start + i)
+    Ok(grad[start..].iter().position(|x| !x.is_finite()).map(|i| start + i))
 }
 
 #[cfg(test)]
@@ -76,15 +104,15 @@ mod tests {
         for len in [0, 1, 7, 123, TASK, 3 * TASK + 77] {
             let grad = random(len as u64)(len);
             let want = grad.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
-            let norm = global_norm(&grad);
+            let norm = global_norm(&grad).unwrap();
             assert!((norm - want).abs() <= 1e-13 * want, "{len}: {norm} {want}");
             for threads in [1, 3] {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                assert_eq!(pool.install(|| global_norm(&grad)).to_bits(), norm.to_bits());
+                assert_eq!(pool.install(|| global_norm(&grad).unwrap()).to_bits(), norm.to_bits());
             }
         }
-        assert!(global_norm(&[f32::MAX; 3]).is_finite());
-        assert_eq!(global_norm(&[1e-30, 0.0]) as f32, 1e-30);
+        assert!(global_norm(&[f32::MAX; 3]).unwrap().is_finite());
+        assert_eq!(global_norm(&[1e-30, 0.0]).unwrap() as f32, 1e-30);
     }
 
     #[test]
@@ -100,13 +128,13 @@ mod tests {
     fn the_first_non_finite_element_is_found() {
         let len = 4 * TASK + 5;
         let mut grad = random(1)(len);
-        assert_eq!(first_non_finite(&grad), None);
-        assert_eq!(first_non_finite(&[]), None);
-        assert_eq!(first_non_finite(&[f32::MAX, f32::MIN, f32::MIN_POSITIVE, 1e-45]), None);
+        assert_eq!(first_non_finite(&grad).unwrap(), None);
+        assert_eq!(first_non_finite(&[]).unwrap(), None);
+        assert_eq!(first_non_finite(&[f32::MAX, f32::MIN, f32::MIN_POSITIVE, 1e-45]).unwrap(), None);
         for (at, x) in [(len - 1, f32::NAN), (2 * TASK + 3, f32::NEG_INFINITY), (TASK, -f32::NAN), (0, f32::INFINITY)] {
             grad[at] = x;
-            assert_eq!(first_non_finite(&grad), Some(at));
-            assert!(!global_norm(&grad).is_finite());
+            assert_eq!(first_non_finite(&grad).unwrap(), Some(at));
+            assert!(!global_norm(&grad).unwrap().is_finite());
         }
     }
 }

@@ -40,12 +40,51 @@ pub struct LossSum {
     pub trained_tokens: usize,
 }
 
+/// A loss that a GPU may still be computing: reading it waits.
+#[derive(Debug)]
+pub struct PendingLoss {
+    state: Pending,
+    trained_tokens: usize,
+}
+
+#[derive(Debug)]
+enum Pending {
+    Ready(f64),
+    #[cfg(feature = "cuda")]
+    OnDevice(crate::cuda::Buffer),
+}
+
+impl PendingLoss {
+    fn ready(loss: LossSum) -> Self {
+        Self { state: Pending::Ready(loss.sum), trained_tokens: loss.trained_tokens }
+    }
+
+    /// One f64 that the stream is going to write.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_device(sum: crate::cuda::Buffer, trained_tokens: usize) -> Self {
+        Self { state: Pending::OnDevice(sum), trained_tokens }
+    }
+
+    /// Waits for the loss.
+    ///
+    /// # Errors
+    /// If the device failed.
+    pub fn wait(self) -> Result<LossSum> {
+        let sum = match self.state {
+            Pending::Ready(sum) => sum,
+            #[cfg(feature = "cuda")]
+            Pending::OnDevice(buffer) => buffer.download::<f64>()?[0],
+        };
+        Ok(LossSum { sum, trained_tokens: self.trained_tokens })
+    }
+}
+
 /// The loss alone.
 ///
 /// # Errors
 /// If the shapes do not fit, or a target is neither in the vocabulary nor [`IGNORE_INDEX`].
 pub fn forward(hidden: View, head: &dyn FrozenWeight, targets: &[i64], workspace: &Workspace) -> Result<LossSum> {
-    run(hidden, head, targets, None, workspace)
+    run(hidden, head, targets, None, workspace)?.wait()
 }
 
 /// The loss, and `d (sum / num_items) / d hidden` in `dhidden [tokens, width]`; rows without a target get zeros.
@@ -60,6 +99,21 @@ pub fn forward_backward(
     dhidden: ViewMut,
     workspace: &Workspace,
 ) -> Result<LossSum> {
+    enqueue(hidden, head, targets, num_items, dhidden, workspace)?.wait()
+}
+
+/// [`forward_backward`] without waiting for the loss: a GPU goes on with what depends on the gradient meanwhile.
+///
+/// # Errors
+/// As there.
+pub fn enqueue(
+    hidden: View,
+    head: &dyn FrozenWeight,
+    targets: &[i64],
+    num_items: usize,
+    dhidden: ViewMut,
+    workspace: &Workspace,
+) -> Result<PendingLoss> {
     dhidden.expect(OP, "dhidden", hidden.rows(), hidden.cols())?;
     if num_items == 0 && targets.iter().any(|&target| target != IGNORE_INDEX) {
         return Err(Error::invalid(OP, "num_items is 0 although tokens are trained"));
@@ -73,10 +127,14 @@ fn run(
     targets: &[i64],
     mut gradient: Option<(ViewMut, f32)>,
     workspace: &Workspace,
-) -> Result<LossSum> {
+) -> Result<PendingLoss> {
     let (vocab, width) = (head.rows(), head.cols());
     hidden.expect(OP, "hidden", targets.len(), width)?;
     let trained = trained_rows(targets, vocab)?;
+    #[cfg(feature = "cuda")]
+    if hidden.gpu().is_some() {
+        return crate::cuda::loss::run(OP, hidden.cuda(OP)?, head, targets, &trained, gradient, workspace);
+    }
     if let Some((dhidden, _)) = &mut gradient {
         dhidden.reborrow().host(OP)?.rows_mut().for_each(|row| row.fill(0.0));
     }
@@ -84,11 +142,11 @@ fn run(
     let mut loss = LossSum { sum: 0.0, trained_tokens: trained.len() };
     let chunk = (CHUNK / vocab.max(1)).max(1);
     for rows in trained.chunks(chunk) {
-        let mut gathered = workspace.matrix(rows.len(), width);
+        let mut gathered = workspace.scratch(rows.len(), width);
         for (to, (from, _)) in gathered.as_mut_slice().chunks_exact_mut(width.max(1)).zip(rows) {
             to.copy_from_slice(source.row(*from));
         }
-        let mut logits = workspace.matrix(rows.len(), vocab);
+        let mut logits = workspace.scratch(rows.len(), vocab);
         frozen_linear::forward(gathered.view(), head, logits.view_mut(), 0.0, workspace)?;
         let scale = gradient.as_ref().map(|(_, scale)| *scale);
         let losses: Vec<f64> = logits
@@ -106,7 +164,7 @@ fn run(
             }
         }
     }
-    Ok(loss)
+    Ok(PendingLoss::ready(loss))
 }
 
 /// The rows with a target, and their targets.
@@ -232,13 +290,13 @@ mod tests {
         let targets: Vec<i64> = (0..tokens as i64).map(|i| i * 4001).collect();
         let head = PlainWeight::new(PlainData::F32(w), vocab, width);
         let workspace = Workspace::poisoned();
-        let mut dx = workspace.matrix(tokens, width);
+        let mut dx = workspace.matrix(tokens, width).unwrap();
         let view = View::new(&x, tokens, width);
         let loss = forward_backward(view, &head, &targets, 70, dx.view_mut(), &workspace).unwrap();
         assert!(workspace.peak_bytes() < (CHUNK + 1000) * 4);
         let mut sum = 0.0;
         for row in [0, 54, 55, 56, 69] {
-            let mut alone = workspace.matrix(1, width);
+            let mut alone = workspace.matrix(1, width).unwrap();
             let one = forward_backward(
                 view.slice_rows(row..row + 1),
                 &head,

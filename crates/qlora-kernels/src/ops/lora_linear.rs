@@ -63,8 +63,8 @@ pub fn shrink(x: View, a: View, dropout: Option<Dropout>, mut s: ViewMut, worksp
     match dropout.filter(|dropout| dropout.p > 0.0) {
         None => matmul::nt(x, a, s.reborrow(), 1.0, 0.0)?,
         Some(dropout) => {
-            let mut buffer = workspace.matrix(tile_rows(x.cols()).min(x.rows()), x.cols());
-            for rows in tiles(x) {
+            let mut buffer = workspace.matrix(tile_rows(x.cols()).min(x.rows()), x.cols())?;
+            for rows in tiles(x.rows(), x.cols()) {
                 let mut tile = buffer.view_mut().slice_rows(0..rows.len());
                 dropout::forward(&dropout, x.slice_rows(rows.clone()), rows.start, tile.reborrow())?;
                 matmul::nt(tile.as_view(), a, s.reborrow().slice_rows(rows), 1.0, 0.0)?;
@@ -80,7 +80,7 @@ pub fn shrink(x: View, a: View, dropout: Option<Dropout>, mut s: ViewMut, worksp
 /// `da`: `[r, in]`; `db`: `[out, r]`; `dropout`: the same as in the forward.
 ///
 /// # Errors
-/// If the shapes do not fit each other, the dropout probability is out of range, or a view is not on the CPU.
+/// If the shapes do not fit each other, the dropout probability is out of range, or the views are not on the same device.
 pub fn backward(
     x: View,
     a: View,
@@ -89,40 +89,82 @@ pub fn backward(
     dropout: Option<Dropout>,
     s: View,
     dy: View,
-    mut dx: Option<ViewMut>,
+    dx: Option<ViewMut>,
+    da: ViewMut,
+    db: ViewMut,
+    workspace: &Workspace,
+) -> Result<()> {
+    check("lora_linear_backward", x, a, b, dropout)?;
+    let mut ds = workspace.matrix(x.rows(), a.rows())?;
+    backward_input(dy, a, b, scale, dropout, ds.view_mut(), dx, workspace)?;
+    backward_adapter(x, scale, dropout, s, dy, ds.view(), da, db, workspace)
+}
+
+/// The first half of [`backward`]: `ds = scale * dy B`, written, and `dx += drop'(ds A)`.
+///
+/// # Errors
+/// As there.
+pub fn backward_input(
+    dy: View,
+    a: View,
+    b: View,
+    scale: f32,
+    dropout: Option<Dropout>,
+    mut ds: ViewMut,
+    dx: Option<ViewMut>,
+    workspace: &Workspace,
+) -> Result<()> {
+    const OP: &str = "lora_linear_backward";
+    let (tokens, [r, inputs]) = (dy.rows(), a.shape());
+    b.expect(OP, "b", b.rows(), r)?;
+    dy.expect(OP, "dy", tokens, b.rows())?;
+    ds.expect(OP, "ds", tokens, r)?;
+    dropout.map_or(Ok(()), |dropout| dropout.check(OP))?;
+    matmul::nn(dy, b, ds.reborrow(), scale, 0.0)?;
+    let Some(mut dx) = dx else { return Ok(()) };
+    dx.expect(OP, "dx", tokens, inputs)?;
+    let Some(dropout) = dropout.filter(|dropout| dropout.p > 0.0) else {
+        return matmul::nn(ds.as_view(), a, dx, 1.0, 1.0);
+    };
+    let mut buffer = workspace.matrix(tile_rows(inputs).min(tokens), inputs)?;
+    for rows in tiles(tokens, inputs) {
+        let mut tile = buffer.view_mut().slice_rows(0..rows.len());
+        matmul::nn(ds.as_view().slice_rows(rows.clone()), a, tile.reborrow(), 1.0, 0.0)?;
+        dropout::backward(&dropout, tile.as_view(), rows.start, dx.reborrow().slice_rows(rows))?;
+    }
+    Ok(())
+}
+
+/// The second half of [`backward`]: `da += ds^T drop(x)`, `db += scale * dy^T s`.
+///
+/// # Errors
+/// As there.
+pub fn backward_adapter(
+    x: View,
+    scale: f32,
+    dropout: Option<Dropout>,
+    s: View,
+    dy: View,
+    ds: View,
     mut da: ViewMut,
     db: ViewMut,
     workspace: &Workspace,
 ) -> Result<()> {
     const OP: &str = "lora_linear_backward";
-    check(OP, x, a, b, dropout)?;
-    let [tokens, inputs] = x.shape();
-    let [outputs, r] = b.shape();
+    let ([tokens, inputs], [outputs, r]) = (x.shape(), db.shape());
     s.expect(OP, "s", tokens, r)?;
+    ds.expect(OP, "ds", tokens, r)?;
     dy.expect(OP, "dy", tokens, outputs)?;
-    if let Some(dx) = &dx {
-        dx.expect(OP, "dx", tokens, inputs)?;
-    }
     da.expect(OP, "da", r, inputs)?;
-    db.expect(OP, "db", outputs, r)?;
-
     matmul::tn(dy, s, db, scale, 1.0)?;
-    let mut ds = workspace.matrix(tokens, r);
-    matmul::nn(dy, b, ds.view_mut(), scale, 0.0)?;
     let Some(dropout) = dropout.filter(|dropout| dropout.p > 0.0) else {
-        matmul::tn(ds.view(), x, da, 1.0, 1.0)?;
-        let Some(dx) = dx else { return Ok(()) };
-        return matmul::nn(ds.view(), a, dx, 1.0, 1.0);
+        return matmul::tn(ds, x, da, 1.0, 1.0);
     };
-    let mut buffer = workspace.matrix(tile_rows(inputs).min(tokens), inputs);
-    for rows in tiles(x) {
-        let ds = ds.view().slice_rows(rows.clone());
+    let mut buffer = workspace.matrix(tile_rows(inputs).min(tokens), inputs)?;
+    for rows in tiles(tokens, inputs) {
         let mut tile = buffer.view_mut().slice_rows(0..rows.len());
         dropout::forward(&dropout, x.slice_rows(rows.clone()), rows.start, tile.reborrow())?;
-        matmul::tn(ds, tile.as_view(), da.reborrow(), 1.0, 1.0)?;
-        let Some(dx) = &mut dx else { continue };
-        matmul::nn(ds, a, tile.reborrow(), 1.0, 0.0)?;
-        dropout::backward(&dropout, tile.as_view(), rows.start, dx.reborrow().slice_rows(rows))?;
+        matmul::tn(ds.slice_rows(rows), tile.as_view(), da.reborrow(), 1.0, 1.0)?;
     }
     Ok(())
 }
@@ -133,9 +175,9 @@ fn check(op: &'static str, x: View, a: View, b: View, dropout: Option<Dropout>) 
     dropout.map_or(Ok(()), |dropout| dropout.check(op))
 }
 
-/// The rows of `x` in tiles.
-fn tiles(x: View) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let (rows, step) = (x.rows(), tile_rows(x.cols()));
+/// The rows of a matrix in tiles.
+fn tiles(rows: usize, cols: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+    let step = tile_rows(cols);
     (0..rows).step_by(step).map(move |start| start..rows.min(start + step))
 }
 
@@ -226,21 +268,21 @@ mod tests {
         let (x, a, b, dy) = (random(tokens * inputs), random(r * inputs), random(3 * r), random(tokens * 3));
         let workspace = Workspace::poisoned();
         let run = |x: View, dropout: Option<Dropout>| {
-            let (mut s, mut y) = (workspace.matrix(tokens, r), workspace.zeros(tokens, 3));
+            let (mut s, mut y) = (workspace.matrix(tokens, r).unwrap(), workspace.zeros(tokens, 3).unwrap());
             let (a, b) = (View::new(&a, r, inputs), View::new(&b, 3, r));
             forward(x, a, b, 2.0, dropout, s.view_mut(), y.view_mut(), &workspace).unwrap();
-            let (mut dx, mut da) = (workspace.zeros(tokens, inputs), workspace.zeros(r, inputs));
-            let (mut db, dy) = (workspace.zeros(3, r), View::new(&dy, tokens, 3));
+            let (mut dx, mut da) = (workspace.zeros(tokens, inputs).unwrap(), workspace.zeros(r, inputs).unwrap());
+            let (mut db, dy) = (workspace.zeros(3, r).unwrap(), View::new(&dy, tokens, 3));
             let (dx_mut, da_mut, db_mut) = (dx.view_mut(), da.view_mut(), db.view_mut());
             backward(x, a, b, 2.0, dropout, s.view(), dy, Some(dx_mut), da_mut, db_mut, &workspace).unwrap();
             (y, dx, da, db)
         };
         let (y, dx, da, db) = run(View::new(&x, tokens, inputs), Some(dropout));
         // The same with the whole dropped-out input as the input, and the mask applied to its gradient.
-        let mut whole = workspace.matrix(tokens, inputs);
+        let mut whole = workspace.matrix(tokens, inputs).unwrap();
         dropout::forward(&dropout, View::new(&x, tokens, inputs), 0, whole.view_mut()).unwrap();
         let (want_y, want_whole_dx, want_da, want_db) = run(whole.view(), None);
-        let mut want_dx = workspace.zeros(tokens, inputs);
+        let mut want_dx = workspace.zeros(tokens, inputs).unwrap();
         dropout::backward(&dropout, want_whole_dx.view(), 0, want_dx.view_mut()).unwrap();
         for (what, got, want) in [("y", y, want_y), ("dx", dx, want_dx), ("da", da, want_da), ("db", db, want_db)] {
             assert_close(what, got.as_slice(), &to_f64(want.as_slice()), 2e-6);
@@ -273,18 +315,19 @@ mod tests {
         let (x, a, b) = (View::new(&x, 30, 7), View::new(&a, 3, 7), View::new(&b, 5, 3));
         let workspace = Workspace::poisoned();
         for dropout in [None, Some(Dropout { p: 0.4, seed: 1, stream: 2 })] {
-            let (mut s, mut alone, mut y) = (workspace.matrix(30, 3), workspace.matrix(30, 3), workspace.zeros(30, 5));
+            let (mut s, mut alone, mut y) =
+                (workspace.matrix(30, 3).unwrap(), workspace.matrix(30, 3).unwrap(), workspace.zeros(30, 5).unwrap());
             forward(x, a, b, 2.0, dropout, s.view_mut(), y.view_mut(), &workspace).unwrap();
             shrink(x, a, dropout, alone.view_mut(), &workspace).unwrap();
             assert_eq!(s.as_slice(), alone.as_slice());
 
             let gradients = |dx: Option<ViewMut>| {
-                let (mut da, mut db) = (workspace.zeros(3, 7), workspace.zeros(5, 3));
+                let (mut da, mut db) = (workspace.zeros(3, 7).unwrap(), workspace.zeros(5, 3).unwrap());
                 let (da_mut, db_mut, dy) = (da.view_mut(), db.view_mut(), View::new(&dy, 30, 5));
                 backward(x, a, b, 2.0, dropout, s.view(), dy, dx, da_mut, db_mut, &workspace).unwrap();
                 (da.into_vec(), db.into_vec())
             };
-            let mut dx = workspace.zeros(30, 7);
+            let mut dx = workspace.zeros(30, 7).unwrap();
             assert_eq!(gradients(Some(dx.view_mut())), gradients(None));
             assert!(dx.as_slice().iter().any(|&x| x != 0.0));
         }

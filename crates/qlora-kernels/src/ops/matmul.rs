@@ -6,17 +6,23 @@
 //! | [`nn`] | `[m, k]` | `[k, n]` | `[m, n]` | `dx = dy W` |
 //! | [`tn`] | `[k, m]` | `[k, n]` | `[m, n]` | `dW = dy^T x` |
 //!
-//! On the CPU the `gemm` crate does the work, in f32. The `*_serial` kinds stay on the calling thread: they are for
+//! On CUDA, cuBLASLt does the work with f32 sums. On the CPU the `gemm` crate does it, in f32. The `*_serial` kinds stay on the calling thread: they are for
 //! operations that cut their work into parallel tasks themselves.
 
 use gemm::Parallelism;
 
+#[cfg(feature = "cuda")]
+use crate::cuda::Kind;
 use crate::error::{Error, Result};
 use crate::view::{HostView, HostViewMut, View, ViewMut};
 
 /// `c = alpha * a b^T + beta * c`.
 pub fn nt(a: View, b: View, c: ViewMut, alpha: f32, beta: f32) -> Result<()> {
     const OP: &str = "matmul_nt";
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = c.gpu() {
+        return gpu.matmul(OP, Kind::Nt, a.cuda(OP)?, b.cuda(OP)?, c.cuda(OP)?, alpha, beta);
+    }
     b.expect(OP, "b", c.cols(), a.cols())?;
     c.expect(OP, "c", a.rows(), b.rows())?;
     let (a, b) = (a.host(OP)?, b.host(OP)?);
@@ -36,6 +42,10 @@ pub(crate) fn nt_serial(a: HostView, b: HostView, mut c: HostViewMut, alpha: f32
 /// `c = alpha * a b + beta * c`.
 pub fn nn(a: View, b: View, c: ViewMut, alpha: f32, beta: f32) -> Result<()> {
     const OP: &str = "matmul_nn";
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = c.gpu() {
+        return gpu.matmul(OP, Kind::Nn, a.cuda(OP)?, b.cuda(OP)?, c.cuda(OP)?, alpha, beta);
+    }
     b.expect(OP, "b", a.cols(), c.cols())?;
     c.expect(OP, "c", a.rows(), b.cols())?;
     let (a, b) = (a.host(OP)?, b.host(OP)?);
@@ -54,6 +64,10 @@ pub(crate) fn nn_serial(a: HostView, b: HostView, mut c: HostViewMut, alpha: f32
 /// `c = alpha * a^T b + beta * c`.
 pub fn tn(a: View, b: View, c: ViewMut, alpha: f32, beta: f32) -> Result<()> {
     const OP: &str = "matmul_tn";
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = c.gpu() {
+        return gpu.matmul(OP, Kind::Tn, a.cuda(OP)?, b.cuda(OP)?, c.cuda(OP)?, alpha, beta);
+    }
     b.expect(OP, "b", a.rows(), c.cols())?;
     c.expect(OP, "c", a.cols(), b.cols())?;
     let (a, b) = (a.host(OP)?, b.host(OP)?);

@@ -7,6 +7,7 @@ pub mod embedding;
 pub mod frozen_linear;
 pub mod grad_norm;
 pub mod linear_cross_entropy;
+pub mod linear_group;
 pub mod lora_linear;
 pub mod matmul;
 pub mod rms_norm;

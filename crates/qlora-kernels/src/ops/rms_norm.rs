@@ -8,31 +8,52 @@
 //! The weight is frozen in QLoRA, so it gets no gradient. Sums are f32 in a fixed order of additions. The
 //! normalization of single heads (Qwen3) is the same operation on a view reshaped to `[tokens * heads, head_dim]`.
 
-use rayon::iter::{IndexedParallelIterator, IntoParallelRefMutIterator, ParallelIterator};
+use rayon::iter::{IndexedParallelIterator, ParallelIterator};
+use rayon::slice::ParallelSliceMut;
 
 use crate::error::{Error, Result};
 use crate::math;
 use crate::parallel::rows_per_task;
 use crate::simd::vectorize;
-use crate::view::{View, ViewMut};
+use crate::view::{HostView, HostViewMut, View, ViewMut};
 
 /// `y = x * rstd * weight`.
 ///
-/// `x`, `y`: `[rows, width]`; `weight`: `width`; `rstd`: `rows`, written for [`backward`].
+/// `x`, `y`: `[rows, groups * width]`, every group of `width` columns normed on its own (one group is the usual norm, a
+/// group per head that of Qwen3's queries and keys); `weight`: `width`, f32; `rstd`: `rows * groups`, f32, written for
+/// [`backward`].
 ///
 /// # Errors
-/// If the shapes do not fit each other, or a view is not on the CPU.
-pub fn forward(x: View, weight: &[f32], eps: f32, y: ViewMut, rstd: &mut [f32]) -> Result<()> {
+/// If the shapes do not fit each other, or the views are not on the same device.
+pub fn forward<'a, 'b>(
+    x: View,
+    weight: impl Into<View<'a>>,
+    eps: f32,
+    y: ViewMut,
+    rstd: impl Into<ViewMut<'b>>,
+) -> Result<()> {
     const OP: &str = "rms_norm";
-    let [rows, cols] = x.shape();
-    check_vectors(OP, rows, cols, weight, rstd)?;
+    let ([rows, cols], weight, rstd) = (x.shape(), weight.into(), rstd.into());
+    check_vectors(OP, rows, cols, weight, rstd.as_view())?;
     y.expect(OP, "y", rows, cols)?;
+    #[cfg(feature = "cuda")]
+    if y.gpu().is_some() {
+        return crate::cuda::ops::rms_norm_forward(OP, x.cuda(OP)?, None, weight, eps, y, rstd);
+    }
     let (x, y) = (x.host(OP)?, y.host(OP)?);
-    y.par_rows_mut().zip(rstd.par_iter_mut()).enumerate().with_min_len(rows_per_task(cols)).for_each(
+    let (weight, mut rstd) = (weight.host(OP)?, rstd.host(OP)?);
+    let (weight, rstd) = (slice(OP, weight)?, slice_mut(OP, &mut rstd)?);
+    let groups = cols / weight.len().max(1);
+    y.par_rows_mut().zip(rstd.par_chunks_mut(groups.max(1))).enumerate().with_min_len(rows_per_task(cols)).for_each(
         |(i, (y, rstd))| {
             vectorize(
                 #[inline(always)]
-                move || *rstd = normalize(x.row(i), weight, eps, y),
+                move || {
+                    let groups = x.row(i).chunks_exact(weight.len()).zip(y.chunks_exact_mut(weight.len()));
+                    for ((x, y), rstd) in groups.zip(rstd.iter_mut()) {
+                        *rstd = normalize(x, weight, eps, y);
+                    }
+                },
             );
         },
     );
@@ -44,17 +65,31 @@ pub fn forward(x: View, weight: &[f32], eps: f32, y: ViewMut, rstd: &mut [f32]) 
 /// `x`, `delta`, `y`: `[rows, width]`; `weight`: `width`; `rstd`: `rows`, written for [`backward`].
 ///
 /// # Errors
-/// If the shapes do not fit each other, or a view is not on the CPU.
-pub fn forward_residual(x: ViewMut, delta: View, weight: &[f32], eps: f32, y: ViewMut, rstd: &mut [f32]) -> Result<()> {
+/// If the shapes do not fit each other, or the views are not on the same device.
+pub fn forward_residual<'a, 'b>(
+    x: ViewMut,
+    delta: View,
+    weight: impl Into<View<'a>>,
+    eps: f32,
+    y: ViewMut,
+    rstd: impl Into<ViewMut<'b>>,
+) -> Result<()> {
     const OP: &str = "rms_norm_residual";
-    let [rows, cols] = x.shape();
-    check_vectors(OP, rows, cols, weight, rstd)?;
+    let ([rows, cols], weight, rstd) = (x.shape(), weight.into(), rstd.into());
+    check_vectors(OP, rows, cols, weight, rstd.as_view())?;
     delta.expect(OP, "delta", rows, cols)?;
     y.expect(OP, "y", rows, cols)?;
+    #[cfg(feature = "cuda")]
+    if y.gpu().is_some() {
+        return crate::cuda::ops::rms_norm_residual(OP, x.cuda(OP)?, delta.cuda(OP)?, weight, eps, y, rstd);
+    }
     let (x, delta, y) = (x.host(OP)?, delta.host(OP)?, y.host(OP)?);
+    let (weight, mut rstd) = (weight.host(OP)?, rstd.host(OP)?);
+    let (weight, rstd) = (slice(OP, weight)?, slice_mut(OP, &mut rstd)?);
+    let groups = cols / weight.len().max(1);
     x.par_rows_mut()
         .zip(y.par_rows_mut())
-        .zip(rstd.par_iter_mut())
+        .zip(rstd.par_chunks_mut(groups.max(1)))
         .enumerate()
         .with_min_len(rows_per_task(cols))
         .for_each(|(i, ((x, y), rstd))| {
@@ -64,7 +99,10 @@ pub fn forward_residual(x: ViewMut, delta: View, weight: &[f32], eps: f32, y: Vi
                     for (x, delta) in x.iter_mut().zip(delta.row(i)) {
                         *x += delta;
                     }
-                    *rstd = normalize(x, weight, eps, y);
+                    let groups = x.chunks_exact(weight.len()).zip(y.chunks_exact_mut(weight.len()));
+                    for ((x, y), rstd) in groups.zip(rstd.iter_mut()) {
+                        *rstd = normalize(x, weight, eps, y);
+                    }
                 },
             );
         });
@@ -73,26 +111,43 @@ pub fn forward_residual(x: ViewMut, delta: View, weight: &[f32], eps: f32, y: Vi
 
 /// The gradient of `x` from that of `y`; written to `dx`, or added to what it holds if `accumulate`.
 ///
-/// `x`: what was normalized (after the residual addition); `rstd`: from the forward; `dy`, `dx`: `[rows, width]`.
+/// `x`: what was normalized (after the residual addition); `rstd`: from the forward; `dy`, `dx`: as `x`.
 ///
 /// # Errors
-/// If the shapes do not fit each other, or a view is not on the CPU.
-pub fn backward(x: View, weight: &[f32], rstd: &[f32], dy: View, dx: ViewMut, accumulate: bool) -> Result<()> {
+/// If the shapes do not fit each other, or the views are not on the same device.
+pub fn backward<'a, 'b>(
+    x: View,
+    weight: impl Into<View<'a>>,
+    rstd: impl Into<View<'b>>,
+    dy: View,
+    dx: ViewMut,
+    accumulate: bool,
+) -> Result<()> {
     const OP: &str = "rms_norm_backward";
-    let [rows, cols] = x.shape();
+    let ([rows, cols], weight, rstd) = (x.shape(), weight.into(), rstd.into());
     check_vectors(OP, rows, cols, weight, rstd)?;
     dy.expect(OP, "dy", rows, cols)?;
     dx.expect(OP, "dx", rows, cols)?;
+    #[cfg(feature = "cuda")]
+    if dx.gpu().is_some() {
+        return crate::cuda::ops::rms_norm_backward(OP, x, weight, rstd, dy, dx, accumulate);
+    }
     let (x, dy, dx) = (x.host(OP)?, dy.host(OP)?, dx.host(OP)?);
+    let (weight, rstd) = (slice(OP, weight.host(OP)?)?, slice(OP, rstd.host(OP)?)?);
+    let width = weight.len().max(1);
+    let groups = cols / width;
     dx.par_rows_mut().enumerate().with_min_len(rows_per_task(cols)).for_each(|(i, dx)| {
-        let (x, dy, rstd) = (x.row(i), dy.row(i), rstd[i]);
+        let (x, dy, rstd) = (x.row(i), dy.row(i), &rstd[i * groups..(i + 1) * groups]);
         vectorize(
             #[inline(always)]
             move || {
-                let along = rstd * rstd * math::dot3(weight, dy, x) / cols as f32;
-                for (((dx, weight), dy), x) in dx.iter_mut().zip(weight).zip(dy).zip(x) {
-                    let term = rstd * (weight * dy - x * along);
-                    *dx = if accumulate { *dx + term } else { term };
+                let inputs = x.chunks_exact(width).zip(dy.chunks_exact(width)).zip(rstd);
+                for (((x, dy), &rstd), dx) in inputs.zip(dx.chunks_exact_mut(width)) {
+                    let along = rstd * rstd * math::dot3(weight, dy, x) / width as f32;
+                    for (((dx, weight), dy), x) in dx.iter_mut().zip(weight).zip(dy).zip(x) {
+                        let term = rstd * (weight * dy - x * along);
+                        *dx = if accumulate { *dx + term } else { term };
+                    }
                 }
             },
         );
@@ -100,9 +155,20 @@ pub fn backward(x: View, weight: &[f32], rstd: &[f32], dy: View, dx: ViewMut, ac
     Ok(())
 }
 
-fn check_vectors(op: &'static str, rows: usize, cols: usize, weight: &[f32], rstd: &[f32]) -> Result<()> {
-    Error::check_shape(op, "weight", &[weight.len()], &[cols])?;
-    Error::check_shape(op, "rstd", &[rstd.len()], &[rows])
+fn check_vectors(op: &'static str, rows: usize, cols: usize, weight: View, rstd: View) -> Result<()> {
+    let width = weight.rows() * weight.cols();
+    if width == 0 || !cols.is_multiple_of(width) {
+        return Err(Error::Shape { op, what: "weight", got: vec![width], expected: vec![cols] });
+    }
+    Error::check_shape(op, "rstd", &[rstd.rows() * rstd.cols()], &[rows * (cols / width)])
+}
+
+fn slice<'a>(op: &'static str, vector: HostView<'a>) -> Result<&'a [f32]> {
+    vector.as_slice().ok_or_else(|| Error::invalid(op, "a vector has gaps between its elements"))
+}
+
+fn slice_mut<'a>(op: &'static str, vector: &'a mut HostViewMut) -> Result<&'a mut [f32]> {
+    vector.as_mut_slice().ok_or_else(|| Error::invalid(op, "a vector has gaps between its elements"))
 }
 
 /// Normalizes one row and returns its `rstd`.

@@ -18,6 +18,7 @@ use rayon::slice::ParallelSliceMut;
 
 use crate::error::{Error, Result};
 use crate::parallel::{TASK, rows_per_task};
+use crate::sequence::Positions;
 use crate::simd::vectorize;
 use crate::view::ViewMut;
 
@@ -76,6 +77,8 @@ pub struct RopeTable {
     inverse_frequencies: Vec<f32>,
     attention_factor: f32,
     max_positions: usize,
+    #[cfg(feature = "cuda")]
+    device: [crate::cuda::OnDevice; 2],
 }
 
 impl RopeTable {
@@ -99,7 +102,22 @@ impl RopeTable {
                     *sin = s as f32 * attention_factor;
                 }
             });
-        Ok(Self { cos, sin, inverse_frequencies, attention_factor, max_positions })
+        Ok(Self {
+            cos,
+            sin,
+            inverse_frequencies,
+            attention_factor,
+            max_positions,
+            #[cfg(feature = "cuda")]
+            device: Default::default(),
+        })
+    }
+
+    /// Cos and sin on a GPU, `[max_positions, head_dim / 2]` each.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_device(&self, gpu: &crate::cuda::Gpu) -> Result<[&crate::cuda::Buffer; 2]> {
+        let [cos, sin] = &self.device;
+        Ok([cos.get(gpu, &self.cos)?, sin.get(gpu, &self.sin)?])
     }
 
     /// The elements of one head.
@@ -144,16 +162,16 @@ impl RopeTable {
 /// Turns every head of `x` (`[tokens, heads * head_dim]`, queries or keys) by its token's position, in place.
 ///
 /// # Errors
-/// If the sizes do not fit each other, a position is beyond the table, or `x` is not on the CPU.
-pub fn forward(x: ViewMut, head_dim: usize, table: &RopeTable, positions: &[u32]) -> Result<()> {
+/// If the sizes do not fit each other, a position is beyond the table, or they are on two GPUs.
+pub fn forward(x: ViewMut, head_dim: usize, table: &RopeTable, positions: &Positions) -> Result<()> {
     rotate::<false>("rope", x, head_dim, table, positions)
 }
 
 /// Turns the gradient of the rotated heads (`[tokens, heads * head_dim]`) into that of the heads before, in place.
 ///
 /// # Errors
-/// If the sizes do not fit each other, a position is beyond the table, or `dx` is not on the CPU.
-pub fn backward(dx: ViewMut, head_dim: usize, table: &RopeTable, positions: &[u32]) -> Result<()> {
+/// If the sizes do not fit each other, a position is beyond the table, or they are on two GPUs.
+pub fn backward(dx: ViewMut, head_dim: usize, table: &RopeTable, positions: &Positions) -> Result<()> {
     rotate::<true>("rope_backward", dx, head_dim, table, positions)
 }
 
@@ -162,7 +180,7 @@ fn rotate<const TRANSPOSED: bool>(
     x: ViewMut,
     head_dim: usize,
     table: &RopeTable,
-    positions: &[u32],
+    positions: &Positions,
 ) -> Result<()> {
     let [tokens, cols] = x.shape();
     Error::check_shape(op, "the table's heads", &[table.head_dim()], &[head_dim])?;
@@ -177,7 +195,11 @@ fn rotate<const TRANSPOSED: bool>(
             format!("token {token} is at position {position}, but the table holds positions 0 to {max} (exclusive)"),
         ));
     }
-    x.host(op)?.par_rows_mut().zip_eq(positions).with_min_len(rows_per_task(cols)).for_each(|(row, &position)| {
+    #[cfg(feature = "cuda")]
+    if x.gpu().is_some() {
+        return crate::cuda::ops::rope(op, x.cuda(op)?, head_dim, table, positions, TRANSPOSED);
+    }
+    x.host(op)?.par_rows_mut().zip_eq(&**positions).with_min_len(rows_per_task(cols)).for_each(|(row, &position)| {
         let (cos, sin) = (table.cos(position as usize), table.sin(position as usize));
         vectorize(
             #[inline(always)]
@@ -312,10 +334,10 @@ mod tests {
     const PLAIN: RopeConfig = RopeConfig { theta: 10_000.0, scaling: None };
 
     /// The rotation as a product of complex numbers, from the table's own angles.
-    fn reference(x: &[f64], head_dim: usize, table: &RopeTable, positions: &[u32]) -> Vec<f64> {
+    fn reference(x: &[f64], head_dim: usize, table: &RopeTable, positions: &Positions) -> Vec<f64> {
         let (half, width) = (head_dim / 2, x.len() / positions.len());
         let mut y = x.to_vec();
-        for (row, &position) in y.chunks_exact_mut(width).zip(positions) {
+        for (row, &position) in y.chunks_exact_mut(width).zip(positions.iter()) {
             for head in row.chunks_exact_mut(head_dim) {
                 for i in 0..half {
                     // The angle is an f32 by definition.
@@ -336,7 +358,7 @@ mod tests {
             for config in [PLAIN, yarn()] {
                 for gap in [0, 7] {
                     let table = RopeTable::new(&config, head_dim, 300).unwrap();
-                    let positions: Vec<u32> = (0..tokens).map(|i| (i * 37 % 300) as u32).collect();
+                    let positions: Positions = (0..tokens).map(|i| (i * 37 % 300) as u32).collect::<Vec<_>>().into();
                     let width = heads * head_dim;
                     let mut random = random((tokens * width) as u64);
                     let (x, dy) = (random(tokens * width), random(tokens * width));
@@ -358,10 +380,10 @@ mod tests {
         let table = RopeTable::new(&PLAIN, 8, 100).unwrap();
         let x = random(3)(2 * 24);
         let mut y = x.clone();
-        forward(ViewMut::new(&mut y, 2, 24), 8, &table, &[0, 99]).unwrap();
+        forward(ViewMut::new(&mut y, 2, 24), 8, &table, &vec![0, 99].into()).unwrap();
         assert_eq!(y[..24], x[..24]);
         assert!(y[24..].iter().zip(&x[24..]).all(|(y, x)| y != x));
-        backward(ViewMut::new(&mut y, 2, 24), 8, &table, &[0, 99]).unwrap();
+        backward(ViewMut::new(&mut y, 2, 24), 8, &table, &vec![0, 99].into()).unwrap();
         assert_close("x", &y, &to_f64(&x), 1e-6);
     }
 
@@ -369,15 +391,15 @@ mod tests {
     fn what_does_not_fit_is_named() {
         let table = RopeTable::new(&PLAIN, 8, 100).unwrap();
         let mut x = [1.0; 32];
-        let mut run = |cols, head_dim, positions: &[u32]| {
+        let mut run = |cols, head_dim, positions: &Positions| {
             let error = forward(ViewMut::new(&mut x, 32 / cols, cols), head_dim, &table, positions).unwrap_err();
             error.to_string()
         };
-        let message = run(16, 8, &[3, 100]);
+        let message = run(16, 8, &vec![3, 100].into());
         assert_eq!(message, "rope: token 1 is at position 100, but the table holds positions 0 to 100 (exclusive)");
-        assert_eq!(run(16, 8, &[3]), "rope: positions has shape [1], expected [2]");
-        assert_eq!(run(16, 16, &[1, 2]), "rope: the table's heads has shape [8], expected [16]");
-        assert_eq!(run(4, 8, &[0; 8]), "rope: 4 columns are not a whole number of heads of 8");
+        assert_eq!(run(16, 8, &vec![3].into()), "rope: positions has shape [1], expected [2]");
+        assert_eq!(run(16, 16, &vec![1, 2].into()), "rope: the table's heads has shape [8], expected [16]");
+        assert_eq!(run(4, 8, &vec![0; 8].into()), "rope: 4 columns are not a whole number of heads of 8");
         assert_eq!(x, [1.0; 32]);
     }
 

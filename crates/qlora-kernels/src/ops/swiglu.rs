@@ -17,12 +17,16 @@ use crate::view::{View, ViewMut};
 /// `h = silu(gate) * up`; all `[tokens, width]`.
 ///
 /// # Errors
-/// If the shapes differ, or a view is not on the CPU.
+/// If the shapes differ, or the views are not on the same device.
 pub fn forward(gate: View, up: View, h: ViewMut) -> Result<()> {
     const OP: &str = "swiglu";
     let [rows, cols] = gate.shape();
     up.expect(OP, "up", rows, cols)?;
     h.expect(OP, "h", rows, cols)?;
+    #[cfg(feature = "cuda")]
+    if h.gpu().is_some() {
+        return crate::cuda::ops::swiglu_forward(OP, gate.cuda(OP)?, up.cuda(OP)?, h.cuda(OP)?);
+    }
     let (gate, up, h) = (gate.host(OP)?, up.host(OP)?, h.host(OP)?);
     h.par_rows_mut().enumerate().with_min_len(rows_per_task(cols)).for_each(|(i, h)| {
         let (gate, up) = (gate.row(i), up.row(i));
@@ -42,7 +46,7 @@ pub fn forward(gate: View, up: View, h: ViewMut) -> Result<()> {
 /// again (a recomputing caller needs it for the gradient of the projection that follows). All `[tokens, width]`.
 ///
 /// # Errors
-/// If the shapes differ, or a view is not on the CPU; nothing is written then.
+/// If the shapes differ, or the views are not on the same device; nothing is written then.
 pub fn backward(gate: ViewMut, up: ViewMut, dh: View, h: Option<ViewMut>) -> Result<()> {
     const OP: &str = "swiglu_backward";
     let [rows, cols] = gate.shape();
@@ -50,6 +54,10 @@ pub fn backward(gate: ViewMut, up: ViewMut, dh: View, h: Option<ViewMut>) -> Res
     dh.expect(OP, "dh", rows, cols)?;
     if let Some(h) = &h {
         h.expect(OP, "h", rows, cols)?;
+    }
+    #[cfg(feature = "cuda")]
+    if gate.gpu().is_some() {
+        return crate::cuda::ops::swiglu_backward(OP, gate.cuda(OP)?, up.cuda(OP)?, dh.cuda(OP)?, h);
     }
     let (gate, up, dh) = (gate.host(OP)?, up.host(OP)?, dh.host(OP)?);
     let h = h.map(|h| h.host(OP)).transpose()?;
@@ -90,6 +98,34 @@ fn differentiate(gate: &mut f32, up: &mut f32, dh: f32) -> f32 {
     *gate = dh * u * (s * (1.0 + g * (1.0 - s)));
     *up = dh * silu;
     silu * u
+}
+
+/// [`backward`] where `dh` becomes `h` again: no memory but that of the arguments. All `[tokens, width]`.
+///
+/// # Errors
+/// If the shapes differ, or the views are not on the same device; nothing is written then.
+pub fn backward_in_place(gate: ViewMut, up: ViewMut, dh: ViewMut) -> Result<()> {
+    const OP: &str = "swiglu_backward";
+    let [rows, cols] = gate.shape();
+    up.expect(OP, "up", rows, cols)?;
+    dh.expect(OP, "dh", rows, cols)?;
+    #[cfg(feature = "cuda")]
+    if gate.gpu().is_some() {
+        return crate::cuda::ops::swiglu_backward_in_place(OP, gate.cuda(OP)?, up.cuda(OP)?, dh.cuda(OP)?);
+    }
+    let (gate, up, dh) = (gate.host(OP)?, up.host(OP)?, dh.host(OP)?);
+    let rows = gate.par_rows_mut().zip(up.par_rows_mut()).zip(dh.par_rows_mut());
+    rows.with_min_len(rows_per_task(cols)).for_each(|((gate, up), dh)| {
+        vectorize(
+            #[inline(always)]
+            move || {
+                for ((gate, up), dh) in gate.iter_mut().zip(up.iter_mut()).zip(dh.iter_mut()) {
+                    *dh = differentiate(gate, up, *dh);
+                }
+            },
+        );
+    });
+    Ok(())
 }
 
 #[cfg(test)]

@@ -13,26 +13,7 @@ use super::reciprocal::reciprocal;
 use crate::simd::dispatch;
 
 /// The type a weight had before it was quantized; dequantization returns to it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum SourceDtype {
-    /// 32-bit.
-    F32,
-    /// bfloat16.
-    Bf16,
-    /// IEEE half.
-    F16,
-}
-
-impl SourceDtype {
-    /// PyTorch's name, as the quantization state of a checkpoint spells it: `float32`, `bfloat16`, `float16`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "float32",
-            Self::Bf16 => "bfloat16",
-            Self::F16 => "float16",
-        }
-    }
-}
+pub type SourceDtype = crate::dtype::Dtype;
 
 /// An element type that can be quantized: f32, bf16 or f16.
 pub trait Element: Copy + Send + Sync + sealed::Sealed + 'static {

@@ -66,7 +66,7 @@ impl Default for QuantConfig {
     }
 }
 
-fn check_blocksize(op: &'static str, blocksize: usize) -> Result<()> {
+pub(crate) fn check_blocksize(op: &'static str, blocksize: usize) -> Result<()> {
     if BLOCKSIZES.contains(&blocksize) {
         return Ok(());
     }

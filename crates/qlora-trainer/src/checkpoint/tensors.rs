@@ -52,6 +52,11 @@ impl<T: AsRef<[f32]>> OptimizerTensors<T> {
 }
 
 impl OptimizerTensors<Vec<f32>> {
+    /// The same tensors, borrowed.
+    pub fn borrowed(&self) -> OptimizerTensors<&[f32]> {
+        OptimizerTensors { master: &self.master, exp_avg: &self.exp_avg, exp_avg_sq: &self.exp_avg_sq }
+    }
+
     /// Reads the file; the error is what is wrong with it.
     pub(super) fn read(path: &Path) -> Result<Self, String> {
         let bytes = fs::read(path).map_err(|error| error.to_string())?;

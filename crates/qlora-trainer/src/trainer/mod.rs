@@ -97,7 +97,8 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
             }
         }
         let parameters = model.parameters();
-        check_parameters(&parameters, model.masters().len())?;
+        let masters = model.masters()?;
+        check_parameters(&parameters, masters.len())?;
         let random = options.train_sampling_strategy == SamplingStrategy::Random;
         let loader = Loader::new(
             training,
@@ -109,9 +110,9 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
             },
         )?;
         let schedule = Schedule::new(options, options.total_steps(loader.steps_per_epoch()));
-        let optimizer = Optimizer::new(options, model.masters().len());
+        let optimizer = Optimizer::new(options, masters.len(), &model.workspace()?)?;
         let identity = RunIdentity::new(&config, &schedule, loader.dataset(), &model, &parameters);
-        let initial_parameters = Fingerprint::new().floats(model.masters()).to_string();
+        let initial_parameters = Fingerprint::new().floats(&masters).to_string();
         Ok(Self {
             guard: GradientGuard::new(&parameters),
             progress: Progress { initial_parameters, ..Progress::default() },

@@ -8,6 +8,8 @@ use crate::checkpoint::tensors::OptimizerTensors;
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::Resume;
 use crate::error::{Error, Result};
+use qlora_kernels::View;
+
 use crate::metrics::{LogEntry, MetricsFile};
 use crate::model::TrainableModel;
 use crate::progress::{Event, StartInfo};
@@ -117,7 +119,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
         let Checkpoint { state, tensors } = checkpoint;
         let ours = state.stateful_callbacks.qlora;
         ours.identity.check(path, &self.identity)?;
-        let (len, total) = (self.model.masters().len(), self.schedule.total_steps);
+        let (len, total) = (self.trainable_parameters(), self.schedule.total_steps);
         if tensors.master.len() != len {
             let found = tensors.master.len();
             return Err(Error::checkpoint(path, format!("it has {found} parameters, the model {len}")));
@@ -130,10 +132,9 @@ impl<M: TrainableModel> Trainer<'_, M> {
             return Err(Error::checkpoint(path, "step and position in the data do not belong together"));
         }
         self.loader.seek(ours.position)?;
-        self.model.masters_mut().copy_from_slice(&tensors.master);
-        self.model.masters_changed()?;
-        self.optimizer.exp_avg = tensors.exp_avg;
-        self.optimizer.exp_avg_sq = tensors.exp_avg_sq;
+        self.model.update_masters(&mut |masters| masters.copy_from(View::vector(&tensors.master)))?;
+        self.optimizer.exp_avg.view_mut().copy_from(View::vector(&tensors.exp_avg))?;
+        self.optimizer.exp_avg_sq.view_mut().copy_from(View::vector(&tensors.exp_avg_sq))?;
         let progress = &mut self.progress;
         progress.global_step = state.global_step;
         progress.tokens_seen = state.num_input_tokens_seen;
@@ -150,7 +151,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
             total_steps: self.schedule.total_steps,
             steps_per_epoch: self.loader.steps_per_epoch(),
             documents: self.loader.dataset().len(),
-            trainable_parameters: self.model.masters().len(),
+            trainable_parameters: self.trainable_parameters(),
             initial_parameters: &initial,
             resumed_from,
             history: &history,
@@ -162,6 +163,10 @@ impl<M: TrainableModel> Trainer<'_, M> {
             "training"
         );
         self.notify(&Event::Started(&info));
+    }
+
+    fn trainable_parameters(&self) -> usize {
+        self.parameters.iter().map(|parameter| parameter.range.len()).sum()
     }
 
     fn log(&mut self, entry: LogEntry, metrics: &mut MetricsFile) -> Result<()> {
@@ -177,11 +182,11 @@ impl<M: TrainableModel> Trainer<'_, M> {
             return Ok(());
         }
         let tensors = OptimizerTensors {
-            master: self.model.masters(),
-            exp_avg: self.optimizer.exp_avg.as_slice(),
-            exp_avg_sq: self.optimizer.exp_avg_sq.as_slice(),
+            master: self.model.masters()?,
+            exp_avg: self.optimizer.exp_avg.to_vec()?,
+            exp_avg_sq: self.optimizer.exp_avg_sq.to_vec()?,
         };
-        let path = checkpoint::save(output, &self.model, tensors, &self.state(), &self.config)?;
+        let path = checkpoint::save(output, &self.model, tensors.borrowed(), &self.state(), &self.config)?;
         self.notify(&Event::Checkpoint(&path));
         self.progress.checkpoint = Some((step, path));
         folder::limit(output, self.config.training.save_total_limit, step)

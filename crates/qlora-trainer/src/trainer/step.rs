@@ -52,7 +52,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
 
     /// Loss, learning rate and gradient norm of the step.
     fn gradient_and_update(&mut self, step: u64, batch: &StepBatch) -> Result<(f64, f64, f64)> {
-        self.optimizer.grad.fill(0.0);
+        self.optimizer.grad.view_mut().fill(0.0)?;
         let mut loss_sum = 0.0;
         for micro_batch in 0..batch.micro_batches.len() {
             let loss = self.accumulate(step, batch, micro_batch)?;
@@ -62,14 +62,17 @@ impl<M: TrainableModel> Trainer<'_, M> {
             loss_sum += loss;
             self.announce_interrupt();
         }
-        let norm = self.optimizer.grad_norm();
+        let norm = self.optimizer.grad_norm()?;
         if !norm.is_finite() {
             return Err(self.locate_non_finite(step, batch));
         }
-        self.guard.check(step, &self.parameters, self.model.masters(), &self.optimizer.grad)?;
+        if self.guard.is_waiting() {
+            let (masters, grad) = (self.model.masters()?, self.optimizer.grad.to_vec()?);
+            self.guard.check(step, &self.parameters, &masters, &grad)?;
+        }
         let learning_rate = self.schedule.at(step - 1);
-        self.optimizer.update(step, learning_rate, norm, self.model.masters_mut())?;
-        self.model.masters_changed()?;
+        let optimizer = &mut self.optimizer;
+        self.model.update_masters(&mut |masters| optimizer.update(step, learning_rate, norm, masters))?;
         Ok((loss_sum / batch.num_items as f64, learning_rate, norm))
     }
 
@@ -78,7 +81,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
         let seed = derive_seed(self.config.training.seed, &[step, micro_batch as u64]);
         let tokens = &batch.micro_batches[micro_batch];
         self.model
-            .accumulate_gradients(tokens, batch.num_items, seed, &mut self.optimizer.grad)
+            .accumulate_gradients(tokens, batch.num_items, seed, self.optimizer.grad.view_mut())
             .map_err(|source| Error::Step { step, micro_batch: micro_batch + 1, source })
     }
 
@@ -86,7 +89,9 @@ impl<M: TrainableModel> Trainer<'_, M> {
     fn locate_non_finite(&mut self, step: u64, batch: &StepBatch) -> Error {
         let of_sum = self.describe_gradient("the sum over the step of ");
         for micro_batch in 0..batch.micro_batches.len() {
-            self.optimizer.grad.fill(0.0);
+            if let Err(error) = self.optimizer.grad.view_mut().fill(0.0) {
+                return error.into();
+            }
             if let Err(error) = self.accumulate(step, batch, micro_batch) {
                 return error;
             }
@@ -100,9 +105,9 @@ impl<M: TrainableModel> Trainer<'_, M> {
 
     /// The first element of the gradient that is not finite, in words.
     fn describe_gradient(&self, prefix: &str) -> Option<String> {
-        let element = self.optimizer.first_non_finite()?;
+        let element = self.optimizer.first_non_finite().ok().flatten()?;
         let parameter = self.parameters.iter().find(|parameter| parameter.range.contains(&element))?;
-        let value = self.optimizer.grad[element];
+        let value = *self.optimizer.grad.view().slice_cols(element..element + 1).to_vec().ok()?.first()?;
         Some(format!("{prefix}the gradient of {} is {value}", parameter.name))
     }
 

@@ -241,18 +241,21 @@ fn parameters_must_cover_the_buffer() {
         fn parameters(&self) -> Vec<Parameter> {
             self.1.clone()
         }
-        fn masters(&self) -> &[f32] {
+        fn masters(&self) -> qlora_core::Result<Vec<f32>> {
             self.0.masters()
         }
-        fn masters_mut(&mut self) -> &mut [f32] {
-            self.0.masters_mut()
+        fn update_masters(
+            &mut self,
+            update: &mut dyn FnMut(qlora_kernels::ViewMut) -> qlora_kernels::Result<()>,
+        ) -> qlora_core::Result<()> {
+            self.0.update_masters(update)
         }
         fn accumulate_gradients(
             &mut self,
             batch: &qlora_core::batch::Batch,
             num_items: usize,
             seed: u64,
-            grad: &mut [f32],
+            grad: qlora_kernels::ViewMut,
         ) -> qlora_core::Result<f64> {
             self.0.accumulate_gradients(batch, num_items, seed, grad)
         }

@@ -200,7 +200,7 @@ fn steps_with_a_constant_rate_can_be_added() {
         config.training.resume_from_checkpoint = resume;
         let mut trainer = trainer(&config, Toy::new(1));
         trainer.run().unwrap();
-        trainer.into_model().masters().to_vec()
+        trainer.into_model().masters().unwrap()
     };
     constant(4, Resume::No);
     let extended = constant(7, Resume::Latest);
@@ -215,7 +215,7 @@ fn constant_in_one_go() -> Vec<f32> {
     config.training.set_constant(7);
     let mut trainer = trainer(&config, Toy::new(1));
     trainer.run().unwrap();
-    trainer.into_model().masters().to_vec()
+    trainer.into_model().masters().unwrap()
 }
 
 trait SetConstant {

@@ -162,12 +162,15 @@ impl TrainableModel for Toy {
         (0..4).map(parameter).collect()
     }
 
-    fn masters(&self) -> &[f32] {
-        &self.flat
+    fn masters(&self) -> qlora_core::Result<Vec<f32>> {
+        Ok(self.flat.to_vec())
     }
 
-    fn masters_mut(&mut self) -> &mut [f32] {
-        &mut self.flat
+    fn update_masters(
+        &mut self,
+        update: &mut dyn FnMut(qlora_kernels::ViewMut) -> qlora_kernels::Result<()>,
+    ) -> qlora_core::Result<()> {
+        Ok(update(qlora_kernels::ViewMut::vector(&mut self.flat))?)
     }
 
     fn accumulate_gradients(
@@ -175,8 +178,10 @@ impl TrainableModel for Toy {
         batch: &Batch,
         num_items: usize,
         step_seed: u64,
-        grad: &mut [f32],
+        grad: qlora_kernels::ViewMut,
     ) -> Result<f64> {
+        let mut grad = grad.host("toy")?;
+        let grad = grad.row_mut(0);
         self.seeds.borrow_mut().push(step_seed);
         let fault = self.fault(batch);
         if fault == Some(Fault::Killed) {
@@ -301,7 +306,7 @@ fn the_toys_gradient_is_right() {
     let batch = data.batch(&[0, 1, 2]);
     let num_items = batch.trained_tokens();
     let mut grad = vec![0.0; toy.flat.len()];
-    toy.accumulate_gradients(&batch, num_items, 5, &mut grad).unwrap();
+    toy.accumulate_gradients(&batch, num_items, 5, (&mut grad).into()).unwrap();
     for (i, slope_of_model) in grad.into_iter().enumerate() {
         let original = toy.flat[i];
         let mut at = |value: f32| {

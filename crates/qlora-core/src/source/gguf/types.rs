@@ -124,7 +124,7 @@ fn dequantize(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) -> Result<()> {
     blocks.copy_from_slice(bytes);
     let tensor =
         ggml_file::qtensor_from_ggml(dtype, blocks, vec![out.len()], &Device::Cpu)?.dequantize(&Device::Cpu)?;
-    out.copy_from_slice(TensorView::new("dequantize", &tensor)?.as_slice());
+    out.copy_from_slice(TensorView::new("dequantize", &tensor)?.as_slice()?);
     Ok(())
 }
 

@@ -50,6 +50,10 @@ pub fn backward(
         view.expect(OP, what, tokens, kv_cols)?;
     }
     lse.expect(OP, "lse", tokens, cfg.heads)?;
+    #[cfg(feature = "cuda")]
+    if dq.gpu().is_some() {
+        return crate::cuda::attention::backward(OP, cfg, [q, k, v, out, lse, dout], layout, [dq, dk, dv]);
+    }
     let inputs = Inputs {
         q: q.host(OP)?,
         k: k.host(OP)?,
@@ -158,7 +162,7 @@ impl<'a> Unit<'a> {
         }
         let early = parts[..parts.len() - 1].iter().map(|part| {
             let keys = cfg.visible(part);
-            (keys.clone(), workspace.matrix(2 * keys.len(), cfg.head_dim))
+            (keys.clone(), workspace.scratch(2 * keys.len(), cfg.head_dim))
         });
         Self { inputs, dq: dq_parts, dk, dv, early: early.collect() }
     }
@@ -209,7 +213,7 @@ impl Task<'_> {
         self.sums.dv.reborrow().rows_mut().for_each(|row| row.fill(0.0));
         let step = cfg.tile_queries().min(self.positions.len());
         let block = cfg.visible(&self.positions).len().min(KEY_BLOCK);
-        let mut memory = workspace.matrix(Columns::new(cfg, step).width(), 5 * cfg.head_dim + 2 * block + 2);
+        let mut memory = workspace.scratch(Columns::new(cfg, step).width(), 5 * cfg.head_dim + 2 * block + 2);
         for start in self.positions.clone().step_by(step) {
             let tile = start..self.positions.end.min(start + step);
             self.run_tile(cfg, tile, block, memory.as_mut_slice());

@@ -30,6 +30,10 @@ pub fn cached(cfg: &AttentionConfig, q: View, k: View, v: View, out: ViewMut, wo
     if t > n {
         return Err(Error::invalid(OP, format!("{t} queries are more than the {n} positions")));
     }
+    #[cfg(feature = "cuda")]
+    if out.gpu().is_some() {
+        return crate::cuda::attention::cached(OP, cfg, q, k, v, out);
+    }
     let (q, k, v, mut out) = (q.host(OP)?, k.host(OP)?, v.host(OP)?, out.host(OP)?);
     let mut tiles = Vec::new();
     for first in (0..t).step_by(cfg.tile_queries()) {
@@ -58,7 +62,7 @@ fn run_in_pieces(cfg: &AttentionConfig, tiles: Vec<Tile>, work: usize, workspace
     let columns = |tile: &Tile| Columns::new(cfg, tile.q.rows());
     let pieces: Vec<_> = tiles.iter().flat_map(|tile| pieces_of(tile).map(move |keys| (tile, keys))).collect();
     let memory =
-        |(tile, keys): &(&Tile, Range<usize>)| workspace.matrix(1, Running::elements(&columns(tile), keys.len()));
+        |(tile, keys): &(&Tile, Range<usize>)| workspace.scratch(1, Running::elements(&columns(tile), keys.len()));
     let mut memories: Vec<Matrix> = pieces.iter().map(memory).collect();
     let pieces = pieces.into_iter().zip(&mut memories).collect();
     let states = map(pieces, work, |((tile, keys), memory)| {

@@ -34,6 +34,10 @@ pub fn forward(
     v.expect(OP, "v", tokens, kv_cols)?;
     out.expect(OP, "out", tokens, q_cols)?;
     lse.expect(OP, "lse", tokens, cfg.heads)?;
+    #[cfg(feature = "cuda")]
+    if out.gpu().is_some() {
+        return crate::cuda::attention::forward(OP, cfg, q, k, v, layout, out, lse);
+    }
     let (q, k, v) = (q.host(OP)?, k.host(OP)?, v.host(OP)?);
     let (mut out, mut lse) = (out.host(OP)?, lse.host(OP)?);
 
@@ -95,7 +99,7 @@ impl<'a> Tile<'a> {
 
     pub(super) fn run(mut self, cfg: &AttentionConfig, workspace: &Workspace) {
         let columns = Columns::new(cfg, self.q.rows());
-        let mut memory = workspace.matrix(1, Running::elements(&columns, self.k.rows()));
+        let mut memory = workspace.scratch(1, Running::elements(&columns, self.k.rows()));
         let mut running = Running::new(columns, self.q, cfg.scale, memory.as_mut_slice());
         running.attend(self.k, self.v, 0, self.first_query(), cfg.window);
         running.write_out(&mut self.out);

@@ -46,7 +46,7 @@ impl Case {
     /// `(out, lse)`
     fn forward(&self, workspace: &Workspace) -> (Matrix, Matrix) {
         let [q, _, lse] = self.shapes();
-        let (mut out, mut lse) = (workspace.matrix(q[0], q[1]), workspace.matrix(lse[0], lse[1]));
+        let (mut out, mut lse) = (workspace.matrix(q[0], q[1]).unwrap(), workspace.matrix(lse[0], lse[1]).unwrap());
         let [q, k, v] = self.views();
         let layout = SequenceLayout::from_lengths(&self.lengths);
         forward(&self.cfg, q, k, v, &layout, out.view_mut(), lse.view_mut(), workspace).unwrap();
@@ -57,7 +57,8 @@ impl Case {
     fn backward(&self, workspace: &Workspace) -> [Matrix; 3] {
         let [q_shape, kv_shape, _] = self.shapes();
         let (out, lse) = self.forward(workspace);
-        let [mut dq, mut dk, mut dv] = [q_shape, kv_shape, kv_shape].map(|[rows, cols]| workspace.matrix(rows, cols));
+        let [mut dq, mut dk, mut dv] =
+            [q_shape, kv_shape, kv_shape].map(|[rows, cols]| workspace.matrix(rows, cols).unwrap());
         let [q, k, v] = self.views();
         backward(
             &self.cfg,
@@ -245,7 +246,7 @@ fn cached_is_the_end_of_the_whole() {
             let want = case.reference_forward(&q, &k, &v).0;
             for t in [1, 2, 16, 17, n].into_iter().filter(|&t| t <= n) {
                 let workspace = Workspace::poisoned();
-                let mut out = workspace.matrix(t, heads * d);
+                let mut out = workspace.matrix(t, heads * d).unwrap();
                 let [q, k, v] = case.views();
                 cached(&case.cfg, q.slice_rows(n - t..n), k, v, out.view_mut(), &workspace).unwrap();
                 let error = error(out.as_slice(), &want[(n - t) * heads * d..]);
@@ -269,7 +270,7 @@ fn windows_of_wider_buffers_are_read_and_written() {
     let qkv = View::strided(&fused[..tokens * (width + 5) - 5], tokens, width, width + 5);
     let mut out = vec![7.0; tokens * 100];
     let workspace = Workspace::poisoned();
-    let mut lse = workspace.matrix(tokens, 6);
+    let mut lse = workspace.matrix(tokens, 6).unwrap();
     forward(
         &case.cfg,
         qkv.slice_cols(0..96),
@@ -371,7 +372,7 @@ fn what_does_not_fit_is_refused() {
     let workspace = Workspace::poisoned();
     let [q, k, v] = case.views();
     let run = |cfg: &AttentionConfig, lengths: &[usize]| {
-        let (mut out, mut lse) = (workspace.matrix(5, 32), workspace.matrix(5, 4));
+        let (mut out, mut lse) = (workspace.matrix(5, 32).unwrap(), workspace.matrix(5, 4).unwrap());
         let layout = SequenceLayout::from_lengths(lengths);
         forward(cfg, q, k, v, &layout, out.view_mut(), lse.view_mut(), &workspace).unwrap_err().to_string()
     };
@@ -379,7 +380,7 @@ fn what_does_not_fit_is_refused() {
     let bad = AttentionConfig { kv_heads: 3, ..case.cfg };
     assert!(run(&bad, &[5]).contains("4 query heads, 3 key/value heads"));
     assert!(run(&AttentionConfig { window: Some(0), ..case.cfg }, &[5]).contains("window of 0"));
-    let mut out = workspace.matrix(5, 32);
+    let mut out = workspace.matrix(5, 32).unwrap();
     let error = cached(&case.cfg, q, k.slice_rows(0..3), v.slice_rows(0..3), out.view_mut(), &workspace).unwrap_err();
     assert_eq!(error.to_string(), "attention_cached: 5 queries are more than the 3 positions");
 }

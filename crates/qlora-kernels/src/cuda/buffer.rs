@@ -1,0 +1,160 @@
+//! Owned device memory of plain elements, and pinned host memory.
+
+use std::ffi::c_void;
+use std::fmt;
+use std::sync::Arc;
+
+use candle_core::cuda_backend::cudarc::driver::{result, sys};
+
+use super::gpu::{Gpu, RawMemory, cuda_error};
+use crate::error::Result;
+
+/// Device memory.
+pub struct Buffer {
+    memory: RawMemory,
+    bytes: usize,
+    gpu: Arc<Gpu>,
+}
+
+impl Buffer {
+    /// `bytes` bytes of unspecified content.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    pub fn new(gpu: &Arc<Gpu>, op: &'static str, bytes: usize) -> Result<Self> {
+        Ok(Self { memory: gpu.alloc(op, bytes)?, bytes, gpu: gpu.clone() })
+    }
+
+    /// A copy of host memory.
+    ///
+    /// # Errors
+    /// If the memory cannot be had, or the device fails.
+    pub fn upload<T: bytemuck::Pod>(gpu: &Arc<Gpu>, op: &'static str, data: &[T]) -> Result<Self> {
+        let buffer = Self::new(gpu, op, size_of_val(data))?;
+        if !data.is_empty() {
+            // SAFETY: the buffer has the size of the data; from pageable memory the copy has read it when it returns.
+            unsafe { result::memcpy_htod_async(buffer.ptr(), data, gpu.stream().cu_stream()) }
+                .map_err(|error| cuda_error(op, error))?;
+        }
+        Ok(buffer)
+    }
+
+    /// The content on the host.
+    ///
+    /// # Errors
+    /// If the device fails.
+    ///
+    /// # Panics
+    /// If the size is not that of whole elements.
+    pub fn download<T: bytemuck::Pod>(&self) -> Result<Vec<T>> {
+        const OP: &str = "copy to the host";
+        assert!(self.bytes.is_multiple_of(size_of::<T>()), "{} bytes are no whole elements", self.bytes);
+        let mut data = vec![T::zeroed(); self.bytes / size_of::<T>()];
+        if !data.is_empty() {
+            self.gpu.bind(OP)?;
+            // SAFETY: both sides have the same size; synchronized before the vector is read.
+            unsafe { result::memcpy_dtoh_async(&mut data, self.ptr(), self.gpu.stream().cu_stream()) }
+                .map_err(|error| cuda_error(OP, error))?;
+            self.gpu.synchronize(OP)?;
+        }
+        Ok(data)
+    }
+
+    /// Sets every byte.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn fill_bytes(&mut self, byte: u8) -> Result<()> {
+        const OP: &str = "fill";
+        self.gpu.bind(OP)?;
+        // SAFETY: the buffer has so many bytes.
+        unsafe { result::memset_d8_async(self.ptr(), byte, self.bytes, self.gpu.stream().cu_stream()) }
+            .map_err(|error| cuda_error(OP, error))
+    }
+
+    /// The size.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The GPU.
+    pub fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    pub(crate) fn ptr(&self) -> sys::CUdeviceptr {
+        self.memory.ptr()
+    }
+
+    pub(super) fn as_ptr<T>(&self) -> *const T {
+        self.memory.ptr() as *const T
+    }
+
+    pub(super) fn as_mut_ptr<T>(&mut self) -> *mut T {
+        self.memory.ptr() as *mut T
+    }
+
+    /// Gives the memory up without freeing it.
+    pub(crate) fn into_ptr(self) -> sys::CUdeviceptr {
+        self.memory.into_ptr()
+    }
+}
+
+impl fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Buffer({} bytes)", self.bytes)
+    }
+}
+
+/// Page-locked host memory, which the GPU copies from and to at full speed and while kernels run.
+pub struct PinnedBuffer {
+    ptr: *mut c_void,
+    bytes: usize,
+    gpu: Arc<Gpu>,
+}
+
+// SAFETY: plain memory, owned.
+unsafe impl Send for PinnedBuffer {}
+// SAFETY: only read through shared references.
+unsafe impl Sync for PinnedBuffer {}
+
+impl PinnedBuffer {
+    /// `bytes` bytes of unspecified content.
+    ///
+    /// # Errors
+    /// If the system does not give so much page-locked memory.
+    pub fn new(gpu: &Arc<Gpu>, op: &'static str, bytes: usize) -> Result<Self> {
+        gpu.bind(op)?;
+        // SAFETY: freed in drop.
+        let ptr = unsafe { result::malloc_host(bytes.max(1), 0) }.map_err(|error| cuda_error(op, error))?;
+        Ok(Self { ptr, bytes, gpu: gpu.clone() })
+    }
+
+    /// The size.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub(super) fn as_ptr(&self) -> *const c_void {
+        self.ptr
+    }
+
+    pub(super) fn as_mut_ptr(&mut self) -> *mut c_void {
+        self.ptr
+    }
+}
+
+impl Drop for PinnedBuffer {
+    fn drop(&mut self) {
+        let _ = self.gpu.bind("free pinned memory");
+        // The driver waits for copies in flight.
+        // SAFETY: allocated by `new`, freed once.
+        let _ = unsafe { result::free_host(self.ptr) };
+    }
+}
+
+impl fmt::Debug for PinnedBuffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PinnedBuffer({} bytes)", self.bytes)
+    }
+}

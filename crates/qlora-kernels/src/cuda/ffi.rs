@@ -1,0 +1,368 @@
+//! The launchers of `kernels/*.cu`: plain C functions that enqueue on a stream and return a `cudaError_t`.
+//!
+//! Element types are passed as in `common.cuh`: 0 f32, 1 bf16, 2 f16. Sizes and strides count elements.
+
+use std::ffi::{c_int, c_void};
+
+/// `CUstream` and `cudaStream_t` are the same pointer.
+pub(super) type Stream = *mut c_void;
+type Ptr = *const c_void;
+type PtrMut = *mut c_void;
+
+/// One adapted projection of a fused weight; `QloraMember` in `lora.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Member {
+    pub(super) a: i64,
+    pub(super) b: i64,
+    pub(super) row0: i64,
+    pub(super) rows: i64,
+    pub(super) rank: i32,
+    pub(super) r0: i32,
+    pub(super) scale: f32,
+    pub(super) pad: i32,
+}
+
+/// `QloraMembers` in `lora.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Members {
+    pub(super) m: [Member; 3],
+    pub(super) count: i32,
+    pub(super) pad: i32,
+}
+
+unsafe extern "C" {
+    pub(super) fn qlora_rms_norm_forward(
+        dtype: c_int,
+        x: PtrMut,
+        ldx: i64,
+        delta: Ptr,
+        ld_delta: i64,
+        weight: *const f32,
+        eps: f32,
+        y: PtrMut,
+        ldy: i64,
+        rstd: *mut f32,
+        rows: i64,
+        width: i64,
+        groups: i64,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_rms_norm_backward(
+        dtype: c_int,
+        x: Ptr,
+        ldx: i64,
+        weight: *const f32,
+        rstd: *const f32,
+        dy: Ptr,
+        lddy: i64,
+        dx: PtrMut,
+        lddx: i64,
+        accumulate: c_int,
+        rows: i64,
+        width: i64,
+        groups: i64,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_rope(
+        dtype: c_int,
+        x: PtrMut,
+        ldx: i64,
+        cos: *const f32,
+        sin: *const f32,
+        positions: *const u32,
+        tokens: i64,
+        heads: i64,
+        head_dim: i64,
+        transposed: c_int,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_swiglu_forward(
+        dtype: c_int,
+        gate: Ptr,
+        ldg: i64,
+        up: Ptr,
+        ldu: i64,
+        h: PtrMut,
+        ldh: i64,
+        rows: i64,
+        cols: i64,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_swiglu_backward(
+        dtype: c_int,
+        gate: PtrMut,
+        ldg: i64,
+        up: PtrMut,
+        ldu: i64,
+        dh: Ptr,
+        lddh: i64,
+        h: PtrMut,
+        ldh: i64,
+        rows: i64,
+        cols: i64,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_embedding(
+        table_dtype: c_int,
+        table: Ptr,
+        ids: *const u32,
+        out_dtype: c_int,
+        out: PtrMut,
+        ldo: i64,
+        tokens: i64,
+        width: i64,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_dropout(
+        dtype: c_int,
+        add: c_int,
+        x: Ptr,
+        ldx: i64,
+        y: PtrMut,
+        ldy: i64,
+        rows: i64,
+        cols: i64,
+        first_row: i64,
+        key: u64,
+        threshold: u32,
+        scale: f32,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_dequantize_4bit(
+        out_dtype: c_int,
+        codes: *const u8,
+        absmax: *const f32,
+        absmax_codes: *const u8,
+        nested_map: *const f32,
+        nested_absmax: *const f32,
+        nested_offset: f32,
+        quant_type: c_int,
+        blocksize: i64,
+        nested_blocksize: i64,
+        out: PtrMut,
+        ldo: i64,
+        first_row: i64,
+        rows: i64,
+        cols: i64,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_quantize_4bit(
+        in_dtype: c_int,
+        input: Ptr,
+        n: i64,
+        quant_type: c_int,
+        blocksize: i64,
+        codes: *mut u8,
+        absmax: *mut f32,
+        first_bad: *mut u64,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_cross_entropy(
+        dtype: c_int,
+        logits: PtrMut,
+        ld: i64,
+        targets: *const i64,
+        losses: *mut f32,
+        rows: i64,
+        vocab: i64,
+        grad_scale: f32,
+        write_grad: c_int,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_sum_f32(input: *const f32, n: i64, out: *mut f64, stream: Stream) -> c_int;
+    pub(super) fn qlora_grad_norm(grad: *const f32, n: i64, partial: *mut f64, out: *mut f64, stream: Stream) -> c_int;
+    pub(super) fn qlora_first_non_finite(grad: *const f32, n: i64, out: *mut u64, stream: Stream) -> c_int;
+    pub(super) fn qlora_adamw(
+        param: *mut f32,
+        grad: *const f32,
+        m: *mut f32,
+        v: *mut f32,
+        n: i64,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        eps: f64,
+        weight_decay: f64,
+        step: u64,
+        grad_scale: f32,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_lora_prepare(
+        dtype: c_int,
+        flat: *const f32,
+        members: Members,
+        w: PtrMut,
+        ldw: i64,
+        n: i64,
+        k: i64,
+        rp: i64,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_lora_accumulate(
+        da: *const f32,
+        db: *const f32,
+        members: Members,
+        gradient: *mut f32,
+        n: i64,
+        k: i64,
+        rp: i64,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_cast(
+        in_dtype: c_int,
+        input: Ptr,
+        ldi: i64,
+        out_dtype: c_int,
+        out: PtrMut,
+        ldo: i64,
+        rows: i64,
+        cols: i64,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_add(
+        dtype: c_int,
+        x: Ptr,
+        ldx: i64,
+        y: PtrMut,
+        ldy: i64,
+        rows: i64,
+        cols: i64,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_add_bias(
+        dtype: c_int,
+        y: PtrMut,
+        ldy: i64,
+        bias: *const f32,
+        rows: i64,
+        cols: i64,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_fill(
+        dtype: c_int,
+        y: PtrMut,
+        ldy: i64,
+        rows: i64,
+        cols: i64,
+        value: f32,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_attention_forward(
+        dtype: c_int,
+        q: Ptr,
+        ldq: i64,
+        k: Ptr,
+        ldk: i64,
+        v: Ptr,
+        ldv: i64,
+        o: PtrMut,
+        ldo: i64,
+        lse: *mut f32,
+        cu_q: *const i32,
+        cu_k: *const i32,
+        nseq: i64,
+        max_q: i64,
+        tokens_q: i64,
+        heads: i64,
+        kv_heads: i64,
+        head_dim: i64,
+        scale: f32,
+        window: i64,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_attention_forward_simple(
+        dtype: c_int,
+        q: Ptr,
+        ldq: i64,
+        k: Ptr,
+        ldk: i64,
+        v: Ptr,
+        ldv: i64,
+        o: PtrMut,
+        ldo: i64,
+        lse: *mut f32,
+        cu_q: *const i32,
+        cu_k: *const i32,
+        nseq: i64,
+        max_q: i64,
+        tokens_q: i64,
+        heads: i64,
+        kv_heads: i64,
+        head_dim: i64,
+        scale: f32,
+        window: i64,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_attention_backward_workspace(
+        tokens: i64,
+        heads: i64,
+        head_dim: i64,
+        deterministic: c_int,
+    ) -> i64;
+    pub(super) fn qlora_attention_backward(
+        dtype: c_int,
+        q: Ptr,
+        ldq: i64,
+        k: Ptr,
+        ldk: i64,
+        v: Ptr,
+        ldv: i64,
+        o: Ptr,
+        ldo: i64,
+        lse: *const f32,
+        dout: Ptr,
+        lddo: i64,
+        dq: PtrMut,
+        lddq: i64,
+        dk: PtrMut,
+        lddk: i64,
+        dv: PtrMut,
+        lddv: i64,
+        workspace: PtrMut,
+        cu: *const i32,
+        nseq: i64,
+        max_len: i64,
+        tokens: i64,
+        heads: i64,
+        kv_heads: i64,
+        head_dim: i64,
+        scale: f32,
+        window: i64,
+        deterministic: c_int,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_attention_backward_simple(
+        dtype: c_int,
+        q: Ptr,
+        ldq: i64,
+        k: Ptr,
+        ldk: i64,
+        v: Ptr,
+        ldv: i64,
+        o: Ptr,
+        ldo: i64,
+        lse: *const f32,
+        dout: Ptr,
+        lddo: i64,
+        dq: PtrMut,
+        lddq: i64,
+        dk: PtrMut,
+        lddk: i64,
+        dv: PtrMut,
+        lddv: i64,
+        workspace: PtrMut,
+        cu: *const i32,
+        nseq: i64,
+        max_len: i64,
+        tokens: i64,
+        heads: i64,
+        kv_heads: i64,
+        head_dim: i64,
+        scale: f32,
+        window: i64,
+        deterministic: c_int,
+        stream: Stream,
+    ) -> c_int;
+}

@@ -1,0 +1,285 @@
+//! One GPU: its stream, its memory pool, its matrix library.
+//!
+//! Everything runs on one stream of our own, the one of the candle device. candle's default CUDA device uses the
+//! per-thread default stream, whose meaning depends on the calling thread; memory would then be freed on another stream
+//! than it is used on. Such a device is refused ([`device`] makes the right one). cudarc's event tracking is off: with
+//! one stream it only costs time.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use candle_core::Device;
+use candle_core::cuda_backend::cudarc::driver::{self, CudaStream, result, sys};
+use candle_core::cuda_backend::{CudaDevice, DeviceId};
+
+use super::blas::Blas;
+use super::cudnn_attention::AttentionLibrary;
+use super::ffi;
+use super::pool::Pool;
+use crate::error::{Error, Result};
+
+/// The oldest architecture that the kernels are written for: asynchronous copies and bf16 matrix instructions.
+const OLDEST: (i32, i32) = (8, 0);
+
+/// A GPU as the operations use it.
+pub struct Gpu {
+    device: CudaDevice,
+    stream: Arc<CudaStream>,
+    pool: Pool,
+    blas: Blas,
+    name: String,
+    deterministic: AtomicBool,
+    attention: AttentionLibrary,
+    this: Weak<Gpu>,
+}
+
+/// The candle device for GPU number `ordinal`, set up as this crate needs it: a stream of its own, no event tracking, a
+/// memory pool that keeps what it has. With `memory_limit`, all memory that candle and this crate take on that GPU in
+/// this process is at most so many bytes.
+///
+/// # Errors
+/// If there is no such GPU, its driver is too old, its architecture is not supported, or the limit cannot be set.
+pub fn device(ordinal: usize, memory_limit: Option<u64>) -> Result<Device> {
+    let device = CudaDevice::new_with_stream(ordinal).map_err(|error| describe_start(ordinal, &error))?;
+    // SAFETY: all work of this device is enqueued on its one stream, so no other stream can see memory too early.
+    unsafe { device.disable_event_tracking() };
+    let pool = Pool::open(ordinal, memory_limit)?;
+    Gpu::new(device.clone(), pool)?;
+    Ok(Device::Cuda(device))
+}
+
+fn describe_start(ordinal: usize, error: &candle_core::Error) -> Error {
+    const OP: &str = "cuda device";
+    let text = error.to_string();
+    let hint = if text.contains("INSUFFICIENT_DRIVER") || text.contains("UNSUPPORTED_PTX") {
+        "the NVIDIA driver is older than the CUDA version this program was built with: update the driver, or build with \
+         an older CUDA toolkit"
+    } else if text.contains("NO_DEVICE") {
+        "no NVIDIA GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    } else if text.contains("INVALID_DEVICE") {
+        "there is no GPU with this number: nvidia-smi -L lists them"
+    } else {
+        "check that nvidia-smi works on this machine"
+    };
+    Error::invalid(OP, format!("GPU {ordinal} cannot be used: {hint} ({text})"))
+}
+
+static KNOWN: Mutex<Vec<(DeviceId, Arc<Gpu>)>> = Mutex::new(Vec::new());
+
+impl Gpu {
+    /// The GPU behind a candle device.
+    ///
+    /// # Errors
+    /// If the device is not one made by [`device`] (or `Device::new_cuda_with_stream`), or cannot run our kernels.
+    pub fn of(device: &Device) -> Result<Arc<Self>> {
+        const OP: &str = "cuda device";
+        let Device::Cuda(device) = device else {
+            return Err(Error::invalid(OP, "the device is not a GPU"));
+        };
+        let known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, gpu)) = known.iter().find(|(id, _)| *id == device.id()) {
+            return Ok(gpu.clone());
+        }
+        drop(known);
+        // SAFETY: as in `device`; a stream of one's own is checked in `new`.
+        unsafe { device.disable_event_tracking() };
+        let ordinal = device.cuda_stream().context().ordinal();
+        Self::new(device.clone(), Pool::open(ordinal, None)?)
+    }
+
+    fn new(device: CudaDevice, pool: Pool) -> Result<Arc<Self>> {
+        const OP: &str = "cuda device";
+        let stream = device.cuda_stream();
+        let context = stream.context().clone();
+        // 0, 1 and 2 stand for the default streams.
+        if (stream.cu_stream() as usize) < 3 {
+            let message =
+                "the device uses CUDA's default stream; make it with qlora_kernels::cuda::device(ordinal, None)";
+            return Err(Error::invalid(OP, message));
+        }
+        let name = context.name().map_err(|error| cuda_error(OP, error))?;
+        let capability = context.compute_capability().map_err(|error| cuda_error(OP, error))?;
+        if capability < OLDEST {
+            let (major, minor) = capability;
+            let message = format!(
+                "{name} has compute capability {major}.{minor}; bf16 matrix instructions and asynchronous copies need \
+                 8.0 (Ampere) or later"
+            );
+            return Err(Error::invalid(OP, message));
+        }
+        let blas = Blas::new(&stream)?;
+        let id = device.id();
+        let gpu = Arc::new_cyclic(|this| Self {
+            device,
+            stream,
+            pool,
+            blas,
+            name,
+            deterministic: AtomicBool::new(false),
+            attention: AttentionLibrary::new(10 * capability.0 + capability.1),
+            this: this.clone(),
+        });
+        gpu.check_kernels(capability)?;
+        KNOWN.lock().unwrap_or_else(PoisonError::into_inner).push((id, gpu.clone()));
+        Ok(gpu)
+    }
+
+    /// Whether the kernels in this program run on this architecture.
+    fn check_kernels(&self, (major, minor): (i32, i32)) -> Result<()> {
+        let probe = self.alloc("probe", 16)?;
+        // SAFETY: 4 floats are allocated.
+        let launched =
+            self.launch("probe", |stream| unsafe { ffi::qlora_fill(0, probe.ptr() as *mut _, 4, 1, 4, 0.0, stream) });
+        launched.and_then(|()| self.synchronize("probe")).map_err(|error| {
+            let message = format!(
+                "the kernels in this program do not run on {} (compute capability {major}.{minor}); build it with \
+                 CUDA_COMPUTE_CAP={major}{minor} ({error})",
+                self.name
+            );
+            Error::invalid("cuda device", message)
+        })
+    }
+
+    /// A counted reference to this GPU.
+    pub(crate) fn arc(&self) -> Arc<Self> {
+        self.this.upgrade().expect("a GPU only exists behind an Arc")
+    }
+
+    /// What the GPU is called.
+    pub fn name(&self) -> String {
+        format!("cuda:{} ({})", self.stream.context().ordinal(), self.name)
+    }
+
+    /// The candle device.
+    pub fn device(&self) -> Device {
+        Device::Cuda(self.device.clone())
+    }
+
+    pub(crate) fn candle(&self) -> &CudaDevice {
+        &self.device
+    }
+
+    /// The one stream.
+    pub(crate) fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    pub(crate) fn blas(&self) -> &Blas {
+        &self.blas
+    }
+
+    /// The memory pool, for its counters.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// Whether and how cuDNN's attention is used.
+    pub fn attention(&self) -> &AttentionLibrary {
+        &self.attention
+    }
+
+    /// Whether results have to be the same bits in every run. Off by default: the backward of attention is then faster
+    /// and adds in no fixed order.
+    pub fn set_deterministic(&self, on: bool) {
+        self.deterministic.store(on, Ordering::Relaxed);
+    }
+
+    /// See [`Self::set_deterministic`].
+    pub fn deterministic(&self) -> bool {
+        self.deterministic.load(Ordering::Relaxed)
+    }
+
+    /// Waits until everything enqueued so far is done; asynchronous errors show here.
+    ///
+    /// # Errors
+    /// If anything failed; the error names `op`.
+    pub fn synchronize(&self, op: &'static str) -> Result<()> {
+        self.stream.synchronize().map_err(|error| cuda_error(op, error))
+    }
+
+    /// Makes the GPU's context current on this thread.
+    pub(crate) fn bind(&self, op: &'static str) -> Result<()> {
+        self.stream.context().bind_to_thread().map_err(|error| cuda_error(op, error))
+    }
+
+    /// Runs one launcher and turns its status into an error that names `op`.
+    pub(super) fn launch(&self, op: &'static str, launch: impl FnOnce(ffi::Stream) -> i32) -> Result<()> {
+        self.bind(op)?;
+        match launch(self.stream.cu_stream().cast()) {
+            0 => Ok(()),
+            code => Err(status_error(op, code)),
+        }
+    }
+
+    /// Fresh memory; its content is unspecified.
+    pub(crate) fn alloc(&self, op: &'static str, bytes: usize) -> Result<RawMemory> {
+        self.bind(op)?;
+        // The pool has no empty allocations.
+        let bytes = bytes.max(16);
+        // SAFETY: the stream lives as long as self; the memory is freed on the same stream.
+        match unsafe { result::malloc_async(self.stream.cu_stream(), bytes) } {
+            Ok(ptr) => Ok(RawMemory { ptr, stream: self.stream.clone() }),
+            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Err(self.pool.out_of_memory(op, bytes)),
+            Err(error) => Err(cuda_error(op, error)),
+        }
+    }
+}
+
+/// A piece of device memory that frees itself on its stream.
+pub(crate) struct RawMemory {
+    ptr: sys::CUdeviceptr,
+    stream: Arc<CudaStream>,
+}
+
+impl RawMemory {
+    pub(crate) fn ptr(&self) -> sys::CUdeviceptr {
+        self.ptr
+    }
+
+    /// Gives the memory up without freeing it.
+    pub(crate) fn into_ptr(self) -> sys::CUdeviceptr {
+        let ptr = self.ptr;
+        // The stream's handle is still released; only the free is skipped.
+        let mut this = std::mem::ManuallyDrop::new(self);
+        // SAFETY: `this` is never used again.
+        unsafe { std::ptr::drop_in_place(&raw mut this.stream) };
+        ptr
+    }
+}
+
+impl Drop for RawMemory {
+    fn drop(&mut self) {
+        // A failure here (a lost device) shows at the next call that can report it.
+        let _ = self.stream.context().bind_to_thread();
+        // SAFETY: allocated on this stream by `alloc`, freed once.
+        let _ = unsafe { result::free_async(self.ptr, self.stream.cu_stream()) };
+    }
+}
+
+impl std::fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Gpu({})", self.name())
+    }
+}
+
+/// A driver error in words.
+pub(crate) fn cuda_error(op: &'static str, error: driver::DriverError) -> Error {
+    status_error(op, error.0 as i32)
+}
+
+/// `cudaError_t` and `CUresult` agree in the codes named here.
+fn status_error(op: &'static str, code: i32) -> Error {
+    let what = match code {
+        1 => "an argument is invalid for the kernel",
+        2 => "out of GPU memory",
+        35 => "the NVIDIA driver is too old for the CUDA version of this program: update it",
+        46 => "the GPU is used exclusively by another process",
+        98 | 209 => "the program has no code for this GPU: build it with its CUDA_COMPUTE_CAP",
+        214 => "an uncorrectable memory (ECC) error: the GPU needs a reset or repair",
+        304 | 719 | 46_000 => "a kernel failed; the GPU's state is lost: restart the program from its last checkpoint",
+        700 => "a kernel accessed memory outside its buffers; the GPU's state is lost: please report this",
+        702 => "a kernel ran too long and was stopped; the GPU's state is lost: restart from the last checkpoint",
+        _ => "the GPU reports an error; restart the program from its last checkpoint",
+    };
+    Error::Cuda { op, code, what }
+}

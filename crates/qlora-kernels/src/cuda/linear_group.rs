@@ -1,0 +1,378 @@
+//! [`crate::ops::linear_group`] on CUDA: augmented K, as described there.
+
+use std::sync::PoisonError;
+
+use super::blas::Kind;
+use super::ffi;
+use super::ops::add_bias;
+use super::view::{CudaView, CudaViewMut};
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::matrix::{Matrix, Workspace};
+use crate::ops::dropout;
+use crate::ops::linear_group::{AdapterPass, Group, LoraSlot, Shrunk, margin};
+use crate::view::{View, ViewMut};
+use crate::weight::FrozenWeight;
+
+/// Sizes of a group and the places of its adapters.
+struct Plan<'a> {
+    op: &'static str,
+    n: usize,
+    k: usize,
+    /// The extra columns and rows: the ranks' sum, rounded up.
+    rp: usize,
+    members: ffi::Members,
+    /// Per adapted member: its slot, its rows of the fused weight, its first extra column.
+    adapted: Vec<(&'a LoraSlot, std::ops::Range<usize>, usize)>,
+}
+
+impl<'a> Plan<'a> {
+    fn new(op: &'static str, group: &Group<'a>, adapter: bool) -> Self {
+        let slots = || group.members.iter().map(|member| member.lora.filter(|_| adapter));
+        let mut plan = Self {
+            op,
+            n: group.outputs(),
+            k: group.inputs(),
+            rp: margin(slots()),
+            members: ffi::Members::default(),
+            adapted: Vec::new(),
+        };
+        let (mut row0, mut r0) = (0, 0);
+        for (member, slot) in group.members.iter().zip(slots()) {
+            let rows = member.weight.rows();
+            if let Some(slot) = slot {
+                plan.members.m[plan.adapted.len()] = ffi::Member {
+                    a: slot.a.start as i64,
+                    b: slot.b.start as i64,
+                    row0: row0 as i64,
+                    rows: rows as i64,
+                    rank: slot.rank as i32,
+                    r0: r0 as i32,
+                    scale: slot.scale,
+                    pad: 0,
+                };
+                plan.adapted.push((slot, row0..row0 + rows, r0));
+                r0 += slot.rank;
+            }
+            row0 += rows;
+        }
+        plan.members.count = plan.adapted.len() as i32;
+        plan
+    }
+
+    /// Checks that the slots lie in the flat buffer and have the layers' sizes, and gives its address.
+    fn flat(&self, values: CudaView) -> Result<*const f32> {
+        let len = values.rows() * values.cols();
+        for (slot, rows, _) in &self.adapted {
+            Error::check_shape(self.op, "A", &[slot.a.len()], &[slot.rank * self.k])?;
+            Error::check_shape(self.op, "B", &[slot.b.len()], &[slot.rank * rows.len()])?;
+            if slot.a.end.max(slot.b.end) > len {
+                return Err(Error::invalid(self.op, format!("an adapter lies beyond the buffer of {len} elements")));
+            }
+        }
+        super::ops::vector(self.op, "the adapter", values, len)
+    }
+}
+
+/// The fused weight `[n, k]` with its extra columns (the margin) and rows.
+fn weights(plan: &Plan, group: &Group, adapter: Option<&AdapterPass>, workspace: &Workspace) -> Result<Matrix> {
+    let Plan { op, n, k, rp, .. } = *plan;
+    let mut kept = group.cache.weights.lock().unwrap_or_else(PoisonError::into_inner);
+    // The cache is filled with room for the adapters, which may come later than the first use.
+    let usable = |matrix: &Matrix| matrix.rows() >= n + rp && matrix.margin() >= rp;
+    let mut fused = match kept.take().filter(usable) {
+        Some(fused) => fused,
+        None => {
+            let mut fused = workspace.with_margin(n + rp, k, rp)?;
+            let mut row = 0;
+            for member in group.members {
+                let rows = row..row + member.weight.rows();
+                row = rows.end;
+                let target = fused.view_mut().cuda(op)?.slice_rows(rows);
+                dequantize(op, member.weight, target)?;
+            }
+            fused
+        }
+    };
+    if let (true, Some(adapter)) = (rp > 0, adapter) {
+        let flat = plan.flat(adapter.values.cuda(op)?)?;
+        let target = fused.view_mut().cuda(op)?;
+        // SAFETY: the target has n + rp rows of k + rp columns; the slots lie in the flat buffer.
+        target.gpu().launch(op, |stream| unsafe {
+            ffi::qlora_lora_prepare(
+                target.dtype().code(),
+                flat,
+                plan.members,
+                target.ptr() as *mut _,
+                target.ld(),
+                n as i64,
+                k as i64,
+                rp as i64,
+                stream,
+            )
+        })?;
+    }
+    Ok(fused)
+}
+
+/// Gives the fused weight back to the cache, if it may keep it.
+fn put_back(group: &Group, fused: Matrix) {
+    if group.cache.enabled() {
+        *group.cache.weights.lock().unwrap_or_else(PoisonError::into_inner) = Some(fused);
+    }
+}
+
+pub(super) fn dequantize(op: &'static str, weight: &dyn FrozenWeight, target: CudaViewMut) -> Result<()> {
+    match weight.as_cuda() {
+        Some(weight) => weight.dequantize_into(0, target),
+        None => Err(Error::invalid(op, "the weight is on the CPU, the activations are on the GPU")),
+    }
+}
+
+pub(crate) fn forward(
+    op: &'static str,
+    group: &Group,
+    x: ViewMut,
+    adapter: Option<&AdapterPass>,
+    residual: Option<View>,
+    y: ViewMut,
+    workspace: &Workspace,
+) -> Result<Shrunk> {
+    let plan = Plan::new(op, group, adapter.is_some());
+    let Plan { n, rp, .. } = plan;
+    let (mut x, mut y) = (x.cuda(op)?, y.cuda(op)?);
+    let gpu = y.gpu();
+    let residual = residual.map(|residual| residual.cuda(op)).transpose()?;
+    let beta = if residual.is_some() { 1.0 } else { 0.0 };
+    let mut shrunk = Shrunk::default();
+    let single = group.members.len() == 1 && rp == 0;
+    if let Some(plain) = group.members[0].weight.as_cuda().and_then(|w| w.plain_view()).filter(|_| single) {
+        // Nothing to dequantize and nothing to add: the weight is used where it lies.
+        gpu.blas().matmul(op, Kind::Nt, x.as_view(), plain, residual, y.reborrow(), 1.0, beta)?;
+    } else {
+        let fused = weights(&plan, group, adapter, workspace)?;
+        {
+            let w = fused.view().cuda(op)?;
+            if rp == 0 {
+                gpu.blas().matmul(op, Kind::Nt, x.as_view(), w.slice_rows(0..n), residual, y.reborrow(), 1.0, beta)?;
+            } else {
+                let adapter = adapter.expect("ranks are counted with an adapter only");
+                let mut s = workspace.matrix(x.rows(), rp)?;
+                let augmented = x.margin_width() >= rp;
+                if augmented {
+                    let (x, target) = x.split_margin(rp);
+                    shrink_into(&plan, x, w, adapter, target, workspace)?;
+                } else {
+                    shrink_into(&plan, x.as_view(), w, adapter, s.view_mut().cuda(op)?, workspace)?;
+                }
+                if augmented {
+                    super::ops::cast(x.as_view().margin(rp), s.view_mut().cuda(op)?)?;
+                    let (x, w) = (x.as_view().with_margin(rp), w.slice_rows(0..n).with_margin(rp));
+                    gpu.blas().matmul(op, Kind::Nt, x, w, residual, y.reborrow(), 1.0, beta)?;
+                } else {
+                    let top = w.slice_rows(0..n);
+                    gpu.blas().matmul(op, Kind::Nt, x.as_view(), top, residual, y.reborrow(), 1.0, beta)?;
+                    gpu.matmul(op, Kind::Nt, s.view().cuda(op)?, top.margin(rp), y.reborrow(), 1.0, 1.0)?;
+                }
+                shrunk = Shrunk(vec![Some(s)]);
+            }
+        }
+        put_back(group, fused);
+    }
+    let mut start = 0;
+    for member in group.members {
+        let end = start + member.weight.rows();
+        if let Some(bias) = member.bias {
+            add_bias(op, y.reborrow().slice_cols(start..end), bias.cuda(op)?)?;
+        }
+        start = end;
+    }
+    Ok(shrunk)
+}
+
+/// `S = drop(x) A^T` of all members side by side, `[tokens, rp]`.
+fn shrink_into(
+    plan: &Plan,
+    x: CudaView,
+    w: CudaView,
+    adapter: &AdapterPass,
+    mut s: CudaViewMut,
+    workspace: &Workspace,
+) -> Result<()> {
+    let Plan { op, n, rp, .. } = *plan;
+    let a = w.slice_rows(n..n + rp);
+    let gpu = s.gpu();
+    if adapter.dropout.is_none_or(|(p, _)| p == 0.0) {
+        return gpu.matmul(op, Kind::Nt, x, a, s, 1.0, 0.0);
+    }
+    super::ops::fill(s.reborrow(), 0.0)?;
+    let mut dropped = workspace.matrix(x.rows(), x.cols())?;
+    for (slot, _, r0) in &plan.adapted {
+        let mask = adapter.dropout_of(slot).expect("the probability is positive");
+        dropout::forward(&mask, x.into(), 0, dropped.view_mut())?;
+        let columns = *r0..r0 + slot.rank;
+        let (a, s) = (a.slice_rows(columns.clone()), s.reborrow().slice_cols(columns));
+        gpu.matmul(op, Kind::Nt, dropped.view().cuda(op)?, a, s, 1.0, 0.0)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn shrink(
+    op: &'static str,
+    group: &Group,
+    x: View,
+    adapter: &AdapterPass,
+    workspace: &Workspace,
+) -> Result<Shrunk> {
+    let plan = Plan::new(op, group, true);
+    let Plan { k, rp, .. } = plan;
+    if rp == 0 {
+        return Ok(Shrunk::default());
+    }
+    // The A rows alone: an augmented weight of a layer without outputs.
+    let mut a = workspace.with_margin(rp, k, rp)?;
+    let flat = plan.flat(adapter.values.cuda(op)?)?;
+    let mut members = plan.members;
+    for member in &mut members.m {
+        (member.row0, member.rows) = (0, 0);
+    }
+    let target = a.view_mut().cuda(op)?;
+    // SAFETY: the target has rp rows of k + rp columns; the slots lie in the flat buffer.
+    target.gpu().launch(op, |stream| unsafe {
+        ffi::qlora_lora_prepare(
+            target.dtype().code(),
+            flat,
+            members,
+            target.ptr() as *mut _,
+            target.ld(),
+            0,
+            k as i64,
+            rp as i64,
+            stream,
+        )
+    })?;
+    let mut s = workspace.matrix(x.rows(), rp)?;
+    let only_a = Plan { n: 0, ..plan };
+    shrink_into(&only_a, x.cuda(op)?, a.view().cuda(op)?, adapter, s.view_mut().cuda(op)?, workspace)?;
+    Ok(Shrunk(vec![Some(s)]))
+}
+
+pub(crate) fn backward_input(
+    op: &'static str,
+    group: &Group,
+    dy: ViewMut,
+    adapter: &AdapterPass,
+    dx: Option<ViewMut>,
+    workspace: &Workspace,
+) -> Result<Shrunk> {
+    let plan = Plan::new(op, group, true);
+    let Plan { n, rp, .. } = plan;
+    let mut dy = dy.cuda(op)?;
+    let gpu = dy.gpu();
+    let dx = dx.map(|dx| dx.cuda(op)).transpose()?;
+    if rp == 0 {
+        let Some(dx) = dx else { return Ok(Shrunk::default()) };
+        if let (1, Some(plain)) = (group.members.len(), group.members[0].weight.as_cuda().and_then(|w| w.plain_view()))
+        {
+            gpu.matmul(op, Kind::Nn, dy.as_view(), plain, dx, 1.0, 0.0)?;
+        } else {
+            let fused = weights(&plan, group, None, workspace)?;
+            let w = fused.view().cuda(op)?.slice_rows(0..n);
+            gpu.matmul(op, Kind::Nn, dy.as_view(), w, dx, 1.0, 0.0)?;
+            put_back(group, fused);
+        }
+        return Ok(Shrunk::default());
+    }
+    let fused = weights(&plan, group, Some(adapter), workspace)?;
+    let mut ds = workspace.matrix(dy.rows(), rp)?;
+    {
+        let w = fused.view().cuda(op)?;
+        let b = w.slice_rows(0..n).margin(rp);
+        let dropped = adapter.dropout.is_some_and(|(p, _)| p > 0.0);
+        let augmented = dy.margin_width() >= rp && !dropped;
+        if augmented {
+            let (columns, target) = dy.split_margin(rp);
+            gpu.matmul(op, Kind::Nn, columns, b, target, 1.0, 0.0)?;
+            super::ops::cast(dy.as_view().margin(rp), ds.view_mut().cuda(op)?)?;
+        } else {
+            gpu.matmul(op, Kind::Nn, dy.as_view(), b, ds.view_mut().cuda(op)?, 1.0, 0.0)?;
+        }
+        if let Some(mut dx) = dx {
+            if augmented {
+                let dy = dy.as_view().with_margin(rp);
+                gpu.matmul(op, Kind::Nn, dy, w.slice_rows(0..n + rp), dx, 1.0, 0.0)?;
+            } else {
+                gpu.matmul(op, Kind::Nn, dy.as_view(), w.slice_rows(0..n), dx.reborrow(), 1.0, 0.0)?;
+                let a = w.slice_rows(n..n + rp);
+                if dropped {
+                    let mut part = workspace.matrix(dx.rows(), dx.cols())?;
+                    for (slot, _, r0) in &plan.adapted {
+                        let columns = *r0..r0 + slot.rank;
+                        let ds = ds.view().cuda(op)?.slice_cols(columns.clone());
+                        gpu.matmul(op, Kind::Nn, ds, a.slice_rows(columns), part.view_mut().cuda(op)?, 1.0, 0.0)?;
+                        let mask = adapter.dropout_of(slot).expect("the probability is positive");
+                        dropout::backward(&mask, part.view(), 0, dx.reborrow().into())?;
+                    }
+                } else {
+                    gpu.matmul(op, Kind::Nn, ds.view().cuda(op)?, a, dx, 1.0, 1.0)?;
+                }
+            }
+        }
+    }
+    put_back(group, fused);
+    Ok(Shrunk(vec![Some(ds)]))
+}
+
+pub(crate) fn backward_adapter(
+    op: &'static str,
+    group: &Group,
+    x: View,
+    s: &Shrunk,
+    dy: View,
+    ds: &Shrunk,
+    adapter: &AdapterPass,
+    gradient: ViewMut,
+    workspace: &Workspace,
+) -> Result<()> {
+    let plan = Plan::new(op, group, true);
+    let Plan { n, k, rp, .. } = plan;
+    let (x, dy, gradient) = (x.cuda(op)?, dy.cuda(op)?, gradient.cuda(op)?);
+    let gpu = dy.gpu();
+    let factor = |shrunk: &Shrunk| shrunk.0.first().is_some_and(Option::is_some);
+    if !factor(s) || !factor(ds) {
+        return Err(Error::invalid(op, "a backward without its forward's S"));
+    }
+    let (s, ds) = (s.0[0].as_ref().expect("checked"), ds.0[0].as_ref().expect("checked"));
+    let mut da = workspace.matrix_f32(rp, k)?;
+    let mut db = workspace.matrix_f32(n, rp)?;
+    gpu.matmul(op, Kind::Tn, dy, s.view().cuda(op)?, db.view_mut().cuda(op)?, 1.0, 0.0)?;
+    if adapter.dropout.is_none_or(|(p, _)| p == 0.0) {
+        gpu.matmul(op, Kind::Tn, ds.view().cuda(op)?, x, da.view_mut().cuda(op)?, 1.0, 0.0)?;
+    } else {
+        let mut dropped = workspace.matrix(x.rows(), x.cols())?;
+        for (slot, _, r0) in &plan.adapted {
+            let mask = adapter.dropout_of(slot).expect("the probability is positive");
+            dropout::forward(&mask, x.into(), 0, dropped.view_mut())?;
+            let columns = *r0..r0 + slot.rank;
+            let ds = ds.view().cuda(op)?.slice_cols(columns.clone());
+            let da = da.view_mut().cuda(op)?.slice_rows(columns);
+            gpu.matmul(op, Kind::Tn, ds, dropped.view().cuda(op)?, da, 1.0, 0.0)?;
+        }
+    }
+    let flat = plan.flat(gradient.as_view())?.cast_mut();
+    let (da, db) = (da.view().cuda(op)?, db.view().cuda(op)?);
+    debug_assert_eq!((da.dtype(), db.dtype()), (Dtype::F32, Dtype::F32));
+    // SAFETY: da and db have no gaps; the slots lie in the gradient.
+    gpu.launch(op, |stream| unsafe {
+        ffi::qlora_lora_accumulate(
+            da.ptr() as *const _,
+            db.ptr() as *const _,
+            plan.members,
+            flat,
+            n as i64,
+            k as i64,
+            rp as i64,
+            stream,
+        )
+    })
+}

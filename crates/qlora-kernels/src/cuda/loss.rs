@@ -1,0 +1,116 @@
+//! Linear + cross-entropy: logits exist for one chunk of tokens at a time, in the type of the activations; the softmax and
+//! the losses are f32, their sum f64.
+
+use super::blas::Kind;
+use super::buffer::Buffer;
+use super::ffi;
+use super::linear::{gather, gather_rows};
+use super::view::{CudaView, CudaViewMut};
+use crate::error::Result;
+use crate::matrix::Workspace;
+use crate::ops::frozen_linear;
+use crate::ops::linear_cross_entropy::PendingLoss;
+use crate::view::ViewMut;
+use crate::weight::FrozenWeight;
+
+/// Elements of a chunk's logits: 256 MB in bf16. With 128,256 tokens in the vocabulary that is 1,024 rows, enough for
+/// matrix products at full speed.
+const CHUNK: usize = 1 << 27;
+
+/// `trained`: the rows with a target, and their targets.
+pub(crate) fn run(
+    op: &'static str,
+    hidden: CudaView,
+    head: &dyn FrozenWeight,
+    targets: &[i64],
+    trained: &[(usize, usize)],
+    gradient: Option<(ViewMut, f32)>,
+    workspace: &Workspace,
+) -> Result<PendingLoss> {
+    let gpu = hidden.gpu();
+    let mut losses = workspace.zeros_f32(1, trained.len().max(1))?;
+    let (dhidden, scale) = match gradient {
+        None => (None, 0.0),
+        Some((dhidden, scale)) => (Some(dhidden.cuda(op)?), scale),
+    };
+    let wanted: Vec<i64> = trained.iter().map(|&(_, target)| target as i64).collect();
+    let wanted = Buffer::upload(&gpu.arc(), op, &wanted)?;
+    let all = trained.len() == targets.len();
+    let rows: Vec<u32> = trained.iter().map(|&(row, _)| row as u32).collect();
+    let gathered = (!all).then(|| gather_rows(op, hidden, &rows, workspace)).transpose()?;
+    let inputs = match &gathered {
+        Some(gathered) => gathered.view().cuda(op)?,
+        None => hidden,
+    };
+    let width = head.cols();
+    match dhidden {
+        Some(dhidden) if all => chunks(op, inputs, head, &wanted, &mut losses, Some((dhidden, scale)), workspace)?,
+        None => chunks(op, inputs, head, &wanted, &mut losses, None, workspace)?,
+        Some(dhidden) => {
+            // One more row, of zeros, for the rows without a target.
+            let mut compact = workspace.matrix(trained.len() + 1, width)?;
+            let view = compact.view_mut().cuda(op)?;
+            let last = trained.len();
+            chunks(op, inputs, head, &wanted, &mut losses, Some((view.slice_rows(0..last), scale)), workspace)?;
+            super::ops::fill(compact.view_mut().cuda(op)?.slice_rows(last..last + 1), 0.0)?;
+            let mut ids = vec![last as u32; targets.len()];
+            for (position, &(row, _)) in trained.iter().enumerate() {
+                ids[row] = position as u32;
+            }
+            let ids = Buffer::upload(&gpu.arc(), op, &ids)?;
+            gather(op, compact.view().cuda(op)?, &ids, dhidden)?;
+        }
+    }
+    let mut sum = Buffer::new(&gpu.arc(), op, 8)?;
+    let (input, out) = (losses.view().cuda(op)?, sum.as_mut_ptr());
+    // SAFETY: the losses are live f32 elements; one f64 is written.
+    gpu.launch(op, |stream| unsafe { ffi::qlora_sum_f32(input.ptr() as *const _, trained.len() as i64, out, stream) })?;
+    Ok(PendingLoss::on_device(sum, trained.len()))
+}
+
+fn chunks(
+    op: &'static str,
+    inputs: CudaView,
+    head: &dyn FrozenWeight,
+    targets: &Buffer,
+    losses: &mut crate::matrix::Matrix,
+    mut gradient: Option<(CudaViewMut, f32)>,
+    workspace: &Workspace,
+) -> Result<()> {
+    let (tokens, vocab) = (inputs.rows(), head.rows());
+    let gpu = inputs.gpu();
+    let chunk = (CHUNK / vocab.max(1)).max(1);
+    let chunk = if chunk > 128 { chunk / 128 * 128 } else { chunk };
+    let mut logits = workspace.matrix(chunk.min(tokens), vocab)?;
+    for start in (0..tokens).step_by(chunk) {
+        let rows = start..tokens.min(start + chunk);
+        let mut logits = logits.view_mut().slice_rows(0..rows.len());
+        frozen_linear::forward(inputs.slice_rows(rows.clone()).into(), head, logits.reborrow(), 0.0, workspace)?;
+        let view = logits.reborrow().cuda(op)?;
+        let losses = losses.view_mut().cuda(op)?.ptr() + 4 * start as u64;
+        let scale = gradient.as_ref().map_or(0.0, |(_, scale)| *scale);
+        // SAFETY: the logits are live; losses and targets have an element for every row of the inputs.
+        gpu.launch(op, |stream| unsafe {
+            ffi::qlora_cross_entropy(
+                view.dtype().code(),
+                view.ptr() as *mut _,
+                view.ld(),
+                targets.as_ptr::<i64>().add(start),
+                losses as *mut f32,
+                rows.len() as i64,
+                vocab as i64,
+                scale,
+                i32::from(gradient.is_some()),
+                stream,
+            )
+        })?;
+        if let Some((dhidden, _)) = &mut gradient {
+            let target = dhidden.reborrow().slice_rows(rows);
+            match head.as_cuda().and_then(|head| head.plain_view()).filter(|w| w.dtype() == target.dtype()) {
+                Some(w) => gpu.matmul(op, Kind::Nn, logits.as_view().cuda(op)?, w, target, 1.0, 0.0)?,
+                None => frozen_linear::backward(logits.as_view(), head, target.into(), 0.0, workspace)?,
+            }
+        }
+    }
+    Ok(())
+}

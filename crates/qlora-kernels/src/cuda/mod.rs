@@ -1,0 +1,40 @@
+//! GPUs: the device, its memory, and the CUDA side of every operation.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`Gpu`], [`device`] | one GPU: stream, errors, architecture checks |
+//! | [`Pool`] | its memory pool: use, peak, limit |
+//! | [`Buffer`], [`PinnedBuffer`] | owned memory |
+//! | [`CudaView`], [`CudaViewMut`] | windows into it: the CUDA representation of [`crate::View`] |
+//! | [`AttentionLibrary`] | whether cuDNN's attention may be used |
+//! | [`CudaWeight`] | a frozen weight on the GPU |
+//!
+//! The operations in [`crate::ops`] check shapes and then come here if their arguments are on a GPU. Each function
+//! here is one or a few launches; the kernels are in `kernels/*.cu`. Everything is asynchronous on the GPU's one stream:
+//! an error of a kernel shows at the next call that waits, which is when a loss or a norm is read.
+
+pub(crate) mod attention;
+mod blas;
+mod buffer;
+mod cache;
+pub mod cudnn;
+mod cudnn_attention;
+mod ffi;
+mod gpu;
+pub(crate) mod linear;
+pub(crate) mod linear_group;
+pub(crate) mod loss;
+pub(crate) mod ops;
+pub(crate) mod optimizer;
+mod pool;
+mod view;
+mod weight;
+
+pub(crate) use blas::Kind;
+pub use buffer::{Buffer, PinnedBuffer};
+pub(crate) use cache::OnDevice;
+pub use cudnn_attention::AttentionLibrary;
+pub use gpu::{Gpu, device};
+pub use pool::Pool;
+pub use view::{CudaView, CudaViewMut};
+pub use weight::CudaWeight;

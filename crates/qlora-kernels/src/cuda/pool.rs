@@ -1,0 +1,115 @@
+//! The memory pool of a GPU: how much is used, how much at most, and how much may be.
+//!
+//! All device memory comes from one CUDA memory pool (`cuMemAllocAsync`). The pool keeps what it was given, or every
+//! synchronization would hand memory back to the system and fetch it again. Its own counter of the most bytes in use at
+//! one time is the peak that we report.
+
+use std::ffi::c_void;
+
+use candle_core::cuda_backend::cudarc::driver::{result, sys};
+
+use super::gpu::cuda_error;
+use crate::error::{Error, Result};
+
+/// A GPU's memory pool.
+#[derive(Debug)]
+pub struct Pool {
+    handle: sys::CUmemoryPool,
+    limit: Option<u64>,
+}
+
+// SAFETY: the driver's pool functions may be called from any thread.
+unsafe impl Send for Pool {}
+// SAFETY: as above.
+unsafe impl Sync for Pool {}
+
+impl Pool {
+    /// The device's pool, or with a limit a new one that takes its place.
+    pub(super) fn open(ordinal: usize, limit: Option<u64>) -> Result<Self> {
+        const OP: &str = "memory pool";
+        let device = result::device::get(ordinal as i32).map_err(|error| cuda_error(OP, error))?;
+        let handle = match limit {
+            // SAFETY: the device exists.
+            None => unsafe { result::device::get_default_mem_pool(device) },
+            Some(limit) => {
+                // SAFETY: all-zero is a valid value of this plain struct.
+                let mut props: sys::CUmemPoolProps = unsafe { std::mem::zeroed() };
+                props.allocType = sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED;
+                props.location.type_ = sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE;
+                props.location.id = ordinal as i32;
+                props.maxSize = limit as usize;
+                // SAFETY: the properties are filled in; the pool lives as long as the process.
+                unsafe {
+                    result::mem_pool::create(&raw const props)
+                        .and_then(|pool| result::device::set_mem_pool(device, pool).map(|()| pool))
+                }
+            }
+        }
+        .map_err(|error| cuda_error(OP, error))?;
+        let pool = Self { handle, limit };
+        pool.set(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX)?;
+        Ok(pool)
+    }
+
+    /// Bytes in use.
+    pub fn used(&self) -> Result<u64> {
+        self.get(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)
+    }
+
+    /// The most bytes in use at one time, since the start or [`Self::reset_peak`].
+    pub fn peak(&self) -> Result<u64> {
+        self.get(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)
+    }
+
+    /// Bytes taken from the system, in use or not.
+    pub fn reserved(&self) -> Result<u64> {
+        self.get(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)
+    }
+
+    /// Lets [`Self::peak`] start again from what is in use.
+    pub fn reset_peak(&self) -> Result<()> {
+        self.set(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0)
+    }
+
+    /// Gives memory that is not in use back to the system.
+    pub fn trim(&self) -> Result<()> {
+        // SAFETY: the pool lives as long as the process.
+        unsafe { result::mem_pool::trim_to(self.handle, 0) }.map_err(|error| cuda_error("memory pool", error))
+    }
+
+    /// The limit it was opened with.
+    pub fn limit(&self) -> Option<u64> {
+        self.limit
+    }
+
+    /// Bytes that can still be had: what the limit, or the GPU, has left.
+    pub fn available(&self) -> Result<u64> {
+        let (free, _) = result::mem_get_info().map_err(|error| cuda_error("memory pool", error))?;
+        let idle = self.reserved()?.saturating_sub(self.used()?);
+        let physical = free as u64 + idle;
+        Ok(match self.limit {
+            None => physical,
+            Some(limit) => physical.min(limit.saturating_sub(self.used()?)),
+        })
+    }
+
+    pub(super) fn out_of_memory(&self, op: &'static str, bytes: usize) -> Error {
+        let used = self.used().unwrap_or(0);
+        let available = self.available().unwrap_or(0);
+        Error::OutOfMemory { op, requested: bytes as u64, used, available, limit: self.limit }
+    }
+
+    fn get(&self, attribute: sys::CUmemPool_attribute) -> Result<u64> {
+        let mut value = 0u64;
+        // SAFETY: all attributes asked for are 64-bit.
+        unsafe { result::mem_pool::get_attribute(self.handle, attribute, (&raw mut value).cast::<c_void>()) }
+            .map_err(|error| cuda_error("memory pool", error))?;
+        Ok(value)
+    }
+
+    fn set(&self, attribute: sys::CUmemPool_attribute, mut value: u64) -> Result<()> {
+        // SAFETY: all attributes set are 64-bit.
+        unsafe { result::mem_pool::set_attribute(self.handle, attribute, (&raw mut value).cast::<c_void>()) }
+            .map_err(|error| cuda_error("memory pool", error))
+    }
+}

@@ -1,0 +1,322 @@
+//! A group of linear layers that read the same input, each with a frozen weight and possibly a LoRA adapter: q, k and v;
+//! gate and up; or one layer alone.
+//!
+//! With `x [tokens, in]`, the members' weights `W [out, in]`, adapters `A [r, in]`, `B [out, r]` and factors `s`:
+//!
+//! ```text
+//! S = drop(x) A^T        y = residual + x W^T + bias + s S B^T
+//! dS = s dy B            dx = sum over the members of (dy W + drop'(dS A))       dA += dS^T drop(x)    dB += s dy^T S
+//! ```
+//!
+//! `y [tokens, sum of out]` holds the members' outputs side by side. The weights and biases are frozen. All adapters of a
+//! model lie in one flat f32 buffer, in which a [`LoraSlot`] says where A and B are.
+//!
+//! On the CPU the members run one after the other. On CUDA the group is one matrix product forward and one backward, by
+//! **augmented K**: the weights are dequantized into one buffer with `R = sum of r` extra columns that hold `s B` (block
+//! diagonal) and `R` extra rows that hold A. `S` is written into extra columns of x and `dS` into extra columns of dy
+//! (their matrices' margin), so that
+//!
+//! ```text
+//! y = [x | S] [W | sB]^T            dx = [dy | dS] [W ; A]
+//! ```
+//!
+//! and neither y nor dx is read again to add the adapters' part (LoRAFusion, arXiv 2510.00206, measures what that costs).
+
+use std::ops::Range;
+
+use super::dropout::Dropout;
+use super::{frozen_linear, lora_linear};
+use crate::error::{Error, Result};
+use crate::matrix::{Matrix, Workspace};
+use crate::view::{View, ViewMut};
+use crate::weight::{FrozenWeight, WeightCache};
+
+/// One layer of a group.
+#[derive(Clone, Copy, Debug)]
+pub struct Member<'a> {
+    /// The frozen weight `[out, in]`.
+    pub weight: &'a dyn FrozenWeight,
+    /// The frozen bias `[out]`, f32.
+    pub bias: Option<View<'a>>,
+    /// Its adapter's place.
+    pub lora: Option<&'a LoraSlot>,
+}
+
+/// Where a layer's A and B lie in the flat adapter buffer, and how they are used.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraSlot {
+    /// The elements of A `[rank, in]`.
+    pub a: Range<usize>,
+    /// The elements of B `[out, rank]`.
+    pub b: Range<usize>,
+    /// The rank.
+    pub rank: usize,
+    /// What the adapter's output is multiplied by.
+    pub scale: f32,
+    /// Tells this layer's dropout mask from the others'.
+    pub stream: u64,
+}
+
+/// The adapter of one pass through the model: its values, and the dropout of this pass while training.
+#[derive(Clone, Copy, Debug)]
+pub struct AdapterPass<'a> {
+    /// All adapters' elements, back to back, f32, one row.
+    pub values: View<'a>,
+    /// The probability of dropping an input of the adapter, and the seed of this pass.
+    pub dropout: Option<(f32, u64)>,
+}
+
+impl<'a> AdapterPass<'a> {
+    /// A pass without dropout.
+    pub fn new(values: impl Into<View<'a>>) -> Self {
+        Self { values: values.into(), dropout: None }
+    }
+
+    /// The dropout of one layer in this pass.
+    pub fn dropout_of(&self, slot: &LoraSlot) -> Option<Dropout> {
+        let (p, seed) = self.dropout.filter(|&(p, _)| p > 0.0)?;
+        Some(Dropout { p, seed, stream: slot.stream })
+    }
+}
+
+/// `S` (or `dS`) of a group: what its backward needs of its forward besides the input.
+#[derive(Debug, Default)]
+pub struct Shrunk(pub(crate) Vec<Option<Matrix>>);
+
+/// A group of layers and, on CUDA, where their dequantized weights may be kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Group<'a> {
+    /// The layers, at most three.
+    pub members: &'a [Member<'a>],
+    /// Where the dequantized weights may be kept between uses.
+    pub cache: &'a WeightCache,
+}
+
+/// The columns of margin that matrices need on CUDA so that groups with these ranks can use it: none without adapters.
+pub fn margin<'a>(members: impl IntoIterator<Item = Option<&'a LoraSlot>>) -> usize {
+    let ranks: usize = members.into_iter().flatten().map(|slot| slot.rank).sum();
+    // Whole 16-byte accesses in bf16.
+    ranks.next_multiple_of(8)
+}
+
+impl Group<'_> {
+    const OP: &'static str = "linear_group";
+
+    /// Output features of all members.
+    pub fn outputs(&self) -> usize {
+        self.members.iter().map(|member| member.weight.rows()).sum()
+    }
+
+    /// Input features.
+    pub fn inputs(&self) -> usize {
+        self.members.first().map_or(0, |member| member.weight.cols())
+    }
+
+    /// Writes `y`; `x` is not changed, but its margin is used. Returns `S` for the backward.
+    ///
+    /// # Errors
+    /// If a shape does not fit, or the views are not on the same device.
+    pub fn forward(
+        &self,
+        x: ViewMut,
+        adapter: Option<&AdapterPass>,
+        residual: Option<View>,
+        mut y: ViewMut,
+        workspace: &Workspace,
+    ) -> Result<Shrunk> {
+        self.check(x.as_view(), y.as_view())?;
+        if let Some(residual) = residual {
+            residual.expect(Self::OP, "the residual", y.rows(), y.cols())?;
+        }
+        #[cfg(feature = "cuda")]
+        if y.gpu().is_some() {
+            return crate::cuda::linear_group::forward(Self::OP, self, x, adapter, residual, y, workspace);
+        }
+        let beta = match residual {
+            None => 0.0,
+            Some(residual) => {
+                y.reborrow().copy_from(residual)?;
+                1.0
+            }
+        };
+        let mut shrunk = Vec::with_capacity(self.members.len());
+        let mut start = 0;
+        for member in self.members {
+            let end = start + member.weight.rows();
+            let mut y = y.reborrow().slice_cols(start..end);
+            let x = x.as_view();
+            frozen_linear::forward(x, member.weight, y.reborrow(), beta, workspace)?;
+            if let Some(bias) = member.bias {
+                add_bias(y.reborrow(), bias)?;
+            }
+            shrunk.push(match (member.lora, adapter) {
+                (Some(slot), Some(pass)) => {
+                    let (a, b) = slot.factors(pass.values, self.inputs(), end - start);
+                    let mut s = workspace.matrix(x.rows(), slot.rank)?;
+                    let dropout = pass.dropout_of(slot);
+                    lora_linear::forward(x, a, b, slot.scale, dropout, s.view_mut(), y, workspace)?;
+                    Some(s)
+                }
+                _ => None,
+            });
+            start = end;
+        }
+        Ok(Shrunk(shrunk))
+    }
+
+    /// `S` alone: all that a recomputed block needs of its last group.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn shrink(&self, x: View, adapter: Option<&AdapterPass>, workspace: &Workspace) -> Result<Shrunk> {
+        let Some(pass) = adapter else { return Ok(Shrunk::default()) };
+        #[cfg(feature = "cuda")]
+        if x.gpu().is_some() {
+            return crate::cuda::linear_group::shrink(Self::OP, self, x, pass, workspace);
+        }
+        let shrink = |member: &Member| -> Result<Option<Matrix>> {
+            let Some(slot) = member.lora else { return Ok(None) };
+            let (a, _) = slot.factors(pass.values, self.inputs(), member.weight.rows());
+            let mut s = workspace.matrix(x.rows(), slot.rank)?;
+            lora_linear::shrink(x, a, pass.dropout_of(slot), s.view_mut(), workspace)?;
+            Ok(Some(s))
+        };
+        self.members.iter().map(shrink).collect::<Result<_>>().map(Shrunk)
+    }
+
+    /// Writes `dx` (unless nothing below needs it) and returns `dS` for [`Self::backward_adapter`]. `dy` is not changed,
+    /// but its margin is used.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn backward_input(
+        &self,
+        dy: ViewMut,
+        adapter: &AdapterPass,
+        mut dx: Option<ViewMut>,
+        workspace: &Workspace,
+    ) -> Result<Shrunk> {
+        if let Some(dx) = &dx {
+            self.check(dx.as_view(), dy.as_view())?;
+        }
+        #[cfg(feature = "cuda")]
+        if dy.gpu().is_some() {
+            return crate::cuda::linear_group::backward_input(Self::OP, self, dy, adapter, dx, workspace);
+        }
+        let mut shrunk = Vec::with_capacity(self.members.len());
+        let mut start = 0;
+        for (index, member) in self.members.iter().enumerate() {
+            let end = start + member.weight.rows();
+            let dy = dy.as_view().slice_cols(start..end);
+            if let Some(dx) = &mut dx {
+                let beta = if index == 0 { 0.0 } else { 1.0 };
+                frozen_linear::backward(dy, member.weight, dx.reborrow(), beta, workspace)?;
+            }
+            shrunk.push(match member.lora {
+                None => None,
+                Some(slot) => {
+                    let (a, b) = slot.factors(adapter.values, self.inputs(), end - start);
+                    let mut ds = workspace.matrix(dy.rows(), slot.rank)?;
+                    let dropout = adapter.dropout_of(slot);
+                    let dx = dx.as_mut().map(ViewMut::reborrow);
+                    lora_linear::backward_input(dy, a, b, slot.scale, dropout, ds.view_mut(), dx, workspace)?;
+                    Some(ds)
+                }
+            });
+            start = end;
+        }
+        Ok(Shrunk(shrunk))
+    }
+
+    /// Adds the gradients of the members' A and B to their places in `gradient` (f32, one row, laid out as the adapter).
+    ///
+    /// `x`: the forward's input; `s`: from the forward; `dy` and `ds`: of [`Self::backward_input`].
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn backward_adapter(
+        &self,
+        x: View,
+        s: &Shrunk,
+        dy: View,
+        ds: &Shrunk,
+        adapter: &AdapterPass,
+        mut gradient: ViewMut,
+        workspace: &Workspace,
+    ) -> Result<()> {
+        self.check(x, dy)?;
+        if self.members.iter().all(|member| member.lora.is_none()) {
+            return Ok(());
+        }
+        #[cfg(feature = "cuda")]
+        if dy.gpu().is_some() {
+            return crate::cuda::linear_group::backward_adapter(
+                Self::OP,
+                self,
+                x,
+                s,
+                dy,
+                ds,
+                adapter,
+                gradient,
+                workspace,
+            );
+        }
+        let mut start = 0;
+        for (index, member) in self.members.iter().enumerate() {
+            let end = start + member.weight.rows();
+            let dy = dy.slice_cols(start..end);
+            start = end;
+            let Some(slot) = member.lora else { continue };
+            let factor = |shrunk: &Shrunk| shrunk.0.get(index).is_some_and(Option::is_some);
+            if !factor(s) || !factor(ds) {
+                return Err(Error::invalid(Self::OP, "a backward without its forward's S"));
+            }
+            let (s, ds) = (s.0[index].as_ref().expect("checked"), ds.0[index].as_ref().expect("checked"));
+            let (da, db) = slot.factors_mut(gradient.reborrow(), self.inputs(), dy.cols());
+            let dropout = adapter.dropout_of(slot);
+            lora_linear::backward_adapter(x, slot.scale, dropout, s.view(), dy, ds.view(), da, db, workspace)?;
+        }
+        Ok(())
+    }
+
+    fn check(&self, x: View, y: View) -> Result<()> {
+        if self.members.is_empty() || self.members.len() > 3 {
+            return Err(Error::invalid(Self::OP, format!("{} members; expected 1 to 3", self.members.len())));
+        }
+        for member in self.members {
+            Error::check_shape(Self::OP, "a member's inputs", &[member.weight.cols()], &[self.inputs()])?;
+        }
+        x.expect(Self::OP, "x", x.rows(), self.inputs())?;
+        y.expect(Self::OP, "y", x.rows(), self.outputs())
+    }
+}
+
+impl LoraSlot {
+    /// A and B.
+    fn factors<'a>(&self, values: View<'a>, inputs: usize, outputs: usize) -> (View<'a>, View<'a>) {
+        let part = |range: &Range<usize>| values.slice_cols(range.clone());
+        (part(&self.a).reshape(self.rank, inputs), part(&self.b).reshape(outputs, self.rank))
+    }
+
+    /// The gradients of A and B, which never overlap, whichever comes first in the buffer.
+    fn factors_mut<'a>(&self, values: ViewMut<'a>, inputs: usize, outputs: usize) -> (ViewMut<'a>, ViewMut<'a>) {
+        let (a, b) = if self.a.end <= self.b.start {
+            let (low, high) = values.split_cols(self.b.start);
+            (low.slice_cols(self.a.clone()), high.slice_cols(0..self.b.len()))
+        } else {
+            let (low, high) = values.split_cols(self.a.start);
+            (high.slice_cols(0..self.a.len()), low.slice_cols(self.b.clone()))
+        };
+        (a.reshape(self.rank, inputs), b.reshape(outputs, self.rank))
+    }
+}
+
+fn add_bias(y: ViewMut, bias: View) -> Result<()> {
+    const OP: &str = "bias";
+    Error::check_shape(OP, "bias", &[bias.rows() * bias.cols()], &[y.cols()])?;
+    let bias = bias.host(OP)?;
+    let bias = bias.as_slice().ok_or_else(|| Error::invalid(OP, "a bias has gaps between its elements"))?;
+    y.host(OP)?.rows_mut().for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
+    Ok(())
+}
