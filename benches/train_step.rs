@@ -1,12 +1,14 @@
 //! Training steps of an 8B model on a GPU: speed and peak memory, in the terms of `scripts/bench/peft_cuda.py`.
 //!
 //!     cargo bench --features cuda --bench train_step -- [--case 4x2048] [--mode free|lean] [--rank 16] [--targets all|qkvo]
-//!         [--layers 32] [--steps 5] [--out train_step.csv]
+//!         [--attention auto|own] [--limit-gib 24] [--layers 32] [--steps 5] [--out train_step.csv] [--gpu H100] [--driver 580]
+//!         [--commit abc] [--date 2026-11-22]
 //!
 //! Llama-3.1-8B's shape with random weights, NF4 with double quantization, bf16 activations, AdamW with f32 state, the loss
 //! over all tokens. A step is forward, backward, clipping and update, synchronized; tok/s is the tokens over the median
-//! step. GB is the most memory in use at one time, by the GPU pool's own counter, over 1e9. `free` may use the whole card,
-//! `lean` recomputes.
+//! step. GB is the most memory in use at one time, by the GPU pool's own counter, over 1e9. `free` keeps all
+//! activations and the dequantized weights; `lean` keeps the blocks' inputs in pinned host memory, recomputes, and
+//! dequantizes one weight at a time.
 
 use std::io::Write;
 use std::path::Path;
@@ -22,6 +24,7 @@ use qlora::kernels::quant::QuantConfig;
 use qlora::kernels::weight::PlainData;
 use qlora::kernels::{Workspace, cuda};
 use qlora::lora::{LoraConfig, ModuleFilter, TargetModules};
+use qlora::model::block::Keep;
 use qlora::model::{CausalLm, LoadOptions, Quantization, TrainPass};
 use qlora::source::{PlainTensor, WeightSource};
 use rand::{RngExt, SeedableRng};
@@ -92,7 +95,13 @@ impl WeightSource for RandomWeights {
         let len = shape.iter().product();
         let data = match shape.len() {
             1 => vec![bf16::ONE; len],
-            _ => self.normal.iter().copied().cycle().take(len).collect(),
+            _ => {
+                let mut data = Vec::with_capacity(len);
+                while data.len() < len {
+                    data.extend_from_slice(&self.normal[..self.normal.len().min(len - data.len())]);
+                }
+                data
+            }
         };
         Ok(PlainTensor { data: PlainData::Bf16(data), shape })
     }
@@ -138,6 +147,11 @@ struct Options {
     layers: usize,
     steps: usize,
     out: Option<String>,
+    attention: String,
+    gpu: String,
+    driver: String,
+    commit: String,
+    date: String,
     limit: Option<u64>,
 }
 
@@ -150,6 +164,11 @@ fn options() -> anyhow::Result<Options> {
         layers: 32,
         steps: 5,
         out: None,
+        attention: "auto".into(),
+        gpu: String::new(),
+        driver: String::new(),
+        commit: String::new(),
+        date: String::new(),
         limit: None,
     };
     let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
@@ -169,6 +188,11 @@ fn options() -> anyhow::Result<Options> {
             "--layers" => options.layers = value.parse()?,
             "--steps" => options.steps = value.parse()?,
             "--out" => options.out = Some(value),
+            "--attention" => options.attention = value,
+            "--gpu" => options.gpu = value,
+            "--driver" => options.driver = value,
+            "--commit" => options.commit = value,
+            "--date" => options.date = value,
             "--limit-gib" => options.limit = Some((value.parse::<f64>()? * (1u64 << 30) as f64) as u64),
             _ => anyhow::bail!("unknown option {name}"),
         }
@@ -188,6 +212,7 @@ fn main() -> anyhow::Result<()> {
     };
     let workspace = Workspace::new(&device)?;
     let gpu = workspace.gpu().context("the device is a GPU")?.clone();
+    gpu.attention().set_enabled(options.attention == "auto");
     let started = Instant::now();
     let source = RandomWeights::new(llama_8b(options.layers));
     let quantization = Quantization::Bits4(QuantConfig::default());
@@ -210,7 +235,9 @@ fn main() -> anyhow::Result<()> {
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(0);
 
     for mode in &options.modes {
-        model.set_gradient_checkpointing(mode == "lean")?;
+        let keep = if mode == "free" { Keep::Everything } else { Keep::Offload };
+        model.set_keep(vec![keep; options.layers])?;
+        model.set_split_weights(mode == "lean");
         for &(sequences, length) in &options.cases {
             model.set_weight_cache(mode == "free");
             gpu.pool().trim()?;
@@ -257,12 +284,13 @@ fn main() -> anyhow::Result<()> {
                 let mut file = std::fs::OpenOptions::new().create(true).append(true).open(path)?;
                 writeln!(
                     file,
-                    "qlora,{sequences}x{length},{mode},{},{},{speed:.1},{peak:.3}",
-                    options.targets, options.rank
+                    "qlora,{sequences}x{length},{mode},{speed:.1},{peak:.3},{},{},{},{},{},{}",
+                    options.gpu, options.driver, options.commit, options.date, options.targets, options.rank
                 )?;
             }
             model.set_weight_cache(false);
         }
     }
+    println!("attention: {}", gpu.attention().describe());
     Ok(())
 }

@@ -13,6 +13,8 @@
 //! reads, and gradients of those it writes, have a margin for the adapters' small factors
 //! ([`qlora_kernels::ops::linear_group`]).
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use qlora_kernels::ops::attention::{self, AttentionConfig};
 use qlora_kernels::ops::linear_group::{Group, Member, Shrunk, margin};
 use qlora_kernels::ops::rope::{self, RopeTable};
@@ -63,9 +65,21 @@ pub struct WeightCaches {
     o: WeightCache,
     gate_up: WeightCache,
     down: WeightCache,
+    split: AtomicBool,
 }
 
 impl WeightCaches {
+    /// Dequantizes one weight at a time instead of those that share an input together (CUDA only): less memory, more
+    /// time, sums in another order.
+    pub fn set_split(&self, split: bool) {
+        self.split.store(split, Ordering::Relaxed);
+    }
+
+    /// See [`Self::set_split`].
+    pub fn is_split(&self) -> bool {
+        self.split.load(Ordering::Relaxed)
+    }
+
     /// Keeps the dequantized weights of the whole block from their next use on, or frees them.
     pub fn set_enabled(&self, enabled: bool) {
         [&self.qkv, &self.o, &self.gate_up, &self.down].iter().for_each(|cache| cache.set_enabled(enabled));
@@ -136,7 +150,7 @@ struct Factors {
 macro_rules! group {
     ($name:ident, $block:expr, $cache:ident, $($member:ident),+) => {
         let members = [$($block.$member.member()),+];
-        let $name = Group { members: &members, cache: &$block.caches.$cache };
+        let $name = Group { members: &members, cache: &$block.caches.$cache, split: $block.caches.is_split() };
     };
 }
 
@@ -191,7 +205,7 @@ impl Block {
         activations.s.down = down.forward(h.view_mut(), pass.adapter.as_ref(), residual, y.view_mut(), workspace)?;
         let saved = match keep {
             Keep::Nothing => None,
-            Keep::Input => Some(Saved::Input(activations.x)),
+            Keep::Input | Keep::Offload => Some(Saved::Input(activations.x)),
             Keep::Everything => Some(Saved::Kept(Box::new(activations))),
         };
         Ok((y, saved))
@@ -443,6 +457,8 @@ pub enum Keep {
     Nothing,
     /// The input: the backward recomputes the block (gradient checkpointing).
     Input,
+    /// The input, in pinned host memory while the blocks above run (on the CPU the same as `Input`).
+    Offload,
     /// Everything the backward reads.
     Everything,
 }

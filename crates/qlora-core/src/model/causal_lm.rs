@@ -9,7 +9,7 @@ use qlora_kernels::tensor::{TensorView, update_in_place};
 use qlora_kernels::weight::FrozenWeight;
 use qlora_kernels::{Matrix, SequenceLayout, View, ViewMut, Workspace};
 
-use super::block::Pass;
+use super::block::{Keep, Pass};
 use super::cache::KvCache;
 use super::projection::{AdapterPass, LoraSlot};
 use super::stack::Stack;
@@ -212,6 +212,19 @@ impl CausalLm {
     pub fn set_gradient_checkpointing(&mut self, on: bool) -> Result<()> {
         self.stack_mut()?.set_gradient_checkpointing(on);
         Ok(())
+    }
+
+    /// What each block keeps for its backward (one choice a block).
+    ///
+    /// # Errors
+    /// If there is not one choice a block, or a loss of this model is still alive.
+    pub fn set_keep(&mut self, keep: Vec<Keep>) -> Result<()> {
+        self.stack_mut()?.set_keep(keep)
+    }
+
+    /// Dequantize one weight at a time (CUDA only): less memory, more time.
+    pub fn set_split_weights(&self, on: bool) {
+        self.stack.blocks().iter().for_each(|block| block.caches.set_split(on));
     }
 
     /// Keep the dequantized weights of every block between uses (CUDA only): 2 bytes a parameter for the time of

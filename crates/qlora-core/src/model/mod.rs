@@ -3,6 +3,7 @@
 pub mod block;
 pub mod cache;
 pub mod causal_lm;
+mod checkpoints;
 mod load;
 pub mod projection;
 pub mod stack;

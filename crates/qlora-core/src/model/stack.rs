@@ -10,8 +10,9 @@ use qlora_kernels::ops::rope::{RopeConfig, RopeTable};
 use qlora_kernels::sequence::Positions;
 use qlora_kernels::{Matrix, ViewMut, Workspace};
 
-use super::block::{Block, Keep, Pass, Saved};
+use super::block::{Block, Keep, Pass};
 use super::cache::KvCache;
+use super::checkpoints::Checkpoints;
 use crate::error::{Error, Result};
 
 /// All blocks of a decoder and its final norm.
@@ -20,15 +21,14 @@ pub struct Stack {
     blocks: Vec<Block>,
     final_norm: Matrix,
     eps: f32,
-    keep: Keep,
+    keep: Vec<Keep>,
     rope: RopeTables,
 }
 
 /// What a forward of the stack keeps for its backward.
 #[derive(Debug)]
 pub struct SavedStack {
-    /// One a block; none for the blocks below the first adapter, which have no backward.
-    blocks: Vec<Option<Saved>>,
+    blocks: Checkpoints,
     last: Matrix,
     rstd: Matrix,
 }
@@ -51,7 +51,8 @@ impl Stack {
         };
         let head_dim = first.attention.head_dim;
         let rope = RopeTables { config: rope, head_dim, limit, current: Mutex::new(None) };
-        Ok(Self { blocks, final_norm, eps, keep: Keep::Everything, rope })
+        let keep = vec![Keep::Everything; blocks.len()];
+        Ok(Self { blocks, final_norm, eps, keep, rope })
     }
 
     /// The blocks, from the embedding up.
@@ -71,7 +72,24 @@ impl Stack {
 
     /// Whether blocks recompute their forward in the backward instead of keeping it.
     pub fn set_gradient_checkpointing(&mut self, on: bool) {
-        self.keep = if on { Keep::Input } else { Keep::Everything };
+        self.keep.fill(if on { Keep::Input } else { Keep::Everything });
+    }
+
+    /// What each block keeps for its backward; all choices give the same gradients.
+    ///
+    /// # Errors
+    /// If there is not one choice a block.
+    pub fn set_keep(&mut self, keep: Vec<Keep>) -> Result<()> {
+        if keep.len() != self.blocks.len() {
+            return Err(Error::Invalid(format!("{} choices for {} blocks", keep.len(), self.blocks.len())));
+        }
+        self.keep = keep;
+        Ok(())
+    }
+
+    /// What each block keeps.
+    pub fn keep(&self) -> &[Keep] {
+        &self.keep
     }
 
     /// The angles for sequences of up to `tokens` tokens.
@@ -108,13 +126,14 @@ impl Stack {
     /// With what [`Self::backward`] needs. With `needs_dx`, the backward reaches the input.
     pub fn forward(&self, mut x: Matrix, pass: &Pass, needs_dx: bool) -> Result<(Matrix, SavedStack)> {
         let lowest = self.lowest_with_backward(needs_dx);
-        let mut saved = Vec::with_capacity(self.blocks.len());
+        let mut saved = Checkpoints::new(self.blocks.len());
         for (index, block) in self.blocks.iter().enumerate() {
-            let keep = if index < lowest { Keep::Nothing } else { self.keep };
+            let keep = if index < lowest { Keep::Nothing } else { self.keep[index] };
             let (y, kept) = block.forward(x, pass, keep)?;
-            saved.push(kept);
+            saved.push(kept, keep, pass.workspace)?;
             x = y;
         }
+        saved.settle()?;
         let (normed, rstd) = self.norm(&x, pass.workspace)?;
         Ok((normed, SavedStack { blocks: saved, last: x, rstd }))
     }
@@ -128,15 +147,15 @@ impl Stack {
         mut gradient: ViewMut,
         needs_dx: bool,
     ) -> Result<Option<Matrix>> {
-        let SavedStack { blocks, last, rstd } = saved;
+        let SavedStack { blocks: mut saved, last, rstd } = saved;
         let lowest = self.lowest_with_backward(needs_dx);
         let margin = self.blocks.iter().map(Block::residual_margin).max().unwrap_or(0);
         let mut dx = pass.workspace.with_margin(last.rows(), last.cols(), margin)?;
         rms_norm::backward(last.view(), self.final_norm.view(), rstd.view(), dy.view(), dx.view_mut(), false)?;
         drop((last, rstd, dy));
         let mut dx = Some(dx);
-        for (index, (block, kept)) in self.blocks.iter().zip(blocks).enumerate().rev() {
-            let (Some(kept), Some(dy)) = (kept, dx.take()) else { break };
+        for (index, block) in self.blocks.iter().enumerate().rev() {
+            let (Some(kept), Some(dy)) = (saved.pop()?, dx.take()) else { break };
             dx = block.backward(kept, dy, pass, gradient.reborrow(), index > lowest || needs_dx)?;
         }
         Ok(dx.filter(|_| needs_dx))

@@ -15,6 +15,7 @@ use candle_core::cuda_backend::{CudaDevice, DeviceId};
 use super::blas::Blas;
 use super::cudnn_attention::AttentionLibrary;
 use super::ffi;
+use super::offload::Offloader;
 use super::pool::Pool;
 use crate::error::{Error, Result};
 
@@ -30,6 +31,7 @@ pub struct Gpu {
     name: String,
     deterministic: AtomicBool,
     attention: AttentionLibrary,
+    offloader: Offloader,
     this: Weak<Gpu>,
 }
 
@@ -117,6 +119,7 @@ impl Gpu {
             name,
             deterministic: AtomicBool::new(false),
             attention: AttentionLibrary::new(10 * capability.0 + capability.1),
+            offloader: Offloader::default(),
             this: this.clone(),
         });
         gpu.check_kernels(capability)?;
@@ -171,6 +174,10 @@ impl Gpu {
     /// The memory pool, for its counters.
     pub fn pool(&self) -> &Pool {
         &self.pool
+    }
+
+    pub(super) fn offloader(&self) -> &Offloader {
+        &self.offloader
     }
 
     /// Whether and how cuDNN's attention is used.

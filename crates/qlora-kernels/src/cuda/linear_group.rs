@@ -10,9 +10,9 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Workspace};
 use crate::ops::dropout;
-use crate::ops::linear_group::{AdapterPass, Group, LoraSlot, Shrunk, margin};
+use crate::ops::linear_group::{AdapterPass, Group, LoraSlot, Member, Shrunk, margin};
 use crate::view::{View, ViewMut};
-use crate::weight::FrozenWeight;
+use crate::weight::{FrozenWeight, WeightCache};
 
 /// Sizes of a group and the places of its adapters.
 struct Plan<'a> {
@@ -138,6 +138,9 @@ pub(crate) fn forward(
     y: ViewMut,
     workspace: &Workspace,
 ) -> Result<Shrunk> {
+    if group.split && group.members.len() > 1 {
+        return forward_split(op, group, x, adapter, y, workspace);
+    }
     let plan = Plan::new(op, group, adapter.is_some());
     let Plan { n, rp, .. } = plan;
     let (mut x, mut y) = (x.cuda(op)?, y.cuda(op)?);
@@ -190,6 +193,34 @@ pub(crate) fn forward(
     Ok(shrunk)
 }
 
+/// One member after the other. Only groups of one member have a residual.
+fn forward_split(
+    op: &'static str,
+    group: &Group,
+    mut x: ViewMut,
+    adapter: Option<&AdapterPass>,
+    mut y: ViewMut,
+    workspace: &Workspace,
+) -> Result<Shrunk> {
+    let mut shrunk = Shrunk::default();
+    for (member, columns) in parts(group) {
+        let y = y.reborrow().slice_cols(columns);
+        let one = Group { members: std::slice::from_ref(member), cache: &WeightCache::default(), split: false };
+        let mut s = forward(op, &one, x.reborrow(), adapter, None, y, workspace)?;
+        shrunk.0.push(s.0.pop().flatten());
+    }
+    Ok(shrunk)
+}
+
+/// The members and their columns of the group's output.
+fn parts<'a>(group: &Group<'a>) -> impl Iterator<Item = (&'a Member<'a>, std::ops::Range<usize>)> {
+    group.members.iter().scan(0, |start, member| {
+        let columns = *start..*start + member.weight.rows();
+        *start = columns.end;
+        Some((member, columns))
+    })
+}
+
 /// `S = drop(x) A^T` of all members side by side, `[tokens, rp]`.
 fn shrink_into(
     plan: &Plan,
@@ -224,6 +255,14 @@ pub(crate) fn shrink(
     adapter: &AdapterPass,
     workspace: &Workspace,
 ) -> Result<Shrunk> {
+    if group.split && group.members.len() > 1 {
+        let mut shrunk = Shrunk::default();
+        for member in group.members {
+            let one = Group { members: std::slice::from_ref(member), cache: &WeightCache::default(), split: false };
+            shrunk.0.push(shrink(op, &one, x, adapter, workspace)?.0.pop().flatten());
+        }
+        return Ok(shrunk);
+    }
     let plan = Plan::new(op, group, true);
     let Plan { k, rp, .. } = plan;
     if rp == 0 {
@@ -265,6 +304,9 @@ pub(crate) fn backward_input(
     dx: Option<ViewMut>,
     workspace: &Workspace,
 ) -> Result<Shrunk> {
+    if group.split && group.members.len() > 1 {
+        return backward_input_split(op, group, dy, adapter, dx, workspace);
+    }
     let plan = Plan::new(op, group, true);
     let Plan { n, rp, .. } = plan;
     let mut dy = dy.cuda(op)?;
@@ -323,6 +365,33 @@ pub(crate) fn backward_input(
     Ok(Shrunk(vec![Some(ds)]))
 }
 
+fn backward_input_split(
+    op: &'static str,
+    group: &Group,
+    mut dy: ViewMut,
+    adapter: &AdapterPass,
+    mut dx: Option<ViewMut>,
+    workspace: &Workspace,
+) -> Result<Shrunk> {
+    let mut shrunk = Shrunk::default();
+    for (index, (member, columns)) in parts(group).enumerate() {
+        let dy = dy.reborrow().slice_cols(columns);
+        let one = Group { members: std::slice::from_ref(member), cache: &WeightCache::default(), split: false };
+        let mut ds = match (&mut dx, index) {
+            (None, _) => backward_input(op, &one, dy, adapter, None, workspace)?,
+            (Some(dx), 0) => backward_input(op, &one, dy, adapter, Some(dx.reborrow()), workspace)?,
+            (Some(dx), _) => {
+                let mut part = workspace.matrix(dx.rows(), dx.cols())?;
+                let ds = backward_input(op, &one, dy, adapter, Some(part.view_mut()), workspace)?;
+                super::ops::add(op, part.view().cuda(op)?, dx.reborrow().cuda(op)?)?;
+                ds
+            }
+        };
+        shrunk.0.push(ds.0.pop().flatten());
+    }
+    Ok(shrunk)
+}
+
 pub(crate) fn backward_adapter(
     op: &'static str,
     group: &Group,
@@ -334,15 +403,37 @@ pub(crate) fn backward_adapter(
     gradient: ViewMut,
     workspace: &Workspace,
 ) -> Result<()> {
+    if group.split && group.members.len() > 1 {
+        let mut gradient = gradient;
+        for (index, (member, columns)) in parts(group).enumerate().filter(|(_, (member, _))| member.lora.is_some()) {
+            let one = Group { members: std::slice::from_ref(member), cache: &WeightCache::default(), split: false };
+            let (s, ds) = (s.part(index), ds.part(index));
+            let dy = dy.slice_cols(columns);
+            adapter_gradient(op, &one, x, s, dy, ds, adapter, gradient.reborrow(), workspace)?;
+        }
+        return Ok(());
+    }
+    adapter_gradient(op, group, x, s.part(0), dy, ds.part(0), adapter, gradient, workspace)
+}
+
+fn adapter_gradient(
+    op: &'static str,
+    group: &Group,
+    x: View,
+    s: Option<&Matrix>,
+    dy: View,
+    ds: Option<&Matrix>,
+    adapter: &AdapterPass,
+    gradient: ViewMut,
+    workspace: &Workspace,
+) -> Result<()> {
     let plan = Plan::new(op, group, true);
     let Plan { n, k, rp, .. } = plan;
     let (x, dy, gradient) = (x.cuda(op)?, dy.cuda(op)?, gradient.cuda(op)?);
     let gpu = dy.gpu();
-    let factor = |shrunk: &Shrunk| shrunk.0.first().is_some_and(Option::is_some);
-    if !factor(s) || !factor(ds) {
+    let (Some(s), Some(ds)) = (s, ds) else {
         return Err(Error::invalid(op, "a backward without its forward's S"));
-    }
-    let (s, ds) = (s.0[0].as_ref().expect("checked"), ds.0[0].as_ref().expect("checked"));
+    };
     let mut da = workspace.matrix_f32(rp, k)?;
     let mut db = workspace.matrix_f32(n, rp)?;
     gpu.matmul(op, Kind::Tn, dy, s.view().cuda(op)?, db.view_mut().cuda(op)?, 1.0, 0.0)?;

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`Gpu`], [`device`] | one GPU: stream, errors, architecture checks |
 //! | [`Pool`] | its memory pool: use, peak, limit |
+//! | [`Offloaded`] | matrices in pinned host memory |
 //! | [`Buffer`], [`PinnedBuffer`] | owned memory |
 //! | [`CudaView`], [`CudaViewMut`] | windows into it: the CUDA representation of [`crate::View`] |
 //! | [`AttentionLibrary`] | whether cuDNN's attention may be used |
@@ -24,6 +25,7 @@ mod gpu;
 pub(crate) mod linear;
 pub(crate) mod linear_group;
 pub(crate) mod loss;
+mod offload;
 pub(crate) mod ops;
 pub(crate) mod optimizer;
 mod pool;
@@ -35,6 +37,7 @@ pub use buffer::{Buffer, PinnedBuffer};
 pub(crate) use cache::OnDevice;
 pub use cudnn_attention::AttentionLibrary;
 pub use gpu::{Gpu, device};
+pub use offload::{Arriving, Leaving, Offloaded};
 pub use pool::Pool;
 pub use view::{CudaView, CudaViewMut};
 pub use weight::CudaWeight;

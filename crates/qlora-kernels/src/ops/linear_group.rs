@@ -83,6 +83,14 @@ impl<'a> AdapterPass<'a> {
 #[derive(Debug, Default)]
 pub struct Shrunk(pub(crate) Vec<Option<Matrix>>);
 
+impl Shrunk {
+    /// That of one member (or, on CUDA, of all of them together).
+    #[cfg(feature = "cuda")]
+    pub(crate) fn part(&self, index: usize) -> Option<&Matrix> {
+        self.0.get(index).and_then(Option::as_ref)
+    }
+}
+
 /// A group of layers and, on CUDA, where their dequantized weights may be kept.
 #[derive(Clone, Copy, Debug)]
 pub struct Group<'a> {
@@ -90,6 +98,8 @@ pub struct Group<'a> {
     pub members: &'a [Member<'a>],
     /// Where the dequantized weights may be kept between uses.
     pub cache: &'a WeightCache,
+    /// On CUDA: dequantize one member's weight at a time, for less memory; the sums are then made in another order.
+    pub split: bool,
 }
 
 /// The columns of margin that matrices need on CUDA so that groups with these ranks can use it: none without adapters.

@@ -1,0 +1,205 @@
+//! Matrices moved to pinned host memory and back while kernels run.
+//!
+//! A copy runs on a stream of its own. Out: it starts when the compute stream has written the matrix, whose memory is
+//! given back once the compute stream waits for the copy ([`Leaving::retire`], called a block later, when the copy is
+//! long done). Back: memory is taken on the compute stream, the copy waits for it, and the compute stream waits for the
+//! copy before the first use ([`Arriving::wait`]). So two matrices are in flight at a time, whatever their number.
+//!
+//! Pinned memory is expensive to get, so it goes back to a list and is used again in the next step.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::cuda_backend::cudarc::driver::{CudaStream, result, sys};
+
+use super::buffer::PinnedBuffer;
+use super::gpu::{Gpu, cuda_error};
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::matrix::{Matrix, Workspace};
+
+const OP: &str = "offload";
+
+/// The copy stream of a GPU and the pinned memory that nobody holds.
+#[derive(Debug, Default)]
+pub(super) struct Offloader {
+    stream: Mutex<Option<Arc<CudaStream>>>,
+    free: Mutex<Vec<PinnedBuffer>>,
+}
+
+/// A matrix in pinned host memory; it is there when the copy stream has passed its copy.
+#[derive(Debug)]
+pub struct Offloaded {
+    /// Always there until it is dropped.
+    host: Option<PinnedBuffer>,
+    rows: usize,
+    cols: usize,
+    dtype: Dtype,
+    gpu: Arc<Gpu>,
+}
+
+/// The device memory of a matrix that is being copied out.
+#[derive(Debug)]
+pub struct Leaving {
+    /// Read by the copy stream until `copied`.
+    _matrix: Matrix,
+    copied: Event,
+    gpu: Arc<Gpu>,
+}
+
+/// A matrix that is being copied back.
+#[derive(Debug)]
+pub struct Arriving {
+    matrix: Option<Matrix>,
+    copied: Event,
+    gpu: Arc<Gpu>,
+}
+
+#[derive(Debug)]
+struct Event(sys::CUevent);
+
+// SAFETY: events may be used from any thread.
+unsafe impl Send for Event {}
+// SAFETY: as above.
+unsafe impl Sync for Event {}
+
+impl Event {
+    fn record(stream: &CudaStream) -> Result<Self> {
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+            .map_err(|error| cuda_error(OP, error))?;
+        let event = Self(event);
+        // SAFETY: both are alive.
+        unsafe { result::event::record(event.0, stream.cu_stream()) }.map_err(|error| cuda_error(OP, error))?;
+        Ok(event)
+    }
+
+    /// What is enqueued on `stream` from now on runs after the event.
+    fn hold(&self, stream: &CudaStream) -> Result<()> {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: both are alive; the driver keeps what it needs of the event.
+        unsafe { result::stream::wait_event(stream.cu_stream(), self.0, flags) }.map_err(|error| cuda_error(OP, error))
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made by `record`, destroyed once; the driver waits with the release until the event is done.
+        let _ = unsafe { result::event::destroy(self.0) };
+    }
+}
+
+impl Offloader {
+    fn stream(&self, gpu: &Gpu) -> Result<Arc<CudaStream>> {
+        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(stream) = &*stream {
+            return Ok(stream.clone());
+        }
+        let made = gpu.stream().context().new_stream().map_err(|error| cuda_error(OP, error))?;
+        Ok(stream.insert(made).clone())
+    }
+
+    fn pinned(&self, gpu: &Arc<Gpu>, bytes: usize) -> Result<PinnedBuffer> {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(index) = free.iter().position(|buffer| buffer.bytes() == bytes) {
+            return Ok(free.swap_remove(index));
+        }
+        // Sizes of earlier batches are of no use; keeping them would pile up.
+        free.clear();
+        drop(free);
+        PinnedBuffer::new(gpu, OP, bytes)
+    }
+}
+
+impl Gpu {
+    /// Starts to copy a matrix to pinned host memory.
+    ///
+    /// # Errors
+    /// If the matrix is not on this GPU, or the host gives no pinned memory.
+    pub fn offload(self: &Arc<Self>, matrix: Matrix) -> Result<(Offloaded, Leaving)> {
+        let view = matrix.view().cuda(OP)?;
+        let (rows, cols, dtype, from) = (view.rows(), view.cols(), view.dtype(), view.ptr());
+        if view.margin_width() > 0 {
+            return Err(Error::invalid(OP, "a matrix with a margin is not offloaded"));
+        }
+        let bytes = rows * cols * dtype.size();
+        let copy_stream = self.offloader().stream(self)?;
+        let mut host = self.offloader().pinned(self, bytes)?;
+        Event::record(self.stream())?.hold(&copy_stream)?;
+        // SAFETY: both sides have `bytes` bytes; the matrix lives until `Leaving` is retired, the pinned memory until the
+        // copy stream has passed everything that uses it (it is only reused by later copies on the same stream).
+        let status =
+            unsafe { sys::cuMemcpyDtoHAsync_v2(host.as_mut_ptr(), from, bytes, copy_stream.cu_stream()) }.result();
+        status.map_err(|error| cuda_error(OP, error))?;
+        let copied = Event::record(&copy_stream)?;
+        let offloaded = Offloaded { host: Some(host), rows, cols, dtype, gpu: self.clone() };
+        Ok((offloaded, Leaving { _matrix: matrix, copied, gpu: self.clone() }))
+    }
+}
+
+impl Leaving {
+    /// Gives the device memory back.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn retire(self) -> Result<()> {
+        self.copied.hold(self.gpu.stream())
+    }
+}
+
+impl Offloaded {
+    /// Starts to copy it back.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    pub fn fetch(&self) -> Result<Arriving> {
+        let workspace = Workspace::with_dtype(&self.gpu.device(), self.dtype)?;
+        let mut matrix = workspace.matrix(self.rows, self.cols)?;
+        let to = matrix.view_mut().cuda(OP)?.ptr();
+        let host = self.host.as_ref().ok_or_else(|| Error::invalid(OP, "the matrix was given back"))?;
+        let copy_stream = self.gpu.offloader().stream(&self.gpu)?;
+        Event::record(self.gpu.stream())?.hold(&copy_stream)?;
+        // SAFETY: both sides have the same number of bytes; the copy follows the one that filled the pinned memory on the
+        // same stream, and the memory of the matrix belongs to the compute stream's past from the event on.
+        let status =
+            unsafe { sys::cuMemcpyHtoDAsync_v2(to, host.as_ptr(), host.bytes(), copy_stream.cu_stream()) }.result();
+        status.map_err(|error| cuda_error(OP, error))?;
+        Ok(Arriving { matrix: Some(matrix), copied: Event::record(&copy_stream)?, gpu: self.gpu.clone() })
+    }
+
+    /// Bytes of pinned host memory.
+    pub fn bytes(&self) -> usize {
+        self.rows * self.cols * self.dtype.size()
+    }
+}
+
+impl Drop for Offloaded {
+    fn drop(&mut self) {
+        if let Some(host) = self.host.take() {
+            self.gpu.offloader().free.lock().unwrap_or_else(PoisonError::into_inner).push(host);
+        }
+    }
+}
+
+impl Arriving {
+    /// The matrix, for work that is enqueued from now on.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn wait(mut self) -> Result<Matrix> {
+        self.copied.hold(self.gpu.stream())?;
+        self.matrix.take().ok_or_else(|| Error::invalid(OP, "the matrix was taken already"))
+    }
+}
+
+impl Drop for Arriving {
+    fn drop(&mut self) {
+        // If it was not waited for (an error ended the pass), its memory must outlive the copy.
+        let _ = self.copied.hold(self.gpu.stream());
+    }
+}
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        // The memory is freed on the compute stream, so that stream has to wait for the copy.
+        let _ = self.copied.hold(self.gpu.stream());
+    }
+}
