@@ -1,14 +1,14 @@
 //! Training steps of an 8B model on a GPU: speed and peak memory, in the terms of `scripts/bench/peft_cuda.py`.
 //!
 //!     cargo bench --features cuda --bench train_step -- [--case 4x2048] [--mode free|lean] [--rank 16] [--targets all|qkvo]
-//!         [--attention auto|own] [--limit-gib 24] [--layers 32] [--steps 5] [--out train_step.csv] [--gpu H100] [--driver 580]
+//!         [--attention auto|own] [--limit-gib 24] [--layers 32] [--steps 5] [--warmup 2] [--out train_step.csv] [--gpu H100] [--driver 580]
 //!         [--commit abc] [--date 2026-11-22]
 //!
 //! Llama-3.1-8B's shape with random weights, NF4 with double quantization, bf16 activations, AdamW with f32 state, the loss
 //! over all tokens. A step is forward, backward, clipping and update, synchronized; tok/s is the tokens over the median
 //! step. GB is the most memory in use at one time, by the GPU pool's own counter, over 1e9. `free` keeps all
 //! activations and the dequantized weights; `lean` keeps the blocks' inputs in pinned host memory, recomputes, and
-//! dequantizes one weight at a time.
+//! dequantizes one weight at a time; `plan` is what the planner chooses for the memory there is (`--limit-gib`).
 
 use std::io::Write;
 use std::path::Path;
@@ -24,8 +24,7 @@ use qlora::kernels::quant::QuantConfig;
 use qlora::kernels::weight::PlainData;
 use qlora::kernels::{Workspace, cuda};
 use qlora::lora::{LoraConfig, ModuleFilter, TargetModules};
-use qlora::model::block::Keep;
-use qlora::model::{CausalLm, LoadOptions, Quantization, TrainPass};
+use qlora::model::{BatchShape, CausalLm, LoadOptions, Planner, Quantization, TrainPass};
 use qlora::source::{PlainTensor, WeightSource};
 use rand::{RngExt, SeedableRng};
 
@@ -146,6 +145,7 @@ struct Options {
     targets: String,
     layers: usize,
     steps: usize,
+    warmup: usize,
     out: Option<String>,
     attention: String,
     gpu: String,
@@ -163,6 +163,7 @@ fn options() -> anyhow::Result<Options> {
         targets: "all".into(),
         layers: 32,
         steps: 5,
+        warmup: 2,
         out: None,
         attention: "auto".into(),
         gpu: String::new(),
@@ -187,6 +188,7 @@ fn options() -> anyhow::Result<Options> {
             "--targets" => options.targets = value,
             "--layers" => options.layers = value.parse()?,
             "--steps" => options.steps = value.parse()?,
+            "--warmup" => options.warmup = value.parse()?,
             "--out" => options.out = Some(value),
             "--attention" => options.attention = value,
             "--gpu" => options.gpu = value,
@@ -235,16 +237,22 @@ fn main() -> anyhow::Result<()> {
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(0);
 
     for mode in &options.modes {
-        let keep = if mode == "free" { Keep::Everything } else { Keep::Offload };
-        model.set_keep(vec![keep; options.layers])?;
-        model.set_split_weights(mode == "lean");
         for &(sequences, length) in &options.cases {
-            model.set_weight_cache(mode == "free");
+            model.set_weight_cache(false);
             gpu.pool().trim()?;
+            let planner = Planner::on_gpu(&model, BatchShape::uniform(sequences, length), 0)?;
+            let plan = match mode.as_str() {
+                "free" => planner.richest(),
+                "lean" => planner.leanest(),
+                "plan" => planner.plan(gpu.pool().used()? + gpu.pool().available()?)?,
+                _ => anyhow::bail!("mode {mode}: expected free, lean or plan"),
+            };
+            println!("plan: {plan}");
+            model.apply_plan(&plan)?;
             gpu.pool().reset_peak()?;
             let mut seconds = Vec::new();
             let mut loss = 0.0;
-            for step in 0..options.steps + 2 {
+            for step in 0..options.steps + options.warmup {
                 let documents: Vec<Vec<u32>> =
                     (0..sequences).map(|_| (0..length).map(|_| rng.random_range(0..128_256)).collect()).collect();
                 let labels: Vec<Vec<i64>> =
@@ -268,15 +276,18 @@ fn main() -> anyhow::Result<()> {
                 loss = sum.sum / items as f64;
                 anyhow::ensure!(loss.is_finite() && norm.is_finite(), "step {step}: loss {loss}, norm {norm}");
             }
-            seconds.drain(..2);
+            seconds.drain(..options.warmup);
             seconds.sort_by(f64::total_cmp);
             let median = seconds[seconds.len() / 2];
             let speed = (sequences * length) as f64 / median;
             let peak = gpu.pool().peak()? as f64 / 1e9;
+            let predicted = plan.peak as f64 / 1e9;
             println!(
-                "{sequences}x{length} {mode} {} r={}: {speed:.0} tok/s, {peak:.2} GB, {:.1} ms (fastest {:.1}), loss {loss:.3}",
+                "{sequences}x{length} {mode} {} r={}: {speed:.0} tok/s, {peak:.3} GB (predicted {predicted:.3}, {:+.2}%), \
+                 {:.1} ms (fastest {:.1}), loss {loss:.3}",
                 options.targets,
                 options.rank,
+                100.0 * (predicted / peak - 1.0),
                 median * 1e3,
                 seconds[0] * 1e3
             );

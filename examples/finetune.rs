@@ -23,6 +23,12 @@ struct Args {
     /// Changes a key of it, as `section.key=value`.
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    /// The most GPU memory to use, in GB; the same as `--set training.memory_budget=24`.
+    #[arg(long, value_name = "GB")]
+    memory_budget: Option<f64>,
+    /// Load the model, print the memory plan, and stop.
+    #[arg(long)]
+    dry_run: bool,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -33,11 +39,14 @@ fn main() -> anyhow::Result<()> {
         let (key, value) = change.split_once('=').context("--set takes section.key=value")?;
         config.set(key.trim(), value.trim())?;
     }
+    if let Some(budget) = args.memory_budget {
+        config.set("training.memory_budget", &format!("{budget:?}"))?;
+    }
     let interrupt = Interrupt::on_ctrl_c()?;
 
     eprintln!("loading {}", config.model.model_name_or_path);
     let bar = Bar::new(0).with_style(ProgressStyle::with_template("{bar:24} {pos}/{len} weights, {eta} left")?);
-    let session = Session::open(&config, |done, total| {
+    let mut session = Session::open(&config, |done, total| {
         bar.set_length(total as u64);
         bar.set_position(done as u64);
     })?;
@@ -52,6 +61,13 @@ fn main() -> anyhow::Result<()> {
 
     let (training, validation) = session.datasets()?;
     eprintln!("{}", training.stats());
+    match session.plan_memory(&training)? {
+        Some(plan) => eprintln!("memory plan: {plan}"),
+        None => eprintln!("training on the CPU: there is no memory plan"),
+    }
+    if args.dry_run {
+        return Ok(());
+    }
     let output = config.training.output_dir.clone();
     let summary = session
         .into_trainer(training, validation)?

@@ -11,8 +11,9 @@ use anyhow::Context;
 use clap::Parser;
 use qlora::chat::{Message, TemplateArguments};
 use qlora::generate::generate;
+use qlora::kernels::Dtype;
 use qlora::kernels::quant::QuantConfig;
-use qlora::model::{CausalLm, LoadOptions, Quantization};
+use qlora::model::{CausalLm, DeviceChoice, LoadOptions, Quantization};
 use qlora::open::{OpenOptions, open_model};
 use qlora::sampling::GenerationConfig;
 
@@ -31,6 +32,9 @@ struct Args {
     /// The prompt is the beginning of a text, not a message of a chat.
     #[arg(long)]
     raw: bool,
+    /// auto, cpu, cuda, or such as cuda:1.
+    #[arg(long, default_value = "auto")]
+    device: DeviceChoice,
     /// Keep the weights as stored instead of quantizing them to NF4.
     #[arg(long)]
     no_quantization: bool,
@@ -63,7 +67,8 @@ fn main() -> anyhow::Result<()> {
         true => Quantization::None,
         false => Quantization::Bits4(QuantConfig::default()),
     };
-    let mut model = CausalLm::load(&*files.source, LoadOptions { quantization, progress: None })?;
+    let workspace = args.device.open(Dtype::Bf16, None)?;
+    let mut model = CausalLm::load_on(&*files.source, LoadOptions { quantization, progress: None }, workspace)?;
     if let Some(folder) = &args.adapter {
         let adapter = qlora::adapter::load(folder, model.config())?;
         model.set_adapter(adapter.config.lora, adapter.layout, adapter.weights)?;

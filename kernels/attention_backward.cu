@@ -4,16 +4,26 @@
 // of the same sequence iff u <= t (and u > t - window) in numbers of the packed rows. f32 sums; P and dS are rounded to
 // the element type for the products they enter.
 //
-// 1. prepare: D and lse * log2 e, [heads][padded tokens] in the workspace, and zeros in the sums that get atomics.
-// 2. main: one CTA per BN keys of a sequence and one or more query heads of a group; dK and dV stay in registers while
-// the
-//    CTA walks the query blocks of all its heads (5 products a tile). Two CTAs of 4 warps share an SM and cover each
-//    other's barriers. dQ goes to f32 sums in the workspace by vector atomics, in the order of the mma fragments (512
-//    contiguous bytes a warp); `finish` puts it in rows. Query blocks are aligned to the packed rows, not to the
-//    sequences, so that the sums of a block have one place; rows of other sequences are read as zeros and then add
-//    zeros. With few CTAs (short inputs) each gets a part of the group's query heads, and dK, dV are f32 sums too.
-// 3. deterministic: no atomics. The main kernel leaves dQ out, and a kernel like the forward one computes it (7
-// products). Floor: 10 D FLOP a visible pair and head (14 D deterministic).
+// 1. prepare: D and lse * log2 e, [heads][padded tokens] in the workspace, and zeros in the sums of dq.
+//
+// 2. main: one CTA of 8 warps per 128 keys of a sequence and one or more query heads of a group. dK and dV stay in
+// registers while the CTA walks the blocks of 64 queries of all its heads: 5 products a tile, warp tiles of 32 x 32 and
+// 32 x 64, P and dS through shared memory. Pipelined: between two barriers the scores of the next tile and the products
+// of the current one, which are independent; the two warps of a scheduler take these halves in opposite order, so that
+// the exponentials of one run under the mma of the other.
+//
+// dQ goes to f32 sums in the workspace by vector atomics, in the order of the mma fragments (512 contiguous bytes a
+// warp); `finish` puts it in rows. Query blocks are aligned to the packed rows, not to the sequences, so that the sums
+// of a block have one place; rows of other sequences are read as zeros and then add zeros. About one wave of CTAs works
+// on few heads at a time, which keeps the sums in L2.
+//
+// With few CTAs (short inputs) each gets a part of the group's query heads and leaves its dK and dV as f32 in the
+// workspace; `combine` adds the parts in a fixed order.
+//
+// 3. deterministic: no atomics. The main kernel leaves dQ out, and a kernel like the forward one computes it: 7
+// products.
+//
+// Floor: 10 D FLOP a visible pair and head (14 D deterministic) at about 62% of the tensor rate of Hopper (mma.sync).
 
 #include "attention_backward.cuh"
 
@@ -23,16 +33,19 @@ namespace attention {
 
 // STAGES tiles of queries and of do; with three of them P and dS are doubled as well.
 template <int D, int BN, int STAGES> constexpr int backward_shared_bytes() {
-    return (2 * BN * D + 2 * STAGES * Q_BLOCK * D + (STAGES == 3 ? 4 : 2) * Q_BLOCK * BN) * 2 + STAGES * 2 * Q_BLOCK * 4;
+    return (2 * BN * D + 2 * STAGES * Q_BLOCK * D + (STAGES == 3 ? 4 : 2) * Q_BLOCK * BN) * 2 +
+           STAGES * 2 * Q_BLOCK * 4;
 }
 
-// Warps along the rows of the score tile (queries), of dK and dV (keys) and of dQ (queries); the others stand along the
-// columns.
+// SCORE_ROWS, KEY_ROWS, QUERY_ROWS: warps along the rows of the score tile (queries), of dK and dV (keys) and of dQ
+// (queries); the others stand along the columns. AHEAD: fragments fetched one step early, bits for A and B of the
+// scores, of dK and dV, of dQ.
 template <typename T, int D, int BN, int WARPS, int CTAS, int STAGES, int SCORE_ROWS, int KEY_ROWS, int QUERY_ROWS,
           bool WITH_DQ, int AHEAD = 0, bool STAGGER = false>
 __global__ __launch_bounds__(WARPS * 32, CTAS) void backward_kernel(const BackwardArguments a) {
     constexpr int BM = Q_BLOCK, THREADS = WARPS * 32;
-    constexpr int S_COLS = BN / (WARPS / SCORE_ROWS), K_COLS = D / (WARPS / KEY_ROWS), Q_COLS = D / (WARPS / QUERY_ROWS);
+    constexpr int S_COLS = BN / (WARPS / SCORE_ROWS), K_COLS = D / (WARPS / KEY_ROWS),
+                  Q_COLS = D / (WARPS / QUERY_ROWS);
     constexpr int SM = BM / SCORE_ROWS / 16, SN = S_COLS / 8; // tiles of 16 rows, of 8 columns
     constexpr int KM = BN / KEY_ROWS / 16, KN = K_COLS / 8;
     constexpr int QM = BM / QUERY_ROWS / 16, QN = Q_COLS / 8;
@@ -224,8 +237,8 @@ __global__ __launch_bounds__(WARPS * 32, CTAS) void backward_kernel(const Backwa
     copy_async_commit();
     advance(next);
     if constexpr (PIPELINED) {
-        // One barrier a tile: between two of them the scores of the next tile and the products of this one, which do not
-        // depend on each other, while the tile after the next arrives.
+        // One barrier a tile: between two of them the scores of the next tile and the products of this one, which do
+        // not depend on each other, while the tile after the next arrives.
         Place coming = next;
         if (steps > 1) load_queries(coming);
         copy_async_commit();
@@ -240,7 +253,8 @@ __global__ __launch_bounds__(WARPS * 32, CTAS) void backward_kernel(const Backwa
             copy_async_commit();
             advance(coming);
             if constexpr (STAGGER) {
-                // The two warps of a scheduler take the halves in opposite order: one's exponentials under the other's mma.
+                // The two warps of a scheduler take the halves in opposite order: one's exponentials under the other's
+                // mma.
 #pragma unroll 1
                 for (int half = 0; half < 2; half++) {
                     if (half == (warp / 4 & 1)) {
@@ -288,11 +302,14 @@ __global__ __launch_bounds__(WARPS * 32, CTAS) void backward_kernel(const Backwa
             for (int half = 0; half < 2; half++) {
                 const int row = k_row + m * 16 + half * 8 + lane / 4;
                 if (row >= keys) continue;
-                const int64_t at = static_cast<int64_t>(j0 + row) * a.kv_heads * D + kv_head * D + k_col + lane % 4 * 2;
+                const int64_t at = (static_cast<int64_t>(part % a.parts) * a.tokens + j0 + row) * a.kv_heads * D +
+                                   kv_head * D + k_col + lane % 4 * 2;
 #pragma unroll
                 for (int n = 0; n < KN; n++) {
-                    add_pair(a.dk_sum + at + n * 8, dk[m][n][half * 2], dk[m][n][half * 2 + 1]);
-                    add_pair(a.dv_sum + at + n * 8, dv[m][n][half * 2], dv[m][n][half * 2 + 1]);
+                    *reinterpret_cast<float2*>(a.dk_sum + at + n * 8) =
+                        make_float2(dk[m][n][half * 2], dk[m][n][half * 2 + 1]);
+                    *reinterpret_cast<float2*>(a.dv_sum + at + n * 8) =
+                        make_float2(dv[m][n][half * 2], dv[m][n][half * 2 + 1]);
                 }
             }
         return;
@@ -335,16 +352,17 @@ int launch_main(BackwardArguments a, int64_t max_len, cudaStream_t stream) {
     const int64_t grid = key_blocks * units;
     if (grid > INT32_MAX) return static_cast<int>(cudaErrorInvalidValue);
     a.key_blocks = static_cast<int>(key_blocks);
-    // About one wave of CTAs a chunk: then the sums of dq that are being added to stay in L2, and the light CTAs of a chunk
-    // run beside the heavy ones of the next.
-    if (a.chunk <= 0) a.chunk = static_cast<int>(std::max(CTAS * device_limits().multiprocessors / key_blocks, int64_t{1}));
+    // About one wave of CTAs a chunk: then the sums of dq that are being added to stay in L2, and the light CTAs of a
+    // chunk run beside the heavy ones of the next.
+    if (a.chunk <= 0)
+        a.chunk = static_cast<int>(std::max(CTAS * device_limits().multiprocessors / key_blocks, int64_t{1}));
     if (a.chunk > units) a.chunk = static_cast<int>(units);
     kernel<<<static_cast<unsigned>(grid), WARPS * 32, bytes, stream>>>(a);
     return static_cast<int>(cudaGetLastError());
 }
 
-// The pipelined form where the shared memory is large enough (sm_90 at every D), else two stages (sm_80), else the small
-// tiles (the 99 KB devices).
+// The pipelined form where the shared memory is large enough (sm_90 at every D), else two stages (sm_80), else the
+// small tiles (the 99 KB devices).
 template <typename T, int D, bool WITH_DQ>
 int dispatch_main(const BackwardArguments& a, int64_t max_len, cudaStream_t stream) {
     constexpr int QUERY_ROWS = D == 96 ? 4 : 2; // 24 columns of dQ would be an odd number of tiles
@@ -366,6 +384,12 @@ int run_backward(const BackwardArguments& a, int64_t max_len, bool deterministic
     status =
         deterministic ? dispatch_main<T, D, false>(a, max_len, stream) : dispatch_main<T, D, true>(a, max_len, stream);
     if (status != cudaSuccess) return status;
+    if (a.parts > 1) {
+        const int64_t threads = static_cast<int64_t>(a.tokens) * a.kv_heads * D / 4;
+        combine_kernel<T><<<static_cast<unsigned>((threads + 255) / 256), 256, 0, stream>>>(a, a.kv_heads * D);
+        status = static_cast<int>(cudaGetLastError());
+        if (status != cudaSuccess) return status;
+    }
     if (deterministic) return launch_query<T, D, 128, D == 64 ? 64 : 32, 4, 2>(a, max_len, stream);
     finish_kernel<T, D><<<static_cast<unsigned>(small_grid), 256, 0, stream>>>(a);
     return static_cast<int>(cudaGetLastError());
@@ -381,8 +405,20 @@ template <typename T> int dispatch_backward(const BackwardArguments& a, int64_t 
     }
 }
 
-// Up to this many tokens the workspace has room for f32 sums of dk and dv, so that a group can be split among CTAs.
-constexpr int64_t SPLIT_TOKENS = 4096;
+// Up to this many tokens the workspace has room for f32 parts of dk and dv, so that a group can be split among CTAs.
+constexpr int64_t SPLIT_TOKENS = 2048;
+
+// In how many parts to split a group. Under causality the first key block of a sequence has twice the mean work; it
+// should not outlast the mean work of a multiprocessor. Both in tiles of 64 x 128: 2 N of a head for the first of N
+// blocks, and N (N + 1) for all of them.
+inline int group_parts(int64_t tokens, int64_t max_len, int64_t heads, int64_t group) {
+    if (tokens > SPLIT_TOKENS) return 1;
+    const double blocks = (max_len + 127) / 128;
+    const double mean = tokens / (128.0 * blocks) * heads * blocks * (blocks + 1) / device_limits().multiprocessors;
+    for (int64_t parts = 1; parts < group; parts++)
+        if (group % parts == 0 && group / parts * 2 * blocks <= 1.1 * mean) return static_cast<int>(parts);
+    return static_cast<int>(group);
+}
 
 inline int64_t padded_tokens(int64_t tokens) { return (tokens + Q_BLOCK - 1) / Q_BLOCK * Q_BLOCK; }
 
@@ -393,11 +429,8 @@ extern "C" int64_t qlora_attention_backward_workspace(int64_t tokens, int64_t he
     using namespace attention;
     const int64_t padded = padded_tokens(tokens);
     int64_t floats = 2 * padded * heads;
-    if (!deterministic) {
-        floats += padded * heads * head_dim;
-        // Two sums of kv_heads <= heads / 2.
-        if (tokens <= SPLIT_TOKENS) floats += tokens * heads * head_dim;
-    }
+    if (!deterministic) floats += padded * heads * head_dim;
+    if (tokens <= SPLIT_TOKENS) floats += 2 * tokens * heads * head_dim; // parts * kv_heads <= heads
     return floats * 4;
 }
 
@@ -429,21 +462,13 @@ extern "C" int qlora_attention_backward(int dtype, const void* q, int64_t ldq, c
     a.group = static_cast<int>(heads / kv_heads);
     a.window = window > INT32_MAX / 4 ? 0 : static_cast<int>(window); // longer than any sequence: none
     a.scale = scale;
-    a.parts = 1;
-    a.chunk = 0;
+    a.parts = group_parts(tokens, max_len, heads, a.group);
     float* at = static_cast<float*>(workspace);
     a.row_lse = at, at += a.padded * heads;
     a.row_d = at, at += a.padded * heads;
-    if (!deterministic) {
-        a.dq_sum = at, at += a.padded * heads * head_dim;
-        a.dk_sum = at, at += tokens * kv_heads * head_dim;
-        a.dv_sum = at;
-        // Under causality the first key block has twice the mean work: below two waves of CTAs it would end last.
-        if (tokens <= SPLIT_TOKENS)
-            while (a.parts < a.group && tokens / 128 * kv_heads * a.parts < 2 * device_limits().multiprocessors)
-                do a.parts++;
-                while (a.group % a.parts != 0);
-    }
+    if (!deterministic) a.dq_sum = at, at += a.padded * heads * head_dim;
+    a.dk_sum = at, at += a.parts * tokens * kv_heads * head_dim;
+    a.dv_sum = at;
     switch (dtype) {
     case BF16: return dispatch_backward<__nv_bfloat16>(a, head_dim, max_len, deterministic != 0, stream);
     case F16: return dispatch_backward<__half>(a, head_dim, max_len, deterministic != 0, stream);

@@ -1,6 +1,6 @@
 // The kernels around the main one of attention_backward.cu (which explains the whole): `prepare` before it, `finish`
-// after it, and the separate kernel for dq in the deterministic mode. Memory-bound except the last: `prepare` reads o
-// and do and writes zeros to the f32 sums, `finish` reads the sums and writes dq.
+// and `combine` after it, and the separate kernel for dq in the deterministic mode. Memory-bound except the last:
+// `prepare` reads o and do and writes zeros to the f32 sums, `finish` reads the sums and writes dq.
 #pragma once
 
 #include "attention.cuh"
@@ -15,7 +15,7 @@ struct BackwardArguments {
     const float* lse;
     float *row_lse, *row_d; // [heads][padded]: lse * log2 e, D
     float* dq_sum;          // [heads][padded / Q_BLOCK][Q_BLOCK * D], fragment order
-    float *dk_sum, *dv_sum; // [tokens][kv_heads * D], only with several CTAs a group
+    float *dk_sum, *dv_sum; // [parts][tokens][kv_heads * D], only with several CTAs a group
     int64_t ldq, ldk, ldv, ldo, lddo, lddq, lddk, lddv;
     const int32_t* cu;
     int sequences, tokens, padded, heads, kv_heads, group, parts, window;
@@ -44,15 +44,6 @@ __device__ __forceinline__ float4 read_fragment(const float* at, int lane) {
 #endif
 }
 
-__device__ __forceinline__ void add_pair(float* at, float x, float y) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};\n" ::"l"(at), "f"(x), "f"(y) : "memory");
-#else
-    atomicAdd(at, x);
-    atomicAdd(at + 1, y);
-#endif
-}
-
 // One CTA: Q_BLOCK rows of one head. Rows at and after `tokens` get zeros.
 template <typename T, int D> __global__ __launch_bounds__(256) void prepare_kernel(const BackwardArguments a) {
     constexpr int LANES = D / 8; // a row of a head
@@ -78,7 +69,8 @@ template <typename T, int D> __global__ __launch_bounds__(256) void prepare_kern
     }
     const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (a.dq_sum) {
-        float4* sum = reinterpret_cast<float4*>(a.dq_sum + (static_cast<int64_t>(head) * a.padded + block * Q_BLOCK) * D);
+        float4* sum =
+            reinterpret_cast<float4*>(a.dq_sum + (static_cast<int64_t>(head) * a.padded + block * Q_BLOCK) * D);
 #pragma unroll
         for (int i = 0; i < Q_BLOCK * D / 4 / 256; i++) sum[threadIdx.x + i * 256] = zero;
     }
@@ -95,19 +87,9 @@ template <typename T, int D> __global__ __launch_bounds__(256) void prepare_kern
             a.row_lse[at] = lse[i] * LOG2E;
         }
     }
-    if (a.parts > 1 && head < a.kv_heads) {
-        for (int i = threadIdx.x; i < Q_BLOCK * D / 4; i += 256) {
-            const int t = block * Q_BLOCK + i / (D / 4);
-            const int64_t at = static_cast<int64_t>(t) * a.kv_heads * D + head * D + i % (D / 4) * 4;
-            if (t < a.tokens) {
-                *reinterpret_cast<float4*>(a.dk_sum + at) = zero;
-                *reinterpret_cast<float4*>(a.dv_sum + at) = zero;
-            }
-        }
-    }
 }
 
-// dq from its sums; dk and dv from theirs where there are any. One CTA: Q_BLOCK rows of one head.
+// dq from its sums. One CTA: Q_BLOCK rows of one head.
 template <typename T, int D> __global__ __launch_bounds__(256) void finish_kernel(const BackwardArguments a) {
     using Rows = Tile<D>;
     __shared__ __align__(128) unsigned char shared[Q_BLOCK * Rows::PITCH];
@@ -135,21 +117,27 @@ template <typename T, int D> __global__ __launch_bounds__(256) void finish_kerne
         if (t >= a.tokens) continue;
         *reinterpret_cast<uint4*>(static_cast<T*>(a.dq) + t * a.lddq + head * D + chunk * 8) =
             load_shared16(Rows::address(tile, index / Rows::CHUNKS, chunk));
-        if (a.parts > 1 && head < a.kv_heads) {
-            const int64_t at = t * a.kv_heads * D + head * D + chunk * 8;
-            float x[8];
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                load_floats<float, 4>((half ? a.dv_sum : a.dk_sum) + at, *reinterpret_cast<float (*)[4]>(x));
-                load_floats<float, 4>((half ? a.dv_sum : a.dk_sum) + at + 4, *reinterpret_cast<float (*)[4]>(x + 4));
-                if (half == 0)
-#pragma unroll
-                    for (int c = 0; c < 8; c++) x[c] *= a.scale;
-                T* to = half ? static_cast<T*>(a.dv) + t * a.lddv : static_cast<T*>(a.dk) + t * a.lddk;
-                store_floats<T, 8>(to + head * D + chunk * 8, x);
-            }
-        }
     }
+}
+
+// dk and dv where several CTAs had parts of a group: their f32 parts, added in the order of the parts.
+template <typename T> __global__ __launch_bounds__(256) void combine_kernel(const BackwardArguments a, int columns) {
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+    const int64_t t = index / (columns / 4), size = static_cast<int64_t>(a.tokens) * columns;
+    const int column = static_cast<int>(index % (columns / 4)) * 4;
+    if (t >= a.tokens) return;
+    float k[4] = {}, v[4] = {};
+    for (int part = 0; part < a.parts; part++) {
+        float x[4], y[4];
+        load_floats<float, 4>(a.dk_sum + part * size + t * columns + column, x);
+        load_floats<float, 4>(a.dv_sum + part * size + t * columns + column, y);
+#pragma unroll
+        for (int c = 0; c < 4; c++) k[c] += x[c], v[c] += y[c];
+    }
+#pragma unroll
+    for (int c = 0; c < 4; c++) k[c] *= a.scale;
+    store_floats<T, 4>(static_cast<T*>(a.dk) + t * a.lddk + column, k);
+    store_floats<T, 4>(static_cast<T*>(a.dv) + t * a.lddv + column, v);
 }
 
 template <int D, int BM, int BN> constexpr int query_shared_bytes() { return (2 * BM + 4 * BN) * D * 2; }

@@ -29,6 +29,7 @@ struct ForwardArguments {
 
 template <int D, int BM, int BN> constexpr int forward_shared_bytes() { return (BM + 4 * BN) * D * 2; }
 
+// AHEAD: fragments fetched one step early, bits for Q, K and V.
 template <typename T, int D, int BM, int BN, int WARPS, int CTAS, bool Q_IN_REGISTERS, int AHEAD = 0>
 __global__ __launch_bounds__(WARPS * 32, CTAS) void forward_kernel(const ForwardArguments a) {
     constexpr int THREADS = WARPS * 32;

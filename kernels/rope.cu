@@ -70,7 +70,8 @@ extern "C" int qlora_rope(int dtype, void* x, int64_t ldx, const float* cos, con
             while (lanes < 256 && lanes < half / N) lanes *= 2;
             const int64_t needed = divide_up(heads, HEADS), most = 512 / lanes;
             const unsigned y = static_cast<unsigned>(needed < most ? needed : most);
-            const unsigned z = lanes * y < 128 ? 128 / (lanes * y) : 1;   // tokens a block
+            // Tokens a block; its third dimension is at most 64.
+            const unsigned z = lanes * y >= 128 ? 1 : lanes * y >= 2 ? 128 / (lanes * y) : 64;
             const dim3 block(lanes, y, z);
             rope_kernel<T, N><<<static_cast<unsigned>(divide_up(tokens, z)), block, 0, stream>>>(
                 xt, ldx, cos, sin, positions, tokens, static_cast<int>(heads), static_cast<int>(half),

@@ -4,11 +4,11 @@
 use std::sync::Arc;
 
 use qlora::config::{Architecture, ModelConfig};
-use qlora::kernels::Workspace;
 use qlora::kernels::ops::attention::AttentionConfig;
 use qlora::kernels::ops::rope::RopeConfig;
 use qlora::kernels::quant::{QuantConfig, Quantized4bit};
 use qlora::kernels::weight::{FrozenWeight, PlainData, PlainWeight};
+use qlora::kernels::{Matrix, Workspace};
 use qlora::lora::LoraConfig;
 use qlora::model::CausalLm;
 use qlora::model::block::{Block, WeightCaches};
@@ -47,24 +47,72 @@ pub(crate) fn random(rng: &mut ChaCha8Rng, len: usize, scale: f32) -> Vec<f32> {
     (0..len).map(|_| rng.random_range(-scale..scale)).collect()
 }
 
-/// A model with random weights, its projections quantized if `quantized`; the same seed gives the same model.
+/// A norm's weight or a bias, where `workspace` is.
+fn vector(values: Vec<f32>, workspace: &Workspace) -> Matrix {
+    match workspace.device().is_cpu() {
+        true => values.into(),
+        false => workspace.upload(&values, 1, values.len()).unwrap(),
+    }
+}
+
+/// A weight as it is, where `workspace` is.
+fn plain(weight: PlainWeight, workspace: &Workspace) -> Arc<dyn FrozenWeight> {
+    match workspace.device().is_cpu() {
+        true => Arc::new(weight),
+        #[cfg(feature = "cuda")]
+        false => Arc::new(qlora::kernels::cuda::CudaWeight::plain(&weight, workspace).unwrap()),
+        #[cfg(not(feature = "cuda"))]
+        false => unreachable!("built without CUDA"),
+    }
+}
+
+/// A 4-bit weight, quantized on the host, where `workspace` is.
+fn bits4(weight: Quantized4bit, workspace: &Workspace) -> Arc<dyn FrozenWeight> {
+    match workspace.device().is_cpu() {
+        true => Arc::new(weight),
+        #[cfg(feature = "cuda")]
+        false => Arc::new(qlora::kernels::cuda::CudaWeight::quantized(&weight, workspace).unwrap()),
+        #[cfg(not(feature = "cuda"))]
+        false => unreachable!("built without CUDA"),
+    }
+}
+
+/// A GPU of its own stream, or `None` with a printed reason where there is no GPU.
+///
+/// # Panics
+/// If there is no GPU although `QLORA_REQUIRE_GPU=1`.
+#[cfg(feature = "cuda")]
+pub(crate) fn gpu() -> Option<candle_core::Device> {
+    match qlora::kernels::cuda::device(0, None) {
+        Ok(device) => Some(device),
+        Err(error) if std::env::var("QLORA_REQUIRE_GPU").is_ok_and(|value| value == "1") => panic!("no GPU: {error}"),
+        Err(error) => {
+            println!("skipped: no GPU ({error})");
+            None
+        }
+    }
+}
+
+/// A model with random weights, its projections quantized if `quantized`; the same seed gives the same model on every
+/// device.
 pub(crate) fn tiny_model(config: &ModelConfig, quantized: bool, seed: u64, workspace: Workspace) -> CausalLm {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let (hidden, mlp, head_dim) = (config.hidden_size, config.intermediate_size, config.head_dim);
     let (q_width, kv_width) = (config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim);
-    let norm =
-        |rng: &mut ChaCha8Rng, len: usize| -> Vec<f32> { random(rng, len, 0.3).iter().map(|x| 1.0 + x).collect() };
+    let norm = |rng: &mut ChaCha8Rng, len: usize| -> Matrix {
+        vector(random(rng, len, 0.3).iter().map(|x| 1.0 + x).collect(), &workspace)
+    };
     let table = |rng: &mut ChaCha8Rng| -> Arc<dyn FrozenWeight> {
         let data = PlainData::F32(random(rng, config.vocab_size * hidden, 1.0));
-        Arc::new(PlainWeight::new(data, config.vocab_size, hidden))
+        plain(PlainWeight::new(data, config.vocab_size, hidden), &workspace)
     };
     let projection = |rng: &mut ChaCha8Rng, name: String, rows: usize, cols: usize, bias: bool| {
         let data = PlainData::F32(random(rng, rows * cols, 1.5 / (cols as f32).sqrt()));
         let weight: Arc<dyn FrozenWeight> = match quantized {
-            true => Arc::new(Quantized4bit::quantize(&data, rows, cols, &QuantConfig::default()).unwrap()),
-            false => Arc::new(PlainWeight::new(data, rows, cols)),
+            true => bits4(Quantized4bit::quantize(&data, rows, cols, &QuantConfig::default()).unwrap(), &workspace),
+            false => plain(PlainWeight::new(data, rows, cols), &workspace),
         };
-        Projection::new(name, weight, bias.then(|| random(rng, rows, 0.5).into())).unwrap()
+        Projection::new(name, weight, bias.then(|| vector(random(rng, rows, 0.5), &workspace))).unwrap()
     };
     let embedding = table(&mut rng);
     let blocks = (0..config.num_hidden_layers)
@@ -72,9 +120,9 @@ pub(crate) fn tiny_model(config: &ModelConfig, quantized: bool, seed: u64, works
             let rng = &mut rng;
             let name = |part: &str| format!("model.layers.{layer}.{part}");
             Block {
-                input_norm: norm(rng, hidden).into(),
-                post_attention_norm: norm(rng, hidden).into(),
-                qk_norm: config.qk_norm.then(|| (norm(rng, head_dim).into(), norm(rng, head_dim).into())),
+                input_norm: norm(rng, hidden),
+                post_attention_norm: norm(rng, hidden),
+                qk_norm: config.qk_norm.then(|| (norm(rng, head_dim), norm(rng, head_dim))),
                 eps: config.rms_norm_eps,
                 attention: AttentionConfig {
                     heads: config.num_attention_heads,
@@ -94,7 +142,7 @@ pub(crate) fn tiny_model(config: &ModelConfig, quantized: bool, seed: u64, works
             }
         })
         .collect();
-    let final_norm = norm(&mut rng, hidden).into();
+    let final_norm = norm(&mut rng, hidden);
     let head = if config.tie_word_embeddings { embedding.clone() } else { table(&mut rng) };
     let limit = config.max_position_embeddings;
     let stack = Stack::new(blocks, final_norm, config.rms_norm_eps, config.rope.clone(), limit).unwrap();

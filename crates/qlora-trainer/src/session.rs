@@ -19,9 +19,12 @@ use std::path::Path;
 use qlora_core::adapter::{AdapterDtype, SaveOptions};
 use qlora_core::chat::ChatTemplate;
 use qlora_core::lora::{LoraConfig, ModuleFilter, ModulePattern, TargetModules};
-use qlora_core::model::{CausalLm, LoadOptions, Quantization};
+#[cfg(feature = "cuda")]
+use qlora_core::model::{BatchShape, Planner};
+use qlora_core::model::{CausalLm, DeviceChoice, LoadOptions, MemoryPlan, Quantization};
 use qlora_core::open::{GenerationDefaults, ModelFiles, OpenOptions, open_model};
 use qlora_core::tokenizer::Tokenizer;
+use qlora_kernels::Workspace;
 use qlora_kernels::quant::{QuantConfig, QuantType};
 
 use crate::config::{self, LoraOptions, ModelOptions, Targets, TrainConfig};
@@ -65,7 +68,8 @@ impl Session {
             None => chat_template,
         };
         let load = LoadOptions { quantization: quantization(&config.model), progress: Some(&mut progress) };
-        let mut model = CausalLm::load(&*source, load)?;
+        let workspace = workspace(config)?;
+        let mut model = CausalLm::load_on(&*source, load, workspace)?;
         model.add_adapter(lora_config(&config.lora)?, config.training.seed)?;
         model.set_gradient_checkpointing(config.training.gradient_checkpointing)?;
         Ok(Self { config: config.clone(), model, tokenizer, template, generation, name, commit })
@@ -106,11 +110,48 @@ impl Session {
         Ok((training, validation))
     }
 
-    /// A run over these data.
+    /// Chooses what each block keeps for its backward, for the memory there is, and applies it. On the CPU there is no
+    /// plan.
     ///
     /// # Errors
-    /// If the data does not fit the model.
-    pub fn into_trainer<'a>(self, training: Dataset, validation: Option<Dataset>) -> Result<Trainer<'a, QLoraModel>> {
+    /// If even the leanest plan needs more memory than there is; the message says how much.
+    pub fn plan_memory(&mut self, training: &Dataset) -> Result<Option<MemoryPlan>> {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = self.model.workspace().gpu().cloned() {
+            let options = &self.config.training;
+            let longest = (0..training.len()).map(|i| training.document_len(i)).max().unwrap_or(0);
+            let longest = if self.config.data.packing { self.config.data.max_length } else { longest };
+            let batch = BatchShape::uniform(options.per_device_train_batch_size, longest);
+            // Gradient and both moments; the adapter's values are there already.
+            let trainable = self.model.adapter().map_or(0, |adapter| adapter.layout().len());
+            let planner = Planner::on_gpu(&self.model, batch, 12 * trainable as u64)?;
+            let budget = match options.memory_budget {
+                Some(budget) => (budget * 1e9) as u64,
+                // A little is left for what the driver and the matrix library take, and for fragments.
+                None => (gpu.pool().used()? + gpu.pool().available()?) / 100 * 97,
+            };
+            let plan = match options.gradient_checkpointing {
+                true => planner.plan_recomputing(budget)?,
+                false => planner.plan(budget)?,
+            };
+            self.model.apply_plan(&plan)?;
+            tracing::info!(%plan, "memory");
+            return Ok(Some(plan));
+        }
+        let _ = training;
+        Ok(None)
+    }
+
+    /// A run over these data, planned for the memory there is.
+    ///
+    /// # Errors
+    /// If the data does not fit the model, or a step does not fit the memory.
+    pub fn into_trainer<'a>(
+        mut self,
+        training: Dataset,
+        validation: Option<Dataset>,
+    ) -> Result<Trainer<'a, QLoraModel>> {
+        self.plan_memory(&training)?;
         let (model, config) = self.into_model()?;
         Trainer::new(config, model, training, validation)
     }
@@ -130,6 +171,18 @@ impl Session {
         identity.extend(self.commit.map(|commit| ("commit".to_owned(), commit)));
         Ok((QLoraModel::new(self.model, save, identity)?, self.config))
     }
+}
+
+/// The memory of the configured device.
+fn workspace(config: &TrainConfig) -> Result<Workspace> {
+    let device: DeviceChoice = config.model.device.parse()?;
+    let limit = config.training.memory_budget.map(|budget| (budget * 1e9) as u64);
+    let workspace = device.open(config.model.bnb_4bit_compute_dtype.into(), limit)?;
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = workspace.gpu() {
+        gpu.set_deterministic(config.training.full_determinism);
+    }
+    Ok(workspace)
 }
 
 /// How the configured base is held in memory.

@@ -4,10 +4,14 @@ pub mod block;
 pub mod cache;
 pub mod causal_lm;
 mod checkpoints;
+mod device;
 mod load;
+pub mod plan;
 pub mod projection;
 pub mod stack;
 
 pub use cache::KvCache;
 pub use causal_lm::{Adapter, CausalLm, MemoryUse, TrainPass};
+pub use device::DeviceChoice;
 pub use load::{LoadOptions, Quantization};
+pub use plan::{BatchShape, MemoryPlan, Planner};

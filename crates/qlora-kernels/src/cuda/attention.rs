@@ -16,9 +16,7 @@ use crate::view::{View, ViewMut};
 /// Whether the tensor-core kernels take this shape and these windows.
 fn is_fast(cfg: &AttentionConfig, windows: &[CudaView]) -> bool {
     let aligned = |v: &CudaView| v.ptr().is_multiple_of(16) && v.stride().is_multiple_of(8);
-    matches!(cfg.head_dim, 64 | 96 | 128)
-        && windows.iter().all(|v| v.dtype() != Dtype::F32)
-        && windows.iter().all(aligned)
+    takes(cfg, windows[0].dtype()) && windows.iter().all(|v| v.dtype() != Dtype::F32) && windows.iter().all(aligned)
 }
 
 /// Forward and backward must agree, because the layout of `lse` differs: the answer depends on the batch and the model
@@ -34,6 +32,37 @@ fn shape_for_cudnn(
         return None;
     }
     gpu.attention().shape(gpu, cfg, layout.sequences().len(), len, windows[0].dtype())
+}
+
+/// Bytes of workspace that [`forward`] and [`backward`] take for a batch.
+///
+/// # Errors
+/// If the batch has more tokens than the kernels take.
+pub fn workspace(
+    gpu: &Gpu,
+    cfg: &AttentionConfig,
+    dtype: Dtype,
+    tokens: usize,
+    sequences: usize,
+    uniform_len: Option<usize>,
+) -> Result<[u64; 2]> {
+    check_tokens("attention", tokens)?;
+    let windowed = |len: usize| cfg.window.is_some_and(|window| window < len);
+    let shape = uniform_len.filter(|&len| !windowed(len) && !gpu.deterministic() && takes(cfg, dtype));
+    let shape = shape.and_then(|len| gpu.attention().shape(gpu, cfg, sequences, len, dtype));
+    if let Some(shape) = shape {
+        return cudnn_attention::workspace(gpu, &shape);
+    }
+    let deterministic = i32::from(gpu.deterministic());
+    let (tokens, heads, head_dim) = (tokens as i64, cfg.heads as i64, cfg.head_dim as i64);
+    // SAFETY: a pure function of its arguments.
+    let bytes = unsafe { ffi::qlora_attention_backward_workspace(tokens, heads, head_dim, deterministic) };
+    Ok([0, bytes as u64])
+}
+
+/// Whether there are tensor-core kernels for this kind.
+fn takes(cfg: &AttentionConfig, dtype: Dtype) -> bool {
+    matches!(cfg.head_dim, 64 | 96 | 128) && dtype != Dtype::F32
 }
 
 fn lse_ptr(op: &'static str, lse: CudaView) -> Result<*const f32> {

@@ -191,6 +191,38 @@ pub(super) fn backward(
     unsafe { launch.run(gpu.stream().cu_stream().cast(), workspace.ptr()) }.map_err(failed)
 }
 
+/// Bytes of workspace of forward and backward, as cuDNN plans them for windows of one fused buffer.
+pub(super) fn workspace(gpu: &Gpu, shape: &SdpaShape) -> Result<[u64; 2]> {
+    let cudnn = gpu.attention().library()?;
+    let (wide, fused) = (shape.heads * shape.head_dim, (shape.heads + 2 * shape.kv_heads) * shape.head_dim);
+    // No memory is touched: only a launch would.
+    let rows = |stride| Rows { pointer: 256, stride };
+    let forward = SdpaForward {
+        q: rows(fused),
+        k: rows(fused),
+        v: rows(fused),
+        o: rows(wide),
+        lse: 256,
+        scale: 1.0,
+        packing: None,
+    };
+    let backward = SdpaBackward {
+        q: rows(fused),
+        k: rows(fused),
+        v: rows(fused),
+        o: rows(wide),
+        lse: 256,
+        d_o: rows(wide),
+        dq: rows(fused),
+        dk: rows(fused),
+        dv: rows(fused),
+        scale: 1.0,
+        packing: None,
+    };
+    let forward = cudnn.forward(shape, &forward).map_err(failed)?.workspace();
+    Ok([forward as u64, cudnn.backward(shape, &backward).map_err(failed)?.workspace() as u64])
+}
+
 /// The device as the self-test uses it; its memory is freed with it.
 struct TestDevice {
     gpu: Arc<Gpu>,

@@ -45,7 +45,7 @@ pub fn device(ordinal: usize, memory_limit: Option<u64>) -> Result<Device> {
     let device = CudaDevice::new_with_stream(ordinal).map_err(|error| describe_start(ordinal, &error))?;
     // SAFETY: all work of this device is enqueued on its one stream, so no other stream can see memory too early.
     unsafe { device.disable_event_tracking() };
-    let pool = Pool::open(ordinal, memory_limit)?;
+    let pool = Pool::open(device.cuda_stream().context().clone(), memory_limit)?;
     Gpu::new(device.clone(), pool)?;
     Ok(Device::Cuda(device))
 }
@@ -85,8 +85,7 @@ impl Gpu {
         drop(known);
         // SAFETY: as in `device`; a stream of one's own is checked in `new`.
         unsafe { device.disable_event_tracking() };
-        let ordinal = device.cuda_stream().context().ordinal();
-        Self::new(device.clone(), Pool::open(ordinal, None)?)
+        Self::new(device.clone(), Pool::open(device.cuda_stream().context().clone(), None)?)
     }
 
     fn new(device: CudaDevice, pool: Pool) -> Result<Arc<Self>> {

@@ -14,7 +14,7 @@
 //! here is one or a few launches; the kernels are in `kernels/*.cu`. Everything is asynchronous on the GPU's one stream:
 //! an error of a kernel shows at the next call that waits, which is when a loss or a norm is read.
 
-pub(crate) mod attention;
+pub mod attention;
 mod blas;
 mod buffer;
 mod cache;

@@ -6,7 +6,9 @@
 
 use std::ffi::c_void;
 
-use candle_core::cuda_backend::cudarc::driver::{result, sys};
+use std::sync::Arc;
+
+use candle_core::cuda_backend::cudarc::driver::{CudaContext, result, sys};
 
 use super::gpu::cuda_error;
 use crate::error::{Error, Result};
@@ -16,6 +18,7 @@ use crate::error::{Error, Result};
 pub struct Pool {
     handle: sys::CUmemoryPool,
     limit: Option<u64>,
+    context: Arc<CudaContext>,
 }
 
 // SAFETY: the driver's pool functions may be called from any thread.
@@ -25,8 +28,10 @@ unsafe impl Sync for Pool {}
 
 impl Pool {
     /// The device's pool, or with a limit a new one that takes its place.
-    pub(super) fn open(ordinal: usize, limit: Option<u64>) -> Result<Self> {
+    pub(super) fn open(context: Arc<CudaContext>, limit: Option<u64>) -> Result<Self> {
         const OP: &str = "memory pool";
+        let ordinal = context.ordinal();
+        context.bind_to_thread().map_err(|error| cuda_error(OP, error))?;
         let device = result::device::get(ordinal as i32).map_err(|error| cuda_error(OP, error))?;
         let handle = match limit {
             // SAFETY: the device exists.
@@ -46,7 +51,7 @@ impl Pool {
             }
         }
         .map_err(|error| cuda_error(OP, error))?;
-        let pool = Self { handle, limit };
+        let pool = Self { handle, limit, context };
         pool.set(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX)?;
         Ok(pool)
     }
@@ -84,6 +89,7 @@ impl Pool {
 
     /// Bytes that can still be had: what the limit, or the GPU, has left.
     pub fn available(&self) -> Result<u64> {
+        self.context.bind_to_thread().map_err(|error| cuda_error("memory pool", error))?;
         let (free, _) = result::mem_get_info().map_err(|error| cuda_error("memory pool", error))?;
         let idle = self.reserved()?.saturating_sub(self.used()?);
         let physical = free as u64 + idle;

@@ -270,7 +270,10 @@ impl FrozenWeight for CudaWeight {
                 bits4.codes.bytes()
                     + match &bits4.absmax {
                         DeviceAbsmax::Plain(values) => values.bytes(),
-                        DeviceAbsmax::Nested { codes, map, absmax, .. } => codes.bytes() + map.bytes() + absmax.bytes(),
+                        // The offset is the launcher's argument.
+                        DeviceAbsmax::Nested { codes, map, absmax, .. } => {
+                            codes.bytes() + map.bytes() + absmax.bytes() + size_of::<f32>()
+                        }
                     }
             }
         }

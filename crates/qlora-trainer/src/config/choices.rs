@@ -14,6 +14,28 @@ pub enum QuantType {
     Nf4,
 }
 
+/// The type of activations on a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ComputeDtype {
+    /// bfloat16.
+    Bfloat16,
+    /// IEEE half.
+    Float16,
+    /// 32-bit.
+    Float32,
+}
+
+impl From<ComputeDtype> for qlora_kernels::Dtype {
+    fn from(dtype: ComputeDtype) -> Self {
+        match dtype {
+            ComputeDtype::Bfloat16 => Self::Bf16,
+            ComputeDtype::Float16 => Self::F16,
+            ComputeDtype::Float32 => Self::F32,
+        }
+    }
+}
+
 /// How the learning rate goes on after the warmup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -30,7 +30,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub use choices::{OnOverlong, OnUntrained, Paths, QuantType, Resume, SamplingStrategy, Scheduler, Targets};
+pub use choices::{
+    ComputeDtype, OnOverlong, OnUntrained, Paths, QuantType, Resume, SamplingStrategy, Scheduler, Targets,
+};
 
 /// Everything a run needs to know.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -66,6 +68,11 @@ pub struct ModelOptions {
     pub bnb_4bit_use_double_quant: bool,
     /// Elements that share a scale: a power of two from 32 to 4096. Default: 64, as in the QLoRA paper.
     pub blocksize: usize,
+    /// Where to train: `"auto"` (the first GPU if the program is built with the feature `cuda` and there is one, otherwise
+    /// the CPU), `"cpu"`, `"cuda"` or `"cuda:1"`. Default: auto.
+    pub device: String,
+    /// What a GPU computes in: `"bfloat16"`, `"float16"` or `"float32"`. The CPU computes in float32. Default: bfloat16.
+    pub bnb_4bit_compute_dtype: ComputeDtype,
 }
 
 impl Default for ModelOptions {
@@ -79,6 +86,8 @@ impl Default for ModelOptions {
             bnb_4bit_quant_type: QuantType::Nf4,
             bnb_4bit_use_double_quant: true,
             blocksize: 64,
+            device: "auto".to_owned(),
+            bnb_4bit_compute_dtype: ComputeDtype::Bfloat16,
         }
     }
 }
@@ -174,8 +183,13 @@ pub struct TrainingOptions {
     /// which makes 16 documents a step, as in the QLoRA paper.
     pub gradient_accumulation_steps: usize,
     /// Recompute activations in the backward pass instead of keeping them: less memory, about a third more time, the
-    /// same gradients. Default: true.
+    /// same gradients. On a GPU false lets the memory plan decide block by block. Default: true.
     pub gradient_checkpointing: bool,
+    /// The most GPU memory to use, in GB (10^9 bytes); the run is planned for it and cannot take more. Default: none,
+    /// what is free.
+    pub memory_budget: Option<f64>,
+    /// The same bits in every run on a GPU, for some speed (a CPU gives them anyway). Default: false.
+    pub full_determinism: bool,
     /// The peak learning rate. Default: 2e-4, the QLoRA paper's for 7B and 13B.
     pub learning_rate: f64,
     /// How the learning rate goes on after the warmup. Default: linear (down to zero).
@@ -225,6 +239,8 @@ impl Default for TrainingOptions {
             per_device_eval_batch_size: None,
             gradient_accumulation_steps: 8,
             gradient_checkpointing: true,
+            memory_budget: None,
+            full_determinism: false,
             learning_rate: 2e-4,
             lr_scheduler_type: Scheduler::Linear,
             warmup_steps: None,

@@ -1,5 +1,7 @@
 //! Which values make sense.
 
+use qlora_core::model::DeviceChoice;
+
 use super::{Scheduler, Targets, TrainConfig};
 use crate::error::{Error, Problem, Result};
 
@@ -40,6 +42,12 @@ impl TrainConfig {
             "model.blocksize",
             format!("must be a power of two from 32 to 4096, not {blocksize}"),
         );
+        let device = &model.device;
+        check.that(
+            device.parse::<DeviceChoice>().is_ok(),
+            "model.device",
+            format!("must be \"auto\", \"cpu\", \"cuda\" or such as \"cuda:1\", not {device:?}"),
+        );
     }
 
     fn check_lora(&self, check: &mut Checker) {
@@ -71,6 +79,9 @@ impl TrainConfig {
     fn check_training(&self, check: &mut Checker) {
         let training = &self.training;
         check.that(!training.output_dir.as_os_str().is_empty(), "training.output_dir", "must not be empty");
+        if let Some(budget) = training.memory_budget {
+            check.positive("training.memory_budget", budget);
+        }
         check.positive("training.num_train_epochs", training.num_train_epochs);
         check.that(
             training.max_steps == -1 || training.max_steps > 0,

@@ -1,0 +1,94 @@
+//! Which device a model runs on.
+
+use std::str::FromStr;
+
+use candle_core::Device;
+use qlora_kernels::{Dtype, Workspace};
+
+use crate::error::{Error, Result};
+
+/// A device as users name it: `auto`, `cpu`, `cuda` or `cuda:1`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The first GPU if there is one and the program is built for it, otherwise the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The GPU with this number.
+    Cuda(usize),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let unknown = || Error::Invalid(format!("device {text:?} is not auto, cpu, cuda or such as cuda:1"));
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            _ => text.strip_prefix("cuda:").and_then(|n| n.parse().ok()).map(Self::Cuda).ok_or_else(unknown),
+        }
+    }
+}
+
+impl DeviceChoice {
+    /// Memory on the device for activations of type `dtype` (the CPU always computes in f32), at most `memory_limit` bytes
+    /// of a GPU's.
+    ///
+    /// # Errors
+    /// If the device is not there, or the program is not built for it; the message says what to do.
+    pub fn open(self, dtype: Dtype, memory_limit: Option<u64>) -> Result<Workspace> {
+        match self {
+            Self::Cpu => Ok(Workspace::new(&Device::Cpu)?),
+            Self::Cuda(ordinal) => open_gpu(ordinal, dtype, memory_limit),
+            Self::Auto if cfg!(not(feature = "cuda")) => Ok(Workspace::new(&Device::Cpu)?),
+            Self::Auto => match open_gpu(0, dtype, memory_limit) {
+                Ok(workspace) => Ok(workspace),
+                Err(error) => {
+                    tracing::warn!(%error, "no GPU: the CPU is used");
+                    Ok(Workspace::new(&Device::Cpu)?)
+                }
+            },
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn open_gpu(ordinal: usize, dtype: Dtype, memory_limit: Option<u64>) -> Result<Workspace> {
+    let device = qlora_kernels::cuda::device(ordinal, memory_limit)?;
+    Ok(Workspace::with_dtype(&device, dtype)?)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_gpu(ordinal: usize, _: Dtype, _: Option<u64>) -> Result<Workspace> {
+    Err(Error::Unsupported(format!(
+        "GPU {ordinal}: this program was built without CUDA; build it with `--features cuda` (scripts/cuda-toolkit.sh makes \
+         a toolkit where there is none)"
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_parsed() {
+        let parse = |text: &str| text.parse::<DeviceChoice>();
+        assert_eq!(parse("auto").unwrap(), DeviceChoice::Auto);
+        assert_eq!(parse("cuda").unwrap(), DeviceChoice::Cuda(0));
+        assert_eq!(parse("cuda:3").unwrap(), DeviceChoice::Cuda(3));
+        for wrong in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "CPU"] {
+            assert!(parse(wrong).unwrap_err().to_string().contains("auto, cpu, cuda"), "{wrong}");
+        }
+    }
+
+    #[test]
+    #[cfg(not(feature = "cuda"))]
+    fn a_program_without_cuda_says_how_to_build_one() {
+        let error = DeviceChoice::Cuda(0).open(Dtype::Bf16, None).unwrap_err().to_string();
+        assert!(error.contains("--features cuda"), "{error}");
+        assert_eq!(DeviceChoice::Auto.open(Dtype::Bf16, None).unwrap().dtype(), Dtype::F32);
+    }
+}

@@ -1,0 +1,135 @@
+//! The output head and the loss.
+
+use qlora_kernels::ops::linear_cross_entropy::{self, IGNORE_INDEX};
+use qlora_kernels::quant::{QuantConfig, QuantType};
+use qlora_kernels::{Dtype, View};
+
+use crate::harness::{DTYPES, GAPS, Kind, Report, Side, gpu, number, output};
+
+/// Every third token is ignored, unless `all`.
+fn targets(tokens: usize, vocab: usize, all: bool) -> Vec<i64> {
+    let target = |i: usize| if !all && i % 3 == 1 { IGNORE_INDEX } else { (i * i * 31 % vocab) as i64 };
+    (0..tokens).map(target).collect()
+}
+
+#[test]
+fn losses_and_gradients_agree_with_the_cpu() {
+    let Some(device) = gpu() else { return };
+    let mut report = Report::new("linear_cross_entropy");
+    let nf4 = Kind::Bits4(QuantConfig { quant_type: QuantType::Nf4, blocksize: 64, double_quant: true });
+    for dtype in DTYPES {
+        for kind in [Kind::Plain(dtype), Kind::Plain(Dtype::Bf16), nf4] {
+            for (tokens, vocab, width) in [(1, 1, 8), (37, 61, 32), (5, 1000, 33), (140, 5003, 64)] {
+                for all in [false, true] {
+                    for gap in GAPS {
+                        let label = format!("{kind:?}, {tokens} x {vocab} x {width}, all {all}, gap {gap}");
+                        report.compare(&device, dtype, &label, |side| {
+                            let head = side.weight(kind, vocab, width);
+                            let hidden = side.scaled_input(tokens, width, gap, 3.0);
+                            let targets = targets(tokens, vocab, all);
+                            let mut dhidden = side.output(tokens, width, gap);
+                            let both = linear_cross_entropy::forward_backward(
+                                hidden.view(),
+                                &*head,
+                                &targets,
+                                tokens,
+                                dhidden.view_mut(),
+                                &side.workspace,
+                            )?;
+                            let alone =
+                                linear_cross_entropy::forward(hidden.view(), &*head, &targets, &side.workspace)?;
+                            assert_eq!(both.trained_tokens, alone.trained_tokens);
+                            let mut results = vec![number("loss", both.sum), number("loss alone", alone.sum)];
+                            // One token of vocabulary: the gradient is 0 up to rounding.
+                            if vocab > 1 {
+                                results.push(output("dhidden", dhidden.to_vec()));
+                            }
+                            Ok(results)
+                        });
+                    }
+                }
+            }
+        }
+    }
+    report.finish();
+}
+
+#[test]
+fn several_chunks_agree_with_the_cpu() {
+    let Some(device) = gpu() else { return };
+    let mut report = Report::new("linear_cross_entropy in chunks");
+    // 2^27 logits a chunk: 1,024 rows of this vocabulary.
+    let (tokens, vocab, width) = (1700, 128_256, 16);
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        for all in [false, true] {
+            report.compare(&device, dtype, &format!("all {all}"), |side| {
+                let head = side.weight(Kind::Plain(dtype), vocab, width);
+                let hidden = side.input(tokens, width, 0);
+                let mut dhidden = side.output(tokens, width, 0);
+                let (hidden, targets) = (hidden.view(), targets(tokens, vocab, all));
+                let workspace = &side.workspace;
+                let loss = linear_cross_entropy::forward_backward(
+                    hidden,
+                    &*head,
+                    &targets,
+                    tokens,
+                    dhidden.view_mut(),
+                    workspace,
+                )?;
+                Ok(vec![number("loss", loss.sum), output("dhidden", dhidden.to_vec())])
+            });
+        }
+    }
+    report.finish();
+}
+
+#[test]
+fn without_targets_the_loss_and_its_gradient_are_zero() {
+    let Some(device) = gpu() else { return };
+    for dtype in DTYPES {
+        let side = Side::gpu(&device, dtype, 1);
+        let head = side.weight(Kind::Plain(dtype), 61, 32);
+        for tokens in [0, 9] {
+            let (hidden, mut dhidden) = (side.input(tokens, 32, 0), side.output(tokens, 32, 0));
+            let targets = vec![IGNORE_INDEX; tokens];
+            let (hidden, workspace) = (hidden.view(), &side.workspace);
+            let loss =
+                linear_cross_entropy::forward_backward(hidden, &*head, &targets, 7, dhidden.view_mut(), workspace);
+            let loss = loss.unwrap();
+            assert_eq!((loss.sum, loss.trained_tokens), (0.0, 0));
+            assert_eq!(dhidden.to_vec(), vec![0.0; tokens * 32]);
+        }
+    }
+}
+
+#[test]
+fn what_is_not_a_number_shows_in_the_loss() {
+    let Some(device) = gpu() else { return };
+    for dtype in DTYPES {
+        let side = Side::gpu(&device, dtype, 1);
+        let head = side.weight(Kind::Plain(dtype), 61, 32);
+        let mut values = side.values(5 * 32, 1.0);
+        values[2 * 32 + 7] = f32::NAN;
+        let hidden = side.window_of(&values, 5, 32, 0);
+        let loss = |targets: &[i64]| {
+            let mut dhidden = side.output(5, 32, 0);
+            let (hidden, workspace) = (hidden.view(), &side.workspace);
+            linear_cross_entropy::forward_backward(hidden, &*head, targets, 5, dhidden.view_mut(), workspace)
+                .unwrap()
+                .sum
+        };
+        assert!(loss(&[1, 2, 3, 4, 5]).is_nan());
+        assert!(loss(&[1, 2, IGNORE_INDEX, 4, 5]).is_finite(), "an ignored token's NaN is not read");
+    }
+}
+
+#[test]
+fn a_target_outside_the_vocabulary_is_refused() {
+    let Some(device) = gpu() else { return };
+    let side = Side::gpu(&device, Dtype::Bf16, 1);
+    let head = side.weight(Kind::Plain(Dtype::Bf16), 61, 32);
+    let hidden = side.input(2, 32, 0);
+    let hidden: View = hidden.view();
+    let error = linear_cross_entropy::forward(hidden, &*head, &[3, 61], &side.workspace).unwrap_err().to_string();
+    assert!(error.contains("row 1 has target 61"), "{error}");
+}

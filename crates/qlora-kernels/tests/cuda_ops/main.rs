@@ -1,0 +1,22 @@
+//! Every operation on a GPU against the same operation on the CPU, which its own tests check in f64.
+//!
+//! Both sides get the same random inputs, rounded to the type that the GPU computes in; outputs are poisoned with NaN,
+//! and so is the memory around every window. Without a GPU each test says so and passes; with `QLORA_REQUIRE_GPU=1` it
+//! fails.
+#![cfg(feature = "cuda")]
+
+mod attention;
+mod copies;
+mod dropout;
+mod elementwise;
+mod frozen_linear;
+mod harness;
+mod huge;
+mod linear_cross_entropy;
+mod linear_group;
+mod matmul;
+mod memory;
+mod optimizer;
+mod quantization;
+mod rms_norm;
+mod sanitized;

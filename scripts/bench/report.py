@@ -1,0 +1,255 @@
+#!/usr/bin/env python3
+"""The README's benchmark tables and docs/bench.svg, from the raw results.
+
+    python3 report.py [--check] [--root REPOSITORY]
+
+Reads benches/results/train_step.csv and kernels.csv, whose first lines are
+
+    system,case,mode,tok_s,peak_gb,gpu,driver,commit,date,targets,rank
+    system,kernel,shape,time_us,rate,unit,floor_share,gpu,driver,commit,date
+
+and replaces what stands between `<!-- bench:start -->` and `<!-- bench:end -->` in README.md. Where a system was
+measured several times in the same case, the last line counts. The peer of a row is the one with the most tokens per
+second (for a kernel: the shortest time) on the same card. The same input gives the same bytes; `--check` writes
+nothing and fails when a file is not what would be written. A missing kernels.csv means no table of kernels.
+"""
+
+import argparse
+import csv
+import pathlib
+import sys
+from typing import NamedTuple
+from xml.sax.saxutils import escape
+
+STEP = ["system", "case", "mode", "tok_s", "peak_gb", "gpu", "driver", "commit", "date", "targets", "rank"]
+KERNEL = ["system", "kernel", "shape", "time_us", "rate", "unit", "floor_share", "gpu", "driver", "commit", "date"]
+START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+OURS = "qlora"
+TARGETS = {"all": "all linear layers", "qkvo": "q, k, v, o"}
+PICTURE = "docs/bench.svg"
+
+
+def read(path: pathlib.Path, columns: list[str], numbers: list[str]) -> list[dict]:
+    with path.open(newline="") as file:
+        lines = csv.DictReader(file)
+        if lines.fieldnames != columns:
+            sys.exit(f"{path}: the first line must be {','.join(columns)}")
+        rows = list(lines)
+    for row in rows:
+        try:
+            if None in row or None in row.values():
+                raise ValueError(f"{len(columns)} columns expected")
+            row.update({name: float(row[name]) for name in numbers if row[name]})
+        except ValueError as error:
+            sys.exit(f"{path}, line {rows.index(row) + 2}: {error}")
+    return rows
+
+
+def paired(rows: list[dict], key: list[str], best) -> list[tuple[dict, dict | None]]:
+    """Our last measurement of every case, and the best of the peers' last ones in the same case."""
+    latest = {}
+    for row in rows:
+        latest[(*(row[name] for name in key), row["system"])] = row
+    pairs = []
+    for (*case, system), row in latest.items():
+        if system == OURS:
+            peers = [other for (*where, name), other in latest.items() if where == case and name != OURS]
+            pairs.append((row, best(peers) if peers else None))
+    return pairs
+
+
+def fastest_step(peers: list[dict]) -> dict:
+    return max(peers, key=lambda row: (row["tok_s"], row["system"]))
+
+
+def fastest_kernel(peers: list[dict]) -> dict:
+    return min(peers, key=lambda row: (row["time_us"], row["system"]))
+
+
+def step_order(pair) -> tuple:
+    row = pair[0]
+    sequences, length = (int(part) for part in row["case"].split("x"))
+    first = ["free", "lean"]
+    mode = first.index(row["mode"]) if row["mode"] in first else len(first)
+    return (row["gpu"], row["targets"], int(row["rank"]), mode, row["mode"], sequences * length, length)
+
+
+def settings(row: dict) -> str:
+    return f"{TARGETS.get(row['targets'], row['targets'])}, r = {row['rank']}"
+
+
+def table(head: list[str], rows: list[list[str]], left: int) -> list[str]:
+    line = "|" + "|".join("---" if column < left else "--:" for column in range(len(head))) + "|"
+    return ["| " + " | ".join(cells) + " |" for cells in [head]] + [line] + [f"| {' | '.join(r)} |" for r in rows]
+
+
+def where(pairs) -> str:
+    """Which card, driver and days the figures are from."""
+    places = {}
+    for pair in pairs:
+        for row in pair:
+            if row:
+                places.setdefault((row["gpu"], row["driver"]), set()).add(row["date"])
+    texts = []
+    for (gpu, driver), dates in sorted(places.items()):
+        days = min(dates) if len(dates) == 1 else f"{min(dates)} to {max(dates)}"
+        texts.append(f"{gpu}, driver {driver}, {days}")
+    return "; ".join(texts)
+
+
+def step_table(pairs) -> list[str]:
+    cells = []
+    for row, peer in pairs:
+        line = [row["case"], row["mode"], settings(row), f"{row['tok_s']:,.0f}", f"{row['peak_gb']:.2f}"]
+        if peer:
+            ratio = f"{row['tok_s'] / peer['tok_s']:.2f}x"
+            line += [f"{peer['tok_s']:,.0f}", f"{peer['peak_gb']:.2f}", ratio, peer["system"]]
+        else:
+            line += ["", "", "", "not measured"]
+        cells.append(line)
+    head = ["case", "mode", "LoRA", "qlora, tokens/s", "GB", "best peer, tokens/s", "GB", "speed", "best peer"]
+    text = table(head, cells, 3)
+    # The peer's name reads better from the left.
+    text[1] = text[1].rsplit("|", 2)[0] + "|---|"
+    return text
+
+
+def kernel_table(pairs) -> list[str]:
+    cells = []
+    for row, peer in pairs:
+        share = f"{row['floor_share'] * 100:.0f}%" if row["floor_share"] != "" else ""
+        rate = f"{row['rate']:,.0f} {row['unit']}" if row["rate"] != "" else ""
+        other = f"{peer['time_us']:,.1f} ({peer['system']})" if peer else ""
+        cells.append([row["kernel"], row["shape"], f"{row['time_us']:,.1f}", rate, share, other])
+    return table(["kernel", "shape", "microseconds", "rate", "share of its floor", "best peer"], cells, 2)
+
+
+class Style(NamedTuple):
+    width: int = 860
+    label: int = 190
+    bar: int = 15
+    gap: int = 3
+    row: int = 50
+
+
+def svg(pairs) -> str:
+    """Two bars a case, in two panels: tokens per second and peak memory."""
+    style = Style()
+    panel = (style.width - style.label - 30) // 2
+    room = 66  # for the figure behind a bar
+    height = 74 + style.row * len(pairs) + 12
+    fastest = max(row["tok_s"] for pair in pairs for row in pair if row)
+    largest = max(row["peak_gb"] for pair in pairs for row in pair if row)
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{style.width}" height="{height}" '
+        f'viewBox="0 0 {style.width} {height}" role="img">',
+        "<title>Training speed and peak memory of qlora and of the best peer</title>",
+        "<style>",
+        "text { font: 13px system-ui, 'Segoe UI', Helvetica, Arial, 'DejaVu Sans', sans-serif; fill: #1f2328 }",
+        ".small { font-size: 11px; fill: #59636e } .head { font-weight: 600 } .back { fill: #ffffff }",
+        ".ours { fill: #b7410e } .peer { fill: #8c959f } .axis { stroke: #d1d9e0 }",
+        "@media (prefers-color-scheme: dark) {",
+        "text { fill: #f0f6fc } .small { fill: #9198a1 } .back { fill: #0d1117 }",
+        ".ours { fill: #e8743b } .peer { fill: #656c76 } .axis { stroke: #3d444d }",
+        "}",
+        "</style>",
+        f'<rect class="back" width="{style.width}" height="{height}"/>',
+    ]
+
+    def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> None:
+        kind = f' class="{kind}"' if kind else ""
+        anchor = f' text-anchor="{anchor}"' if anchor != "start" else ""
+        out.append(f'<text x="{x:g}" y="{y:g}"{kind}{anchor}>{escape(words)}</text>')
+
+    out.append('<rect class="ours" x="16" y="15" width="12" height="12"/>')
+    text(34, 26, "qlora")
+    out.append('<rect class="peer" x="88" y="15" width="12" height="12"/>')
+    text(106, 26, "the fastest peer of each case")
+    lefts = [style.label, style.label + panel + 16]
+    text(lefts[0], 56, "tokens per second (more is better)", "head")
+    text(lefts[1], 56, "peak memory, GB (less is better)", "head")
+    for left in lefts:
+        out.append(f'<line class="axis" x1="{left}" y1="66" x2="{left}" y2="{height - 10}"/>')
+    for index, (row, peer) in enumerate(pairs):
+        top = 74 + index * style.row
+        text(style.label - 12, top + 13, f"{row['case']}, {row['mode']}", anchor="end")
+        text(style.label - 12, top + 29, settings(row), "small", "end")
+        for left, field, most, form in (
+            (lefts[0], "tok_s", fastest, "{:,.0f}"),
+            (lefts[1], "peak_gb", largest, "{:.1f}"),
+        ):
+            for place, (which, kind) in enumerate([(row, "ours"), (peer, "peer")]):
+                y = top + place * (style.bar + style.gap)
+                if which is None:
+                    text(left + 6, y + 12, "not measured", "small")
+                    continue
+                length = which[field] / most * (panel - room)
+                out.append(
+                    f'<rect class="{kind}" x="{left}" y="{y}" width="{length:.1f}" height="{style.bar}">'
+                    f"<title>{escape(which['system'])}</title></rect>"
+                )
+                text(round(left + length + 6, 1), y + 12, form.format(which[field]), "" if place == 0 else "small")
+    return "\n".join(out) + "\n</svg>\n"
+
+
+def block(steps, kernels) -> str:
+    lines = [
+        "One training step of an 8B model (Llama 3.1's shape, random weights): NF4 with double quantization, bf16,",
+        "AdamW with f32 state; a case is sequences x tokens, without padding, loss over all tokens. `free` may use the",
+        "whole card, `lean` saves memory. Median of 5 steps; GB is the peak in use over 1e9, weights included.",
+        "The peer is the fastest one measured in the case.",
+        "",
+        f"![Training speed and memory, qlora and the fastest peer]({PICTURE})",
+        "",
+        *step_table(steps),
+        "",
+        f"Measured on {where(steps)} ([raw results](benches/results/train_step.csv)).",
+    ]
+    if kernels:
+        lines += [
+            "",
+            "Single kernels, and their share of what the card's memory or tensor cores allow (from the same run):",
+            "",
+            *kernel_table(kernels),
+            "",
+            f"Measured on {where(kernels)} ([raw results](benches/results/kernels.csv)).",
+        ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when something is not up to date")
+    parser.add_argument("--root", type=pathlib.Path, default=pathlib.Path(__file__).resolve().parents[2])
+    args = parser.parse_args()
+    results = args.root / "benches/results"
+    rows = read(results / "train_step.csv", STEP, ["tok_s", "peak_gb"])
+    steps = paired(rows, ["gpu", "case", "mode", "targets", "rank"], fastest_step)
+    if not steps:
+        sys.exit(f"{results / 'train_step.csv'}: no line of {OURS}")
+    steps.sort(key=step_order)
+    kernels = []
+    if (results / "kernels.csv").exists():
+        rows = read(results / "kernels.csv", KERNEL, ["time_us", "rate", "floor_share"])
+        # In the file's order: it is the order of the benches.
+        kernels = paired(rows, ["gpu", "kernel", "shape"], fastest_kernel)
+    readme = args.root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        sys.exit(f"{readme}: needs one line {START} and, after it, one line {END}")
+    before, rest = text.split(START)
+    after = rest.split(END)[1]
+    wanted = {readme: f"{before}{START}\n{block(steps, kernels)}\n{END}{after}", args.root / PICTURE: svg(steps)}
+    stale = [path for path, new in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != new]
+    if args.check:
+        for path in stale:
+            print(f"{path} is not up to date: run scripts/bench/report.py", file=sys.stderr)
+        sys.exit(1 if stale else 0)
+    for path in stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(wanted[path], encoding="utf-8")
+        print(f"{path} written")
+
+
+if __name__ == "__main__":
+    main()

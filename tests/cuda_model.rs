@@ -1,0 +1,358 @@
+//! Whole models on a GPU against the same models on the CPU, and the promises that hold bit for bit.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use std::ops::ControlFlow;
+
+use candle_core::Device;
+use candle_nn::Optimizer;
+use common::{add_random_adapter, gpu, tiny_config, tiny_model};
+use qlora::batch::Batch;
+use qlora::config::{Architecture, ModelConfig};
+use qlora::generate::generate;
+use qlora::kernels::{Dtype, SequenceLayout, Workspace};
+use qlora::lora::{LoraConfig, TargetModules};
+use qlora::model::block::Keep;
+use qlora::model::{CausalLm, TrainPass};
+use qlora::sampling::GenerationConfig;
+
+fn lora(dropout: f64) -> LoraConfig {
+    let target_modules = TargetModules::AllLinear;
+    LoraConfig { r: 3, lora_alpha: 6.0, lora_dropout: dropout, target_modules, ..LoraConfig::default() }
+}
+
+/// Like Llama: no biases, no norms on heads, a head of its own.
+fn llama_config() -> ModelConfig {
+    ModelConfig {
+        architecture: Architecture::Llama,
+        sliding_window: vec![None; 3],
+        tie_word_embeddings: false,
+        qkv_bias: false,
+        o_bias: false,
+        mlp_bias: false,
+        qk_norm: false,
+        ..tiny_config()
+    }
+}
+
+/// Heads of 64: the attention kernels for tensor cores.
+fn wide_config() -> ModelConfig {
+    ModelConfig {
+        hidden_size: 128,
+        intermediate_size: 160,
+        num_hidden_layers: 2,
+        head_dim: 64,
+        sliding_window: vec![None, Some(40)],
+        max_position_embeddings: 512,
+        ..tiny_config()
+    }
+}
+
+fn configs() -> [(&'static str, ModelConfig); 4] {
+    let biased = ModelConfig { qk_norm: false, ..tiny_config() };
+    [("qwen3", tiny_config()), ("llama", llama_config()), ("biased", biased), ("wide", wide_config())]
+}
+
+fn document(len: usize, seed: u32) -> (Vec<u32>, Vec<i64>) {
+    let ids: Vec<u32> = (0..len as u32).map(|i| (i * 7 + seed * 13 + i * i) % 61).collect();
+    let labels = ids.iter().enumerate().map(|(i, &id)| if i % 4 == 1 { -100 } else { i64::from(id) }).collect();
+    (ids, labels)
+}
+
+/// A batch of its own: what it keeps on a GPU belongs to that GPU's device.
+fn batch(lengths: &[usize]) -> Batch {
+    let documents: Vec<_> = lengths.iter().zip(1..).map(|(&len, seed)| document(len, seed)).collect();
+    Batch::from_documents(documents.iter().map(|(ids, labels)| (ids.as_slice(), labels.as_slice())))
+}
+
+fn trained(config: &ModelConfig, quantized: bool, lora: LoraConfig, workspace: Workspace) -> CausalLm {
+    let mut model = tiny_model(config, quantized, 7, workspace);
+    add_random_adapter(&mut model, lora, 3);
+    model
+}
+
+fn on_gpu(device: &Device, dtype: Dtype) -> Workspace {
+    Workspace::poisoned_on(device, dtype).unwrap()
+}
+
+/// A device whose results are the same bits in every run.
+fn deterministic_gpu() -> Option<Device> {
+    let device = gpu()?;
+    qlora::kernels::cuda::Gpu::of(&device).unwrap().set_deterministic(true);
+    Some(device)
+}
+
+/// The sum of the losses and the gradient, where the model is.
+fn gradient(model: &CausalLm, lengths: &[usize], seed: u64) -> (f64, Vec<f32>) {
+    let batch = batch(lengths);
+    let len = model.adapter().unwrap().layout().len();
+    let mut gradient = model.workspace().zeros_f32(1, len).unwrap();
+    let items = batch.trained_tokens();
+    let loss = model.accumulate_gradients(&batch, items, TrainPass { seed }, gradient.view_mut()).unwrap();
+    (loss.sum, gradient.to_vec().unwrap())
+}
+
+fn logits(model: &CausalLm, tokens: &[u32]) -> Vec<f32> {
+    let logits = model.logits(tokens, &SequenceLayout::from_lengths(&[tokens.len()])).unwrap();
+    logits.to_dtype(candle_core::DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// `norm(got - want) / norm(want)`; NaN if anything is NaN.
+fn error(got: &[f32], want: &[f32]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+    let difference = norm(&mut got.iter().zip(want).map(|(got, want)| f64::from(*got) - f64::from(*want)));
+    difference / norm(&mut want.iter().map(|&want| f64::from(want)))
+}
+
+/// The error of the whole gradient, and the largest of one tensor's.
+fn gradient_errors(model: &CausalLm, got: &[f32], want: &[f32]) -> (f64, f64, String) {
+    let entries = model.adapter().unwrap().layout().entries();
+    let each = entries.iter().map(|entry| (error(&got[entry.range()], &want[entry.range()]), entry.tensor_name()));
+    let worst =
+        each.fold((0.0, String::new()), |worst, one| if one.0 > worst.0 || one.0.is_nan() { one } else { worst });
+    (error(got, want), worst.0, worst.1)
+}
+
+/// Compares logits, losses and gradients; returns what failed.
+fn compare(device: &Device, dtype: Dtype, tolerance: f64) {
+    let mut failures = Vec::new();
+    for (name, config) in configs() {
+        for quantized in [false, true] {
+            for dropout in [0.0, 0.2] {
+                let cpu = trained(&config, quantized, lora(dropout), Workspace::poisoned());
+                let gpu = trained(&config, quantized, lora(dropout), on_gpu(device, dtype));
+                let (ids, _) = document(60, 4);
+                let logits = error(&logits(&gpu, &ids), &logits(&cpu, &ids));
+                let lengths = [40, 1, 65];
+                let (want_loss, want) = gradient(&cpu, &lengths, 5);
+                let (loss, got) = gradient(&gpu, &lengths, 5);
+                let relative = |got: f64, want: f64| (got - want).abs() / want;
+                let loss = relative(loss, want_loss);
+                let evaluated =
+                    relative(gpu.evaluate(&batch(&lengths)).unwrap().sum, cpu.evaluate(&batch(&lengths)).unwrap().sum);
+                let (whole, worst, tensor) = gradient_errors(&cpu, &got, &want);
+                let line = format!(
+                    "{} {name}, quantized {quantized}, dropout {dropout}: logits {logits:.1e}, loss {loss:.1e}, \
+                     evaluated {evaluated:.1e}, gradient {whole:.1e}, largest of a tensor {worst:.1e} ({tensor})",
+                    dtype.name()
+                );
+                println!("{line}");
+                // A small tensor's gradient may be a difference of large numbers.
+                let fits = |error: f64, limit: f64| error <= limit;
+                if ![logits, loss, evaluated, whole].iter().all(|&error| fits(error, tolerance))
+                    || !fits(worst, 4.0 * tolerance)
+                {
+                    failures.push(line);
+                }
+            }
+        }
+    }
+    assert!(failures.is_empty(), "beyond {tolerance:e}:\n{}", failures.join("\n"));
+}
+
+#[test]
+fn in_f32_the_gpu_agrees_with_the_cpu() {
+    let Some(device) = gpu() else { return };
+    compare(&device, Dtype::F32, 1e-4);
+}
+
+#[test]
+fn in_bf16_the_gpu_agrees_with_the_cpu() {
+    let Some(device) = gpu() else { return };
+    compare(&device, Dtype::Bf16, 3e-2);
+}
+
+#[test]
+fn in_f16_the_gpu_agrees_with_the_cpu() {
+    let Some(device) = gpu() else { return };
+    compare(&device, Dtype::F16, 5e-3);
+}
+
+#[test]
+fn deterministic_runs_and_recomputation_give_the_same_bits() {
+    let Some(device) = deterministic_gpu() else { return };
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        for (name, config) in configs() {
+            let layers = config.num_hidden_layers;
+            let mut model = trained(&config, true, lora(0.1), on_gpu(&device, dtype));
+            let lengths = [70, 1, 130].map(|len: usize| len.min(config.max_position_embeddings));
+            let label = |what: &str| format!("{} {name}: {what}", dtype.name());
+            let kept = gradient(&model, &lengths, 5);
+            assert!(kept.0.is_finite() && kept.1.iter().all(|x| x.is_finite()));
+            assert!(kept == gradient(&model, &lengths, 5), "{}", label("two runs"));
+            assert!(kept.1 != gradient(&model, &lengths, 6).1, "{}", label("another seed drops other elements"));
+            model.set_gradient_checkpointing(true).unwrap();
+            assert!(kept == gradient(&model, &lengths, 5), "{}", label("gradient checkpointing"));
+            model.set_keep(vec![Keep::Offload; layers]).unwrap();
+            assert!(kept == gradient(&model, &lengths, 5), "{}", label("offloaded inputs"));
+            let all = [Keep::Offload, Keep::Everything, Keep::Input];
+            model.set_keep((0..layers).map(|layer| all[layer % 3]).collect()).unwrap();
+            assert!(kept == gradient(&model, &lengths, 5), "{}", label("a mixture"));
+            model.set_gradient_checkpointing(false).unwrap();
+            model.set_weight_cache(true);
+            for _ in 0..2 {
+                assert!(kept == gradient(&model, &lengths, 5), "{}", label("kept weights"));
+            }
+            model.set_weight_cache(false);
+            assert!(kept == gradient(&model, &lengths, 5), "{}", label("freed weights"));
+        }
+    }
+}
+
+#[test]
+fn one_weight_at_a_time_gives_nearly_the_same() {
+    let Some(device) = gpu() else { return };
+    for (dtype, tolerance) in [(Dtype::F32, 1e-4), (Dtype::Bf16, 3e-2)] {
+        for (name, config) in configs() {
+            let model = trained(&config, true, lora(0.1), on_gpu(&device, dtype));
+            let together = gradient(&model, &[70, 30], 5);
+            model.set_split_weights(true);
+            let alone = gradient(&model, &[70, 30], 5);
+            let (whole, worst, tensor) = gradient_errors(&model, &alone.1, &together.1);
+            println!("{} {name}: gradient {whole:.1e}, largest of a tensor {worst:.1e} ({tensor})", dtype.name());
+            assert!(whole < tolerance && worst < 4.0 * tolerance);
+        }
+    }
+}
+
+#[test]
+fn the_node_gives_the_bits_of_the_direct_path() {
+    let Some(device) = deterministic_gpu() else { return };
+    for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
+        for (name, config) in configs() {
+            let model = trained(&config, true, lora(0.1), on_gpu(&device, dtype));
+            let (sum, direct) = gradient(&model, &[40, 9], 5);
+            let batch = batch(&[40, 9]);
+            let items = batch.trained_tokens();
+            let loss = model.loss(&batch, items, TrainPass { seed: 5 }).unwrap();
+            let gradients = loss.backward().unwrap();
+            assert_eq!(gradients.get_ids().count(), 1, "the adapter alone gets a gradient, nothing frozen");
+            let node: Vec<f32> = gradients.get(model.adapter().unwrap().variable()).unwrap().to_vec1().unwrap();
+            assert_eq!(loss.to_scalar::<f32>().unwrap(), (sum / items as f64) as f32, "{name}");
+            assert!(node == direct, "{} {name}: {:.1e}", dtype.name(), error(&node, &direct));
+            // A scaled loss has a scaled gradient.
+            let loss = model.loss(&batch, items, TrainPass { seed: 5 }).unwrap();
+            let gradients = (loss * 3.0).unwrap().backward().unwrap();
+            let thrice: Vec<f32> = gradients.get(model.adapter().unwrap().variable()).unwrap().to_vec1().unwrap();
+            let expected: Vec<f32> = direct.iter().map(|x| 3.0 * x).collect();
+            let limit = if dtype == Dtype::F32 { 1e-5 } else { 3e-2 };
+            assert!(error(&thrice, &expected) < limit, "{} {name}", dtype.name());
+        }
+    }
+}
+
+#[test]
+fn a_candle_optimizer_trains_through_the_node() {
+    let Some(device) = gpu() else { return };
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let mut model = tiny_model(&tiny_config(), true, 7, on_gpu(&device, dtype));
+        model.add_adapter(lora(0.0), 1).unwrap();
+        let batch = batch(&[30, 22]);
+        let items = batch.trained_tokens();
+        let variable = model.adapter().unwrap().variable().clone();
+        let mut optimizer = candle_nn::AdamW::new_lr(vec![variable], 2e-2).unwrap();
+        let mut losses = Vec::new();
+        for _ in 0..30 {
+            let loss = model.loss(&batch, items, TrainPass::default()).unwrap();
+            optimizer.backward_step(&loss).unwrap();
+            losses.push(loss.to_scalar::<f32>().unwrap());
+        }
+        assert!(losses[29] < losses[0] / 2.0, "{losses:?}");
+    }
+}
+
+#[test]
+fn cached_generation_gives_the_logits_of_the_whole_text() {
+    let Some(device) = gpu() else { return };
+    for (dtype, tolerance) in [(Dtype::F32, 1e-4), (Dtype::Bf16, 3e-2), (Dtype::F16, 5e-3)] {
+        for (name, config) in configs() {
+            let model = trained(&config, true, lora(0.0), on_gpu(&device, dtype));
+            let (ids, _) = document(90, 3);
+            let all = logits(&model, &ids);
+            let row = |index: usize| &all[index * 61..(index + 1) * 61];
+            let mut cache = model.new_cache(96);
+            let mut ends = vec![5, 8, 69];
+            let mut got: Vec<Vec<f32>> =
+                [0..6, 6..9, 9..70].map(|range| model.next_logits(&ids[range], &mut cache).unwrap()).into();
+            for index in 70..90 {
+                got.push(model.next_logits(&ids[index..=index], &mut cache).unwrap());
+                ends.push(index);
+            }
+            for (logits, &index) in got.iter().zip(&ends) {
+                let error = error(logits, row(index));
+                assert!(error < tolerance, "{} {name}, token {index}: {error:.1e}", dtype.name());
+            }
+            let mut caches = [model.new_cache(32), model.new_cache(32)];
+            let [first, second] = &mut caches;
+            model.next_logits(&ids[..6], first).unwrap();
+            let logits = model.next_logits_batch(&[&ids[6..9], &ids[..6]], &mut [first, second]).unwrap();
+            for (logits, index) in logits.to_vec().unwrap().chunks_exact(61).zip([8, 5]) {
+                let error = error(logits, row(index));
+                assert!(error < tolerance, "{} {name}, batched, token {index}: {error:.1e}", dtype.name());
+            }
+            let refused = model.next_logits(&[1; 40], &mut cache).unwrap_err().to_string();
+            assert!(refused.contains("130 tokens"), "{refused}");
+            assert_eq!(cache.len(), 90, "a refused call leaves the cache as it was");
+        }
+    }
+}
+
+#[test]
+fn greedy_answers_are_those_of_the_cpu() {
+    let Some(device) = gpu() else { return };
+    let config = GenerationConfig { max_new_tokens: 40, temperature: None, ..GenerationConfig::default() };
+    for (name, model_config) in configs() {
+        let answer = |workspace: Workspace| {
+            let model = trained(&model_config, true, lora(0.0), workspace);
+            let mut seen = Vec::new();
+            let answer = generate(&model, &document(9, 2).0, &config, |token| {
+                seen.push(token);
+                ControlFlow::Continue(())
+            });
+            let answer = answer.unwrap();
+            assert_eq!(answer.tokens, seen);
+            answer
+        };
+        assert_eq!(answer(on_gpu(&device, Dtype::F32)), answer(Workspace::poisoned()), "{name}");
+    }
+}
+
+#[test]
+fn the_adapter_can_be_switched_off_and_taken_away() {
+    let Some(device) = gpu() else { return };
+    let mut model = trained(&tiny_config(), true, lora(0.0), on_gpu(&device, Dtype::Bf16));
+    let (ids, _) = document(30, 3);
+    model.set_weight_cache(true);
+    let with = logits(&model, &ids);
+    model.enable_adapter(false);
+    let without = logits(&model, &ids);
+    let base = tiny_model(&tiny_config(), true, 7, on_gpu(&device, Dtype::Bf16));
+    assert_eq!(without, logits(&base, &ids));
+    assert_ne!(with, without);
+    model.enable_adapter(true);
+    assert_eq!(with, logits(&model, &ids));
+    let values = model.adapter().unwrap().values().unwrap();
+    model.adapter().unwrap().set_values(&vec![0.0; values.len()]).unwrap();
+    assert!(error(&logits(&model, &ids), &without) < 2e-2);
+    model.adapter().unwrap().set_values(&values).unwrap();
+    assert_eq!(values, model.adapter().unwrap().values().unwrap());
+    assert_eq!(with, logits(&model, &ids));
+    model.remove_adapter().unwrap();
+    assert_eq!(without, logits(&model, &ids));
+}
+
+#[test]
+fn quantizing_on_the_gpu_gives_the_model_of_the_cpu() {
+    use qlora::kernels::cuda::CudaWeight;
+    use qlora::kernels::quant::{QuantConfig, Quantized4bit};
+    use qlora::kernels::weight::PlainData;
+    let Some(device) = gpu() else { return };
+    let workspace = on_gpu(&device, Dtype::Bf16);
+    let mut rng = rand::SeedableRng::seed_from_u64(1);
+    let data = PlainData::F32(common::random(&mut rng, 96 * 333, 0.1));
+    let want = Quantized4bit::quantize(&data, 96, 333, &QuantConfig::default()).unwrap();
+    let got = CudaWeight::quantize(&data, 96, 333, &QuantConfig::default(), &workspace).unwrap();
+    assert!(got.to_quantized(Dtype::F32).unwrap().unwrap() == want);
+}

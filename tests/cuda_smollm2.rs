@@ -1,0 +1,229 @@
+//! SmolLM2-135M-Instruct on a GPU against transformers, PEFT and bitsandbytes: the same comparisons as in `smollm2.rs`.
+//!
+//! `scripts/demo-model.sh` fetches the file; `QLORA_SMOLLM2_GGUF` names it where it lies elsewhere.
+#![cfg(feature = "cuda")]
+
+#[allow(dead_code)]
+mod common;
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use common::gpu;
+use qlora::batch::Batch;
+use qlora::generate::{generate, generate_batch};
+use qlora::kernels::ops::adamw::{self, AdamW};
+use qlora::kernels::ops::grad_norm;
+use qlora::kernels::quant::QuantConfig;
+use qlora::kernels::{Dtype, SequenceLayout, Workspace};
+use qlora::lora::{LoraConfig, TargetModules, Which};
+use qlora::model::{CausalLm, LoadOptions, Quantization, TrainPass};
+use qlora::sampling::GenerationConfig;
+use qlora::source::Gguf;
+use serde_json::Value;
+
+const STEPS: &str = include_str!("fixtures/parity/smollm2_20_steps.json");
+const GREEDY: &str = include_str!("fixtures/smollm2/greedy.json");
+const LOGITS: &[u8] = include_bytes!("fixtures/smollm2/logits.safetensors");
+
+const NF4: Quantization = Quantization::Bits4(QuantConfig {
+    quant_type: qlora::kernels::quant::QuantType::Nf4,
+    blocksize: 64,
+    double_quant: true,
+});
+
+fn path() -> PathBuf {
+    if let Some(path) = std::env::var_os("QLORA_SMOLLM2_GGUF") {
+        return path.into();
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let cache = std::env::var_os("QLORA_CACHE").map_or(root.join(".cache"), PathBuf::from);
+    cache.join("models/SmolLM2-135M-Instruct/SmolLM2-135M-Instruct.Q4_1.gguf")
+}
+
+fn load(device: &Device, dtype: Dtype, quantization: Quantization) -> CausalLm {
+    let path = path();
+    assert!(path.exists(), "{} is missing: run scripts/demo-model.sh first", path.display());
+    let source = Gguf::open(path).unwrap();
+    let workspace = Workspace::with_dtype(device, dtype).unwrap();
+    CausalLm::load_on(&source, LoadOptions { quantization, progress: None }, workspace).unwrap()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+/// The largest difference of a logit, and the share of positions whose best token differs.
+fn compare_logits(device: &Device, dtype: Dtype) -> (f32, f64) {
+    let model = load(device, dtype, Quantization::None);
+    let fixture = candle_core::safetensors::load_buffer(LOGITS, &Device::Cpu).unwrap();
+    let integers = |name: &str| -> Vec<i64> { fixture[name].to_dtype(DType::I64).unwrap().to_vec1().unwrap() };
+    let columns = fixture["columns"].to_dtype(DType::U32).unwrap();
+    let (mut worst, mut differ, mut positions_seen) = (0f32, 0, 0);
+    for text in 0..3 {
+        let tokens: Vec<u32> = integers(&format!("input_ids.{text}")).into_iter().map(|id| id as u32).collect();
+        let logits = model.logits(&tokens, &SequenceLayout::from_lengths(&[tokens.len()])).unwrap();
+        let logits = logits.to_dtype(DType::F32).unwrap().to_device(&Device::Cpu).unwrap();
+        let largest = |tensor: Tensor| -> f32 {
+            tensor.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+        };
+        let positions = fixture[&format!("positions.{text}")].to_dtype(DType::U32).unwrap();
+        let got = logits.index_select(&positions, 0).unwrap().index_select(&columns, 1).unwrap();
+        let difference = largest((got - &fixture[&format!("logits.{text}")]).unwrap());
+        assert!(difference.is_finite());
+        let sums = largest((logits.log_sum_exp(1).unwrap() - &fixture[&format!("logsumexp.{text}")]).unwrap());
+        worst = worst.max(difference).max(sums);
+        let best: Vec<u32> = logits.argmax(1).unwrap().to_vec1().unwrap();
+        let expected = integers(&format!("argmax.{text}"));
+        differ += best.iter().zip(&expected).filter(|(got, want)| i64::from(**got) != **want).count();
+        positions_seen += expected.len();
+    }
+    (worst, differ as f64 / positions_seen as f64)
+}
+
+#[test]
+fn logits_equal_those_of_transformers() {
+    let Some(device) = gpu() else { return };
+    let (worst, differ) = compare_logits(&device, Dtype::F32);
+    println!("f32: largest difference of a logit {worst:.1e}, {:.1} % of the best tokens differ", 100.0 * differ);
+    assert!(worst < 1e-3 && differ == 0.0);
+    let (worst, differ) = compare_logits(&device, Dtype::Bf16);
+    println!("bf16: largest difference of a logit {worst:.1e}, {:.1} % of the best tokens differ", 100.0 * differ);
+    assert!(worst < 1.0 && differ < 0.05);
+}
+
+#[test]
+fn greedy_generation_gives_the_tokens_of_transformers() {
+    let Some(device) = gpu() else { return };
+    let cases: Value = serde_json::from_str(GREEDY).unwrap();
+    let cases = cases.as_array().unwrap();
+    assert!(cases.len() >= 10);
+    let config = GenerationConfig { max_new_tokens: 32, temperature: None, ..GenerationConfig::default() };
+    let (exact, nf4) = (load(&device, Dtype::F32, Quantization::None), load(&device, Dtype::Bf16, NF4));
+    let mut same = 0;
+    for case in cases {
+        let prompt = ids(&case["input_ids"]);
+        let expected = ids(&case["new_ids"]);
+        // transformers keeps the end token.
+        let end = expected.iter().position(|id| exact.config().eos_token_ids.contains(id)).unwrap_or(expected.len());
+        let answer = generate(&exact, &prompt, &config, |_| ControlFlow::Continue(())).unwrap();
+        assert_eq!(answer.tokens, expected[..end], "{}", case["prompt"]);
+        let answer = generate(&nf4, &prompt, &config, |_| ControlFlow::Continue(())).unwrap();
+        assert!(!answer.tokens.is_empty());
+        same += answer.tokens.iter().zip(&expected).take_while(|(got, want)| got == want).count();
+    }
+    println!(
+        "NF4 in bf16: the first {:.1} of 32 tokens, on average, are those of f32",
+        same as f64 / cases.len() as f64
+    );
+    let prompts: Vec<Vec<u32>> = cases.iter().map(|case| ids(&case["input_ids"])).collect();
+    let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+    for (answer, case) in generate_batch(&exact, &prompts, &config).unwrap().iter().zip(cases) {
+        let expected = ids(&case["new_ids"]);
+        assert_eq!(answer.tokens, expected[..answer.tokens.len()], "together: {}", case["prompt"]);
+    }
+}
+
+/// The initial A of `scripts/parity/loss_parity.py`.
+fn initial_a(name: &str, len: usize, width: usize) -> impl Iterator<Item = f32> + use<> {
+    let seed = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let bound = (1.0 / (width as f64).sqrt()) as f32;
+    (1..=len as u64).map(move |i| {
+        let mut z = seed.wrapping_add(i.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^= z >> 31;
+        ((z >> 40) as f32 * 2f32.powi(-23) - 1.0) * bound
+    })
+}
+
+fn documents(micro_batch: &Value) -> Batch {
+    let documents: Vec<(Vec<u32>, Vec<i64>)> = micro_batch
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|document| {
+            let (ids, prompt) = (ids(&document["ids"]), document["prompt"].as_u64().unwrap() as usize);
+            let labels = ids.iter().enumerate().map(|(i, &id)| if i < prompt { -100 } else { i64::from(id) });
+            (ids.clone(), labels.collect())
+        })
+        .collect();
+    Batch::from_documents(documents.iter().map(|(ids, labels)| (ids.as_slice(), labels.as_slice())))
+}
+
+/// The largest relative differences of a step's loss and of its gradient's norm, over 20 steps.
+fn loss_parity(device: &Device, dtype: Dtype, quantization: Quantization, column: &str) -> (f64, f64) {
+    let fixture: Value = serde_json::from_str(STEPS).unwrap();
+    let mut model = load(device, dtype, quantization);
+    let target_modules = TargetModules::AllLinear;
+    model.add_adapter(LoraConfig { r: 8, lora_alpha: 16.0, target_modules, ..LoraConfig::default() }, 0).unwrap();
+    let adapter = model.adapter().unwrap();
+    let len = adapter.layout().len();
+    let mut values = vec![0.0; len];
+    for entry in adapter.layout().entries().iter().filter(|entry| entry.which == Which::A) {
+        let start = initial_a(&entry.tensor_name(), entry.numel(), entry.cols);
+        values[entry.range()].iter_mut().zip(start).for_each(|(value, a)| *value = a);
+    }
+    adapter.set_values(&values).unwrap();
+    let workspace = model.workspace().clone();
+    let (mut m, mut v) = (workspace.zeros_f32(1, len).unwrap(), workspace.zeros_f32(1, len).unwrap());
+    let mut gradient = workspace.matrix_f32(1, len).unwrap();
+    let batches: Vec<Batch> = fixture["micro_batches"].as_array().unwrap().iter().map(documents).collect();
+    let (mut worst_loss, mut worst_norm) = (0f64, 0f64);
+    for (step, expected) in fixture["steps"][column].as_array().unwrap().iter().enumerate() {
+        let micro_batches = &batches[2 * step..2 * step + 2];
+        let items: usize = micro_batches.iter().map(Batch::trained_tokens).sum();
+        assert_eq!(items as u64, expected["trained_tokens"].as_u64().unwrap());
+        gradient.view_mut().fill(0.0).unwrap();
+        let sums = micro_batches.iter().map(|batch| {
+            model.accumulate_gradients(batch, items, TrainPass::default(), gradient.view_mut()).unwrap().sum
+        });
+        let loss = sums.sum::<f64>() / items as f64;
+        let norm = grad_norm::global_norm(gradient.view()).unwrap();
+        let (want, want_norm) = (expected["loss"].as_f64().unwrap(), expected["grad_norm"].as_f64().unwrap());
+        assert!(loss.is_finite() && norm.is_finite(), "step {step}: loss {loss}, norm {norm}");
+        println!(
+            "{column} {} step {step}: loss {loss:.6} expected {want:.6}, norm {norm:.5} {want_norm}",
+            dtype.name()
+        );
+        worst_loss = worst_loss.max((loss - want).abs() / want);
+        worst_norm = worst_norm.max((norm - want_norm).abs() / want_norm);
+        let lr = expected["lr"].as_f64().unwrap();
+        let optimizer = AdamW { lr, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
+        let (clip, number) = (grad_norm::clip_coefficient(norm, 1.0), step as u64 + 1);
+        let (gradient, m, v) = (gradient.view(), m.view_mut(), v.view_mut());
+        let adapter = model.adapter().unwrap();
+        adapter.update(|values| adamw::step(&optimizer, number, clip, values, gradient, m, v)).unwrap();
+    }
+    println!(
+        "{column} in {}: largest relative difference of a loss {worst_loss:.2e}, of a gradient's norm {worst_norm:.2e}",
+        dtype.name()
+    );
+    (worst_loss, worst_norm)
+}
+
+#[test]
+fn twenty_nf4_steps_in_bf16_have_the_losses_of_peft_and_bitsandbytes() {
+    let Some(device) = gpu() else { return };
+    let (loss, norm) = loss_parity(&device, Dtype::Bf16, NF4, "nf4");
+    assert!(loss < 1e-2 && norm < 1e-1);
+}
+
+#[test]
+fn twenty_nf4_steps_in_f32_have_the_losses_of_peft_and_bitsandbytes() {
+    let Some(device) = gpu() else { return };
+    for column in ["nf4", "nf4_nearest"] {
+        let (loss, _) = loss_parity(&device, Dtype::F32, NF4, column);
+        assert!(loss < 1e-3);
+    }
+}
+
+#[test]
+fn twenty_steps_over_the_plain_base_have_the_losses_of_peft() {
+    let Some(device) = gpu() else { return };
+    let (loss, _) = loss_parity(&device, Dtype::F32, Quantization::None, "f32");
+    assert!(loss < 1e-4);
+    let (loss, _) = loss_parity(&device, Dtype::Bf16, Quantization::None, "f32");
+    assert!(loss < 1e-2);
+}
