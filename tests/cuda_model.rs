@@ -4,10 +4,12 @@
 mod common;
 
 use std::ops::ControlFlow;
+use std::path::Path;
 
 use candle_core::Device;
 use candle_nn::Optimizer;
 use common::{add_random_adapter, gpu, tiny_config, tiny_model};
+use qlora::adapter::SaveOptions;
 use qlora::batch::Batch;
 use qlora::config::{Architecture, ModelConfig};
 use qlora::generate::generate;
@@ -16,6 +18,11 @@ use qlora::lora::{LoraConfig, TargetModules};
 use qlora::model::block::Keep;
 use qlora::model::{CausalLm, TrainPass};
 use qlora::sampling::GenerationConfig;
+use qlora::trainer::data::{Dataset, Encoded};
+use qlora::trainer::metrics::LogEntry;
+use qlora::trainer::progress::{Event, Observer};
+use qlora::trainer::qlora_model::QLoraModel;
+use qlora::trainer::{Interrupt, TrainConfig, Trainer};
 
 fn lora(dropout: f64) -> LoraConfig {
     let target_modules = TargetModules::AllLinear;
@@ -115,8 +122,9 @@ fn gradient_errors(model: &CausalLm, got: &[f32], want: &[f32]) -> (f64, f64, St
     (error(got, want), worst.0, worst.1)
 }
 
-/// Compares logits, losses and gradients; returns what failed.
-fn compare(device: &Device, dtype: Dtype, tolerance: f64) {
+/// Compares logits and losses within one tolerance, gradients within another, which is what the roundings of a whole
+/// forward and backward add up to.
+fn compare(device: &Device, dtype: Dtype, tolerance: f64, of_gradients: f64) {
     let mut failures = Vec::new();
     for (name, config) in configs() {
         for quantized in [false, true] {
@@ -139,35 +147,33 @@ fn compare(device: &Device, dtype: Dtype, tolerance: f64) {
                     dtype.name()
                 );
                 println!("{line}");
-                // A small tensor's gradient may be a difference of large numbers.
-                let fits = |error: f64, limit: f64| error <= limit;
-                if ![logits, loss, evaluated, whole].iter().all(|&error| fits(error, tolerance))
-                    || !fits(worst, 4.0 * tolerance)
-                {
+                // NaN never fits. A small tensor's gradient may be a difference of large numbers.
+                let fits = logits <= tolerance && loss <= tolerance && evaluated <= tolerance;
+                if !(fits && whole <= of_gradients && worst <= 2.0 * of_gradients) {
                     failures.push(line);
                 }
             }
         }
     }
-    assert!(failures.is_empty(), "beyond {tolerance:e}:\n{}", failures.join("\n"));
+    assert!(failures.is_empty(), "beyond {tolerance:e} or, for gradients, {of_gradients:e}:\n{}", failures.join("\n"));
 }
 
 #[test]
 fn in_f32_the_gpu_agrees_with_the_cpu() {
     let Some(device) = gpu() else { return };
-    compare(&device, Dtype::F32, 1e-4);
+    compare(&device, Dtype::F32, 1e-5, 1e-4);
 }
 
 #[test]
 fn in_bf16_the_gpu_agrees_with_the_cpu() {
     let Some(device) = gpu() else { return };
-    compare(&device, Dtype::Bf16, 3e-2);
+    compare(&device, Dtype::Bf16, 3e-2, 6e-2);
 }
 
 #[test]
 fn in_f16_the_gpu_agrees_with_the_cpu() {
     let Some(device) = gpu() else { return };
-    compare(&device, Dtype::F16, 5e-3);
+    compare(&device, Dtype::F16, 4e-3, 8e-3);
 }
 
 #[test]
@@ -355,4 +361,84 @@ fn quantizing_on_the_gpu_gives_the_model_of_the_cpu() {
     let want = Quantized4bit::quantize(&data, 96, 333, &QuantConfig::default()).unwrap();
     let got = CudaWeight::quantize(&data, 96, 333, &QuantConfig::default(), &workspace).unwrap();
     assert!(got.to_quantized(Dtype::F32).unwrap().unwrap() == want);
+}
+
+/// Documents of different lengths, the first tokens of each not trained.
+fn dataset(documents: usize) -> Dataset {
+    Dataset::from_encoded((0..documents as u32).map(|d| {
+        let ids: Vec<u32> = (0..6 + d * 5 % 17).map(|i| (i * 7 + d * 13 + i * i) % 61).collect();
+        let trained = (0..ids.len()).map(|i| i >= 3).collect();
+        Encoded { ids, trained }
+    }))
+    .unwrap()
+}
+
+/// Asks the run to stop after a step, as Ctrl-C does.
+struct StopAfter(u64, Interrupt);
+
+impl Observer for StopAfter {
+    fn observe(&mut self, event: &Event<'_>) {
+        if matches!(event, Event::Step(info) if info.step == self.0) {
+            self.1.request();
+        }
+    }
+}
+
+/// Trains seven steps, or stops after one of them; returns the log and the adapter's values.
+fn train(folder: &Path, workspace: Workspace, stop: Option<u64>, resume: bool) -> (Vec<LogEntry>, Vec<f32>) {
+    let mut config = TrainConfig::default();
+    config.model.model_name_or_path = "tiny".into();
+    config.data.train_file = Path::new("memory").into();
+    config.training.output_dir = folder.to_owned();
+    config.training.learning_rate = 1e-2;
+    config.training.max_steps = 7;
+    config.training.per_device_train_batch_size = 2;
+    config.training.gradient_accumulation_steps = 2;
+    config.training.save_steps = 2;
+    config.training.logging_steps = 1;
+    if resume {
+        config.set("training.resume_from_checkpoint", "true").unwrap();
+    }
+    let mut model = tiny_model(&tiny_config(), true, 7, workspace);
+    model.add_adapter(lora(0.2), 1).unwrap();
+    let model = QLoraModel::new(model, SaveOptions::default(), vec![("model".into(), "tiny".into())]).unwrap();
+    let interrupt = Interrupt::new();
+    let mut trainer =
+        Trainer::new(config, model, dataset(10), Some(dataset(3))).unwrap().with_interrupt(interrupt.clone());
+    if let Some(step) = stop {
+        trainer = trainer.with_observer(StopAfter(step, interrupt));
+    }
+    trainer.run().unwrap();
+    let values = trainer.model().model().adapter().unwrap().values().unwrap();
+    (trainer.history().to_vec(), values)
+}
+
+#[test]
+fn the_trainer_runs_and_resumes_on_the_gpu() {
+    let Some(device) = deterministic_gpu() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let folder = |name: &str| folder.path().join(name);
+    let (cpu_log, cpu) = train(&folder("cpu"), Workspace::poisoned(), None, false);
+    let (gpu_log, gpu) = train(&folder("gpu"), on_gpu(&device, Dtype::F32), None, false);
+    assert_eq!(gpu_log.len(), cpu_log.len());
+    for (gpu, cpu) in gpu_log.iter().zip(&cpu_log) {
+        let loss = |entry: &LogEntry| match entry {
+            LogEntry::Train(entry) => entry.loss,
+            LogEntry::Eval(entry) => entry.eval_loss,
+        };
+        let (gpu, cpu) = (loss(gpu), loss(cpu));
+        assert!((gpu - cpu).abs() < 1e-3 * cpu, "{gpu} {cpu}");
+    }
+    let error = error(&gpu, &cpu);
+    println!("adapter after seven steps: {error:.1e} between GPU and CPU");
+    // AdamW divides by the gradient's own size: elements whose gradient is rounding move by it.
+    assert!(error < 1e-2);
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let name = |part: &str| folder(&format!("{} {part}", dtype.name()));
+        let (_, whole) = train(&name("whole"), on_gpu(&device, dtype), None, false);
+        train(&name("parts"), on_gpu(&device, dtype), Some(3), false);
+        train(&name("parts"), on_gpu(&device, dtype), Some(5), true);
+        let (_, resumed) = train(&name("parts"), on_gpu(&device, dtype), None, true);
+        assert!(whole == resumed, "{}: a resumed run has other bits", dtype.name());
+    }
 }

@@ -353,7 +353,8 @@ impl Block {
 
         group!(down, self, down, down);
         let mut dh = workspace.matrix(tokens, width)?;
-        let ds = down.backward_input(dy.view_mut(), adapter, Some(dh.view_mut()), workspace)?;
+        let at_hand = (!recomputed).then_some(&saved.s.down);
+        let ds = down.backward_input_with(dy.view_mut(), at_hand, adapter, Some(dh.view_mut()), workspace)?;
         let mut gate_up = std::mem::replace(&mut saved.gate_up, workspace.matrix(0, 0)?);
         let (gate, up) = gate_up.view_mut().split_cols(width);
         swiglu::backward_in_place(gate, up, dh.view_mut())?;
@@ -367,7 +368,13 @@ impl Block {
 
         group!(group, self, gate_up, gate, up);
         let mut dn2 = workspace.matrix(tokens, group.inputs())?;
-        let ds = group.backward_input(gate_up.view_mut(), adapter, Some(dn2.view_mut()), workspace)?;
+        let ds = group.backward_input_with(
+            gate_up.view_mut(),
+            Some(&saved.s.gate_up),
+            adapter,
+            Some(dn2.view_mut()),
+            workspace,
+        )?;
         let (n2, _) = self.norm(&saved.mid, &self.post_attention_norm, 0, workspace)?;
         group.backward_adapter(n2.view(), &saved.s.gate_up, gate_up.view(), &ds, adapter, gradient, workspace)?;
         drop((n2, gate_up));
@@ -393,7 +400,7 @@ impl Block {
 
         group!(o, self, o, o);
         let mut dattn = workspace.matrix(tokens, attn.cols())?;
-        let ds = o.backward_input(dmid.view_mut(), adapter, Some(dattn.view_mut()), workspace)?;
+        let ds = o.backward_input_with(dmid.view_mut(), Some(&s.o), adapter, Some(dattn.view_mut()), workspace)?;
         o.backward_adapter(attn.view(), &s.o, dmid.view(), &ds, adapter, gradient.reborrow(), workspace)?;
 
         let Qkv { qkv, rstd, raw, s } = qkv;
@@ -417,7 +424,7 @@ impl Block {
             false => None,
         };
         let target = dn1.as_mut().map(Matrix::view_mut);
-        let ds = group.backward_input(dqkv.view_mut(), adapter, target, workspace)?;
+        let ds = group.backward_input_with(dqkv.view_mut(), Some(&s), adapter, target, workspace)?;
         let (n1, _) = self.norm(&x, &self.input_norm, 0, workspace)?;
         group.backward_adapter(n1.view(), &s, dqkv.view(), &ds, adapter, gradient, workspace)?;
         drop((n1, dqkv));

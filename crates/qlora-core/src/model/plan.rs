@@ -102,13 +102,11 @@ impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count = |keep: Keep| self.keep.iter().filter(|&&k| k == keep).count();
         let gb = |bytes: u64| bytes as f64 / 1e9;
-        write!(
-            f,
-            "peak {:.2} GB of {:.2} GB ({:.2} GB before a step)",
-            gb(self.peak),
-            gb(self.budget),
-            gb(self.resident)
-        )?;
+        write!(f, "peak {:.2} GB", gb(self.peak))?;
+        if self.budget < u64::MAX {
+            write!(f, " of {:.2} GB", gb(self.budget))?;
+        }
+        write!(f, " ({:.2} GB before a step)", gb(self.resident))?;
         for (keep, what) in [
             (Keep::Everything, "keep their activations"),
             (Keep::Input, "recompute from their inputs"),

@@ -210,6 +210,24 @@ unsafe extern "C" {
         rp: i64,
         stream: Stream,
     ) -> c_int;
+    pub(super) fn qlora_lora_ds_db_workspace(tokens: i64, n: i64, rp: i64) -> i64;
+    pub(super) fn qlora_lora_ds_db(
+        dtype: c_int,
+        dy: Ptr,
+        ld_dy: i64,
+        bs: Ptr,
+        ld_bs: i64,
+        s: Ptr,
+        ld_s: i64,
+        ds: PtrMut,
+        ld_ds: i64,
+        db: *mut f32,
+        workspace: *mut f32,
+        tokens: i64,
+        n: i64,
+        rp: i64,
+        stream: Stream,
+    ) -> c_int;
     pub(super) fn qlora_cast(
         in_dtype: c_int,
         input: Ptr,

@@ -223,7 +223,17 @@ impl Gpu {
         // The pool has no empty allocations.
         let bytes = bytes.max(16);
         // SAFETY: the stream lives as long as self; the memory is freed on the same stream.
-        match unsafe { result::malloc_async(self.stream.cu_stream(), bytes) } {
+        let allocate = || unsafe { result::malloc_async(self.stream.cu_stream(), bytes) };
+        let allocated = match allocate() {
+            // The pool may hold enough, but in pieces: give back what nobody uses, so that it can be mapped anew.
+            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                self.synchronize(op)?;
+                self.pool.trim()?;
+                allocate()
+            }
+            other => other,
+        };
+        match allocated {
             Ok(ptr) => Ok(RawMemory { ptr, stream: self.stream.clone() }),
             Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Err(self.pool.out_of_memory(op, bytes)),
             Err(error) => Err(cuda_error(op, error)),

@@ -100,6 +100,11 @@ pub(super) fn gather(op: &'static str, table: CudaView, ids: &Buffer, out: CudaV
 
 /// Rows of a matrix, gathered by index.
 pub(super) fn gather_rows(op: &'static str, from: CudaView, rows: &[u32], workspace: &Workspace) -> Result<Matrix> {
+    if from.rows() > 1 && from.stride() != from.cols() {
+        let mut gapless = workspace.matrix(from.rows(), from.cols())?;
+        super::ops::cast(from, gapless.view_mut().cuda(op)?)?;
+        return gather_rows(op, gapless.view().cuda(op)?, rows, workspace);
+    }
     let mut out = workspace.matrix(rows.len(), from.cols())?;
     let ids = Buffer::upload(&from.gpu().arc(), op, rows)?;
     gather(op, from, &ids, out.view_mut().cuda(op)?)?;

@@ -81,13 +81,25 @@ impl<'a> AdapterPass<'a> {
 
 /// `S` (or `dS`) of a group: what its backward needs of its forward besides the input.
 #[derive(Debug, Default)]
-pub struct Shrunk(pub(crate) Vec<Option<Matrix>>);
+pub struct Shrunk {
+    pub(crate) parts: Vec<Option<Matrix>>,
+    /// `dy^T S` of all members, f32, where it was made together with `dS`.
+    #[cfg(feature = "cuda")]
+    pub(crate) db: Option<Matrix>,
+}
 
 impl Shrunk {
+    pub(crate) fn new(parts: Vec<Option<Matrix>>) -> Self {
+        Self {
+            parts,
+            #[cfg(feature = "cuda")]
+            db: None,
+        }
+    }
     /// That of one member (or, on CUDA, of all of them together).
     #[cfg(feature = "cuda")]
     pub(crate) fn part(&self, index: usize) -> Option<&Matrix> {
-        self.0.get(index).and_then(Option::as_ref)
+        self.parts.get(index).and_then(Option::as_ref)
     }
 }
 
@@ -171,7 +183,7 @@ impl Group<'_> {
             });
             start = end;
         }
-        Ok(Shrunk(shrunk))
+        Ok(Shrunk::new(shrunk))
     }
 
     /// `S` alone: all that a recomputed block needs of its last group.
@@ -191,7 +203,7 @@ impl Group<'_> {
             lora_linear::shrink(x, a, pass.dropout_of(slot), s.view_mut(), workspace)?;
             Ok(Some(s))
         };
-        self.members.iter().map(shrink).collect::<Result<_>>().map(Shrunk)
+        self.members.iter().map(shrink).collect::<Result<_>>().map(Shrunk::new)
     }
 
     /// Writes `dx` (unless nothing below needs it) and returns `dS` for [`Self::backward_adapter`]. `dy` is not changed,
@@ -203,6 +215,22 @@ impl Group<'_> {
         &self,
         dy: ViewMut,
         adapter: &AdapterPass,
+        dx: Option<ViewMut>,
+        workspace: &Workspace,
+    ) -> Result<Shrunk> {
+        self.backward_input_with(dy, None, adapter, dx, workspace)
+    }
+
+    /// [`Self::backward_input`] where the forward's `S` is at hand already: on CUDA, one pass over `dy` then makes `dS`
+    /// and B's gradient.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn backward_input_with(
+        &self,
+        dy: ViewMut,
+        s: Option<&Shrunk>,
+        adapter: &AdapterPass,
         mut dx: Option<ViewMut>,
         workspace: &Workspace,
     ) -> Result<Shrunk> {
@@ -211,8 +239,9 @@ impl Group<'_> {
         }
         #[cfg(feature = "cuda")]
         if dy.gpu().is_some() {
-            return crate::cuda::linear_group::backward_input(Self::OP, self, dy, adapter, dx, workspace);
+            return crate::cuda::linear_group::backward_input(Self::OP, self, dy, s, adapter, dx, workspace);
         }
+        let _ = s;
         let mut shrunk = Vec::with_capacity(self.members.len());
         let mut start = 0;
         for (index, member) in self.members.iter().enumerate() {
@@ -235,7 +264,7 @@ impl Group<'_> {
             });
             start = end;
         }
-        Ok(Shrunk(shrunk))
+        Ok(Shrunk::new(shrunk))
     }
 
     /// Adds the gradients of the members' A and B to their places in `gradient` (f32, one row, laid out as the adapter).
@@ -278,11 +307,11 @@ impl Group<'_> {
             let dy = dy.slice_cols(start..end);
             start = end;
             let Some(slot) = member.lora else { continue };
-            let factor = |shrunk: &Shrunk| shrunk.0.get(index).is_some_and(Option::is_some);
+            let factor = |shrunk: &Shrunk| shrunk.parts.get(index).is_some_and(Option::is_some);
             if !factor(s) || !factor(ds) {
                 return Err(Error::invalid(Self::OP, "a backward without its forward's S"));
             }
-            let (s, ds) = (s.0[index].as_ref().expect("checked"), ds.0[index].as_ref().expect("checked"));
+            let (s, ds) = (s.parts[index].as_ref().expect("checked"), ds.parts[index].as_ref().expect("checked"));
             let (da, db) = slot.factors_mut(gradient.reborrow(), self.inputs(), dy.cols());
             let dropout = adapter.dropout_of(slot);
             lora_linear::backward_adapter(x, slot.scale, dropout, s.view(), dy, ds.view(), da, db, workspace)?;

@@ -11,12 +11,12 @@ use qlora_kernels::{Dtype, SequenceLayout};
 
 use crate::harness::{DTYPES, GAPS, Kind, Report, gpu, output, plain, within};
 
-/// What one rounding to the activations' type leaves: half a unit in the last place of every element.
+/// What one rounding to the activations' type leaves at most: half a unit in the last place of every element.
 fn one_rounding(dtype: Dtype) -> f64 {
     match dtype {
         Dtype::F32 => 1e-6,
-        Dtype::Bf16 => 2.5e-3,
-        Dtype::F16 => 3e-4,
+        Dtype::Bf16 => 1.0 / 256.0,
+        Dtype::F16 => 1.0 / 2048.0,
     }
 }
 
@@ -65,8 +65,8 @@ fn swiglu_agrees_with_the_cpu() {
     for dtype in DTYPES {
         for (rows, cols) in [(0, 64), (1, 1), (3, 7), (17, 33), (5, 1536), (2, 28_672), (1000, 24)] {
             for gap in GAPS {
-                // Saturated gates too.
-                for scale in [1.0, 30.0] {
+                // Saturated gates too, as far as the results are normal numbers.
+                for scale in [1.0, if dtype == Dtype::F16 { 2.0 } else { 30.0 }] {
                     report.compare(&device, dtype, &format!("{rows} x {cols}, gap {gap}, scale {scale}"), |side| {
                         let gate = side.values(rows * cols, scale);
                         let (up, dh) = (side.values(rows * cols, 1.0), side.values(rows * cols, 1.0));

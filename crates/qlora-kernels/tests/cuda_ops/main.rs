@@ -14,6 +14,7 @@ mod harness;
 mod huge;
 mod linear_cross_entropy;
 mod linear_group;
+mod lora_linear;
 mod matmul;
 mod memory;
 mod optimizer;
