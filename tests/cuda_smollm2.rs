@@ -3,7 +3,6 @@
 //! `scripts/demo-model.sh` fetches the file; `QLORA_SMOLLM2_GGUF` names it where it lies elsewhere.
 #![cfg(feature = "cuda")]
 
-#[allow(dead_code)]
 mod common;
 
 use std::ops::ControlFlow;
@@ -24,6 +23,7 @@ use qlora::source::Gguf;
 use serde_json::Value;
 
 const STEPS: &str = include_str!("fixtures/parity/smollm2_20_steps.json");
+const STEPS_ON_GPU: &str = include_str!("fixtures/parity/smollm2_20_steps_gpu.json");
 const GREEDY: &str = include_str!("fixtures/smollm2/greedy.json");
 const LOGITS: &[u8] = include_bytes!("fixtures/smollm2/logits.safetensors");
 
@@ -90,7 +90,8 @@ fn logits_equal_those_of_transformers() {
     assert!(worst < 1e-3 && differ == 0.0);
     let (worst, differ) = compare_logits(&device, Dtype::Bf16);
     println!("bf16: largest difference of a logit {worst:.1e}, {:.1} % of the best tokens differ", 100.0 * differ);
-    assert!(worst < 1.0 && differ < 0.05);
+    // transformers in bf16 is off by 1.7 and 0.8 %.
+    assert!(worst < 2.0 && differ < 0.02);
 }
 
 #[test]
@@ -154,7 +155,11 @@ fn documents(micro_batch: &Value) -> Batch {
 
 /// The largest relative differences of a step's loss and of its gradient's norm, over 20 steps.
 fn loss_parity(device: &Device, dtype: Dtype, quantization: Quantization, column: &str) -> (f64, f64) {
-    let fixture: Value = serde_json::from_str(STEPS).unwrap();
+    parity_with(STEPS, device, dtype, quantization, column)
+}
+
+fn parity_with(expected: &str, device: &Device, dtype: Dtype, quantization: Quantization, column: &str) -> (f64, f64) {
+    let [fixture, expected] = [STEPS, expected].map(|text| serde_json::from_str::<Value>(text).unwrap());
     let mut model = load(device, dtype, quantization);
     let target_modules = TargetModules::AllLinear;
     model.add_adapter(LoraConfig { r: 8, lora_alpha: 16.0, target_modules, ..LoraConfig::default() }, 0).unwrap();
@@ -171,7 +176,7 @@ fn loss_parity(device: &Device, dtype: Dtype, quantization: Quantization, column
     let mut gradient = workspace.matrix_f32(1, len).unwrap();
     let batches: Vec<Batch> = fixture["micro_batches"].as_array().unwrap().iter().map(documents).collect();
     let (mut worst_loss, mut worst_norm) = (0f64, 0f64);
-    for (step, expected) in fixture["steps"][column].as_array().unwrap().iter().enumerate() {
+    for (step, expected) in expected["steps"][column].as_array().unwrap().iter().enumerate() {
         let micro_batches = &batches[2 * step..2 * step + 2];
         let items: usize = micro_batches.iter().map(Batch::trained_tokens).sum();
         assert_eq!(items as u64, expected["trained_tokens"].as_u64().unwrap());
@@ -208,6 +213,14 @@ fn twenty_nf4_steps_in_bf16_have_the_losses_of_peft_and_bitsandbytes() {
     let Some(device) = gpu() else { return };
     let (loss, norm) = loss_parity(&device, Dtype::Bf16, NF4, "nf4");
     assert!(loss < 1e-2 && norm < 1e-1);
+    // Against the same NF4 weights in f32 on a GPU: nearer than transformers, PEFT and bitsandbytes in bf16 come.
+    let (loss, _) = parity_with(STEPS_ON_GPU, &device, Dtype::Bf16, NF4, "f32");
+    let peers: Value = serde_json::from_str(STEPS_ON_GPU).unwrap();
+    for peer in ["peft", "peft_autocast"] {
+        assert!(loss < 1e-2 && loss < peers["distance"][peer]["largest"].as_f64().unwrap(), "{peer}");
+    }
+    let (loss, _) = parity_with(STEPS_ON_GPU, &device, Dtype::F32, NF4, "f32");
+    assert!(loss < 1e-3);
 }
 
 #[test]

@@ -208,9 +208,12 @@ def block(steps, kernels) -> str:
     if kernels:
         lines += [
             "",
-            "Single kernels, and their share of what the card's memory or tensor cores allow (from the same run):",
+            "<details><summary>Single kernels, and their share of what the card's memory or tensor cores allow (from the same",
+            "run)</summary>",
             "",
             *kernel_table(kernels),
+            "",
+            "</details>",
             "",
             f"Measured on {where(kernels)} ([raw results](benches/results/kernels.csv)).",
         ]

@@ -270,10 +270,9 @@ impl Block {
         let mut lse = workspace.matrix_f32(tokens, self.attention.heads)?;
         attention::forward(&self.attention, q, k, v, layout, attn.view_mut(), lse.view_mut(), workspace)?;
         let mut mid = workspace.matrix(tokens, x.cols())?;
-        let mut s = Factors::default();
-        s.o = o.forward(attn.view_mut(), pass.adapter.as_ref(), Some(x.view()), mid.view_mut(), workspace)?;
-        let (gate_up, rstd_mid, factor) = self.project_gate_up(&mid, pass)?;
-        s.gate_up = factor;
+        let of_o = o.forward(attn.view_mut(), pass.adapter.as_ref(), Some(x.view()), mid.view_mut(), workspace)?;
+        let (gate_up, rstd_mid, of_gate_up) = self.project_gate_up(&mid, pass)?;
+        let s = Factors { o: of_o, gate_up: of_gate_up, down: Shrunk::default() };
         Ok(Activations { x, qkv, attn, lse, mid, rstd_mid, gate_up, s })
     }
 

@@ -131,16 +131,6 @@ macro_rules! accessors {
                 Self { window: self.window.reshape(rows, cols), ..self }
             }
 
-            /// The first `width` columns of the margin.
-            pub(crate) fn margin(self, width: usize) -> Self {
-                Self { window: self.window.margin(width), ..self }
-            }
-
-            /// This window and the first `width` columns of its margin.
-            pub(crate) fn with_margin(self, width: usize) -> Self {
-                Self { window: self.window.with_margin(width), ..self }
-            }
-
             /// `cudaStream`-side arguments: address, stride and sizes as the launchers take them.
             pub(super) fn ld(&self) -> i64 {
                 self.window.stride as i64
@@ -153,6 +143,16 @@ accessors!(CudaView);
 accessors!(CudaViewMut);
 
 impl<'a> CudaView<'a> {
+    /// The first `width` columns of the margin.
+    pub(crate) fn margin(self, width: usize) -> Self {
+        Self { window: self.window.margin(width), ..self }
+    }
+
+    /// This window and the first `width` columns of its margin.
+    pub(crate) fn with_margin(self, width: usize) -> Self {
+        Self { window: self.window.with_margin(width), ..self }
+    }
+
     /// # Safety
     /// `rows` rows of `cols + margin` elements of `dtype`, `stride` elements apart from `ptr` on, must be device memory
     /// that stays allocated and unwritten for `'a`.

@@ -146,8 +146,8 @@ impl CudaWeight {
     /// The weight as it lies in memory, if it is plain.
     pub(crate) fn plain_view(&self) -> Option<CudaView<'_>> {
         match &self.data {
-            // SAFETY: the buffer has rows * cols elements.
             Data::Plain { buffer, dtype } => {
+                // SAFETY: the buffer has rows * cols elements.
                 Some(unsafe { CudaView::of_buffer(buffer, *dtype, [self.rows, self.cols], self.cols, 0) })
             }
             Data::Bits4(_) => None,

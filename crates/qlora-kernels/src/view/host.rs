@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator};
 
-/// The CPU representation of a [`View`]: f32 rows.
+/// The CPU representation of a [`View`](crate::View): f32 rows.
 #[derive(Clone, Copy, Debug)]
 pub struct HostView<'a> {
     ptr: *const f32,
@@ -15,7 +15,7 @@ pub struct HostView<'a> {
     memory: PhantomData<&'a [f32]>,
 }
 
-/// The CPU representation of a [`ViewMut`]: f32 rows.
+/// The CPU representation of a [`ViewMut`](crate::ViewMut): f32 rows.
 #[derive(Debug)]
 pub struct HostViewMut<'a> {
     ptr: *mut f32,

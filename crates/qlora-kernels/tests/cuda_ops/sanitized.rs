@@ -15,18 +15,18 @@ use crate::{attention, linear_group};
 #[test]
 fn a_little_of_everything() {
     let Some(device) = new_gpu() else { return };
+    let mut report = Report::with_tolerance("a little attention", attention::tolerance);
     for deterministic in [false, true] {
         qlora_kernels::cuda::Gpu::of(&device).unwrap().set_deterministic(deterministic);
         for heads in [(2, 1, 64), (1, 1, 96), (2, 2, 128), (2, 1, 20)] {
-            let mut report = Report::with_tolerance("attention", attention::tolerance);
             for dtype in [Dtype::F32, Dtype::Bf16] {
                 report.compare(&device, dtype, &format!("{heads:?}"), |side| {
                     attention::run(side, &attention::config(heads, Some(70)), &[130, 1, 37], 0)
                 });
             }
-            report.finish();
         }
     }
+    report.finish();
     let mut report = Report::new("everything");
     let nf4 = Kind::Bits4(QuantConfig::default());
     for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
@@ -79,8 +79,8 @@ fn small(side: &Side, rows: usize, cols: usize, gap: usize) -> qlora_kernels::Re
     dropout::forward(&Dropout { p: 0.3, seed: 1, stream: 2 }, dy.view(), 7, dropped.view_mut())?;
     results.push(output("dropout", dropped.to_vec()));
 
-    let head_dim = if cols % 32 == 0 { 32 } else { cols / 2 * 2 };
-    if cols % head_dim == 0 {
+    let head_dim = if cols.is_multiple_of(32) { 32 } else { cols / 2 * 2 };
+    if cols.is_multiple_of(head_dim) {
         let table = RopeTable::new(&RopeConfig { theta: 1e4, scaling: None }, head_dim, 16)?;
         let positions: Positions = (0..rows as u32).map(|row| row * 3).collect::<Vec<_>>().into();
         rope::forward(dropped.view_mut(), head_dim, &table, &positions)?;
