@@ -35,7 +35,7 @@ fn main() -> anyhow::Result<()> {
     };
     let files = open_model(path, &OpenOptions::default())?;
     let quantization = Quantization::Bits4(QuantConfig::default());
-    let mut model = CausalLm::load(&*files.source, LoadOptions { quantization, progress: None })?;
+    let mut model = CausalLm::load(&*files.source, LoadOptions { quantization, ..LoadOptions::default() })?;
     let target_modules = TargetModules::AllLinear;
     model.add_adapter(LoraConfig { r: 16, lora_alpha: 32.0, target_modules, ..LoraConfig::default() }, 0)?;
     model.set_gradient_checkpointing(checkpointing)?;

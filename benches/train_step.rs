@@ -218,7 +218,8 @@ fn main() -> anyhow::Result<()> {
     let started = Instant::now();
     let source = RandomWeights::new(llama_8b(options.layers));
     let quantization = Quantization::Bits4(QuantConfig::default());
-    let mut model = CausalLm::load_on(&source, LoadOptions { quantization, progress: None }, workspace.clone())?;
+    let mut model =
+        CausalLm::load_on(&source, LoadOptions { quantization, ..LoadOptions::default() }, workspace.clone())?;
     drop(source);
     println!("loaded in {:.1} s, {:.2} GB", started.elapsed().as_secs_f64(), gpu.pool().used()? as f64 / 1e9);
     let target_modules = match options.targets.as_str() {

@@ -68,7 +68,8 @@ fn main() -> anyhow::Result<()> {
         false => Quantization::Bits4(QuantConfig::default()),
     };
     let workspace = args.device.open(Dtype::Bf16, None)?;
-    let mut model = CausalLm::load_on(&*files.source, LoadOptions { quantization, progress: None }, workspace)?;
+    let mut model =
+        CausalLm::load_on(&*files.source, LoadOptions { quantization, ..LoadOptions::default() }, workspace)?;
     if let Some(folder) = &args.adapter {
         let adapter = qlora::adapter::load(folder, model.config())?;
         model.set_adapter(adapter.config.lora, adapter.layout, adapter.weights)?;

@@ -47,7 +47,7 @@ fn load(device: &Device, dtype: Dtype, quantization: Quantization) -> CausalLm {
     assert!(path.exists(), "{} is missing: run scripts/demo-model.sh first", path.display());
     let source = Gguf::open(path).unwrap();
     let workspace = Workspace::with_dtype(device, dtype).unwrap();
-    CausalLm::load_on(&source, LoadOptions { quantization, progress: None }, workspace).unwrap()
+    CausalLm::load_on(&source, LoadOptions { quantization, ..LoadOptions::default() }, workspace).unwrap()
 }
 
 fn ids(value: &Value) -> Vec<u32> {

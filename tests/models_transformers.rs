@@ -22,7 +22,7 @@ fn fixtures() -> PathBuf {
 
 fn load(name: &str, quantization: Quantization) -> CausalLm {
     let source = HfDirectory::open(fixtures().join("models").join(name)).unwrap();
-    CausalLm::load(&source, LoadOptions { quantization, progress: None }).unwrap()
+    CausalLm::load(&source, LoadOptions { quantization, ..LoadOptions::default() }).unwrap()
 }
 
 fn tensors(path: PathBuf) -> HashMap<String, Tensor> {

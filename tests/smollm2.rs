@@ -29,7 +29,7 @@ fn load(quantization: Quantization) -> CausalLm {
     let path = cache.join("models/SmolLM2-135M-Instruct/SmolLM2-135M-Instruct.Q4_1.gguf");
     assert!(path.exists(), "{} is missing: run scripts/demo-model.sh first", path.display());
     let source = Gguf::open(path).unwrap();
-    CausalLm::load(&source, LoadOptions { quantization, progress: None }).unwrap()
+    CausalLm::load(&source, LoadOptions { quantization, ..LoadOptions::default() }).unwrap()
 }
 
 fn json(path: &str) -> Value {

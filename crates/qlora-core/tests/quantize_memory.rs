@@ -61,7 +61,7 @@ fn quantizing_holds_the_quantized_model_and_two_tensors() {
     });
     let source = HfDirectory::open(folder.path()).unwrap();
     let quantization = Quantization::Bits4(QuantConfig::default());
-    let model = CausalLm::load(&source, LoadOptions { quantization, progress: None }).unwrap();
+    let model = CausalLm::load(&source, LoadOptions { quantization, ..LoadOptions::default() }).unwrap();
     done.store(true, Ordering::Relaxed);
     watcher.join().unwrap();
 

@@ -67,7 +67,11 @@ impl Session {
             Some(path) => Some(template_from_file(path, &tokenizer)?),
             None => chat_template,
         };
-        let load = LoadOptions { quantization: quantization(&config.model), progress: Some(&mut progress) };
+        let load = LoadOptions {
+            quantization: quantization(&config.model),
+            offload_embedding: config.model.offload_embedding,
+            progress: Some(&mut progress),
+        };
         let workspace = workspace(config)?;
         let mut model = CausalLm::load_on(&*source, load, workspace)?;
         model.add_adapter(lora_config(&config.lora)?, config.training.seed)?;

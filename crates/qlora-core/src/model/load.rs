@@ -34,6 +34,9 @@ pub enum Quantization {
 pub struct LoadOptions<'a> {
     /// How the projections are held. Embeddings, norms and the head stay as stored.
     pub quantization: Quantization,
+    /// Leave the embedding's table in host memory: only the rows of a batch go to the GPU. A head that is tied to it is
+    /// on the GPU in any case.
+    pub offload_embedding: bool,
     /// Called after each tensor with the number of tensors done and their total.
     pub progress: Option<&'a mut dyn FnMut(usize, usize)>,
 }
@@ -69,11 +72,21 @@ impl Loader<'_, '_> {
     fn model(mut self) -> Result<CausalLm> {
         let config = self.source.config().clone();
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let embedding = self.plain("model.embed_tokens.weight", vocab, hidden)?;
+        let embedding = match self.options.offload_embedding {
+            false => self.plain("model.embed_tokens.weight", vocab, hidden)?,
+            true => {
+                let data = self.read("model.embed_tokens.weight", &[vocab, hidden])?;
+                check_finite("model.embed_tokens.weight", &data)?;
+                Arc::new(PlainWeight::new(data, vocab, hidden))
+            }
+        };
         let blocks = (0..config.num_hidden_layers).map(|layer| self.block(layer)).collect::<Result<Vec<_>>>()?;
         let final_norm = self.vector("model.norm.weight", hidden)?;
-        let head =
-            if config.tie_word_embeddings { embedding.clone() } else { self.plain("lm_head.weight", vocab, hidden)? };
+        let head = match (config.tie_word_embeddings, self.options.offload_embedding) {
+            (false, _) => self.plain("lm_head.weight", vocab, hidden)?,
+            (true, false) => embedding.clone(),
+            (true, true) => self.plain("model.embed_tokens.weight", vocab, hidden)?,
+        };
         self.check_all_used(config.tie_word_embeddings)?;
         let limit = config.max_position_embeddings;
         let stack = Stack::new(blocks, final_norm, config.rms_norm_eps, config.rope.clone(), limit)?;

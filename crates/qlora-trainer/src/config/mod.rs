@@ -68,6 +68,9 @@ pub struct ModelOptions {
     pub bnb_4bit_use_double_quant: bool,
     /// Elements that share a scale: a power of two from 32 to 4096. Default: 64, as in the QLoRA paper.
     pub blocksize: usize,
+    /// Leave the embedding's table in host memory while training on a GPU: 1 GB less for Llama 3.1 8B, a little more time.
+    /// Default: false.
+    pub offload_embedding: bool,
     /// Where to train: `"auto"` (the first GPU if the program is built with the feature `cuda` and there is one, otherwise
     /// the CPU), `"cpu"`, `"cuda"` or `"cuda:1"`. Default: auto.
     pub device: String,
@@ -86,6 +89,7 @@ impl Default for ModelOptions {
             bnb_4bit_quant_type: QuantType::Nf4,
             bnb_4bit_use_double_quant: true,
             blocksize: 64,
+            offload_embedding: false,
             device: "auto".to_owned(),
             bnb_4bit_compute_dtype: ComputeDtype::Bfloat16,
         }

@@ -1,0 +1,89 @@
+//! The memory planner's arithmetic, on the CPU: what it chooses for which budget. That its peaks are those of a GPU's pool
+//! is measured by `benches/train_step.rs`.
+
+mod common;
+
+use common::{add_random_adapter, tiny_config, tiny_model};
+use qlora::kernels::Workspace;
+use qlora::lora::{LoraConfig, TargetModules};
+use qlora::model::block::Keep;
+use qlora::model::plan::AttentionWorkspace;
+use qlora::model::{BatchShape, CausalLm, Planner};
+
+const RESIDENT: u64 = 1_000_000;
+
+fn model() -> CausalLm {
+    let mut model = tiny_model(&tiny_config(), false, 7, Workspace::cpu());
+    let target_modules = TargetModules::AllLinear;
+    add_random_adapter(&mut model, LoraConfig { r: 4, lora_alpha: 8.0, target_modules, ..LoraConfig::default() }, 3);
+    model
+}
+
+fn planner(model: &CausalLm, tokens: usize) -> Planner {
+    Planner::new(model, BatchShape::uniform(1, tokens), AttentionWorkspace::default(), RESIDENT).unwrap()
+}
+
+#[test]
+fn less_memory_keeps_less_and_never_more_than_the_budget() {
+    let model = model();
+    let planner = planner(&model, 4096);
+    let (rich, lean) = (planner.richest(), planner.leanest());
+    assert!(lean.peak < rich.peak, "{} {}", lean.peak, rich.peak);
+    let mut kept_before = usize::MAX;
+    let mut peaks = Vec::new();
+    for share in (0..=20).rev() {
+        let budget = lean.peak + (rich.peak - lean.peak) * share / 20;
+        let plan = planner.plan(budget).unwrap();
+        assert!(plan.peak <= budget, "{plan}");
+        let kept = plan.keep.iter().filter(|&&keep| keep == Keep::Everything).count();
+        assert!(kept <= kept_before, "{plan}");
+        // What is kept is kept at the top, where the backward begins.
+        assert!(plan.keep.is_sorted_by_key(|&keep| keep == Keep::Everything), "{plan}");
+        assert!(plan.cached_blocks == 0 || kept > 0 || plan.keep[0] != Keep::Everything);
+        kept_before = kept;
+        peaks.push(plan.peak);
+    }
+    assert_eq!(planner.plan(rich.peak).unwrap().cached_blocks, model.stack().blocks().len());
+    assert!(peaks.iter().collect::<std::collections::HashSet<_>>().len() > 2, "several plans are in between");
+}
+
+#[test]
+fn the_inputs_move_to_the_host_before_the_run_is_refused() {
+    let model = model();
+    let planner = planner(&model, 4096);
+    let lean = planner.leanest();
+    let plan = planner.plan(lean.peak).unwrap();
+    // Where the largest weight is not what decides, they need not be dequantized one at a time.
+    assert!(plan.keep.iter().all(|&keep| keep == Keep::Offload), "{plan}");
+    let hidden = model.config().hidden_size as u64;
+    let blocks = model.stack().blocks().len() as u64;
+    assert_eq!(plan.pinned, blocks * 4096 * hidden * 4);
+    let least = plan.peak.min(lean.peak);
+    let error = planner.plan(least - 1).unwrap_err().to_string();
+    assert!(error.contains("4096 tokens needs at least") && error.contains("gradient_accumulation_steps"), "{error}");
+}
+
+#[test]
+fn longer_batches_and_larger_workspaces_take_more() {
+    let model = model();
+    let peak = |tokens| planner(&model, tokens).leanest().peak;
+    assert!(peak(512) < peak(1024) && peak(1024) < peak(4096));
+    // Weights and logits of a tiny model aside, memory grows with the tokens.
+    let growth = (peak(8192) - peak(4096)) as f64 / (peak(16_384) - peak(8192)) as f64;
+    assert!((0.45..0.55).contains(&growth), "{growth}");
+    let workspace = AttentionWorkspace { forward: 0, backward: 1 << 40 };
+    let large = Planner::new(&model, BatchShape::uniform(1, 512), workspace, RESIDENT).unwrap().leanest().peak;
+    assert!(large > 1 << 40);
+}
+
+#[test]
+fn a_plan_is_applied_and_changes_no_gradient() {
+    let mut model = model();
+    let plan = planner(&model, 64).leanest();
+    let text = plan.to_string();
+    assert!(text.contains("host memory") && text.contains("one at a time"), "{text}");
+    model.apply_plan(&plan).unwrap();
+    assert_eq!(model.stack().keep(), plan.keep);
+    let wrong = qlora::model::MemoryPlan { keep: vec![Keep::Input], ..plan };
+    assert!(model.apply_plan(&wrong).unwrap_err().to_string().contains("1 choices for"));
+}
