@@ -293,7 +293,11 @@ fn main() -> anyhow::Result<()> {
                 seconds[0] * 1e3
             );
             if let Some(path) = &options.out {
+                let is_new = !Path::new(path).exists();
                 let mut file = std::fs::OpenOptions::new().create(true).append(true).open(path)?;
+                if is_new {
+                    writeln!(file, "system,case,mode,tok_s,peak_gb,gpu,driver,commit,date,targets,rank")?;
+                }
                 writeln!(
                     file,
                     "qlora,{sequences}x{length},{mode},{speed:.1},{peak:.3},{},{},{},{},{},{}",

@@ -1,8 +1,9 @@
 //! With the feature `cuda`: compiles `kernels/*.cu` with nvcc into one static library of C launchers.
 //!
-//! `CUDA_COMPUTE_CAP` chooses the architectures, as for candle: `90`, or several as `80,90`. Without it the GPU of this
-//! machine is asked (`nvidia-smi`). A machine without a GPU builds with the variable set and a toolkit on `PATH` or in
-//! `CUDA_HOME`.
+//! `CUDA_COMPUTE_CAP` chooses the architecture, as for candle: `90`. `QLORA_CUDA_ARCHS` chooses several for our kernels,
+//! such as `80,90` (candle's own are then to be built for the oldest, `CUDA_COMPUTE_CAP=80`: the driver translates them).
+//! Without either the GPU of this machine is asked (`nvidia-smi`). A machine without a GPU builds with the variable set and
+//! a toolkit on `PATH` or in `CUDA_HOME`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,7 +16,7 @@ fn main() {
     if std::env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }
-    for name in ["CUDA_COMPUTE_CAP", "CUDA_HOME", "CUDA_PATH", "NVCC", "NVCC_CCBIN", "PATH"] {
+    for name in ["QLORA_CUDA_ARCHS", "CUDA_COMPUTE_CAP", "CUDA_HOME", "CUDA_PATH", "NVCC", "NVCC_CCBIN", "PATH"] {
         println!("cargo::rerun-if-env-changed={name}");
     }
     println!("cargo::rerun-if-changed=kernels");
@@ -71,9 +72,10 @@ fn nvcc() -> PathBuf {
 
 /// The architectures to compile for, such as `["80", "90"]`.
 fn architectures() -> Result<Vec<String>, String> {
-    let (text, origin) = match std::env::var("CUDA_COMPUTE_CAP") {
-        Ok(text) => (text, "CUDA_COMPUTE_CAP"),
-        Err(_) => {
+    let set = |name: &'static str| std::env::var(name).ok().map(|text| (text, name));
+    let (text, origin) = match set("QLORA_CUDA_ARCHS").or_else(|| set("CUDA_COMPUTE_CAP")) {
+        Some(found) => found,
+        None => {
             let output = Command::new("nvidia-smi").args(["--query-gpu=compute_cap", "--format=csv,noheader"]).output();
             let text = output.ok().filter(|output| output.status.success());
             let text = text.ok_or(

@@ -21,6 +21,11 @@
 //! ```
 //!
 //! and neither y nor dx is read again to add the adapters' part (LoRAFusion, arXiv 2510.00206, measures what that costs).
+//!
+//! It is also more exact: the sum is rounded to bf16 once. Where the base's part is rounded first and the adapters' is added
+//! to it, as PEFT does, a small update falls below the rounding and is lost: in 20 steps of SmolLM2 (bf16, NF4) PEFT's loss
+//! is 5 to 9% above that of the same run in f32, ours within 0.5% (`tests/cuda_smollm2.rs`, and
+//! `tests/fixtures/parity/smollm2_20_steps_gpu.json` for PEFT's).
 
 use std::ops::Range;
 
