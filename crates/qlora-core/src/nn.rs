@@ -59,6 +59,20 @@ impl QLoraLinear {
     /// # Errors
     /// If the configuration is not valid or the bias does not have one element an output.
     pub fn new(weight: Arc<dyn FrozenWeight>, bias: Option<Tensor>, lora: &LoraConfig, seed: u64) -> Result<Self> {
+        Self::new_in(weight, bias, lora, seed, Workspace::cpu())
+    }
+
+    /// [`Self::new`] for a weight that is where `workspace` is: inputs, A and B have its type.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn new_in(
+        weight: Arc<dyn FrozenWeight>,
+        bias: Option<Tensor>,
+        lora: &LoraConfig,
+        seed: u64,
+        workspace: Workspace,
+    ) -> Result<Self> {
         lora.validate()?;
         if let Some(bias) = bias.as_ref().filter(|bias| bias.dims() != [weight.rows()]) {
             let (got, rows) = (bias.dims(), weight.rows());
@@ -68,22 +82,26 @@ impl QLoraLinear {
         let module = LinearModule { name: "linear".into(), out_features, in_features };
         let layout = AdapterLayout::new(&[module], lora.r);
         let a = &lora::init(&layout, seed)[layout.entries()[0].range()];
-        let a = Var::from_tensor(&Tensor::from_slice(a, (lora.r, in_features), &Device::Cpu)?)?;
-        let b = Var::zeros((weight.rows(), lora.r), DType::F32, &Device::Cpu)?;
+        let (device, dtype) = (workspace.device(), candle_dtype(workspace.dtype()));
+        let a = Var::from_tensor(&Tensor::from_slice(a, (lora.r, in_features), &device)?.to_dtype(dtype)?)?;
+        let b = Var::zeros((weight.rows(), lora.r), dtype, &device)?;
         Ok(Self {
-            bias: bias.map(|bias| bias.detach().to_dtype(DType::F32)).transpose()?,
+            bias: bias
+                .map(|bias| bias.detach().to_device(&device).and_then(|bias| bias.to_dtype(dtype)))
+                .transpose()?,
             scale: lora.scaling() as f32,
             dropout: lora.lora_dropout as f32,
             a,
             b,
             seed,
             forwards: AtomicU64::new(0),
-            workspace: Workspace::new(&Device::Cpu)?,
+            workspace,
             weight,
         })
     }
 
-    /// A layer over a weight `[out, in]` (f32, bf16 or f16) that is quantized here.
+    /// A layer over a weight `[out, in]` (f32, bf16 or f16) that is quantized here. It runs on the weight's device; on a GPU
+    /// inputs have the weight's type.
     ///
     /// # Errors
     /// If the weight is not a matrix of one of these types or holds values that are not finite.
@@ -102,6 +120,17 @@ impl QLoraLinear {
             DType::F16 => PlainData::F16(flat.to_vec1()?),
             other => return Err(Error::Unsupported(format!("quantizing a weight of type {other:?}"))),
         };
+        #[cfg(feature = "cuda")]
+        if weight.device().is_cuda() {
+            let dtype = match data {
+                PlainData::F32(_) => qlora_kernels::Dtype::F32,
+                PlainData::Bf16(_) => qlora_kernels::Dtype::Bf16,
+                PlainData::F16(_) => qlora_kernels::Dtype::F16,
+            };
+            let workspace = Workspace::with_dtype(weight.device(), dtype)?;
+            let weight = qlora_kernels::cuda::CudaWeight::quantize(&data, rows, cols, quantization, &workspace)?;
+            return Self::new_in(Arc::new(weight), bias, lora, seed, workspace);
+        }
         let quantized = Quantized4bit::quantize(&data, rows, cols, quantization)?;
         Self::new(Arc::new(quantized), bias, lora, seed)
     }
@@ -119,7 +148,7 @@ impl QLoraLinear {
     /// The deterministic form, without dropout.
     ///
     /// # Errors
-    /// If the last dimension of `x` is not `in`, or `x` is not f32 on the CPU.
+    /// If the last dimension of `x` is not `in`, or `x` has another type or device than the layer.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.run(x, None)
     }
@@ -131,6 +160,14 @@ impl QLoraLinear {
             Some(bias) => Ok(y.broadcast_add(bias)?),
             None => Ok(y),
         }
+    }
+}
+
+fn candle_dtype(dtype: qlora_kernels::Dtype) -> DType {
+    match dtype {
+        qlora_kernels::Dtype::F32 => DType::F32,
+        qlora_kernels::Dtype::Bf16 => DType::BF16,
+        qlora_kernels::Dtype::F16 => DType::F16,
     }
 }
 

@@ -229,6 +229,41 @@ pub fn storage_view<'a>(op: &'static str, storage: &'a CpuStorage, layout: &Layo
     Ok(View::new(&data[start..end], rows, cols))
 }
 
+/// What a custom op's forward is given on a GPU: holds on to the GPU, so that views can be borrowed.
+#[cfg(feature = "cuda")]
+pub struct CudaStorageView<'a> {
+    gpu: std::sync::Arc<crate::cuda::Gpu>,
+    storage: &'a CudaStorage,
+    offset: usize,
+    rows: usize,
+    cols: usize,
+}
+
+#[cfg(feature = "cuda")]
+impl<'a> CudaStorageView<'a> {
+    /// The storage seen as `[product of the leading dimensions, last dimension]`.
+    ///
+    /// # Errors
+    /// If it is not contiguous f32, bf16 or f16; the error names `op`.
+    pub fn new(op: &'static str, storage: &'a CudaStorage, layout: &Layout) -> Result<Self> {
+        if slice::dtype(storage).is_none() {
+            return Err(Error::invalid(op, "expects f32, bf16 or f16 tensors"));
+        }
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            return Err(Error::invalid(op, format!("a tensor of shape {:?} is not contiguous", layout.dims())));
+        };
+        let cols = layout.dims().last().copied().unwrap_or(1);
+        let rows = (end - start).checked_div(cols).unwrap_or(0);
+        let gpu = crate::cuda::Gpu::of(&Device::Cuda(storage.device.clone()))?;
+        Ok(Self { gpu, storage, offset: start, rows, cols })
+    }
+
+    /// The whole storage.
+    pub fn view(&self) -> View<'_> {
+        slice::view(&self.gpu, self.storage, self.offset, self.rows, self.cols)
+    }
+}
+
 /// Lets `update` write a contiguous tensor's elements where they are, as one row: an optimizer's step on a `Var`.
 ///
 /// # Errors

@@ -1,10 +1,12 @@
 //! The small grain: one candle node an operation.
 //!
-//! Tensors are f32 on the CPU, seen as `[rows, last dimension]`; non-contiguous ones are copied first. Every function
+//! Tensors are f32 on the CPU; on a GPU they have the workspace's type, all arguments of an operation the same. They are seen as `[rows, last dimension]`; non-contiguous ones are copied first. Every function
 //! returns a tensor that candle differentiates with respect to the arguments that are tensors; frozen weights are not.
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Shape, Tensor};
 use qlora_kernels::ops::attention::{self, AttentionConfig};
 use qlora_kernels::ops::dropout::Dropout;
@@ -12,6 +14,8 @@ use qlora_kernels::ops::rope::{self, RopeTable};
 use qlora_kernels::ops::{embedding as embed, frozen_linear as frozen, linear_cross_entropy as cross_entropy};
 use qlora_kernels::ops::{lora_linear, rms_norm as norm, swiglu as glu};
 use qlora_kernels::sequence::Positions;
+#[cfg(feature = "cuda")]
+use qlora_kernels::tensor::CudaStorageView;
 use qlora_kernels::tensor::{TensorView, storage_view};
 use qlora_kernels::weight::FrozenWeight;
 use qlora_kernels::{Matrix, SequenceLayout, View, Workspace};
@@ -139,6 +143,37 @@ pub fn linear_cross_entropy(
     })?)
 }
 
+/// The forwards of a custom op on both devices, from `run`, which takes the arguments as views and returns the result as a
+/// matrix; the result has the first argument's shape but for the last dimension.
+macro_rules! forwards {
+    ($($storage:ident: $layout:ident),+) => {
+        fn cpu_fwd(&self, $($storage: &CpuStorage, $layout: &Layout),+) -> Forward {
+            let y = self.run($(storage_view(self.name(), $storage, $layout)?),+)?;
+            let shape = with_last_dim(first!($($layout),+).dims(), y.cols());
+            Ok((y.into_storage(&shape)?, shape))
+        }
+
+        #[cfg(feature = "cuda")]
+        fn cuda_fwd(
+            &self,
+            $($storage: &CudaStorage, $layout: &Layout),+
+        ) -> candle_core::Result<(CudaStorage, Shape)> {
+            $(let $storage = CudaStorageView::new(self.name(), $storage, $layout)?;)+
+            let y = self.run($($storage.view()),+)?;
+            let shape = with_last_dim(first!($($layout),+).dims(), y.cols());
+            Ok((y.into_cuda_storage(&shape)?, shape))
+        }
+    };
+}
+
+/// The first of one to three layouts.
+macro_rules! first {
+    ($first:expr $(, $rest:expr)*) => {{
+        $(let _ = $rest;)*
+        $first
+    }};
+}
+
 struct RmsNorm {
     weight: Arc<[f32]>,
     eps: f32,
@@ -146,10 +181,19 @@ struct RmsNorm {
 }
 
 impl RmsNorm {
-    fn run(&self, x: View) -> qlora_kernels::Result<(Matrix, Matrix)> {
+    fn run(&self, x: View) -> qlora_kernels::Result<Matrix> {
+        Ok(self.normalize(x)?.0)
+    }
+
+    /// The weight where the argument is.
+    fn weight(&self) -> qlora_kernels::Result<Matrix> {
+        self.workspace.upload(&self.weight, 1, self.weight.len())
+    }
+
+    fn normalize(&self, x: View) -> qlora_kernels::Result<(Matrix, Matrix)> {
         let mut y = self.workspace.matrix(x.rows(), x.cols())?;
-        let mut rstd = self.workspace.matrix(x.rows(), 1)?;
-        norm::forward(x, &*self.weight, self.eps, y.view_mut(), rstd.view_mut())?;
+        let mut rstd = self.workspace.matrix_f32(x.rows(), 1)?;
+        norm::forward(x, self.weight()?.view(), self.eps, y.view_mut(), rstd.view_mut())?;
         Ok((y, rstd))
     }
 }
@@ -159,17 +203,14 @@ impl CustomOp1 for RmsNorm {
         "rms_norm"
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Forward {
-        let (y, _) = self.run(storage_view(self.name(), x, layout)?)?;
-        Ok((y.into_storage(layout.shape())?, layout.shape().clone()))
-    }
+    forwards!(x: layout);
 
     fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Gradient {
         let dy = dy.contiguous()?;
         let (input, dy) = (TensorView::new(self.name(), x)?, TensorView::new(self.name(), &dy)?);
-        let (_, rstd) = self.run(input.view())?;
+        let (_, rstd) = self.normalize(input.view())?;
         let mut dx = self.workspace.matrix(rstd.rows(), self.weight.len())?;
-        norm::backward(input.view(), &*self.weight, rstd.view(), dy.view(), dx.view_mut(), false)?;
+        norm::backward(input.view(), self.weight()?.view(), rstd.view(), dy.view(), dx.view_mut(), false)?;
         Ok(Some(dx.into_tensor(x.shape().clone())?))
     }
 }
@@ -181,16 +222,20 @@ struct Rotary {
     workspace: Workspace,
 }
 
+impl Rotary {
+    fn run(&self, x: View) -> qlora_kernels::Result<Matrix> {
+        let mut y = copied(x, &self.workspace)?;
+        rope::forward(y.view_mut(), self.head_dim, &self.table, &self.positions)?;
+        Ok(y)
+    }
+}
+
 impl CustomOp1 for Rotary {
     fn name(&self) -> &'static str {
         "rope"
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Forward {
-        let mut y = copied(storage_view(self.name(), x, layout)?, &self.workspace)?;
-        rope::forward(y.view_mut(), self.head_dim, &self.table, &self.positions)?;
-        Ok((y.into_storage(layout.shape())?, layout.shape().clone()))
-    }
+    forwards!(x: layout);
 
     fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Gradient {
         let dy = dy.contiguous()?;
@@ -204,17 +249,20 @@ struct SwiGlu {
     workspace: Workspace,
 }
 
+impl SwiGlu {
+    fn run(&self, gate: View, up: View) -> qlora_kernels::Result<Matrix> {
+        let mut h = self.workspace.matrix(gate.rows(), gate.cols())?;
+        glu::forward(gate, up, h.view_mut())?;
+        Ok(h)
+    }
+}
+
 impl CustomOp2 for SwiGlu {
     fn name(&self) -> &'static str {
         "swiglu"
     }
 
-    fn cpu_fwd(&self, gate: &CpuStorage, layout: &Layout, up: &CpuStorage, up_layout: &Layout) -> Forward {
-        let (gate, up) = (storage_view(self.name(), gate, layout)?, storage_view(self.name(), up, up_layout)?);
-        let mut h = self.workspace.matrix(gate.rows(), gate.cols())?;
-        glu::forward(gate, up, h.view_mut())?;
-        Ok((h.into_storage(layout.shape())?, layout.shape().clone()))
-    }
+    forwards!(gate: layout, up: up_layout);
 
     fn bwd(
         &self,
@@ -240,30 +288,24 @@ struct Attention {
     workspace: Workspace,
 }
 
+impl Attention {
+    fn run(&self, q: View, k: View, v: View) -> qlora_kernels::Result<Matrix> {
+        let mut out = self.workspace.matrix(q.rows(), q.cols())?;
+        let mut lse = self.workspace.matrix_f32(q.rows(), self.config.heads)?;
+        let (out_view, lse_view) = (out.view_mut(), lse.view_mut());
+        attention::forward(&self.config, q, k, v, &self.layout, out_view, lse_view, &self.workspace)?;
+        // A second forward of the same node cannot happen; if it did, its lse would be the same.
+        let _ = self.lse.set(lse);
+        Ok(out)
+    }
+}
+
 impl CustomOp3 for Attention {
     fn name(&self) -> &'static str {
         "attention"
     }
 
-    fn cpu_fwd(
-        &self,
-        q: &CpuStorage,
-        layout: &Layout,
-        k: &CpuStorage,
-        k_layout: &Layout,
-        v: &CpuStorage,
-        v_layout: &Layout,
-    ) -> Forward {
-        let q = storage_view(self.name(), q, layout)?;
-        let (k, v) = (storage_view(self.name(), k, k_layout)?, storage_view(self.name(), v, v_layout)?);
-        let mut out = self.workspace.matrix(q.rows(), q.cols())?;
-        let mut lse = self.workspace.matrix(q.rows(), self.config.heads)?;
-        let (out_view, lse_view) = (out.view_mut(), lse.view_mut());
-        attention::forward(&self.config, q, k, v, &self.layout, out_view, lse_view, &self.workspace)?;
-        // A second forward of the same node cannot happen; if it did, its lse would be the same.
-        let _ = self.lse.set(lse);
-        Ok((out.into_storage(layout.shape())?, layout.shape().clone()))
-    }
+    forwards!(q: layout, k: k_layout, v: v_layout);
 
     fn bwd(
         &self,
@@ -311,18 +353,20 @@ struct FrozenLinear {
     workspace: Workspace,
 }
 
+impl FrozenLinear {
+    fn run(&self, x: View) -> qlora_kernels::Result<Matrix> {
+        let mut y = self.workspace.matrix(x.rows(), self.weight.rows())?;
+        frozen::forward(x, &*self.weight, y.view_mut(), 0.0, &self.workspace)?;
+        Ok(y)
+    }
+}
+
 impl CustomOp1 for FrozenLinear {
     fn name(&self) -> &'static str {
         "frozen_linear"
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Forward {
-        let x = storage_view(self.name(), x, layout)?;
-        let mut y = self.workspace.matrix(x.rows(), self.weight.rows())?;
-        frozen::forward(x, &*self.weight, y.view_mut(), 0.0, &self.workspace)?;
-        let shape = with_last_dim(layout.dims(), self.weight.rows());
-        Ok((y.into_storage(&shape)?, shape))
-    }
+    forwards!(x: layout);
 
     fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Gradient {
         let dy = dy.contiguous()?;
@@ -341,32 +385,24 @@ struct QLoraLinear {
     workspace: Workspace,
 }
 
-impl CustomOp3 for QLoraLinear {
-    fn name(&self) -> &'static str {
-        "qlora_linear"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        layout: &Layout,
-        a: &CpuStorage,
-        a_layout: &Layout,
-        b: &CpuStorage,
-        b_layout: &Layout,
-    ) -> Forward {
-        let name = self.name();
-        let x = storage_view(name, x, layout)?;
-        let (a, b) = (storage_view(name, a, a_layout)?, storage_view(name, b, b_layout)?);
+impl QLoraLinear {
+    fn run(&self, x: View, a: View, b: View) -> qlora_kernels::Result<Matrix> {
         let mut y = self.workspace.matrix(x.rows(), self.weight.rows())?;
         frozen::forward(x, &*self.weight, y.view_mut(), 0.0, &self.workspace)?;
         let mut s = self.workspace.matrix(x.rows(), a.rows())?;
         let dropout = self.dropout;
         lora_linear::forward(x, a, b, self.scale, dropout, s.view_mut(), y.view_mut(), &self.workspace)?;
         let _ = self.s.set(s);
-        let shape = with_last_dim(layout.dims(), self.weight.rows());
-        Ok((y.into_storage(&shape)?, shape))
+        Ok(y)
     }
+}
+
+impl CustomOp3 for QLoraLinear {
+    fn name(&self) -> &'static str {
+        "qlora_linear"
+    }
+
+    forwards!(x: layout, a: a_layout, b: b_layout);
 
     fn bwd(
         &self,
@@ -429,11 +465,7 @@ impl CustomOp1 for LinearCrossEntropy {
     }
 
     #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        _: &candle_core::CudaStorage,
-        _: &Layout,
-    ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
         let loss = self.workspace.upload(&[self.loss], 1, 1)?;
         Ok((loss.into_cuda_storage(&Shape::from(()))?, Shape::from(())))
     }
