@@ -203,6 +203,35 @@ impl Gpu {
         self.stream.synchronize().map_err(|error| cuda_error(op, error))
     }
 
+    /// The milliseconds that the GPU spends on what `work` enqueues, by its own clock.
+    ///
+    /// # Errors
+    /// Whatever `work` returns, or if the device fails.
+    pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+        const OP: &str = "timing";
+        self.bind(OP)?;
+        let event = || -> Result<sys::CUevent> {
+            let event =
+                result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(|error| cuda_error(OP, error))?;
+            // SAFETY: both are alive.
+            unsafe { result::event::record(event, self.stream.cu_stream()) }.map_err(|error| cuda_error(OP, error))?;
+            Ok(event)
+        };
+        let start = event()?;
+        let done = work().and_then(|()| event());
+        self.synchronize(OP)?;
+        let elapsed = done.and_then(|end| {
+            // SAFETY: both events are alive and have happened; each is destroyed once.
+            let elapsed = unsafe { result::event::elapsed(start, end) };
+            // SAFETY: as above.
+            let _ = unsafe { result::event::destroy(end) };
+            elapsed.map_err(|error| cuda_error(OP, error))
+        });
+        // SAFETY: as above.
+        let _ = unsafe { result::event::destroy(start) };
+        Ok(f64::from(elapsed?))
+    }
+
     /// Makes the GPU's context current on this thread.
     pub(crate) fn bind(&self, op: &'static str) -> Result<()> {
         self.stream.context().bind_to_thread().map_err(|error| cuda_error(op, error))
