@@ -69,6 +69,12 @@ struct PoolState {
     peak: usize,
 }
 
+/// Elements from one row to the next of a matrix on a GPU with a margin: strides of whole 128 bytes keep rows aligned for
+/// every kernel.
+pub fn padded_cols(cols: usize, margin: usize) -> usize {
+    if margin == 0 { cols } else { (cols + margin).next_multiple_of(64) }
+}
+
 impl Workspace {
     /// Memory on `device`. On a GPU, activations are bf16; see [`Self::with_dtype`].
     ///
@@ -192,8 +198,7 @@ impl Workspace {
             }
             #[cfg(feature = "cuda")]
             Place::Cuda { gpu, poison, .. } => {
-                // Strides of whole 128 bytes keep rows aligned for every kernel.
-                let margin = if margin == 0 { 0 } else { (cols + margin).next_multiple_of(64) - cols };
+                let margin = padded_cols(cols, margin) - cols;
                 let bytes = rows.checked_mul(cols + margin).and_then(|n| n.checked_mul(dtype.size()));
                 let mut buffer = Buffer::new(gpu, "matrix", bytes.expect("matrix size overflows"))?;
                 if *poison {

@@ -111,8 +111,8 @@ impl SequenceLayout {
     /// The boundaries on a GPU: `i32`, one more than there are sequences.
     #[cfg(feature = "cuda")]
     pub(crate) fn on_device(&self, gpu: &Gpu) -> Result<&Buffer> {
-        let bounds: Vec<i32> = self.bounds.iter().map(|&bound| i32::try_from(bound).unwrap_or(i32::MAX)).collect();
-        self.device.get(gpu, &bounds)
+        let bound = |&bound: &usize| i32::try_from(bound).unwrap_or(i32::MAX);
+        self.device.get_or_make(gpu, || self.bounds.iter().map(bound).collect::<Vec<i32>>())
     }
 
     /// The longest sequence.

@@ -14,6 +14,8 @@
 
 use std::fmt;
 
+use qlora_kernels::matrix::padded_cols;
+use qlora_kernels::ops::linear_cross_entropy::rows_of_chunk_on_gpu;
 use qlora_kernels::ops::linear_group::margin;
 
 use super::block::{Block, Keep};
@@ -129,9 +131,9 @@ impl fmt::Display for MemoryPlan {
     }
 }
 
-/// Columns of a matrix with a margin: see `Workspace::with_margin`.
+/// [`padded_cols`] in the planner's numbers.
 fn padded(cols: u64, rp: u64) -> u64 {
-    if rp == 0 { cols } else { (cols + rp).next_multiple_of(64) }
+    padded_cols(cols as usize, rp as usize) as u64
 }
 
 /// One way to run a step.
@@ -389,9 +391,7 @@ impl Planner {
 
     /// The peak of loss and head, beside what the blocks hold.
     fn head(&self) -> u64 {
-        const CHUNK: u64 = 1 << 27;
-        let chunk = (CHUNK / self.vocab.max(1)).max(1);
-        let chunk = if chunk > 128 { chunk / 128 * 128 } else { chunk };
+        let chunk = rows_of_chunk_on_gpu(self.vocab as usize) as u64;
         let logits = chunk.min(self.trained) * self.vocab * self.size;
         let gathered = if self.trained < self.tokens { 2 * self.trained * self.hidden * self.size } else { 0 };
         // The last block's output, its norm, and the gradient of the norm.

@@ -16,22 +16,42 @@ use crate::view::{View, ViewMut};
 /// Whether the tensor-core kernels take this shape and these windows.
 fn is_fast(cfg: &AttentionConfig, windows: &[CudaView]) -> bool {
     let aligned = |v: &CudaView| v.ptr().is_multiple_of(16) && v.stride().is_multiple_of(8);
-    takes(cfg, windows[0].dtype()) && windows.iter().all(|v| v.dtype() != Dtype::F32) && windows.iter().all(aligned)
+    windows.iter().all(|v| takes(cfg, v.dtype()) && aligned(v))
 }
 
-/// Forward and backward must agree, because the layout of `lse` differs: the answer depends on the batch and the model
-/// alone.
+/// The call's shape, if cuDNN is to run it on `sequences` sequences of `len` tokens. The planner asks too.
 fn shape_for_cudnn(
+    gpu: &Gpu,
+    cfg: &AttentionConfig,
+    dtype: Dtype,
+    sequences: usize,
+    len: Option<usize>,
+) -> Option<SdpaShape> {
+    let len = len?;
+    if cfg.window.is_some_and(|window| window < len) || gpu.deterministic() || !takes(cfg, dtype) {
+        return None;
+    }
+    gpu.attention().shape(gpu, cfg, sequences, len, dtype)
+}
+
+/// [`shape_for_cudnn`] of a batch whose windows allow it. Forward and backward must agree, because the layout of `lse`
+/// differs: both ask with the forward's windows.
+fn shape_of_batch(
+    gpu: &Gpu,
     cfg: &AttentionConfig,
     layout: &SequenceLayout,
     windows: &[CudaView; 4],
-    gpu: &Gpu,
 ) -> Option<SdpaShape> {
-    let len = layout.uniform_len()?;
-    if cfg.window.is_some_and(|window| window < len) || gpu.deterministic() || !is_fast(cfg, windows) {
-        return None;
-    }
-    gpu.attention().shape(gpu, cfg, layout.sequences().len(), len, windows[0].dtype())
+    let (dtype, sequences) = (windows[0].dtype(), layout.sequences().len());
+    is_fast(cfg, windows).then(|| shape_for_cudnn(gpu, cfg, dtype, sequences, layout.uniform_len())).flatten()
+}
+
+/// Bytes that the backward of our own kernels takes.
+fn own_workspace(gpu: &Gpu, cfg: &AttentionConfig, tokens: usize) -> u64 {
+    let deterministic = i32::from(gpu.deterministic());
+    let (tokens, heads, head_dim) = (tokens as i64, cfg.heads as i64, cfg.head_dim as i64);
+    // SAFETY: a pure function of its arguments.
+    unsafe { ffi::qlora_attention_backward_workspace(tokens, heads, head_dim, deterministic) as u64 }
 }
 
 /// Bytes of workspace that [`forward`] and [`backward`] take for a batch.
@@ -47,17 +67,10 @@ pub fn workspace(
     uniform_len: Option<usize>,
 ) -> Result<[u64; 2]> {
     check_tokens("attention", tokens)?;
-    let windowed = |len: usize| cfg.window.is_some_and(|window| window < len);
-    let shape = uniform_len.filter(|&len| !windowed(len) && !gpu.deterministic() && takes(cfg, dtype));
-    let shape = shape.and_then(|len| gpu.attention().shape(gpu, cfg, sequences, len, dtype));
-    if let Some(shape) = shape {
-        return cudnn_attention::workspace(gpu, &shape);
+    match shape_for_cudnn(gpu, cfg, dtype, sequences, uniform_len) {
+        Some(shape) => cudnn_attention::workspace(gpu, &shape),
+        None => Ok([0, own_workspace(gpu, cfg, tokens)]),
     }
-    let deterministic = i32::from(gpu.deterministic());
-    let (tokens, heads, head_dim) = (tokens as i64, cfg.heads as i64, cfg.head_dim as i64);
-    // SAFETY: a pure function of its arguments.
-    let bytes = unsafe { ffi::qlora_attention_backward_workspace(tokens, heads, head_dim, deterministic) };
-    Ok([0, bytes as u64])
 }
 
 /// Whether there are tensor-core kernels for this kind.
@@ -90,7 +103,7 @@ pub(crate) fn forward(
 ) -> Result<()> {
     let (q, k, v, out, lse) = (q.cuda(op)?, k.cuda(op)?, v.cuda(op)?, out.cuda(op)?, lse.cuda(op)?);
     check_tokens(op, layout.tokens())?;
-    if let Some(shape) = shape_for_cudnn(cfg, layout, &[q, k, v, out.as_view()], out.gpu()) {
+    if let Some(shape) = shape_of_batch(out.gpu(), cfg, layout, &[q, k, v, out.as_view()]) {
         lse_ptr(op, lse.as_view())?;
         return cudnn_attention::forward(&shape, cfg.scale, [q, k, v], out, lse);
     }
@@ -157,7 +170,7 @@ pub(crate) fn backward(
     let gpu = dq.gpu();
     let windows = [q, k, v, out, dout, dq.as_view(), dk.as_view(), dv.as_view()];
     let dtype = same_dtype(op, &windows.map(|v| v.dtype()))?;
-    if let Some(shape) = shape_for_cudnn(cfg, layout, &[q, k, v, out], gpu) {
+    if let Some(shape) = shape_of_batch(gpu, cfg, layout, &[q, k, v, out]) {
         return cudnn_attention::backward(&shape, cfg.scale, [q, k, v, out, lse, dout], [dq, dk, dv]);
     }
     let bounds = layout.on_device(gpu)?;
@@ -167,9 +180,7 @@ pub(crate) fn backward(
         true => ffi::qlora_attention_backward,
         false => ffi::qlora_attention_backward_simple,
     };
-    // SAFETY: a pure function of its arguments.
-    let bytes = unsafe { ffi::qlora_attention_backward_workspace(tokens, heads, head_dim, deterministic) };
-    let workspace = gpu.alloc(op, bytes as usize)?;
+    let workspace = gpu.alloc(op, own_workspace(gpu, cfg, layout.tokens()) as usize)?;
     let lse = lse_ptr(op, lse)?;
     // SAFETY: all windows are live and have the sizes that the caller checked; the workspace has the size asked for.
     gpu.launch(op, |stream| unsafe {

@@ -17,12 +17,24 @@ impl OnDevice {
     /// # Errors
     /// If the first use was on another GPU, or the memory cannot be had.
     pub(crate) fn get<T: bytemuck::Pod>(&self, gpu: &Gpu, data: &[T]) -> Result<&Buffer> {
+        self.get_or_make(gpu, || data)
+    }
+
+    /// [`Self::get`] of data that are made at the first use only.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn get_or_make<T: bytemuck::Pod, D: AsRef<[T]>>(
+        &self,
+        gpu: &Gpu,
+        make: impl FnOnce() -> D,
+    ) -> Result<&Buffer> {
         const OP: &str = "copy to the GPU";
         let gpu = gpu.arc();
         let buffer = match self.0.get() {
             Some(buffer) => buffer,
             None => {
-                let buffer = Buffer::upload(&gpu, OP, data)?;
+                let buffer = Buffer::upload(&gpu, OP, make().as_ref())?;
                 self.0.get_or_init(|| buffer)
             }
         };

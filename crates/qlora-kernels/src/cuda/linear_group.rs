@@ -72,6 +72,26 @@ impl<'a> Plan<'a> {
         }
         super::ops::vector(self.op, "the adapter", values, len)
     }
+
+    /// Writes `s B` into the extra columns and A into the extra rows of the fused weight.
+    fn write_factors(&self, adapter: &AdapterPass, target: CudaViewMut) -> Result<()> {
+        let flat = self.flat(adapter.values.cuda(self.op)?)?;
+        debug_assert!(target.rows() >= self.n + self.rp && target.margin_width() >= self.rp);
+        // SAFETY: the target has n + rp rows of k + rp columns; the slots lie in the flat buffer.
+        target.gpu().launch(self.op, |stream| unsafe {
+            ffi::qlora_lora_prepare(
+                target.dtype().code(),
+                flat,
+                self.members,
+                target.ptr() as *mut _,
+                target.ld(),
+                self.n as i64,
+                self.k as i64,
+                self.rp as i64,
+                stream,
+            )
+        })
+    }
 }
 
 /// The fused weight `[n, k]` with its extra columns (the margin) and rows.
@@ -95,22 +115,7 @@ fn weights(plan: &Plan, group: &Group, adapter: Option<&AdapterPass>, workspace:
         }
     };
     if let (true, Some(adapter)) = (rp > 0, adapter) {
-        let flat = plan.flat(adapter.values.cuda(op)?)?;
-        let target = fused.view_mut().cuda(op)?;
-        // SAFETY: the target has n + rp rows of k + rp columns; the slots lie in the flat buffer.
-        target.gpu().launch(op, |stream| unsafe {
-            ffi::qlora_lora_prepare(
-                target.dtype().code(),
-                flat,
-                plan.members,
-                target.ptr() as *mut _,
-                target.ld(),
-                n as i64,
-                k as i64,
-                rp as i64,
-                stream,
-            )
-        })?;
+        plan.write_factors(adapter, fused.view_mut().cuda(op)?)?;
     }
     Ok(fused)
 }
@@ -235,7 +240,7 @@ fn shrink_into(
     let Plan { op, n, rp, .. } = *plan;
     let a = w.slice_rows(n..n + rp);
     let gpu = s.gpu();
-    if adapter.dropout.is_none_or(|(p, _)| p == 0.0) {
+    if !adapter.drops() {
         return gpu.matmul(op, Kind::Nt, x, a, s, 1.0, 0.0);
     }
     super::ops::fill(s.reborrow(), 0.0)?;
@@ -272,28 +277,12 @@ pub(crate) fn shrink(
     }
     // The A rows alone: an augmented weight of a layer without outputs.
     let mut a = workspace.with_margin(rp, k, rp)?;
-    let flat = plan.flat(adapter.values.cuda(op)?)?;
-    let mut members = plan.members;
-    for member in &mut members.m {
+    let mut only_a = Plan { n: 0, ..plan };
+    for member in &mut only_a.members.m {
         (member.row0, member.rows) = (0, 0);
     }
-    let target = a.view_mut().cuda(op)?;
-    // SAFETY: the target has rp rows of k + rp columns; the slots lie in the flat buffer.
-    target.gpu().launch(op, |stream| unsafe {
-        ffi::qlora_lora_prepare(
-            target.dtype().code(),
-            flat,
-            members,
-            target.ptr() as *mut _,
-            target.ld(),
-            0,
-            k as i64,
-            rp as i64,
-            stream,
-        )
-    })?;
+    only_a.write_factors(adapter, a.view_mut().cuda(op)?)?;
     let mut s = workspace.matrix(x.rows(), rp)?;
-    let only_a = Plan { n: 0, ..plan };
     shrink_into(&only_a, x.cuda(op)?, a.view().cuda(op)?, adapter, s.view_mut().cuda(op)?, workspace)?;
     Ok(Shrunk::new(vec![Some(s)]))
 }
@@ -334,7 +323,7 @@ pub(crate) fn backward_input(
     {
         let w = fused.view().cuda(op)?;
         let b = w.slice_rows(0..n).margin(rp);
-        let dropped = adapter.dropout.is_some_and(|(p, _)| p > 0.0);
+        let dropped = adapter.drops();
         let augmented = dy.margin_width() >= rp && !dropped;
         if augmented {
             let (columns, mut target) = dy.split_margin(rp);
@@ -506,7 +495,7 @@ fn adapter_gradient(
             &made
         }
     };
-    if adapter.dropout.is_none_or(|(p, _)| p == 0.0) {
+    if !adapter.drops() {
         gpu.matmul(op, Kind::Tn, ds.view().cuda(op)?, x, da.view_mut().cuda(op)?, 1.0, 0.0)?;
     } else {
         let mut dropped = workspace.matrix(x.rows(), x.cols())?;

@@ -1,7 +1,6 @@
 //! Linear + cross-entropy: logits exist for one chunk of tokens at a time, in the type of the activations; the softmax and
 //! the losses are f32, their sum f64.
 
-use super::blas::Kind;
 use super::buffer::Buffer;
 use super::ffi;
 use super::linear::{gather, gather_rows};
@@ -9,13 +8,9 @@ use super::view::{CudaView, CudaViewMut};
 use crate::error::Result;
 use crate::matrix::Workspace;
 use crate::ops::frozen_linear;
-use crate::ops::linear_cross_entropy::PendingLoss;
+use crate::ops::linear_cross_entropy::{PendingLoss, rows_of_chunk_on_gpu};
 use crate::view::ViewMut;
 use crate::weight::FrozenWeight;
-
-/// Elements of a chunk's logits: 256 MB in bf16. With 128,256 tokens in the vocabulary that is 1,024 rows, enough for
-/// matrix products at full speed.
-const CHUNK: usize = 1 << 27;
 
 /// `trained`: the rows with a target, and their targets.
 pub(crate) fn run(
@@ -79,8 +74,7 @@ fn chunks(
 ) -> Result<()> {
     let (tokens, vocab) = (inputs.rows(), head.rows());
     let gpu = inputs.gpu();
-    let chunk = (CHUNK / vocab.max(1)).max(1);
-    let chunk = if chunk > 128 { chunk / 128 * 128 } else { chunk };
+    let chunk = rows_of_chunk_on_gpu(vocab);
     let mut logits = workspace.matrix(chunk.min(tokens), vocab)?;
     for start in (0..tokens).step_by(chunk) {
         let rows = start..tokens.min(start + chunk);
@@ -106,10 +100,7 @@ fn chunks(
         })?;
         if let Some((dhidden, _)) = &mut gradient {
             let target = dhidden.reborrow().slice_rows(rows);
-            match head.as_cuda().and_then(|head| head.plain_view()).filter(|w| w.dtype() == target.dtype()) {
-                Some(w) => gpu.matmul(op, Kind::Nn, logits.as_view().cuda(op)?, w, target, 1.0, 0.0)?,
-                None => frozen_linear::backward(logits.as_view(), head, target.into(), 0.0, workspace)?,
-            }
+            frozen_linear::backward(logits.as_view(), head, target.into(), 0.0, workspace)?;
         }
     }
     Ok(())

@@ -77,6 +77,11 @@ impl<'a> AdapterPass<'a> {
         Self { values: values.into(), dropout: None }
     }
 
+    /// Whether inputs are dropped in this pass.
+    pub fn drops(&self) -> bool {
+        self.dropout.is_some_and(|(p, _)| p > 0.0)
+    }
+
     /// The dropout of one layer in this pass.
     pub fn dropout_of(&self, slot: &LoraSlot) -> Option<Dropout> {
         let (p, seed) = self.dropout.filter(|&(p, _)| p > 0.0)?;
