@@ -196,7 +196,8 @@ def block(steps, kernels) -> str:
     lines = [
         "One training step of an 8B model (Llama 3.1's shape, random weights): NF4 with double quantization, bf16,",
         "AdamW with f32 state; a case is sequences x tokens, without padding, loss over all tokens. `free` may use the",
-        "whole card, `lean` saves memory. Median of 5 steps; GB is the peak in use over 1e9, weights included.",
+        "whole card, `lean` saves memory. Median of 5 steps (1x5120: of 2; 1x81920: a single step without warm-up); GB is",
+        "the peak in use over 1e9, weights included.",
         "The peer is the fastest one measured in the case.",
         "",
         f"![Training speed and memory, qlora and the fastest peer]({PICTURE})",
