@@ -15,7 +15,7 @@ use qlora::config::{Architecture, ModelConfig};
 use qlora::generate::generate;
 use qlora::kernels::{Dtype, SequenceLayout, Workspace};
 use qlora::lora::{LoraConfig, TargetModules};
-use qlora::model::block::Keep;
+use qlora::model::policy::Keep;
 use qlora::model::{CausalLm, TrainPass};
 use qlora::sampling::GenerationConfig;
 use qlora::trainer::data::{Dataset, Encoded};
@@ -193,9 +193,19 @@ fn deterministic_runs_and_recomputation_give_the_same_bits() {
             assert!(kept == gradient(&model, &lengths, 5), "{}", label("gradient checkpointing"));
             model.set_keep(vec![Keep::Offload; layers]).unwrap();
             assert!(kept == gradient(&model, &lengths, 5), "{}", label("offloaded inputs"));
-            let all = [Keep::Offload, Keep::Everything, Keep::Input];
-            model.set_keep((0..layers).map(|layer| all[layer % 3]).collect()).unwrap();
-            assert!(kept == gradient(&model, &lengths, 5), "{}", label("a mixture"));
+            for keep in [Keep::Attention, Keep::OffloadAttention] {
+                model.set_keep(vec![keep; layers]).unwrap();
+                assert!(kept == gradient(&model, &lengths, 5), "{}", label(&format!("{keep:?}")));
+            }
+            let all = [Keep::Offload, Keep::Everything, Keep::Input, Keep::OffloadAttention, Keep::Attention];
+            for first in 0..all.len() {
+                model.set_keep((first..).take(layers).map(|layer| all[layer % all.len()]).collect()).unwrap();
+                for shared in [false, true] {
+                    model.stack().blocks().iter().for_each(|block| block.policy.set_weights_shared(shared));
+                    assert!(kept == gradient(&model, &lengths, 5), "{}", label("a mixture"));
+                }
+                model.stack().blocks().iter().for_each(|block| block.policy.set_weights_shared(false));
+            }
             model.set_gradient_checkpointing(false).unwrap();
             model.set_weight_cache(true);
             for _ in 0..2 {
@@ -208,17 +218,32 @@ fn deterministic_runs_and_recomputation_give_the_same_bits() {
 }
 
 #[test]
-fn one_weight_at_a_time_gives_nearly_the_same() {
+fn one_weight_or_one_piece_at_a_time_gives_nearly_the_same() {
     let Some(device) = gpu() else { return };
     for (dtype, tolerance) in [(Dtype::F32, 1e-4), (Dtype::Bf16, 3e-2)] {
         for (name, config) in configs() {
-            let model = trained(&config, true, lora(0.1), on_gpu(&device, dtype));
+            let mut model = trained(&config, true, lora(0.1), on_gpu(&device, dtype));
             let together = gradient(&model, &[70, 30], 5);
+            let close = |model: &CausalLm, what: &str| {
+                let alone = gradient(model, &[70, 30], 5);
+                let (whole, worst, tensor) = gradient_errors(model, &alone.1, &together.1);
+                println!(
+                    "{} {name}, {what}: gradient {whole:.1e}, largest of a tensor {worst:.1e} ({tensor})",
+                    dtype.name()
+                );
+                assert!(whole < tolerance && worst < 4.0 * tolerance);
+            };
             model.set_split_weights(true);
-            let alone = gradient(&model, &[70, 30], 5);
-            let (whole, worst, tensor) = gradient_errors(&model, &alone.1, &together.1);
-            println!("{} {name}: gradient {whole:.1e}, largest of a tensor {worst:.1e} ({tensor})", dtype.name());
-            assert!(whole < tolerance && worst < 4.0 * tolerance);
+            close(&model, "one weight at a time");
+            model.set_split_weights(false);
+            model.stack().blocks().iter().for_each(|block| block.policy.set_mlp_rows(Some(32)));
+            for keep in [Keep::Input, Keep::OffloadAttention] {
+                model.set_keep(vec![keep; config.num_hidden_layers]).unwrap();
+                for shared in [false, true] {
+                    model.stack().blocks().iter().for_each(|block| block.policy.set_weights_shared(shared));
+                    close(&model, &format!("32 rows at a time, {keep:?}, weights shared: {shared}"));
+                }
+            }
         }
     }
 }

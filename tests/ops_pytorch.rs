@@ -230,7 +230,7 @@ fn lora_linear_is_that_of_pytorch_with_the_same_mask() {
         let tensor = |what: &str| format!("{case}.{what}");
         let [x, a, b, mut y, dy] = ["x", "a", "b", "base", "dy"].map(|name| fixture.matrix(&tensor(name)));
         let &[scale, p] = &fixture.f32(&tensor("scale_and_p"))[..] else { panic!() };
-        let dropout = Some(Dropout { p, seed: 42, stream: x.rows as u64 });
+        let dropout = Some(Dropout { p, seed: 42, stream: x.rows as u64, first_row: 0 });
         let mut s = Matrix::poisoned(x.rows, a.rows);
         let (x, a, b, dy) = (x.view(), a.view(), b.view(), dy.view());
         lora_linear::forward(x, a, b, scale, dropout, s.view_mut(), y.view_mut(), &workspace).unwrap();

@@ -11,7 +11,7 @@ use qlora::kernels::weight::{FrozenWeight, PlainData, PlainWeight};
 use qlora::kernels::{Matrix, Workspace};
 use qlora::lora::LoraConfig;
 use qlora::model::CausalLm;
-use qlora::model::block::{Block, WeightCaches};
+use qlora::model::block::{Block, MemoryPolicy};
 use qlora::model::projection::Projection;
 use qlora::model::stack::Stack;
 use rand::{RngExt, SeedableRng};
@@ -138,7 +138,7 @@ pub(crate) fn tiny_model(config: &ModelConfig, quantized: bool, seed: u64, works
                 gate: projection(rng, name("mlp.gate_proj"), mlp, hidden, config.mlp_bias),
                 up: projection(rng, name("mlp.up_proj"), mlp, hidden, config.mlp_bias),
                 down: projection(rng, name("mlp.down_proj"), hidden, mlp, config.mlp_bias),
-                caches: WeightCaches::default(),
+                policy: MemoryPolicy::default(),
             }
         })
         .collect();

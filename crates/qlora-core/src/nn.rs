@@ -175,7 +175,7 @@ impl ModuleT for QLoraLinear {
     fn forward_t(&self, x: &Tensor, train: bool) -> candle_core::Result<Tensor> {
         let dropout = (train && self.dropout > 0.0).then(|| {
             let stream = self.forwards.fetch_add(1, Ordering::Relaxed);
-            Dropout { p: self.dropout, seed: self.seed, stream }
+            Dropout { p: self.dropout, seed: self.seed, stream, first_row: 0 }
         });
         Ok(self.run(x, dropout)?)
     }

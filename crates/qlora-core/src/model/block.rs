@@ -13,17 +13,16 @@
 //! reads, and gradients of those it writes, have a margin for the adapters' small factors
 //! ([`qlora_kernels::ops::linear_group`]).
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use qlora_kernels::ops::attention::{self, AttentionConfig};
 use qlora_kernels::ops::linear_group::{Group, Member, Shrunk, margin};
+use qlora_kernels::ops::rms_norm;
 use qlora_kernels::ops::rope::{self, RopeTable};
-use qlora_kernels::ops::{rms_norm, swiglu};
 use qlora_kernels::sequence::Positions;
-use qlora_kernels::weight::WeightCache;
 use qlora_kernels::{Matrix, SequenceLayout, View, ViewMut, Workspace};
 
 use super::cache::LayerCache;
+use super::mlp::MlpSaved;
+pub use super::policy::{Keep, MemoryPolicy};
 use super::projection::{AdapterPass, Projection};
 use crate::error::Result;
 
@@ -54,36 +53,8 @@ pub struct Block {
     pub up: Projection,
     /// The MLP's output projection.
     pub down: Projection,
-    /// Where dequantized weights may be kept.
-    pub caches: WeightCaches,
-}
-
-/// Where the dequantized weights of a block's groups may be kept between uses.
-#[derive(Debug, Default)]
-pub struct WeightCaches {
-    qkv: WeightCache,
-    o: WeightCache,
-    gate_up: WeightCache,
-    down: WeightCache,
-    split: AtomicBool,
-}
-
-impl WeightCaches {
-    /// Dequantizes one weight at a time instead of those that share an input together (CUDA only): less memory, more
-    /// time, sums in another order.
-    pub fn set_split(&self, split: bool) {
-        self.split.store(split, Ordering::Relaxed);
-    }
-
-    /// See [`Self::set_split`].
-    pub fn is_split(&self) -> bool {
-        self.split.load(Ordering::Relaxed)
-    }
-
-    /// Keeps the dequantized weights of the whole block from their next use on, or frees them.
-    pub fn set_enabled(&self, enabled: bool) {
-        [&self.qkv, &self.o, &self.gate_up, &self.down].iter().for_each(|cache| cache.set_enabled(enabled));
-    }
+    /// How it uses memory.
+    pub policy: MemoryPolicy,
 }
 
 /// What all blocks share in one pass.
@@ -99,26 +70,56 @@ pub struct Pass<'a> {
     pub workspace: &'a Workspace,
 }
 
+impl Pass<'_> {
+    /// The same pass for the batch's rows from `row` on, for what looks at no other row.
+    pub(super) fn from_row(self, row: usize) -> Self {
+        Self { adapter: self.adapter.map(|adapter| adapter.from_row(row)), ..self }
+    }
+}
+
 /// What a block keeps from its forward for its backward.
 #[derive(Debug)]
-pub enum Saved {
+pub(super) enum Saved {
     /// Everything the backward reads.
-    Kept(Box<Activations>),
+    Everything(Box<Attended>, Box<MlpSaved>),
+    /// What the block made before the MLP, which the backward runs again.
+    Attention(Box<Attended>),
     /// The block's input alone: the backward runs the forward again, up to the last projection.
     Input(Matrix),
 }
 
-/// The activations that a backward reads.
+/// What the backward of the block's first half reads, and `mid`, which is its output.
 #[derive(Debug)]
-pub struct Activations {
+pub(super) struct Attended {
     x: Matrix,
     qkv: Qkv,
     attn: Matrix,
     lse: Matrix,
     mid: Matrix,
-    rstd_mid: Matrix,
-    gate_up: Matrix,
-    s: Factors,
+    s_o: Shrunk,
+}
+
+#[cfg(feature = "cuda")]
+impl Saved {
+    /// The matrices that are worth a copy to the host and back: all but those of a few columns.
+    pub(super) fn large(&mut self) -> Vec<&mut Matrix> {
+        match self {
+            Self::Everything(..) => Vec::new(),
+            Self::Attention(attended) => {
+                let Attended { x, qkv, attn, mid, .. } = &mut **attended;
+                let raw = qkv.raw.as_mut().map(|raw| &mut raw.qk);
+                [x, &mut qkv.qkv, attn, mid].into_iter().chain(raw).collect()
+            }
+            Self::Input(x) => vec![x],
+        }
+    }
+}
+
+impl Attended {
+    /// Input and output; the rest is freed.
+    fn into_ends(self) -> (Matrix, Matrix) {
+        (self.x, self.mid)
+    }
 }
 
 /// Queries, keys and values side by side, normed and rotated, and what the backward needs of how they were made.
@@ -138,21 +139,14 @@ struct RawQk {
     rstd_k: Matrix,
 }
 
-/// `S = drop(x) A^T` of the groups after attention.
-#[derive(Debug, Default)]
-struct Factors {
-    o: Shrunk,
-    gate_up: Shrunk,
-    down: Shrunk,
-}
-
 /// A group with the array that its members are borrowed from.
 macro_rules! group {
     ($name:ident, $block:expr, $cache:ident, $($member:ident),+) => {
         let members = [$($block.$member.member()),+];
-        let $name = Group { members: &members, cache: &$block.caches.$cache, split: $block.caches.is_split() };
+        let $name = Group { members: &members, cache: &$block.policy.$cache, split: $block.policy.is_split() };
     };
 }
+pub(super) use group;
 
 impl Block {
     /// The projections in the order of the adapter's layout.
@@ -186,47 +180,57 @@ impl Block {
         margin_of(&[self.q.member(), self.k.member(), self.v.member()])
     }
 
-    fn gate_up_margin(&self) -> usize {
-        margin_of(&[self.gate.member(), self.up.member()])
-    }
-
-    /// Runs the block on `x [tokens, hidden]`; with `keep`, also what [`Self::backward`] needs.
-    pub fn forward(&self, x: Matrix, pass: &Pass, keep: Keep) -> Result<(Matrix, Option<Saved>)> {
-        let Pass { workspace, .. } = *pass;
-        let mut activations = self.forward_to_mlp(x, pass)?;
-        let mut h = self.mlp_hidden(&activations.gate_up, workspace)?;
-        if keep != Keep::Everything {
-            // Nothing reads it again: its memory can serve the last projection.
-            activations.gate_up = workspace.matrix(0, 0)?;
-        }
-        let mut y = workspace.matrix(h.rows(), self.down.outputs())?;
-        let residual = Some(activations.mid.view());
-        group!(down, self, down, down);
-        activations.s.down = down.forward(h.view_mut(), pass.adapter.as_ref(), residual, y.view_mut(), workspace)?;
+    /// Runs the block on `x [tokens, hidden]`; also what [`Self::backward`] needs, as `keep` says.
+    pub(super) fn forward(&self, x: Matrix, pass: &Pass, keep: Keep) -> Result<(Matrix, Option<Saved>)> {
+        let attended = self.attend(x, pass)?;
+        let [tokens, hidden] = attended.mid.view().shape();
+        let output = || pass.workspace.matrix(tokens, hidden);
+        let mut y;
         let saved = match keep {
-            Keep::Nothing => None,
-            Keep::Input | Keep::Offload => Some(Saved::Input(activations.x)),
-            Keep::Everything => Some(Saved::Kept(Box::new(activations))),
+            Keep::Everything => {
+                y = output()?;
+                let mlp = self.mlp_kept(attended.mid.view(), y.view_mut(), pass)?;
+                Some(Saved::Everything(Box::new(attended), Box::new(mlp)))
+            }
+            Keep::Attention | Keep::OffloadAttention => {
+                y = output()?;
+                self.mlp(attended.mid.view(), y.view_mut(), pass)?;
+                Some(Saved::Attention(Box::new(attended)))
+            }
+            Keep::Nothing | Keep::Input | Keep::Offload => {
+                let (x, mid) = attended.into_ends();
+                let x = (keep != Keep::Nothing).then_some(x);
+                y = output()?;
+                self.mlp(mid.view(), y.view_mut(), pass)?;
+                x.map(Saved::Input)
+            }
         };
         Ok((y, saved))
     }
 
     /// Turns `dy` (with the margin of [`Self::residual_margin`]) into `dx` (or gives nothing, if the caller does not need
     /// it) and adds the adapters' gradients to `gradient`, which is laid out as the adapter.
-    pub fn backward(
+    pub(super) fn backward(
         &self,
         saved: Saved,
-        dy: Matrix,
+        mut dy: Matrix,
         pass: &Pass,
         mut gradient: ViewMut,
         needs_dx: bool,
     ) -> Result<Option<Matrix>> {
-        let (saved, recomputed) = match saved {
-            Saved::Kept(activations) => (*activations, false),
-            Saved::Input(x) => (self.forward_to_mlp(x, pass)?, true),
+        let mut shared = None;
+        let (attended, mlp) = match saved {
+            Saved::Everything(attended, mlp) => (*attended, Some(*mlp)),
+            Saved::Attention(attended) => (*attended, None),
+            Saved::Input(x) => {
+                shared = Some(self.policy.share_attention());
+                (self.attend(x, pass)?, None)
+            }
         };
-        let (activations, dmid) = self.backward_mlp(saved, dy, pass, gradient.reborrow(), recomputed)?;
-        self.backward_attention(activations, dmid, pass, gradient, needs_dx)
+        self.backward_mlp(attended.mid.view(), mlp, dy.view_mut(), pass, gradient.reborrow())?;
+        let dx = self.backward_attention(attended, dy, pass, gradient, needs_dx)?;
+        drop(shared);
+        Ok(dx)
     }
 
     /// Runs the block on the next tokens of several sequences, one after the other in `x` as `pass.layout` says; the
@@ -251,16 +255,13 @@ impl Block {
         }
         let mut mid = workspace.matrix(x.rows(), x.cols())?;
         o.forward(attn.view_mut(), adapter, Some(x.view()), mid.view_mut(), workspace)?;
-        let (gate_up, _, _) = self.project_gate_up(&mid, pass)?;
-        let mut h = self.mlp_hidden(&gate_up, workspace)?;
         let mut y = x;
-        group!(down, self, down, down);
-        down.forward(h.view_mut(), adapter, Some(mid.view()), y.view_mut(), workspace)?;
+        self.mlp(mid.view(), y.view_mut(), pass)?;
         Ok(y)
     }
 
-    /// Everything but the last projection.
-    fn forward_to_mlp(&self, x: Matrix, pass: &Pass) -> Result<Activations> {
+    /// The block's first half.
+    fn attend(&self, x: Matrix, pass: &Pass) -> Result<Attended> {
         let Pass { workspace, layout, .. } = *pass;
         let tokens = x.rows();
         let qkv = self.project_qkv(&x, layout.positions(), pass)?;
@@ -270,17 +271,15 @@ impl Block {
         let mut lse = workspace.matrix_f32(tokens, self.attention.heads)?;
         attention::forward(&self.attention, q, k, v, layout, attn.view_mut(), lse.view_mut(), workspace)?;
         let mut mid = workspace.matrix(tokens, x.cols())?;
-        let of_o = o.forward(attn.view_mut(), pass.adapter.as_ref(), Some(x.view()), mid.view_mut(), workspace)?;
-        let (gate_up, rstd_mid, of_gate_up) = self.project_gate_up(&mid, pass)?;
-        let s = Factors { o: of_o, gate_up: of_gate_up, down: Shrunk::default() };
-        Ok(Activations { x, qkv, attn, lse, mid, rstd_mid, gate_up, s })
+        let s_o = o.forward(attn.view_mut(), pass.adapter.as_ref(), Some(x.view()), mid.view_mut(), workspace)?;
+        Ok(Attended { x, qkv, attn, lse, mid, s_o })
     }
 
     /// q, k and v, normed where the model does that, and rotated.
     fn project_qkv(&self, x: &Matrix, positions: &Positions, pass: &Pass) -> Result<Qkv> {
         let Pass { workspace, .. } = *pass;
         let tokens = x.rows();
-        let (mut n1, rstd) = self.norm(x, &self.input_norm, self.qkv_margin(), workspace)?;
+        let (mut n1, rstd) = self.norm(x.view(), &self.input_norm, self.qkv_margin(), workspace)?;
         group!(group, self, qkv, q, k, v);
         let mut qkv = workspace.matrix(tokens, group.outputs())?;
         let s = group.forward(n1.view_mut(), pass.adapter.as_ref(), None, qkv.view_mut(), workspace)?;
@@ -309,98 +308,40 @@ impl Block {
         [qkv.slice_cols(0..q), qkv.slice_cols(q..k), qkv.slice_cols(k..qkv.cols())]
     }
 
-    /// Gate and up side by side, 1/rms of `mid`, and the group's `S`.
-    fn project_gate_up(&self, mid: &Matrix, pass: &Pass) -> Result<(Matrix, Matrix, Shrunk)> {
-        let Pass { workspace, .. } = *pass;
-        let (mut n2, rstd) = self.norm(mid, &self.post_attention_norm, self.gate_up_margin(), workspace)?;
-        group!(group, self, gate_up, gate, up);
-        // The backward turns it into its own gradient, so it has the gradient's margin.
-        let mut gate_up = workspace.with_margin(mid.rows(), group.outputs(), self.gate_up_margin())?;
-        let s = group.forward(n2.view_mut(), pass.adapter.as_ref(), None, gate_up.view_mut(), workspace)?;
-        Ok((gate_up, rstd, s))
-    }
-
-    /// `h`, with the margin of the last projection.
-    fn mlp_hidden(&self, gate_up: &Matrix, workspace: &Workspace) -> Result<Matrix> {
-        let width = self.gate.outputs();
-        let mut h = workspace.with_margin(gate_up.rows(), width, margin_of(&[self.down.member()]))?;
-        let (gate, up) = (gate_up.view().slice_cols(0..width), gate_up.view().slice_cols(width..gate_up.cols()));
-        swiglu::forward(gate, up, h.view_mut())?;
-        Ok(h)
-    }
-
-    fn norm(&self, x: &Matrix, weight: &Matrix, margin: usize, workspace: &Workspace) -> Result<(Matrix, Matrix)> {
+    /// The norm of `x`, with room for a group's small factors, and 1/rms of each row.
+    pub(super) fn norm(
+        &self,
+        x: View,
+        weight: &Matrix,
+        margin: usize,
+        workspace: &Workspace,
+    ) -> Result<(Matrix, Matrix)> {
         let mut normed = workspace.with_margin(x.rows(), x.cols(), margin)?;
         let mut rstd = workspace.matrix_f32(x.rows(), 1)?;
-        rms_norm::forward(x.view(), weight.view(), self.eps, normed.view_mut(), rstd.view_mut())?;
+        rms_norm::forward(x, weight.view(), self.eps, normed.view_mut(), rstd.view_mut())?;
         Ok((normed, rstd))
-    }
-
-    /// From `dy` to `d mid`, which takes `dy`'s memory. Frees gate and up. A recomputed block has no `S` of its last
-    /// projection yet.
-    fn backward_mlp(
-        &self,
-        mut saved: Activations,
-        mut dy: Matrix,
-        pass: &Pass,
-        mut gradient: ViewMut,
-        recomputed: bool,
-    ) -> Result<(Activations, Matrix)> {
-        let Pass { workspace, .. } = *pass;
-        let adapter = pass.adapter.as_ref().expect("a backward pass has an adapter");
-        let (tokens, width) = (dy.rows(), self.gate.outputs());
-
-        group!(down, self, down, down);
-        let mut dh = workspace.matrix(tokens, width)?;
-        let at_hand = (!recomputed).then_some(&saved.s.down);
-        let ds = down.backward_input_with(dy.view_mut(), at_hand, adapter, Some(dh.view_mut()), workspace)?;
-        let mut gate_up = std::mem::replace(&mut saved.gate_up, workspace.matrix(0, 0)?);
-        let (gate, up) = gate_up.view_mut().split_cols(width);
-        swiglu::backward_in_place(gate, up, dh.view_mut())?;
-        let h = dh;
-        let s = match recomputed {
-            true => down.shrink(h.view(), Some(adapter), workspace)?,
-            false => std::mem::take(&mut saved.s.down),
-        };
-        down.backward_adapter(h.view(), &s, dy.view(), &ds, adapter, gradient.reborrow(), workspace)?;
-        drop((h, s, ds));
-
-        group!(group, self, gate_up, gate, up);
-        let mut dn2 = workspace.matrix(tokens, group.inputs())?;
-        let ds = group.backward_input_with(
-            gate_up.view_mut(),
-            Some(&saved.s.gate_up),
-            adapter,
-            Some(dn2.view_mut()),
-            workspace,
-        )?;
-        let (n2, _) = self.norm(&saved.mid, &self.post_attention_norm, 0, workspace)?;
-        group.backward_adapter(n2.view(), &saved.s.gate_up, gate_up.view(), &ds, adapter, gradient, workspace)?;
-        drop((n2, gate_up));
-        let (mid, rstd) = (saved.mid.view(), saved.rstd_mid.view());
-        rms_norm::backward(mid, self.post_attention_norm.view(), rstd, dn2.view(), dy.view_mut(), true)?;
-        Ok((saved, dy))
     }
 
     /// From `d mid` to `dx`, which takes its memory.
     fn backward_attention(
         &self,
-        saved: Activations,
+        saved: Attended,
         mut dmid: Matrix,
         pass: &Pass,
         mut gradient: ViewMut,
         needs_dx: bool,
     ) -> Result<Option<Matrix>> {
-        let Activations { x, qkv, attn, lse, mid, rstd_mid, s, .. } = saved;
-        drop((mid, rstd_mid));
+        let Attended { x, qkv, attn, lse, mid, s_o } = saved;
+        drop(mid);
         let Pass { workspace, layout, .. } = *pass;
         let adapter = pass.adapter.as_ref().expect("a backward pass has an adapter");
         let tokens = dmid.rows();
 
         group!(o, self, o, o);
         let mut dattn = workspace.matrix(tokens, attn.cols())?;
-        let ds = o.backward_input_with(dmid.view_mut(), Some(&s.o), adapter, Some(dattn.view_mut()), workspace)?;
-        o.backward_adapter(attn.view(), &s.o, dmid.view(), &ds, adapter, gradient.reborrow(), workspace)?;
+        let ds = o.backward_input_with(dmid.view_mut(), Some(&s_o), adapter, Some(dattn.view_mut()), workspace)?;
+        o.backward_adapter(attn.view(), &s_o, dmid.view(), &ds, adapter, gradient.reborrow(), workspace)?;
+        drop((ds, s_o));
 
         let Qkv { qkv, rstd, raw, s } = qkv;
         let [q, k, v] = self.split_qkv(qkv.view());
@@ -424,7 +365,7 @@ impl Block {
         };
         let target = dn1.as_mut().map(Matrix::view_mut);
         let ds = group.backward_input_with(dqkv.view_mut(), Some(&s), adapter, target, workspace)?;
-        let (n1, _) = self.norm(&x, &self.input_norm, 0, workspace)?;
+        let (n1, _) = self.norm(x.view(), &self.input_norm, 0, workspace)?;
         group.backward_adapter(n1.view(), &s, dqkv.view(), &ds, adapter, gradient, workspace)?;
         drop((n1, dqkv));
         let Some(dn1) = dn1 else { return Ok(None) };
@@ -452,19 +393,6 @@ impl Block {
     }
 }
 
-fn margin_of(members: &[Member]) -> usize {
+pub(super) fn margin_of(members: &[Member]) -> usize {
     margin(members.iter().map(|member| member.lora))
-}
-
-/// What a block's forward keeps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Keep {
-    /// Nothing: no backward follows.
-    Nothing,
-    /// The input: the backward recomputes the block (gradient checkpointing).
-    Input,
-    /// The input, in pinned host memory while the blocks above run (on the CPU the same as `Input`).
-    Offload,
-    /// Everything the backward reads.
-    Everything,
 }

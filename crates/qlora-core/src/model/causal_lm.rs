@@ -224,13 +224,13 @@ impl CausalLm {
 
     /// Dequantize one weight at a time (CUDA only): less memory, more time.
     pub fn set_split_weights(&self, on: bool) {
-        self.stack.blocks().iter().for_each(|block| block.caches.set_split(on));
+        self.stack.blocks().iter().for_each(|block| block.policy.set_split(on));
     }
 
     /// Keep the dequantized weights of every block between uses (CUDA only): 2 bytes a parameter for the time of
     /// dequantizing; same bits.
     pub fn set_weight_cache(&self, on: bool) {
-        self.stack.blocks().iter().for_each(|block| block.caches.set_enabled(on));
+        self.stack.blocks().iter().for_each(|block| block.policy.set_weights_kept(on));
     }
 
     /// The mean loss over `num_items` trained tokens as a candle scalar: `loss.backward()` gives the gradient of
@@ -272,7 +272,7 @@ impl CausalLm {
         let values = TensorView::new("adapter", adapter.flat.as_tensor())?;
         let dropout = adapter.dropout(train);
         let rope = self.stack.rope(batch.layout.max_len())?;
-        let adapter = Some(AdapterPass { values: values.view(), dropout });
+        let adapter = Some(AdapterPass { values: values.view(), dropout, first_row: 0 });
         let pass = Pass { adapter, layout: &batch.layout, rope: &rope, workspace: &self.workspace };
         let x = self.embed(&batch.tokens)?;
         let (hidden, saved) = self.stack.forward(x, &pass, false)?;

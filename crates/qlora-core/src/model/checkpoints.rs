@@ -1,7 +1,7 @@
 //! What the blocks of a stack keep between forward and backward, last in, first out.
 //!
-//! A block's input may be offloaded: it then moves to pinned host memory while the next block runs, and comes back while
-//! the block above runs its backward.
+//! What a block kept may be offloaded: its large matrices then move to pinned host memory while the next block runs, and
+//! come back while the block above runs its backward.
 
 use qlora_kernels::Workspace;
 #[cfg(feature = "cuda")]
@@ -15,16 +15,17 @@ use crate::error::Result;
 pub(crate) struct Checkpoints {
     entries: Vec<Option<Entry>>,
     #[cfg(feature = "cuda")]
-    leaving: Option<Leaving>,
+    leaving: Vec<Leaving>,
     #[cfg(feature = "cuda")]
-    arriving: Option<Arriving>,
+    arriving: Option<Vec<Arriving>>,
 }
 
 #[derive(Debug)]
 enum Entry {
     Here(Saved),
+    /// What stayed, with empty matrices for those that left.
     #[cfg(feature = "cuda")]
-    Offloaded(Offloaded),
+    Offloaded(Saved, Vec<Offloaded>),
 }
 
 impl Checkpoints {
@@ -32,7 +33,7 @@ impl Checkpoints {
         Self {
             entries: Vec::with_capacity(blocks),
             #[cfg(feature = "cuda")]
-            leaving: None,
+            leaving: Vec::new(),
             #[cfg(feature = "cuda")]
             arriving: None,
         }
@@ -41,12 +42,16 @@ impl Checkpoints {
     /// Takes what the next block kept.
     pub(crate) fn push(&mut self, saved: Option<Saved>, keep: Keep, workspace: &Workspace) -> Result<()> {
         #[cfg(feature = "cuda")]
-        if let (Keep::Offload, Some(gpu)) = (keep, workspace.gpu()) {
+        if let (true, Some(gpu)) = (keep.is_offloaded(), workspace.gpu()) {
             self.settle()?;
-            if let Some(Saved::Input(x)) = saved {
-                let (offloaded, leaving) = gpu.offload(x)?;
-                self.leaving = Some(leaving);
-                self.entries.push(Some(Entry::Offloaded(offloaded)));
+            if let Some(mut saved) = saved {
+                let mut offloaded = Vec::new();
+                for matrix in saved.large() {
+                    let (there, leaving) = gpu.offload(std::mem::replace(matrix, workspace.matrix(0, 0)?))?;
+                    self.leaving.push(leaving);
+                    offloaded.push(there);
+                }
+                self.entries.push(Some(Entry::Offloaded(saved, offloaded)));
                 return Ok(());
             }
         }
@@ -58,7 +63,7 @@ impl Checkpoints {
     /// Frees the device memory of what is being copied out.
     pub(crate) fn settle(&mut self) -> Result<()> {
         #[cfg(feature = "cuda")]
-        if let Some(leaving) = self.leaving.take() {
+        for leaving in self.leaving.drain(..) {
             leaving.retire()?;
         }
         Ok(())
@@ -71,18 +76,26 @@ impl Checkpoints {
         let saved = match entry {
             Entry::Here(saved) => saved,
             #[cfg(feature = "cuda")]
-            Entry::Offloaded(offloaded) => {
+            Entry::Offloaded(mut saved, offloaded) => {
                 let arriving = match self.arriving.take() {
                     Some(arriving) => arriving,
-                    None => offloaded.fetch()?,
+                    None => fetch(&offloaded)?,
                 };
-                Saved::Input(arriving.wait()?)
+                for (matrix, arriving) in saved.large().into_iter().zip(arriving) {
+                    *matrix = arriving.wait()?;
+                }
+                saved
             }
         };
         #[cfg(feature = "cuda")]
-        if let Some(Some(Entry::Offloaded(next))) = self.entries.last() {
-            self.arriving = Some(next.fetch()?);
+        if let Some(Some(Entry::Offloaded(_, next))) = self.entries.last() {
+            self.arriving = Some(fetch(next)?);
         }
         Ok(Some(saved))
     }
+}
+
+#[cfg(feature = "cuda")]
+fn fetch(offloaded: &[Offloaded]) -> Result<Vec<Arriving>> {
+    offloaded.iter().map(|offloaded| Ok(offloaded.fetch()?)).collect()
 }

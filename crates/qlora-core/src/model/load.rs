@@ -12,7 +12,7 @@ use qlora_kernels::quant::{QuantConfig, Quantized4bit};
 use qlora_kernels::weight::{FrozenWeight, PlainData, PlainWeight};
 use qlora_kernels::{Matrix, Workspace};
 
-use super::block::{Block, WeightCaches};
+use super::block::{Block, MemoryPolicy};
 use super::causal_lm::CausalLm;
 use super::projection::Projection;
 use super::stack::Stack;
@@ -126,7 +126,7 @@ impl Loader<'_, '_> {
             gate: self.projection(name("mlp.gate_proj"), mlp, hidden, config.mlp_bias)?,
             up: self.projection(name("mlp.up_proj"), mlp, hidden, config.mlp_bias)?,
             down: self.projection(name("mlp.down_proj"), hidden, mlp, config.mlp_bias)?,
-            caches: WeightCaches::default(),
+            policy: MemoryPolicy::default(),
         })
     }
 

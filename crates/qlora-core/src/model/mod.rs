@@ -6,7 +6,9 @@ pub mod causal_lm;
 mod checkpoints;
 mod device;
 mod load;
+mod mlp;
 pub mod plan;
+pub mod policy;
 pub mod projection;
 pub mod stack;
 

@@ -1,25 +1,29 @@
 //! What each block keeps for its backward, chosen for the memory there is, and the peak that follows.
 //!
-//! The memory of a training step on a GPU is a sum that can be written down: every matrix of
-//! [`block`](super::block) has a size that follows from the model and the batch. [`Planner`] walks through the stages of a
-//! step (each block's forward, the head, each block's backward) with the sizes of what is alive in each, and takes the
-//! largest. From the choices that fit the budget it takes the fastest:
+//! The memory of a training step on a GPU is a sum that can be written down ([`sizes`]), and what a choice costs in time can
+//! be ranked ([`cost`]). [`Planner`] goes through the choices there are and takes the fastest that fits:
 //!
-//! 1. keep everything in as many of the upper blocks as possible, recompute the others from their inputs (a block kept
-//!    saves most of a forward: about 5 ms a GB on an H100),
-//! 2. with what is left, keep dequantized weights (about 1 ms a GB),
-//! 3. if not even the inputs fit: move them to pinned host memory, then dequantize one weight at a time.
+//! - a block keeps everything, or what it made before the MLP, or its input alone, the last two on the device or in pinned
+//!   host memory, and computes the rest again;
+//! - dequantized weights stay as long as the run, or from a block's recomputation to its backward, or not at all, or only
+//!   one is there at a time;
+//! - the MLP runs over the whole batch or over pieces of it.
 //!
-//! All choices give the same gradients, up to the order of sums where weights are dequantized one at a time.
+//! All choices give the same gradients, up to the order of sums where weights are dequantized one at a time or the MLP runs
+//! in pieces.
+
+mod cost;
+mod sizes;
 
 use std::fmt;
 
-use qlora_kernels::matrix::padded_cols;
-use qlora_kernels::ops::linear_cross_entropy::rows_of_chunk_on_gpu;
 use qlora_kernels::ops::linear_group::margin;
 
-use super::block::{Block, Keep};
+use self::cost::BlockCost;
+use self::sizes::Sizes;
+use super::block::Block;
 use super::causal_lm::CausalLm;
+use super::policy::Keep;
 use super::projection::Projection;
 use crate::error::{Error, Result};
 
@@ -60,8 +64,12 @@ pub struct MemoryPlan {
     pub keep: Vec<Keep>,
     /// How many blocks, from the lowest on, keep their dequantized weights.
     pub cached_blocks: usize,
+    /// Whether uses of a weight that follow each other share one dequantization.
+    pub shared_weights: bool,
     /// Whether weights are dequantized one at a time.
     pub split_weights: bool,
+    /// The rows that the MLP of a block that recomputes it sees at a time, if not all.
+    pub mlp_rows: Option<usize>,
     /// Bytes that are there before a step: weights, adapter, gradient, optimizer.
     pub resident: u64,
     /// The predicted peak in bytes.
@@ -70,34 +78,33 @@ pub struct MemoryPlan {
     pub budget: u64,
     /// Bytes of pinned host memory.
     pub pinned: u64,
+    /// Microseconds of a step that a plan without any saving would not take: an estimate that ranks plans, no prediction.
+    pub overhead_us: u64,
 }
 
-/// Sizes of a model and a batch from which peaks are computed.
+/// Finds plans for one model and one batch.
 #[derive(Clone, Debug)]
 pub struct Planner {
     layers: usize,
     lowest: usize,
-    tokens: u64,
-    trained: u64,
-    /// Bytes of an activation's element.
-    size: u64,
-    hidden: u64,
-    vocab: u64,
-    sizes: BlockSizes,
-    attention: AttentionWorkspace,
+    /// Tokens of a sequence.
+    len: u64,
+    sizes: Sizes,
     resident: u64,
 }
 
-/// Widths in elements of one block (all blocks of a model are alike but for their adapters; the widest margins count).
-#[derive(Clone, Copy, Debug, Default)]
-struct BlockSizes {
-    q: u64,
-    qkv: u64,
-    mlp: u64,
-    heads: u64,
-    qk_norm: bool,
-    /// Extra columns of the groups qkv, o, gate|up, down.
-    rp: [u64; 4],
+/// One way to run a step.
+#[derive(Clone, Copy, Debug)]
+struct Choice {
+    /// Blocks at the top that keep everything, then those that keep what is before the MLP; the others keep `below`.
+    everything: usize,
+    attention: usize,
+    below: Keep,
+    /// Blocks that keep their dequantized weights, from the lowest on.
+    cached: usize,
+    shared: bool,
+    split: bool,
+    mlp_rows: Option<u64>,
 }
 
 impl fmt::Display for MemoryPlan {
@@ -111,12 +118,17 @@ impl fmt::Display for MemoryPlan {
         write!(f, " ({:.2} GB before a step)", gb(self.resident))?;
         for (keep, what) in [
             (Keep::Everything, "keep their activations"),
+            (Keep::Attention, "recompute their MLP"),
+            (Keep::OffloadAttention, "recompute their MLP, the rest is in host memory"),
             (Keep::Input, "recompute from their inputs"),
             (Keep::Offload, "recompute from inputs in host memory"),
         ] {
             if count(keep) > 0 {
                 write!(f, "; {} blocks {what}", count(keep))?;
             }
+        }
+        if let Some(rows) = self.mlp_rows {
+            write!(f, "; recomputed MLPs run over {rows} tokens at a time")?;
         }
         if self.cached_blocks > 0 {
             write!(f, "; {} blocks keep their dequantized weights", self.cached_blocks)?;
@@ -131,21 +143,6 @@ impl fmt::Display for MemoryPlan {
     }
 }
 
-/// [`padded_cols`] in the planner's numbers.
-fn padded(cols: u64, rp: u64) -> u64 {
-    padded_cols(cols as usize, rp as usize) as u64
-}
-
-/// One way to run a step.
-#[derive(Clone, Copy, Debug)]
-struct Choice {
-    /// Upper blocks that keep everything; the others keep `below`.
-    kept: usize,
-    below: Keep,
-    cached: usize,
-    split: bool,
-}
-
 impl Planner {
     /// For a model with its adapter. `resident` counts what is on the device before a step and stays: weights, adapter,
     /// gradient and optimizer state.
@@ -155,13 +152,19 @@ impl Planner {
     pub fn new(model: &CausalLm, batch: BatchShape, attention: AttentionWorkspace, resident: u64) -> Result<Self> {
         let stack = model.stack();
         let first = stack.blocks().first().ok_or_else(|| Error::Invalid("the model has no block".into()))?;
-        let mut sizes = BlockSizes {
+        let mut sizes = Sizes {
+            tokens: batch.tokens as u64,
+            trained: batch.trained_tokens as u64,
+            size: model.workspace().dtype().size() as u64,
+            hidden: model.config().hidden_size as u64,
+            vocab: model.config().vocab_size as u64,
             q: first.q.outputs() as u64,
             qkv: (first.q.outputs() + first.k.outputs() + first.v.outputs()) as u64,
             mlp: first.gate.outputs() as u64,
             heads: first.attention.heads as u64,
             qk_norm: first.qk_norm.is_some(),
             rp: [0; 4],
+            attention,
         };
         for block in stack.blocks() {
             for (rp, group) in sizes.rp.iter_mut().zip(groups(block)) {
@@ -169,18 +172,8 @@ impl Planner {
             }
         }
         let lowest = stack.blocks().iter().position(Block::is_trained).unwrap_or(stack.blocks().len());
-        Ok(Self {
-            layers: stack.blocks().len(),
-            lowest,
-            tokens: batch.tokens as u64,
-            trained: batch.trained_tokens as u64,
-            size: model.workspace().dtype().size() as u64,
-            hidden: model.config().hidden_size as u64,
-            vocab: model.config().vocab_size as u64,
-            sizes,
-            attention,
-            resident,
-        })
+        let len = (batch.tokens / batch.sequences.max(1)) as u64;
+        Ok(Self { layers: stack.blocks().len(), lowest, len, sizes, resident })
     }
 
     /// For a model on a GPU, asked for what its attention takes. `more` is what will stay on the device besides what is
@@ -204,225 +197,150 @@ impl Planner {
     /// # Errors
     /// If none does; the message says how much the leanest one needs.
     pub fn plan(&self, budget: u64) -> Result<MemoryPlan> {
-        let keeping = (0..=self.layers).rev().map(|kept| Choice { kept, below: Keep::Input, cached: 0, split: false });
-        let leaner = [false, true].map(|split| Choice { kept: 0, below: Keep::Offload, cached: 0, split });
-        let mut choices = keeping.chain(leaner);
-        let Some(mut choice) = choices.find(|choice| self.peak(choice) <= budget) else {
-            let needed = self.peak(&leaner[1]);
-            return Err(Error::Invalid(format!(
-                "a step over {} tokens needs at least {:.2} GB of GPU memory ({:.2} GB of it for the model, its adapter \
-                 and the optimizer), {:.2} GB are there: use shorter sequences, fewer at a time (with more \
-                 gradient_accumulation_steps), or a smaller rank",
-                self.tokens,
-                needed as f64 / 1e9,
-                self.resident as f64 / 1e9,
-                budget as f64 / 1e9
-            )));
-        };
-        if !choice.split {
-            choice = self.with_cache(choice, budget);
-        }
-        Ok(self.describe(&choice, budget))
+        self.fastest(budget, self.layers)
     }
 
-    /// With as many blocks' dequantized weights as fit.
-    fn with_cache(&self, mut choice: Choice, budget: u64) -> Choice {
-        while choice.cached < self.layers && self.peak(&Choice { cached: choice.cached + 1, ..choice }) <= budget {
-            choice.cached += 1;
-        }
-        choice
-    }
-
-    /// [`Self::plan`] without keeping activations: every block recomputes.
+    /// [`Self::plan`] without keeping activations on the device: every block recomputes.
     ///
     /// # Errors
     /// As there.
     pub fn plan_recomputing(&self, budget: u64) -> Result<MemoryPlan> {
-        let lean = Choice { kept: 0, below: Keep::Input, cached: 0, split: false };
-        match self.peak(&lean) <= budget {
-            true => Ok(self.describe(&self.with_cache(lean, budget), budget)),
-            false => self.plan(budget),
-        }
+        self.fastest(budget, 0)
     }
 
     /// The plan that needs the least memory, whatever the budget.
     pub fn leanest(&self) -> MemoryPlan {
-        self.describe(&Choice { kept: 0, below: Keep::Offload, cached: 0, split: true }, u64::MAX)
+        let leanest = self.handlings().min_by_key(|choice| self.peak(choice)).expect("there are choices");
+        self.describe(&leanest, u64::MAX)
     }
 
     /// The plan that keeps everything, whatever the budget.
     pub fn richest(&self) -> MemoryPlan {
-        let choice = Choice { kept: self.layers, below: Keep::Input, cached: self.layers, split: false };
+        let (everything, cached) = (self.layers, self.layers);
+        let below = Keep::Input;
+        let choice = Choice { everything, attention: 0, below, cached, shared: false, split: false, mlp_rows: None };
         self.describe(&choice, u64::MAX)
     }
 
+    /// `most`: the blocks that may keep more than their input on the device.
+    fn fastest(&self, budget: u64, most: usize) -> Result<MemoryPlan> {
+        let cost = BlockCost::new(&self.sizes, self.len);
+        let fits = |choice: &Choice| self.peak(choice) <= budget;
+        let mut best: Option<(f64, Choice)> = None;
+        for handling in self.handlings().filter(|choice| fits(choice)) {
+            for everything in 0..=most {
+                let choice = Choice { everything, ..handling };
+                if !fits(&choice) {
+                    break;
+                }
+                // More of either takes more memory.
+                let attention = most_that(most - everything, |attention| fits(&Choice { attention, ..choice }));
+                for attention in [0, attention] {
+                    let choice = Choice { attention, ..choice };
+                    let cached = most_that(self.layers, |cached| fits(&Choice { cached, ..choice }));
+                    let choice = Choice { cached, ..choice };
+                    let seconds = self.seconds(&cost, &choice);
+                    if best.is_none_or(|(least, _)| seconds < least) {
+                        best = Some((seconds, choice));
+                    }
+                }
+            }
+        }
+        if let Some((_, choice)) = best {
+            return Ok(self.describe(&choice, budget));
+        }
+        Err(Error::Invalid(format!(
+            "a step over {} tokens needs at least {:.2} GB of GPU memory ({:.2} GB of it for the model, its adapter \
+             and the optimizer), {:.2} GB are there: use shorter sequences, fewer at a time (with more \
+             gradient_accumulation_steps), or a smaller rank",
+            self.sizes.tokens,
+            self.leanest().peak as f64 / 1e9,
+            self.resident as f64 / 1e9,
+            budget as f64 / 1e9
+        )))
+    }
+
+    /// All choices with which blocks keep nothing but `below`.
+    fn handlings(&self) -> impl Iterator<Item = Choice> + '_ {
+        const FEWEST_ROWS: u64 = 1024;
+        let pieces = (0..8u32).map(|halvings| self.sizes.tokens.div_ceil(1 << halvings).next_multiple_of(128));
+        let pieces = pieces.skip(1).filter(|&rows| rows >= FEWEST_ROWS && rows < self.sizes.tokens).map(Some);
+        let pieces: Vec<Option<u64>> = std::iter::once(None).chain(pieces).collect();
+        let weights = [(true, false), (false, false), (false, true)];
+        [Keep::Input, Keep::Offload, Keep::OffloadAttention].into_iter().flat_map(move |below| {
+            let pieces = pieces.clone();
+            weights.into_iter().flat_map(move |(shared, split)| {
+                let choice = Choice { everything: 0, attention: 0, below, cached: 0, shared, split, mlp_rows: None };
+                pieces.clone().into_iter().map(move |mlp_rows| Choice { mlp_rows, ..choice })
+            })
+        })
+    }
+
     fn describe(&self, choice: &Choice, budget: u64) -> MemoryPlan {
-        let below = self.layers - choice.kept;
-        let keep = (0..self.layers).map(|i| if i < below { choice.below } else { Keep::Everything }).collect();
-        let offloaded = if choice.below == Keep::Offload { below.saturating_sub(self.lowest) as u64 } else { 0 };
+        let keep: Vec<Keep> = (0..self.layers).map(|index| self.wish(index, choice)).collect();
+        let recomputes = keep.iter().any(|&keep| keep != Keep::Everything);
         MemoryPlan {
-            keep,
             cached_blocks: choice.cached,
+            shared_weights: choice.shared,
             split_weights: choice.split,
+            mlp_rows: choice.mlp_rows.filter(|_| recomputes).map(|rows| rows as usize),
             resident: self.resident,
             peak: self.peak(choice),
             budget,
-            pinned: offloaded * self.activation(self.hidden),
+            overhead_us: (self.seconds(&BlockCost::new(&self.sizes, self.len), choice) * 1e6) as u64,
+            pinned: (self.lowest..self.layers).map(|index| self.sizes.offloaded(keep[index])).sum(),
+            keep,
         }
     }
 
-    /// Bytes of `[tokens, cols]` activations.
-    fn activation(&self, cols: u64) -> u64 {
-        self.tokens * cols * self.size
-    }
-
-    /// Bytes of `[tokens, cols]` in f32.
-    fn statistic(&self, cols: u64) -> u64 {
-        self.tokens * cols * 4
-    }
-
-    /// The augmented weight of a group.
-    fn weight(&self, outputs: u64, inputs: u64, rp: u64) -> u64 {
-        (outputs + rp) * padded(inputs, rp) * self.size
-    }
-
-    /// The dequantized weights of a whole block.
-    fn block_weights(&self) -> u64 {
-        let BlockSizes { q, qkv, mlp, rp, .. } = self.sizes;
-        self.weight(qkv, self.hidden, rp[0])
-            + self.weight(self.hidden, q, rp[1])
-            + self.weight(2 * mlp, self.hidden, rp[2])
-            + self.weight(self.hidden, mlp, rp[3])
-    }
-
-    /// Scratch for the largest of a group's weights; with `cached`, it is there already.
-    fn scratch(&self, group: usize, choice: &Choice, cached: bool) -> u64 {
-        let BlockSizes { q, qkv, mlp, rp, .. } = self.sizes;
-        // Split, the members' ranks are a third or half of the group's; the difference is lost in the rounding.
-        let (outputs, inputs) = match (group, choice.split) {
-            (0, false) => (qkv, self.hidden),
-            (0, true) => (q, self.hidden),
-            (1, _) => (self.hidden, q),
-            (2, false) => (2 * mlp, self.hidden),
-            (2, true) => (mlp, self.hidden),
-            _ => (self.hidden, mlp),
-        };
-        if cached { 0 } else { self.weight(outputs, inputs, rp[group]) }
-    }
-
-    /// f32 gradients of a group's factors before they are added to the flat gradient.
-    fn factor_gradients(&self, outputs: u64, inputs: u64, rp: u64) -> u64 {
-        4 * rp * (outputs + inputs)
-    }
-
-    /// What a block keeps.
-    fn saved(&self, keep: Keep) -> u64 {
-        let BlockSizes { q, qkv, mlp, heads, qk_norm, rp } = self.sizes;
-        match keep {
-            Keep::Nothing | Keep::Offload => 0,
-            Keep::Input => self.activation(self.hidden),
-            Keep::Everything => {
-                let raw = if qk_norm { self.activation(qkv) + self.statistic(2 * heads) } else { 0 };
-                self.activation(2 * self.hidden + qkv + padded(q, rp[1]) + padded(2 * mlp, rp[2]))
-                    + self.activation(rp.iter().sum())
-                    + self.statistic(2 + heads)
-                    + raw
-            }
+    /// What a block keeps if it has a backward.
+    fn wish(&self, index: usize, choice: &Choice) -> Keep {
+        match self.layers - index {
+            from_top if from_top <= choice.everything => Keep::Everything,
+            from_top if from_top <= choice.everything + choice.attention => Keep::Attention,
+            _ => choice.below,
         }
     }
 
-    /// The peak of a block's forward beside what other blocks hold.
-    fn forward(&self, keep: Keep, choice: &Choice, cached: bool) -> u64 {
-        let BlockSizes { q, qkv, mlp, heads, qk_norm, rp } = self.sizes;
-        let hidden = self.hidden;
-        let (act, stat) = (|cols| self.activation(cols), |cols| self.statistic(cols));
-        let raw = if qk_norm { act(qkv) + stat(2 * heads) } else { 0 };
-        let mut live = act(hidden) + stat(1);
-        let project = live + act(padded(hidden, rp[0]) + qkv + rp[0]) + self.scratch(0, choice, cached);
-        live += act(qkv + rp[0]) + raw;
-        let attend = live + act(padded(q, rp[1])) + stat(heads) + self.attention.forward;
-        live += act(padded(q, rp[1])) + stat(heads);
-        let out = live + act(hidden + rp[1]) + self.scratch(1, choice, cached);
-        live += act(hidden + rp[1]) + stat(1);
-        let gate_up =
-            live + act(padded(hidden, rp[2]) + padded(2 * mlp, rp[2]) + rp[2]) + self.scratch(2, choice, cached);
-        live += act(rp[2]);
-        let hidden_mlp = live + act(padded(2 * mlp, rp[2]) + padded(mlp, rp[3]));
-        let gate_up_kept = if keep == Keep::Everything { act(padded(2 * mlp, rp[2])) } else { 0 };
-        let down = live + gate_up_kept + act(padded(mlp, rp[3]) + hidden + rp[3]) + self.scratch(3, choice, cached);
-        [project, attend, out, gate_up, hidden_mlp, down].into_iter().max().unwrap_or(0)
+    fn keep(&self, index: usize, choice: &Choice) -> Keep {
+        if index < self.lowest { Keep::Nothing } else { self.wish(index, choice) }
     }
 
-    /// The peak of a block's backward beside what the blocks below hold: `dy` and the block's activations included.
-    fn backward(&self, keep: Keep, choice: &Choice, cached: bool) -> u64 {
-        let BlockSizes { q, qkv, mlp, heads, rp, .. } = self.sizes;
-        let hidden = self.hidden;
-        let act = |cols| self.activation(cols);
-        let gradient = act(padded(hidden, rp[1].max(rp[3])));
-        let recompute = match keep {
-            Keep::Everything => 0,
-            // The last projection is not run again.
-            _ => gradient + self.forward(Keep::Nothing, choice, cached),
-        };
-        // What the forward left, without gate and up.
-        let kept = self.saved(Keep::Everything) - act(padded(2 * mlp, rp[2]));
-        let gate_up = act(padded(2 * mlp, rp[2]));
-        let factors = |outputs, inputs, group: usize| self.factor_gradients(outputs, inputs, rp[group]);
-        let (weight, ds) = (|group| self.scratch(group, choice, cached), |group: usize| act(rp[group]));
-        let part = if choice.split { act(hidden) } else { 0 };
-        let down = gradient + kept + gate_up + act(mlp) + ds(3) + weight(3).max(factors(hidden, mlp, 3) + ds(3));
-        let mlp_input = gradient
-            + kept
-            + gate_up
-            + act(hidden)
-            + ds(2)
-            + (weight(2) + part).max(act(hidden) + factors(2 * mlp, hidden, 2));
-        // Now gate, up and their factors are gone.
-        let out = gradient + kept + act(q) + ds(1) + weight(1).max(factors(hidden, q, 1));
-        let attend = gradient + kept + act(q) + act(padded(qkv, rp[0])) + self.attention.backward;
-        let after = kept - act(qkv + padded(q, rp[1])) - self.statistic(heads);
-        let input = gradient
-            + after
-            + act(padded(qkv, rp[0]) + hidden)
-            + ds(0)
-            + (weight(0) + part).max(act(hidden) + factors(qkv, hidden, 0));
-        [recompute, down, mlp_input, out, attend, input].into_iter().max().unwrap_or(0)
-    }
-
-    /// The peak of loss and head, beside what the blocks hold.
-    fn head(&self) -> u64 {
-        let chunk = rows_of_chunk_on_gpu(self.vocab as usize) as u64;
-        let logits = chunk.min(self.trained) * self.vocab * self.size;
-        let gathered = if self.trained < self.tokens { 2 * self.trained * self.hidden * self.size } else { 0 };
-        // The last block's output, its norm, and the gradient of the norm.
-        self.activation(3 * self.hidden) + self.statistic(1) + 4 * self.trained + gathered + logits
+    fn seconds(&self, cost: &BlockCost, choice: &Choice) -> f64 {
+        let block = |index| cost.block(self.keep(index, choice), choice, index < choice.cached, &self.sizes);
+        (0..self.layers).map(block).sum()
     }
 
     fn peak(&self, choice: &Choice) -> u64 {
-        let below = self.layers - choice.kept;
-        let keep_of = |index: usize| match index {
-            _ if index < self.lowest => Keep::Nothing,
-            _ if index < below => choice.below,
-            _ => Keep::Everything,
-        };
-        let x = self.activation(self.hidden);
-        // One checkpoint is leaving while the next block runs, one arrives while the block above runs backward.
-        let in_flight = |index: usize| if keep_of(index) == Keep::Offload { x } else { 0 };
+        let sizes = &self.sizes;
+        // One block's checkpoint is leaving while the next runs, one arrives while the block above runs its backward.
+        let in_flight = |index: usize| sizes.offloaded(self.keep(index, choice));
         let (mut held, mut peak) = (0, 0);
         for index in 0..self.layers {
+            let keep = self.keep(index, choice);
             let leaving = if index > 0 { in_flight(index - 1) } else { 0 };
-            let cached = index < choice.cached;
-            peak = peak.max(held + leaving + self.forward(keep_of(index), choice, cached));
-            held += self.saved(keep_of(index));
+            peak = peak.max(held + leaving + sizes.forward(keep, choice, index < choice.cached));
+            held += sizes.saved(keep);
         }
-        peak = peak.max(held + self.head());
+        peak = peak.max(held + sizes.head());
         for index in (self.lowest..self.layers).rev() {
-            held -= self.saved(keep_of(index));
+            let keep = self.keep(index, choice);
+            held -= sizes.saved(keep);
             let arriving = if index > self.lowest { in_flight(index - 1) } else { 0 };
-            peak = peak.max(held + arriving + self.backward(keep_of(index), choice, index < choice.cached));
+            peak = peak.max(held + arriving + sizes.backward(keep, choice, index < choice.cached));
         }
-        self.resident + choice.cached as u64 * self.block_weights() + peak
+        self.resident + choice.cached as u64 * sizes.block_weights() + peak
     }
+}
+
+/// The largest number up to `limit` that fits, where 0 does and less always fits if more does.
+fn most_that(limit: usize, fits: impl Fn(usize) -> bool) -> usize {
+    let (mut low, mut high) = (0, limit);
+    while low < high {
+        let middle = (low + high).div_ceil(2);
+        if fits(middle) { low = middle } else { high = middle - 1 }
+    }
+    low
 }
 
 fn groups(block: &Block) -> [Vec<&Projection>; 4] {
@@ -437,8 +355,10 @@ impl CausalLm {
     pub fn apply_plan(&mut self, plan: &MemoryPlan) -> Result<()> {
         self.set_keep(plan.keep.clone())?;
         for (index, block) in self.stack().blocks().iter().enumerate() {
-            block.caches.set_enabled(index < plan.cached_blocks);
-            block.caches.set_split(plan.split_weights);
+            block.policy.set_weights_kept(index < plan.cached_blocks);
+            block.policy.set_weights_shared(plan.shared_weights);
+            block.policy.set_split(plan.split_weights);
+            block.policy.set_mlp_rows(plan.mlp_rows);
         }
         Ok(())
     }

@@ -247,7 +247,7 @@ fn shrink_into(
     let mut dropped = workspace.matrix(x.rows(), x.cols())?;
     for (slot, _, r0) in &plan.adapted {
         let mask = adapter.dropout_of(slot).expect("the probability is positive");
-        dropout::forward(&mask, x.into(), 0, dropped.view_mut())?;
+        dropout::forward(&mask, x.into(), dropped.view_mut())?;
         let columns = *r0..r0 + slot.rank;
         let (a, s) = (a.slice_rows(columns.clone()), s.reborrow().slice_cols(columns));
         gpu.matmul(op, Kind::Nt, dropped.view().cuda(op)?, a, s, 1.0, 0.0)?;
@@ -353,7 +353,7 @@ pub(crate) fn backward_input(
                         let ds = ds.view().cuda(op)?.slice_cols(columns.clone());
                         gpu.matmul(op, Kind::Nn, ds, a.slice_rows(columns), part.view_mut().cuda(op)?, 1.0, 0.0)?;
                         let mask = adapter.dropout_of(slot).expect("the probability is positive");
-                        dropout::backward(&mask, part.view(), 0, dx.reborrow().into())?;
+                        dropout::backward(&mask, part.view(), dx.reborrow().into())?;
                     }
                 } else {
                     gpu.matmul(op, Kind::Nn, ds.view().cuda(op)?, a, dx, 1.0, 1.0)?;
@@ -501,7 +501,7 @@ fn adapter_gradient(
         let mut dropped = workspace.matrix(x.rows(), x.cols())?;
         for (slot, _, r0) in &plan.adapted {
             let mask = adapter.dropout_of(slot).expect("the probability is positive");
-            dropout::forward(&mask, x.into(), 0, dropped.view_mut())?;
+            dropout::forward(&mask, x.into(), dropped.view_mut())?;
             let columns = *r0..r0 + slot.rank;
             let ds = ds.view().cuda(op)?.slice_cols(columns.clone());
             let da = da.view_mut().cuda(op)?.slice_rows(columns);

@@ -33,6 +33,7 @@ pub struct Offloaded {
     host: Option<PinnedBuffer>,
     rows: usize,
     cols: usize,
+    margin: usize,
     dtype: Dtype,
     gpu: Arc<Gpu>,
 }
@@ -117,10 +118,8 @@ impl Gpu {
     pub fn offload(self: &Arc<Self>, matrix: Matrix) -> Result<(Offloaded, Leaving)> {
         let view = matrix.view().cuda(OP)?;
         let (rows, cols, dtype, from) = (view.rows(), view.cols(), view.dtype(), view.ptr());
-        if view.margin_width() > 0 {
-            return Err(Error::invalid(OP, "a matrix with a margin is not offloaded"));
-        }
-        let bytes = rows * cols * dtype.size();
+        let margin = view.margin_width();
+        let bytes = rows * (cols + margin) * dtype.size();
         let copy_stream = self.offloader().stream(self)?;
         let mut host = self.offloader().pinned(self, bytes)?;
         Event::record(self.stream())?.hold(&copy_stream)?;
@@ -130,7 +129,7 @@ impl Gpu {
             unsafe { sys::cuMemcpyDtoHAsync_v2(host.as_mut_ptr(), from, bytes, copy_stream.cu_stream()) }.result();
         status.map_err(|error| cuda_error(OP, error))?;
         let copied = Event::record(&copy_stream)?;
-        let offloaded = Offloaded { host: Some(host), rows, cols, dtype, gpu: self.clone() };
+        let offloaded = Offloaded { host: Some(host), rows, cols, margin, dtype, gpu: self.clone() };
         Ok((offloaded, Leaving { _matrix: matrix, copied, gpu: self.clone() }))
     }
 }
@@ -152,7 +151,7 @@ impl Offloaded {
     /// If the memory cannot be had.
     pub fn fetch(&self) -> Result<Arriving> {
         let workspace = Workspace::with_dtype(&self.gpu.device(), self.dtype)?;
-        let mut matrix = workspace.matrix(self.rows, self.cols)?;
+        let mut matrix = workspace.with_margin(self.rows, self.cols, self.margin)?;
         let to = matrix.view_mut().cuda(OP)?.ptr();
         let host = self.host.as_ref().ok_or_else(|| Error::invalid(OP, "the matrix was given back"))?;
         let copy_stream = self.gpu.offloader().stream(&self.gpu)?;
@@ -167,7 +166,7 @@ impl Offloaded {
 
     /// Bytes of pinned host memory.
     pub fn bytes(&self) -> usize {
-        self.rows * self.cols * self.dtype.size()
+        self.rows * (self.cols + self.margin) * self.dtype.size()
     }
 }
 

@@ -24,6 +24,8 @@ pub struct Dropout {
     pub seed: u64,
     /// Picks the mask in the family: one for each place in the model.
     pub stream: u64,
+    /// The row of the matrix the mask belongs to that the first row of a view is: not 0 where a view is a part of it.
+    pub first_row: usize,
 }
 
 const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -60,7 +62,12 @@ impl Mask {
 }
 
 impl Dropout {
-    /// Whether element `index` is kept.
+    /// The same mask for the rows from `row` on.
+    pub fn from_row(self, row: usize) -> Self {
+        Self { first_row: self.first_row + row, ..self }
+    }
+
+    /// Whether element `index` of the whole matrix is kept.
     pub fn keeps(&self, index: u64) -> bool {
         Mask::new(self).keeps(index)
     }
@@ -79,29 +86,27 @@ impl Dropout {
     }
 }
 
-/// `y = x * mask / (1 - p)`; `x`, `y`: `[rows, width]`, the rows from `first_row` on of the matrix that the mask belongs
-/// to.
+/// `y = x * mask / (1 - p)`; `x`, `y`: `[rows, width]`.
 ///
 /// # Errors
 /// If the shapes differ, `p` is out of range, or a view is not on the CPU.
-pub fn forward(dropout: &Dropout, x: View, first_row: usize, y: ViewMut) -> Result<()> {
-    run::<false>("dropout", dropout, x, first_row, y)
+pub fn forward(dropout: &Dropout, x: View, y: ViewMut) -> Result<()> {
+    run::<false>("dropout", dropout, x, y)
 }
 
-/// `dx = dx + dy * mask / (1 - p)`; `dy`, `dx`: `[rows, width]`, the rows from `first_row` on of the matrix that the mask
-/// belongs to.
+/// `dx = dx + dy * mask / (1 - p)`; `dy`, `dx`: `[rows, width]`.
 ///
 /// # Errors
 /// If the shapes differ, `p` is out of range, or a view is not on the CPU.
-pub fn backward(dropout: &Dropout, dy: View, first_row: usize, dx: ViewMut) -> Result<()> {
-    run::<true>("dropout_backward", dropout, dy, first_row, dx)
+pub fn backward(dropout: &Dropout, dy: View, dx: ViewMut) -> Result<()> {
+    run::<true>("dropout_backward", dropout, dy, dx)
 }
 
-fn run<const ADD: bool>(op: &'static str, dropout: &Dropout, x: View, first_row: usize, y: ViewMut) -> Result<()> {
+fn run<const ADD: bool>(op: &'static str, dropout: &Dropout, x: View, y: ViewMut) -> Result<()> {
     dropout.check(op)?;
     let [rows, cols] = x.shape();
     y.expect(op, "the output", rows, cols)?;
-    let mask = Mask::new(dropout);
+    let (mask, first_row) = (Mask::new(dropout), dropout.first_row);
     #[cfg(feature = "cuda")]
     if y.gpu().is_some() {
         let Mask { key, threshold, scale } = mask;
@@ -131,21 +136,21 @@ mod tests {
     #[test]
     fn values_are_dropped_or_scaled_as_the_mask_says_whatever_the_split() {
         for (rows, cols) in SHAPES {
-            let dropout = Dropout { p: 0.3, seed: 5, stream: 11 };
+            let dropout = Dropout { p: 0.3, seed: 5, stream: 11, first_row: 0 };
             let x = random(2)(rows * cols);
             let source = Window::of(&x, rows, cols, 3);
             let mut y = Window::poisoned(rows, cols, 1);
             let cut = rows / 2;
-            forward(&dropout, source.view().slice_rows(0..cut), 0, y.view_mut().slice_rows(0..cut)).unwrap();
+            forward(&dropout, source.view().slice_rows(0..cut), y.view_mut().slice_rows(0..cut)).unwrap();
             let rest = y.view_mut().slice_rows(cut..rows);
-            forward(&dropout, source.view().slice_rows(cut..rows), cut, rest).unwrap();
+            forward(&dropout.from_row(cut), source.view().slice_rows(cut..rows), rest).unwrap();
             let scale = 1.0 / (1.0 - 0.3f32);
             let want: Vec<f32> =
                 x.iter().zip(0..).map(|(x, i)| if dropout.keeps(i) { x * scale } else { 0.0 }).collect();
             assert_eq!(y.to_vec(), want);
 
             let mut sum = Window::of(&x, rows, cols, 2);
-            backward(&dropout, source.view(), 0, sum.view_mut()).unwrap();
+            backward(&dropout, source.view(), sum.view_mut()).unwrap();
             let want: Vec<f32> = x.iter().zip(&want).map(|(x, y)| x + y).collect();
             assert_eq!(sum.to_vec(), want);
         }
@@ -169,7 +174,7 @@ mod tests {
         // either passes always or never.
         const LIMIT: f64 = 5.0;
         for (p, seed, stream) in [(0.05, 0, 0), (0.1, 1, 0), (0.5, 42, 3), (0.9, u64::MAX, u64::MAX)] {
-            let dropout = Dropout { p, seed, stream };
+            let dropout = Dropout { p, seed, stream, first_row: 0 };
             let (mask, q) = (bits(dropout, N), 1.0 - f64::from(p));
             let rate = (mask.iter().sum::<f64>() - N as f64 * q) / (N as f64 * q * (1.0 - q)).sqrt();
             assert!(rate.abs() < LIMIT, "p {p}: keep rate is {rate:.1} sigma off");
@@ -183,7 +188,7 @@ mod tests {
                 Dropout { seed: seed ^ 1, ..dropout },
                 Dropout { stream: stream ^ 1, ..dropout },
                 Dropout { seed: seed ^ (1 << 40), ..dropout },
-                Dropout { seed: stream.wrapping_add(9), stream: seed, p },
+                Dropout { seed: stream.wrapping_add(9), stream: seed, p, first_row: 0 },
             ] {
                 let z = correlation(&mask, &bits(other, N), q);
                 assert!(z.abs() < LIMIT, "{dropout:?} and {other:?}: correlation {z:.1} sigma");
@@ -200,7 +205,7 @@ mod tests {
 
     #[test]
     fn zero_keeps_everything_and_one_is_refused() {
-        let dropout = Dropout { p: 0.0, seed: 1, stream: 2 };
+        let dropout = Dropout { p: 0.0, seed: 1, stream: 2, first_row: 0 };
         assert!((0..10_000).all(|i| dropout.keeps(i)));
         assert_eq!(dropout.scale(), 1.0);
         for p in [1.0, -0.1, f32::NAN] {

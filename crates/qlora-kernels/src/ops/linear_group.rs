@@ -69,12 +69,14 @@ pub struct AdapterPass<'a> {
     pub values: View<'a>,
     /// The probability of dropping an input of the adapter, and the seed of this pass.
     pub dropout: Option<(f32, u64)>,
+    /// The batch's row that the first row of the activations is: not 0 where a part of a batch runs by itself.
+    pub first_row: usize,
 }
 
 impl<'a> AdapterPass<'a> {
     /// A pass without dropout.
     pub fn new(values: impl Into<View<'a>>) -> Self {
-        Self { values: values.into(), dropout: None }
+        Self { values: values.into(), dropout: None, first_row: 0 }
     }
 
     /// Whether inputs are dropped in this pass.
@@ -85,7 +87,12 @@ impl<'a> AdapterPass<'a> {
     /// The dropout of one layer in this pass.
     pub fn dropout_of(&self, slot: &LoraSlot) -> Option<Dropout> {
         let (p, seed) = self.dropout.filter(|&(p, _)| p > 0.0)?;
-        Some(Dropout { p, seed, stream: slot.stream })
+        Some(Dropout { p, seed, stream: slot.stream, first_row: self.first_row })
+    }
+
+    /// The same pass for the rows from `row` on.
+    pub fn from_row(self, row: usize) -> Self {
+        Self { first_row: self.first_row + row, ..self }
     }
 }
 

@@ -66,7 +66,7 @@ pub fn shrink(x: View, a: View, dropout: Option<Dropout>, mut s: ViewMut, worksp
             let mut buffer = workspace.matrix(tile_rows(x.cols()).min(x.rows()), x.cols())?;
             for rows in tiles(x.rows(), x.cols()) {
                 let mut tile = buffer.view_mut().slice_rows(0..rows.len());
-                dropout::forward(&dropout, x.slice_rows(rows.clone()), rows.start, tile.reborrow())?;
+                dropout::forward(&dropout.from_row(rows.start), x.slice_rows(rows.clone()), tile.reborrow())?;
                 matmul::nt(tile.as_view(), a, s.reborrow().slice_rows(rows), 1.0, 0.0)?;
             }
         }
@@ -130,7 +130,7 @@ pub fn backward_input(
     for rows in tiles(tokens, inputs) {
         let mut tile = buffer.view_mut().slice_rows(0..rows.len());
         matmul::nn(ds.as_view().slice_rows(rows.clone()), a, tile.reborrow(), 1.0, 0.0)?;
-        dropout::backward(&dropout, tile.as_view(), rows.start, dx.reborrow().slice_rows(rows))?;
+        dropout::backward(&dropout.from_row(rows.start), tile.as_view(), dx.reborrow().slice_rows(rows))?;
     }
     Ok(())
 }
@@ -163,7 +163,7 @@ pub fn backward_adapter(
     let mut buffer = workspace.matrix(tile_rows(inputs).min(tokens), inputs)?;
     for rows in tiles(tokens, inputs) {
         let mut tile = buffer.view_mut().slice_rows(0..rows.len());
-        dropout::forward(&dropout, x.slice_rows(rows.clone()), rows.start, tile.reborrow())?;
+        dropout::forward(&dropout.from_row(rows.start), x.slice_rows(rows.clone()), tile.reborrow())?;
         matmul::tn(ds.slice_rows(rows), tile.as_view(), da.reborrow(), 1.0, 1.0)?;
     }
     Ok(())
@@ -250,7 +250,7 @@ mod tests {
             [(1, 1, 1, 1), (1, 7, 5, 2), (5, 33, 1, 3), (3, 123, 7, 1), (2, 96, 40, 8), (9, 16, 24, 16)]
         {
             for p in [None, Some(0.0), Some(0.1), Some(0.5)] {
-                let dropout = p.map(|p| Dropout { p, seed: 3, stream: 9 });
+                let dropout = p.map(|p| Dropout { p, seed: 3, stream: 9, first_row: 0 });
                 for gap in [0, 3] {
                     check_case(&Case { tokens, inputs, outputs, r, dropout }, gap);
                 }
@@ -263,7 +263,7 @@ mod tests {
         // Two whole tiles of the smallest height and a part of a third.
         let (tokens, inputs, r) = (2 * 64 + 5, TILE / 64, 2);
         assert_eq!(tile_rows(inputs), 64);
-        let dropout = Dropout { p: 0.25, seed: 8, stream: 1 };
+        let dropout = Dropout { p: 0.25, seed: 8, stream: 1, first_row: 0 };
         let mut random = random(4);
         let (x, a, b, dy) = (random(tokens * inputs), random(r * inputs), random(3 * r), random(tokens * 3));
         let workspace = Workspace::poisoned();
@@ -280,10 +280,10 @@ mod tests {
         let (y, dx, da, db) = run(View::new(&x, tokens, inputs), Some(dropout));
         // The same with the whole dropped-out input as the input, and the mask applied to its gradient.
         let mut whole = workspace.matrix(tokens, inputs).unwrap();
-        dropout::forward(&dropout, View::new(&x, tokens, inputs), 0, whole.view_mut()).unwrap();
+        dropout::forward(&dropout, View::new(&x, tokens, inputs), whole.view_mut()).unwrap();
         let (want_y, want_whole_dx, want_da, want_db) = run(whole.view(), None);
         let mut want_dx = workspace.zeros(tokens, inputs).unwrap();
-        dropout::backward(&dropout, want_whole_dx.view(), 0, want_dx.view_mut()).unwrap();
+        dropout::backward(&dropout, want_whole_dx.view(), want_dx.view_mut()).unwrap();
         for (what, got, want) in [("y", y, want_y), ("dx", dx, want_dx), ("da", da, want_da), ("db", db, want_db)] {
             assert_close(what, got.as_slice(), &to_f64(want.as_slice()), 2e-6);
         }
@@ -304,7 +304,7 @@ mod tests {
         assert_eq!(run(narrow, b, None).unwrap_err(), "lora_linear: a has shape [2, 3], expected [2, 4]");
         let other_rank = View::new(&data, 4, 3);
         assert_eq!(run(a, other_rank, None).unwrap_err(), "lora_linear: b has shape [4, 3], expected [4, 2]");
-        let dropout = Some(Dropout { p: 1.5, seed: 0, stream: 0 });
+        let dropout = Some(Dropout { p: 1.5, seed: 0, stream: 0, first_row: 0 });
         assert!(run(a, b, dropout).unwrap_err().contains("dropout probability is 1.5"));
     }
 
@@ -314,7 +314,7 @@ mod tests {
         let (x, a, b, dy) = (random(30 * 7), random(3 * 7), random(5 * 3), random(30 * 5));
         let (x, a, b) = (View::new(&x, 30, 7), View::new(&a, 3, 7), View::new(&b, 5, 3));
         let workspace = Workspace::poisoned();
-        for dropout in [None, Some(Dropout { p: 0.4, seed: 1, stream: 2 })] {
+        for dropout in [None, Some(Dropout { p: 0.4, seed: 1, stream: 2, first_row: 0 })] {
             let (mut s, mut alone, mut y) =
                 (workspace.matrix(30, 3).unwrap(), workspace.matrix(30, 3).unwrap(), workspace.zeros(30, 5).unwrap());
             forward(x, a, b, 2.0, dropout, s.view_mut(), y.view_mut(), &workspace).unwrap();

@@ -15,15 +15,15 @@ fn the_mask_is_that_of_the_cpu() {
                 for p in [0.0, 0.05, 0.5, 0.999] {
                     // Element indices beyond 2^32 too.
                     for first_row in [0, 5, 1 << 33] {
-                        let mask = Dropout { p, seed: 11, stream: 5 };
+                        let mask = Dropout { p, seed: 11, stream: 5, first_row: 0 };
                         let label = format!("{rows} x {cols}, gap {gap}, p {p}, from row {first_row}");
                         report.compare(&device, dtype, &label, |side| {
                             let (x, mut y) = (side.input(rows, cols, gap), side.output(rows, cols, gap));
-                            dropout::forward(&mask, x.view(), first_row, y.view_mut())?;
+                            dropout::forward(&mask.from_row(first_row), x.view(), y.view_mut())?;
                             let y = y.to_vec();
                             let kept = y.iter().map(|&y| if y == 0.0 { 0.0 } else { 1.0 }).collect();
                             let mut dx = side.input(rows, cols, gap);
-                            dropout::backward(&mask, x.view(), first_row, dx.view_mut())?;
+                            dropout::backward(&mask.from_row(first_row), x.view(), dx.view_mut())?;
                             // The CPU's f32 rounded to the type: one product, one rounding, the same bits.
                             let rounded = y.iter().map(|&y| round(y, dtype)).collect();
                             Ok(vec![within("mask", 0.0, kept), within("y", 0.0, rounded), output("dx +=", dx.to_vec())])
@@ -41,6 +41,7 @@ fn a_probability_out_of_range_is_refused() {
     let Some(device) = gpu() else { return };
     let workspace = qlora_kernels::Workspace::poisoned_on(&device, Dtype::Bf16).unwrap();
     let (x, mut y) = (workspace.zeros(2, 3).unwrap(), workspace.matrix(2, 3).unwrap());
-    let error = dropout::forward(&Dropout { p: 1.0, seed: 0, stream: 0 }, x.view(), 0, y.view_mut()).unwrap_err();
+    let error =
+        dropout::forward(&Dropout { p: 1.0, seed: 0, stream: 0, first_row: 0 }, x.view(), y.view_mut()).unwrap_err();
     assert!(error.to_string().contains("the dropout probability is 1"), "{error}");
 }

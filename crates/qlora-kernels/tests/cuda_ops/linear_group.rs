@@ -63,7 +63,7 @@ pub(crate) fn run(side: &Side, case: &Case) -> Result<Vec<Output>> {
     let group = Group { members: &members, cache: &cache, split };
     let outputs = group.outputs();
     let room = if margins { margin(slots.iter().map(Option::as_ref)) } else { 0 };
-    let pass = AdapterPass { values: flat.view(), dropout };
+    let pass = AdapterPass { values: flat.view(), dropout, first_row: 0 };
     let residual = residual.then(|| side.input(tokens, outputs, 0));
     let residual = residual.as_ref().map(|residual| residual.view());
 

@@ -76,7 +76,7 @@ fn small(side: &Side, rows: usize, cols: usize, gap: usize) -> qlora_kernels::Re
     results.extend([output("d gate", gate.to_vec()), output("d up", up.to_vec())]);
 
     let mut dropped = side.output(rows, cols, gap);
-    dropout::forward(&Dropout { p: 0.3, seed: 1, stream: 2 }, dy.view(), 7, dropped.view_mut())?;
+    dropout::forward(&Dropout { p: 0.3, seed: 1, stream: 2, first_row: 7 }, dy.view(), dropped.view_mut())?;
     results.push(output("dropout", dropped.to_vec()));
 
     let head_dim = if cols.is_multiple_of(32) { 32 } else { cols / 2 * 2 };

@@ -1,0 +1,83 @@
+//! What a choice costs in time: only to rank choices, so the rates are round numbers of one card (an H100: 700 TFLOP/s in
+//! products, 400 in attention, 2.6 TB/s, 50 GB/s to the host). What every choice pays is left out.
+
+use super::Choice;
+use super::sizes::Sizes;
+use crate::model::policy::Keep;
+
+const PRODUCTS: f64 = 700e12;
+const ATTENTION: f64 = 400e12;
+const MEMORY: f64 = 2.6e12;
+const HOST: f64 = 50e9;
+/// Launches of one piece of a block.
+const PIECE: f64 = 100e-6;
+
+/// Seconds of work of one block.
+pub(super) struct BlockCost {
+    /// Products of the first half, attention included, and of gate and up.
+    attend: f64,
+    gate_up: f64,
+    /// One dequantization of the first half's weights, of gate and up, of down.
+    dequantize: [f64; 3],
+    /// A forward, to hide copies behind.
+    forward: f64,
+    /// An addition of gradients where weights are dequantized one at a time.
+    split: f64,
+}
+
+impl BlockCost {
+    /// `len`: tokens of a sequence.
+    pub(super) fn new(sizes: &Sizes, len: u64) -> Self {
+        let [tokens, hidden, q, qkv, mlp, len] =
+            [sizes.tokens, sizes.hidden, sizes.q, sizes.qkv, sizes.mlp, len].map(|x| x as f64);
+        let product = |elements: f64| 2.0 * tokens * elements / PRODUCTS;
+        // 4 bits read, 16 written an element.
+        let dequantize = |elements: f64| 2.5 * elements / MEMORY;
+        let pass = |cols: f64| tokens * cols * sizes.size as f64 / MEMORY;
+        let attend = product(hidden * (q + qkv)) + 2.0 * tokens * len * q / ATTENTION + pass(6.0 * hidden);
+        let gate_up = product(2.0 * hidden * mlp) + pass(2.0 * mlp + 4.0 * hidden);
+        Self {
+            attend,
+            gate_up,
+            dequantize: [hidden * (q + qkv), 2.0 * hidden * mlp, hidden * mlp].map(dequantize),
+            forward: attend + gate_up + product(hidden * mlp) + pass(4.0 * mlp),
+            split: 3.0 * 3.0 * pass(hidden),
+        }
+    }
+
+    /// Seconds that one block takes beyond what every choice needs.
+    pub(super) fn block(&self, keep: Keep, choice: &Choice, cached: bool, sizes: &Sizes) -> f64 {
+        if keep == Keep::Nothing {
+            return 0.0;
+        }
+        let recompute = match keep {
+            Keep::Everything => 0.0,
+            Keep::Attention | Keep::OffloadAttention => self.gate_up,
+            _ => self.attend + self.gate_up,
+        };
+        let pieces = match keep {
+            Keep::Everything => 1.0,
+            _ => (sizes.tokens as f64 / sizes.piece(choice) as f64).ceil(),
+        };
+        let shared = choice.shared && !choice.split;
+        let [first, gate_up, down] = self.dequantize;
+        let dequantize = if cached {
+            0.0
+        } else {
+            let times = if shared { 1.0 } else { pieces };
+            let again = match keep {
+                Keep::Everything => 0.0,
+                _ if shared => 0.0,
+                Keep::Attention | Keep::OffloadAttention => times * gate_up,
+                _ => first + times * gate_up,
+            };
+            // Forward, backward, and again where the block is recomputed.
+            2.0 * (first + times * (gate_up + down)) + again
+        };
+        let copy = sizes.offloaded(keep) as f64 / HOST;
+        // What the work does not hide, and a little for what it does.
+        let offload = 2.0 * (copy - self.forward).max(0.0) + 0.05 * copy;
+        let split = if choice.split { self.split } else { 0.0 };
+        recompute + dequantize + offload + split + 2.0 * (pieces - 1.0) * PIECE
+    }
+}

@@ -1,0 +1,227 @@
+//! The memory of a training step as a sum: what is alive in each stage of each block, with sizes that follow from the model
+//! and the batch. It mirrors [`block`](super::super::block) and [`mlp`](super::super::mlp) line by line, and changes with
+//! them.
+
+use qlora_kernels::matrix::padded_cols;
+use qlora_kernels::ops::linear_cross_entropy::rows_of_chunk_on_gpu;
+
+use super::{AttentionWorkspace, Choice};
+use crate::model::policy::Keep;
+
+/// Sizes of a model and a batch.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Sizes {
+    /// Tokens of the batch, and how many of them have a target.
+    pub(super) tokens: u64,
+    pub(super) trained: u64,
+    /// Bytes of an activation's element.
+    pub(super) size: u64,
+    pub(super) hidden: u64,
+    pub(super) vocab: u64,
+    pub(super) q: u64,
+    pub(super) qkv: u64,
+    pub(super) mlp: u64,
+    pub(super) heads: u64,
+    pub(super) qk_norm: bool,
+    /// Extra columns of the groups qkv, o, gate|up, down.
+    pub(super) rp: [u64; 4],
+    pub(super) attention: AttentionWorkspace,
+}
+
+/// [`padded_cols`] in the planner's numbers.
+fn padded(cols: u64, rp: u64) -> u64 {
+    padded_cols(cols as usize, rp as usize) as u64
+}
+
+/// f32 gradients of a group's factors before they are added to the flat gradient.
+fn factor_gradients(outputs: u64, inputs: u64, rp: u64) -> u64 {
+    4 * rp * (outputs + inputs)
+}
+
+impl Sizes {
+    /// Bytes of `[tokens, cols]` activations.
+    pub(super) fn activation(&self, cols: u64) -> u64 {
+        self.tokens * cols * self.size
+    }
+
+    /// Bytes of `[tokens, cols]` in f32.
+    fn statistic(&self, cols: u64) -> u64 {
+        self.tokens * cols * 4
+    }
+
+    /// The rows that the MLP sees at a time.
+    pub(super) fn piece(&self, choice: &Choice) -> u64 {
+        choice.mlp_rows.map_or(self.tokens, |rows| rows.min(self.tokens))
+    }
+
+    /// The augmented weight of a group.
+    fn weight(&self, outputs: u64, inputs: u64, rp: u64) -> u64 {
+        (outputs + rp) * padded(inputs, rp) * self.size
+    }
+
+    /// The dequantized weights of a whole block.
+    pub(super) fn block_weights(&self) -> u64 {
+        let Self { q, qkv, mlp, hidden, rp, .. } = *self;
+        self.weight(qkv, hidden, rp[0])
+            + self.weight(hidden, q, rp[1])
+            + self.weight(2 * mlp, hidden, rp[2])
+            + self.weight(hidden, mlp, rp[3])
+    }
+
+    /// Scratch for the largest of a group's weights; with `cached`, it is there already.
+    fn scratch(&self, group: usize, choice: &Choice, cached: bool) -> u64 {
+        let Self { q, qkv, mlp, hidden, rp, .. } = *self;
+        // Split, the members' ranks are a third or half of the group's; the difference is lost in the rounding.
+        let (outputs, inputs) = match (group, choice.split) {
+            (0, false) => (qkv, hidden),
+            (0, true) => (q, hidden),
+            (1, _) => (hidden, q),
+            (2, false) => (2 * mlp, hidden),
+            (2, true) => (mlp, hidden),
+            _ => (hidden, mlp),
+        };
+        if cached { 0 } else { self.weight(outputs, inputs, rp[group]) }
+    }
+
+    /// q and k before their norms.
+    fn raw(&self) -> u64 {
+        if self.qk_norm { self.activation(self.qkv) + self.statistic(2 * self.heads) } else { 0 }
+    }
+
+    /// What leaves for the host where a block is offloaded.
+    pub(super) fn offloaded(&self, keep: Keep) -> u64 {
+        let Self { q, qkv, hidden, rp, qk_norm, .. } = *self;
+        match keep {
+            Keep::Offload => self.activation(hidden),
+            Keep::OffloadAttention => {
+                self.activation(2 * hidden + qkv + padded(q, rp[1]) + if qk_norm { qkv } else { 0 })
+            }
+            _ => 0,
+        }
+    }
+
+    /// What [`Attended`](super::super::block) holds.
+    fn attended(&self) -> u64 {
+        let Self { q, qkv, hidden, heads, rp, .. } = *self;
+        self.activation(2 * hidden + qkv + padded(q, rp[1]) + rp[0] + rp[1]) + self.statistic(1 + heads) + self.raw()
+    }
+
+    /// What a block keeps on the device.
+    pub(super) fn saved(&self, keep: Keep) -> u64 {
+        let Self { mlp, rp, .. } = *self;
+        match keep {
+            Keep::Nothing | Keep::Offload => 0,
+            Keep::Input => self.activation(self.hidden),
+            Keep::Attention => self.attended(),
+            Keep::OffloadAttention => self.attended() - self.offloaded(keep),
+            Keep::Everything => {
+                self.attended() + self.activation(padded(2 * mlp, rp[2]) + rp[2] + rp[3]) + self.statistic(1)
+            }
+        }
+    }
+
+    /// The peak of a block's first half; `shared`: its weights stay.
+    fn attend(&self, choice: &Choice, cached: bool, shared: bool) -> u64 {
+        let Self { q, qkv, hidden, heads, rp, .. } = *self;
+        let (act, stat) = (|cols| self.activation(cols), |cols| self.statistic(cols));
+        let kept = if shared { self.scratch(0, choice, cached) } else { 0 };
+        let mut live = act(hidden) + stat(1);
+        let project = live + act(padded(hidden, rp[0]) + qkv + rp[0]) + self.scratch(0, choice, cached);
+        live += act(qkv + rp[0]) + self.raw() + kept;
+        let attend = live + act(padded(q, rp[1])) + stat(heads) + self.attention.forward;
+        live += act(padded(q, rp[1])) + stat(heads);
+        let out = live + act(hidden + rp[1]) + self.scratch(1, choice, cached);
+        [project, attend, out].into_iter().max().unwrap_or(0)
+    }
+
+    /// The peak of a block's forward beside what other blocks hold.
+    pub(super) fn forward(&self, keep: Keep, choice: &Choice, cached: bool) -> u64 {
+        let Self { mlp, hidden, rp, .. } = *self;
+        let act = |cols| self.activation(cols);
+        let whole = keep == Keep::Everything;
+        let rows = if whole { self.tokens } else { self.piece(choice) };
+        let piece = |cols: u64| rows * cols * self.size;
+        let shared = choice.shared && !choice.split && rows < self.tokens;
+        let live = act(hidden)
+            + match keep {
+                Keep::Nothing => act(hidden),
+                Keep::Input | Keep::Offload => act(2 * hidden),
+                _ => self.attended(),
+            };
+        let (gate_up, h) = (piece(padded(2 * mlp, rp[2])), piece(padded(mlp, rp[3])));
+        let (weight2, weight3) = (self.scratch(2, choice, cached), self.scratch(3, choice, cached));
+        let stay = |weight: u64| if shared { weight } else { 0 };
+        // From the second piece on, the weights of the first are there.
+        let up = live + gate_up + piece(padded(hidden, rp[2]) + rp[2]) + 4 * rows + weight2 + stay(weight3);
+        let hidden_mlp = live + gate_up + h + stay(weight2 + weight3);
+        let kept = if whole { gate_up + piece(rp[2]) + 4 * rows } else { 0 };
+        let down = live + kept + h + piece(rp[3]) + weight3 + stay(weight2);
+        [self.attend(choice, cached, false), up, hidden_mlp, down].into_iter().max().unwrap_or(0)
+    }
+
+    /// The peak of a block's backward beside what the blocks below hold: `dy` and the block's activations included.
+    pub(super) fn backward(&self, keep: Keep, choice: &Choice, cached: bool) -> u64 {
+        let Self { q, qkv, mlp, hidden, heads, rp, .. } = *self;
+        let act = |cols| self.activation(cols);
+        let whole = keep == Keep::Everything;
+        let rows = if whole { self.tokens } else { self.piece(choice) };
+        let piece = |cols: u64| rows * cols * self.size;
+        let weight = |group| self.scratch(group, choice, cached);
+        let factors = |outputs, inputs, group: usize| factor_gradients(outputs, inputs, rp[group]);
+        let shares = choice.shared && !choice.split;
+
+        let mut held = act(padded(hidden, rp[1].max(rp[3])));
+        let recompute = match keep {
+            Keep::Input | Keep::Offload => {
+                let peak = held + self.attend(choice, cached, shares);
+                held += if shares { weight(0) + weight(1) } else { 0 };
+                peak
+            }
+            _ => 0,
+        };
+        let attended = self.attended();
+        // The MLP, a piece at a time. Its shared weights stay while it runs.
+        let shared2 = if shares && !whole { weight(2) } else { 0 };
+        let shared3 = if shares && rows < self.tokens { weight(3) } else { 0 };
+        let live = held + attended + 4 * rows;
+        let gate_up = piece(padded(2 * mlp, rp[2]) + rp[2]);
+        let up = match whole {
+            true => 0,
+            false => live + gate_up + piece(padded(hidden, rp[2])) + weight(2) + shared3,
+        };
+        let rp3 = if whole { 2 * rp[3] } else { rp[3] };
+        let down = live
+            + gate_up
+            + piece(mlp + rp3)
+            + shared2
+            + weight(3).max(shared3 + factors(hidden, mlp, 3) + if whole { 0 } else { piece(rp[3]) });
+        let part = if choice.split { piece(hidden) } else { 0 };
+        let mlp_input = live
+            + gate_up
+            + piece(hidden + rp[2])
+            + shared3
+            + (weight(2) + part).max(shared2 + piece(hidden) + factors(2 * mlp, hidden, 2));
+
+        // The first half: `mid` is gone.
+        let live = held + attended - act(hidden);
+        let shared1 = if shares && matches!(keep, Keep::Input | Keep::Offload) { weight(1) } else { 0 };
+        let out = live + act(q + rp[1]) + (weight(1) - shared1.min(weight(1))).max(factors(hidden, q, 1));
+        let attend = live - act(rp[1]) + act(q) + act(padded(qkv, rp[0])) + self.attention.backward;
+        let after = live - act(rp[1]) - act(qkv + padded(q, rp[1])) - self.statistic(heads);
+        let part = if choice.split { act(hidden) } else { 0 };
+        let shared0 = if shared1 > 0 { weight(0) } else { 0 };
+        let input = after
+            + act(padded(qkv, rp[0]) + hidden + rp[0])
+            + (weight(0) + part - shared0).max(act(hidden) + factors(qkv, hidden, 0));
+        [recompute, up, down, mlp_input, out, attend, input].into_iter().max().unwrap_or(0)
+    }
+
+    /// The peak of loss and head, beside what the blocks hold.
+    pub(super) fn head(&self) -> u64 {
+        let chunk = rows_of_chunk_on_gpu(self.vocab as usize) as u64;
+        let logits = chunk.min(self.trained) * self.vocab * self.size;
+        let gathered = if self.trained < self.tokens { 2 * self.trained * self.hidden * self.size } else { 0 };
+        // The last block's output, its norm, and the gradient of the norm.
+        self.activation(3 * self.hidden) + self.statistic(1) + 4 * self.trained + gathered + logits
+    }
+}

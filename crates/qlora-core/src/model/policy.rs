@@ -1,0 +1,159 @@
+//! How a block uses memory: what it keeps for its backward, where dequantized weights stay, how much of a batch the MLP
+//! sees at a time. The [planner](super::plan) chooses.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use qlora_kernels::weight::WeightCache;
+
+/// What a block's forward keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Keep {
+    /// Nothing: no backward follows.
+    Nothing,
+    /// The input: the backward recomputes the block (gradient checkpointing).
+    Input,
+    /// The input, in pinned host memory while the blocks above run (on the CPU the same as `Input`).
+    Offload,
+    /// What attention and its projections made, up to the MLP's input: the backward recomputes the MLP alone.
+    Attention,
+    /// The same, in pinned host memory (on the CPU the same as `Attention`).
+    OffloadAttention,
+    /// Everything the backward reads.
+    Everything,
+}
+
+impl Keep {
+    /// Whether it moves to host memory.
+    pub fn is_offloaded(self) -> bool {
+        matches!(self, Self::Offload | Self::OffloadAttention)
+    }
+}
+
+/// Where the dequantized weights of a block's groups may be kept, and how long batches are handled.
+#[derive(Debug, Default)]
+pub struct MemoryPolicy {
+    pub(super) qkv: WeightCache,
+    pub(super) o: WeightCache,
+    pub(super) gate_up: WeightCache,
+    pub(super) down: WeightCache,
+    kept: AtomicBool,
+    shared: AtomicBool,
+    split: AtomicBool,
+    mlp_rows: AtomicUsize,
+}
+
+/// Keeps dequantized weights while it is there.
+#[derive(Debug)]
+pub(super) struct Shared<'a>(Vec<&'a WeightCache>);
+
+impl Drop for Shared<'_> {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|cache| cache.set_enabled(false));
+    }
+}
+
+impl MemoryPolicy {
+    /// Dequantizes one weight at a time instead of those that share an input together (CUDA only): less memory, more
+    /// time, sums in another order.
+    pub fn set_split(&self, split: bool) {
+        self.split.store(split, Ordering::Relaxed);
+    }
+
+    /// See [`Self::set_split`].
+    pub fn is_split(&self) -> bool {
+        self.split.load(Ordering::Relaxed)
+    }
+
+    /// Keeps the dequantized weights of the whole block from their next use on, or frees them.
+    pub fn set_weights_kept(&self, kept: bool) {
+        self.kept.store(kept, Ordering::Relaxed);
+        [&self.qkv, &self.o, &self.gate_up, &self.down].iter().for_each(|cache| cache.set_enabled(kept));
+    }
+
+    /// Lets uses of a weight that follow each other share one dequantization: those of a recomputed block, and those of
+    /// the pieces of a batch. The block's weights then exist together for a while. Without effect where weights are
+    /// dequantized one at a time.
+    pub fn set_weights_shared(&self, shared: bool) {
+        self.shared.store(shared, Ordering::Relaxed);
+    }
+
+    /// Runs the MLP over at most so many rows of a batch at a time; none: over all of them.
+    pub fn set_mlp_rows(&self, rows: Option<usize>) {
+        self.mlp_rows.store(rows.unwrap_or(0), Ordering::Relaxed);
+    }
+
+    /// See [`Self::set_mlp_rows`].
+    pub fn mlp_rows(&self) -> Option<usize> {
+        Some(self.mlp_rows.load(Ordering::Relaxed)).filter(|&rows| rows > 0)
+    }
+
+    /// The rows of each piece of a batch.
+    pub(super) fn mlp_pieces(&self, rows: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let step = self.mlp_rows().unwrap_or(rows).max(1);
+        (0..rows).step_by(step).map(move |start| start..(start + step).min(rows))
+    }
+
+    /// Shares the weights of attention's projections until the result is dropped.
+    pub(super) fn share_attention(&self) -> Shared<'_> {
+        self.share(&[&self.qkv, &self.o])
+    }
+
+    /// Shares the weights of the MLP over a batch of `rows` until the result is dropped. `twice`: gate and up run twice a
+    /// piece.
+    pub(super) fn share_mlp(&self, rows: usize, twice: bool) -> Shared<'_> {
+        match (self.mlp_pieces(rows).nth(1).is_some(), twice) {
+            (true, _) => self.share(&[&self.gate_up, &self.down]),
+            (false, true) => self.share(&[&self.gate_up]),
+            (false, false) => Shared(Vec::new()),
+        }
+    }
+
+    fn share<'a>(&'a self, caches: &[&'a WeightCache]) -> Shared<'a> {
+        if !self.shared.load(Ordering::Relaxed) || self.kept.load(Ordering::Relaxed) || self.is_split() {
+            return Shared(Vec::new());
+        }
+        caches.iter().for_each(|cache| cache.set_enabled(true));
+        Shared(caches.to_vec())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_cover_a_batch_once() {
+        let policy = MemoryPolicy::default();
+        assert_eq!(policy.mlp_pieces(7).collect::<Vec<_>>(), [0..7]);
+        policy.set_mlp_rows(Some(3));
+        assert_eq!(policy.mlp_pieces(7).collect::<Vec<_>>(), [0..3, 3..6, 6..7]);
+        assert_eq!(policy.mlp_pieces(0).count(), 0);
+        policy.set_mlp_rows(None);
+        assert_eq!(policy.mlp_pieces(0).count(), 0);
+    }
+
+    #[test]
+    fn sharing_ends_and_leaves_kept_weights_alone() {
+        let policy = MemoryPolicy::default();
+        drop(policy.share_attention());
+        assert!(!policy.qkv.enabled(), "sharing is off unless asked for");
+        policy.set_weights_shared(true);
+        {
+            let _shared = policy.share_attention();
+            assert!(policy.qkv.enabled() && policy.o.enabled() && !policy.down.enabled());
+        }
+        assert!(!policy.qkv.enabled() && !policy.o.enabled());
+        {
+            let _shared = policy.share_mlp(8, true);
+            assert!(policy.gate_up.enabled() && !policy.down.enabled(), "down runs once a batch");
+        }
+        policy.set_weights_kept(true);
+        drop(policy.share_mlp(8, true));
+        assert!(policy.gate_up.enabled());
+        policy.set_weights_kept(false);
+        policy.set_split(true);
+        let _shared = policy.share_attention();
+        assert!(!policy.qkv.enabled());
+    }
+}

@@ -1,0 +1,177 @@
+// What the kernels of a decode step share: the argument structs of a group of weights, the table that decodes a byte of
+// two codes at once, streaming loads, programmatic launches and the split of a reduction over blocks.
+//
+// A 4-bit weight [rows, k] is the A operand of mma.sync m16n8k16 (16 weight rows, 8 tokens are the columns): the order of
+// k within a product is free as long as both operands agree. A lane (g, t) = (lane / 4, lane % 4) takes the 8 bytes =
+// 16 codes k = 16 t .. 16 t + 15 of a chunk of 64, of the rows g and g + 8; byte 2 s holds the codes that step s (of 4)
+// wants in the fragment's first half, byte 2 s + 1 those of the second half. The other operand is then x[token g][16 t
+// + 4 s ..+ 3]: consecutive too, 16 elements a chunk. No weight is moved between lanes.
+#pragma once
+
+#include "attention.cuh"
+#include "nf4.cuh"
+
+extern "C" {
+// One weight of a group that shares its input. Either absmax is set, or the four nested fields are.
+typedef struct {
+    const uint8_t* codes;
+    const float* absmax;
+    const uint8_t* absmax_codes;
+    const float* nested_map;
+    const float* nested_absmax;
+    const void* bias;    // [rows] of the activations' type, or NULL
+    const float* lora_b; // [rows, rank] f32, or NULL
+    int64_t rows;
+    float nested_offset;
+    float scale;         // of the adapter
+    int32_t rank, r0;    // the adapter's columns of S
+} QloraFewMember;
+
+typedef struct {
+    QloraFewMember m[3];
+    int64_t k, blocksize, nested_blocksize;
+    int32_t count, quant_type;
+} QloraFewWeights;
+}
+
+namespace few {
+
+using attention::device_limits;
+using attention::multiply_add;
+using attention::pack_pair;
+using attention::shared_address;
+
+// Programmatic dependent launch (sm_90): a kernel may start while its predecessor ends, loads what does not depend on it
+// (weights) and waits before the rest. Every kernel launched so waits, so order is transitive.
+__device__ __forceinline__ void let_dependents_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+inline bool has_programmatic_launch() {
+    static const bool has = [] {
+        int device = 0, major = 0;
+        cudaGetDevice(&device);
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+        return major >= 9;
+    }();
+    return has;
+}
+
+template <typename... P, typename... A>
+int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, bool early, cudaStream_t stream, A... args) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = early && has_programmatic_launch() ? 1 : 0;
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, P(args)...);
+    return static_cast<int>(error == cudaSuccess ? cudaGetLastError() : error);
+}
+
+// Allows a kernel its dynamic shared memory, once a kernel.
+template <auto KERNEL> cudaError_t allow_shared(size_t bytes) {
+    static size_t allowed = 0;
+    if (bytes <= allowed) return cudaSuccess;
+    const cudaError_t error =
+        cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (error == cudaSuccess) allowed = bytes;
+    return error;
+}
+
+// Weights are read once: they leave L1 alone.
+__device__ __forceinline__ uint2 load_stream8(const void* p) {
+    uint2 x;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p));
+    return x;
+}
+
+__device__ __forceinline__ uint4 load_stream16(const void* p) {
+    uint4 x;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(p));
+    return x;
+}
+
+// The table byte -> two levels (the upper nibble in the low half), once a lane, so that 32 lookups never meet in a bank.
+constexpr int TABLE_WORDS = 256 * 32;
+
+template <typename T> __device__ __forceinline__ void fill_table(uint32_t* table, int quant_type, int threads) {
+    const float level = nf4::TABLES[quant_type][threadIdx.x % 16];
+    // Eight neighbouring threads write an entry; whole warps take part in the shuffles.
+    for (int i = threadIdx.x; i < TABLE_WORDS / 4; i += threads) {
+        const int byte = i / 8;
+        const float even = __shfl_sync(~0u, level, byte >> 4, 16), odd = __shfl_sync(~0u, level, byte & 15, 16);
+        const uint32_t pair = pack_pair<T>(even, odd);
+        reinterpret_cast<uint4*>(table)[i] = make_uint4(pair, pair, pair, pair);
+    }
+}
+
+// Byte `b` (known at compile time) of a word, decoded. `lane4` is 4 * lane.
+__device__ __forceinline__ uint32_t decode(const uint32_t* table, uint32_t word, int b, uint32_t lane4) {
+    const uint32_t shifted = b == 0 ? word << 7 : word >> (8 * b - 7);
+    const uint32_t at = (shifted & 0x7f80u) | lane4;
+    return *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(table) + at);
+}
+
+// The A fragments of step `s` (0..3) of a chunk, from the codes of rows g and g + 8.
+__device__ __forceinline__ void decode_step(const uint32_t* table, uint2 low, uint2 high, int s, uint32_t lane4,
+                                            uint32_t (&a)[4]) {
+    const uint32_t l = s < 2 ? low.x : low.y, h = s < 2 ? high.x : high.y;
+    const int b = s % 2 * 2;
+    a[0] = decode(table, l, b, lane4);
+    a[1] = decode(table, h, b, lane4);
+    a[2] = decode(table, l, b + 1, lane4);
+    a[3] = decode(table, h, b + 1, lane4);
+}
+
+// 16 consecutive elements of x as the B fragments of a chunk.
+template <typename T> __device__ __forceinline__ void load_x(const T* p, bool vectors, bool valid, uint32_t (&b)[8]) {
+    if (!valid) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) b[i] = 0;
+    } else if (vectors) {
+        const uint4 low = reinterpret_cast<const uint4*>(p)[0], high = reinterpret_cast<const uint4*>(p)[1];
+        b[0] = low.x, b[1] = low.y, b[2] = low.z, b[3] = low.w;
+        b[4] = high.x, b[5] = high.y, b[6] = high.z, b[7] = high.w;
+    } else {
+        const uint16_t* h = reinterpret_cast<const uint16_t*>(p);
+#pragma unroll
+        for (int i = 0; i < 8; i++) b[i] = h[2 * i] | static_cast<uint32_t>(h[2 * i + 1]) << 16;
+    }
+}
+
+inline bool is_activation(int dtype) { return dtype == BF16 || dtype == F16; }
+
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// What the 4-bit kernels can take: whole chunks of 64 of k in a row, a block never smaller than a chunk.
+inline bool takes(const QloraFewWeights& w) {
+    if (w.count < 1 || w.count > 3 || w.k <= 0 || w.k % 64 != 0 || !nf4::is_blocksize(w.blocksize) ||
+        w.blocksize < 64 || w.quant_type < 0 || w.quant_type > 1) {
+        return false;
+    }
+    const bool plain = w.m[0].absmax != nullptr;
+    if (!plain && (!nf4::is_power_of_two(w.nested_blocksize) || w.nested_blocksize < 4)) return false;
+    for (int j = 0; j < w.count; j++) {
+        const QloraFewMember& m = w.m[j];
+        if ((m.absmax != nullptr) != plain || m.rows <= 0 || m.rank < 0 || m.r0 < 0) return false;
+        if (reinterpret_cast<uintptr_t>(m.codes) % 16 != 0) return false;
+    }
+    return true;
+}
+
+}  // namespace few
