@@ -9,7 +9,7 @@
 //
 // 8-bit moments (bitsandbytes' layout): blocks of 256 elements share an absmax, and a moment is map[code] * absmax, its
 // code the nearest value of a sorted map of 256, signed for m and unsigned for v. The step uses the moments before they
-// are rounded. A v above 0 never gets code 0: it would read as 0 later, and m / eps would be a leap.
+// are rounded. The CPU's bits again (ops/adamw_8bit.rs). A v above 0 never gets code 0: it would read as 0 later, and m / eps would be a leap.
 //
 // Floor: memory. 28 bytes per element with f32 moments, 16 with 8-bit ones.
 
@@ -72,7 +72,7 @@ __device__ __forceinline__ uint32_t nearest(const float* map, float x) {
 #pragma unroll
     for (int step = 128; step > 0; step /= 2) low += map[low + step] <= x ? step : 0;
     const uint32_t high = low < 255 ? low + 1 : 255;
-    return x - map[low] > map[high] - x ? high : low;
+    return __fsub_rn(x, map[low]) > __fsub_rn(map[high], x) ? high : low;
 }
 
 __device__ __forceinline__ float largest_in_warp(float x) {
@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(STATE_THREADS)
     float m_largest = 0, v_largest = 0;
 #pragma unroll
     for (int k = 0; k < PER_LANE; k++) {
-        ms[k] = maps[0][m_codes.v[k]] * m_scale;
-        vs[k] = maps[1][v_codes.v[k]] * v_scale;
+        ms[k] = __fmul_rn(maps[0][m_codes.v[k]], m_scale);
+        vs[k] = __fmul_rn(maps[1][v_codes.v[k]], v_scale);
         step.apply(ps[k], gs[k], ms[k], vs[k]);
         if (k >= count) ms[k] = vs[k] = 0.0f;
         m_largest = fmaxf(m_largest, fabsf(ms[k]));
@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(STATE_THREADS)
     const float v_factor = v_largest > 0.0f ? 1.0f / v_largest : 0.0f;
 #pragma unroll
     for (int k = 0; k < PER_LANE; k++) {
-        m_codes.v[k] = static_cast<uint8_t>(nearest(maps[0], ms[k] * m_factor));
-        const uint32_t v_code = nearest(maps[1], vs[k] * v_factor);
+        m_codes.v[k] = static_cast<uint8_t>(nearest(maps[0], __fmul_rn(ms[k], m_factor)));
+        const uint32_t v_code = nearest(maps[1], __fmul_rn(vs[k], v_factor));
         v_codes.v[k] = static_cast<uint8_t>(v_code == 0 && vs[k] > 0.0f ? 1 : v_code);
     }
     if (whole) {
@@ -169,7 +169,7 @@ extern "C" int qlora_adamw(float* param, const float* grad, float* m, float* v, 
     return for_each_pack<1>(1, n - body, Update<1>{s, param + body, grad + body, m + body, v + body}, stream);
 }
 
-// m, v: u8 [n]; m_absmax, v_absmax: f32 [ceil(n / 256)], all zeros before the first step; the maps: f32 [256],
+// m, v: u8 [n]; m_absmax, v_absmax: f32 [ceil(n / 256)], zeros before the first step; the maps: f32 [256],
 // ascending.
 extern "C" int qlora_adamw_8bit(float* param, const float* grad, uint8_t* m, uint8_t* v, float* m_absmax,
                                 float* v_absmax, const float* map_signed, const float* map_unsigned, int64_t n,

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "attention.cuh"
+#include "dependent.cuh"
 #include "nf4.cuh"
 
 extern "C" {
@@ -41,30 +42,8 @@ using attention::multiply_add;
 using attention::pack_pair;
 using attention::shared_address;
 
-// Programmatic dependent launch (sm_90): a kernel may start while its predecessor ends, loads what does not depend on it
-// (weights) and waits before the rest. Every kernel launched so waits, so order is transitive.
-__device__ __forceinline__ void let_dependents_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_predecessor() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-inline bool has_programmatic_launch() {
-    static const bool has = [] {
-        int device = 0, major = 0;
-        cudaGetDevice(&device);
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-        return major >= 9;
-    }();
-    return has;
-}
-
+// Launches a kernel that calls `let_next_begin` and `wait_for_previous`; with `early` it may begin before its predecessor
+// ends (dependent.cuh), and then loads weights, which nothing writes.
 template <typename... P, typename... A>
 int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, bool early, cudaStream_t stream, A... args) {
     cudaLaunchConfig_t config{};
@@ -76,18 +55,20 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, bool earl
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &attribute;
-    config.numAttrs = early && has_programmatic_launch() ? 1 : 0;
+    config.numAttrs = early && waits_for_previous(kernel) ? 1 : 0;
     const cudaError_t error = cudaLaunchKernelEx(&config, kernel, P(args)...);
     return static_cast<int>(error == cudaSuccess ? cudaGetLastError() : error);
 }
 
-// Allows a kernel its dynamic shared memory, once a kernel.
+// Allows a kernel its dynamic shared memory on the current device.
 template <auto KERNEL> cudaError_t allow_shared(size_t bytes) {
-    static size_t allowed = 0;
-    if (bytes <= allowed) return cudaSuccess;
-    const cudaError_t error =
-        cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (error == cudaSuccess) allowed = bytes;
+    constexpr int DEVICES = 64;
+    static std::atomic<size_t> allowed[DEVICES];
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess || (device < DEVICES && bytes <= allowed[device])) return error;
+    error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (error == cudaSuccess && device < DEVICES) allowed[device] = bytes;
     return error;
 }
 

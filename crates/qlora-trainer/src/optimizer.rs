@@ -1,13 +1,15 @@
 //! AdamW over a model's flat parameter buffer, with clipping by the global norm.
 //!
 //! The whole update of a step: `norm = |grad|`, `scale = min(1, max_grad_norm / (norm + 1e-6))`, then PyTorch's AdamW on
-//! `scale * grad`. Gradient, moments and masters are flat f32 buffers of the same length.
+//! `scale * grad`. Gradient, moments and masters are flat f32 buffers of the same length; moments may have 8 bits.
 
-use crate::config::TrainingOptions;
+use crate::checkpoint::tensors::MomentTensors;
+use crate::config::{Optim, TrainingOptions};
 use crate::error::Result;
 use qlora_kernels::ops::adamw::{self, AdamW};
+use qlora_kernels::ops::adamw_8bit::{self, Moments8bit};
 use qlora_kernels::ops::grad_norm;
-use qlora_kernels::{Matrix, ViewMut, Workspace};
+use qlora_kernels::{Error as KernelError, Matrix, View, ViewMut, Workspace};
 
 /// Gradient and moments of all trainable parameters, and the settings of the update.
 #[derive(Debug)]
@@ -19,10 +21,13 @@ pub struct Optimizer {
     max_grad_norm: f64,
     /// The gradient of the step that is being made, one row.
     pub grad: Matrix,
-    /// The first moment, one row.
-    pub exp_avg: Matrix,
-    /// The second moment, one row.
-    pub exp_avg_sq: Matrix,
+    moments: Moments,
+}
+
+#[derive(Debug)]
+enum Moments {
+    F32 { exp_avg: Matrix, exp_avg_sq: Matrix },
+    Bits8(Moments8bit),
 }
 
 impl Optimizer {
@@ -31,6 +36,12 @@ impl Optimizer {
     /// # Errors
     /// If the memory cannot be had.
     pub fn new(options: &TrainingOptions, len: usize, workspace: &Workspace) -> Result<Self> {
+        let moments = match options.optim {
+            Optim::AdamwTorch => {
+                Moments::F32 { exp_avg: workspace.zeros_f32(1, len)?, exp_avg_sq: workspace.zeros_f32(1, len)? }
+            }
+            Optim::Adamw8bit => Moments::Bits8(Moments8bit::new(len, workspace)?),
+        };
         Ok(Self {
             beta1: options.adam_beta1,
             beta2: options.adam_beta2,
@@ -38,9 +49,49 @@ impl Optimizer {
             weight_decay: options.weight_decay,
             max_grad_norm: options.max_grad_norm,
             grad: workspace.zeros_f32(1, len)?,
-            exp_avg: workspace.zeros_f32(1, len)?,
-            exp_avg_sq: workspace.zeros_f32(1, len)?,
+            moments,
         })
+    }
+
+    /// Bytes of gradient and moments for `len` parameters.
+    pub fn bytes_for(options: &TrainingOptions, len: usize) -> usize {
+        let moments = match options.optim {
+            Optim::AdamwTorch => 8 * len,
+            // And the two maps that the codes are looked up in.
+            Optim::Adamw8bit => Moments8bit::bytes_for(len) + 2 * 1024,
+        };
+        4 * len + moments
+    }
+
+    /// A copy of the moments, for a checkpoint.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn moments(&self) -> Result<MomentTensors> {
+        Ok(match &self.moments {
+            Moments::F32 { exp_avg, exp_avg_sq } => {
+                MomentTensors::F32 { exp_avg: exp_avg.to_vec()?, exp_avg_sq: exp_avg_sq.to_vec()? }
+            }
+            Moments::Bits8(moments) => MomentTensors::Bits8(moments.to_host()?),
+        })
+    }
+
+    /// Goes on from moments of a checkpoint, where `workspace` is.
+    ///
+    /// # Errors
+    /// If they are of the other kind, or of another length.
+    pub fn set_moments(&mut self, from: MomentTensors, workspace: &Workspace) -> qlora_kernels::Result<()> {
+        match (&mut self.moments, from) {
+            (Moments::F32 { exp_avg, exp_avg_sq }, MomentTensors::F32 { exp_avg: m, exp_avg_sq: v }) => {
+                exp_avg.view_mut().copy_from(View::vector(&m))?;
+                exp_avg_sq.view_mut().copy_from(View::vector(&v))
+            }
+            (Moments::Bits8(moments), MomentTensors::Bits8(from)) => {
+                *moments = Moments8bit::from_host(from, self.grad.cols(), workspace)?;
+                Ok(())
+            }
+            _ => Err(KernelError::invalid("optimizer", "8-bit moments and f32 moments do not replace each other")),
+        }
     }
 
     /// The 2-norm of the gradient, before clipping. Not finite if any element is not.
@@ -70,8 +121,13 @@ impl Optimizer {
         };
         let Self { beta1, beta2, eps, weight_decay, .. } = *self;
         let settings = AdamW { lr: learning_rate, beta1, beta2, eps, weight_decay };
-        let (m, v) = (self.exp_avg.view_mut(), self.exp_avg_sq.view_mut());
-        adamw::step(&settings, step, scale, masters, self.grad.view(), m, v)
+        let grad = self.grad.view();
+        match &mut self.moments {
+            Moments::F32 { exp_avg, exp_avg_sq } => {
+                adamw::step(&settings, step, scale, masters, grad, exp_avg.view_mut(), exp_avg_sq.view_mut())
+            }
+            Moments::Bits8(moments) => adamw_8bit::step(&settings, step, scale, masters, grad, moments),
+        }
     }
 }
 
@@ -91,7 +147,8 @@ mod tests {
             optimizer.update(1, 0.1, norm, (&mut masters).into()).unwrap();
             // The first step of Adam has the size of the learning rate.
             assert!(masters.iter().all(|x| (x + 0.1).abs() < 1e-6), "{masters:?}");
-            optimizer.exp_avg.to_vec().unwrap()
+            let MomentTensors::F32 { exp_avg, .. } = optimizer.moments().unwrap() else { panic!("f32 moments") };
+            exp_avg
         };
         assert_eq!(moments(0.0), moments(10.0));
         let (free, clipped) = (moments(0.0), moments(1.0));

@@ -126,15 +126,11 @@ impl Session {
             let longest = (0..training.len()).map(|i| training.document_len(i)).max().unwrap_or(0);
             let longest = if self.config.data.packing { self.config.data.max_length } else { longest };
             let batch = BatchShape::uniform(options.per_device_train_batch_size, longest);
-            // Gradient and both moments; the adapter's values are there already.
+            // The adapter's values are there already.
             let trainable = self.model.adapter().map_or(0, |adapter| adapter.layout().len());
-            let planner = Planner::on_gpu(&self.model, batch, 12 * trainable as u64)?;
-            let budget = match options.memory_budget {
-                Some(budget) => (budget * 1e9) as u64,
-                None => gpu.pool().used()? + gpu.pool().available()?,
-            };
-            // A pool loses memory between pieces that do not fit: with a limit of 8.59 GB, 7.44 GB in use were the end.
-            let budget = budget / 100 * 85;
+            let state = crate::optimizer::Optimizer::bytes_for(options, trainable);
+            let planner = Planner::on_gpu(&self.model, batch, state as u64)?;
+            let budget = gpu.pool().plannable(options.memory_budget.map(|budget| (budget * 1e9) as u64))?;
             let plan = match options.gradient_checkpointing {
                 true => planner.plan_recomputing(budget)?,
                 false => planner.plan(budget)?,

@@ -174,7 +174,7 @@ impl Blas {
         gpu.bind(op)?;
         // SAFETY: the views are windows of live memory with the sizes and strides that the plan was made for; the
         // workspace lives until the stream has used it (it is freed on the same stream).
-        unsafe {
+        let product = || unsafe {
             lt::matmul(
                 self.handle,
                 plan.desc,
@@ -193,8 +193,12 @@ impl Blas {
                 plan.workspace,
                 gpu.stream().cu_stream().cast(),
             )
-        }
-        .map_err(|error| blas_error(op, error))
+        };
+        gpu.span(
+            op,
+            || format!("product {kind:?} {m} x {n} x {k}"),
+            || product().map_err(|error| blas_error(op, error)),
+        )
     }
 
     fn plan(&self, op: &'static str, key: Key) -> Result<Arc<Plan>> {

@@ -159,9 +159,15 @@ pub(super) fn forward(
     };
     let launch = cudnn.forward(shape, &tensors).map_err(failed)?;
     let workspace = gpu.alloc(OP, launch.workspace())?;
-    // SAFETY: all windows are live and have the sizes of the shape (checked by `ops::attention`); the workspace is
-    // freed on the same stream.
-    unsafe { launch.run(gpu.stream().cu_stream().cast(), workspace.ptr()) }.map_err(failed)
+    gpu.span(
+        OP,
+        || "attention_cudnn".to_owned(),
+        || {
+            // SAFETY: all windows are live and have the sizes of the shape (checked by `ops::attention`); the workspace is
+            // freed on the same stream.
+            unsafe { launch.run(gpu.stream().cu_stream().cast(), workspace.ptr()) }.map_err(failed)
+        },
+    )
 }
 
 pub(super) fn backward(
@@ -187,8 +193,14 @@ pub(super) fn backward(
     };
     let launch = cudnn.backward(shape, &tensors).map_err(failed)?;
     let workspace = gpu.alloc(OP, launch.workspace())?;
-    // SAFETY: as in `forward`.
-    unsafe { launch.run(gpu.stream().cu_stream().cast(), workspace.ptr()) }.map_err(failed)
+    gpu.span(
+        OP,
+        || "attention_cudnn".to_owned(),
+        || {
+            // SAFETY: as in `forward`.
+            unsafe { launch.run(gpu.stream().cu_stream().cast(), workspace.ptr()) }.map_err(failed)
+        },
+    )
 }
 
 /// Bytes of workspace of forward and backward, as cuDNN plans them for windows of one fused buffer.

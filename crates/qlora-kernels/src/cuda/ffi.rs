@@ -189,6 +189,25 @@ unsafe extern "C" {
         grad_scale: f32,
         stream: Stream,
     ) -> c_int;
+    pub(super) fn qlora_adamw_8bit(
+        param: *mut f32,
+        grad: *const f32,
+        m: *mut u8,
+        v: *mut u8,
+        m_absmax: *mut f32,
+        v_absmax: *mut f32,
+        map_signed: *const f32,
+        map_unsigned: *const f32,
+        n: i64,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        eps: f64,
+        weight_decay: f64,
+        step: u64,
+        grad_scale: f32,
+        stream: Stream,
+    ) -> c_int;
     pub(super) fn qlora_lora_prepare(
         dtype: c_int,
         flat: *const f32,

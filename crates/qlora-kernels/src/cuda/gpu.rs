@@ -17,6 +17,7 @@ use super::cudnn_attention::AttentionLibrary;
 use super::ffi;
 use super::offload::Offloader;
 use super::pool::Pool;
+use super::profile::Profiler;
 use crate::error::{Error, Result};
 
 /// The oldest architecture that the kernels are written for: asynchronous copies and bf16 matrix instructions.
@@ -32,6 +33,7 @@ pub struct Gpu {
     deterministic: AtomicBool,
     attention: AttentionLibrary,
     offloader: Offloader,
+    profiler: Profiler,
     this: Weak<Gpu>,
 }
 
@@ -119,6 +121,7 @@ impl Gpu {
             deterministic: AtomicBool::new(false),
             attention: AttentionLibrary::new(10 * capability.0 + capability.1),
             offloader: Offloader::default(),
+            profiler: Profiler::default(),
             this: this.clone(),
         });
         gpu.check_kernels(capability)?;
@@ -177,6 +180,10 @@ impl Gpu {
 
     pub(super) fn offloader(&self) -> &Offloader {
         &self.offloader
+    }
+
+    pub(super) fn profiler(&self) -> &Profiler {
+        &self.profiler
     }
 
     /// Whether and how cuDNN's attention is used.
@@ -240,10 +247,11 @@ impl Gpu {
     /// Runs one launcher and turns its status into an error that names `op`.
     pub(super) fn launch(&self, op: &'static str, launch: impl FnOnce(ffi::Stream) -> i32) -> Result<()> {
         self.bind(op)?;
-        match launch(self.stream.cu_stream().cast()) {
+        let launch = || match launch(self.stream.cu_stream().cast()) {
             0 => Ok(()),
             code => Err(status_error(op, code)),
-        }
+        };
+        self.span(op, || op.to_owned(), launch)
     }
 
     /// Fresh memory; its content is unspecified.

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`Gpu`], [`device`] | one GPU: stream, errors, architecture checks |
 //! | [`Pool`] | its memory pool: use, peak, limit |
+//! | [`ProfileEntry`] | what [`Gpu::profile`] tells of where the time goes |
 //! | [`Offloaded`] | matrices in pinned host memory |
 //! | [`Buffer`], [`PinnedBuffer`] | owned memory |
 //! | [`CudaView`], [`CudaViewMut`] | windows into it: the CUDA representation of [`crate::View`] |
@@ -29,6 +30,7 @@ mod offload;
 pub(crate) mod ops;
 pub(crate) mod optimizer;
 mod pool;
+mod profile;
 mod view;
 mod weight;
 
@@ -39,5 +41,6 @@ pub use cudnn_attention::AttentionLibrary;
 pub use gpu::{Gpu, device};
 pub use offload::{Arriving, Leaving, Offloaded};
 pub use pool::Pool;
+pub use profile::ProfileEntry;
 pub use view::{CudaView, CudaViewMut};
 pub use weight::CudaWeight;

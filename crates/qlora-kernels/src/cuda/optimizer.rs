@@ -6,6 +6,7 @@ use super::ops::{vector, vector_mut};
 use super::view::CudaView;
 use crate::error::Result;
 use crate::ops::adamw::AdamW;
+use crate::ops::adamw_8bit::CudaMoments;
 use crate::view::{View, ViewMut};
 
 /// Blocks that `qlora_grad_norm` may use, each with a partial sum.
@@ -30,6 +31,48 @@ pub(crate) fn adamw(
     // SAFETY: four live vectors of `len` elements.
     gpu.launch(op, |stream| unsafe {
         ffi::qlora_adamw(param, grad, m, v, len as i64, lr, beta1, beta2, eps, weight_decay, step, grad_scale, stream)
+    })
+}
+
+pub(crate) fn adamw_8bit(
+    op: &'static str,
+    config: &AdamW,
+    step: u64,
+    grad_scale: f32,
+    param: ViewMut,
+    grad: View,
+    moments: &mut CudaMoments,
+) -> Result<()> {
+    let (param, grad) = (param.cuda(op)?, grad.cuda(op)?);
+    let len = param.rows() * param.cols();
+    let gpu = param.gpu();
+    let (param, grad) = (vector_mut(op, "param", param, len)?, vector(op, "grad", grad, len)?);
+    let AdamW { lr, beta1, beta2, eps, weight_decay } = *config;
+    let CudaMoments { exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, maps } = moments;
+    let (m, v) = (exp_avg.as_mut_ptr::<u8>(), exp_avg_sq.as_mut_ptr::<u8>());
+    let (m_absmax, v_absmax) = (exp_avg_absmax.as_mut_ptr::<f32>(), exp_avg_sq_absmax.as_mut_ptr::<f32>());
+    let [signed, unsigned] = maps.each_ref().map(|map| map.as_ptr::<f32>());
+    // SAFETY: two live vectors of `len` elements, codes of as many, a scale for each block of 256, maps of 256 values.
+    gpu.launch(op, |stream| unsafe {
+        ffi::qlora_adamw_8bit(
+            param,
+            grad,
+            m,
+            v,
+            m_absmax,
+            v_absmax,
+            signed,
+            unsigned,
+            len as i64,
+            lr,
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+            step,
+            grad_scale,
+            stream,
+        )
     })
 }
 

@@ -99,6 +99,19 @@ impl Pool {
         })
     }
 
+    /// Bytes that a plan may count on, out of `budget` or of all that can be had: a pool loses memory between pieces that
+    /// do not fit. Of 8.59 GB, 7.29 in use were the end, of 25.8 GB 22.9.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn plannable(&self, budget: Option<u64>) -> Result<u64> {
+        let budget = match budget {
+            Some(budget) => budget,
+            None => self.used()? + self.available()?,
+        };
+        Ok(budget / 100 * 84)
+    }
+
     pub(super) fn out_of_memory(&self, op: &'static str, bytes: usize) -> Error {
         let used = self.used().unwrap_or(0);
         let available = self.available().unwrap_or(0);

@@ -12,7 +12,7 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Workspace};
 use crate::quant::{Absmax, NestedAbsmax, Parts, QuantConfig, QuantType, Quantized4bit};
-use crate::view::View;
+use crate::view::{View, ViewMut};
 use crate::weight::{FrozenWeight, PlainData, PlainWeight};
 
 /// A frozen weight `[rows, cols]` on a GPU, plain or in 4 bits.
@@ -152,6 +152,15 @@ impl CudaWeight {
             }
             Data::Bits4(_) => None,
         }
+    }
+
+    /// Writes the whole weight into `out`, in its type.
+    ///
+    /// # Errors
+    /// If the shapes do not fit, `out` is not on this GPU, or the device fails.
+    pub fn dequantize(&self, out: ViewMut) -> Result<()> {
+        Error::check_shape(Self::OP, "out", &[out.rows()], &[self.rows])?;
+        self.dequantize_into(0, out.cuda(Self::OP)?)
     }
 
     /// Writes rows, from `first_row` on, into `out`, in its type.

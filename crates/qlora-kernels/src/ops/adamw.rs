@@ -36,6 +36,29 @@ pub struct AdamW {
 
 const OP: &str = "adamw";
 
+/// The numbers of one step, rounded once.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Scalars {
+    grad_scale: f32,
+    decay: f32,
+    step_size: f32,
+    v_correction: f32,
+    new_m: f32,
+    old_v: f32,
+    new_v: f32,
+    eps: f32,
+}
+
+impl Scalars {
+    #[inline(always)]
+    pub(super) fn apply(&self, param: &mut f32, grad: f32, m: &mut f32, v: &mut f32) {
+        let g = grad * self.grad_scale;
+        *m += (g - *m) * self.new_m;
+        *v = *v * self.old_v + self.new_v * g * g;
+        *param = *param * self.decay - self.step_size * *m / (v.sqrt() / self.v_correction + self.eps);
+    }
+}
+
 /// One step, the `step`-th from 1: updates `param` and the moments `m` and `v` (zeros before the first step).
 ///
 /// `grad_scale` multiplies the gradient: the coefficient of gradient clipping, or 1.
@@ -51,10 +74,7 @@ pub fn step<'a>(
     m: impl Into<ViewMut<'a>>,
     v: impl Into<ViewMut<'a>>,
 ) -> Result<()> {
-    config.check()?;
-    if step == 0 {
-        return Err(Error::invalid(OP, "steps are counted from 1"));
-    }
+    let scalars = config.scalars(OP, step, grad_scale)?;
     let (param, grad, m, v) = (param.into(), grad.into(), m.into(), v.into());
     let len = param.rows() * param.cols();
     Error::check_shape(OP, "grad", &[grad.rows() * grad.cols()], &[len])?;
@@ -69,11 +89,6 @@ pub fn step<'a>(
     let (param, grad) = (param.as_mut_slice().ok_or_else(gaps)?, grad.as_slice().ok_or_else(gaps)?);
     let (m, v) = (m.as_mut_slice().ok_or_else(gaps)?, v.as_mut_slice().ok_or_else(gaps)?);
 
-    let AdamW { lr, beta1, beta2, eps, weight_decay } = *config;
-    let decay = (1.0 - lr * weight_decay) as f32;
-    let step_size = (lr / (1.0 - beta1.powf(step as f64))) as f32;
-    let v_correction = (1.0 - beta2.powf(step as f64)).sqrt() as f32;
-    let (new_m, old_v, new_v, eps) = ((1.0 - beta1) as f32, beta2 as f32, (1.0 - beta2) as f32, eps as f32);
     param
         .par_chunks_mut(TASK)
         .zip(grad.par_chunks(TASK))
@@ -84,10 +99,7 @@ pub fn step<'a>(
                 #[inline(always)]
                 move || {
                     for (((param, grad), m), v) in param.iter_mut().zip(grad).zip(m.iter_mut()).zip(v.iter_mut()) {
-                        let g = grad * grad_scale;
-                        *m += (g - *m) * new_m;
-                        *v = *v * old_v + new_v * g * g;
-                        *param = *param * decay - step_size * *m / (v.sqrt() / v_correction + eps);
+                        scalars.apply(param, *grad, m, v);
                     }
                 },
             );
@@ -96,7 +108,27 @@ pub fn step<'a>(
 }
 
 impl AdamW {
-    fn check(&self) -> Result<()> {
+    /// The numbers of step `step`, if it and the settings are in range.
+    pub(super) fn scalars(&self, op: &'static str, step: u64, grad_scale: f32) -> Result<Scalars> {
+        self.check(op)?;
+        if step == 0 {
+            return Err(Error::invalid(op, "steps are counted from 1"));
+        }
+        let Self { lr, beta1, beta2, eps, weight_decay } = *self;
+        let t = step as f64;
+        Ok(Scalars {
+            grad_scale,
+            decay: (1.0 - lr * weight_decay) as f32,
+            step_size: (lr / (1.0 - beta1.powf(t))) as f32,
+            v_correction: (1.0 - beta2.powf(t)).sqrt() as f32,
+            new_m: (1.0 - beta1) as f32,
+            old_v: beta2 as f32,
+            new_v: (1.0 - beta2) as f32,
+            eps: eps as f32,
+        })
+    }
+
+    fn check(&self, op: &'static str) -> Result<()> {
         let positive = |x: f64| x.is_finite() && x >= 0.0;
         let fraction = |x: f64| (0.0..1.0).contains(&x);
         for (what, x, fits, range) in [
@@ -107,7 +139,7 @@ impl AdamW {
             ("weight_decay", self.weight_decay, positive(self.weight_decay), "at least 0"),
         ] {
             if !fits {
-                return Err(Error::invalid(OP, format!("{what} is {x}; it must be {range}")));
+                return Err(Error::invalid(op, format!("{what} is {x}; it must be {range}")));
             }
         }
         Ok(())

@@ -1,26 +1,35 @@
-//! The signed dynamic 8-bit map, which double quantization uses for the absmax values.
+//! The dynamic 8-bit maps: the signed one, which double quantization uses for the absmax values, and the unsigned one.
 //!
 //! For i in 0..7, 2^i values lie linearly between 0.1 and 1, times 10^(i-6); with their negatives, 0 and 1 that makes
-//! 256 (8-bit Approximations for Parallelism in Deep Learning, arXiv 1511.04561, as bitsandbytes builds it with
+//! 256. The unsigned map has 2^(i+1) values instead of the negatives (8-bit Approximations for Parallelism in Deep Learning, arXiv 1511.04561, as bitsandbytes builds it with
 //! PyTorch). The smallest is -0.99296875, zero is code 127, 1 is code 255.
 
 use std::sync::LazyLock;
 
-static SIGNED: LazyLock<[f32; 256]> = LazyLock::new(signed);
+static SIGNED: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic(true));
+static UNSIGNED: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic(false));
 
 /// The map, ascending, bit for bit as bitsandbytes has it.
 pub fn signed_dynamic_map() -> &'static [f32; 256] {
     &SIGNED
 }
 
-fn signed() -> [f32; 256] {
+/// The unsigned map, ascending, bit for bit as bitsandbytes has it.
+pub fn unsigned_dynamic_map() -> &'static [f32; 256] {
+    &UNSIGNED
+}
+
+fn dynamic(signed: bool) -> [f32; 256] {
     const POWERS: [f32; 7] = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0];
     let mut map = Vec::with_capacity(256);
     for (i, power) in POWERS.into_iter().enumerate() {
-        let points = linspace(0.1, 1.0, (1 << i) + 1);
+        let points = linspace(0.1, 1.0, (if signed { 1 << i } else { 2 << i }) + 1);
         for pair in points.windows(2) {
             let value = (pair[0] + pair[1]) / 2.0 * power;
-            map.extend([value, -value]);
+            map.push(value);
+            if signed {
+                map.push(-value);
+            }
         }
     }
     map.extend([0.0, 1.0]);
@@ -72,9 +81,14 @@ mod tests {
     #[test]
     fn the_map_is_that_of_bitsandbytes() {
         let map = signed_dynamic_map();
-        let bytes: Vec<u8> = map.iter().flat_map(|value| value.to_le_bytes()).collect();
-        let digest: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(digest, "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c");
+        for (map, expected) in [
+            (map, "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"),
+            (unsigned_dynamic_map(), "305f002cc11278fb769d13b25b9fd0c7c83c8402c40a878fe086f4039fde6398"),
+        ] {
+            let bytes: Vec<u8> = map.iter().flat_map(|value| value.to_le_bytes()).collect();
+            let digest: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+            assert_eq!(digest, expected);
+        }
         assert_eq!((map[0], map[127], map[255]), (-0.99296875, 0.0, 1.0));
     }
 

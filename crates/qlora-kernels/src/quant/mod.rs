@@ -22,7 +22,7 @@
 //! | `reciprocal` | 1 / absmax as the GPU computes it |
 //! | `encode` | blocks to codes and absmax |
 //! | `decode` | codes to f32, for any range of elements |
-//! | `dynamic_map` | the 8-bit map of double quantization |
+//! | `dynamic_map` | the 8-bit maps of double quantization and of 8-bit moments |
 //! | [`nested`] | absmax values, plain or doubly quantized |
 //! | [`quantizer`] | a weight quantized piece by piece, as it is read |
 //! | [`quantized4bit`] | the frozen 4-bit weight |
@@ -37,7 +37,7 @@ pub mod quantizer;
 mod reciprocal;
 
 pub use codebook::QuantType;
-pub use dynamic_map::signed_dynamic_map;
+pub use dynamic_map::{signed_dynamic_map, unsigned_dynamic_map};
 pub use encode::{Element, SourceDtype};
 pub use nested::{Absmax, NestedAbsmax};
 pub use quantized4bit::{Parts, Quantized4bit};

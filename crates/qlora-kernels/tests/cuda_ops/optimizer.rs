@@ -2,6 +2,7 @@
 
 use qlora_kernels::Dtype;
 use qlora_kernels::ops::adamw::{self, AdamW};
+use qlora_kernels::ops::adamw_8bit::{self, Moments8bit};
 use qlora_kernels::ops::grad_norm;
 
 use crate::harness::{Report, Side, gpu, number, output};
@@ -25,6 +26,29 @@ fn adamw_agrees_with_the_cpu() {
         });
     }
     report.finish();
+}
+
+#[test]
+fn adamw_with_8_bit_moments_gives_the_bits_of_the_cpu() {
+    let Some(device) = gpu() else { return };
+    let config = AdamW { lr: 3e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1 };
+    for len in LENGTHS {
+        let run = |side: Side| {
+            let mut param = side.vector(len, 0.0, 1.0);
+            let mut moments = Moments8bit::new(len, &side.workspace).unwrap();
+            for (step, scale) in [(1, 1.0), (2, 0.3), (3, 1.0), (1000, 0.01)] {
+                let grad = side.vector(len, 0.0, 0.1);
+                adamw_8bit::step(&config, step, scale, param.view_mut(), grad.view(), &mut moments).unwrap();
+            }
+            let bits: Vec<u32> = param.to_vec().unwrap().iter().map(|x| x.to_bits()).collect();
+            (bits, moments.to_host().unwrap())
+        };
+        let (on_gpu, on_cpu) = (run(Side::gpu(&device, Dtype::F32, 1)), run(Side::cpu(Dtype::F32, 1)));
+        let differ = |a: &[u8], b: &[u8]| a.iter().zip(b).filter(|(a, b)| a != b).count();
+        let codes = [differ(&on_gpu.1.exp_avg, &on_cpu.1.exp_avg), differ(&on_gpu.1.exp_avg_sq, &on_cpu.1.exp_avg_sq)];
+        println!("adamw_8bit, {len} elements: {codes:?} codes differ");
+        assert!(on_gpu == on_cpu, "{len} elements");
+    }
 }
 
 #[test]

@@ -28,6 +28,7 @@ const OPTIONS: &[(&str, &[&str])] = &[
             "learning_rate",
             "lr_scheduler_type",
             "max_grad_norm",
+            "optim",
             "weight_decay",
             "adam_beta1",
             "adam_beta2",

@@ -8,7 +8,7 @@
 //!   checkpoint-<step>/
 //!     adapter_config.json          the adapter, in PEFT's format
 //!     adapter_model.safetensors
-//!     optimizer.safetensors        f32: master, exp_avg, exp_avg_sq, each flat
+//!     optimizer.safetensors        master, exp_avg, exp_avg_sq, each flat
 //!     trainer_state.json           transformers' keys; ours are in stateful_callbacks.qlora
 //!     config.toml                  the configuration, defaults written out
 //! ```
@@ -45,7 +45,7 @@ pub struct Checkpoint {
     /// Where the run is.
     pub state: TrainerState,
     /// Masters and moments.
-    pub tensors: OptimizerTensors<Vec<f32>>,
+    pub tensors: OptimizerTensors,
 }
 
 /// Writes `checkpoint-<step>` in `output_dir`, replacing one of the same step.
@@ -58,7 +58,7 @@ pub struct Checkpoint {
 pub fn save<M: TrainableModel + ?Sized>(
     output_dir: &Path,
     model: &M,
-    tensors: OptimizerTensors<&[f32]>,
+    tensors: &OptimizerTensors,
     state: &TrainerState,
     config: &TrainConfig,
 ) -> Result<PathBuf> {

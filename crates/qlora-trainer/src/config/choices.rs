@@ -36,6 +36,18 @@ impl From<ComputeDtype> for qlora_kernels::Dtype {
     }
 }
 
+/// The optimizer, by transformers' names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Optim {
+    /// AdamW with moments of 32 bits.
+    #[serde(alias = "adamw_torch_fused", alias = "paged_adamw_32bit")]
+    AdamwTorch,
+    /// AdamW with moments of 8 bits: a quarter of the memory, close to the same steps.
+    #[serde(rename = "adamw_8bit", alias = "adamw_bnb_8bit", alias = "paged_adamw_8bit")]
+    Adamw8bit,
+}
+
 /// How the learning rate goes on after the warmup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -31,7 +31,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use choices::{
-    ComputeDtype, OnOverlong, OnUntrained, Paths, QuantType, Resume, SamplingStrategy, Scheduler, Targets,
+    ComputeDtype, OnOverlong, OnUntrained, Optim, Paths, QuantType, Resume, SamplingStrategy, Scheduler, Targets,
 };
 
 /// Everything a run needs to know.
@@ -194,6 +194,8 @@ pub struct TrainingOptions {
     pub memory_budget: Option<f64>,
     /// The same bits in every run on a GPU, for some speed (a CPU gives them anyway). Default: false.
     pub full_determinism: bool,
+    /// The optimizer: `"adamw_torch"`, or `"adamw_8bit"` with moments of 8 bits. Default: adamw_torch.
+    pub optim: Optim,
     /// The peak learning rate. Default: 2e-4, the QLoRA paper's for 7B and 13B.
     pub learning_rate: f64,
     /// How the learning rate goes on after the warmup. Default: linear (down to zero).
@@ -245,6 +247,7 @@ impl Default for TrainingOptions {
             gradient_checkpointing: true,
             memory_budget: None,
             full_determinism: false,
+            optim: Optim::AdamwTorch,
             learning_rate: 2e-4,
             lr_scheduler_type: Scheduler::Linear,
             warmup_steps: None,

@@ -133,8 +133,9 @@ impl<M: TrainableModel> Trainer<'_, M> {
         }
         self.loader.seek(ours.position)?;
         self.model.update_masters(&mut |masters| masters.copy_from(View::vector(&tensors.master)))?;
-        self.optimizer.exp_avg.view_mut().copy_from(View::vector(&tensors.exp_avg))?;
-        self.optimizer.exp_avg_sq.view_mut().copy_from(View::vector(&tensors.exp_avg_sq))?;
+        self.optimizer
+            .set_moments(tensors.moments, &self.model.workspace()?)
+            .map_err(|error| Error::checkpoint(path, format!("its optimizer state cannot be used: {error}")))?;
         let progress = &mut self.progress;
         progress.global_step = state.global_step;
         progress.tokens_seen = state.num_input_tokens_seen;
@@ -181,12 +182,8 @@ impl<M: TrainableModel> Trainer<'_, M> {
         if step == 0 || self.progress.checkpoint.as_ref().is_some_and(|(of, _)| *of == step) {
             return Ok(());
         }
-        let tensors = OptimizerTensors {
-            master: self.model.masters()?,
-            exp_avg: self.optimizer.exp_avg.to_vec()?,
-            exp_avg_sq: self.optimizer.exp_avg_sq.to_vec()?,
-        };
-        let path = checkpoint::save(output, &self.model, tensors.borrowed(), &self.state(), &self.config)?;
+        let tensors = OptimizerTensors { master: self.model.masters()?, moments: self.optimizer.moments()? };
+        let path = checkpoint::save(output, &self.model, &tensors, &self.state(), &self.config)?;
         self.notify(&Event::Checkpoint(&path));
         self.progress.checkpoint = Some((step, path));
         folder::limit(output, self.config.training.save_total_limit, step)

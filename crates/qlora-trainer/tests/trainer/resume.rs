@@ -6,7 +6,7 @@ use std::path::Path;
 use std::rc::Rc;
 
 use qlora_trainer::checkpoint::folder;
-use qlora_trainer::config::{Resume, TrainConfig};
+use qlora_trainer::config::{Optim, Resume, TrainConfig};
 use qlora_trainer::progress::{Event, Observer};
 use qlora_trainer::{Interrupt, Outcome, TrainableModel};
 
@@ -64,6 +64,32 @@ fn killed_at_any_micro_batch() {
         assert_eq!(result(folder.path(), STEPS), expected, "killed at call {call}");
     }
     assert!(resumed > 20, "{resumed}");
+}
+
+#[test]
+fn with_8_bit_moments() {
+    let with = |folder: &Path, optim| {
+        let mut config = go_on(folder);
+        config.training.optim = optim;
+        config
+    };
+    let reference = tempfile::tempdir().unwrap();
+    let calls = uninterrupted(&with(reference.path(), Optim::Adamw8bit));
+    for call in (0..calls).step_by(5) {
+        let folder = tempfile::tempdir().unwrap();
+        let model = Toy { fault: Some((call, Fault::Killed)), ..Toy::new(1) };
+        trainer(&with(folder.path(), Optim::Adamw8bit), model).run().unwrap_err();
+        uninterrupted(&with(folder.path(), Optim::Adamw8bit));
+        assert_eq!(result(folder.path(), STEPS), result(reference.path(), STEPS), "killed at call {call}");
+    }
+    let plain = tempfile::tempdir().unwrap();
+    uninterrupted(&with(plain.path(), Optim::AdamwTorch));
+    assert_ne!(result(plain.path(), STEPS), result(reference.path(), STEPS), "8 bits take another way");
+    let folder = tempfile::tempdir().unwrap();
+    let model = Toy { fault: Some((30, Fault::Killed)), ..Toy::new(1) };
+    trainer(&with(folder.path(), Optim::AdamwTorch), model).run().unwrap_err();
+    let error = trainer(&with(folder.path(), Optim::Adamw8bit), Toy::new(1)).run().unwrap_err().to_string();
+    assert!(error.contains("training.optim"), "{error}");
 }
 
 #[test]

@@ -1,0 +1,104 @@
+//! Where the GPU's time goes: an event before and after every launch while a profile is taken, summed by operation.
+//!
+//! Costs a few microseconds a launch while it runs and one atomic load otherwise.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::cuda_backend::cudarc::driver::{result, sys};
+
+use super::gpu::{Gpu, cuda_error};
+use crate::error::Result;
+
+/// What one kind of operation took.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ProfileEntry {
+    /// The operation. Matrix products have the kind and, after it, the sizes.
+    pub op: String,
+    /// Launches.
+    pub calls: usize,
+    /// Milliseconds on the GPU's clock, in all.
+    pub ms: f64,
+}
+
+/// The launches of the profile that is being taken.
+#[derive(Debug, Default)]
+pub(super) struct Profiler {
+    on: AtomicBool,
+    spans: Mutex<Vec<Span>>,
+}
+
+#[derive(Debug)]
+struct Span {
+    op: String,
+    events: [sys::CUevent; 2],
+}
+
+// SAFETY: events may be used from any thread.
+unsafe impl Send for Span {}
+
+impl Drop for Span {
+    fn drop(&mut self) {
+        for event in self.events {
+            // SAFETY: made by `Gpu::event`, destroyed once.
+            let _ = unsafe { result::event::destroy(event) };
+        }
+    }
+}
+
+impl Gpu {
+    fn event(&self, op: &'static str) -> Result<sys::CUevent> {
+        let event =
+            result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(|error| cuda_error(op, error))?;
+        // SAFETY: both are alive.
+        unsafe { result::event::record(event, self.stream().cu_stream()) }.map_err(|error| cuda_error(op, error))?;
+        Ok(event)
+    }
+
+    /// Enqueues something; while a profile is taken, between two events. `label` is asked for only then.
+    pub(super) fn span<T>(
+        &self,
+        op: &'static str,
+        label: impl FnOnce() -> String,
+        enqueue: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        if !self.profiler().on.load(Ordering::Relaxed) {
+            return enqueue();
+        }
+        let start = self.event(op)?;
+        let value = enqueue()?;
+        let span = Span { op: label(), events: [start, self.event(op)?] };
+        self.profiler().spans.lock().unwrap_or_else(PoisonError::into_inner).push(span);
+        Ok(value)
+    }
+
+    /// Runs `work` and returns what its launches took, the longest first. What the work takes beyond their sum, the GPU
+    /// waited.
+    ///
+    /// # Errors
+    /// Whatever `work` returns, or if the device fails.
+    pub fn profile(&self, work: impl FnOnce() -> Result<()>) -> Result<Vec<ProfileEntry>> {
+        const OP: &str = "profile";
+        let profiler = self.profiler();
+        self.bind(OP)?;
+        profiler.on.store(true, Ordering::Relaxed);
+        let done = work();
+        profiler.on.store(false, Ordering::Relaxed);
+        let spans = std::mem::take(&mut *profiler.spans.lock().unwrap_or_else(PoisonError::into_inner));
+        done?;
+        self.synchronize(OP)?;
+        let mut sums: BTreeMap<&str, (usize, f64)> = BTreeMap::new();
+        for Span { op, events: [start, end] } in &spans {
+            // SAFETY: both events are alive and have happened.
+            let ms = unsafe { result::event::elapsed(*start, *end) }.map_err(|error| cuda_error(OP, error))?;
+            let sum = sums.entry(op).or_default();
+            *sum = (sum.0 + 1, sum.1 + f64::from(ms));
+        }
+        let entry =
+            |(op, (calls, ms)): (&&str, &(usize, f64))| ProfileEntry { op: (*op).to_owned(), calls: *calls, ms: *ms };
+        let mut entries: Vec<ProfileEntry> = sums.iter().map(entry).collect();
+        entries.sort_by(|a, b| b.ms.total_cmp(&a.ms));
+        Ok(entries)
+    }
+}

@@ -1,0 +1,455 @@
+// Product of some dozens to hundreds of tokens with 4-bit weights, without a dequantized copy:
+//
+//     y[m, n] = residual[m, n] + x[m, :] W[n, :] + bias[n] + scale sum_c S[m, r0 + c] B[n, c]
+//
+// for a group of weights, or h = silu(gate) up: arguments, formats and arithmetic as in nf4_gemv.cu. S B^T is computed on
+// tensor cores too, with S and B split into two 16-bit parts each, so that it is as good as f32.
+//
+// Floor: memory up to some 64 tokens on an H100, the tensor cores behind. A block takes BN rows of the weight and BM
+// tokens; WN warps share the rows, WK warps share k. Codes and x come through a ring in shared memory (cp.async, STAGES
+// of 256 k); a warp decodes its rows' codes straight into A fragments, once a block, and uses each for all tokens. The
+// scales of a stage are decoded by all threads, one stage ahead. Where there are few tiles, blocks share k as well; the
+// last of them to finish adds the parts in their order.
+
+#include "few_tokens.cuh"
+
+namespace {
+
+using namespace few;
+
+constexpr int STAGE_CHUNKS = 4;   // chunks of 64 k
+
+struct GemmArgs {
+    QloraFewWeights w;
+    const void* x;
+    const float* s;
+    const void* residual;
+    void* y;
+    float* parts;        // [splits, tiles, BM * BN] if there are several
+    uint32_t* arrived;   // [tiles], zeros before and after
+    int64_t ldx, lds, ldr, ldy;
+    int32_t first_tile[4];
+    int32_t tokens, chunks, split_stages, splits, token_tiles;
+    int32_t block_shift, nested_shift;
+    bool swiglu, y_vectors;
+};
+
+template <int BN_, int BM_, int WK_, int STAGES_> struct Config {
+    static constexpr int BN = BN_, BM = BM_, WK = WK_, STAGES = STAGES_;
+    static constexpr int RT = 2, WN = BN / (16 * RT), THREADS = 32 * WN * WK, NT = BM / 8;
+    static constexpr int X_BYTES = BM * STAGE_CHUNKS * 128, CODE_BYTES = BN * STAGE_CHUNKS * 32;
+    static constexpr int STAGE_BYTES = X_BYTES + CODE_BYTES;
+    static constexpr int PITCH = BN + 4;   // of the f32 tile in the end
+    static constexpr int TILE_BYTES = BM * PITCH * 4;
+    static constexpr int RING_BYTES = STAGES * STAGE_BYTES > TILE_BYTES ? STAGES * STAGE_BYTES : TILE_BYTES;
+    static constexpr int SCALE_FLOATS = BN * STAGE_CHUNKS;
+    static constexpr int SHARED = RING_BYTES + 2 * SCALE_FLOATS * 4 + 3 * 256 * 4;
+};
+
+// The member and the row of a slot (0 .. BN - 1) of a tile. With gate and up every 16 slots are 8 rows of each.
+struct TileRows {
+    int member;      // of all slots, unless `swiglu`
+    int64_t first;
+    bool swiglu;
+
+    __device__ __forceinline__ int member_of(int slot) const { return swiglu ? slot >> 3 & 1 : member; }
+    __device__ __forceinline__ int64_t row_of(int slot) const {
+        return first + (swiglu ? slot / 16 * 8 + slot % 8 : slot);
+    }
+};
+
+// Two floats as pairs of T: the rounded values and what is missing.
+template <typename T> __device__ __forceinline__ void split_pair(float a, float b, uint32_t& high, uint32_t& low) {
+    high = pack_pair<T>(a, b);
+    T h[2];
+    memcpy(h, &high, 4);
+    low = pack_pair<T>(a - to_float(h[0]), b - to_float(h[1]));
+}
+
+template <typename T, typename C>
+__global__ void __launch_bounds__(C::THREADS, 1) gemm_kernel(const __grid_constant__ GemmArgs a) {
+    constexpr int RT = C::RT, NT = C::NT;
+    __shared__ __align__(16) uint32_t table[TABLE_WORDS];
+    __shared__ bool last;
+    extern __shared__ __align__(128) char dynamic[];
+    char* ring = dynamic;
+    float* scales = reinterpret_cast<float*>(dynamic + C::RING_BYTES);
+    float* maps = scales + 2 * C::SCALE_FLOATS;
+    const uint32_t ring_address = shared_address(ring);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int row_warp = warp % C::WN, k_warp = warp / C::WN;
+
+    const int tile = blockIdx.x / a.token_tiles, token_tile = blockIdx.x - tile * a.token_tiles;
+    const int token0 = token_tile * C::BM, split = blockIdx.y;
+    TileRows rows{0, 0, a.swiglu};
+    if (a.swiglu) {
+        rows.first = static_cast<int64_t>(tile) * (C::BN / 2);
+    } else {
+        rows.member = (tile >= a.first_tile[1]) + (tile >= a.first_tile[2]);
+        rows.first = static_cast<int64_t>(tile - a.first_tile[rows.member]) * C::BN;
+    }
+    const int all_stages = (a.chunks + STAGE_CHUNKS - 1) / STAGE_CHUNKS;
+    const int first = split * a.split_stages, stages = min(a.split_stages, all_stages - first);
+
+    const auto row_clamped = [&](int slot) { return min(rows.row_of(slot), a.w.m[rows.member_of(slot)].rows - 1); };
+    const auto fetch_codes = [&](int stage, int buffer) {
+        constexpr int PIECES = C::BN * STAGE_CHUNKS * 2;
+#pragma unroll
+        for (int i = 0; i < PIECES / C::THREADS; i++) {
+            const int p = i * C::THREADS + threadIdx.x, slot = p / (STAGE_CHUNKS * 2), q = p % (STAGE_CHUNKS * 2);
+            const int chunk = (first + stage) * STAGE_CHUNKS + q / 2;
+            const bool valid = chunk < a.chunks;
+            const uint8_t* from = a.w.m[rows.member_of(slot)].codes;
+            if (valid) from += (row_clamped(slot) * a.w.k + static_cast<int64_t>(chunk) * 64) / 2 + q % 2 * 16;
+            attention::copy_async16(ring_address + buffer * C::STAGE_BYTES + C::X_BYTES + slot * (STAGE_CHUNKS * 32) +
+                                        ((q ^ ((slot & 3) * 2)) << 4),
+                                    from, valid);
+        }
+    };
+    const auto fetch_x = [&](int stage, int buffer) {
+        constexpr int LINE = STAGE_CHUNKS * 8, PIECES = C::BM * LINE;
+#pragma unroll
+        for (int i = 0; i < PIECES / C::THREADS; i++) {
+            const int p = i * C::THREADS + threadIdx.x, token = p / LINE, q = p % LINE;
+            const int chunk = (first + stage) * STAGE_CHUNKS + q / 8;
+            const bool valid = chunk < a.chunks && token0 + token < a.tokens;
+            const T* from = static_cast<const T*>(a.x);
+            if (valid) from += (token0 + token) * a.ldx + chunk * 64 + q % 8 * 8;
+            attention::copy_async16(ring_address + buffer * C::STAGE_BYTES + token * (LINE * 16) +
+                                        ((q ^ (token & 1)) << 4),
+                                    from, valid);
+        }
+    };
+    // Scales of a stage: raw into registers, decoded into shared memory later.
+    constexpr int MINE = C::SCALE_FLOATS / C::THREADS;
+    static_assert(C::SCALE_FLOATS % C::THREADS == 0, "whole passes");
+    float raw[MINE];
+    uint8_t raw_codes[MINE];
+    const bool nested = a.w.m[0].absmax == nullptr;
+    const auto fetch_scales = [&](int stage) {
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            const int p = i * C::THREADS + threadIdx.x, slot = p / STAGE_CHUNKS;
+            const int chunk = (first + stage) * STAGE_CHUNKS + p % STAGE_CHUNKS;
+            raw[i] = 0.0f, raw_codes[i] = 0;
+            if (stage >= stages || chunk >= a.chunks) continue;
+            const QloraFewMember& m = a.w.m[rows.member_of(slot)];
+            const int64_t block = (row_clamped(slot) * a.w.k + static_cast<int64_t>(chunk) * 64) >> a.block_shift;
+            if (nested) {
+                raw_codes[i] = __ldg(m.absmax_codes + block);
+                raw[i] = __ldg(m.nested_absmax + (block >> a.nested_shift));
+            } else {
+                raw[i] = __ldg(m.absmax + block);
+            }
+        }
+    };
+    const auto put_scales = [&](int stage) {
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            const int p = i * C::THREADS + threadIdx.x, member = rows.member_of(p / STAGE_CHUNKS);
+            float value = raw[i];
+            if (nested)
+                value = __fadd_rn(nf4::multiply_flushed(maps[member * 256 + raw_codes[i]], value),
+                                  a.w.m[member].nested_offset);
+            // [chunk][slot]: the eight rows of a fragment are neighbours.
+            scales[(stage & 1) * C::SCALE_FLOATS + p % STAGE_CHUNKS * C::BN + p / STAGE_CHUNKS] = value;
+        }
+    };
+
+    let_next_begin();
+#pragma unroll
+    for (int i = 0; i < C::STAGES - 1; i++)
+        if (i < stages) fetch_codes(i, i);
+    fetch_scales(0);
+    fill_table<T>(table, a.w.quant_type, C::THREADS);
+    if (nested) {
+        for (int j = 0; j < a.w.count; j++)
+            for (int i = threadIdx.x; i < 256; i += C::THREADS) maps[j * 256 + i] = __ldg(a.w.m[j].nested_map + i);
+    }
+    wait_for_previous();
+#pragma unroll
+    for (int i = 0; i < C::STAGES - 1; i++) {
+        if (i < stages) fetch_x(i, i);
+        attention::copy_async_commit();   // the codes of all first stages are in the first group
+    }
+    float sum[RT][NT][4] = {};
+    if (split == 0 && k_warp == 0 && a.s) {
+        // The adapter's part.
+#pragma unroll
+        for (int rt = 0; rt < RT; rt++) {
+            const int slot = (row_warp * RT + rt) * 16 + g;
+            // Rows g and g + 8 of a fragment may belong to two members (gate and up): one after the other.
+            for (int h = 0; h < (a.swiglu ? 2 : 1); h++) {
+                const QloraFewMember& m = a.w.m[rows.member_of(slot + 8 * h)];
+                for (int c = 0; c < m.rank; c += 16) {
+                    uint32_t high[4], low[4];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const int64_t row = rows.row_of(slot + i % 2 * 8);
+                        const int col = c + t * 2 + i / 2 * 8;
+                        const bool mine = row < m.rows && (!a.swiglu || i % 2 == h);
+                        const float* b = m.lora_b + row * m.rank + col;
+                        split_pair<T>(mine && col < m.rank ? b[0] : 0.0f, mine && col + 1 < m.rank ? b[1] : 0.0f,
+                                      high[i], low[i]);
+                    }
+#pragma unroll
+                    for (int n = 0; n < NT; n++) {
+                        const int token = token0 + n * 8 + g;
+                        uint32_t s_high[2], s_low[2];
+#pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            const int col = c + t * 2 + i * 8;
+                            const float* s = a.s + token * a.lds + m.r0 + col;
+                            const bool valid = token < a.tokens;
+                            split_pair<T>(valid && col < m.rank ? m.scale * s[0] : 0.0f,
+                                          valid && col + 1 < m.rank ? m.scale * s[1] : 0.0f, s_high[i], s_low[i]);
+                        }
+                        multiply_add<T>(sum[rt][n], low, s_high[0], s_high[1]);
+                        multiply_add<T>(sum[rt][n], high, s_low[0], s_low[1]);
+                        multiply_add<T>(sum[rt][n], high, s_high[0], s_high[1]);
+                    }
+                }
+            }
+        }
+    }
+    __syncthreads();   // maps and table
+    put_scales(0);
+
+    const uint32_t lane4 = lane * 4;
+    for (int stage = 0; stage < stages; stage++) {
+        attention::copy_async_wait<C::STAGES - 2>();
+        __syncthreads();
+        const int ahead = stage + C::STAGES - 1;
+        if (ahead < stages) {
+            fetch_codes(ahead, ahead % C::STAGES);
+            fetch_x(ahead, ahead % C::STAGES);
+        }
+        attention::copy_async_commit();
+        fetch_scales(stage + 1);
+        const char* x_tile = ring + stage % C::STAGES * C::STAGE_BYTES;
+        const char* codes = x_tile + C::X_BYTES;
+        const float* stage_scales = scales + (stage & 1) * C::SCALE_FLOATS;
+#pragma unroll
+        for (int kc = 0; kc < STAGE_CHUNKS / C::WK; kc++) {
+            const int c = kc * C::WK + k_warp;
+            uint32_t w[RT][4][4];
+            float scale[RT][2];
+#pragma unroll
+            for (int rt = 0; rt < RT; rt++) {
+                const int slot = (row_warp * RT + rt) * 16 + g;
+                const char* p = codes + slot * (STAGE_CHUNKS * 32) + ((c ^ (slot & 3)) << 5) + t * 8;
+                const uint2 low = *reinterpret_cast<const uint2*>(p);
+                const uint2 high = *reinterpret_cast<const uint2*>(p + 8 * STAGE_CHUNKS * 32);
+                scale[rt][0] = stage_scales[c * C::BN + slot], scale[rt][1] = stage_scales[c * C::BN + slot + 8];
+#pragma unroll
+                for (int i = 0; i < 4; i++) decode_step(table, low, high, i, lane4, w[rt][i]);
+            }
+            const char* xp = x_tile + g * (STAGE_CHUNKS * 128);
+            const int q = c * 8 + t * 2, flip = g & 1;
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                const char* row = xp + n * (8 * STAGE_CHUNKS * 128);
+                const uint4 b0 = *reinterpret_cast<const uint4*>(row + ((q ^ flip) << 4));
+                const uint4 b1 = *reinterpret_cast<const uint4*>(row + (((q + 1) ^ flip) << 4));
+                float part[RT][4];
+#pragma unroll
+                for (int rt = 0; rt < RT; rt++) attention::multiply<T>(part[rt], w[rt][0], b0.x, b0.y, {0, 0, 0, 0});
+#pragma unroll
+                for (int rt = 0; rt < RT; rt++) multiply_add<T>(part[rt], w[rt][1], b0.z, b0.w);
+#pragma unroll
+                for (int rt = 0; rt < RT; rt++) multiply_add<T>(part[rt], w[rt][2], b1.x, b1.y);
+#pragma unroll
+                for (int rt = 0; rt < RT; rt++) multiply_add<T>(part[rt], w[rt][3], b1.z, b1.w);
+#pragma unroll
+                for (int rt = 0; rt < RT; rt++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        sum[rt][n][i] = fmaf(scale[rt][i / 2], part[rt][i], sum[rt][n][i]);
+            }
+        }
+        put_scales(stage + 1);
+    }
+    attention::copy_async_wait<0>();
+
+    // All parts of the tile meet in shared memory: [token][slot].
+    float* out = reinterpret_cast<float*>(dynamic);
+    for (int k = 0; k < C::WK; k++) {
+        __syncthreads();
+        if (k_warp != k) continue;
+#pragma unroll
+        for (int rt = 0; rt < RT; rt++)
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float* to = out + (n * 8 + t * 2 + i % 2) * C::PITCH + (row_warp * RT + rt) * 16 + g + i / 2 * 8;
+                    *to = k == 0 ? sum[rt][n][i] : *to + sum[rt][n][i];
+                }
+    }
+    __syncthreads();
+    if (a.splits > 1) {
+        const int64_t tiles = gridDim.x, size = C::BM * C::BN;
+        float* mine = a.parts + (split * tiles + blockIdx.x) * size;
+        for (int i = threadIdx.x; i < size / 4; i += C::THREADS) {
+            const int token = i / (C::BN / 4), slot = i % (C::BN / 4) * 4;
+            __stcg(reinterpret_cast<float4*>(mine) + i, *reinterpret_cast<float4*>(out + token * C::PITCH + slot));
+        }
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            last = atomicAdd(a.arrived + blockIdx.x, 1) == static_cast<uint32_t>(a.splits - 1);
+            if (last) a.arrived[blockIdx.x] = 0;
+            __threadfence();
+        }
+        __syncthreads();
+        if (!last) return;
+        const float* parts = a.parts + blockIdx.x * size;
+        for (int i = threadIdx.x; i < size / 4; i += C::THREADS) {
+            float4 total = __ldcg(reinterpret_cast<const float4*>(parts) + i);
+            for (int k = 1; k < a.splits; k++) {
+                const float4 part = __ldcg(reinterpret_cast<const float4*>(parts + k * tiles * size) + i);
+                total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
+            }
+            const int token = i / (C::BN / 4), slot = i % (C::BN / 4) * 4;
+            *reinterpret_cast<float4*>(out + token * C::PITCH + slot) = total;
+        }
+        __syncthreads();
+    }
+    // Packs of 8 outputs. Behind a member's last row nothing is stored.
+    const int cols = a.swiglu ? C::BN / 2 : C::BN;
+    int64_t column0 = rows.first;
+    for (int j = 0; j < rows.member; j++) column0 += a.w.m[j].rows;
+    const QloraFewMember& m = a.w.m[rows.member];
+    for (int i = threadIdx.x; i < C::BM * (cols / 8); i += C::THREADS) {
+        const int token = i / (cols / 8), col = i % (cols / 8) * 8, at = token0 + token;
+        if (at >= a.tokens || rows.first + col >= m.rows) continue;
+        const int count = static_cast<int>(min(m.rows - rows.first - col, static_cast<int64_t>(8)));
+        float values[8];
+        const float* from = out + token * C::PITCH + (a.swiglu ? col * 2 : col);
+        const T* residual = static_cast<const T*>(a.residual);
+        const T* bias = static_cast<const T*>(m.bias);
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            values[e] = from[e];
+            if (e >= count) continue;
+            if (bias) values[e] += to_float(bias[rows.first + col + e]);
+            if (a.swiglu) {
+                float up = from[e + 8];
+                if (const T* up_bias = static_cast<const T*>(a.w.m[1].bias)) up += to_float(up_bias[rows.first + col + e]);
+                values[e] = values[e] / (1.0f + __expf(-values[e])) * up;
+            }
+            if (residual) values[e] += to_float(residual[at * a.ldr + column0 + col + e]);
+        }
+        T* to = static_cast<T*>(a.y) + at * a.ldy + column0 + col;
+        if (count == 8 && a.y_vectors && (column0 & 7) == 0) {
+            store_floats(to, values);
+        } else {
+            for (int e = 0; e < count; e++) to[e] = from_float<T>(values[e]);
+        }
+    }
+}
+
+// Blocks share k where that fills the device better; a part costs what `PART_STAGES` stages cost.
+int splits_of(int64_t tiles, int64_t stages) {
+    constexpr int PART_STAGES = 2;
+    const int64_t sms = device_limits().multiprocessors;
+    int64_t best = 1, best_cost = INT64_MAX;
+    for (int64_t splits = 1; splits <= 16 && splits <= stages; splits++) {
+        const int64_t each = divide_up(stages, splits);
+        const int64_t cost = divide_up(tiles * splits, sms) * (each + 2 + (splits > 1 ? PART_STAGES : 0));
+        if (divide_up(stages, each) == splits && cost < best_cost) best = splits, best_cost = cost;
+    }
+    return static_cast<int>(best);
+}
+
+template <typename C> int64_t row_tiles(const QloraFewWeights& w, bool swiglu) {
+    if (swiglu) return divide_up(w.m[0].rows, C::BN / 2);
+    int64_t tiles = 0;
+    for (int j = 0; j < w.count; j++) tiles += divide_up(w.m[j].rows, C::BN);
+    return tiles;
+}
+
+template <typename T, typename C> int launch_gemm(GemmArgs a, void* workspace, bool early, cudaStream_t stream) {
+    int64_t tiles = 0;
+    for (int j = 0; j < 3; j++) {
+        a.first_tile[j] = j < a.w.count ? static_cast<int32_t>(tiles) : INT32_MAX;
+        if (j < a.w.count) tiles += divide_up(a.w.m[j].rows, C::BN);
+    }
+    tiles = row_tiles<C>(a.w, a.swiglu);
+    a.token_tiles = static_cast<int32_t>(divide_up(a.tokens, C::BM));
+    const int64_t stages = divide_up(a.chunks, STAGE_CHUNKS), blocks = tiles * a.token_tiles;
+    if (blocks > LARGEST_GRID) return static_cast<int>(cudaErrorInvalidValue);
+    a.splits = workspace ? splits_of(blocks, stages) : 1;
+    a.split_stages = static_cast<int32_t>(divide_up(stages, a.splits));
+    a.arrived = static_cast<uint32_t*>(workspace);
+    a.parts = reinterpret_cast<float*>(static_cast<char*>(workspace) + round_up(blocks * 4, 256));
+    constexpr auto KERNEL = gemm_kernel<T, C>;
+    const cudaError_t error = allow_shared<KERNEL>(C::SHARED);
+    if (error != cudaSuccess) return static_cast<int>(error);
+    return launch(KERNEL, dim3(static_cast<unsigned>(blocks), a.splits), dim3(C::THREADS), C::SHARED, early, stream, a);
+}
+
+template <typename C> int64_t workspace_of(const QloraFewWeights& w, int64_t tokens, bool swiglu) {
+    const int64_t blocks = row_tiles<C>(w, swiglu) * divide_up(tokens, C::BM);
+    const int64_t splits = splits_of(blocks, divide_up(w.k / 64, STAGE_CHUNKS));
+    return splits == 1 ? 0 : round_up(blocks * 4, 256) + splits * blocks * (C::BM * C::BN * 4);
+}
+
+// Calls `f` with the tiles for a number of tokens.
+#ifdef GEMV_LAB
+}
+int gemm_variant = 0;
+namespace {
+template <typename F> auto with_config(int64_t tokens, F f) {
+    switch (gemm_variant) {
+        case 0: return f(Config<128, 32, 2, 4>{});
+        case 1: return f(Config<128, 32, 4, 4>{});
+        case 2: return f(Config<64, 32, 4, 3>{});
+        case 3: return f(Config<128, 64, 2, 3>{});
+        case 4: return f(Config<128, 64, 4, 3>{});
+        case 5: return f(Config<64, 64, 4, 3>{});
+        case 6: return f(Config<256, 64, 1, 2>{});
+        default: return f(Config<128, 128, 2, 2>{});
+    }
+}
+#else
+template <typename F> auto with_config(int64_t tokens, F f) {
+    return tokens <= 32 ? f(Config<128, 32, 2, 4>{}) : f(Config<128, 64, 2, 3>{});
+}
+#endif
+
+}  // namespace
+
+// Bytes of the workspace; its first 4 bytes per tile are zero before the first call, and every call leaves them so.
+extern "C" int64_t qlora_nf4_small_gemm_workspace(QloraFewWeights weights, int64_t tokens, int swiglu) {
+    if (tokens <= 0 || !takes(weights)) return 0;
+    return with_config(tokens, [&](auto c) { return workspace_of<decltype(c)>(weights, tokens, swiglu != 0); });
+}
+
+extern "C" int qlora_nf4_small_gemm(int dtype, QloraFewWeights weights, const void* x, int64_t ldx, const float* s,
+                                    int64_t lds, const void* residual, int64_t ldr, void* y, int64_t ldy,
+                                    int64_t tokens, int swiglu, int early, void* workspace, cudaStream_t stream) {
+    if (tokens <= 0) return static_cast<int>(cudaSuccess);
+    if (!is_activation(dtype) || !takes(weights) || !attention::aligned16(x, ldx) || tokens > (1 << 20))
+        return static_cast<int>(cudaErrorInvalidValue);
+    if (swiglu && (weights.count != 2 || weights.m[0].rows != weights.m[1].rows || residual))
+        return static_cast<int>(cudaErrorInvalidValue);
+    GemmArgs a{};
+    a.w = weights;
+    a.x = x, a.ldx = ldx, a.lds = lds, a.residual = residual, a.ldr = ldr, a.y = y, a.ldy = ldy;
+    a.tokens = static_cast<int32_t>(tokens);
+    a.chunks = static_cast<int32_t>(weights.k / 64);
+    a.block_shift = nf4::log2_of(weights.blocksize);
+    a.nested_shift = nf4::log2_of(weights.nested_blocksize);
+    a.swiglu = swiglu != 0;
+    a.y_vectors = attention::aligned16(y, ldy);
+    for (int j = 0; j < weights.count; j++) {
+        if (!s || !weights.m[j].lora_b) a.w.m[j].rank = 0;
+        if (a.w.m[j].rank > 0) a.s = s;
+    }
+    return with_config(tokens, [&](auto c) {
+        using C = decltype(c);
+        return dtype == BF16 ? launch_gemm<__nv_bfloat16, C>(a, workspace, early, stream)
+                             : launch_gemm<__half, C>(a, workspace, early, stream);
+    });
+}
