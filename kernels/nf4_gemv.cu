@@ -120,15 +120,15 @@ template <int KI, int DEPTH> constexpr int UNROLLED = DEPTH / common_divisor(DEP
 
 template <typename T, int NT, int KI, int DEPTH, bool NESTED, bool ALIGNED>
 __global__ void __launch_bounds__(MOST_WARPS * 32, 1) gemv_kernel(const __grid_constant__ Args a) {
-    __shared__ __align__(16) uint32_t table[TABLE_WORDS];
     __shared__ float maps[3][256];
     __shared__ bool last;
     extern __shared__ __align__(128) float dynamic[];
     const int threads = blockDim.x, warps = threads / 32;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int lora_floats = 16 * a.lora_columns;
-    char* ring = reinterpret_cast<char*>(dynamic) + warp * (DEPTH * RING_BYTES);
-    float* sums = dynamic + warps * (DEPTH * RING_BYTES / 4);              // [2][batch][warps][128 NT]
+    uint32_t* table = reinterpret_cast<uint32_t*>(dynamic);
+    char* ring = reinterpret_cast<char*>(table + TABLE_WORDS) + warp * (DEPTH * RING_BYTES);
+    float* sums = dynamic + TABLE_WORDS + warps * (DEPTH * RING_BYTES / 4);   // [2][batch][warps][128 NT]
     float* lora_s = sums + 2 * a.batch * warps * 128 * NT;                 // [s_columns][8 NT], times the scale
     float* lora_b = lora_s + a.s_columns * 8 * NT + warp * (DEPTH * lora_floats);   // [DEPTH][lora_columns][16]
     const uint32_t ring_address = shared_address(ring), lora_address = shared_address(lora_b);
@@ -363,11 +363,12 @@ template <int NT, int KI, int DEPTH> Shape shape_of(int64_t k, int tiles, int ra
     if (s.warps < 4 * NT) s.warps = 4 * NT;   // one thread an element
     s.split_chunks = s.warps * CHUNKS * KI;
     s.batch = s.warps * 32 / (128 * NT);
+    if (TABLE_STRIDE == 64 && s.batch > 2) s.batch = 2;
     s.lora_columns = static_cast<int>(divide_up(rank, s.warps));
-    s.shared = s.warps * DEPTH * (RING_BYTES + s.lora_columns * 64) +
+    s.shared = sizeof(uint32_t) * TABLE_WORDS + s.warps * DEPTH * (RING_BYTES + s.lora_columns * 64) +
                sizeof(float) * (2 * s.batch * s.warps * 128 * NT + 8 * NT * s_columns);
     int per_sm = half ? 1 : MOST_WARPS / s.warps;
-    while (per_sm > 1 && per_sm * (s.shared + sizeof(uint32_t) * TABLE_WORDS + 4352) > 227 * 1024) per_sm--;
+    while (per_sm > 1 && per_sm * (s.shared + 4352) > 228 * 1024) per_sm--;
     const int64_t most = static_cast<int64_t>(device_limits().multiprocessors) * per_sm / s.splits;
     s.blocks = static_cast<int>(tiles < most ? tiles : most < 1 ? 1 : most);
     return s;

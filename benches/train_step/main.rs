@@ -284,7 +284,16 @@ fn load(options: &Options, workspace: &Workspace) -> anyhow::Result<Trainee> {
     let mut model = CausalLm::load_on(&source, load, workspace.clone())?;
     drop(source);
     let gpu = workspace.gpu().context("the device is a GPU")?;
-    println!("loaded in {:.1} s, {:.2} GB", started.elapsed().as_secs_f64(), gpu.pool().used()? as f64 / 1e9);
+    let gb = |bytes: u64| bytes as f64 / 1e9;
+    let reserved = gpu.pool().reserved()?;
+    gpu.pool().trim()?;
+    println!(
+        "loaded in {:.1} s, {:.2} GB; {:.2} GB reserved, {:.2} of them in use by pieces of memory",
+        started.elapsed().as_secs_f64(),
+        gb(gpu.pool().used()?),
+        gb(reserved),
+        gb(gpu.pool().reserved()?)
+    );
     let target_modules = match options.targets.as_str() {
         "all" => TargetModules::AllLinear,
         _ => TargetModules::Selected(ModuleFilter::List(

@@ -41,9 +41,10 @@ impl Checkpoints {
 
     /// Takes what the next block kept.
     pub(crate) fn push(&mut self, saved: Option<Saved>, keep: Keep, workspace: &Workspace) -> Result<()> {
+        // The block above the one that left has run: its copy is done, or nearly.
+        self.settle()?;
         #[cfg(feature = "cuda")]
         if let (true, Some(gpu)) = (keep.is_offloaded(), workspace.gpu()) {
-            self.settle()?;
             if let Some(mut saved) = saved {
                 let mut offloaded = Vec::new();
                 for matrix in saved.large() {
