@@ -24,6 +24,7 @@ using attention::Tile;
 constexpr int KEYS = 64;
 constexpr int WARPS = 4;
 constexpr int ROWS = 16;
+constexpr int MOST_SPLITS = 64;
 
 struct DecodeArgs {
     const void* q;
@@ -193,34 +194,42 @@ __global__ void __launch_bounds__(WARPS * 32) decode_kernel(const __grid_constan
     constexpr int PART = ROWS * D + 2 * ROWS;
     const int64_t group_index = static_cast<int64_t>(sequence) * gridDim.x + blockIdx.x;
     float* group_parts = a.parts + group_index * a.splits * PART;
-    // Sums `parts` parts of an output in their order.
-    const auto add = [&](int parts, auto top_of, auto sum_of, auto out_of, float4& x, float& highest, float& total) {
-        highest = -INFINITY, total = 0.0f, x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        for (int w = 0; w < parts; w++) highest = fmaxf(highest, top_of(w));
-#pragma unroll 8
+    // A factor for each part of a row, and the row's sum: the parts' tops and sums are [part][ROWS] in shared memory,
+    // and the factors take the tops' place. One thread a row.
+    const auto weigh = [&](float* part_tops, const float* part_sums, int parts, float& highest, float& total) {
+        const int row = threadIdx.x;
+        highest = -INFINITY, total = 0.0f;
+        for (int w = 0; w < parts; w++) highest = fmaxf(highest, part_tops[w * ROWS + row]);
+        const float base = highest == -INFINITY ? 0.0f : highest * scale2;
         for (int w = 0; w < parts; w++) {
-            const float t = top_of(w);
-            if (t == -INFINITY) continue;   // saw no key
-            const float f = attention::exp2_fast((t - highest) * scale2);
-            const float4 y = out_of(w);
-            total = fmaf(f, sum_of(w), total);
-            x.x = fmaf(f, y.x, x.x), x.y = fmaf(f, y.y, x.y), x.z = fmaf(f, y.z, x.z), x.w = fmaf(f, y.w, x.w);
+            const float factor = attention::exp2_fast(part_tops[w * ROWS + row] * scale2 - base);
+            part_tops[w * ROWS + row] = factor;
+            total = fmaf(factor, part_sums[w * ROWS + row], total);
         }
+    };
+    __shared__ float row_totals[ROWS];
+    if (threadIdx.x < rows) {
+        float highest, total;
+        weigh(tops, sums, WARPS, highest, total);
+        row_totals[threadIdx.x] = total;
+        if (a.splits > 1) {
+            float* part = group_parts + static_cast<int64_t>(split) * PART + ROWS * D + threadIdx.x;
+            __stcg(part, highest);
+            __stcg(part + ROWS, total);
+        }
+    }
+    __syncthreads();
+    const auto add = [](float4& x, float f, float4 y) {
+        x.x = fmaf(f, y.x, x.x), x.y = fmaf(f, y.y, x.y), x.z = fmaf(f, y.z, x.z), x.w = fmaf(f, y.w, x.w);
     };
     for (int i = threadIdx.x; i < rows * (D / 4); i += THREADS) {
         const int row = i / (D / 4), col = i % (D / 4) * 4;
-        float4 x;
-        float highest, total;
-        add(WARPS, [&](int w) { return tops[w * ROWS + row]; }, [&](int w) { return sums[w * ROWS + row]; },
-            [&](int w) { return *reinterpret_cast<const float4*>(outs + (w * ROWS + row) * PITCH + col); }, x, highest,
-            total);
-        if (a.splits == 1) {
-            store(row, col, x, total);
-        } else {
-            float* part = group_parts + static_cast<int64_t>(split) * PART;
-            if (highest != -INFINITY) __stcg(reinterpret_cast<float4*>(part + row * D + col), x);
-            if (col == 0) __stcg(part + ROWS * D + row, highest), __stcg(part + ROWS * D + ROWS + row, total);
-        }
+        float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (int w = 0; w < WARPS; w++)
+            add(x, tops[w * ROWS + row], *reinterpret_cast<const float4*>(outs + (w * ROWS + row) * PITCH + col));
+        if (a.splits == 1) store(row, col, x, row_totals[row]);
+        else __stcg(reinterpret_cast<float4*>(group_parts + static_cast<int64_t>(split) * PART + row * D + col), x);
     }
     if (a.splits == 1) return;
     __threadfence();
@@ -232,17 +241,29 @@ __global__ void __launch_bounds__(WARPS * 32) decode_kernel(const __grid_constan
     }
     __syncthreads();
     if (!last) return;
+    // The space of the warps' parts is free again.
+    float* all_tops = outs;
+    float* all_sums = outs + MOST_SPLITS * ROWS;
+    for (int i = threadIdx.x; i < a.splits * ROWS; i += THREADS) {
+        const float* part = group_parts + static_cast<int64_t>(i / ROWS) * PART + ROWS * D + i % ROWS;
+        if (i % ROWS < rows) all_tops[i] = __ldcg(part), all_sums[i] = __ldcg(part + ROWS);
+    }
+    __syncthreads();
+    if (threadIdx.x < rows) {
+        float highest, total;
+        weigh(all_tops, all_sums, a.splits, highest, total);
+        row_totals[threadIdx.x] = total;
+    }
+    __syncthreads();
     for (int i = threadIdx.x; i < rows * (D / 4); i += THREADS) {
         const int row = i / (D / 4), col = i % (D / 4) * 4;
-        float4 x;
-        float highest, total;
-        add(a.splits, [&](int w) { return __ldcg(group_parts + static_cast<int64_t>(w) * PART + ROWS * D + row); },
-            [&](int w) { return __ldcg(group_parts + static_cast<int64_t>(w) * PART + ROWS * D + ROWS + row); },
-            [&](int w) {
-                return __ldcg(reinterpret_cast<const float4*>(group_parts + static_cast<int64_t>(w) * PART + row * D + col));
-            },
-            x, highest, total);
-        store(row, col, x, total);
+        float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 16
+        for (int w = 0; w < a.splits; w++) {
+            const float* part = group_parts + static_cast<int64_t>(w) * PART + row * D + col;
+            add(x, all_tops[w * ROWS + row], __ldcg(reinterpret_cast<const float4*>(part)));
+        }
+        store(row, col, x, row_totals[row]);
     }
 }
 
@@ -288,11 +309,10 @@ __global__ void __launch_bounds__(128)
 
 // Blocks for the whole device, some of each on a multiprocessor, but no more than the longest text has tiles.
 int splits_for(int64_t groups, int64_t capacity) {
-    constexpr int BLOCKS_PER_SM = 2;
-    const int64_t wanted = divide_up(static_cast<int64_t>(device_limits().multiprocessors) * BLOCKS_PER_SM, groups);
+    const int64_t wanted = device_limits().multiprocessors / groups;
     const int64_t most = divide_up(capacity, KEYS);
     const int64_t splits = wanted < most ? wanted : most;
-    return static_cast<int>(splits < 1 ? 1 : splits > 128 ? 128 : splits);
+    return static_cast<int>(splits < 1 ? 1 : splits > MOST_SPLITS ? MOST_SPLITS : splits);
 }
 
 int64_t groups_of(int64_t sequences, int64_t queries, int64_t heads, int64_t kv_heads) {
@@ -312,7 +332,7 @@ extern "C" int64_t qlora_decode_attention_workspace(int64_t sequences, int64_t q
     const int64_t groups = groups_of(sequences, queries, heads, kv_heads);
     int64_t splits = splits_for(groups, capacity);
 #ifdef GEMV_LAB
-    splits = 128;
+    splits = MOST_SPLITS;
 #endif
     return splits == 1 ? 0 : round_up(groups * 4, 256) + groups * splits * (ROWS * head_dim + 2 * ROWS) * 4;
 }

@@ -1,9 +1,10 @@
-// Launches that begin while the kernel before them still ends (programmatic dependent launch, sm_90 and later; elsewhere
-// they are ordinary launches). The few microseconds between two kernels then hide in the first one's tail.
+// Launches that begin while the kernel before them still ends (programmatic dependent launch, sm_90 and later;
+// elsewhere they are ordinary launches). The few microseconds between two kernels then hide in the first one's tail.
 //
-// Such a kernel calls `let_next_begin` first and `wait_for_previous` before its first access, other than reads of memory
-// that nothing writes any more, since until then the kernels before it may still run. Every one of its blocks has to wait:
-// only so has everything before it ended when it ends. Kernels that are launched as usual need no change on either side.
+// Such a kernel calls `let_next_begin` first and `wait_for_previous` before its first access, other than reads of
+// memory that nothing writes any more, since until then the kernels before it may still run. Every one of its blocks
+// has to wait: only so has everything before it ended when it ends. Kernels that are launched as usual need no change
+// on either side.
 #pragma once
 
 #include <cuda_runtime.h>

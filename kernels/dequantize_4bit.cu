@@ -5,7 +5,9 @@
 // Floor: memory. A bf16 weight costs 2 + 0.5 + 1/64 bytes per element, four fifths of it stores, so the stores are the
 // side that is coalesced: a thread decodes 4 bytes to 8 elements (16 bytes of bf16) beside its neighbour's. The table
 // lives in the lanes of the warp: one shuffle looks up a code for every lane, and takes its index modulo 16, so a
-// nibble needs a shift and no mask. PACKS independent loads a thread hide the latency of the codes.
+// nibble needs a shift and no mask. So do the scales of the warp's stretch: each is decoded once. PACKS independent
+// loads a thread hide the latency of the codes. Stores are ordinary ones: streaming stores are 2% faster by themselves,
+// but whoever reads a weight of 4096 x 4096 next no longer finds it in the L2 cache.
 //
 // What remains is a launch's start and end, 4 us: a launch begins before its predecessor has ended (dependent.cuh), and
 // reads codes and scales at once, which nobody writes. Only the stores wait.
@@ -58,6 +60,7 @@ template <typename T> struct Members {
 // Packs of 8 elements. A warp decodes PACKS * 32 of them, which lie side by side.
 template <typename T, int BLOCK, int PACKS, bool ONE>
 __global__ void __launch_bounds__(BLOCK) vector_kernel(const __grid_constant__ Members<T> members) {
+    static_assert(PACKS <= 2, "with blocks of 32, 17 scales: one a lane");
     let_next_begin();
     const int which = ONE || blockIdx.x < members.m[1].start ? 0 : (blockIdx.x < members.m[2].start ? 1 : 2);
     const Member<T>& m = members.m[which];
@@ -65,26 +68,27 @@ __global__ void __launch_bounds__(BLOCK) vector_kernel(const __grid_constant__ M
     const float table = nf4::TABLES[w.quant_type][threadIdx.x % 16];
     const uint32_t* words = reinterpret_cast<const uint32_t*>(w.codes) + w.first / 8;
     const uint32_t lane = threadIdx.x % 32;
-    const uint32_t start = ((blockIdx.x - m.start) * BLOCK + threadIdx.x - lane) * PACKS + lane;
+    const uint32_t start = ((blockIdx.x - m.start) * BLOCK + threadIdx.x - lane) * PACKS;
+    const auto block_of = [&](uint32_t pack) { return (w.first + static_cast<int64_t>(pack) * 8) >> w.block_shift; };
     uint32_t word[PACKS];
-    float scale[PACKS];
 #pragma unroll
     for (int k = 0; k < PACKS; k++) {
         // Threads behind the end repeat the last pack: shuffles need whole warps.
-        const uint32_t pack = min(start + k * 32, m.packs - 1);
-        word[k] = __ldcs(words + pack);
-        scale[k] = w.scales((w.first + static_cast<int64_t>(pack) * 8) >> w.block_shift);
+        word[k] = __ldcs(words + min(start + k * 32 + lane, m.packs - 1));
     }
+    const int64_t first_block = block_of(min(start, m.packs - 1));
+    const float scale = w.scales(min(first_block + lane, block_of(min(start + PACKS * 32, m.packs) - 1)));
     wait_for_previous();
 #pragma unroll
     for (int k = 0; k < PACKS; k++) {
-        const uint32_t pack = start + k * 32;
+        const uint32_t pack = start + k * 32 + lane;
+        const float s = __shfl_sync(~0u, scale, static_cast<int>(block_of(pack) - first_block));
         float values[8];
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             // Byte i / 2, upper nibble first.
             const int code = static_cast<int>(word[k] >> (8 * (i / 2) + (i % 2 == 0 ? 4 : 0)));
-            values[i] = nf4::multiply_flushed(__shfl_sync(~0u, table, code, 16), scale[k]);
+            values[i] = nf4::multiply_flushed(__shfl_sync(~0u, table, code, 16), s);
         }
         const uint32_t row = m.row_packs.quotient(pack);
         const int64_t at = row * m.ldo + static_cast<int64_t>(pack - row * m.row_packs.d) * 8;
@@ -123,7 +127,7 @@ extern "C" int qlora_dequantize_4bit_group(int out_dtype, const QloraDequantize4
     }
     return with_dtype(out_dtype, [&](auto zero) {
         using T = decltype(zero);
-        constexpr int BLOCK = 256, PACKS = 4;
+        constexpr int BLOCK = 512, PACKS = 2;
         Members<T> members{};
         int64_t blocks = 0;
         int used = 0;

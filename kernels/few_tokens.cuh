@@ -88,12 +88,7 @@ __device__ __forceinline__ uint4 load_stream16(const void* p) {
 }
 
 // The table byte -> two levels (the upper nibble in the low half), once a lane, so that 32 lookups never meet in a bank.
-#ifdef WIDE_TABLE
-constexpr int TABLE_STRIDE = 64;
-#else
-constexpr int TABLE_STRIDE = 32;
-#endif
-constexpr int TABLE_WORDS = 256 * TABLE_STRIDE;
+constexpr int TABLE_WORDS = 256 * 32;
 
 template <typename T> __device__ __forceinline__ void fill_table(uint32_t* table, int quant_type, int threads) {
     const float level = nf4::TABLES[quant_type][threadIdx.x % 16];
@@ -102,18 +97,14 @@ template <typename T> __device__ __forceinline__ void fill_table(uint32_t* table
         const int byte = i / 8;
         const float even = __shfl_sync(~0u, level, byte >> 4, 16), odd = __shfl_sync(~0u, level, byte & 15, 16);
         const uint32_t pair = pack_pair<T>(even, odd);
-        reinterpret_cast<uint4*>(table)[byte * (TABLE_STRIDE / 4) + i % 8] = make_uint4(pair, pair, pair, pair);
+        reinterpret_cast<uint4*>(table)[i] = make_uint4(pair, pair, pair, pair);
     }
 }
 
-// Byte `b` (known at compile time) of a word, decoded. `lane4` is 4 * lane.
+// Byte `b` (known at compile time) of a word, decoded. `lane4` is 4 * lane. One dot product of bytes makes the address:
+// 128 times the byte, plus 4 times the lane.
 __device__ __forceinline__ uint32_t decode(const uint32_t* table, uint32_t word, int b, uint32_t lane4) {
-#ifdef WIDE_TABLE
-    const uint32_t at = __byte_perm(word, lane4, 0x6604 | b << 4);
-#else
-    const uint32_t shifted = b == 0 ? word << 7 : word >> (8 * b - 7);
-    const uint32_t at = (shifted & 0x7f80u) | lane4;
-#endif
+    const uint32_t at = __dp4a(word, 0x80u << (8 * b), lane4);
     return *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(table) + at);
 }
 

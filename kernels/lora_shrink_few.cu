@@ -2,7 +2,7 @@
 // every member lies in the flat buffer of the adapters (lora.cu). Columns of S that belong to nobody become zero.
 //
 // Floor: memory, 4 bytes an element of A: under a microsecond, so what counts is latency. A block takes one row of A and
-// up to 16 tokens (fewer where k is long, for more blocks); its threads share k and load A before the input is there
+// up to 4 tokens; its threads share k and load A before the input is there
 // (few_tokens.cuh, programmatic launch). Sums have a fixed order.
 
 #include "few_tokens.cuh"
@@ -19,10 +19,9 @@ namespace {
 
 using namespace few;
 
-constexpr int THREADS = 256;
 constexpr int PACKS = 2;   // of 8 elements, loaded ahead
 
-template <typename T, int M, bool VECTORS>
+template <typename T, int M, bool VECTORS, int THREADS>
 __global__ void __launch_bounds__(THREADS)
     shrink_kernel(const T* __restrict__ x, int64_t ldx, QloraShrink adapters, float* s, int64_t lds, int64_t k,
                   int tokens) {
@@ -108,8 +107,15 @@ extern "C" int qlora_lora_shrink_few(int dtype, const void* x, int64_t ldx, Qlor
         const auto go = [&](auto size) {
             constexpr int M = size();
             const dim3 grid(static_cast<unsigned>(columns), static_cast<unsigned>(divide_up(tokens, M)));
-            return launch(vectors ? shrink_kernel<T, M, true> : shrink_kernel<T, M, false>, grid, dim3(THREADS), 0,
-                          early, stream, xt, ldx, adapters, s, lds, k, static_cast<int>(tokens));
+            const auto with_threads = [&](auto threads) {
+                constexpr int THREADS = threads();
+                const auto kernel = vectors ? shrink_kernel<T, M, true, THREADS> : shrink_kernel<T, M, false, THREADS>;
+                return launch(kernel, grid, dim3(THREADS), 0, early, stream, xt, ldx, adapters, s, lds, k,
+                              static_cast<int>(tokens));
+            };
+            // A thread takes two packs of 8 elements, or little more.
+            return k > 4096 ? with_threads(std::integral_constant<int, 1024>{})
+                            : with_threads(std::integral_constant<int, 256>{});
         };
         if (tokens == 1) return go(std::integral_constant<int, 1>{});
         if (tokens == 2) return go(std::integral_constant<int, 2>{});

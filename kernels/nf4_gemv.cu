@@ -45,12 +45,10 @@ struct Args {
     bool x_vectors, swiglu;
 };
 
-// Scales of a stage: of the two rows of a lane four codes and their nested absmax (the first's and the last's), or four
-// values.
-template <bool NESTED, bool ALIGNED> struct StageScales {
-    uint32_t codes[NESTED ? 2 : 1];
-    float nested[NESTED ? 2 : 1][ALIGNED ? 1 : 2];
-    float values[NESTED ? 1 : 2][CHUNKS];
+// Scales of a stage, as they lie in memory: a lane has those of row lane / 2 and of two chunks.
+template <bool NESTED> struct StageScales {
+    uint32_t codes;
+    float values[2];   // or the nested absmax
 };
 
 // The rows of a tile: its slots 0..7 and 8..15.
@@ -68,11 +66,11 @@ __device__ __forceinline__ Rows rows_of(const Args& a, int tile) {
 // Starts the copy of a stage's codes to the ring and loads its scales.
 template <bool NESTED, bool ALIGNED>
 __device__ __forceinline__ void fetch(const Args& a, const Rows& rows, int chunk, int end, int lane, uint32_t ring,
-                                      StageScales<NESTED, ALIGNED>& scales) {
+                                      StageScales<NESTED>& scales) {
     // Eight lanes take the 128 bytes of a row; 32-byte pieces are permuted so that reads meet no bank twice.
     const int q = lane % 8, r = lane / 8;
     const uint32_t to = ring + r * 128 + ((q ^ ((r & 3) * 2)) << 4);
-    const int row_bytes = static_cast<int>(a.w.k / 2), row_chunks = static_cast<int>(a.w.k / 64);
+    const int row_bytes = static_cast<int>(a.w.k / 2);
     const bool valid = chunk + q / 2 < end;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -84,32 +82,34 @@ __device__ __forceinline__ void fetch(const Args& a, const Rows& rows, int chunk
             const int64_t row = min(rows.row[h] + r + i * 4, most);
             attention::copy_async16(to + h * 1024 + i * 512, valid ? codes + row * row_bytes : m.codes, valid);
         }
-        const int64_t row = min(rows.row[h] + lane / 4, most);
-        if constexpr (ALIGNED) {
-            const int64_t block = row * row_chunks + chunk;
+    }
+    const int j = lane < 16 ? rows.member[0] : rows.member[1];
+    const QloraFewMember& m = a.w.m[j];
+    const int64_t row = min((lane < 16 ? rows.row[0] : rows.row[1]) + lane / 2 % 8, a.rows[j] - 1);
+    const int own = chunk + lane % 2 * 2;
+    const int64_t chunk_index = row * static_cast<int>(a.w.k / 64) + own;
+    scales.codes = 0;
+    scales.values[0] = scales.values[1] = 0.0f;
+    if constexpr (ALIGNED) {
+        if (own < end) {
             if constexpr (NESTED) {
-                scales.codes[h] = chunk < end ? __ldg(reinterpret_cast<const uint32_t*>(m.absmax_codes + block)) : 0;
-                scales.nested[h][0] = chunk < end ? __ldg(m.nested_absmax + (block >> a.nested_shift)) : 0.0f;
+                scales.codes = __ldg(reinterpret_cast<const uint16_t*>(m.absmax_codes + chunk_index));
+                scales.values[0] = scales.values[1] = __ldg(m.nested_absmax + (chunk_index >> a.nested_shift));
             } else {
-                const float4 s = chunk < end ? __ldg(reinterpret_cast<const float4*>(m.absmax + block)) : float4{};
-                scales.values[h][0] = s.x, scales.values[h][1] = s.y;
-                scales.values[h][2] = s.z, scales.values[h][3] = s.w;
+                const float2 s = __ldg(reinterpret_cast<const float2*>(m.absmax + chunk_index));
+                scales.values[0] = s.x, scales.values[1] = s.y;
             }
-        } else {
-            if constexpr (NESTED) scales.codes[h] = 0, scales.nested[h][0] = scales.nested[h][1] = 0.0f;
+        }
+    } else {
 #pragma unroll
-            for (int c = 0; c < CHUNKS; c++) {
-                const int64_t block = ((row * row_chunks + chunk + c) << 6) >> a.block_shift;
-                if constexpr (NESTED) {
-                    if (chunk + c >= end) continue;
-                    scales.codes[h] |= static_cast<uint32_t>(__ldg(m.absmax_codes + block)) << (8 * c);
-                    // At most one border of nested blocks lies between four chunks.
-                    const float nested = __ldg(m.nested_absmax + (block >> a.nested_shift));
-                    if (c == 0) scales.nested[h][0] = nested;
-                    scales.nested[h][1] = nested;
-                } else {
-                    scales.values[h][c] = chunk + c < end ? __ldg(m.absmax + block) : 0.0f;
-                }
+        for (int i = 0; i < 2; i++) {
+            if (own + i >= end) continue;
+            const int64_t block = ((chunk_index + i) << 6) >> a.block_shift;
+            if constexpr (NESTED) {
+                scales.codes |= static_cast<uint32_t>(__ldg(m.absmax_codes + block)) << (8 * i);
+                scales.values[i] = __ldg(m.nested_absmax + (block >> a.nested_shift));
+            } else {
+                scales.values[i] = __ldg(m.absmax + block);
             }
         }
     }
@@ -129,7 +129,8 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1) gemv_kernel(const __grid_c
     uint32_t* table = reinterpret_cast<uint32_t*>(dynamic);
     char* ring = reinterpret_cast<char*>(table + TABLE_WORDS) + warp * (DEPTH * RING_BYTES);
     float* sums = dynamic + TABLE_WORDS + warps * (DEPTH * RING_BYTES / 4);   // [2][batch][warps][128 NT]
-    float* lora_s = sums + 2 * a.batch * warps * 128 * NT;                 // [s_columns][8 NT], times the scale
+    float* decoded = sums + 2 * a.batch * warps * 128 * NT + warp * (16 * CHUNKS);   // scales: [16][CHUNKS]
+    float* lora_s = sums + 2 * a.batch * warps * 128 * NT + warps * (16 * CHUNKS);   // [s_columns][8 NT], scaled
     float* lora_b = lora_s + a.s_columns * 8 * NT + warp * (DEPTH * lora_floats);   // [DEPTH][lora_columns][16]
     const uint32_t ring_address = shared_address(ring), lora_address = shared_address(lora_b);
 
@@ -137,13 +138,13 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1) gemv_kernel(const __grid_c
     const int first = split * a.split_chunks + warp * (CHUNKS * KI);
     const int end = min(a.chunks, (split + 1) * a.split_chunks);
     const bool with_lora = lora_floats > 0 && split == 0;
-    StageScales<NESTED, ALIGNED> scales[DEPTH];
+    StageScales<NESTED> scales[DEPTH];
     // Step n of the sequence (tile, ki), counted from the tile `base`; `at` is its stage.
     const auto fetch_step = [&](int base, int n, int at) {
         const int tile = base + n / KI * stride;
         if (tile < tiles) {
             const Rows rows = rows_of(a, tile);
-            fetch(a, rows, first + n % KI * CHUNKS, end, lane, ring_address + at * RING_BYTES, scales[at]);
+            fetch<NESTED, ALIGNED>(a, rows, first + n % KI * CHUNKS, end, lane, ring_address + at * RING_BYTES, scales[at]);
             if (with_lora && n % KI == 0) {
                 // Each warp adds some columns of the adapter: warp, warp + warps, ...
                 const int h = lane / 8 % 2;
@@ -246,7 +247,19 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1) gemv_kernel(const __grid_c
             for (int ki = 0; ki < KI; ki++) {
                 const int at = (u * KI + ki) % DEPTH;
                 attention::copy_async_wait<DEPTH - 1>();
+                float2 values = make_float2(scales[at].values[0], scales[at].values[1]);
+                if constexpr (NESTED) {
+                    const int j = lane < 16 ? rows.member[0] : rows.member[1];
+                    const float offset = a.w.m[j].nested_offset;
+                    const float low = maps[j][scales[at].codes & 255], high = maps[j][scales[at].codes >> 8];
+                    values.x = __fadd_rn(nf4::multiply_flushed(low, values.x), offset);
+                    values.y = __fadd_rn(nf4::multiply_flushed(high, values.y), offset);
+                }
+                reinterpret_cast<float2*>(decoded)[lane] = values;
                 __syncwarp();
+                float scale[2][CHUNKS];
+                load_floats(decoded + g * CHUNKS, scale[0]);
+                load_floats(decoded + (g + 8) * CHUNKS, scale[1]);
 #pragma unroll
                 for (int c = 0; c < CHUNKS; c++) {
                     const char* p = in_ring + at * RING_BYTES + ((c ^ (g & 3)) << 5);
@@ -263,29 +276,10 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1) gemv_kernel(const __grid_c
                             multiply_add<T>(part[n], w, b[2 * i], b[2 * i + 1]);
                         }
                     }
-                    float scale[2];
-#pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        if constexpr (NESTED) {
-                            const int j = rows.member[h];
-                            float nested = scales[at].nested[h][0];
-                            if constexpr (!ALIGNED) {
-                                // Where the block of chunk c lies; as in `fetch`.
-                                const int64_t row = min(rows.row[h] + g, a.rows[j] - 1);
-                                const int64_t flat = row * a.w.k + static_cast<int64_t>(first + ki * CHUNKS) * 64;
-                                const int shift = a.block_shift + a.nested_shift;
-                                if ((flat + c * 64) >> shift != flat >> shift) nested = scales[at].nested[h][1];
-                            }
-                            const float value = maps[j][scales[at].codes[h] >> (8 * c) & 255];
-                            scale[h] = __fadd_rn(nf4::multiply_flushed(value, nested), a.w.m[j].nested_offset);
-                        } else {
-                            scale[h] = scales[at].values[h][c];
-                        }
-                    }
 #pragma unroll
                     for (int n = 0; n < NT; n++)
 #pragma unroll
-                        for (int i = 0; i < 4; i++) sum[n][i] = fmaf(scale[i / 2], part[n][i], sum[n][i]);
+                        for (int i = 0; i < 4; i++) sum[n][i] = fmaf(scale[i / 2][c], part[n][i], sum[n][i]);
                 }
                 if (ki == 0 && with_lora) {
                     const float* b = lora_b + at * lora_floats;
@@ -341,11 +335,20 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1) gemv_kernel(const __grid_c
     }
     __syncthreads();
     if (!last || of_batch >= a.batch) return;
-    for (int tile = blockIdx.x + of_batch * stride; tile < tiles; tile += a.batch * stride) {
-        float total = 0.0f;
+    constexpr int TOGETHER = 4;   // tiles, so that their loads are under way at once
+    for (int base = blockIdx.x + of_batch * stride; base < tiles; base += TOGETHER * a.batch * stride) {
+        float totals[TOGETHER] = {};
         for (int i = 0; i < a.splits; i++)
-            total += __ldcg(a.parts + (static_cast<int64_t>(i) * tiles + tile) * (128 * NT) + in_tile);
-        finish(tile, total);
+#pragma unroll
+            for (int k = 0; k < TOGETHER; k++) {
+                const int tile = min(base + k * a.batch * stride, tiles - 1);
+                totals[k] += __ldcg(a.parts + (static_cast<int64_t>(i) * tiles + tile) * (128 * NT) + in_tile);
+            }
+#pragma unroll
+        for (int k = 0; k < TOGETHER; k++) {
+            const int tile = base + k * a.batch * stride;
+            if (tile < tiles) finish(tile, totals[k]);
+        }
     }
 }
 
@@ -363,10 +366,9 @@ template <int NT, int KI, int DEPTH> Shape shape_of(int64_t k, int tiles, int ra
     if (s.warps < 4 * NT) s.warps = 4 * NT;   // one thread an element
     s.split_chunks = s.warps * CHUNKS * KI;
     s.batch = s.warps * 32 / (128 * NT);
-    if (TABLE_STRIDE == 64 && s.batch > 2) s.batch = 2;
     s.lora_columns = static_cast<int>(divide_up(rank, s.warps));
     s.shared = sizeof(uint32_t) * TABLE_WORDS + s.warps * DEPTH * (RING_BYTES + s.lora_columns * 64) +
-               sizeof(float) * (2 * s.batch * s.warps * 128 * NT + 8 * NT * s_columns);
+               sizeof(float) * ((2 * s.batch * 128 * NT + 16 * CHUNKS) * s.warps + 8 * NT * s_columns);
     int per_sm = half ? 1 : MOST_WARPS / s.warps;
     while (per_sm > 1 && per_sm * (s.shared + 4352) > 228 * 1024) per_sm--;
     const int64_t most = static_cast<int64_t>(device_limits().multiprocessors) * per_sm / s.splits;
@@ -388,7 +390,7 @@ int launch_gemv(Args a, int rank, bool half, void* workspace, bool early, cudaSt
     bool aligned = a.w.blocksize == 64 && a.w.k % (64 * CHUNKS) == 0;
     for (int j = 0; j < a.w.count; j++) {
         const void* scales = nested ? static_cast<const void*>(a.w.m[j].absmax_codes) : a.w.m[j].absmax;
-        if (reinterpret_cast<uintptr_t>(scales) % (nested ? 4 : 16) != 0) aligned = false;
+        if (reinterpret_cast<uintptr_t>(scales) % (nested ? 2 : 8) != 0) aligned = false;
     }
     const Shape s = shape_of<NT, KI, DEPTH>(a.w.k, a.first_tile[3], rank, a.s_columns, half);
     a.splits = s.splits;
@@ -459,9 +461,9 @@ extern "C" int qlora_nf4_gemv(int dtype, QloraFewWeights weights, const void* x,
         switch (gemv_variant) {
             case 0: return few ? launch_gemv<T, 1, 1, 2>(a, most_rank, false, workspace, early, stream) : launch_gemv<T, 2, 1, 2>(a, most_rank, false, workspace, early, stream);
             case 1: return few ? launch_gemv<T, 1, 1, 3>(a, most_rank, false, workspace, early, stream) : launch_gemv<T, 2, 1, 3>(a, most_rank, false, workspace, early, stream);
-            case 2: return few ? launch_gemv<T, 1, 2, 2>(a, most_rank, false, workspace, early, stream) : launch_gemv<T, 2, 1, 3>(a, most_rank, true, workspace, early, stream);
+            case 2: return few ? launch_gemv<T, 1, 2, 2>(a, most_rank, false, workspace, early, stream) : launch_gemv<T, 2, 1, 1>(a, most_rank, false, workspace, early, stream);
             case 3: return few ? launch_gemv<T, 1, 2, 3>(a, most_rank, false, workspace, early, stream) : launch_gemv<T, 2, 1, 3>(a, most_rank, false, workspace, early, stream);
-            default: return few ? launch_gemv<T, 1, 2, 3>(a, most_rank, true, workspace, early, stream) : launch_gemv<T, 2, 1, 2>(a, most_rank, false, workspace, early, stream);
+            default: return few ? launch_gemv<T, 1, 1, 4>(a, most_rank, false, workspace, early, stream) : launch_gemv<T, 2, 1, 2>(a, most_rank, false, workspace, early, stream);
         }
 #else
         return tokens <= 8 ? launch_gemv<T, 1, 2, 3>(a, most_rank, false, workspace, early, stream)

@@ -34,8 +34,8 @@ struct GemmArgs {
     bool swiglu, y_vectors;
 };
 
-template <int BN_, int BM_, int WK_, int STAGES_> struct Config {
-    static constexpr int BN = BN_, BM = BM_, WK = WK_, STAGES = STAGES_;
+template <int BN_, int BM_, int WK_, int STAGES_, int UNROLL_ = 4> struct Config {
+    static constexpr int BN = BN_, BM = BM_, WK = WK_, STAGES = STAGES_, UNROLL = UNROLL_;
     static constexpr int RT = 2, WN = BN / (16 * RT), THREADS = 32 * WN * WK, NT = BM / 8;
     static constexpr int X_BYTES = BM * STAGE_CHUNKS * 128, CODE_BYTES = BN * STAGE_CHUNKS * 32;
     static constexpr int STAGE_BYTES = X_BYTES + CODE_BYTES;
@@ -173,40 +173,55 @@ __global__ void __launch_bounds__(C::THREADS, 1) gemm_kernel(const __grid_consta
         attention::copy_async_commit();   // the codes of all first stages are in the first group
     }
     float sum[RT][NT][4] = {};
-    if (split == 0 && k_warp == 0 && a.s) {
-        // The adapter's part.
+    if (split == 0 && a.s) {
+        // The adapter's part, 16 columns at a time, through the stage of the ring that nothing has been copied to yet.
+        // Gate and up come one after the other: the other one's rows are zeros.
+        constexpr int COLUMNS = 16, LORA_PITCH = COLUMNS + 4;
+        static_assert((C::BM + C::BN) * LORA_PITCH * 4 <= C::STAGE_BYTES, "it fits");
+        float* lora_s = reinterpret_cast<float*>(ring + (C::STAGES - 1) * C::STAGE_BYTES);
+        float* lora_b = lora_s + C::BM * LORA_PITCH;
+        const auto fragment = [&](const float* at, uint32_t& high, uint32_t& low) {
+            const float2 v = *reinterpret_cast<const float2*>(at);
+            split_pair<T>(v.x, v.y, high, low);
+        };
+        for (int h = 0; h < (a.swiglu ? 2 : 1); h++) {
+            const int member = rows.member_of(8 * h);
+            const QloraFewMember& m = a.w.m[member];
+            for (int c0 = 0; c0 < m.rank; c0 += COLUMNS) {
+                __syncthreads();
+#pragma unroll 4
+                for (int i = threadIdx.x; i < C::BM * COLUMNS; i += C::THREADS) {
+                    const int token = token0 + i / COLUMNS, c = c0 + i % COLUMNS;
+                    lora_s[i / COLUMNS * LORA_PITCH + i % COLUMNS] =
+                        token < a.tokens && c < m.rank ? m.scale * a.s[token * a.lds + m.r0 + c] : 0.0f;
+                }
+#pragma unroll 4
+                for (int i = threadIdx.x; i < C::BN * COLUMNS; i += C::THREADS) {
+                    const int slot = i / COLUMNS, c = c0 + i % COLUMNS;
+                    const int64_t row = rows.row_of(slot);
+                    const bool mine = rows.member_of(slot) == member && row < m.rows && c < m.rank;
+                    lora_b[slot * LORA_PITCH + i % COLUMNS] = mine ? __ldg(m.lora_b + row * m.rank + c) : 0.0f;
+                }
+                __syncthreads();
+                if (k_warp != 0) continue;
+                uint32_t high[RT][4], low[RT][4];
 #pragma unroll
-        for (int rt = 0; rt < RT; rt++) {
-            const int slot = (row_warp * RT + rt) * 16 + g;
-            // Rows g and g + 8 of a fragment may belong to two members (gate and up): one after the other.
-            for (int h = 0; h < (a.swiglu ? 2 : 1); h++) {
-                const QloraFewMember& m = a.w.m[rows.member_of(slot + 8 * h)];
-                for (int c = 0; c < m.rank; c += 16) {
-                    uint32_t high[4], low[4];
+                for (int rt = 0; rt < RT; rt++)
 #pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const int64_t row = rows.row_of(slot + i % 2 * 8);
-                        const int col = c + t * 2 + i / 2 * 8;
-                        const bool mine = row < m.rows && (!a.swiglu || i % 2 == h);
-                        const float* b = m.lora_b + row * m.rank + col;
-                        split_pair<T>(mine && col < m.rank ? b[0] : 0.0f, mine && col + 1 < m.rank ? b[1] : 0.0f,
-                                      high[i], low[i]);
-                    }
+                    for (int i = 0; i < 4; i++)
+                        fragment(lora_b + ((row_warp * RT + rt) * 16 + g + i % 2 * 8) * LORA_PITCH + t * 2 + i / 2 * 8,
+                                 high[rt][i], low[rt][i]);
 #pragma unroll
-                    for (int n = 0; n < NT; n++) {
-                        const int token = token0 + n * 8 + g;
-                        uint32_t s_high[2], s_low[2];
+                for (int n = 0; n < NT; n++) {
+                    uint32_t s_high[2], s_low[2];
 #pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            const int col = c + t * 2 + i * 8;
-                            const float* s = a.s + token * a.lds + m.r0 + col;
-                            const bool valid = token < a.tokens;
-                            split_pair<T>(valid && col < m.rank ? m.scale * s[0] : 0.0f,
-                                          valid && col + 1 < m.rank ? m.scale * s[1] : 0.0f, s_high[i], s_low[i]);
-                        }
-                        multiply_add<T>(sum[rt][n], low, s_high[0], s_high[1]);
-                        multiply_add<T>(sum[rt][n], high, s_low[0], s_low[1]);
-                        multiply_add<T>(sum[rt][n], high, s_high[0], s_high[1]);
+                    for (int i = 0; i < 2; i++)
+                        fragment(lora_s + (n * 8 + g) * LORA_PITCH + t * 2 + i * 8, s_high[i], s_low[i]);
+#pragma unroll
+                    for (int rt = 0; rt < RT; rt++) {
+                        multiply_add<T>(sum[rt][n], low[rt], s_high[0], s_high[1]);
+                        multiply_add<T>(sum[rt][n], high[rt], s_low[0], s_low[1]);
+                        multiply_add<T>(sum[rt][n], high[rt], s_high[0], s_high[1]);
                     }
                 }
             }
@@ -229,7 +244,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) gemm_kernel(const __grid_consta
         const char* x_tile = ring + stage % C::STAGES * C::STAGE_BYTES;
         const char* codes = x_tile + C::X_BYTES;
         const float* stage_scales = scales + (stage & 1) * C::SCALE_FLOATS;
-#pragma unroll
+#pragma unroll C::UNROLL
         for (int kc = 0; kc < STAGE_CHUNKS / C::WK; kc++) {
             const int c = kc * C::WK + k_warp;
             uint32_t w[RT][4][4];
@@ -404,12 +419,12 @@ template <typename F> auto with_config(int64_t tokens, F f) {
     switch (gemm_variant) {
         case 0: return f(Config<128, 32, 2, 4>{});
         case 1: return f(Config<128, 32, 4, 4>{});
-        case 2: return f(Config<64, 32, 4, 3>{});
+        case 2: return f(Config<128, 32, 2, 4, 1>{});
         case 3: return f(Config<128, 64, 2, 3>{});
-        case 4: return f(Config<128, 64, 4, 3>{});
+        case 4: return f(Config<128, 64, 2, 3, 1>{});
         case 5: return f(Config<64, 64, 4, 3>{});
         case 6: return f(Config<256, 64, 1, 2>{});
-        default: return f(Config<128, 128, 2, 2>{});
+        default: return f(Config<256, 64, 1, 2, 1>{});
     }
 }
 #else

@@ -61,6 +61,24 @@ fn the_inputs_move_to_the_host_before_the_run_is_refused() {
 }
 
 #[test]
+fn no_plan_takes_more_host_memory_than_there_is() {
+    let model = model();
+    let free = planner(&model, 4096);
+    let budget = free.leanest().peak;
+    let plan = free.plan(budget).unwrap();
+    assert!(plan.pinned > 0, "{plan}");
+    for share in [2, 4, 1000] {
+        let allowed = plan.pinned / share;
+        let tight = free.clone().with_host_memory(allowed);
+        for plan in [tight.leanest(), tight.plan(free.richest().peak).unwrap()] {
+            assert!(plan.pinned <= allowed, "{plan}");
+        }
+        assert!(tight.plan(budget).map_or(true, |tight| tight.pinned <= allowed));
+        assert!(tight.leanest().peak > free.leanest().peak);
+    }
+}
+
+#[test]
 fn longer_batches_and_larger_workspaces_take_more() {
     let model = model();
     let peak = |tokens| planner(&model, tokens).leanest().peak;

@@ -87,6 +87,10 @@ impl Loader<'_, '_> {
             (true, false) => embedding.clone(),
             (true, true) => self.plain("model.embed_tokens.weight", vocab, hidden)?,
         };
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = self.workspace.gpu() {
+            gpu.release_staging();
+        }
         self.check_all_used(config.tie_word_embeddings)?;
         let limit = config.max_position_embeddings;
         let stack = Stack::new(blocks, final_norm, config.rms_norm_eps, config.rope.clone(), limit)?;

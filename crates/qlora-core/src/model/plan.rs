@@ -91,6 +91,8 @@ pub struct Planner {
     len: u64,
     sizes: Sizes,
     resident: u64,
+    /// Bytes of pinned host memory that a plan may take.
+    host: u64,
 }
 
 /// One way to run a step.
@@ -173,7 +175,7 @@ impl Planner {
         }
         let lowest = stack.blocks().iter().position(Block::is_trained).unwrap_or(stack.blocks().len());
         let len = (batch.tokens / batch.sequences.max(1)) as u64;
-        Ok(Self { layers: stack.blocks().len(), lowest, len, sizes, resident })
+        Ok(Self { layers: stack.blocks().len(), lowest, len, sizes, resident, host: u64::MAX })
     }
 
     /// For a model on a GPU, asked for what its attention takes. `more` is what will stay on the device besides what is
@@ -189,7 +191,18 @@ impl Planner {
         let (BatchShape { tokens, sequences, uniform_len, .. }, dtype) = (batch, model.workspace().dtype());
         let workspace = qlora_kernels::cuda::attention::workspace(gpu, &config, dtype, tokens, sequences, uniform_len)?;
         let attention = AttentionWorkspace { forward: workspace[0], backward: workspace[1] };
-        Self::new(model, batch, attention, gpu.pool().used()? + more)
+        let planner = Self::new(model, batch, attention, gpu.pool().used()? + more)?;
+        // Pinned memory cannot be swapped out, and the rest of the machine wants to live.
+        Ok(match available_memory() {
+            Some(bytes) => planner.with_host_memory(bytes / 2),
+            None => planner,
+        })
+    }
+
+    /// The same planner for a machine that can give at most so many bytes of pinned host memory. [`Self::on_gpu`] takes
+    /// half of what Linux says is available.
+    pub fn with_host_memory(self, bytes: u64) -> Self {
+        Self { host: bytes, ..self }
     }
 
     /// The fastest plan that fits `budget` bytes.
@@ -210,7 +223,8 @@ impl Planner {
 
     /// The plan that needs the least memory, whatever the budget.
     pub fn leanest(&self) -> MemoryPlan {
-        let leanest = self.handlings().min_by_key(|choice| self.peak(choice)).expect("there are choices");
+        let allowed = self.handlings().filter(|choice| self.pinned(choice) <= self.host);
+        let leanest = allowed.min_by_key(|choice| self.peak(choice)).expect("there are choices");
         self.describe(&leanest, u64::MAX)
     }
 
@@ -225,7 +239,7 @@ impl Planner {
     /// `most`: the blocks that may keep more than their input on the device.
     fn fastest(&self, budget: u64, most: usize) -> Result<MemoryPlan> {
         let cost = BlockCost::new(&self.sizes, self.len);
-        let fits = |choice: &Choice| self.peak(choice) <= budget;
+        let fits = |choice: &Choice| self.peak(choice) <= budget && self.pinned(choice) <= self.host;
         let mut best: Option<(f64, Choice)> = None;
         for handling in self.handlings().filter(|choice| fits(choice)) {
             for everything in 0..=most {
@@ -288,7 +302,7 @@ impl Planner {
             peak: self.peak(choice),
             budget,
             overhead_us: (self.seconds(&BlockCost::new(&self.sizes, self.len), choice) * 1e6) as u64,
-            pinned: (self.lowest..self.layers).map(|index| self.sizes.offloaded(keep[index])).sum(),
+            pinned: self.pinned(choice),
             keep,
         }
     }
@@ -304,6 +318,11 @@ impl Planner {
 
     fn keep(&self, index: usize, choice: &Choice) -> Keep {
         if index < self.lowest { Keep::Nothing } else { self.wish(index, choice) }
+    }
+
+    /// Bytes of pinned host memory.
+    fn pinned(&self, choice: &Choice) -> u64 {
+        (0..self.layers).map(|index| self.sizes.offloaded(self.keep(index, choice))).sum()
     }
 
     fn seconds(&self, cost: &BlockCost, choice: &Choice) -> f64 {
@@ -331,6 +350,15 @@ impl Planner {
         }
         self.resident + choice.cached as u64 * sizes.block_weights() + peak
     }
+}
+
+/// Bytes of host memory that can be had without swapping, where Linux says so.
+#[cfg(feature = "cuda")]
+fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
 }
 
 /// The largest number up to `limit` that fits, where 0 does and less always fits if more does.

@@ -30,13 +30,49 @@ impl Buffer {
     /// # Errors
     /// If the memory cannot be had, or the device fails.
     pub fn upload<T: bytemuck::Pod>(gpu: &Arc<Gpu>, op: &'static str, data: &[T]) -> Result<Self> {
-        let buffer = Self::new(gpu, op, size_of_val(data))?;
-        if !data.is_empty() {
-            // SAFETY: the buffer has the size of the data; from pageable memory the copy has read it when it returns.
-            unsafe { result::memcpy_htod_async(buffer.ptr(), data, gpu.stream().cu_stream()) }
-                .map_err(|error| cuda_error(op, error))?;
-        }
+        let mut buffer = Self::new(gpu, op, size_of_val(data))?;
+        buffer.write(op, 0, data)?;
         Ok(buffer)
+    }
+
+    /// Copies host memory to the bytes from `offset` on.
+    ///
+    /// # Errors
+    /// If the device fails.
+    ///
+    /// # Panics
+    /// If the data does not fit.
+    pub(super) fn write<T: bytemuck::Pod>(&mut self, op: &'static str, offset: usize, data: &[T]) -> Result<()> {
+        assert!(offset + size_of_val(data) <= self.bytes, "{} bytes from {offset} on", size_of_val(data));
+        if data.is_empty() {
+            return Ok(());
+        }
+        self.gpu.bind(op)?;
+        let to = self.ptr() + offset as u64;
+        // SAFETY: the buffer has room for the data; from pageable memory the copy has read it when it returns.
+        unsafe { result::memcpy_htod_async(to, data, self.gpu.stream().cu_stream()) }
+            .map_err(|error| cuda_error(op, error))
+    }
+
+    /// Copies `len` elements from the byte `offset` on to the host.
+    ///
+    /// # Errors
+    /// If the device fails.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub(super) fn read<T: bytemuck::Pod>(&self, op: &'static str, offset: usize, len: usize) -> Result<Vec<T>> {
+        assert!(offset + len * size_of::<T>() <= self.bytes, "{len} elements from {offset} on");
+        let mut data = vec![T::zeroed(); len];
+        if len > 0 {
+            self.gpu.bind(op)?;
+            let from = self.ptr() + offset as u64;
+            // SAFETY: the buffer has so many bytes; synchronized before the vector is read.
+            unsafe { result::memcpy_dtoh_async(&mut data, from, self.gpu.stream().cu_stream()) }
+                .map_err(|error| cuda_error(op, error))?;
+            self.gpu.synchronize(op)?;
+        }
+        Ok(data)
     }
 
     /// The content on the host.
@@ -47,17 +83,8 @@ impl Buffer {
     /// # Panics
     /// If the size is not that of whole elements.
     pub fn download<T: bytemuck::Pod>(&self) -> Result<Vec<T>> {
-        const OP: &str = "copy to the host";
         assert!(self.bytes.is_multiple_of(size_of::<T>()), "{} bytes are no whole elements", self.bytes);
-        let mut data = vec![T::zeroed(); self.bytes / size_of::<T>()];
-        if !data.is_empty() {
-            self.gpu.bind(OP)?;
-            // SAFETY: both sides have the same size; synchronized before the vector is read.
-            unsafe { result::memcpy_dtoh_async(&mut data, self.ptr(), self.gpu.stream().cu_stream()) }
-                .map_err(|error| cuda_error(OP, error))?;
-            self.gpu.synchronize(OP)?;
-        }
-        Ok(data)
+        self.read("copy to the host", 0, self.bytes / size_of::<T>())
     }
 
     /// Sets every byte.

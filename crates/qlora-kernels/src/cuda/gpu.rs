@@ -18,6 +18,7 @@ use super::ffi;
 use super::offload::Offloader;
 use super::pool::Pool;
 use super::profile::Profiler;
+use super::staging::Staging;
 use crate::error::{Error, Result};
 
 /// The oldest architecture that the kernels are written for: asynchronous copies and bf16 matrix instructions.
@@ -34,6 +35,7 @@ pub struct Gpu {
     attention: AttentionLibrary,
     offloader: Offloader,
     profiler: Profiler,
+    staging: Staging,
     this: Weak<Gpu>,
 }
 
@@ -122,6 +124,7 @@ impl Gpu {
             attention: AttentionLibrary::new(10 * capability.0 + capability.1),
             offloader: Offloader::default(),
             profiler: Profiler::default(),
+            staging: Staging::default(),
             this: this.clone(),
         });
         gpu.check_kernels(capability)?;
@@ -180,6 +183,10 @@ impl Gpu {
 
     pub(super) fn offloader(&self) -> &Offloader {
         &self.offloader
+    }
+
+    pub(super) fn staging(&self) -> &Staging {
+        &self.staging
     }
 
     pub(super) fn profiler(&self) -> &Profiler {

@@ -31,6 +31,7 @@ pub(crate) mod ops;
 pub(crate) mod optimizer;
 mod pool;
 mod profile;
+mod staging;
 mod view;
 mod weight;
 

@@ -107,16 +107,26 @@ impl CudaWeight {
             return Self::quantized(&Quantized4bit::quantize(data, rows, cols, config)?, workspace);
         }
         crate::quant::check_blocksize(OP, config.blocksize)?;
-        let uploaded = upload_plain(gpu, data)?;
+        let blocks = n.div_ceil(config.blocksize);
         let mut codes = Buffer::new(gpu, OP, n.div_ceil(2))?;
-        let mut absmax = Buffer::new(gpu, OP, n.div_ceil(config.blocksize) * 4)?;
-        let mut first_bad = Buffer::upload(gpu, OP, &[u64::MAX])?;
-        let (codes_ptr, absmax_ptr, bad_ptr) = (codes.as_mut_ptr(), absmax.as_mut_ptr(), first_bad.as_mut_ptr());
+        // The source, the absmax values, the first value that cannot be quantized.
+        let absmax_at = (n * Dtype::of(data).size()).next_multiple_of(256);
+        let bad_at = absmax_at + (4 * blocks).next_multiple_of(256);
+        let mut staging = gpu.take_staging(OP, bad_at + 8)?;
+        match data {
+            PlainData::F32(data) => staging.write(OP, 0, data)?,
+            PlainData::Bf16(data) => staging.write(OP, 0, data)?,
+            PlainData::F16(data) => staging.write(OP, 0, data)?,
+        }
+        staging.write(OP, bad_at, &[u64::MAX])?;
+        let at = |offset: usize| staging.ptr() + offset as u64;
+        let (source, absmax_ptr, bad_ptr) = (at(0) as *const _, at(absmax_at) as *mut f32, at(bad_at) as *mut u64);
+        let codes_ptr = codes.as_mut_ptr();
         // SAFETY: the input has n elements, the outputs have the sizes that follow from n and the block size.
         gpu.launch(OP, |stream| unsafe {
             ffi::qlora_quantize_4bit(
                 Dtype::of(data).code(),
-                uploaded.as_ptr(),
+                source,
                 n as i64,
                 quant_code(config.quant_type),
                 config.blocksize as i64,
@@ -126,18 +136,17 @@ impl CudaWeight {
                 stream,
             )
         })?;
-        let absmax_values: Vec<f32> = absmax.download()?;
-        if first_bad.download::<u64>()?[0] != u64::MAX {
+        let absmax: Vec<f32> = staging.read(OP, absmax_at, blocks)?;
+        let first_bad: Vec<u64> = staging.read(OP, bad_at, 1)?;
+        gpu.keep_staging(staging);
+        if first_bad[0] != u64::MAX {
             // The CPU version names row, column and value.
             Quantized4bit::quantize(data, rows, cols, config)?;
             return Err(Error::invalid(OP, "the GPU found a value that cannot be quantized"));
         }
         let absmax = match config.double_quant {
-            false => DeviceAbsmax::Plain(absmax),
-            true => {
-                drop(absmax);
-                upload_absmax(gpu, &Absmax::Nested(NestedAbsmax::quantize(&absmax_values)))?
-            }
+            false => DeviceAbsmax::Plain(Buffer::upload(gpu, OP, &absmax)?),
+            true => upload_absmax(gpu, &Absmax::Nested(NestedAbsmax::quantize(&absmax)))?,
         };
         let bits4 = Bits4 { codes, absmax, quant_type: config.quant_type, blocksize: config.blocksize };
         Ok(Self { data: Data::Bits4(Box::new(bits4)), rows, cols })
