@@ -81,44 +81,45 @@ pub(super) fn quantize(
     let zero_task = if zero_point { task * groups } else { 1 };
     let no_zeros = rayon::iter::repeat_n((), if zero_point { 0 } else { rows.div_ceil(task) });
     let tasks = codes.par_chunks_mut(bits.bytes(task * cols).max(1)).zip(scales.par_chunks_mut((task * groups).max(1)));
-    let run = |index: usize, codes: &mut [u8], scales: &mut [f32], mut zeros: Option<&mut [f32]>| -> Option<(usize, f32)> {
-        let (mut row, mut wide) = (vec![0f32; cols], vec![0u8; cols * task]);
-        let here = scales.len() / groups;
-        for r in 0..here {
-            let at = (index * task + r) * cols;
-            data.to_f32(at..at + cols, &mut row);
-            if let Some(c) = row.iter().position(|x| !x.is_finite()) {
-                return Some((at + c, row[c]));
-            }
-            outliers.iter().for_each(|&column| row[column as usize] = 0.0);
-            let out = &mut wide[r * cols..(r + 1) * cols];
-            for (g, (values, codes)) in row.chunks_mut(group_size).zip(out.chunks_mut(group_size)).enumerate() {
-                let i = r * groups + g;
-                match scheme {
-                    Scheme::LlmInt8 { .. } => {
-                        if let Some(c) = values.iter().position(|x| !f16::from_f32(*x).is_finite()) {
-                            return Some((at + g * group_size + c, values[c]));
+    let run =
+        |index: usize, codes: &mut [u8], scales: &mut [f32], mut zeros: Option<&mut [f32]>| -> Option<(usize, f32)> {
+            let (mut row, mut wide) = (vec![0f32; cols], vec![0u8; cols * task]);
+            let here = scales.len() / groups;
+            for r in 0..here {
+                let at = (index * task + r) * cols;
+                data.to_f32(at..at + cols, &mut row);
+                if let Some(c) = row.iter().position(|x| !x.is_finite()) {
+                    return Some((at + c, row[c]));
+                }
+                outliers.iter().for_each(|&column| row[column as usize] = 0.0);
+                let out = &mut wide[r * cols..(r + 1) * cols];
+                for (g, (values, codes)) in row.chunks_mut(group_size).zip(out.chunks_mut(group_size)).enumerate() {
+                    let i = r * groups + g;
+                    match scheme {
+                        Scheme::LlmInt8 { .. } => {
+                            if let Some(c) = values.iter().position(|x| !f16::from_f32(*x).is_finite()) {
+                                return Some((at + g * group_size + c, values[c]));
+                            }
+                            scales[i] = llm_int8(values, codes);
                         }
-                        scales[i] = llm_int8(values, codes);
+                        Scheme::Uniform(_) => match &mut zeros {
+                            Some(zeros) => (scales[i], zeros[i]) = asymmetric(values, codes, bits),
+                            None => scales[i] = symmetric(values, codes, bits),
+                        },
                     }
-                    Scheme::Uniform(_) => match &mut zeros {
-                        Some(zeros) => (scales[i], zeros[i]) = asymmetric(values, codes, bits),
-                        None => scales[i] = symmetric(values, codes, bits),
-                    },
                 }
             }
-        }
-        let wide = &wide[..here * cols];
-        match bits {
-            IntBits::Eight => codes.copy_from_slice(wide),
-            IntBits::Four => {
-                for (byte, pair) in codes.iter_mut().zip(wide.chunks(2)) {
-                    *byte = (pair[0] & 15) << 4 | pair.get(1).map_or(0, |code| code & 15);
+            let wide = &wide[..here * cols];
+            match bits {
+                IntBits::Eight => codes.copy_from_slice(wide),
+                IntBits::Four => {
+                    for (byte, pair) in codes.iter_mut().zip(wide.chunks(2)) {
+                        *byte = (pair[0] & 15) << 4 | pair.get(1).map_or(0, |code| code & 15);
+                    }
                 }
             }
-        }
-        None
-    };
+            None
+        };
     let failure = if zero_point {
         tasks
             .zip(zeros.par_chunks_mut(zero_task.max(1)))

@@ -45,8 +45,8 @@ pub use dynamic_map::signed_dynamic_map;
 pub use encode::{Element, SourceDtype};
 pub use int_encode::IntConfig;
 pub use nested::{Absmax, NestedAbsmax};
-pub use quantized4bit::{Parts, Quantized4bit};
 pub use quantized_int::{IntBits, IntParts, OutlierColumns, QuantizedInt};
+pub use quantized4bit::{Parts, Quantized4bit};
 pub use quantizer::Quantizer;
 
 use crate::error::{Error, Result};

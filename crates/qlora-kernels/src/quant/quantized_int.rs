@@ -177,7 +177,9 @@ impl QuantizedInt {
             None if *group_size == 0 => return invalid("group_size is 0".to_owned()),
             None if elements > 0 && groups != cols.div_ceil(*group_size) => {
                 let expected = cols.div_ceil(*group_size);
-                return invalid(format!("{cols} columns in groups of {group_size} need {expected} scales a row, got {groups}"));
+                return invalid(format!(
+                    "{cols} columns in groups of {group_size} need {expected} scales a row, got {groups}"
+                ));
             }
             None => {}
         }
@@ -296,7 +298,10 @@ fn check_outliers(outliers: &OutlierColumns, rows: usize, cols: usize) -> Result
     check_columns(columns, cols)?;
     if rows.checked_mul(columns.len()) != Some(values.len()) {
         let (n, got) = (columns.len(), values.len());
-        return Err(Error::invalid(OP, format!("{n} outlier columns of {rows} rows need {rows} x {n} values, got {got}")));
+        return Err(Error::invalid(
+            OP,
+            format!("{n} outlier columns of {rows} rows need {rows} x {n} values, got {got}"),
+        ));
     }
     let bad = match values {
         PlainData::F32(_) => return Err(Error::invalid(OP, "outlier columns are bf16 or f16, not f32")),
@@ -519,7 +524,9 @@ mod tests {
         assert!(check(&|p| p.zeros = Some(vec![0.0])).unwrap_err().contains("1 zeros for 6"));
         assert!(check(&|p| p.zeros.as_mut().unwrap()[0] = f32::INFINITY).unwrap_err().contains("the zero of row 0"));
         assert!(check(&|p| p.group_of = Some(vec![0; 4])).unwrap_err().contains("4 entries for 5"));
-        assert!(check(&|p| p.group_of = Some(vec![0, 1, 2, 0, 0])).unwrap_err().contains("column 2 is in group 2 of 2"));
+        assert!(
+            check(&|p| p.group_of = Some(vec![0, 1, 2, 0, 0])).unwrap_err().contains("column 2 is in group 2 of 2")
+        );
         let outliers = |columns: Vec<u32>, n| {
             let values = PlainData::Bf16(vec![bf16::ONE; n]);
             check(&move |p| p.outliers = Some(OutlierColumns { columns: columns.clone(), values: values.clone() }))
