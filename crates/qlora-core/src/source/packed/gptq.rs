@@ -7,7 +7,8 @@
 //! | `P.scales` | F16 (BF16, F32) `[groups, N]` | |
 //! | `P.g_idx` | I32 `[K]` | the group of each input feature; without it `k / group_size` |
 //!
-//! `w[n][k] = (code - zero) * scale`. The format `gptq` stores `zero - 1`, `gptq_v2` stores `zero`. With `desc_act`, columns
+//! `w[n][k] = (code - zero) * scale`. The format `gptq_v2` stores `zero`. The format `gptq` stores `zero - 1`, subtracted from
+//! all zero points of a word at once, with a borrow where one is 0; so one is added to the word, as GPTQModel does. With `desc_act`, columns
 //! were quantized in order of their activations and `g_idx` is no longer ascending; the columns themselves stay in place.
 
 use qlora_kernels::quant::{IntBits, IntParts};
@@ -79,9 +80,11 @@ pub(super) fn read(raw: &Raw<'_>, module: &str, [rows, cols]: [usize; 2], layout
     let mask = (1u32 << bits.bits()) - 1;
 
     let packed = words(raw.bytes(&name("qzeros"))?);
+    // A one for every code of a word.
+    let ones = u32::MAX / mask * u32::from(zero_offset);
     let zero = |row: usize, group: usize| {
-        let word = packed[group * (rows / pack) + row / pack];
-        (word >> (bits.bits() * (row % pack)) & mask) as f32 + f32::from(zero_offset)
+        let word = packed[group * (rows / pack) + row / pack].wrapping_add(ones);
+        (word >> (bits.bits() * (row % pack)) & mask) as f32
     };
     let (zeros, flip) = words::zeros(rows, groups, bits, zero);
     let scales = words::transpose(&raw.scales(&name("scales"), f32::MIN)?, groups, rows);
