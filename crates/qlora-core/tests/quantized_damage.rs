@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use common::{Checkpoint, FOLDERS, quantized};
 use proptest::prelude::*;
 use qlora_core::model::{CausalLm, LoadOptions};
-use qlora_core::source::{HfDirectory, WeightSource};
+use qlora_core::source::HfDirectory;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
@@ -96,15 +96,14 @@ fn every_tensor_missing_mistyped_misshapen_or_not_a_number() {
             let count: usize = raw.shape.iter().product();
             if count >= 4 && count.is_multiple_of(2) && !key.ends_with(".bias") && !key.contains(".quant_state.") {
                 let mut damaged = good.clone();
-                damaged.tensors.get_mut(key).unwrap().shape = vec![count / 2, 2];
+                damaged.tensors.get_mut(key).unwrap().shape = vec![count / 2, 2, 1];
                 error_names("misshapen", refused(&what("misshapen"), &damaged));
                 shaped += 1;
             }
+            // 4-bit codes under a floating-point label are any bits.
             let packed = name.starts_with("bnb") && key.ends_with("proj.weight") && raw.shape.ends_with(&[1]);
             let mut damaged = good.clone();
             if !packed && put_nan(raw.dtype, &mut damaged.tensors.get_mut(key).unwrap().bytes) {
-                let head = name == "bnb_fp4_f32" && key == "lm_head.weight";
-                assert!(!head || raw.dtype == Dtype::F16);
                 error_names("with NaN", refused(&what("with NaN"), &damaged));
                 nan += 1;
             }
@@ -127,7 +126,7 @@ fn every_tensor_missing_mistyped_misshapen_or_not_a_number() {
         }
     }
     println!("missing {missing}, mistyped {typed}, misshapen {shaped}, not a number {nan}, superfluous {superfluous}");
-    assert_eq!((missing, typed, shaped, nan, superfluous), (344, 363, 318, 241, 77));
+    assert_eq!((missing, typed, shaped, nan, superfluous), (345, 381, 319, 186, 77));
     check_memory();
 }
 

@@ -114,6 +114,62 @@ mod tests {
         assert!((1000..9000).contains(&exact), "{exact} of 12000 are exact");
     }
 
+    /// bitsandbytes' sum: an integer product in i32, scaled, and the outlier columns in floating point.
+    #[test]
+    fn the_forward_is_an_integer_product_and_the_backward_is_not() {
+        use crate::matrix::Workspace;
+        use crate::ops::frozen_linear;
+        use crate::quant::QuantizedInt;
+        use crate::view::{View, ViewMut};
+        use crate::weight::{FrozenWeight, PlainData, PlainWeight};
+
+        let workspace = Workspace::poisoned();
+        let mut random = random(8);
+        for tokens in [1, 3, 20] {
+            let (rows, cols) = (19, 70);
+            let weight = QuantizedInt::llm_int8(&PlainData::F32(random(rows * cols)), rows, cols, 6.0, &[5]).unwrap();
+            let mut values = vec![f32::NAN; rows * cols];
+            weight.dequantize_rows(0..rows, &mut values);
+            let plain = PlainWeight::new(PlainData::F32(values.clone()), rows, cols);
+            let mut x = random(tokens * cols);
+            (0..tokens).for_each(|t| x[t * cols + 33] *= 10.0);
+            x[33] = 9.0;
+
+            let outlier = |c: usize| c == 5 || (0..tokens).any(|t| narrow(x[t * cols + c]).abs() >= 6.0);
+            let mut want = vec![0f64; tokens * rows];
+            for t in 0..tokens {
+                let x = &x[t * cols..(t + 1) * cols];
+                let within = |(c, x): (usize, &f32)| if c != 5 && x.abs() < 6.0 { narrow(*x).abs() } else { 0.0 };
+                let absmax = x.iter().enumerate().map(within).fold(0.0, f32::max);
+                let code = |x: f32| (narrow(x) * (127.0 / absmax)).round_ties_even() as i32;
+                for r in 0..rows {
+                    let (mut integers, mut exact) = (0i32, 0f64);
+                    for c in 0..cols {
+                        match outlier(c) {
+                            true => exact += f64::from(x[c]) * f64::from(values[r * cols + c]),
+                            false => integers += code(x[c]) * i32::from(weight.code(r, c)),
+                        }
+                    }
+                    let scale = f64::from(absmax) / 127.0 * f64::from(weight.parts().scales[r]);
+                    want[t * rows + r] = f64::from(integers) * scale + exact;
+                }
+            }
+            let mut y = vec![f32::NAN; tokens * rows];
+            let target = ViewMut::new(&mut y, tokens, rows);
+            frozen_linear::forward(View::new(&x, tokens, cols), &weight, target, 0.0, &workspace).unwrap();
+            crate::testing::assert_close("y", &y, &want, 1e-5);
+
+            let dy = random(tokens * rows);
+            let (mut dx, mut plain_dx) = (vec![f32::NAN; tokens * cols], vec![f32::NAN; tokens * cols]);
+            for (weight, dx) in [(&weight as &dyn FrozenWeight, &mut dx), (&plain, &mut plain_dx)] {
+                let dx = ViewMut::new(dx, tokens, cols);
+                frozen_linear::backward(View::new(&dy, tokens, rows), weight, dx, 0.0, &workspace).unwrap();
+            }
+            let plain_dx: Vec<f64> = plain_dx.into_iter().map(f64::from).collect();
+            crate::testing::assert_close("dx", &dx, &plain_dx, 1e-6);
+        }
+    }
+
     #[test]
     fn zeros_and_numbers_that_are_none() {
         assert_eq!(rounded(&[0.0; 6], 2, 6.0, &[]), [0.0; 6]);

@@ -118,7 +118,7 @@ impl QuantizedInt {
     /// Quantizes a weight by rounding to the nearest step, on all threads.
     ///
     /// # Errors
-    /// If a value is not finite (the error names row and column), or the group size is 0.
+    /// If a value is not finite or larger than 2^126 (the error names row and column), or the group size is 0.
     pub fn quantize(data: &PlainData, rows: usize, cols: usize, config: &IntConfig) -> Result<Self> {
         int_encode::quantize(data, rows, cols, Scheme::Uniform(*config), &[])
     }
