@@ -273,6 +273,35 @@ fn the_bias_of_zeros_that_old_tools_write_is_left_out() {
     }
 }
 
+/// With `dynamic`, GPTQModel gives modules bits and groups of their own: the shapes say which. `g_idx` may be missing.
+#[test]
+fn gptq_modules_may_differ() {
+    let mut checkpoint = Checkpoint::read(&quantized("gptq"));
+    let other = Checkpoint::read(&quantized("gptq_8bit"));
+    let folder = tempfile::tempdir().unwrap();
+    for (name, raw) in other.tensors {
+        if name.contains("down_proj") {
+            checkpoint.tensors.insert(name, raw);
+        }
+    }
+    checkpoint.tensors.remove("model.layers.0.mlp.up_proj.g_idx");
+    checkpoint.write(folder.path());
+    let error = HfDirectory::open(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("down_proj.qweight") && error.contains("4 bits with groups of 16"), "{error}");
+    checkpoint.config["quantization_config"]["dynamic"] =
+        serde_json::json!({"+:.*down_proj": {"bits": 8, "group_size": 32}});
+    checkpoint.write(folder.path());
+    let mixed = HfDirectory::open(folder.path()).unwrap();
+    for (module, from) in [("mlp.down_proj", "gptq_8bit"), ("mlp.up_proj", "gptq"), ("self_attn.k_proj", "gptq")] {
+        let name = format!("model.layers.0.{module}.weight");
+        let read = |source: &HfDirectory| match source.read_weight(&name).unwrap() {
+            SourceWeight::Int(weight) => weight,
+            other => panic!("{other:?}"),
+        };
+        assert!(read(&mixed) == read(&HfDirectory::open(quantized(from)).unwrap()), "{module}");
+    }
+}
+
 #[test]
 fn quantized_weights_are_not_quantized_again() {
     let config = QuantConfig::default();
