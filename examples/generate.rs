@@ -63,7 +63,8 @@ struct Args {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let files = open_model(&args.model, &OpenOptions { progress: true, ..OpenOptions::default() })?;
-    let quantization = match args.no_quantization {
+    // A checkpoint that is stored quantized stays as it is.
+    let quantization = match args.no_quantization || files.source.quantization().is_some() {
         true => Quantization::None,
         false => Quantization::Bits4(QuantConfig::default()),
     };

@@ -5,6 +5,7 @@
 
 mod json;
 mod limits;
+mod quantization;
 mod rope;
 mod tensors;
 mod write;
@@ -12,6 +13,7 @@ mod write;
 use qlora_kernels::ops::rope::RopeConfig;
 
 pub(crate) use limits::MAX_LAYERS;
+pub use quantization::CheckpointQuantization;
 
 /// The architectures whose parts the decoder can be put together from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

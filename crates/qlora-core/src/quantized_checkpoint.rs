@@ -47,6 +47,12 @@ pub fn write(
     if out.exists() {
         return Err(Error::format(out, "exists already; choose another folder or delete it"));
     }
+    if let Some(stored) = source.quantization() {
+        let path = source.path().display();
+        return Err(Error::Invalid(format!(
+            "{path}: the weights are stored in {stored} already; start from the original bf16, f16 or f32 weights"
+        )));
+    }
     let config = config_with_quantization(config_json, quantization)?;
     let names = source.names();
     let quantized: std::collections::HashSet<String> =

@@ -6,6 +6,7 @@
 
 pub mod gguf;
 pub(crate) mod hf;
+mod packed;
 mod shard;
 
 use std::collections::BTreeSet;
@@ -16,11 +17,12 @@ use qlora_kernels::weight::{PlainData, PlainWeight};
 use rayon::iter::IndexedParallelIterator;
 use rayon::slice::ParallelSlice;
 
-use crate::config::ModelConfig;
+use crate::config::{CheckpointQuantization, ModelConfig};
 use crate::error::{Error, Result};
 
 pub use gguf::Gguf;
 pub use hf::HfDirectory;
+pub use packed::SourceWeight;
 
 /// A tensor in the precision it was stored in, row-major.
 #[derive(Clone)]
@@ -102,10 +104,29 @@ pub trait WeightSource: Send + Sync + fmt::Debug {
     /// A tensor's shape, if there is one of that name.
     fn shape(&self, name: &str) -> Option<Vec<usize>>;
 
+    /// How the linear layers are stored, if they are stored quantized. Not all of them need be: see [`Self::is_packed`].
+    fn quantization(&self) -> Option<&CheckpointQuantization> {
+        None
+    }
+
+    /// Whether a tensor is stored quantized, so that only [`Self::read_weight`] reads it.
+    fn is_packed(&self, _name: &str) -> bool {
+        false
+    }
+
+    /// Copies one weight out of the file in the form in which it is stored. Scales of quantized weights are checked, plain
+    /// values are not.
+    ///
+    /// # Errors
+    /// If there is no tensor of that name, or a quantized one holds values that it cannot; the error names tensor and file.
+    fn read_weight(&self, name: &str) -> Result<SourceWeight> {
+        self.read(name).map(SourceWeight::Plain)
+    }
+
     /// Copies one tensor out of the file. Values are not checked; see [`WeightSource::read_finite`].
     ///
     /// # Errors
-    /// If there is no tensor of that name; the error names tensor and file.
+    /// If there is no tensor of that name, or it is stored quantized; the error names tensor and file.
     fn read(&self, name: &str) -> Result<PlainTensor>;
 
     /// As [`WeightSource::read`], and NaN or infinity among the values is an error that says where.

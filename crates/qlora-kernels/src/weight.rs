@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use half::{bf16, f16};
 
-/// A frozen weight `[rows = output features, cols = input features]`: plain, 4-bit, and whatever comes later.
+/// A frozen weight `[rows = output features, cols = input features]`: plain, 4-bit, integers, and whatever comes later.
 ///
 /// Training and inference only need to read rows of it; [`crate::ops::frozen_linear`] multiplies with any of them.
 pub trait FrozenWeight: Send + Sync + fmt::Debug {
@@ -28,11 +28,34 @@ pub trait FrozenWeight: Send + Sync + fmt::Debug {
         None
     }
 
+    /// How the forward product rounds its input, for kinds that do (LLM.int8). The backward, and so every gradient, uses the
+    /// dequantized weight.
+    fn int8_activations(&self) -> Option<Int8Activations> {
+        None
+    }
+
+    /// Columns that are held in 16 bits, ascending: [`Self::int8_activations`] leaves their inputs alone.
+    fn exact_columns(&self) -> &[u32] {
+        &[]
+    }
+
     /// The weight on its GPU, if it is on one.
     #[cfg(feature = "cuda")]
     fn as_cuda(&self) -> Option<&crate::cuda::CudaWeight> {
         None
     }
+}
+
+/// LLM.int8's rounding of a product's input: each token's values to 8 bits, except columns with outliers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Int8Activations {
+    /// A column in which any token's magnitude is at least this is not rounded (`llm_int8_threshold`); 0 rounds all.
+    pub threshold: f32,
+}
+
+impl Int8Activations {
+    /// bitsandbytes' and the paper's.
+    pub const THRESHOLD: f32 = 6.0;
 }
 
 /// Where a group of layers keeps its dequantized weights between uses, if it may: memory for speed. Only CUDA uses it.

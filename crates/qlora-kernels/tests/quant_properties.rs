@@ -5,7 +5,8 @@ use half::{bf16, f16};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use qlora_kernels::quant::{
-    Absmax, BLOCKSIZES, NestedAbsmax, Parts, QuantConfig, QuantType, Quantized4bit, Quantizer, SourceDtype,
+    Absmax, BLOCKSIZES, IntBits, IntConfig, NestedAbsmax, Parts, QuantConfig, QuantType, Quantized4bit, QuantizedInt,
+    Quantizer, SourceDtype,
 };
 use qlora_kernels::weight::{FrozenWeight, PlainData};
 use rand::{RngExt, SeedableRng};
@@ -266,4 +267,49 @@ fn double_quantization_costs_little() {
     };
     let ((plain, plain_relative), (double, double_relative)) = (errors(false), errors(true));
     assert!(double < plain * 1.002 && double_relative < plain_relative * 1.01, "{plain} and {double}");
+}
+
+/// Rows of any shape, with groups of any size.
+fn integers() -> impl Strategy<Value = (Vec<f32>, usize, usize, IntConfig)> {
+    let config =
+        (any::<bool>(), prop::option::of(1..70usize), any::<bool>()).prop_map(|(four, group_size, zero_point)| {
+            IntConfig { bits: if four { IntBits::Four } else { IntBits::Eight }, group_size, zero_point }
+        });
+    (1..9usize, 1..70usize, config).prop_flat_map(|(rows, cols, config)| {
+        let element = prop_oneof![
+            8 => -1e3f32..1e3,
+            1 => Just(0.0f32),
+            1 => (prop::num::f32::NORMAL | prop::num::f32::SUBNORMAL).prop_map(|x| x.clamp(-8e37, 8e37)),
+        ];
+        let values = prop_oneof![
+            4 => prop::collection::vec(element.clone(), rows * cols),
+            1 => element.prop_map(move |value| vec![value; rows * cols]),
+        ];
+        (values, Just(rows), Just(cols), Just(config))
+    })
+}
+
+proptest! {
+    #[test]
+    fn integers_come_back_within_half_a_step((values, rows, cols, config) in integers()) {
+        let weight = QuantizedInt::quantize(&PlainData::F32(values.clone()), rows, cols, &config).unwrap();
+        let mut back = vec![f32::NAN; rows * cols];
+        weight.dequantize_rows(0..rows, &mut back);
+        let group_size = config.group_size.unwrap_or(cols).min(cols);
+        let parts = weight.parts();
+        for (i, (x, back)) in values.iter().zip(&back).enumerate() {
+            let group = i / cols * weight.groups() + i % cols / group_size;
+            let step = parts.scales[group];
+            let bound = 0.5 * step * (1.0 + 1e-4) + 4.0 * f32::EPSILON * x.abs() + f32::MIN_POSITIVE;
+            prop_assert!((x - back).abs() <= bound, "{x} came back as {back}, step {step}");
+            prop_assert!(*x != 0.0 || *back == 0.0, "zero came back as {back}");
+            let code = weight.code(i / cols, i % cols);
+            let zero = parts.zeros.as_ref().map_or(0.0, |zeros| zeros[group]);
+            prop_assert_eq!((f32::from(code) - zero) * step, *back);
+        }
+        let groups = rows * cols.div_ceil(group_size);
+        let per_group = if config.zero_point { 8 } else { 4 };
+        prop_assert_eq!(weight.bytes(), config.bits.bytes(rows * cols) + groups * per_group);
+        prop_assert_eq!(&QuantizedInt::from_parts(parts.clone()).unwrap(), &weight);
+    }
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::{Architecture, MAX_LAYERS, ModelConfig, rope};
+use super::{Architecture, MAX_LAYERS, ModelConfig, quantization, rope};
 use crate::error::{Error, Result};
 use crate::file::{self, SMALL};
 
@@ -70,7 +70,7 @@ const UNSUPPORTED: [&str; 24] = [
 
 pub(super) fn parse(text: &str, path: &Path) -> Result<ModelConfig> {
     let map = file::parse_object(text, path)?;
-    let fields = Fields { path, map: &map, prefix: String::new() };
+    let fields = Fields::new(path, &map);
     let architecture = architecture(&fields)?;
     refuse(&fields)?;
 
@@ -181,13 +181,8 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
 
 /// Errors for options that would make the result wrong if they were ignored.
 fn refuse(fields: &Fields<'_>) -> Result<()> {
-    if let Some(options) = fields.object("quantization_config")? {
-        let method = options.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
-        return Err(fields.unsupported(&format!(
-            "quantization_config (quant_method \"{method}\"): the weights are stored quantized; use the repository with the \
-             original bf16, f16 or f32 weights, they are quantized while loading"
-        )));
-    }
+    // Only that it can be read: it says how the weights are stored, not what the model computes.
+    quantization::parse(fields)?;
     for key in ["hidden_act", "hidden_activation"] {
         if let Some(activation) = fields.string(key)?
             && !matches!(activation, "silu" | "swish")
@@ -268,6 +263,10 @@ pub(super) struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
+    pub(super) fn new(path: &'a Path, map: &'a Map<String, Value>) -> Self {
+        Self { path, map, prefix: String::new() }
+    }
+
     /// The object under `key` of the same file.
     pub(super) fn inside(&self, key: &str, map: &'a Map<String, Value>) -> Self {
         Self { path: self.path, map, prefix: format!("{key}.") }

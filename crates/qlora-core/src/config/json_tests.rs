@@ -62,7 +62,7 @@ fn what_is_not_supported_is_named() {
         ("llama", r#", "architectures": ["LlamaForSequenceClassification"]"#, "LlamaForSequenceClassification"),
         ("llama", r#", "architectures": ["MistralForCausalLM"]"#, "different models"),
         ("llama", r#", "hidden_act": "gelu""#, "hidden_act \"gelu\""),
-        ("llama", r#", "quantization_config": {"quant_method": "gptq"}"#, "quant_method \"gptq\""),
+        ("llama", r#", "quantization_config": {"quant_method": "hqq"}"#, "quant_method \"hqq\""),
         ("mistral", r#", "num_local_experts": 8"#, "num_local_experts"),
         ("llama", r#", "final_logit_softcapping": 30.0"#, "final_logit_softcapping"),
         ("llama", r#", "layer_types": ["conv", "conv", "conv", "conv"]"#, "layer type \"conv\""),

@@ -8,18 +8,20 @@ use std::sync::Arc;
 #[cfg(feature = "cuda")]
 use qlora_kernels::cuda::CudaWeight;
 use qlora_kernels::ops::attention::AttentionConfig;
-use qlora_kernels::quant::{QuantConfig, Quantized4bit};
-use qlora_kernels::weight::{FrozenWeight, PlainData, PlainWeight};
+use qlora_kernels::quant::{IntConfig, QuantConfig, Quantized4bit, QuantizedInt};
+use qlora_kernels::weight::{FrozenWeight, Int8Activations, PlainData, PlainWeight};
 use qlora_kernels::{Matrix, Workspace};
 
 use super::block::{Block, MemoryPolicy};
 use super::causal_lm::CausalLm;
 use super::projection::Projection;
 use super::stack::Stack;
+use crate::config::CheckpointQuantization;
 use crate::error::{Error, Result};
-use crate::source::WeightSource;
+use crate::source::{PlainTensor, SourceWeight, WeightSource};
 
-/// How the frozen projections are held.
+/// How the frozen projections are held. A checkpoint that is stored quantized is always held as it is stored, its plain
+/// layers too: with one, [`Quantization::None`] or what it is stored in are the only values that are not refused.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Quantization {
     /// As stored: LoRA without quantization.
@@ -27,6 +29,10 @@ pub enum Quantization {
     None,
     /// 4-bit, as bitsandbytes does it.
     Bits4(QuantConfig),
+    /// LLM.int8, as bitsandbytes does it: weights and activations in 8 bits, outlier activations (from 6.0 on) exact.
+    Int8,
+    /// Uniform 4- or 8-bit integers.
+    Int(IntConfig),
 }
 
 /// What loading can be told.
@@ -70,6 +76,10 @@ struct Loader<'a, 'b> {
 
 impl Loader<'_, '_> {
     fn model(mut self) -> Result<CausalLm> {
+        if let Some(stored) = self.source.quantization() {
+            check_quantization(self.options.quantization, stored, self.source)?;
+            self.options.quantization = Quantization::None;
+        }
         let config = self.source.config().clone();
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let embedding = match self.options.offload_embedding {
@@ -136,15 +146,13 @@ impl Loader<'_, '_> {
 
     fn projection(&mut self, name: String, rows: usize, cols: usize, bias: bool) -> Result<Projection> {
         let weight_name = format!("{name}.weight");
-        let data = self.read(&weight_name, &[rows, cols])?;
-        let weight = match self.options.quantization {
-            Quantization::None => {
-                check_finite(&weight_name, &data)?;
-                self.place_plain(PlainWeight::new(data, rows, cols))?
-            }
-            Quantization::Bits4(config) => self
-                .quantize(&data, rows, cols, &config)
+        let weight = match (self.read_weight(&weight_name, &[rows, cols])?, self.options.quantization) {
+            (weight, Quantization::None) => self.place(&weight_name, weight)?,
+            (SourceWeight::Plain(PlainTensor { data, .. }), quantization) => self
+                .quantize(&data, rows, cols, quantization)
                 .map_err(|error| Error::tensor(&weight_name, error.to_string()))?,
+            // `model` saw to it.
+            (packed, _) => self.place(&weight_name, packed)?,
         };
         let bias = bias.then(|| self.vector(&format!("{name}.bias"), rows)).transpose()?;
         Projection::new(name, weight, bias)
@@ -156,13 +164,48 @@ impl Loader<'_, '_> {
         data: &PlainData,
         rows: usize,
         cols: usize,
-        config: &QuantConfig,
-    ) -> qlora_kernels::Result<Arc<dyn FrozenWeight>> {
+        quantization: Quantization,
+    ) -> Result<Arc<dyn FrozenWeight>> {
+        match quantization {
+            Quantization::None => self.place_plain(PlainWeight::new(data.clone(), rows, cols)),
+            #[cfg(feature = "cuda")]
+            Quantization::Bits4(config) if self.workspace.gpu().is_some() => {
+                Ok(Arc::new(CudaWeight::quantize(data, rows, cols, &config, &self.workspace)?))
+            }
+            Quantization::Bits4(config) => Ok(Arc::new(Quantized4bit::quantize(data, rows, cols, &config)?)),
+            Quantization::Int8 => {
+                self.place_int(|| QuantizedInt::llm_int8(data, rows, cols, Int8Activations::THRESHOLD, &[]))
+            }
+            Quantization::Int(config) => self.place_int(|| QuantizedInt::quantize(data, rows, cols, &config)),
+        }
+    }
+
+    /// A weight on the device in the form it has.
+    fn place(&self, name: &str, weight: SourceWeight) -> Result<Arc<dyn FrozenWeight>> {
+        match weight {
+            SourceWeight::Plain(tensor) => {
+                check_finite(name, &tensor.data)?;
+                self.place_plain(tensor.into_weight(name)?)
+            }
+            #[cfg(feature = "cuda")]
+            SourceWeight::FourBit(weight) if self.workspace.gpu().is_some() => {
+                Ok(Arc::new(CudaWeight::quantized(&weight, &self.workspace)?))
+            }
+            SourceWeight::FourBit(weight) => Ok(Arc::new(weight)),
+            SourceWeight::Int(weight) => self.place_int(|| Ok(weight)),
+        }
+    }
+
+    /// Integer weights are on the CPU only so far; a GPU's place is here.
+    fn place_int(&self, weight: impl FnOnce() -> qlora_kernels::Result<QuantizedInt>) -> Result<Arc<dyn FrozenWeight>> {
         #[cfg(feature = "cuda")]
         if self.workspace.gpu().is_some() {
-            return Ok(Arc::new(CudaWeight::quantize(data, rows, cols, config, &self.workspace)?));
+            return Err(Error::Unsupported(
+                "integer weights (8-bit, INT4, GPTQ, AWQ) on a GPU: this kind is not on the GPU yet; use the CPU, or NF4"
+                    .to_owned(),
+            ));
         }
-        Ok(Arc::new(Quantized4bit::quantize(data, rows, cols, config)?))
+        Ok(Arc::new(weight()?))
     }
 
     fn place_plain(&self, weight: PlainWeight) -> Result<Arc<dyn FrozenWeight>> {
@@ -173,10 +216,10 @@ impl Loader<'_, '_> {
         Ok(Arc::new(weight))
     }
 
+    /// A table that is not quantized while loading; a head may be stored quantized.
     fn plain(&mut self, name: &str, rows: usize, cols: usize) -> Result<Arc<dyn FrozenWeight>> {
-        let data = self.read(name, &[rows, cols])?;
-        check_finite(name, &data)?;
-        self.place_plain(PlainWeight::new(data, rows, cols))
+        let weight = self.read_weight(name, &[rows, cols])?;
+        self.place(name, weight)
     }
 
     /// One f32 row on the device.
@@ -190,15 +233,26 @@ impl Loader<'_, '_> {
 
     fn read(&mut self, name: &str, shape: &[usize]) -> Result<PlainData> {
         let tensor = self.source.read(name)?;
-        if tensor.shape != shape {
-            let message = format!("has shape {:?}, the configuration asks for {shape:?}", tensor.shape);
+        self.done(name, &tensor.shape, shape)?;
+        Ok(tensor.data)
+    }
+
+    fn read_weight(&mut self, name: &str, shape: &[usize]) -> Result<SourceWeight> {
+        let weight = self.source.read_weight(name)?;
+        self.done(name, &weight.shape(), shape)?;
+        Ok(weight)
+    }
+
+    fn done(&mut self, name: &str, got: &[usize], shape: &[usize]) -> Result<()> {
+        if got != shape {
+            let message = format!("has shape {got:?}, the configuration asks for {shape:?}");
             return Err(Error::tensor(name, message));
         }
         self.used.push(name.to_owned());
         if let Some(progress) = &mut self.options.progress {
             progress(self.used.len(), self.total.max(self.used.len()));
         }
-        Ok(tensor.data)
+        Ok(())
     }
 
     /// A tensor that nothing reads means that the model is not what its configuration says.
@@ -216,6 +270,23 @@ impl Loader<'_, '_> {
             "the checkpoint has tensors that this architecture does not use: {shown}{more}"
         )))
     }
+}
+
+/// Quantizing what is quantized already would lose precision without saying so.
+fn check_quantization(asked: Quantization, stored: &CheckpointQuantization, source: &dyn WeightSource) -> Result<()> {
+    let asked = match (asked, stored) {
+        (Quantization::None, _)
+        | (Quantization::Bits4(_), CheckpointQuantization::Bnb4bit)
+        | (Quantization::Int8, CheckpointQuantization::Bnb8bit { .. }) => return Ok(()),
+        (Quantization::Bits4(config), _) => config.quant_type.to_string(),
+        (Quantization::Int8, _) => "LLM.int8".to_owned(),
+        (Quantization::Int(config), _) => format!("{}-bit integers", config.bits.bits()),
+    };
+    Err(Error::Invalid(format!(
+        "{}: the weights are stored in {stored} and cannot be quantized again to {asked} without loss: load them without \
+         quantization (they stay as they are stored; `load_in_4bit = false`), or take the original bf16, f16 or f32 weights",
+        source.path().display()
+    )))
 }
 
 fn check_finite(name: &str, data: &PlainData) -> Result<()> {

@@ -7,25 +7,32 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use serde_json::Value;
 
+use super::packed::{self, Packed, Raw};
 use super::shard::{Shard, unsupported_dtype};
-use super::{PlainTensor, WeightSource, check_tensors, ignorable, unknown_tensor};
-use crate::config::ModelConfig;
+use super::{PlainTensor, SourceWeight, WeightSource, check_tensors, ignorable, unknown_tensor};
+use crate::config::{CheckpointQuantization, ModelConfig};
 use crate::error::{Error, Result};
-use crate::file::{self, LARGE};
+use crate::file::{self, LARGE, SMALL};
 
 /// The one file of a model that is not sharded.
 pub(crate) const SINGLE: &str = "model.safetensors";
 /// The file that says which shard holds which tensor.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
-/// A model folder in Hugging Face's layout, in bf16, f16 or f32.
+/// A model folder in Hugging Face's layout, in bf16, f16 or f32, or quantized by one of the methods of
+/// [`CheckpointQuantization`].
 #[derive(Debug)]
 pub struct HfDirectory {
     folder: PathBuf,
     config: ModelConfig,
     shards: Vec<Shard>,
-    // Name to the index in `shards`, without what no model needs.
+    // Plain tensors: name to the index in `shards`, without what no model needs.
     tensors: BTreeMap<String, usize>,
+    quantization: Option<CheckpointQuantization>,
+    // The linear layers that are stored quantized, by the names that their weights would have.
+    packed: BTreeMap<String, Packed>,
+    // The tensors that the quantized layers consist of.
+    parts: BTreeMap<String, usize>,
 }
 
 impl HfDirectory {
@@ -37,7 +44,10 @@ impl HfDirectory {
     /// shape or dtype. The message names file and tensor.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref().to_owned();
-        let config = ModelConfig::from_json_file(folder.join("config.json"))?;
+        let path = folder.join("config.json");
+        let text = file::read_text(&path, SMALL)?;
+        let config = ModelConfig::from_json(&text, &path)?;
+        let quantization = CheckpointQuantization::from_json(&text, &path)?;
         let (index, files) = weight_files(&folder)?;
         let shards: Vec<Shard> = files.iter().map(|name| Shard::open(folder.join(name))).collect::<Result<_>>()?;
         let mut tensors = BTreeMap::new();
@@ -56,7 +66,6 @@ impl HfDirectory {
                 if ignorable(&config, &name) {
                     continue;
                 }
-                refuse_quantized(shard, &name)?;
                 if let Some(first) = tensors.insert(name.clone(), number) {
                     return Err(twice(&name, shards[first].path(), shard.path()));
                 }
@@ -71,13 +80,24 @@ impl HfDirectory {
                 }
             }
         }
-        let source = Self { folder, config, shards, tensors };
+        let (mut packed, mut parts) = (BTreeMap::new(), BTreeMap::new());
+        if let Some(quantization) = &quantization {
+            let raw = Raw { folder: &folder, shards: &shards, tensors: &tensors };
+            let names;
+            (packed, names) = packed::find(&raw, &config, quantization)?;
+            parts.extend(names.into_iter().filter_map(|name| tensors.remove_entry(&name)));
+        }
+        for (name, &number) in &tensors {
+            refuse_quantized(&shards[number], name, quantization.as_ref())?;
+        }
+        let source = Self { folder, config, shards, tensors, quantization, packed, parts };
         check_tensors(&source)?;
         Ok(source)
     }
 
     fn shard(&self, name: &str) -> Option<&Shard> {
-        self.tensors.get(name).map(|&number| &self.shards[number])
+        let plain = self.tensors.get(name).copied();
+        plain.or_else(|| self.packed.get(name).map(|packed| packed.shard)).map(|number| &self.shards[number])
     }
 }
 
@@ -95,14 +115,38 @@ impl WeightSource for HfDirectory {
     }
 
     fn names(&self) -> Vec<String> {
-        self.tensors.keys().cloned().collect()
+        let mut names: Vec<String> = self.tensors.keys().chain(self.packed.keys()).cloned().collect();
+        names.sort_unstable();
+        names
     }
 
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        self.shard(name)?.shape(name).map(<[usize]>::to_vec)
+        match self.packed.get(name) {
+            Some(packed) => Some(packed.shape.to_vec()),
+            None => self.shard(name)?.shape(name).map(<[usize]>::to_vec),
+        }
+    }
+
+    fn quantization(&self) -> Option<&CheckpointQuantization> {
+        self.quantization.as_ref()
+    }
+
+    fn is_packed(&self, name: &str) -> bool {
+        self.packed.contains_key(name)
+    }
+
+    fn read_weight(&self, name: &str) -> Result<SourceWeight> {
+        let Some(packed) = self.packed.get(name) else { return self.read(name).map(SourceWeight::Plain) };
+        packed::read(&Raw { folder: &self.folder, shards: &self.shards, tensors: &self.parts }, name, packed)
     }
 
     fn read(&self, name: &str) -> Result<PlainTensor> {
+        if let (true, Some(quantization)) = (self.is_packed(name), &self.quantization) {
+            let place = self.file_of(name).unwrap_or(&self.folder).display();
+            let message =
+                format!("is stored quantized ({quantization}) in {place}; the original weights are needed here");
+            return Err(Error::tensor(name, message));
+        }
         self.shard(name).ok_or_else(|| unknown_tensor(self, name))?.read(name)
     }
 }
@@ -155,25 +199,37 @@ fn twice(name: &str, first: &Path, second: &Path) -> Error {
     Error::tensor(name, format!("in two files: {} and {}", first.display(), second.display()))
 }
 
-/// Weights that a quantizer wrote have companions or integer types; they are not the model's own.
-fn refuse_quantized(shard: &Shard, name: &str) -> Result<()> {
-    const COMPANIONS: [&str; 9] = [
+/// What is left when the quantized layers are taken out must be plain: companions that no quantized layer needs, or
+/// integers, mean that files and configuration do not fit.
+fn refuse_quantized(shard: &Shard, name: &str, quantization: Option<&CheckpointQuantization>) -> Result<()> {
+    const COMPANIONS: [&str; 14] = [
         ".absmax",
+        ".nested_absmax",
+        ".quant_map",
+        ".nested_quant_map",
         ".SCB",
+        ".weight_format",
         ".qweight",
         ".qzeros",
+        ".scales",
+        ".g_idx",
         ".weight_scale",
         ".weight_scale_inv",
         ".weight_packed",
-        ".quant_map",
         ".input_scale",
     ];
     if name.contains(".quant_state.") || COMPANIONS.iter().any(|suffix| name.ends_with(suffix)) {
-        return Err(Error::Unsupported(format!(
-            "{} holds quantized weights (tensor {name}); use the repository with the original bf16, f16 or f32 weights, they \
-             are quantized while loading",
-            shard.path().display()
-        )));
+        let place = shard.path().display();
+        return Err(match quantization {
+            Some(quantization) => {
+                Error::tensor(name, format!("in {place}, but no layer stored in {quantization} has it as its part"))
+            }
+            None => Error::Unsupported(format!(
+                "{place} holds quantized weights (tensor {name}), but config.json has no quantization_config that says \
+                 how; use a repository whose config.json has it, or the original bf16, f16 or f32 weights, which are \
+                 quantized while loading"
+            )),
+        });
     }
     match shard.dtype(name) {
         Some(Dtype::F32 | Dtype::BF16 | Dtype::F16) => Ok(()),

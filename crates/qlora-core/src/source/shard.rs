@@ -52,6 +52,12 @@ impl Shard {
         self.header.info(name).map(|info| info.dtype)
     }
 
+    /// The bytes of one tensor.
+    pub(super) fn bytes(&self, name: &str) -> Option<&[u8]> {
+        let (start, end) = self.header.info(name)?.data_offsets;
+        Some(&self.file[self.data_start + start..self.data_start + end])
+    }
+
     /// Copies one tensor out of the file.
     pub(super) fn read(&self, name: &str) -> Result<PlainTensor> {
         let info =

@@ -3,8 +3,10 @@
 //! | argument | shape | |
 //! |---|---|---|
 //! | `x`, `dx` | `[tokens, cols]` | |
-//! | `W` | `[rows, cols]` | any [`FrozenWeight`]: 4-bit, bf16, f32 |
+//! | `W` | `[rows, cols]` | any [`FrozenWeight`]: 4-bit, integers, bf16, f32 |
 //! | `y`, `dy` | `[tokens, rows]` | |
+//!
+//! A weight of LLM.int8 has `x` rounded to 8 bits in the forward (`int8_activations`), not in the backward.
 //!
 //! The weight is frozen: there is no gradient of it. Everything is f32. Results do not depend on the number of threads.
 
@@ -17,10 +19,11 @@ use rayon::slice::ParallelSliceMut;
 
 use crate::error::Result;
 use crate::matrix::Workspace;
+use crate::ops::int8_activations;
 use crate::ops::matmul::nn_serial;
 use crate::transpose::transpose;
 use crate::view::{HostView, HostViewMut, View, ViewMut};
-use crate::weight::FrozenWeight;
+use crate::weight::{FrozenWeight, Int8Activations};
 
 /// Up to this many tokens, weights are multiplied row by row as they are dequantized.
 const FEW_TOKENS: usize = 4;
@@ -47,6 +50,15 @@ pub fn forward(x: View, weight: &dyn FrozenWeight, y: ViewMut, beta: f32, worksp
         return crate::cuda::linear::frozen_forward(OP, x.cuda(OP)?, weight, y.cuda(OP)?, beta);
     }
     let (x, y) = (x.host(OP)?, y.host(OP)?);
+    let mut rounded = None;
+    let x = match weight.int8_activations() {
+        None => x,
+        Some(Int8Activations { threshold }) => {
+            let rounded = rounded.insert(workspace.scratch(x.rows(), x.cols()));
+            int8_activations::round(x, threshold, weight.exact_columns(), rounded.as_mut_slice());
+            HostView::new(rounded.as_slice(), x.rows(), x.cols())
+        }
+    };
     match x.rows() {
         0 => {}
         1..=FEW_TOKENS => few_tokens(x, weight, y, beta, workspace),

@@ -7,6 +7,7 @@ pub mod dropout;
 pub mod embedding;
 pub mod frozen_linear;
 pub mod grad_norm;
+mod int8_activations;
 pub mod linear_cross_entropy;
 pub mod linear_group;
 pub mod lora_linear;

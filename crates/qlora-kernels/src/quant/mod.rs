@@ -1,4 +1,4 @@
-//! bitsandbytes' 4-bit formats, NF4 and FP4, bit for bit.
+//! Quantized weights: bitsandbytes' 4-bit formats, NF4 and FP4, bit for bit; and integers ([`quantized_int`]).
 //!
 //! A weight is a flat row-major sequence of blocks of `blocksize` elements; the last block may be shorter.
 //!
@@ -26,20 +26,26 @@
 //! | [`nested`] | absmax values, plain or doubly quantized |
 //! | [`quantizer`] | a weight quantized piece by piece, as it is read |
 //! | [`quantized4bit`] | the frozen 4-bit weight |
+//! | [`quantized_int`] | the frozen integer weight: LLM.int8, GPTQ, AWQ, uniform |
+//! | `int_encode` | plain weights to integers |
 
 pub mod codebook;
 mod decode;
 mod dynamic_map;
 mod encode;
+mod int_encode;
 pub mod nested;
 pub mod quantized4bit;
+pub mod quantized_int;
 pub mod quantizer;
 mod reciprocal;
 
 pub use codebook::QuantType;
 pub use dynamic_map::{signed_dynamic_map, unsigned_dynamic_map};
 pub use encode::{Element, SourceDtype};
+pub use int_encode::IntConfig;
 pub use nested::{Absmax, NestedAbsmax};
+pub use quantized_int::{IntBits, IntParts, OutlierColumns, QuantizedInt};
 pub use quantized4bit::{Parts, Quantized4bit};
 pub use quantizer::Quantizer;
 

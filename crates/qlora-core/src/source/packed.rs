@@ -1,0 +1,219 @@
+//! Linear layers that a checkpoint stores quantized: which tensors make up each of them, and how they are read.
+//!
+//! A module is quantized if the tensors that its method adds to a weight are there; all others are plain weights. What the
+//! headers say is checked when the source is opened: presence, dtypes, shapes, the JSON state of 4-bit tensors. Values are
+//! checked when a weight is read. Codes are taken over as they are.
+
+mod awq;
+mod bnb4;
+mod bnb8;
+mod gptq;
+mod words;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use qlora_kernels::quant::{Quantized4bit, QuantizedInt};
+use qlora_kernels::weight::PlainData;
+use safetensors::Dtype;
+
+use super::PlainTensor;
+use super::shard::Shard;
+use crate::config::{CheckpointQuantization, ModelConfig};
+use crate::error::{Error, Result};
+
+/// A weight as a source holds it.
+#[derive(Clone, Debug)]
+pub enum SourceWeight {
+    /// In 16 or 32 bits.
+    Plain(PlainTensor),
+    /// NF4 or FP4.
+    FourBit(Quantized4bit),
+    /// LLM.int8, GPTQ or AWQ.
+    Int(QuantizedInt),
+}
+
+impl SourceWeight {
+    /// The sizes of the dimensions, the outermost first.
+    pub fn shape(&self) -> Vec<usize> {
+        use qlora_kernels::weight::FrozenWeight;
+        match self {
+            Self::Plain(tensor) => tensor.shape.clone(),
+            Self::FourBit(weight) => vec![weight.rows(), weight.cols()],
+            Self::Int(weight) => vec![weight.rows(), weight.cols()],
+        }
+    }
+
+    /// The values that the weight stands for: 4-bit weights in the type they had before they were quantized, integers in
+    /// f32.
+    pub fn into_plain(self) -> PlainTensor {
+        use qlora_kernels::weight::FrozenWeight;
+        let shape = self.shape();
+        let data = match self {
+            Self::Plain(tensor) => return tensor,
+            Self::FourBit(weight) => weight.dequantize(weight.source_dtype()),
+            Self::Int(weight) => {
+                let mut data = vec![0.0; shape.iter().product()];
+                weight.dequantize_rows(0..weight.rows(), &mut data);
+                PlainData::F32(data)
+            }
+        };
+        PlainTensor { data, shape }
+    }
+}
+
+/// A quantized linear layer of the checkpoint.
+#[derive(Debug)]
+pub(super) struct Packed {
+    /// Output and input features.
+    pub(super) shape: [usize; 2],
+    /// The shard of its largest tensor, for messages.
+    pub(super) shard: usize,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Bnb4(bnb4::State),
+    Bnb8 { threshold: f32 },
+    Gptq(gptq::Layout),
+    Awq { group_size: usize },
+}
+
+/// The tensors of a checkpoint as its files hold them: name to shard.
+pub(super) struct Raw<'a> {
+    pub(super) folder: &'a Path,
+    pub(super) shards: &'a [Shard],
+    pub(super) tensors: &'a BTreeMap<String, usize>,
+}
+
+impl Raw<'_> {
+    fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    fn shard(&self, name: &str) -> Option<&Shard> {
+        self.tensors.get(name).map(|&number| &self.shards[number])
+    }
+
+    fn dtype(&self, name: &str) -> Option<Dtype> {
+        self.shard(name)?.dtype(name)
+    }
+
+    /// Checks that a tensor is there in one of the dtypes, with one of the shapes. `owner` is what needs it.
+    fn expect(&self, name: &str, owner: &str, dtypes: &[Dtype], shapes: &[&[usize]]) -> Result<()> {
+        let missing = || Error::tensor(name, format!("missing in {}; {owner} needs it", self.folder.display()));
+        let shard = self.shard(name).ok_or_else(missing)?;
+        let (dtype, shape) = (shard.dtype(name).ok_or_else(missing)?, shard.shape(name).ok_or_else(missing)?);
+        let place = shard.path().display();
+        if !dtypes.contains(&dtype) {
+            let expected = dtypes.iter().map(|dtype| format!("{dtype:?}")).collect::<Vec<_>>().join(" or ");
+            return Err(Error::tensor(name, format!("has dtype {dtype:?} in {place}; {owner} needs {expected}")));
+        }
+        if !shapes.contains(&shape) {
+            let expected = shapes.iter().map(|shape| format!("{shape:?}")).collect::<Vec<_>>().join(" or ");
+            return Err(Error::tensor(name, format!("has shape {shape:?} in {place}; {owner} needs {expected}")));
+        }
+        Ok(())
+    }
+
+    fn bytes(&self, name: &str) -> Result<&[u8]> {
+        let bytes = self.shard(name).and_then(|shard| shard.bytes(name));
+        bytes.ok_or_else(|| Error::tensor(name, format!("missing in {}", self.folder.display())))
+    }
+
+    fn f32(&self, name: &str) -> Result<Vec<f32>> {
+        match self.shard(name) {
+            Some(shard) => Ok(shard.read(name)?.into_f32()),
+            None => Err(Error::tensor(name, format!("missing in {}", self.folder.display()))),
+        }
+    }
+
+    /// [`Self::f32`] of a tensor in which no value may be NaN, infinite or less than `least`.
+    fn scales(&self, name: &str, least: f32) -> Result<Vec<f32>> {
+        let values = self.f32(name)?;
+        match values.iter().position(|value| !(value.is_finite() && *value >= least)) {
+            None => Ok(values),
+            Some(i) => Err(Error::tensor(name, format!("element {i} is {}, in {}", values[i], self.place(name)))),
+        }
+    }
+
+    fn place(&self, name: &str) -> String {
+        self.shard(name).map_or(self.folder, Shard::path).display().to_string()
+    }
+}
+
+/// The quantized layers of a checkpoint, by the name that their weight would have were it plain, and the names of the
+/// tensors that they consist of.
+pub(super) fn find(
+    raw: &Raw<'_>,
+    config: &ModelConfig,
+    quantization: &CheckpointQuantization,
+) -> Result<(BTreeMap<String, Packed>, Vec<String>)> {
+    let (mut packed, mut parts) = (BTreeMap::new(), Vec::new());
+    for (name, shape) in config.tensor_shapes() {
+        let (&[rows, cols], Some(module)) = (&*shape, name.strip_suffix(".weight")) else { continue };
+        if name == "model.embed_tokens.weight" {
+            continue;
+        }
+        let shape = [rows, cols];
+        let found = match quantization {
+            CheckpointQuantization::Bnb4bit => {
+                bnb4::find(raw, module, shape)?.map(|(state, parts)| (Kind::Bnb4(state), parts))
+            }
+            CheckpointQuantization::Bnb8bit { threshold } => {
+                bnb8::find(raw, module, shape)?.map(|parts| (Kind::Bnb8 { threshold: *threshold }, parts))
+            }
+            CheckpointQuantization::Gptq { bits, group_size, zero_offset, per_module } => {
+                gptq::find(raw, module, shape, (*bits, *group_size), *zero_offset, *per_module)?
+                    .map(|(layout, parts)| (Kind::Gptq(layout), parts))
+            }
+            CheckpointQuantization::Awq { group_size } => awq::find(raw, module, shape, *group_size)?
+                .map(|parts| (Kind::Awq { group_size: group_size.unwrap_or(cols) }, parts)),
+        };
+        let Some((kind, mut own)) = found else { continue };
+        let shard = raw.tensors[&own[0]];
+        // AutoGPTQ and AutoAWQ write a bias of zeros for layers that have none.
+        let bias = format!("{module}.bias");
+        let unused = raw.has(&bias) && !config_has(config, &bias);
+        if unused && matches!(kind, Kind::Gptq(_) | Kind::Awq { .. }) && raw.f32(&bias)?.iter().all(|x| *x == 0.0) {
+            own.push(bias);
+        }
+        parts.append(&mut own);
+        packed.insert(name, Packed { shape, shard, kind });
+    }
+    Ok((packed, parts))
+}
+
+/// Whether the configuration gives a layer this bias.
+fn config_has(config: &ModelConfig, bias: &str) -> bool {
+    match bias.trim_end_matches(".bias").rsplit('.').next() {
+        Some("q_proj" | "k_proj" | "v_proj") => config.qkv_bias,
+        Some("o_proj") => config.o_bias,
+        Some("gate_proj" | "up_proj" | "down_proj") => config.mlp_bias,
+        _ => false,
+    }
+}
+
+/// Reads one quantized layer; `name` is that of its weight.
+pub(super) fn read(raw: &Raw<'_>, name: &str, packed: &Packed) -> Result<SourceWeight> {
+    let module = name.trim_end_matches(".weight");
+    let shape = packed.shape;
+    // What the kernels' checks say, with the place.
+    let place = || raw.shards[packed.shard].path().display();
+    let tensor = |error: qlora_kernels::Error| Error::tensor(name, format!("{error}, in {}", place()));
+    Ok(match &packed.kind {
+        Kind::Bnb4(state) => {
+            SourceWeight::FourBit(Quantized4bit::from_parts(bnb4::read(raw, module, shape, state)?).map_err(tensor)?)
+        }
+        Kind::Bnb8 { threshold } => {
+            SourceWeight::Int(QuantizedInt::from_parts(bnb8::read(raw, module, shape, *threshold)?).map_err(tensor)?)
+        }
+        Kind::Gptq(layout) => {
+            SourceWeight::Int(QuantizedInt::from_parts(gptq::read(raw, module, shape, layout)?).map_err(tensor)?)
+        }
+        Kind::Awq { group_size } => {
+            SourceWeight::Int(QuantizedInt::from_parts(awq::read(raw, module, shape, *group_size)?).map_err(tensor)?)
+        }
+    })
+}
