@@ -14,6 +14,7 @@ pub mod generate;
 pub mod gguf_write;
 #[cfg(feature = "hub")]
 pub mod hub;
+pub mod inspect;
 pub mod lora;
 pub mod merge;
 pub mod model;

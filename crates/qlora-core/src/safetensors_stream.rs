@@ -55,11 +55,12 @@ impl SafetensorsStream {
             PlainData::Bf16(data) => ("BF16", bytemuck::cast_slice(data)),
             PlainData::F16(data) => ("F16", bytemuck::cast_slice(data)),
         };
-        let end = self.written + bytes.len() as u64;
-        let entry = json!({"dtype": dtype, "shape": tensor.shape, "data_offsets": [self.written, end]});
-        if self.header.insert(name.to_owned(), entry).is_some() {
+        if self.header.contains_key(name) {
             return Err(Error::tensor(name, format!("is written twice to {}", self.path.display())));
         }
+        let end = self.written + bytes.len() as u64;
+        let entry = json!({"dtype": dtype, "shape": tensor.shape, "data_offsets": [self.written, end]});
+        self.header.insert(name.to_owned(), entry);
         self.written = end;
         self.write(bytes)
     }

@@ -12,6 +12,8 @@
 //!
 //! All choices give the same gradients, up to the order of sums where weights are dequantized one at a time.
 
+mod from_config;
+
 use std::fmt;
 
 use qlora_kernels::matrix::padded_cols;
