@@ -80,12 +80,15 @@ fn largest(a: &[f32], b: &[f32]) -> f32 {
 
 /// Largest differences of the logits of a fixture's model, written as `kind` and read again, and its largest logit.
 fn difference(name: &str, kind: GgufType) -> (f32, f32) {
-    let source = HfDirectory::open(fixtures().join("models").join(name)).unwrap();
+    difference_of(name, &HfDirectory::open(fixtures().join("models").join(name)).unwrap(), kind)
+}
+
+fn difference_of(name: &str, source: &HfDirectory, kind: GgufType) -> (f32, f32) {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("model.gguf");
     let mut done = (0, 0);
     let written =
-        write(&source, &tokenizer(source.config().vocab_size), &out, &options(kind), |n, all| done = (n, all)).unwrap();
+        write(source, &tokenizer(source.config().vocab_size), &out, &options(kind), |n, all| done = (n, all)).unwrap();
     assert_eq!((done, written.bytes), ((written.tensors, written.tensors), std::fs::metadata(&out).unwrap().len()));
     let read = Gguf::open(&out).unwrap();
     assert_eq!(read.chat_template().unwrap(), Some("{{ messages }}"));
@@ -102,7 +105,7 @@ fn difference(name: &str, kind: GgufType) -> (f32, f32) {
     assert_eq!(same, expected, "{name}");
     assert_eq!(rope.theta, expected.rope.theta, "{name}");
     let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % 80).collect();
-    let original = logits(&source, &tokens);
+    let original = logits(source, &tokens);
     let scale = original.iter().fold(0f32, |max, x| max.max(x.abs()));
     (largest(&logits(&read, &tokens), &original), scale)
 }
@@ -117,6 +120,41 @@ fn logits_of_every_architecture_survive() {
         let (bf16, _) = difference(name, GgufType::Bf16);
         println!("{name}: f32 {f32:.1e}, f16 {f16:.1e}, bf16 {bf16:.1e} of {scale:.2}");
     }
+}
+
+/// A fixture's model with other options in its configuration.
+fn edited(name: &str, edits: &[(&str, serde_json::Value)]) -> (HfDirectory, tempfile::TempDir) {
+    let (from, folder) = (fixtures().join("models").join(name), tempfile::tempdir().unwrap());
+    std::fs::copy(from.join("model.safetensors"), folder.path().join("model.safetensors")).unwrap();
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(from.join("config.json")).unwrap()).unwrap();
+    edits.iter().for_each(|(pointer, value)| *config.pointer_mut(pointer).unwrap() = value.clone());
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    (HfDirectory::open(folder.path()).unwrap(), folder)
+}
+
+#[test]
+fn qwen3_and_llama_3_rotations_survive() {
+    // The fixture's windows have no place in a GGUF file.
+    let full = serde_json::json!(["full_attention", "full_attention"]);
+    let (qwen3, _folder) = edited("qwen3", &[("/use_sliding_window", false.into()), ("/layer_types", full)]);
+    let (difference, _) = difference_of("qwen3", &qwen3, GgufType::F32);
+    assert!(difference < 1e-4, "qwen3: {difference}");
+    // A file has the divisors only; those of Llama 3.1 are recognized, to f32's precision.
+    let rope = "/rope_parameters";
+    let edits = [
+        (format!("{rope}/low_freq_factor"), 1.0),
+        (format!("{rope}/high_freq_factor"), 4.0),
+        (format!("{rope}/original_max_position_embeddings"), 8192.0),
+    ];
+    let edits: Vec<_> = edits.iter().map(|(pointer, value)| (&**pointer, serde_json::json!(value))).collect();
+    let mut edits = edits;
+    edits[2].1 = serde_json::json!(8192);
+    edits.push(("/rope_parameters/rope_theta", serde_json::json!(500_000.0)));
+    let (llama3, _folder) = edited("llama_rope_llama3", &edits);
+    let (difference, _) = difference_of("llama3", &llama3, GgufType::F32);
+    assert!(difference < 1e-3, "llama 3: {difference}");
+    assert!(model::rope_table(llama3.config()).unwrap().iter().any(|divisor| *divisor > 1.5));
 }
 
 #[test]

@@ -13,7 +13,7 @@
 
 use qlora_kernels::SequenceLayout;
 
-use super::source::{MergeInto, MergedSource};
+use super::source::{MergeInto, MergedSource, Rounding};
 use super::update::LoraUpdate;
 use crate::adapter::Adapter;
 use crate::error::{Error, Result};
@@ -120,7 +120,8 @@ impl Reference {
 
 /// Measures what merging changes for each way of merging: `base`, held as `quantization` says, with `adapter` on top,
 /// against the merged weights in the precision they are stored in. Without quantization there is one way, the original.
-/// The unmerged model, then each merged one, are loaded one after the other.
+/// The unmerged model, then each merged one, are loaded one after the other. The reference is returned for more
+/// comparisons.
 ///
 /// # Errors
 /// If a model cannot be loaded, or the text has fewer than two tokens.
@@ -130,7 +131,7 @@ pub fn measure(
     quantization: Quantization,
     tokens: &[u32],
     limit: usize,
-) -> Result<Vec<(MergeInto, Gap)>> {
+) -> Result<(Reference, Vec<(MergeInto, Gap)>)> {
     let update = LoraUpdate::new(adapter)?;
     let mut model = CausalLm::load(base, LoadOptions { quantization, ..LoadOptions::default() })?;
     model.set_adapter(adapter.config.lora.clone(), adapter.layout.clone(), adapter.weights.clone())?;
@@ -140,13 +141,13 @@ pub fn measure(
     if let Quantization::Bits4(config) = quantization {
         ways.push(MergeInto::Dequantized(config));
     }
-    ways.into_iter()
-        .map(|into| {
-            let merged = MergedSource::new(base, &update, into, None)?;
-            let model = CausalLm::load(&merged, LoadOptions::default())?;
-            Ok((into, reference.gap(&model)?))
-        })
-        .collect()
+    let gap = |into| {
+        let merged = MergedSource::new(base, &update, into, Rounding::Stored)?;
+        let model = CausalLm::load(&merged, LoadOptions::default())?;
+        Ok((into, reference.gap(&model)?))
+    };
+    let gaps = ways.into_iter().map(gap).collect::<Result<_>>()?;
+    Ok((reference, gaps))
 }
 
 fn logits(model: &CausalLm, tokens: &[u32]) -> Result<Vec<f32>> {

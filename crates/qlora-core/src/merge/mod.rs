@@ -27,5 +27,5 @@ mod update;
 pub use companions::Companions;
 pub(crate) use folder::require_space;
 pub use folder::{FolderOptions, WrittenFolder, write_folder};
-pub use source::{MergeFigures, MergeInto, MergedSource};
+pub use source::{MergeFigures, MergeInto, MergedSource, Rounding};
 pub use update::{LoraUpdate, WeightUpdate};

@@ -44,6 +44,18 @@ impl fmt::Display for MergeInto {
     }
 }
 
+/// The precision of a merged model's tensors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Rounding {
+    /// Each tensor's own (blocks of a GGUF file become f32).
+    #[default]
+    Stored,
+    /// One for all tensors.
+    To(Dtype),
+    /// Merged tensors stay f32, the others are as stored: for a writer that rounds itself.
+    None,
+}
+
 /// What merging did to the weights that have an adapter.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct MergeFigures {
@@ -68,7 +80,7 @@ pub struct MergedSource<'a> {
     base: &'a dyn WeightSource,
     update: &'a dyn WeightUpdate,
     into: MergeInto,
-    dtype: Option<Dtype>,
+    rounding: Rounding,
     config: ModelConfig,
     shapes: BTreeMap<String, Vec<usize>>,
     linear: HashSet<String>,
@@ -88,8 +100,7 @@ struct Change {
 }
 
 impl<'a> MergedSource<'a> {
-    /// Merges `update` into `base` as tensors are read. `dtype` is the precision of all tensors of the result; none keeps
-    /// each tensor's own (blocks of a GGUF file become f32).
+    /// Merges `update` into `base` as tensors are read.
     ///
     /// # Errors
     /// If the update leaves a tensor of the merged model without a value, or changes one that the model does not have.
@@ -97,7 +108,7 @@ impl<'a> MergedSource<'a> {
         base: &'a dyn WeightSource,
         update: &'a dyn WeightUpdate,
         into: MergeInto,
-        dtype: Option<Dtype>,
+        rounding: Rounding,
     ) -> Result<Self> {
         let config = update.config(base.config());
         let shapes: BTreeMap<String, Vec<usize>> = config.tensor_shapes().into_iter().collect();
@@ -121,7 +132,7 @@ impl<'a> MergedSource<'a> {
             return Err(Error::tensor(name, message));
         }
         let linear = linear_modules(&config).into_iter().map(|module| format!("{}.weight", module.name)).collect();
-        Ok(Self { base, update, into, dtype, config, shapes, linear, targets, changes: Mutex::default() })
+        Ok(Self { base, update, into, rounding, config, shapes, linear, targets, changes: Mutex::default() })
     }
 
     /// What merging did to the tensors that were read so far.
@@ -146,7 +157,11 @@ impl<'a> MergedSource<'a> {
         let [rows, cols] = *tensor.shape else {
             return Err(Error::tensor(name, format!("has shape {:?}; only matrices can be merged", tensor.shape)));
         };
-        let dtype = self.dtype.unwrap_or_else(|| dtype_of(&tensor.data));
+        let dtype = match self.rounding {
+            Rounding::Stored => dtype_of(&tensor.data),
+            Rounding::To(dtype) => dtype,
+            Rounding::None => Dtype::F32,
+        };
         let weight: Box<dyn FrozenWeight> = match self.into {
             MergeInto::Dequantized(config) if self.linear.contains(name) => {
                 let quantized = Quantized4bit::quantize(&tensor.data, rows, cols, &config);
@@ -206,8 +221,8 @@ impl WeightSource for MergedSource<'_> {
         if self.targets.contains(name) || dequantized {
             return self.merge(name, tensor);
         }
-        match self.dtype {
-            Some(dtype) if dtype != dtype_of(&tensor.data) => convert(name, tensor, dtype),
+        match self.rounding {
+            Rounding::To(dtype) if dtype != dtype_of(&tensor.data) => convert(name, tensor, dtype),
             _ => Ok(tensor),
         }
     }
@@ -263,11 +278,12 @@ impl Job<'_> {
             *out = round(after);
             let (rounded, difference) = (widen(*out), after - before);
             if !rounded.is_finite() {
-                let message = format!(
-                    "{after} at row {}, column {} of the merged weight does not fit its precision; choose bf16 or f32",
-                    rows.start + i / cols,
-                    i % cols
-                );
+                let why = match after.is_finite() {
+                    true => "does not fit its precision; choose bf16 or f32",
+                    false => "is no weight; base or adapter are damaged",
+                };
+                let (row, col) = (rows.start + i / cols, i % cols);
+                let message = format!("{after} at row {row}, column {col} of the merged weight {why}");
                 return Err(Error::tensor(self.name, message));
             }
             change.largest = change.largest.max(difference.abs());

@@ -55,13 +55,18 @@ fn merged_folders_have_the_logits_of_peft() {
     for name in ["adapter_list", "adapter_regex", "adapter_rslora", "adapter_bf16"] {
         let adapter = adapter_of(name, &source);
         let update = LoraUpdate::new(&adapter).unwrap();
-        let merged = MergedSource::new(&source, &update, MergeInto::Original, None).unwrap();
+        let merged = MergedSource::new(&source, &update, MergeInto::Original, Rounding::Stored).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("merged");
         let mut done = 0;
         // Small shards, so that there are several.
         let options = FolderOptions { max_shard_bytes: 100_000, ..FolderOptions::default() };
-        let written = write_folder(&merged, &Companions::default(), &out, &options, |n, _| done = n).unwrap();
+        let progress = |n, _| {
+            // Nothing has the final name before everything is there.
+            assert!(!out.exists());
+            done = n;
+        };
+        let written = write_folder(&merged, &Companions::default(), &out, &options, progress).unwrap();
         assert_eq!(done, source.names().len());
         assert!(written.shards > 1, "{written:?}");
         let read = HfDirectory::open(&out).unwrap();
@@ -80,7 +85,7 @@ fn the_sum_is_rounded_once() {
     let source = base();
     let adapter = adapter_of("adapter_list", &source);
     let update = LoraUpdate::new(&adapter).unwrap();
-    let merged = MergedSource::new(&source, &update, MergeInto::Original, Some(Dtype::Bf16)).unwrap();
+    let merged = MergedSource::new(&source, &update, MergeInto::Original, Rounding::To(Dtype::Bf16)).unwrap();
     let name = "model.layers.1.mlp.down_proj.weight";
     let (w, pair) = (source.read(name).unwrap(), adapter.layout.get("model.layers.1.mlp.down_proj").unwrap());
     let (rows, cols, r) = (w.shape[0], w.shape[1], pair.rank());
@@ -103,6 +108,10 @@ fn the_sum_is_rounded_once() {
     assert_eq!((figures.layers, figures.largest_in.as_str()), (1, name));
     assert!((f64::from(figures.largest) - change).abs() < 1e-6, "{figures:?} {change}");
     assert!(figures.rounding > 0.0 && figures.rounding < 0.2, "{figures:?}");
+    // Unrounded for writers that round themselves; the others stay what they are.
+    let unrounded = MergedSource::new(&source, &update, MergeInto::Original, Rounding::None).unwrap();
+    assert!(matches!(unrounded.read(name).unwrap().data, PlainData::F32(_)));
+    assert_eq!(unrounded.figures().rounding, 0.0);
     // Tensors without an adapter only change their precision.
     let norm = merged.read("model.norm.weight").unwrap();
     let expected: Vec<f32> =
@@ -116,7 +125,7 @@ fn the_dequantized_base_is_the_one_that_is_trained_on() {
     let adapter = adapter_of("adapter_list", &source);
     let update = LoraUpdate::new(&adapter).unwrap();
     let config = QuantConfig::default();
-    let merged = MergedSource::new(&source, &update, MergeInto::Dequantized(config), None).unwrap();
+    let merged = MergedSource::new(&source, &update, MergeInto::Dequantized(config), Rounding::Stored).unwrap();
     // A layer without an adapter is the dequantized one, bit for bit.
     let name = "model.layers.0.self_attn.o_proj.weight";
     let plain = source.read(name).unwrap();
@@ -128,7 +137,7 @@ fn the_dequantized_base_is_the_one_that_is_trained_on() {
     assert_eq!(merged.read(embedding).unwrap().into_f32(), source.read(embedding).unwrap().into_f32());
     // The whole model answers as base and adapter do.
     let tokens = peft_logits("adapter_list").0;
-    let gaps = gap::measure(&source, &adapter, Quantization::Bits4(config), &tokens, 64).unwrap();
+    let (_, gaps) = gap::measure(&source, &adapter, Quantization::Bits4(config), &tokens, 64).unwrap();
     let [(MergeInto::Original, original), (MergeInto::Dequantized(_), dequantized)] = *gaps else { panic!("{gaps:?}") };
     assert!(dequantized.largest < 1e-4 && dequantized.same_best == 1.0, "{dequantized:?}");
     assert!(dequantized.divergence < 1e-8, "{dequantized:?}");
@@ -136,7 +145,7 @@ fn the_dequantized_base_is_the_one_that_is_trained_on() {
     assert_eq!(original.perplexity_before, dequantized.perplexity_before);
     assert!((dequantized.perplexity_after / dequantized.perplexity_before - 1.0).abs() < 1e-5);
     // Without quantization there is one way.
-    let plain = gap::measure(&source, &adapter, Quantization::None, &tokens, 64).unwrap();
+    let (_, plain) = gap::measure(&source, &adapter, Quantization::None, &tokens, 64).unwrap();
     assert_eq!(plain.len(), 1);
     assert!(plain[0].1.largest < 1e-4, "{plain:?}");
     assert!(gap::measure(&source, &adapter, Quantization::None, &tokens[..1], 64).is_err());
@@ -202,7 +211,7 @@ fn tied_heads_stay_absent_and_resized_vocabularies_are_written() {
     let out = folder.path().join("merged");
     let config_json = Some(std::fs::read_to_string(fixtures().join("models/qwen2/config.json")).unwrap());
     let options = FolderOptions { config_json, ..FolderOptions::default() };
-    let merged = MergedSource::new(&tied, &update, MergeInto::Original, None).unwrap();
+    let merged = MergedSource::new(&tied, &update, MergeInto::Original, Rounding::Stored).unwrap();
     let written = write_folder(&merged, &Companions::default(), &out, &options, |_, _| ()).unwrap();
     assert_eq!((written.shards, written.bytes), (1, std::fs::metadata(out.join("model.safetensors")).unwrap().len()));
     let read = HfDirectory::open(&out).unwrap();
@@ -215,7 +224,7 @@ fn tied_heads_stay_absent_and_resized_vocabularies_are_written() {
     let [rows, cols] = [model.vocab_size + 2, model.hidden_size];
     let embedding = PlainTensor { data: PlainData::F32(vec![0.5; rows * cols]), shape: vec![rows, cols] };
     let resized = Resized { embedding };
-    let merged = MergedSource::new(&tied, &resized, MergeInto::Original, None).unwrap();
+    let merged = MergedSource::new(&tied, &resized, MergeInto::Original, Rounding::Stored).unwrap();
     let out = folder.path().join("resized");
     write_folder(&merged, &Companions::default(), &out, &options, |_, _| ()).unwrap();
     let read = HfDirectory::open(&out).unwrap();
@@ -239,11 +248,11 @@ fn what_does_not_fit_is_named_and_nothing_is_left() {
     .unwrap();
     more.weights = vec![0.0; more.layout.len()];
     let update = LoraUpdate::new(&more).unwrap();
-    let error = MergedSource::new(&source, &update, MergeInto::Original, None).unwrap_err().to_string();
+    let error = MergedSource::new(&source, &update, MergeInto::Original, Rounding::Stored).unwrap_err().to_string();
     assert!(error.contains("model.layers.2") && error.contains("no such tensor"), "{error}");
     // Of a model with other widths: found while writing, and nothing is left.
     let update = LoraUpdate::new(&adapter).unwrap();
-    let merged = MergedSource::new(&wide, &update, MergeInto::Original, None).unwrap();
+    let merged = MergedSource::new(&wide, &update, MergeInto::Original, Rounding::Stored).unwrap();
     let error = write_folder(&merged, &Companions::default(), &out, &FolderOptions::default(), |_, _| ()).unwrap_err();
     assert!(error.to_string().contains("do not fit the adapter's"), "{error}");
     // A buffer that is too short, values that do not fit f16, an existing folder, a damaged configuration.
@@ -251,10 +260,15 @@ fn what_does_not_fit_is_named_and_nothing_is_left() {
     assert!(LoraUpdate::new(&short).unwrap_err().to_string().contains("holds 3"));
     let huge = Adapter { weights: vec![1e3; adapter.weights.len()], ..adapter.clone() };
     let update = LoraUpdate::new(&huge).unwrap();
-    let merged = MergedSource::new(&source, &update, MergeInto::Original, Some(Dtype::F16)).unwrap();
+    let merged = MergedSource::new(&source, &update, MergeInto::Original, Rounding::To(Dtype::F16)).unwrap();
     let error = write_folder(&merged, &Companions::default(), &out, &FolderOptions::default(), |_, _| ()).unwrap_err();
     assert!(error.to_string().contains("choose bf16 or f32"), "{error}");
-    let merged = MergedSource::new(&source, &update, MergeInto::Original, None).unwrap();
+    let nan = Adapter { weights: vec![f32::NAN; adapter.weights.len()], ..adapter.clone() };
+    let nan_update = LoraUpdate::new(&nan).unwrap();
+    let merged = MergedSource::new(&source, &nan_update, MergeInto::Original, Rounding::Stored).unwrap();
+    let error = write_folder(&merged, &Companions::default(), &out, &FolderOptions::default(), |_, _| ()).unwrap_err();
+    assert!(error.to_string().contains("base or adapter are damaged"), "{error}");
+    let merged = MergedSource::new(&source, &update, MergeInto::Original, Rounding::Stored).unwrap();
     let error = write_folder(&merged, &Companions::default(), folder.path(), &FolderOptions::default(), |_, _| ());
     assert!(error.unwrap_err().to_string().contains("exists already"));
     let options = FolderOptions { config_json: Some("{".into()), ..FolderOptions::default() };
@@ -315,7 +329,7 @@ fn a_source_reads_the_same_twice() {
     let source = base();
     let adapter = adapter_of("adapter_rslora", &source);
     let update = LoraUpdate::new(&adapter).unwrap();
-    let merged = MergedSource::new(&source, &update, MergeInto::Original, None).unwrap();
+    let merged = MergedSource::new(&source, &update, MergeInto::Original, Rounding::Stored).unwrap();
     let read = || -> BTreeMap<String, Vec<u32>> {
         let bits = |name: &String| merged.read(name).unwrap().into_f32().iter().map(|x| x.to_bits()).collect();
         merged.names().iter().map(|name| (name.clone(), bits(name))).collect()
