@@ -20,6 +20,9 @@ use qlora::model::{CausalLm, LoadOptions, Quantization};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
 use qlora::source::Gguf;
 use qlora::tokenizer::Tokenizer;
+use qlora::trainer::data::read_records;
+use qlora::trainer::encoder::ModelEncoder;
+use qlora::trainer::exact_match::answers;
 use qlora::trainer::memory;
 
 /// Merges an adapter into its base model.
@@ -64,6 +67,9 @@ struct Args {
     /// Most tokens of the text; 0 measures nothing (it loads the model three times, one after the other).
     #[arg(long, default_value_t = gap::DEFAULT_TOKENS)]
     gap_tokens: usize,
+    /// JSONL conversations: counts how many last answers are exactly the expected ones, before and after merging.
+    #[arg(long)]
+    heldout: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -154,6 +160,10 @@ fn main() -> anyhow::Result<()> {
         let quantization = if args.no_quantization { Quantization::None } else { Quantization::Bits4(config) };
         print_gap(&args, &files, &adapter, quantization)?;
     }
+    if let Some(path) = &args.heldout {
+        let quantization = if args.no_quantization { Quantization::None } else { Quantization::Bits4(config) };
+        print_exact(path, &files, &adapter, &merged, quantization)?;
+    }
     if let Some(peak) = memory::peak_resident() {
         println!("peak memory {:.2} GB", peak as f64 / 1e9);
     }
@@ -212,5 +222,28 @@ fn print_gap(
         let model = CausalLm::load(&Gguf::open(&args.out)?, LoadOptions::default())?;
         row("this file", &reference.gap(&model)?);
     }
+    Ok(())
+}
+
+/// Exact answers of base and adapter, and of the merged model.
+fn print_exact(
+    path: &Path,
+    files: &ModelFiles,
+    adapter: &adapter::Adapter,
+    merged: &MergedSource<'_>,
+    quantization: Quantization,
+) -> anyhow::Result<()> {
+    let records = read_records(path)?;
+    let encoder = ModelEncoder::new(&files.tokenizer, files.chat_template.as_ref(), &files.generation.eos_token_ids);
+    let exact = |model: &CausalLm| -> anyhow::Result<usize> {
+        let answers = answers(model, &files.tokenizer, &encoder, &records, 48, 25, |_| ())?;
+        Ok(answers.iter().filter(|answer| answer.is_exact()).count())
+    };
+    let mut model = CausalLm::load(&*files.source, LoadOptions { quantization, ..LoadOptions::default() })?;
+    model.set_adapter(adapter.config.lora.clone(), adapter.layout.clone(), adapter.weights.clone())?;
+    let before = exact(&model)?;
+    drop(model);
+    let after = exact(&CausalLm::load(merged, LoadOptions::default())?)?;
+    println!("\nexact answers: {before} of {} with base and adapter, {after} merged", records.len());
     Ok(())
 }

@@ -29,7 +29,7 @@ def fail(message):
 def folder_tensors(folder):
     """Name to f32 array; bf16 through its bits, which numpy does not know."""
     tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("model*.safetensors")):
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
