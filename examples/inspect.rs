@@ -13,6 +13,7 @@ use qlora::inspect::{
 use qlora::kernels::Dtype;
 use qlora::lora::{AdapterLayout, LoraConfig, TargetModules};
 use qlora::model::Planner;
+use qlora::model::block::Keep;
 use qlora::open::{OpenOptions, open_config};
 
 /// Shows what a model takes.
@@ -155,7 +156,15 @@ fn inference(config: &qlora::config::ModelConfig, size: u64) -> String {
 
 fn step(planner: &Planner, size: u64) -> String {
     match planner.plan(usable_gpu_bytes(size)) {
-        Ok(plan) => plan.to_string(),
+        Ok(plan) => {
+            let count = |keep: Keep| plan.keep.iter().filter(|&&k| k == keep).count();
+            let what = match (count(Keep::Everything), plan.keep.len()) {
+                (kept, all) if kept == all => "keeps all activations".to_owned(),
+                _ if count(Keep::Offload) > 0 => "recomputes, inputs in host memory".to_owned(),
+                (kept, all) => format!("keeps {kept} of {all} blocks, recomputes the others"),
+            };
+            format!("{:.2} GB: {what}", gb(plan.peak))
+        }
         Err(_) => format!("does not fit: {:.2} GB are needed", gb(planner.leanest().peak)),
     }
 }

@@ -3,8 +3,9 @@
 //!     cargo run --release --example merge -- --base MODEL --adapter output/adapter --out merged
 //!     cargo run --release --example merge -- --base MODEL --adapter output/adapter --out m.gguf --format gguf --outtype q8_0
 //!
-//! `--into dequantized` adds the adapter to the 4-bit base that it was trained on (in 16 or 32 bits, never requantized)
-//! instead of the original weights. What either costs is measured on a text and printed.
+//! A QLoRA adapter was trained over a 4-bit base: by default it is added to that base's dequantized weights (in 16 or 32
+//! bits, never requantized), which answers as base and adapter do. `--into original` adds it to the weights before
+//! quantization. What either costs is measured on a text and printed.
 
 use std::path::{Path, PathBuf};
 
@@ -18,7 +19,7 @@ use qlora::kernels::quant::{QuantConfig, QuantType};
 use qlora::merge::{Companions, FolderOptions, LoraUpdate, MergeInto, MergedSource, Rounding, gap, write_folder};
 use qlora::model::{CausalLm, LoadOptions, Quantization};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
-use qlora::source::Gguf;
+use qlora::source::{Gguf, HfDirectory, WeightSource};
 use qlora::tokenizer::Tokenizer;
 use qlora::trainer::data::read_records;
 use qlora::trainer::encoder::ModelEncoder;
@@ -38,7 +39,7 @@ struct Args {
     #[arg(long)]
     out: PathBuf,
     /// Which weights the adapter is added to.
-    #[arg(long, value_enum, default_value_t = Into::Original)]
+    #[arg(long, value_enum, default_value_t = Into::Dequantized)]
     into: Into,
     /// What is written.
     #[arg(long, value_enum, default_value_t = Format::Hf)]
@@ -76,7 +77,7 @@ struct Args {
 enum Into {
     /// The weights as they are stored.
     Original,
-    /// What is left of them after quantization.
+    /// What is left of them after quantization: what the adapter was trained on.
     Dequantized,
 }
 
@@ -107,7 +108,7 @@ fn main() -> anyhow::Result<()> {
         QuantConfig { quant_type: args.quant_type, blocksize: args.blocksize, double_quant: !args.no_double_quant };
     let into = match args.into {
         Into::Original => MergeInto::Original,
-        Into::Dequantized if args.no_quantization => bail!("--into dequantized: the base was not quantized"),
+        Into::Dequantized if args.no_quantization => MergeInto::Original,
         Into::Dequantized => MergeInto::Dequantized(config),
     };
     let rounding = match (args.format, args.outtype) {
@@ -162,7 +163,7 @@ fn main() -> anyhow::Result<()> {
     }
     if let Some(path) = &args.heldout {
         let quantization = if args.no_quantization { Quantization::None } else { Quantization::Bits4(config) };
-        print_exact(path, &files, &adapter, &merged, quantization)?;
+        print_exact(path, &files, &adapter, &*written(&args)?, quantization)?;
     }
     if let Some(peak) = memory::peak_resident() {
         println!("peak memory {:.2} GB", peak as f64 / 1e9);
@@ -218,11 +219,17 @@ fn print_gap(
         );
     };
     gaps.iter().for_each(|(into, gap)| row(&into.to_string(), gap));
-    if args.format == Format::Gguf {
-        let model = CausalLm::load(&Gguf::open(&args.out)?, LoadOptions::default())?;
-        row("this file", &reference.gap(&model)?);
-    }
+    let written = CausalLm::load(&*written(args)?, LoadOptions::default())?;
+    row("as written", &reference.gap(&written)?);
     Ok(())
+}
+
+/// What was written.
+fn written(args: &Args) -> anyhow::Result<Box<dyn WeightSource>> {
+    Ok(match args.format {
+        Format::Hf => Box::new(HfDirectory::open(&args.out)?),
+        Format::Gguf => Box::new(Gguf::open(&args.out)?),
+    })
 }
 
 /// Exact answers of base and adapter, and of the merged model.
@@ -230,7 +237,7 @@ fn print_exact(
     path: &Path,
     files: &ModelFiles,
     adapter: &adapter::Adapter,
-    merged: &MergedSource<'_>,
+    merged: &dyn WeightSource,
     quantization: Quantization,
 ) -> anyhow::Result<()> {
     let records = read_records(path)?;
