@@ -198,7 +198,7 @@ fn picture(model: &str, rows: &[Row]) -> String {
          <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n<text x=\"20\" y=\"26\" font-size=\"15\">{}</text>\n",
         2.0 * (WIDTH + 170.0),
         2.0 * height + 40.0,
-        escape(model)
+        escape(model.rsplit('/').next().unwrap_or(model))
     );
     for (index, (title, value, digits)) in groups.into_iter().enumerate() {
         let (x, y) = ((index % 2) as f64 * (WIDTH + 160.0) + 20.0, (index / 2) as f64 * height + 60.0);
