@@ -130,10 +130,6 @@ int launch_plain(const PlainArgs& a, bool early, cudaStream_t stream) {
 
 }  // namespace
 
-#ifdef GEMV_LAB
-int plain_variant = 0;
-#endif
-
 extern "C" int qlora_bf16_gemv(int dtype, const void* w, int64_t ldw, const void* x, int64_t ldx, int y_dtype, void* y,
                                int64_t ldy, int64_t tokens, int64_t rows, int64_t k, int early, cudaStream_t stream) {
     if (tokens <= 0 || rows <= 0) return static_cast<int>(cudaSuccess);
@@ -157,12 +153,6 @@ extern "C" int qlora_bf16_gemv(int dtype, const void* w, int64_t ldw, const void
             return error ? error : launch_plain<T, Y, 1, 4, 2>(halves[1], early, stream);
         }
         if (k > 4096) return launch_plain<T, Y, 1, 4, 2>(a, early, stream);
-#ifdef GEMV_LAB
-        if (plain_variant == 1)
-            return tokens <= 8 ? launch_plain<T, Y, 1, 2, 3>(a, early, stream) : launch_plain<T, Y, 2, 2, 3>(a, early, stream);
-        if (plain_variant == 2)
-            return launch_plain<T, Y, 1, 4, 4>(a, early, stream);
-#endif
         return tokens <= 8 ? launch_plain<T, Y, 1, 2, 2>(a, early, stream)
                            : launch_plain<T, Y, 2, 2, 2>(a, early, stream);
     };

@@ -321,19 +321,12 @@ int64_t groups_of(int64_t sequences, int64_t queries, int64_t heads, int64_t kv_
 
 }  // namespace
 
-#ifdef GEMV_LAB
-int attention_splits = 0;
-#endif
-
 // Bytes of the workspace; zero before the first call, and what matters of it is left so.
 extern "C" int64_t qlora_decode_attention_workspace(int64_t sequences, int64_t queries, int64_t heads, int64_t kv_heads,
                                                     int64_t head_dim, int64_t capacity) {
     if (sequences <= 0 || queries <= 0 || kv_heads <= 0 || heads % kv_heads != 0) return 0;
     const int64_t groups = groups_of(sequences, queries, heads, kv_heads);
     int64_t splits = splits_for(groups, capacity);
-#ifdef GEMV_LAB
-    splits = MOST_SPLITS;
-#endif
     return splits == 1 ? 0 : round_up(groups * 4, 256) + groups * splits * (ROWS * head_dim + 2 * ROWS) * 4;
 }
 
@@ -356,9 +349,6 @@ extern "C" int qlora_decode_attention(int dtype, const void* q, int64_t ldq, con
     a.row_blocks = static_cast<int32_t>(divide_up(queries * a.group, ROWS));
     a.kv_heads = static_cast<int32_t>(kv_heads);
     a.splits = splits_for(groups, capacity);
-#ifdef GEMV_LAB
-    if (attention_splits > 0) a.splits = attention_splits;
-#endif
     a.window = window;
     a.scale = scale;
     a.arrived = static_cast<uint32_t*>(workspace);

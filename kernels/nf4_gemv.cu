@@ -357,8 +357,8 @@ struct Shape {
     size_t shared;
 };
 
-// `per_sm`: blocks on a multiprocessor, if they have all MOST_WARPS warps' registers together.
-template <int NT, int KI, int DEPTH> Shape shape_of(int64_t k, int tiles, int rank, int s_columns, bool half) {
+// As many blocks on a multiprocessor as have registers (MOST_WARPS warps' together) and shared memory.
+template <int NT, int KI, int DEPTH> Shape shape_of(int64_t k, int tiles, int rank, int s_columns) {
     const int64_t needed = divide_up(k / 64, CHUNKS * KI);
     Shape s;
     s.splits = static_cast<int>(divide_up(needed, MOST_WARPS));
@@ -369,30 +369,24 @@ template <int NT, int KI, int DEPTH> Shape shape_of(int64_t k, int tiles, int ra
     s.lora_columns = static_cast<int>(divide_up(rank, s.warps));
     s.shared = sizeof(uint32_t) * TABLE_WORDS + s.warps * DEPTH * (RING_BYTES + s.lora_columns * 64) +
                sizeof(float) * ((2 * s.batch * 128 * NT + 16 * CHUNKS) * s.warps + 8 * NT * s_columns);
-    int per_sm = half ? 1 : MOST_WARPS / s.warps;
-    while (per_sm > 1 && per_sm * (s.shared + 4352) > 228 * 1024) per_sm--;
+    int per_sm = MOST_WARPS / s.warps;
+    // What a kernel has besides: the maps, and a KiB that the system takes.
+    const size_t each = s.shared + sizeof(float) * 3 * 256 + 1280;
+    while (per_sm > 1 && per_sm * each > static_cast<size_t>(device_limits().shared_bytes) + 1024) per_sm--;
     const int64_t most = static_cast<int64_t>(device_limits().multiprocessors) * per_sm / s.splits;
     s.blocks = static_cast<int>(tiles < most ? tiles : most < 1 ? 1 : most);
     return s;
 }
 
-}  // namespace
-
-#ifdef GEMV_LAB
-int gemv_variant = 0;
-#endif
-
-namespace {
-
 template <typename T, int NT, int KI, int DEPTH>
-int launch_gemv(Args a, int rank, bool half, void* workspace, bool early, cudaStream_t stream) {
+int launch_gemv(Args a, int rank, void* workspace, bool early, cudaStream_t stream) {
     const bool nested = !a.w.m[0].absmax;
     bool aligned = a.w.blocksize == 64 && a.w.k % (64 * CHUNKS) == 0;
     for (int j = 0; j < a.w.count; j++) {
         const void* scales = nested ? static_cast<const void*>(a.w.m[j].absmax_codes) : a.w.m[j].absmax;
         if (reinterpret_cast<uintptr_t>(scales) % (nested ? 2 : 8) != 0) aligned = false;
     }
-    const Shape s = shape_of<NT, KI, DEPTH>(a.w.k, a.first_tile[3], rank, a.s_columns, half);
+    const Shape s = shape_of<NT, KI, DEPTH>(a.w.k, a.first_tile[3], rank, a.s_columns);
     a.splits = s.splits;
     a.split_chunks = s.split_chunks;
     a.batch = s.batch;
@@ -456,19 +450,8 @@ extern "C" int qlora_nf4_gemv(int dtype, QloraFewWeights weights, const void* x,
     a.first_tile[3] = static_cast<int32_t>(tiles);
     const auto with_type = [&](auto zero) {
         using T = decltype(zero);
-#ifdef GEMV_LAB
-        const bool few = tokens <= 8;
-        switch (gemv_variant) {
-            case 0: return few ? launch_gemv<T, 1, 1, 2>(a, most_rank, false, workspace, early, stream) : launch_gemv<T, 2, 1, 2>(a, most_rank, false, workspace, early, stream);
-            case 1: return few ? launch_gemv<T, 1, 1, 3>(a, most_rank, false, workspace, early, stream) : launch_gemv<T, 2, 1, 3>(a, most_rank, false, workspace, early, stream);
-            case 2: return few ? launch_gemv<T, 1, 2, 2>(a, most_rank, false, workspace, early, stream) : launch_gemv<T, 2, 1, 1>(a, most_rank, false, workspace, early, stream);
-            case 3: return few ? launch_gemv<T, 1, 2, 3>(a, most_rank, false, workspace, early, stream) : launch_gemv<T, 2, 1, 3>(a, most_rank, false, workspace, early, stream);
-            default: return few ? launch_gemv<T, 1, 1, 4>(a, most_rank, false, workspace, early, stream) : launch_gemv<T, 2, 1, 2>(a, most_rank, false, workspace, early, stream);
-        }
-#else
-        return tokens <= 8 ? launch_gemv<T, 1, 2, 3>(a, most_rank, false, workspace, early, stream)
-                           : launch_gemv<T, 2, 1, 3>(a, most_rank, false, workspace, early, stream);
-#endif
+        return tokens <= 8 ? launch_gemv<T, 1, 2, 2>(a, most_rank, workspace, early, stream)
+                           : launch_gemv<T, 2, 1, 2>(a, most_rank, workspace, early, stream);
     };
     return dtype == BF16 ? with_type(__nv_bfloat16{}) : with_type(__half{});
 }

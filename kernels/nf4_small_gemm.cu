@@ -34,6 +34,7 @@ struct GemmArgs {
     bool swiglu, y_vectors;
 };
 
+// Tiles; UNROLL: chunks of a stage that are unrolled.
 template <int BN_, int BM_, int WK_, int STAGES_, int UNROLL_ = 4> struct Config {
     static constexpr int BN = BN_, BM = BM_, WK = WK_, STAGES = STAGES_, UNROLL = UNROLL_;
     static constexpr int RT = 2, WN = BN / (16 * RT), THREADS = 32 * WN * WK, NT = BM / 8;
@@ -410,35 +411,22 @@ template <typename C> int64_t workspace_of(const QloraFewWeights& w, int64_t tok
     return splits == 1 ? 0 : round_up(blocks * 4, 256) + splits * blocks * (C::BM * C::BN * 4);
 }
 
-// Calls `f` with the tiles for a number of tokens.
-#ifdef GEMV_LAB
+// Calls `f` with the tiles that measured best on an H100.
+template <typename F> auto with_config(const QloraFewWeights& w, int64_t tokens, F f) {
+    if (tokens <= 32) return f(Config<128, 32, 4, 4>{});
+    int64_t rows = 0;
+    for (int j = 0; j < w.count; j++) rows += w.m[j].rows;
+    if (rows <= 8192) return f(Config<64, 64, 4, 3>{});
+    if (rows <= 20480 && tokens <= 64) return f(Config<128, 64, 2, 3, 1>{});
+    return f(Config<256, 64, 1, 2, 1>{});
 }
-int gemm_variant = 0;
-namespace {
-template <typename F> auto with_config(int64_t tokens, F f) {
-    switch (gemm_variant) {
-        case 0: return f(Config<128, 32, 2, 4>{});
-        case 1: return f(Config<128, 32, 4, 4>{});
-        case 2: return f(Config<128, 32, 2, 4, 1>{});
-        case 3: return f(Config<128, 64, 2, 3>{});
-        case 4: return f(Config<128, 64, 2, 3, 1>{});
-        case 5: return f(Config<64, 64, 4, 3>{});
-        case 6: return f(Config<256, 64, 1, 2>{});
-        default: return f(Config<256, 64, 1, 2, 1>{});
-    }
-}
-#else
-template <typename F> auto with_config(int64_t tokens, F f) {
-    return tokens <= 32 ? f(Config<128, 32, 2, 4>{}) : f(Config<128, 64, 2, 3>{});
-}
-#endif
 
 }  // namespace
 
 // Bytes of the workspace; its first 4 bytes per tile are zero before the first call, and every call leaves them so.
 extern "C" int64_t qlora_nf4_small_gemm_workspace(QloraFewWeights weights, int64_t tokens, int swiglu) {
     if (tokens <= 0 || !takes(weights)) return 0;
-    return with_config(tokens, [&](auto c) { return workspace_of<decltype(c)>(weights, tokens, swiglu != 0); });
+    return with_config(weights, tokens, [&](auto c) { return workspace_of<decltype(c)>(weights, tokens, swiglu != 0); });
 }
 
 extern "C" int qlora_nf4_small_gemm(int dtype, QloraFewWeights weights, const void* x, int64_t ldx, const float* s,
@@ -462,7 +450,7 @@ extern "C" int qlora_nf4_small_gemm(int dtype, QloraFewWeights weights, const vo
         if (!s || !weights.m[j].lora_b) a.w.m[j].rank = 0;
         if (a.w.m[j].rank > 0) a.s = s;
     }
-    return with_config(tokens, [&](auto c) {
+    return with_config(weights, tokens, [&](auto c) {
         using C = decltype(c);
         return dtype == BF16 ? launch_gemm<__nv_bfloat16, C>(a, workspace, early, stream)
                              : launch_gemm<__half, C>(a, workspace, early, stream);

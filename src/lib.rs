@@ -7,6 +7,7 @@
 //! | [`trainer`] | configuration, data, the training loop, checkpoints; [`trainer::session`] puts a run together |
 //! | [`model`], [`config`], [`source`], [`open`] | the decoder and where its weights come from |
 //! | [`lora`], [`adapter`] | LoRA's configuration and PEFT's files |
+//! | [`merge`], [`gguf_write`], [`inspect`] | merged models as folders and GGUF files; what a model takes |
 //! | [`nn`], [`autograd`] | layers and graph nodes for models of your own |
 //! | [`tokenizer`], [`chat`], [`generate`], [`sampling`] | text in and out |
 //! | [`kernels`] | the operations, the 4-bit formats, frozen weights |

@@ -102,3 +102,20 @@ fn a_plan_is_applied_and_changes_no_gradient() {
     let wrong = qlora::model::MemoryPlan { keep: vec![Keep::Input], ..plan };
     assert!(model.apply_plan(&wrong).unwrap_err().to_string().contains("1 choices for"));
 }
+
+#[test]
+fn a_configuration_alone_gives_the_plans_of_the_model() {
+    let model = model();
+    let layout = model.adapter().unwrap().layout().clone();
+    let attention = AttentionWorkspace { forward: 10_000, backward: 3_000_000 };
+    let batch = BatchShape { trained_tokens: 1000, ..BatchShape::uniform(2, 1024) };
+    let of_model = Planner::new(&model, batch, attention, RESIDENT).unwrap();
+    let dtype = model.workspace().dtype();
+    let of_config = Planner::from_config(model.config(), &layout, dtype, batch, attention, RESIDENT);
+    let (lean, rich) = (of_model.leanest(), of_model.richest());
+    assert_eq!((&of_config.leanest(), &of_config.richest()), (&lean, &rich));
+    for share in 0..=8 {
+        let budget = lean.peak + (rich.peak - lean.peak) * share / 8;
+        assert_eq!(of_config.plan(budget).unwrap(), of_model.plan(budget).unwrap());
+    }
+}

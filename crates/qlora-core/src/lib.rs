@@ -11,14 +11,18 @@ pub mod config;
 pub mod error;
 mod file;
 pub mod generate;
+pub mod gguf_write;
 #[cfg(feature = "hub")]
 pub mod hub;
+pub mod inspect;
 pub mod lora;
+pub mod merge;
 pub mod model;
 pub mod nn;
 pub mod open;
 pub mod quantized_checkpoint;
 pub mod safetensors_file;
+pub mod safetensors_stream;
 pub mod sampling;
 pub mod source;
 pub mod tokenizer;

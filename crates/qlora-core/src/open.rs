@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::chat::ChatTemplate;
+use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::file::{self, SMALL};
 use crate::source::{Gguf, HfDirectory, WeightSource};
@@ -92,6 +93,42 @@ pub fn open_model(spec: &str, options: &OpenOptions) -> Result<ModelFiles> {
         Spec::Folder(folder) => open_folder(&folder, spec, options),
         Spec::Gguf(path) => open_gguf(&path, spec, options),
         Spec::Hub { id, file } => open_hub(&id, file.as_deref(), options),
+    }
+}
+
+/// Reads a model's configuration alone: of a `config.json`, or of what [`open_model`] takes. Of a hub id only
+/// `config.json` is downloaded (of `org/name:file.gguf`, the whole file). Weights are neither read nor checked, and may be
+/// quantized or missing.
+///
+/// # Errors
+/// If there is no configuration, it cannot be downloaded, or it is damaged or not supported.
+pub fn open_config(spec: &str, options: &OpenOptions) -> Result<ModelConfig> {
+    let json = |path: &Path| -> Result<ModelConfig> {
+        let mut map = file::read_object(path, SMALL)?;
+        map.shift_remove("quantization_config");
+        ModelConfig::from_json(&Value::Object(map).to_string(), path)
+    };
+    let path = Path::new(spec);
+    if path.is_file() && spec.to_ascii_lowercase().ends_with(".json") {
+        return json(path);
+    }
+    match Spec::parse(spec)? {
+        Spec::Folder(folder) if folder.join("config.json").exists() => json(&folder.join("config.json")),
+        Spec::Folder(folder) => match gguf_files(&folder).first() {
+            Some(file) => Ok(Gguf::open(file)?.config().clone()),
+            None => Err(Error::format(folder, "no model: there is neither config.json nor a .gguf file")),
+        },
+        Spec::Gguf(path) => Ok(Gguf::open(path)?.config().clone()),
+        #[cfg(feature = "hub")]
+        Spec::Hub { id, file } => {
+            let snapshot = crate::hub::snapshot(&id, Some(file.as_deref().unwrap_or("config.json")), options)?;
+            match file {
+                Some(file) => Ok(Gguf::open(snapshot.folder.join(file))?.config().clone()),
+                None => json(&snapshot.folder.join("config.json")),
+            }
+        }
+        #[cfg(not(feature = "hub"))]
+        Spec::Hub { id, file } => Ok(open_hub(&id, file.as_deref(), options)?.source.config().clone()),
     }
 }
 

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::file::{self, LARGE, SMALL};
 use crate::source::gguf::{Gguf, read_vocabulary};
 
+pub(crate) use gguf::pre_tokenizer_of;
 pub use stream::DecodeStream;
 
 /// A tokenizer with its special tokens. Encoding neither truncates nor pads, whatever the file says.

@@ -15,6 +15,8 @@
 mod cost;
 mod sizes;
 
+mod from_config;
+
 use std::fmt;
 
 use qlora_kernels::ops::linear_group::margin;

@@ -74,6 +74,13 @@ const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+/// The name that GGUF files give to a splitting expression.
+pub(crate) fn pre_tokenizer_of(expression: &str) -> Option<&'static str> {
+    [(LLAMA3, "llama-bpe"), (QWEN2, "qwen2"), (TEKKEN, "tekken")]
+        .into_iter()
+        .find_map(|(known, name)| (known == expression).then_some(name))
+}
+
 fn byte_level(vocabulary: &Vocabulary<'_>) -> Result<Tokenizer, String> {
     // Llama 3 takes a whole piece as one token where the vocabulary has it, even if no merges lead there.
     let (pre, normalize, ignore_merges) = match vocabulary.pre {

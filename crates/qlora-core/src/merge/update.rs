@@ -1,0 +1,93 @@
+//! What an adapter does to a base's weights.
+
+use std::fmt;
+use std::ops::Range;
+
+use qlora_kernels::ViewMut;
+use qlora_kernels::ops::matmul;
+
+use crate::adapter::Adapter;
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::lora::LoraConfig;
+use crate::source::PlainTensor;
+
+/// A change of a base's weights that an adapter stands for. Kinds other than LoRA implement this: DoRA scales rows in
+/// [`WeightUpdate::apply`], fully trained modules are [`WeightUpdate::replacement`]s, a resized vocabulary is in
+/// [`WeightUpdate::config`].
+pub trait WeightUpdate: Send + Sync + fmt::Debug {
+    /// The tensors that [`WeightUpdate::apply`] changes; all of them have to be in the merged model.
+    fn targets(&self) -> Vec<String>;
+
+    /// Changes rows `rows` of the tensor `name`, of which `weight` holds the base's values as f32, `[rows.len(), cols]`
+    /// without gaps. Called from several threads, for disjoint rows.
+    ///
+    /// # Errors
+    /// If the adapter does not fit the tensor.
+    fn apply(&self, name: &str, rows: Range<usize>, cols: usize, weight: &mut [f32]) -> Result<()>;
+
+    /// A tensor that takes the place of the base's whole tensor, or that the base does not have.
+    fn replacement(&self, _name: &str) -> Option<PlainTensor> {
+        None
+    }
+
+    /// The merged model's configuration, where it differs from the base's: a resized vocabulary, a head that is no longer
+    /// tied. Every tensor whose shape differs needs a [`WeightUpdate::replacement`].
+    fn config(&self, base: &ModelConfig) -> ModelConfig {
+        base.clone()
+    }
+}
+
+/// LoRA: `W + s B A`.
+#[derive(Debug)]
+pub struct LoraUpdate<'a> {
+    adapter: &'a Adapter,
+}
+
+impl<'a> LoraUpdate<'a> {
+    /// The update of an adapter.
+    ///
+    /// # Errors
+    /// If its buffer is not the layout's, or a scaling is not finite.
+    pub fn new(adapter: &'a Adapter) -> Result<Self> {
+        if adapter.weights.len() != adapter.layout.len() {
+            let (got, expected) = (adapter.weights.len(), adapter.layout.len());
+            return Err(Error::Invalid(format!("the adapter has {expected} values by its layout, but holds {got}")));
+        }
+        for module in adapter.layout.modules() {
+            let scale = scaling(&adapter.config.lora, module);
+            if !scale.is_finite() {
+                return Err(Error::Invalid(format!("the adapter's scaling is {scale} for {module}")));
+            }
+        }
+        Ok(Self { adapter })
+    }
+}
+
+/// The scaling of one module's adapter.
+fn scaling(config: &LoraConfig, _module: &str) -> f32 {
+    config.scaling() as f32
+}
+
+impl WeightUpdate for LoraUpdate<'_> {
+    fn targets(&self) -> Vec<String> {
+        self.adapter.layout.modules().map(|module| format!("{module}.weight")).collect()
+    }
+
+    fn apply(&self, name: &str, rows: Range<usize>, cols: usize, weight: &mut [f32]) -> Result<()> {
+        let module = name.strip_suffix(".weight");
+        let pair = module.and_then(|module| Some((module, self.adapter.layout.get(module)?)));
+        let (module, pair) = pair.ok_or_else(|| Error::tensor(name, "has no adapter"))?;
+        let (a, b) = pair.views(&self.adapter.weights);
+        if cols != pair.a.cols || rows.end > pair.b.rows {
+            let message = format!(
+                "rows {rows:?} of {cols} columns do not fit the adapter's {} x {} factors",
+                pair.b.rows, pair.a.cols
+            );
+            return Err(Error::tensor(name, message));
+        }
+        let scale = scaling(&self.adapter.config.lora, module);
+        let target = ViewMut::new(weight, rows.len(), cols);
+        Ok(matmul::nn(b.slice_rows(rows), a, target, scale, 1.0)?)
+    }
+}

@@ -1,0 +1,256 @@
+//! Merges an adapter into its base: a Hugging Face folder or a GGUF file that needs no adapter.
+//!
+//!     cargo run --release --example merge -- --base MODEL --adapter output/adapter --out merged
+//!     cargo run --release --example merge -- --base MODEL --adapter output/adapter --out m.gguf --format gguf --outtype q8_0
+//!
+//! A QLoRA adapter was trained over a 4-bit base: by default it is added to that base's dequantized weights (in 16 or 32
+//! bits, never requantized), which answers as base and adapter do. `--into original` adds it to the weights before
+//! quantization. What either costs is measured on a text and printed.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use clap::{Parser, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use qlora::adapter;
+use qlora::gguf_write::{self, GgufOptions, GgufType};
+use qlora::kernels::Dtype;
+use qlora::kernels::quant::{QuantConfig, QuantType};
+use qlora::merge::{Companions, FolderOptions, LoraUpdate, MergeInto, MergedSource, Rounding, gap, write_folder};
+use qlora::model::{CausalLm, LoadOptions, Quantization};
+use qlora::open::{ModelFiles, OpenOptions, open_model};
+use qlora::source::{Gguf, HfDirectory, WeightSource};
+use qlora::tokenizer::Tokenizer;
+use qlora::trainer::data::read_records;
+use qlora::trainer::encoder::ModelEncoder;
+use qlora::trainer::exact_match::answers;
+use qlora::trainer::memory;
+
+/// Merges an adapter into its base model.
+#[derive(Parser)]
+struct Args {
+    /// The base: a folder, a GGUF file or a hub id; if not given, what the adapter names.
+    #[arg(long)]
+    base: Option<String>,
+    /// A folder with a PEFT adapter.
+    #[arg(long)]
+    adapter: PathBuf,
+    /// The folder or GGUF file to write.
+    #[arg(long)]
+    out: PathBuf,
+    /// Which weights the adapter is added to.
+    #[arg(long, value_enum, default_value_t = Into::Dequantized)]
+    into: Into,
+    /// What is written.
+    #[arg(long, value_enum, default_value_t = Format::Hf)]
+    format: Format,
+    /// Precision: for folders f32, bf16 or f16 (as the base is stored, if not given); for GGUF f32, f16, bf16, q8_0 or q4_0.
+    #[arg(long)]
+    outtype: Option<GgufType>,
+    /// Most gigabytes of one weight file of a folder.
+    #[arg(long, default_value_t = 5.0)]
+    max_shard_size: f64,
+    /// How the base was quantized in training: nf4 or fp4.
+    #[arg(long, default_value = "nf4")]
+    quant_type: QuantType,
+    /// Elements that shared a scale in training.
+    #[arg(long, default_value_t = 64)]
+    blocksize: usize,
+    /// The scales were kept in f32 in training.
+    #[arg(long)]
+    no_double_quant: bool,
+    /// The base was not quantized in training (LoRA).
+    #[arg(long, conflicts_with_all = ["no_double_quant"])]
+    no_quantization: bool,
+    /// A text file to measure the gap on, instead of the built-in text.
+    #[arg(long)]
+    text: Option<PathBuf>,
+    /// Most tokens of the text; 0 measures nothing (it loads the model three times, one after the other).
+    #[arg(long, default_value_t = gap::DEFAULT_TOKENS)]
+    gap_tokens: usize,
+    /// JSONL conversations: counts how many last answers are exactly the expected ones, before and after merging.
+    #[arg(long)]
+    heldout: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Into {
+    /// The weights as they are stored.
+    Original,
+    /// What is left of them after quantization: what the adapter was trained on.
+    Dequantized,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// A Hugging Face folder.
+    Hf,
+    /// A GGUF file for llama.cpp.
+    Gguf,
+}
+
+const TEXT: &str = include_str!("../README.md");
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    if args.out.exists() {
+        bail!("{} exists already; choose another name or delete it", args.out.display());
+    }
+    let base = match &args.base {
+        Some(base) => base.clone(),
+        None => adapter::read_config(&args.adapter)?
+            .base_model_name_or_path
+            .context("the adapter names no base model: give --base")?,
+    };
+    let files = open_model(&base, &OpenOptions { progress: true, ..OpenOptions::default() })?;
+    let adapter = adapter::load(&args.adapter, files.source.config())?;
+    let config =
+        QuantConfig { quant_type: args.quant_type, blocksize: args.blocksize, double_quant: !args.no_double_quant };
+    let into = match args.into {
+        Into::Original => MergeInto::Original,
+        Into::Dequantized if args.no_quantization => MergeInto::Original,
+        Into::Dequantized => MergeInto::Dequantized(config),
+    };
+    let rounding = match (args.format, args.outtype) {
+        // Straight from f32 to the GGUF type: one rounding less.
+        (Format::Gguf, _) => Rounding::None,
+        (Format::Hf, None) => Rounding::Stored,
+        (Format::Hf, Some(GgufType::F32)) => Rounding::To(Dtype::F32),
+        (Format::Hf, Some(GgufType::F16)) => Rounding::To(Dtype::F16),
+        (Format::Hf, Some(GgufType::Bf16)) => Rounding::To(Dtype::Bf16),
+        (Format::Hf, Some(other)) => bail!("--outtype {other} is for --format gguf; folders are f32, f16 or bf16"),
+    };
+
+    let update = LoraUpdate::new(&adapter)?;
+    let merged = MergedSource::new(&*files.source, &update, into, rounding)?;
+    let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template("{bar:24} {pos}/{len} tensors, {eta} left")?);
+    let progress = |done, total| {
+        bar.set_length(total as u64);
+        bar.set_position(done as u64);
+    };
+    let own_tokenizer = args.adapter.join("tokenizer.json").is_file();
+    let bytes = match args.format {
+        Format::Hf => {
+            let mut companions = Companions::of(&files)?;
+            if own_tokenizer {
+                companions.take_tokenizer(&args.adapter, files.source.config().vocab_size)?;
+            }
+            let config_json = std::fs::read_to_string(files.source.path().join("config.json")).ok();
+            let max_shard_bytes = (args.max_shard_size * 1e9) as u64;
+            let options = FolderOptions { config_json, max_shard_bytes };
+            write_folder(&merged, &companions, &args.out, &options, progress)?.bytes
+        }
+        Format::Gguf => write_gguf(&args, &files, &merged, own_tokenizer, progress)?,
+    };
+    bar.finish_and_clear();
+
+    let figures = merged.figures();
+    println!("{}: {:.2} GB", args.out.display(), bytes as f64 / 1e9);
+    println!(
+        "{} layers merged into the {into} weights: largest change {:.2e} (in {}), mean {:.2e}, {:.3}% of the weights' norm",
+        figures.layers,
+        figures.largest,
+        figures.largest_in,
+        figures.mean,
+        100.0 * figures.relative
+    );
+    if figures.rounding > 0.0 {
+        println!("rounding takes {:.1}% of the change's norm", 100.0 * figures.rounding);
+    }
+    if args.gap_tokens > 0 {
+        let quantization = if args.no_quantization { Quantization::None } else { Quantization::Bits4(config) };
+        print_gap(&args, &files, &adapter, quantization)?;
+    }
+    if let Some(path) = &args.heldout {
+        let quantization = if args.no_quantization { Quantization::None } else { Quantization::Bits4(config) };
+        print_exact(path, &files, &adapter, &*written(&args)?, quantization)?;
+    }
+    if let Some(peak) = memory::peak_resident() {
+        println!("peak memory {:.2} GB", peak as f64 / 1e9);
+    }
+    Ok(())
+}
+
+fn write_gguf(
+    args: &Args,
+    files: &ModelFiles,
+    merged: &MergedSource<'_>,
+    own_tokenizer: bool,
+    progress: impl FnMut(usize, usize),
+) -> anyhow::Result<u64> {
+    let own = own_tokenizer.then(|| Tokenizer::from_folder(&args.adapter)).transpose()?;
+    let own_template =
+        own_tokenizer.then(|| qlora::chat::ChatTemplate::from_folder(&args.adapter, None)).transpose()?.flatten();
+    let template = own_template.as_ref().or(files.chat_template.as_ref());
+    let options = GgufOptions {
+        kind: args.outtype.unwrap_or(GgufType::F16),
+        name: args.out.file_stem().and_then(|name| name.to_str()),
+        chat_template: template.map(|template| template.source()),
+        eos_token_ids: &files.generation.eos_token_ids,
+    };
+    let tokenizer = own.as_ref().unwrap_or(&files.tokenizer);
+    Ok(gguf_write::write(merged, tokenizer, &args.out, &options, progress)?.bytes)
+}
+
+fn print_gap(
+    args: &Args,
+    files: &ModelFiles,
+    adapter: &adapter::Adapter,
+    quantization: Quantization,
+) -> anyhow::Result<()> {
+    let read = |path: &Path| std::fs::read_to_string(path).with_context(|| path.display().to_string());
+    let text = args.text.as_deref().map_or(Ok(TEXT.to_owned()), read)?;
+    let tokens = files.tokenizer.encode(&text, true)?;
+    let (reference, gaps) = gap::measure(&*files.source, adapter, quantization, &tokens, args.gap_tokens)?;
+    let Some((_, first)) = gaps.first() else { return Ok(()) };
+    println!("\non {} tokens, against base and adapter (perplexity {:.4}):", first.tokens, first.perplexity_before);
+    println!(
+        "{:12} {:>11} {:>15} {:>12} {:>12} {:>11}",
+        "merged into", "perplexity", "largest logit", "mean logit", "divergence", "same best"
+    );
+    let row = |name: &str, gap: &gap::Gap| {
+        println!(
+            "{name:12} {:>11.4} {:>15.4} {:>12.5} {:>12.6} {:>10.1}%",
+            gap.perplexity_after,
+            gap.largest,
+            gap.mean,
+            gap.divergence,
+            100.0 * gap.same_best
+        );
+    };
+    gaps.iter().for_each(|(into, gap)| row(&into.to_string(), gap));
+    let written = CausalLm::load(&*written(args)?, LoadOptions::default())?;
+    row("as written", &reference.gap(&written)?);
+    Ok(())
+}
+
+/// What was written.
+fn written(args: &Args) -> anyhow::Result<Box<dyn WeightSource>> {
+    Ok(match args.format {
+        Format::Hf => Box::new(HfDirectory::open(&args.out)?),
+        Format::Gguf => Box::new(Gguf::open(&args.out)?),
+    })
+}
+
+/// Exact answers of base and adapter, and of the merged model.
+fn print_exact(
+    path: &Path,
+    files: &ModelFiles,
+    adapter: &adapter::Adapter,
+    merged: &dyn WeightSource,
+    quantization: Quantization,
+) -> anyhow::Result<()> {
+    let records = read_records(path)?;
+    let encoder = ModelEncoder::new(&files.tokenizer, files.chat_template.as_ref(), &files.generation.eos_token_ids);
+    let exact = |model: &CausalLm| -> anyhow::Result<usize> {
+        let answers = answers(model, &files.tokenizer, &encoder, &records, 48, 25, |_| ())?;
+        Ok(answers.iter().filter(|answer| answer.is_exact()).count())
+    };
+    let mut model = CausalLm::load(&*files.source, LoadOptions { quantization, ..LoadOptions::default() })?;
+    model.set_adapter(adapter.config.lora.clone(), adapter.layout.clone(), adapter.weights.clone())?;
+    let before = exact(&model)?;
+    drop(model);
+    let after = exact(&CausalLm::load(merged, LoadOptions::default())?)?;
+    println!("\nexact answers: {before} of {} with base and adapter, {after} merged", records.len());
+    Ok(())
+}
