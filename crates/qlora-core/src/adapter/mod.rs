@@ -9,13 +9,17 @@
 
 mod card;
 mod config_file;
+pub(crate) mod kinds;
 mod load;
+mod peft;
 mod save;
 #[cfg(test)]
 mod tests;
 
 pub use config_file::AdapterConfig;
+pub use kinds::{AdapterKinds, TrainedBias};
 pub use load::{Adapter, load, load_into, read_config};
+pub use peft::{LoraModule, PeftAdapter, Replaced, TokenRows, open_folder};
 pub use save::{AdapterDtype, SaveOptions, save};
 
 /// The name of the file with the options.

@@ -272,7 +272,7 @@ impl CausalLm {
         let values = TensorView::new("adapter", adapter.flat.as_tensor())?;
         let dropout = adapter.dropout(train);
         let rope = self.stack.rope(batch.layout.max_len())?;
-        let adapter = Some(AdapterPass { values: values.view(), dropout });
+        let adapter = Some(AdapterPass { values: values.view(), dropout, rows: None });
         let pass = Pass { adapter, layout: &batch.layout, rope: &rope, workspace: &self.workspace };
         let x = self.embed(&batch.tokens)?;
         let (hidden, saved) = self.stack.forward(x, &pass, false)?;

@@ -1,6 +1,7 @@
 //! The operations, one a file. Each is a `forward` and a `backward` over views.
 
 pub mod adamw;
+pub mod adapter_rows;
 pub mod attention;
 pub mod dropout;
 pub mod embedding;
