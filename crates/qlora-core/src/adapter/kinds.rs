@@ -279,6 +279,11 @@ mod tests {
     }
 
     #[test]
+    fn fan_in_fan_out_has_no_effect_on_these_models() {
+        assert_eq!(parse(json!({"fan_in_fan_out": true})).unwrap().1, AdapterKinds::default());
+    }
+
+    #[test]
     fn saved_modules_have_no_a_and_b() {
         let (config, kinds) = parse(json!({"modules_to_save": ["norm", "0.mlp", "lm_head"]})).unwrap();
         assert!(!kinds.targets(&config, "model.layers.0.mlp.up_proj"));

@@ -126,7 +126,11 @@ pub(super) fn assemble(
     for module in &expected.modules {
         let key = |end: &str| format!("{PREFIX}{}.{end}", module.name);
         let (rank, scaling) = kinds.rank_and_scaling(&config, &module.name);
-        let [a, b] = factor_names(&module.name).map(|end| reader.f32(&key(end)));
+        let [a, b] = factor_names(&module.name);
+        if !expected.tensors[&key(a)].required && file.tensor(&key(a)).is_err() {
+            continue;
+        }
+        let [a, b] = [a, b].map(|end| reader.f32(&key(end)));
         modules.push(LoraModule {
             name: module.name.clone(),
             rank,
@@ -180,7 +184,7 @@ struct Tensor {
 
 impl Expected {
     fn new(path: &Path, config: &AdapterConfig, kinds: &AdapterKinds, model: &ModelConfig) -> Result<Self> {
-        let modules = kinds.resolve(config, model);
+        let mut modules = kinds.resolve(config, model);
         let mut this = Self { modules: Vec::new(), tokens: Vec::new(), tensors: BTreeMap::new() };
         for module in &modules {
             let (rank, _) = kinds.rank_and_scaling(config, &module.name);
@@ -196,6 +200,23 @@ impl Expected {
             if kinds.use_dora {
                 this.require(&module.name, "lora_magnitude_vector", &[module.out_features]);
             }
+        }
+        // The tied head's A and B are the embedding's, and stored once more.
+        let tied_head = kinds.ensure_weight_tying
+            && model.tie_word_embeddings
+            && modules.iter().any(|module| module.name == EMBEDDING)
+            && modules.iter().all(|module| module.name != HEAD);
+        if tied_head {
+            let (vocab, hidden) = (model.vocab_size, model.hidden_size);
+            let (rank, _) = kinds.rank_and_scaling(config, HEAD);
+            this.require(HEAD, "lora_A.weight", &[rank, hidden]);
+            this.require(HEAD, "lora_B.weight", &[vocab, rank]);
+            for end in ["lora_A.weight", "lora_B.weight"] {
+                if let Some(tensor) = this.tensors.get_mut(&format!("{PREFIX}{HEAD}.{end}")) {
+                    tensor.required = false;
+                }
+            }
+            modules.push(LinearModule { name: HEAD.to_owned(), out_features: vocab, in_features: hidden });
         }
         let adapted = |module: &str| modules.iter().any(|other| other.name == module);
         this.tokens(path, kinds, model, adapted)?;
@@ -283,6 +304,11 @@ impl Expected {
         let missing: Vec<&str> = required().filter(|name| file.tensor(name).is_err()).collect();
         if !missing.is_empty() || !unexpected.is_empty() {
             return Err(difference(path, &missing, &unexpected, required().count()));
+        }
+        let [a, b] = factor_names(HEAD).map(|end| format!("{PREFIX}{HEAD}.{end}"));
+        if self.tensors.contains_key(&a) && file.tensor(&a).is_ok() != file.tensor(&b).is_ok() {
+            let missing = if file.tensor(&a).is_ok() { &b } else { &a };
+            return Err(difference(path, &[missing], &[], 0));
         }
         for (name, tensor) in &self.tensors {
             let Ok(view) = file.tensor(name) else { continue };

@@ -10,8 +10,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
+use std::sync::Arc;
 
-use qlora_kernels::ops::adapter_rows::{AdapterChanges, AdapterRows, RowAdapter};
+use qlora_kernels::ops::adapter_rows::{AdapterChanges, AdapterRows, LinearChange, RowAdapter};
 use qlora_kernels::ops::linear_cross_entropy::LossSum;
 use qlora_kernels::ops::linear_group::{AdapterPass, Group, LoraSlot, Member};
 use qlora_kernels::ops::{embedding, linear_cross_entropy};
@@ -19,12 +20,10 @@ use qlora_kernels::tensor::TensorView;
 use qlora_kernels::weight::{FrozenWeight, WeightCache};
 use qlora_kernels::{Matrix, SequenceLayout, View};
 
-use std::sync::Arc;
-
 use super::adapter_build::build;
 use super::causal_lm::CausalLm;
 use crate::adapter::PeftAdapter;
-use crate::adapter::kinds::HEAD;
+use crate::adapter::kinds::{EMBEDDING, HEAD};
 use crate::error::{Error, Result};
 
 /// Which adapter computes a sequence.
@@ -69,6 +68,8 @@ pub struct LoadedAdapter {
     /// The weights that it holds whole, each once.
     pub(super) weights: Vec<Arc<dyn FrozenWeight>>,
     pub(super) weight: f32,
+    /// The scalings of A and B by module, without `weight`.
+    pub(super) scalings: BTreeMap<String, f32>,
 }
 
 /// What an adapter does to the embedding; ranges are of its values.
@@ -100,7 +101,7 @@ impl LoadedAdapter {
 
     /// Whether it is nothing but A and B.
     fn is_plain(&self) -> bool {
-        let plain = |change: &qlora_kernels::ops::adapter_rows::LinearChange| {
+        let plain = |change: &LinearChange| {
             change.gain.is_none() && change.bias.is_none() && change.weight.is_none()
         };
         self.changes.linears.values().all(plain)
@@ -113,11 +114,6 @@ impl LoadedAdapter {
 
     fn changes_head(&self) -> bool {
         self.changes.linears.contains_key(HEAD) || !self.head_tokens.is_empty()
-    }
-
-    fn slots_mut(&mut self) -> impl Iterator<Item = &mut LoraSlot> {
-        let linears = self.changes.linears.values_mut().filter_map(|change| change.lora.as_mut());
-        linears.chain(self.embedding.lora.as_mut())
     }
 }
 
@@ -228,12 +224,15 @@ impl CausalLm {
         if !self.loaded_adapter(name)?.is_plain() {
             return Err(not_plain(name, "weighted"));
         }
-        let adapter = self.adapters.loaded.get_mut(name).expect("checked");
-        let before = adapter.weight;
-        for slot in adapter.slots_mut() {
-            // From the scaling itself, which a weight of 0 would lose.
-            slot.scale = unweighted(slot.scale, before, slot.stream) * weight;
-            slot.stream = u64::from(unweighted_bits(slot.stream, slot.scale, weight));
+        let Some(adapter) = self.adapters.loaded.get_mut(name) else { return Ok(()) };
+        for (module, scaling) in &adapter.scalings {
+            let slot = match module.as_str() {
+                EMBEDDING => adapter.embedding.lora.as_mut(),
+                _ => adapter.changes.linears.get_mut(module).and_then(|change| change.lora.as_mut()),
+            };
+            if let Some(slot) = slot {
+                slot.scale = scaling * weight;
+            }
         }
         adapter.weight = weight;
         self.place_slots()
@@ -297,7 +296,7 @@ impl CausalLm {
         }
         let active = self.adapters.active.as_ref().and_then(|name| self.adapters.loaded.get(name));
         let slots: HashMap<String, LoraSlot> = active.map_or_else(HashMap::new, |adapter| {
-            let slot = |(name, change): (&String, &qlora_kernels::ops::adapter_rows::LinearChange)| {
+            let slot = |(name, change): (&String, &LinearChange)| {
                 Some((name.clone(), change.lora.clone()?))
             };
             adapter.changes.linears.iter().filter_map(slot).collect()
@@ -482,12 +481,9 @@ impl CausalLm {
             let rows = start..hidden.rows().min(start + ROWS);
             let mut part = self.workspace().matrix(rows.len(), hidden.cols())?;
             part.view_mut().copy_from(hidden.view().slice_rows(rows.clone()))?;
-            let clip = |(span, chosen): &Span<'_>| {
-                let (from, to) = (span.start.max(rows.start), span.end.min(rows.end));
-                (from < to).then(|| from - rows.start..to - rows.start).map(|span| (span, *chosen))
-            };
-            // Lifetimes of the spans are those of the model.
-            let spans: Vec<Span> = spans.iter().filter_map(clip).collect();
+            let inside = spans.iter().filter(|(span, _)| span.start < rows.end && rows.start < span.end);
+            let clip = |span: &Range<usize>| span.start.max(rows.start) - rows.start..span.end.min(rows.end) - rows.start;
+            let spans: Vec<Span> = inside.map(|(span, chosen)| (clip(span), *chosen)).collect();
             let logits = self.head_logits(&part, &spans)?.to_vec()?;
             for (row, &target) in logits.chunks_exact(self.config().vocab_size).zip(&targets[rows]) {
                 if target == -100 {
