@@ -2,12 +2,15 @@
 //!
 //! Fixtures: `tests/fixtures/peft_kinds`, made by `scripts/fixtures/peft_kinds.py` with PEFT 0.21.2, over the tiny models of
 //! `tests/fixtures/peft/base` and `tests/fixtures/models`.
+//!
+//! The way back into Python needs an interpreter with PEFT:
+//! `QLORA_PYTHON=path/to/python cargo test --test peft_kinds -- --ignored`.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use qlora::adapter::{self, PeftAdapter};
+use qlora::adapter::{self, PeftAdapter, SaveOptions};
 use qlora::batch::Batch;
 use qlora::generate::{generate, generate_batch_with};
 use qlora::kernels::SequenceLayout;
@@ -135,7 +138,8 @@ fn a_mixed_batch_gives_what_each_sequence_gives_alone() {
     // The adapter that is trained can be in the batch too.
     let config = LoraConfig { r: 3, target_modules: TargetModules::AllLinear, ..LoraConfig::default() };
     model.add_adapter(config, 1).unwrap();
-    let values: Vec<f32> = (0..model.adapter().unwrap().layout().len()).map(|i| ((i * 37 % 101) as f32 - 50.0) / 300.0).collect();
+    let values: Vec<f32> =
+        (0..model.adapter().unwrap().layout().len()).map(|i| ((i * 37 % 101) as f32 - 50.0) / 300.0).collect();
     model.adapter().unwrap().set_values(&values).unwrap();
 
     let mut choices = vec![AdapterChoice::Base, AdapterChoice::Active];
@@ -259,12 +263,18 @@ fn an_adapter_costs_its_own_bytes() {
     assert_eq!(before.loaded_adapters, 0);
     let mut expected = 0;
     let mut loaded = 0;
-    for kind in ["layers", "regex", "patterns", "dora", "lora_bias", "tokens", "head_lora", "embedding", "save_head", "layer"] {
+    for kind in
+        ["layers", "regex", "patterns", "dora", "lora_bias", "tokens", "head_lora", "embedding", "save_head", "layer"]
+    {
         let adapter = read(kind, &model);
         let numbers: usize = adapter
             .modules
             .iter()
-            .map(|m| m.a.len() + m.b.len() + [&m.bias, &m.magnitude].iter().map(|v| v.as_ref().map_or(0, Vec::len)).sum::<usize>())
+            .map(|m| {
+                m.a.len()
+                    + m.b.len()
+                    + [&m.bias, &m.magnitude].iter().map(|v| v.as_ref().map_or(0, Vec::len)).sum::<usize>()
+            })
             .sum::<usize>()
             + adapter.tokens.iter().map(|tokens| tokens.rows.len()).sum::<usize>();
         let whole: usize = adapter
@@ -272,7 +282,8 @@ fn an_adapter_costs_its_own_bytes() {
             .iter()
             .map(|replaced| {
                 // Matrices as in the file, vectors in f32.
-                let bf16 = matches!(replaced.data, qlora::kernels::weight::PlainData::Bf16(_)) && replaced.shape.len() == 2;
+                let bf16 =
+                    matches!(replaced.data, qlora::kernels::weight::PlainData::Bf16(_)) && replaced.shape.len() == 2;
                 replaced.data.len() * if bf16 { 2 } else { 4 }
             })
             .sum();
@@ -297,5 +308,58 @@ fn training_refuses_what_it_does_not_train() {
         let error = result.unwrap_err().to_string();
         let known = ["is not supported: in training", "lm_head", "embed_tokens"];
         assert!(known.iter().any(|text| error.contains(text)), "{kind}: {error}");
+    }
+}
+
+/// What is saved again is the same adapter.
+fn resaved(kind: &str, model: &CausalLm) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    read(kind, model).save(folder.path(), &SaveOptions::default()).unwrap();
+    folder
+}
+
+#[test]
+fn every_kind_is_saved_as_it_was() {
+    for (kind, facts) in kinds() {
+        let mut model = base(facts["base"].as_str().unwrap());
+        let folder = resaved(&kind, &model);
+        let again = adapter::open_folder(folder.path(), model.config()).unwrap();
+        let first = read(&kind, &model);
+        assert_eq!(again.kinds, first.kinds, "{kind}");
+        assert_eq!(again.config, first.config, "{kind}");
+        let tokens = [3, 17, 4, 31, 63];
+        let mut run = |adapter: &PeftAdapter| {
+            model.load_adapter("a", adapter).unwrap();
+            model.activate_adapter("a").unwrap();
+            model.logits(&tokens, &one(&tokens)).unwrap()
+        };
+        assert_eq!(difference(&run(&first), &run(&again)).0, 0.0, "{kind}");
+    }
+}
+
+#[test]
+#[ignore = "needs a Python with PEFT: QLORA_PYTHON=path/to/python"]
+fn peft_takes_every_kind_that_is_saved() {
+    let python = std::env::var("QLORA_PYTHON").expect("QLORA_PYTHON names a Python interpreter with PEFT");
+    let expected = tensors("logits.safetensors");
+    for (kind, facts) in kinds() {
+        let folder_of_base = fixtures().join(facts["base"].as_str().unwrap());
+        let folder = resaved(&kind, &base(facts["base"].as_str().unwrap()));
+        let logits = folder.path().join("logits.safetensors");
+        let part = |name: &str| expected[&format!("{kind}.{name}")].clone();
+        let tensors = HashMap::from([("input_ids", part("input_ids")), ("logits", part("logits"))]);
+        candle_core::safetensors::save(&tensors, &logits).unwrap();
+        let output = std::process::Command::new(&python)
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/check_peft.py"))
+            .args(["--tolerance", "1e-4", "--base"])
+            .arg(folder_of_base)
+            .arg("--adapter")
+            .arg(folder.path())
+            .arg("--logits")
+            .arg(&logits)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{kind}: {text}");
     }
 }

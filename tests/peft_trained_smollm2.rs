@@ -32,16 +32,16 @@ fn greedy_tokens_are_those_of_peft() {
     let ends = model.config().eos_token_ids.clone();
     let config = GenerationConfig { max_new_tokens: 48, temperature: None, ..GenerationConfig::default() };
     // PEFT keeps the end token.
-    let expected = |case: &Value| -> Vec<u32> {
-        ids(&case["new_ids"]).into_iter().take_while(|id| !ends.contains(id)).collect()
-    };
+    let expected =
+        |case: &Value| -> Vec<u32> { ids(&case["new_ids"]).into_iter().take_while(|id| !ends.contains(id)).collect() };
     model.activate_adapter("orders").unwrap();
     for case in cases {
         let answer = generate(&model, &ids(&case["input_ids"]), &config, |_| ControlFlow::Continue(())).unwrap();
         assert_eq!(answer.tokens, expected(case), "{}", case["text"]);
     }
     // The same in one batch, with the base's answers between them.
-    let prompts: Vec<Vec<u32>> = cases.iter().take(3).flat_map(|case| [ids(&case["input_ids"]), ids(&case["input_ids"])]).collect();
+    let prompts: Vec<Vec<u32>> =
+        cases.iter().take(3).flat_map(|case| [ids(&case["input_ids"]), ids(&case["input_ids"])]).collect();
     let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
     let choices = [AdapterChoice::Named("orders"), AdapterChoice::Base].repeat(3);
     let answers = generate_batch_with(&model, &prompts, &config, &choices).unwrap();

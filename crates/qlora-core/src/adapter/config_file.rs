@@ -125,7 +125,7 @@ pub(super) fn last_names(layout: &AdapterLayout) -> Vec<&str> {
     names
 }
 
-fn escape_non_ascii(json: &str) -> String {
+pub(super) fn escape_non_ascii(json: &str) -> String {
     let mut text = String::with_capacity(json.len());
     for c in json.chars() {
         if c.is_ascii() && c != '\x7f' {

@@ -82,7 +82,8 @@ impl AdapterKinds {
         if !patterns.is_empty() && layers_to_transform.is_none() {
             return Err(Error::format(path, "layers_pattern without layers_to_transform"));
         }
-        let prefix = |pattern: &String| ModulePattern::new(format!(r"(?:.*\.)?{pattern}")).map_err(|e| in_file(path, e));
+        let prefix =
+            |pattern: &String| ModulePattern::new(format!(r"(?:.*\.)?{pattern}")).map_err(|e| in_file(path, e));
         let bias = match read::<String>(path, keys, "bias")?.as_deref() {
             None | Some("none") => TrainedBias::None,
             Some("all") => TrainedBias::All,

@@ -16,6 +16,7 @@ pub(crate) mod kinds;
 mod load;
 mod open;
 mod peft;
+mod peft_save;
 #[cfg(test)]
 mod peft_tests;
 mod save;

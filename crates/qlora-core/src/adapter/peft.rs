@@ -156,11 +156,11 @@ pub(super) fn assemble(
     Ok(PeftAdapter { config, kinds, modules, tokens, replaced })
 }
 
-const PREFIX: &str = "base_model.model.";
-const TOKEN_ROWS: &str = "token_adapter.trainable_tokens_delta";
+pub(super) const PREFIX: &str = "base_model.model.";
+pub(super) const TOKEN_ROWS: &str = "token_adapter.trainable_tokens_delta";
 
 /// What A and B are called.
-fn factor_names(module: &str) -> [&'static str; 2] {
+pub(super) fn factor_names(module: &str) -> [&'static str; 2] {
     match module {
         EMBEDDING => ["lora_embedding_A", "lora_embedding_B"],
         _ => ["lora_A.weight", "lora_B.weight"],
@@ -243,12 +243,16 @@ impl Expected {
     ) -> Result<()> {
         for (entry, ids) in &kinds.trainable_token_indices {
             let wrong = |message: String| Err(Error::format(path.with_file_name(CONFIG_FILE), message));
-            let modules: Vec<&str> = [EMBEDDING, HEAD].into_iter().filter(|name| name.ends_with(entry.as_str())).collect();
+            let modules: Vec<&str> =
+                [EMBEDDING, HEAD].into_iter().filter(|name| name.ends_with(entry.as_str())).collect();
             let [module] = modules[..] else {
                 return wrong(format!("trainable_token_indices: {entry:?} is neither {EMBEDDING} nor {HEAD}"));
             };
             if let Some(id) = ids.iter().find(|&&id| id as usize >= model.vocab_size) {
-                return wrong(format!("trainable_token_indices: {id} is beyond the vocabulary of {}", model.vocab_size));
+                return wrong(format!(
+                    "trainable_token_indices: {id} is beyond the vocabulary of {}",
+                    model.vocab_size
+                ));
             }
             if adapted(module) || kinds.saves(module) || self.tokens.iter().any(|(other, _)| other == module) {
                 return wrong(format!("{module} is adapted in two ways at once"));
@@ -367,9 +371,7 @@ fn plain(dtype: Dtype, bytes: &[u8]) -> PlainData {
     match dtype {
         Dtype::F16 => PlainData::F16(bytes.chunks_exact(2).map(|b| f16::from_le_bytes(two(b))).collect()),
         Dtype::BF16 => PlainData::Bf16(bytes.chunks_exact(2).map(|b| bf16::from_le_bytes(two(b))).collect()),
-        _ => {
-            PlainData::F32(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
-        }
+        _ => PlainData::F32(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
     }
 }
 

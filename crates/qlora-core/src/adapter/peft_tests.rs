@@ -38,7 +38,9 @@ fn tensors(kind: &str) -> Vec<Tensor> {
 }
 
 fn bytes(tensors: &[Tensor]) -> Vec<u8> {
-    let view = |(name, dtype, shape, data): &Tensor| (name.clone(), TensorView::new(*dtype, shape.clone(), data).unwrap());
+    fn view((name, dtype, shape, data): &Tensor) -> (String, TensorView<'_>) {
+        (name.clone(), TensorView::new(*dtype, shape.clone(), data).unwrap())
+    }
     let views: Vec<_> = tensors.iter().map(view).collect();
     safetensors::serialize(views, None).unwrap()
 }
@@ -65,7 +67,8 @@ fn every_tensor_that_is_missing_renamed_reshaped_or_not_finite_is_named() {
         for i in 0..good.len() {
             let name = &good[i].0;
             // The base's own embedding may be there or not.
-            if name.ends_with("embed_tokens.base_layer.weight") || (kind.ends_with("_tied") && name.contains("lm_head")) {
+            if name.ends_with("embed_tokens.base_layer.weight") || (kind.ends_with("_tied") && name.contains("lm_head"))
+            {
                 continue;
             }
             let mut without = good.clone();
@@ -76,7 +79,10 @@ fn every_tensor_that_is_missing_renamed_reshaped_or_not_finite_is_named() {
             let mut renamed = good.clone();
             renamed[i].0 = name.replace("base_model.model.", "base_model.model.x.");
             let error = refused(&text, &bytes(&renamed), &model);
-            assert!(error.contains(name) && error.contains(&format!("unexpected tensors: {}", renamed[i].0)), "{kind}: {error}");
+            assert!(
+                error.contains(name) && error.contains(&format!("unexpected tensors: {}", renamed[i].0)),
+                "{kind}: {error}"
+            );
 
             let mut longer = good.clone();
             let (_, dtype, shape, data) = &mut longer[i];

@@ -335,7 +335,8 @@ fn an_adapter_is_two_files_possibly_in_a_folder() {
     let cache = tempfile::tempdir().unwrap();
     let file = |name: &str| (name.to_owned(), name.as_bytes().to_vec());
     let files = ["adapter_config.json", "adapter_model.safetensors", "README.md", "b/adapter_config.json"];
-    let files = files.into_iter().chain(["b/adapter_model.safetensors", "old/adapter_config.json", "old/adapter_model.bin"]);
+    let files =
+        files.into_iter().chain(["b/adapter_model.safetensors", "old/adapter_config.json", "old/adapter_model.bin"]);
     let server = Server::start(Hub { files: files.map(file).collect(), ..model() });
     let settings = settings(&server.endpoint, cache.path(), None);
     let top = adapter_snapshot_with("org/name", None, &settings).unwrap();

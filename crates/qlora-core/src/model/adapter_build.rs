@@ -349,8 +349,7 @@ fn gain(weight: &dyn FrozenWeight, module: &LoraModule, magnitude: &[f32]) -> Re
 fn embedding_gain(table: &dyn FrozenWeight, module: &LoraModule, magnitude: &[f32]) -> Result<Vec<f32>> {
     let (vocab, hidden) = (table.rows(), table.cols());
     let a = View::new(&module.a, module.rank, vocab);
-    let b: Vec<f32> =
-        (0..module.rank).flat_map(|k| module.b.iter().skip(k).step_by(module.rank).copied()).collect();
+    let b: Vec<f32> = (0..module.rank).flat_map(|k| module.b.iter().skip(k).step_by(module.rank).copied()).collect();
     let b = View::new(&b, module.rank, hidden);
     let (mut squares, mut memory) = (vec![0f64; hidden], Vec::new());
     for rows in chunks(table) {
@@ -385,7 +384,8 @@ pub(super) fn combine(
     // Per module its parts: values, slot, weight.
     let mut modules: BTreeMap<&str, Vec<(&LoadedAdapter, &LoraSlot, f32)>> = BTreeMap::new();
     for &(source, weight) in sources {
-        let linears = source.changes.linears.iter().filter_map(|(name, change)| Some((name.as_str(), change.lora.as_ref()?)));
+        let linears =
+            source.changes.linears.iter().filter_map(|(name, change)| Some((name.as_str(), change.lora.as_ref()?)));
         for (name, slot) in linears.chain(source.embedding.lora.as_ref().map(|slot| (EMBEDDING, slot))) {
             modules.entry(name).or_default().push((source, slot, weight * slot.scale));
         }

@@ -101,9 +101,7 @@ impl LoadedAdapter {
 
     /// Whether it is nothing but A and B.
     fn is_plain(&self) -> bool {
-        let plain = |change: &LinearChange| {
-            change.gain.is_none() && change.bias.is_none() && change.weight.is_none()
-        };
+        let plain = |change: &LinearChange| change.gain.is_none() && change.bias.is_none() && change.weight.is_none();
         self.changes.linears.values().all(plain)
             && self.changes.norms.is_empty()
             && self.embedding.table.is_none()
@@ -296,9 +294,7 @@ impl CausalLm {
         }
         let active = self.adapters.active.as_ref().and_then(|name| self.adapters.loaded.get(name));
         let slots: HashMap<String, LoraSlot> = active.map_or_else(HashMap::new, |adapter| {
-            let slot = |(name, change): (&String, &LinearChange)| {
-                Some((name.clone(), change.lora.clone()?))
-            };
+            let slot = |(name, change): (&String, &LinearChange)| Some((name.clone(), change.lora.clone()?));
             adapter.changes.linears.iter().filter_map(slot).collect()
         });
         for projection in self.stack_mut()?.blocks_mut().iter_mut().flat_map(|block| block.projections_mut()) {
@@ -326,7 +322,9 @@ impl CausalLm {
     ) -> Result<Vec<Span<'_>>> {
         if rows.len() != choices.len() {
             let (got, expected) = (choices.len(), rows.len());
-            return Err(Error::Invalid(format!("{expected} sequences need as many choices of an adapter, {got} were given")));
+            return Err(Error::Invalid(format!(
+                "{expected} sequences need as many choices of an adapter, {got} were given"
+            )));
         }
         let mut spans: Vec<Span> = Vec::new();
         for (rows, choice) in rows.zip(choices) {
@@ -363,19 +361,18 @@ impl CausalLm {
             return Ok(());
         }
         Err(Error::Unsupported(
-            "different adapters in one batch run on the CPU only; on a GPU, activate one adapter and run its sequences".into(),
+            "different adapters in one batch run on the CPU only; on a GPU, activate one adapter and run its sequences"
+                .into(),
         ))
     }
 
     /// Runs `f` with the adapters of these spans.
-    pub(super) fn with_pass<R>(
-        &self,
-        spans: &[Span],
-        f: impl FnOnce(Option<AdapterPass>) -> Result<R>,
-    ) -> Result<R> {
+    pub(super) fn with_pass<R>(&self, spans: &[Span], f: impl FnOnce(Option<AdapterPass>) -> Result<R>) -> Result<R> {
         let trained = match spans.iter().any(|(_, chosen)| matches!(chosen, Chosen::Trained)) {
             false => None,
-            true => self.adapter().map(|adapter| TensorView::new("adapter", adapter.variable().as_tensor())).transpose()?,
+            true => {
+                self.adapter().map(|adapter| TensorView::new("adapter", adapter.variable().as_tensor())).transpose()?
+            }
         };
         if spans.iter().all(|(_, chosen)| matches!(chosen, Chosen::Base)) {
             return f(None);
@@ -482,7 +479,8 @@ impl CausalLm {
             let mut part = self.workspace().matrix(rows.len(), hidden.cols())?;
             part.view_mut().copy_from(hidden.view().slice_rows(rows.clone()))?;
             let inside = spans.iter().filter(|(span, _)| span.start < rows.end && rows.start < span.end);
-            let clip = |span: &Range<usize>| span.start.max(rows.start) - rows.start..span.end.min(rows.end) - rows.start;
+            let clip =
+                |span: &Range<usize>| span.start.max(rows.start) - rows.start..span.end.min(rows.end) - rows.start;
             let spans: Vec<Span> = inside.map(|(span, chosen)| (clip(span), *chosen)).collect();
             let logits = self.head_logits(&part, &spans)?.to_vec()?;
             for (row, &target) in logits.chunks_exact(self.config().vocab_size).zip(&targets[rows]) {

@@ -132,7 +132,16 @@ impl CausalLm {
         workspace: Workspace,
     ) -> Self {
         let stack = Arc::new(stack);
-        Self { config, embedding, head, stack, adapter: None, adapters: AdapterSet::default(), enabled: true, workspace }
+        Self {
+            config,
+            embedding,
+            head,
+            stack,
+            adapter: None,
+            adapters: AdapterSet::default(),
+            enabled: true,
+            workspace,
+        }
     }
 
     /// The model's description.
@@ -185,7 +194,8 @@ impl CausalLm {
             return Err(Error::Invalid(format!("the adapter has {expected} values, {got} were given")));
         }
         if self.runs_loaded() && !self.workspace.device().is_cpu() {
-            let message = "on a GPU, an adapter that is trained does not run beside a loaded one: call deactivate_adapter first";
+            let message =
+                "on a GPU, an adapter that is trained does not run beside a loaded one: call deactivate_adapter first";
             return Err(Error::Unsupported(message.into()));
         }
         let stack = self.stack_mut()?;
@@ -325,7 +335,8 @@ impl CausalLm {
 
     /// The sum of the losses of a batch, without gradient and without dropout.
     pub fn evaluate(&self, batch: &Batch) -> Result<LossSum> {
-        let spans = self.spans(batch.layout.sequences(), &vec![AdapterChoice::Active; batch.layout.sequences().len()])?;
+        let spans =
+            self.spans(batch.layout.sequences(), &vec![AdapterChoice::Active; batch.layout.sequences().len()])?;
         let hidden = self.hidden(&batch.tokens, &batch.layout, &spans)?;
         self.head_loss(&hidden, &batch.targets, &spans)
     }
