@@ -174,6 +174,9 @@ fn pickles_and_missing_files_say_what_to_do() {
     assert!(error.contains("not a regular file"), "{error}");
 }
 
+/// A model, and the bytes of an adapter's two files for it.
+type Files = (ModelConfig, Vec<u8>, Vec<u8>);
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
@@ -186,7 +189,7 @@ proptest! {
         cut in prop::option::of(any::<prop::sample::Index>()),
         header in prop::option::weighted(0.1, prop_oneof![any::<u64>(), 0..4096u64, Just(u64::MAX)]),
     ) {
-        static FILES: std::sync::OnceLock<Vec<(ModelConfig, Vec<u8>, Vec<u8>)>> = std::sync::OnceLock::new();
+        static FILES: std::sync::OnceLock<Vec<Files>> = std::sync::OnceLock::new();
         let files = FILES.get_or_init(|| {
             kinds().into_iter().map(|(kind, model)| (model, config_text(&kind).into_bytes(), bytes(&tensors(&kind)))).collect()
         });

@@ -445,7 +445,7 @@ impl CausalLm {
         let members = [Member { name: HEAD, weight: &**self.head(), bias: None, lora: None }];
         let cache = WeightCache::default();
         let group = Group { members: &members, cache: &cache, split: false };
-        // The group may use its input's margin only, which the host does not have; on CUDA no head has A and B.
+        // A group asks for a mutable input, whose margin it may use on CUDA; there, no head has A and B that would need one.
         let mut input = self.workspace().matrix(hidden.rows(), hidden.cols())?;
         input.view_mut().copy_from(hidden.view())?;
         self.rows(&loaded, None)?.forward(&group, input.view_mut(), None, logits.view_mut(), self.workspace())?;
