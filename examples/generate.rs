@@ -1,19 +1,21 @@
 //! Answers a prompt with a model and, if given, an adapter.
 //!
 //!     cargo run --release --example generate -- --model MODEL --adapter output/adapter "Where is Rome?"
+//!
+//! With `--adapter` given several times as NAME=ADAPTER, `--with NAME` chooses one; `--with all` answers with the base and with every
+//! adapter, in one batch.
 
 use std::io::Write;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Context;
 use clap::Parser;
 use qlora::chat::{Message, TemplateArguments};
-use qlora::generate::generate;
+use qlora::generate::{generate, generate_batch_with};
 use qlora::kernels::Dtype;
 use qlora::kernels::quant::QuantConfig;
-use qlora::model::{CausalLm, DeviceChoice, LoadOptions, Quantization};
+use qlora::model::{AdapterChoice, CausalLm, DeviceChoice, LoadOptions, Quantization};
 use qlora::open::{OpenOptions, open_model};
 use qlora::sampling::GenerationConfig;
 
@@ -23,9 +25,12 @@ struct Args {
     /// A folder, a GGUF file or a hub id.
     #[arg(long)]
     model: String,
-    /// A folder with a PEFT adapter.
+    /// A PEFT adapter: a folder or a hub id; as NAME=ADAPTER it has a name. May be given several times.
     #[arg(long)]
-    adapter: Option<PathBuf>,
+    adapter: Vec<String>,
+    /// Which adapter answers: its name, "base" for none, or "all" for all of them (the first one is the default).
+    #[arg(long)]
+    with: Option<String>,
     /// What the system message says.
     #[arg(long)]
     system: Option<String>,
@@ -71,9 +76,17 @@ fn main() -> anyhow::Result<()> {
     let workspace = args.device.open(Dtype::Bf16, None)?;
     let mut model =
         CausalLm::load_on(&*files.source, LoadOptions { quantization, ..LoadOptions::default() }, workspace)?;
-    if let Some(folder) = &args.adapter {
-        let adapter = qlora::adapter::load(folder, model.config())?;
-        model.set_adapter(adapter.config.lora, adapter.layout, adapter.weights)?;
+    let options = OpenOptions { progress: true, ..OpenOptions::default() };
+    let mut names = Vec::new();
+    for adapter in &args.adapter {
+        let (name, spec) = adapter.split_once('=').unwrap_or((adapter, adapter));
+        model.load_adapter(name, &qlora::adapter::open(spec, None, &options, model.config())?)?;
+        names.push(name);
+    }
+    match args.with.as_deref() {
+        Some("base" | "all") => {}
+        Some(name) => model.activate_adapter(name)?,
+        None => names.first().map_or(Ok(()), |name| model.activate_adapter(name))?,
     }
 
     let prompt = if args.raw {
@@ -95,6 +108,16 @@ fn main() -> anyhow::Result<()> {
         stop_tokens: files.generation.eos_token_ids.clone(),
         ..GenerationConfig::default()
     };
+
+    if args.with.as_deref() == Some("all") {
+        let choices: Vec<AdapterChoice> =
+            [AdapterChoice::Base].into_iter().chain(names.iter().map(|name| AdapterChoice::Named(name))).collect();
+        let answers = generate_batch_with(&model, &vec![prompt.as_slice(); choices.len()], &config, &choices)?;
+        for (name, answer) in ["base"].iter().chain(&names).zip(answers) {
+            println!("[{name}] {}", files.tokenizer.decode(&answer.tokens, true)?);
+        }
+        return Ok(());
+    }
 
     let start = Instant::now();
     let mut text = files.tokenizer.decode_stream(true);

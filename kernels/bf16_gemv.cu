@@ -142,8 +142,10 @@ extern "C" int qlora_bf16_gemv(int dtype, const void* w, int64_t ldw, const void
     const auto with_types = [&](auto zero, auto y_zero) {
         using T = decltype(zero);
         using Y = decltype(y_zero);
-        if (k > 4096 && tokens > 8) {
-            // The fragments of 16 tokens would not fit into the registers: two passes.
+        // Where k is long, or shared memory small, a warp takes more of k.
+        const bool long_k = k > 4096 || device_limits().shared_bytes < 150 * 1024;
+        if (long_k && tokens > 8) {
+            // The fragments of 16 tokens would not fit into the registers then: two passes.
             PlainArgs halves[2] = {a, a};
             halves[0].tokens = 8;
             halves[1].tokens -= 8;
@@ -152,7 +154,7 @@ extern "C" int qlora_bf16_gemv(int dtype, const void* w, int64_t ldw, const void
             const int error = launch_plain<T, Y, 1, 4, 2>(halves[0], early, stream);
             return error ? error : launch_plain<T, Y, 1, 4, 2>(halves[1], early, stream);
         }
-        if (k > 4096) return launch_plain<T, Y, 1, 4, 2>(a, early, stream);
+        if (long_k) return launch_plain<T, Y, 1, 4, 2>(a, early, stream);
         return tokens <= 8 ? launch_plain<T, Y, 1, 2, 2>(a, early, stream)
                            : launch_plain<T, Y, 2, 2, 2>(a, early, stream);
     };

@@ -4,8 +4,8 @@
 //     o[b Q + i, h] = sum_j softmax_j(scale q[b Q + i, h] . k_b[j, h / group]) v_b[j, h / group]
 //     over the keys j <= p = positions[b Q + i] with, given a window, j > p - window
 //
-// q, o: [sequences * Q, heads * D]; k_b, v_b: [capacity, kv_heads * D], each in a buffer of its own: keys[b], values[b].
-// positions: u32 [sequences * Q], consecutive within a sequence. Pointers and positions are read on the device and the
+// q, o: [sequences * Q, heads * D]; k_b, v_b: [capacity, kv_heads * D], each in a buffer of its own: keys[b], values
+// [b]. positions: u32 [sequences * Q], consecutive within a sequence. Pointers and positions are read on the device and the
 // grid does not depend on them: a captured graph can be replayed while texts grow. bf16 or f16, D 64, 96 or 128.
 //
 // Floor: memory, keys and values once. All queries of a kv head are the 16 rows of mma.sync m16n8k16, so that a key is
@@ -25,6 +25,7 @@ constexpr int KEYS = 64;
 constexpr int WARPS = 4;
 constexpr int ROWS = 16;
 constexpr int MOST_SPLITS = 64;
+constexpr int64_t COUNTER_BYTES = 4096;   // enough: with more groups than multiprocessors there are no splits
 
 struct DecodeArgs {
     const void* q;
@@ -321,13 +322,14 @@ int64_t groups_of(int64_t sequences, int64_t queries, int64_t heads, int64_t kv_
 
 }  // namespace
 
-// Bytes of the workspace; zero before the first call, and what matters of it is left so.
+// Bytes of the workspace; its first 4 KiB are zero before the first call, and every call leaves them so: calls of all
+// sizes can share one.
 extern "C" int64_t qlora_decode_attention_workspace(int64_t sequences, int64_t queries, int64_t heads, int64_t kv_heads,
                                                     int64_t head_dim, int64_t capacity) {
     if (sequences <= 0 || queries <= 0 || kv_heads <= 0 || heads % kv_heads != 0) return 0;
     const int64_t groups = groups_of(sequences, queries, heads, kv_heads);
     int64_t splits = splits_for(groups, capacity);
-    return splits == 1 ? 0 : round_up(groups * 4, 256) + groups * splits * (ROWS * head_dim + 2 * ROWS) * 4;
+    return splits == 1 ? 0 : COUNTER_BYTES + groups * splits * (ROWS * head_dim + 2 * ROWS) * 4;
 }
 
 extern "C" int qlora_decode_attention(int dtype, const void* q, int64_t ldq, const void* const* keys,
@@ -337,7 +339,8 @@ extern "C" int qlora_decode_attention(int dtype, const void* q, int64_t ldq, con
                                       void* workspace, cudaStream_t stream) {
     if (sequences <= 0 || queries <= 0) return static_cast<int>(cudaSuccess);
     if (!is_activation(dtype) || kv_heads <= 0 || heads <= 0 || heads % kv_heads != 0 || sequences > 65535 ||
-        queries > 1024 || !attention::aligned16(q, ldq) || !attention::aligned16(o, ldo) || ldk % 8 != 0 || window < 0) {
+        queries > 1024 || !attention::aligned16(q, ldq) || !attention::aligned16(o, ldo) || ldk % 8 != 0 ||
+        window < 0) {
         return static_cast<int>(cudaErrorInvalidValue);
     }
     const int64_t groups = groups_of(sequences, queries, heads, kv_heads);
@@ -352,15 +355,19 @@ extern "C" int qlora_decode_attention(int dtype, const void* q, int64_t ldq, con
     a.window = window;
     a.scale = scale;
     a.arrived = static_cast<uint32_t*>(workspace);
-    a.parts = reinterpret_cast<float*>(static_cast<char*>(workspace) + round_up(groups * 4, 256));
+    a.parts = reinterpret_cast<float*>(static_cast<char*>(workspace) + COUNTER_BYTES);
     if (a.splits > 1 && !workspace) return static_cast<int>(cudaErrorInvalidValue);
     const dim3 grid(static_cast<unsigned>(kv_heads * a.row_blocks), static_cast<unsigned>(sequences), a.splits);
-    const auto go = [&](auto zero, auto dim) {
-        constexpr int D = dim(), STAGES = 3;
+    const auto with_stages = [&](auto zero, auto dim, auto stages) {
+        constexpr int D = dim(), STAGES = stages();
         constexpr auto KERNEL = decode_kernel<decltype(zero), D, STAGES>;
         const cudaError_t error = allow_shared<KERNEL>(SHARED_BYTES<D, STAGES>);
         if (error != cudaSuccess) return static_cast<int>(error);
         return launch(KERNEL, grid, dim3(WARPS * 32), SHARED_BYTES<D, STAGES>, early, stream, a);
+    };
+    const auto go = [&](auto zero, auto dim) {
+        return device_limits().shared_bytes >= 110 * 1024 ? with_stages(zero, dim, std::integral_constant<int, 3>{})
+                                                          : with_stages(zero, dim, std::integral_constant<int, 2>{});
     };
     const auto with_dim = [&](auto zero) {
         switch (head_dim) {

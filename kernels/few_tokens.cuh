@@ -1,8 +1,8 @@
 // What the kernels of a decode step share: the argument structs of a group of weights, the table that decodes a byte of
 // two codes at once, streaming loads, programmatic launches and the split of a reduction over blocks.
 //
-// A 4-bit weight [rows, k] is the A operand of mma.sync m16n8k16 (16 weight rows, 8 tokens are the columns): the order of
-// k within a product is free as long as both operands agree. A lane (g, t) = (lane / 4, lane % 4) takes the 8 bytes =
+// A 4-bit weight [rows, k] is the A operand of mma.sync m16n8k16 (16 weight rows, 8 tokens are the columns): the order
+// of k within a product is free as long as both operands agree. A lane (g, t) = (lane / 4, lane % 4) takes the 8 bytes =
 // 16 codes k = 16 t .. 16 t + 15 of a chunk of 64, of the rows g and g + 8; byte 2 s holds the codes that step s (of 4)
 // wants in the fragment's first half, byte 2 s + 1 those of the second half. The other operand is then x[token g][16 t
 // + 4 s ..+ 3]: consecutive too, 16 elements a chunk. No weight is moved between lanes.
@@ -42,8 +42,8 @@ using attention::multiply_add;
 using attention::pack_pair;
 using attention::shared_address;
 
-// Launches a kernel that calls `let_next_begin` and `wait_for_previous`; with `early` it may begin before its predecessor
-// ends (dependent.cuh), and then loads weights, which nothing writes.
+// Launches a kernel that calls `let_next_begin` and `wait_for_previous`; with `early` it may begin before its
+// predecessor ends (dependent.cuh), and then loads weights, which nothing writes.
 template <typename... P, typename... A>
 int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, bool early, cudaStream_t stream, A... args) {
     cudaLaunchConfig_t config{};
@@ -87,7 +87,7 @@ __device__ __forceinline__ uint4 load_stream16(const void* p) {
     return x;
 }
 
-// The table byte -> two levels (the upper nibble in the low half), once a lane, so that 32 lookups never meet in a bank.
+// The table byte -> two levels (the upper nibble in the low half), once a lane: 32 lookups never meet in a bank.
 constexpr int TABLE_WORDS = 256 * 32;
 
 template <typename T> __device__ __forceinline__ void fill_table(uint32_t* table, int quant_type, int threads) {

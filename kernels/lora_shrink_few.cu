@@ -1,8 +1,8 @@
 // S = x A^T of the adapters of a group, for a few tokens: S[m, r0 + c] = sum_k x[m, k] A[c, k], all f32; A [rank, k] of
 // every member lies in the flat buffer of the adapters (lora.cu). Columns of S that belong to nobody become zero.
 //
-// Floor: memory, 4 bytes an element of A: under a microsecond, so what counts is latency. A block takes one row of A and
-// up to 4 tokens; its threads share k and load A before the input is there
+// Floor: memory, 4 bytes an element of A: under a microsecond, so what counts is latency. A block takes one row of A
+// and up to 4 tokens; its threads share k and load A before the input is there
 // (few_tokens.cuh, programmatic launch). Sums have a fixed order.
 
 #include "few_tokens.cuh"

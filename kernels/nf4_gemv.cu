@@ -2,8 +2,8 @@
 //
 //     y[m, n] = residual[m, n] + x[m, :] W[n, :] + bias[n] + scale sum_c S[m, r0 + c] B[n, c]         m < tokens <= 16
 //
-// of up to three weights that share x (q|k|v, gate|up), whose outputs lie side by side in y; or, with `swiglu`, h[m, n] =
-// silu(gate) up of two weights of the same size. x, y, residual, bias: bf16 or f16; S [tokens, lds], B: f32. Codes as
+// of up to three weights that share x (q|k|v, gate|up), whose outputs lie side by side in y; or, with `swiglu`, h[m, n]
+// = silu(gate) up of two weights of the same size. x, y, residual, bias: bf16 or f16; S [tokens, lds], B: f32. Codes as
 // bitsandbytes lays them out (nf4.cuh), k a multiple of 64, blocks of at least 64.
 //
 // Arithmetic: the 16 levels are rounded once to the activations' type, products and sums of 64 are f32 in the tensor
@@ -13,7 +13,7 @@
 // Floor: memory, (1/2 + 1/64) bytes a weight. A block is persistent and takes tiles of 16 rows; its warps share k, each
 // the same range in all tiles, so the fragments of x are loaded once and stay in registers. Codes go from memory to
 // registers DEPTH tiles ahead and through a table in shared memory that has a copy for every lane (few_tokens.cuh).
-// Behind k = 16 * KI * 256 blocks share a tile's k too; the last of them to finish adds the parts in their order.
+// Behind k = 16 * KI * 256 blocks share a tile's k too; the last of them to finish adds the parts in order.
 // With gate and up, rows 0..7 of a tile are gate's and 8..15 up's, so that one thread gets both.
 
 #include "few_tokens.cuh"
@@ -144,7 +144,8 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1) gemv_kernel(const __grid_c
         const int tile = base + n / KI * stride;
         if (tile < tiles) {
             const Rows rows = rows_of(a, tile);
-            fetch<NESTED, ALIGNED>(a, rows, first + n % KI * CHUNKS, end, lane, ring_address + at * RING_BYTES, scales[at]);
+            const uint32_t to = ring_address + at * RING_BYTES;
+            fetch<NESTED, ALIGNED>(a, rows, first + n % KI * CHUNKS, end, lane, to, scales[at]);
             if (with_lora && n % KI == 0) {
                 // Each warp adds some columns of the adapter: warp, warp + warps, ...
                 const int h = lane / 8 % 2;
@@ -358,21 +359,30 @@ struct Shape {
 };
 
 // As many blocks on a multiprocessor as have registers (MOST_WARPS warps' together) and shared memory.
+// Blocks that share k. A block of MOST_WARPS warps does not fit where shared memory is small (Ada).
+int warps_of(int64_t k, int ki, int nt, int& splits) {
+    const int most = device_limits().shared_bytes >= 160 * 1024 ? MOST_WARPS : MOST_WARPS / 2;
+    const int64_t needed = divide_up(k / 64, CHUNKS * ki);
+    splits = static_cast<int>(divide_up(needed, most));
+    const int warps = static_cast<int>(divide_up(needed, splits));
+    return warps < 4 * nt ? 4 * nt : warps;   // at least one thread an element
+}
+
 template <int NT, int KI, int DEPTH> Shape shape_of(int64_t k, int tiles, int rank, int s_columns) {
-    const int64_t needed = divide_up(k / 64, CHUNKS * KI);
     Shape s;
-    s.splits = static_cast<int>(divide_up(needed, MOST_WARPS));
-    s.warps = static_cast<int>(divide_up(needed, s.splits));
-    if (s.warps < 4 * NT) s.warps = 4 * NT;   // one thread an element
+    s.warps = warps_of(k, KI, NT, s.splits);
     s.split_chunks = s.warps * CHUNKS * KI;
-    s.batch = s.warps * 32 / (128 * NT);
     s.lora_columns = static_cast<int>(divide_up(rank, s.warps));
-    s.shared = sizeof(uint32_t) * TABLE_WORDS + s.warps * DEPTH * (RING_BYTES + s.lora_columns * 64) +
-               sizeof(float) * ((2 * s.batch * 128 * NT + 16 * CHUNKS) * s.warps + 8 * NT * s_columns);
-    int per_sm = MOST_WARPS / s.warps;
     // What a kernel has besides: the maps, and a KiB that the system takes.
-    const size_t each = s.shared + sizeof(float) * 3 * 256 + 1280;
-    while (per_sm > 1 && per_sm * each > static_cast<size_t>(device_limits().shared_bytes) + 1024) per_sm--;
+    constexpr size_t STATIC = sizeof(float) * 3 * 256 + 1280;
+    const size_t limit = device_limits().shared_bytes + 1024;
+    for (s.batch = s.warps * 32 / (128 * NT);; s.batch--) {
+        s.shared = sizeof(uint32_t) * TABLE_WORDS + s.warps * DEPTH * (RING_BYTES + s.lora_columns * 64) +
+                   sizeof(float) * ((2 * s.batch * 128 * NT + 16 * CHUNKS) * s.warps + 8 * NT * s_columns);
+        if (s.batch == 1 || s.shared + STATIC <= limit) break;
+    }
+    int per_sm = MOST_WARPS / s.warps;
+    while (per_sm > 1 && per_sm * (s.shared + STATIC) > limit) per_sm--;
     const int64_t most = static_cast<int64_t>(device_limits().multiprocessors) * per_sm / s.splits;
     s.blocks = static_cast<int>(tiles < most ? tiles : most < 1 ? 1 : most);
     return s;
@@ -406,11 +416,14 @@ int launch_gemv(Args a, int rank, void* workspace, bool early, cudaStream_t stre
 
 }  // namespace
 
-// Bytes of the workspace, which is zero before the first call; calls leave it so where it matters.
+// Bytes of the workspace; its first 4 KiB are zero before the first call, and every call leaves them so: calls of all
+// sizes can share one.
 extern "C" int64_t qlora_nf4_gemv_workspace(int64_t rows, int64_t k, int64_t tokens) {
     const int nt = tokens > 8 ? 2 : 1;
-    const int64_t splits = divide_up(divide_up(k / 64, CHUNKS), MOST_WARPS), tiles = divide_up(rows, 8) + 3;
-    return splits <= 1 ? 0 : 4096 + splits * tiles * 128 * nt * static_cast<int64_t>(sizeof(float));
+    int splits;
+    warps_of(k, tokens > 8 ? 1 : 2, nt, splits);
+    const int64_t tiles = divide_up(rows, 8) + 3;
+    return splits == 1 ? 0 : 4096 + splits * tiles * 128 * nt * static_cast<int64_t>(sizeof(float));
 }
 
 extern "C" int qlora_nf4_gemv(int dtype, QloraFewWeights weights, const void* x, int64_t ldx, const float* s,

@@ -2,8 +2,8 @@
 //
 //     y[m, n] = residual[m, n] + x[m, :] W[n, :] + bias[n] + scale sum_c S[m, r0 + c] B[n, c]
 //
-// for a group of weights, or h = silu(gate) up: arguments, formats and arithmetic as in nf4_gemv.cu. S B^T is computed on
-// tensor cores too, with S and B split into two 16-bit parts each, so that it is as good as f32.
+// for a group of weights, or h = silu(gate) up: arguments, formats and arithmetic as in nf4_gemv.cu. S B^T is
+// computed on tensor cores too, with S and B split into two 16-bit parts each, so that it is as good as f32.
 //
 // Floor: memory up to some 64 tokens on an H100, the tensor cores behind. A block takes BN rows of the weight and BM
 // tokens; WN warps share the rows, WK warps share k. Codes and x come through a ring in shared memory (cp.async, STAGES
@@ -18,6 +18,7 @@ namespace {
 using namespace few;
 
 constexpr int STAGE_CHUNKS = 4;   // chunks of 64 k
+constexpr int64_t COUNTER_BYTES = 16384;
 
 struct GemmArgs {
     QloraFewWeights w;
@@ -351,7 +352,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) gemm_kernel(const __grid_consta
             if (bias) values[e] += to_float(bias[rows.first + col + e]);
             if (a.swiglu) {
                 float up = from[e + 8];
-                if (const T* up_bias = static_cast<const T*>(a.w.m[1].bias)) up += to_float(up_bias[rows.first + col + e]);
+                const T* up_bias = static_cast<const T*>(a.w.m[1].bias);
+                if (up_bias) up += to_float(up_bias[rows.first + col + e]);
                 values[e] = values[e] / (1.0f + __expf(-values[e])) * up;
             }
             if (residual) values[e] += to_float(residual[at * a.ldr + column0 + col + e]);
@@ -369,6 +371,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) gemm_kernel(const __grid_consta
 int splits_of(int64_t tiles, int64_t stages) {
     constexpr int PART_STAGES = 2;
     const int64_t sms = device_limits().multiprocessors;
+    if (tiles > COUNTER_BYTES / 4) return 1;
     int64_t best = 1, best_cost = INT64_MAX;
     for (int64_t splits = 1; splits <= 16 && splits <= stages; splits++) {
         const int64_t each = divide_up(stages, splits);
@@ -398,7 +401,7 @@ template <typename T, typename C> int launch_gemm(GemmArgs a, void* workspace, b
     a.splits = workspace ? splits_of(blocks, stages) : 1;
     a.split_stages = static_cast<int32_t>(divide_up(stages, a.splits));
     a.arrived = static_cast<uint32_t*>(workspace);
-    a.parts = reinterpret_cast<float*>(static_cast<char*>(workspace) + round_up(blocks * 4, 256));
+    a.parts = reinterpret_cast<float*>(static_cast<char*>(workspace) + COUNTER_BYTES);
     constexpr auto KERNEL = gemm_kernel<T, C>;
     const cudaError_t error = allow_shared<KERNEL>(C::SHARED);
     if (error != cudaSuccess) return static_cast<int>(error);
@@ -408,11 +411,15 @@ template <typename T, typename C> int launch_gemm(GemmArgs a, void* workspace, b
 template <typename C> int64_t workspace_of(const QloraFewWeights& w, int64_t tokens, bool swiglu) {
     const int64_t blocks = row_tiles<C>(w, swiglu) * divide_up(tokens, C::BM);
     const int64_t splits = splits_of(blocks, divide_up(w.k / 64, STAGE_CHUNKS));
-    return splits == 1 ? 0 : round_up(blocks * 4, 256) + splits * blocks * (C::BM * C::BN * 4);
+    return splits == 1 ? 0 : COUNTER_BYTES + splits * blocks * (C::BM * C::BN * 4);
 }
 
 // Calls `f` with the tiles that measured best on an H100.
 template <typename F> auto with_config(const QloraFewWeights& w, int64_t tokens, F f) {
+    // Less shared memory: Ada and consumer Ampere, A100.
+    const int shared = device_limits().shared_bytes;
+    if (shared < 140 * 1024) return f(Config<64, 32, 4, 2>{});
+    if (shared < 200 * 1024) return tokens <= 32 ? f(Config<128, 32, 4, 3>{}) : f(Config<128, 64, 2, 2, 1>{});
     if (tokens <= 32) return f(Config<128, 32, 4, 4>{});
     int64_t rows = 0;
     for (int j = 0; j < w.count; j++) rows += w.m[j].rows;
@@ -423,10 +430,12 @@ template <typename F> auto with_config(const QloraFewWeights& w, int64_t tokens,
 
 }  // namespace
 
-// Bytes of the workspace; its first 4 bytes per tile are zero before the first call, and every call leaves them so.
+// Bytes of the workspace; its first 16 KiB are zero before the first call, and every call leaves them so: calls of all
+// sizes can share one.
 extern "C" int64_t qlora_nf4_small_gemm_workspace(QloraFewWeights weights, int64_t tokens, int swiglu) {
     if (tokens <= 0 || !takes(weights)) return 0;
-    return with_config(weights, tokens, [&](auto c) { return workspace_of<decltype(c)>(weights, tokens, swiglu != 0); });
+    return with_config(weights, tokens,
+                       [&](auto c) { return workspace_of<decltype(c)>(weights, tokens, swiglu != 0); });
 }
 
 extern "C" int qlora_nf4_small_gemm(int dtype, QloraFewWeights weights, const void* x, int64_t ldx, const float* s,

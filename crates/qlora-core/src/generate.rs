@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use candle_core::{Device, Tensor};
 
 use crate::error::{Error, Result};
-use crate::model::{CausalLm, KvCache};
+use crate::model::{AdapterChoice, CausalLm, KvCache};
 use crate::sampling::{GenerationConfig, Sampler};
 
 /// Why a generation ended.
@@ -38,7 +38,7 @@ pub fn generate(
     config: &GenerationConfig,
     mut on_token: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Generation> {
-    let mut answers = run(model, &[prompt], config, |_, token| on_token(token))?;
+    let mut answers = run(model, &[prompt], config, &[AdapterChoice::Active], |_, token| on_token(token))?;
     Ok(answers.swap_remove(0))
 }
 
@@ -48,7 +48,20 @@ pub fn generate(
 /// # Errors
 /// As [`generate`].
 pub fn generate_batch(model: &CausalLm, prompts: &[&[u32]], config: &GenerationConfig) -> Result<Vec<Generation>> {
-    run(model, prompts, config, |_, _| ControlFlow::Continue(()))
+    generate_batch_with(model, prompts, config, &vec![AdapterChoice::Active; prompts.len()])
+}
+
+/// [`generate_batch`] with an adapter for every prompt.
+///
+/// # Errors
+/// As [`generate`]; also if there is not one choice a prompt, or a chosen adapter is not loaded.
+pub fn generate_batch_with(
+    model: &CausalLm,
+    prompts: &[&[u32]],
+    config: &GenerationConfig,
+    adapters: &[AdapterChoice],
+) -> Result<Vec<Generation>> {
+    run(model, prompts, config, adapters, |_, _| ControlFlow::Continue(()))
 }
 
 /// One prompt's state.
@@ -91,9 +104,14 @@ fn run(
     model: &CausalLm,
     prompts: &[&[u32]],
     config: &GenerationConfig,
+    adapters: &[AdapterChoice],
     mut on_token: impl FnMut(usize, u32) -> ControlFlow<()>,
 ) -> Result<Vec<Generation>> {
     config.validate()?;
+    if adapters.len() != prompts.len() {
+        let (got, expected) = (adapters.len(), prompts.len());
+        return Err(Error::Invalid(format!("{expected} prompts need as many choices of an adapter, {got} were given")));
+    }
     let limit = model.config().max_position_embeddings;
     let new = |(index, prompt): (usize, &&[u32])| Sequence::new(model, prompt, config, index);
     let mut sequences = prompts.iter().enumerate().map(new).collect::<Result<Vec<_>>>()?;
@@ -104,8 +122,9 @@ fn run(
         }
         let pending: Vec<Vec<u32>> = active.iter().map(|(_, seq)| seq.pending().to_vec()).collect();
         let inputs: Vec<&[u32]> = pending.iter().map(Vec::as_slice).collect();
+        let choices: Vec<AdapterChoice> = active.iter().map(|(index, _)| adapters[*index]).collect();
         let mut caches: Vec<_> = active.iter_mut().map(|(_, seq)| &mut seq.cache).collect();
-        let logits = model.next_logits_batch(&inputs, &mut caches)?;
+        let logits = model.next_logits_batch_with(&inputs, &mut caches, &choices)?;
         for ((index, sequence), row) in active.iter_mut().zip(logits.to_vec()?.chunks_exact(logits.cols())) {
             let row = Tensor::from_slice(row, row.len(), &Device::Cpu)?;
             let token = sequence.sampler.sample(&row, &sequence.text)?;

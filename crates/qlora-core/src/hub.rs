@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
+use crate::adapter;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::open::OpenOptions;
@@ -47,8 +48,34 @@ pub fn snapshot(id: &str, gguf: Option<&str>, options: &OpenOptions) -> Result<S
     snapshot_with(id, gguf, &settings)
 }
 
+/// Makes sure that the two files of the adapter `id` (`org/name`), in a folder of the repository if one is named, are in the
+/// cache. The snapshot's folder is the adapter's.
+///
+/// # Errors
+/// As [`snapshot`]; also if the folder's name is not one, or the adapter is a Python pickle.
+pub fn adapter_snapshot(id: &str, subfolder: Option<&str>, options: &OpenOptions) -> Result<Snapshot> {
+    let settings = Settings::new(options, |name| std::env::var(name).ok().filter(|value| !value.is_empty()))?;
+    adapter_snapshot_with(id, subfolder, &settings)
+}
+
+fn adapter_snapshot_with(id: &str, subfolder: Option<&str>, settings: &Settings) -> Result<Snapshot> {
+    let part = |part: &str| !part.is_empty() && !part.starts_with('.') && !part.contains(['\\', ':']);
+    if let Some(wrong) = subfolder.filter(|folder| !folder.split('/').all(part)) {
+        return Err(Error::Invalid(format!("{wrong:?} is not the name of a folder in a repository")));
+    }
+    let mut snapshot = request(&Request { id, wanted: Wanted::Adapter(subfolder), settings })?;
+    if let Some(subfolder) = subfolder {
+        snapshot.folder.push(subfolder);
+    }
+    Ok(snapshot)
+}
+
 fn snapshot_with(id: &str, gguf: Option<&str>, settings: &Settings) -> Result<Snapshot> {
-    let request = Request { id, gguf, settings };
+    request(&Request { id, wanted: gguf.map_or(Wanted::Model, Wanted::Gguf), settings })
+}
+
+fn request(request: &Request<'_>) -> Result<Snapshot> {
+    let Request { id, settings, .. } = *request;
     if settings.offline {
         return request.cached().map_err(|missing| {
             Error::Invalid(format!(
@@ -73,8 +100,25 @@ fn snapshot_with(id: &str, gguf: Option<&str>, settings: &Settings) -> Result<Sn
 
 struct Request<'a> {
     id: &'a str,
-    gguf: Option<&'a str>,
+    wanted: Wanted<'a>,
     settings: &'a Settings,
+}
+
+/// Which files of a repository.
+#[derive(Clone, Copy)]
+enum Wanted<'a> {
+    /// A model in Hugging Face's layout.
+    Model,
+    /// One GGUF file.
+    Gguf(&'a str),
+    /// An adapter, possibly in a folder.
+    Adapter(Option<&'a str>),
+}
+
+/// The files of an adapter.
+fn adapter_files(subfolder: Option<&str>) -> [String; 2] {
+    let prefix = subfolder.map_or_else(String::new, |folder| format!("{folder}/"));
+    [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE].map(|name| format!("{prefix}{name}"))
 }
 
 impl Request<'_> {
@@ -103,9 +147,10 @@ impl Request<'_> {
         };
         let folder = self.folder(&commit);
         let need = |name: &str| if folder.join(name).is_file() { Ok(()) } else { Err(format!("{name} is missing")) };
-        match self.gguf {
-            Some(file) => need(file)?,
-            None => {
+        match self.wanted {
+            Wanted::Gguf(file) => need(file)?,
+            Wanted::Adapter(subfolder) => adapter_files(subfolder).iter().try_for_each(|file| need(file))?,
+            Wanted::Model => {
                 need(CONFIG)?;
                 need(TOKENIZER)?;
                 if need(SINGLE).is_err() {
@@ -134,10 +179,17 @@ impl Request<'_> {
         let files: Vec<&str> = info.siblings.iter().map(|sibling| sibling.rfilename.as_str()).collect();
         let snapshot = Snapshot { folder: self.folder(&info.sha), commit: info.sha.clone() };
         let get = Downloads { repo: api.repo(self.repo(&info.sha)), folder: &snapshot.folder, explain: &explain };
-        match self.gguf {
-            Some(file) if files.contains(&file) => get.file(file)?,
-            Some(file) => return Err(self.lacks(&files, file)),
-            None => self.download_folder(&files, &get)?,
+        match self.wanted {
+            Wanted::Gguf(file) if files.contains(&file) => get.file(file)?,
+            Wanted::Gguf(file) => return Err(self.lacks(&files, file)),
+            Wanted::Adapter(subfolder) => {
+                let wanted = adapter_files(subfolder);
+                if let Some(missing) = wanted.iter().find(|file| !files.contains(&file.as_str())) {
+                    return Err(self.lacks(&files, missing));
+                }
+                wanted.iter().try_for_each(|file| get.file(file))?;
+            }
+            Wanted::Model => self.download_folder(&files, &get)?,
         }
         if settings.revision != info.sha {
             let cache = Cache::new(settings.cache.clone()).repo(self.repo(&settings.revision));
@@ -182,7 +234,18 @@ impl Request<'_> {
     fn lacks(&self, files: &[&str], name: &str) -> Error {
         let has = |end: &str| files.iter().any(|file| file.ends_with(end));
         let ggufs: Vec<&str> = files.iter().copied().filter(|file| file.ends_with(".gguf")).collect();
-        let hint = if !ggufs.is_empty() {
+        let adapters: Vec<&str> = files.iter().filter_map(|file| file.strip_suffix("/adapter_config.json")).collect();
+        let hint = if let Wanted::Adapter(_) = self.wanted {
+            if has("adapter_model.bin") {
+                "; its adapter is a Python pickle, which is not read: PeftModel.from_pretrained(base, id).save_pretrained(folder) \
+                 converts it"
+                    .to_owned()
+            } else if !adapters.is_empty() {
+                format!("; adapters are in its folders {}: name one as subfolder", adapters.join(", "))
+            } else {
+                "; it is not an adapter of PEFT".to_owned()
+            }
+        } else if !ggufs.is_empty() {
             format!("; name one of its GGUF files as {}:FILE: {}", self.id, ggufs.join(", "))
         } else if has("adapter_config.json") {
             "; it is an adapter: open the model it was trained on, and load the adapter separately".to_owned()

@@ -177,7 +177,7 @@ fn group(bench: &mut Bench, weight: &CudaWeight, rows: usize, cols: usize) -> Re
     let (a, b) = (0..RANK * cols, RANK * cols..RANK * (cols + rows));
     let slot = LoraSlot { a, b: b.clone(), rank: RANK, scale: 2.0, stream: 0 };
     let values = bench.workspace.upload(&vec![0.01; b.end], 1, b.end)?;
-    let members = [Member { weight, bias: None, lora: Some(&slot) }];
+    let members = [Member { name: "", weight, bias: None, lora: Some(&slot) }];
     let cache = WeightCache::default();
     let group = Group { members: &members, cache: &cache, split: false };
     let pass = AdapterPass::new(values.view());

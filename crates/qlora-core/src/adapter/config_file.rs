@@ -5,6 +5,7 @@
 //! warn about keys they don't know. Read: every key of PEFT 0.21.2. One that changes what the adapter computes and is
 //! not supported is an error that names it; one that nobody knows is a warning.
 
+use super::kinds::{AdapterKinds, MAX_RANK};
 use super::save::SaveOptions;
 use crate::lora::{AdapterLayout, LoraConfig, ModuleFilter, TargetModules};
 use crate::{Error, Result};
@@ -27,26 +28,30 @@ pub struct AdapterConfig {
 
 /// Options that change what an adapter computes and are not supported. All of them are off when absent, null, false or
 /// empty.
-const UNSUPPORTED: [&str; 19] = [
+const UNSUPPORTED: [&str; 10] = [
     "alora_invocation_tokens",
-    "alpha_pattern",
     "arrow_config",
-    "fan_in_fan_out",
     "kasa_config",
     "layer_replication",
+    "megatron_config",
+    "monteclora_config",
+    "target_parameters",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+];
+
+/// Options that inference supports ([`AdapterKinds`]) and training does not.
+const INFERENCE_ONLY: [&str; 9] = [
+    "alpha_pattern",
+    "fan_in_fan_out",
     "layers_pattern",
     "layers_to_transform",
     "lora_bias",
-    "megatron_config",
     "modules_to_save",
-    "monteclora_config",
     "rank_pattern",
-    "target_parameters",
     "trainable_token_indices",
-    "use_bdlora",
     "use_dora",
-    "use_qalora",
-    "velora_config",
 ];
 
 /// Options that do not change what a trained adapter computes, or that are read elsewhere in this file. The
@@ -120,7 +125,7 @@ pub(super) fn last_names(layout: &AdapterLayout) -> Vec<&str> {
     names
 }
 
-fn escape_non_ascii(json: &str) -> String {
+pub(super) fn escape_non_ascii(json: &str) -> String {
     let mut text = String::with_capacity(json.len());
     for c in json.chars() {
         if c.is_ascii() && c != '\x7f' {
@@ -135,8 +140,29 @@ fn escape_non_ascii(json: &str) -> String {
     text
 }
 
-/// Reads the file's text; `path` is for messages.
+/// Reads the file's text for training, which takes A and B of one rank on linear layers of the blocks; `path` is for messages.
 pub(super) fn parse(path: &Path, text: &[u8]) -> Result<AdapterConfig> {
+    let keys = keys(path, text)?;
+    const WHY: &str = "in training; for inference, qlora::adapter::open and CausalLm::load_adapter take it";
+    for key in INFERENCE_ONLY {
+        if let Some(value) = keys.get(key).filter(|value| !is_off(value)) {
+            return Err(unsupported(path, key, value, WHY));
+        }
+    }
+    if let Some(bias) = keys.get("bias").filter(|bias| !bias.is_null() && *bias != "none") {
+        return Err(unsupported(path, "bias", bias, WHY));
+    }
+    common(path, &keys)
+}
+
+/// Reads the file's text for inference.
+pub(super) fn parse_any(path: &Path, text: &[u8]) -> Result<(AdapterConfig, AdapterKinds)> {
+    let keys = keys(path, text)?;
+    Ok((common(path, &keys)?, AdapterKinds::parse(path, &keys)?))
+}
+
+/// The options, after the checks that all readers make.
+fn keys(path: &Path, text: &[u8]) -> Result<Map<String, Value>> {
     let keys: Map<String, Value> = serde_json::from_slice(text)
         .map_err(|error| Error::format(path, format!("no valid adapter configuration: {error}")))?;
     match keys.get("peft_type") {
@@ -150,35 +176,40 @@ pub(super) fn parse(path: &Path, text: &[u8]) -> Result<AdapterConfig> {
         }
     }
     for (key, value) in &keys {
-        let known = HARMLESS.contains(&key.as_str()) || UNSUPPORTED.contains(&key.as_str());
+        let known = [&HARMLESS[..], &UNSUPPORTED, &INFERENCE_ONLY].concat().contains(&key.as_str());
         if !known && !is_off(value) {
             tracing::warn!("{}: unknown option {key} = {value} is ignored", path.display());
         }
     }
-    if let Some(bias) = keys.get("bias").filter(|bias| !bias.is_null() && *bias != "none") {
-        return Err(unsupported(path, "bias", bias, "only \"none\" is"));
-    }
+    Ok(keys)
+}
+
+/// The options that training has too.
+fn common(path: &Path, keys: &Map<String, Value>) -> Result<AdapterConfig> {
     check_initialization(path, keys.get("init_lora_weights"))?;
 
     let defaults = LoraConfig::default();
-    let targets: Option<TargetModules> = read(path, &keys, "target_modules")?;
+    let targets: Option<TargetModules> = read(path, keys, "target_modules")?;
     let lora = LoraConfig {
-        r: read(path, &keys, "r")?.unwrap_or(8),
-        lora_alpha: read(path, &keys, "lora_alpha")?.unwrap_or(8.0),
-        lora_dropout: read(path, &keys, "lora_dropout")?.unwrap_or(0.0),
-        use_rslora: read(path, &keys, "use_rslora")?.unwrap_or(false),
+        r: read(path, keys, "r")?.unwrap_or(8),
+        lora_alpha: read(path, keys, "lora_alpha")?.unwrap_or(8.0),
+        lora_dropout: read(path, keys, "lora_dropout")?.unwrap_or(0.0),
+        use_rslora: read(path, keys, "use_rslora")?.unwrap_or(false),
         target_modules: targets.ok_or_else(|| Error::format(path, "target_modules is missing"))?,
-        exclude_modules: read(path, &keys, "exclude_modules")?
+        exclude_modules: read(path, keys, "exclude_modules")?
             .filter(|filter| !matches!(filter, ModuleFilter::List(entries) if entries.is_empty())),
         bias: defaults.bias,
         init_lora_weights: defaults.init_lora_weights,
-        task_type: read(path, &keys, "task_type")?,
+        task_type: read(path, keys, "task_type")?,
     };
     lora.validate().map_err(|error| Error::format(path, error.to_string()))?;
+    if lora.r > MAX_RANK {
+        return Err(Error::format(path, format!("r is {}: no adapter has more than {MAX_RANK}", lora.r)));
+    }
     Ok(AdapterConfig {
         lora,
-        base_model_name_or_path: read(path, &keys, "base_model_name_or_path")?,
-        revision: read(path, &keys, "revision")?,
+        base_model_name_or_path: read(path, keys, "base_model_name_or_path")?,
+        revision: read(path, keys, "revision")?,
     })
 }
 
@@ -221,7 +252,7 @@ fn is_off(value: &Value) -> bool {
     }
 }
 
-fn read<T: DeserializeOwned>(path: &Path, keys: &Map<String, Value>, key: &str) -> Result<Option<T>> {
+pub(super) fn read<T: DeserializeOwned>(path: &Path, keys: &Map<String, Value>, key: &str) -> Result<Option<T>> {
     match keys.get(key) {
         None | Some(Value::Null) => Ok(None),
         Some(value) => serde_json::from_value(value.clone())
@@ -314,7 +345,7 @@ mod tests {
 
     #[test]
     fn options_that_would_change_the_result_are_refused_by_name() {
-        for key in UNSUPPORTED {
+        for key in UNSUPPORTED.into_iter().chain(INFERENCE_ONLY) {
             for off in [json!(null), json!(false), json!([]), json!({})] {
                 parse_with(key, off).unwrap();
             }

@@ -98,17 +98,19 @@ fn prefixed(dir: &Path, error: Error) -> Error {
     }
 }
 
-fn read_file(path: &Path) -> Result<Vec<u8>> {
+pub(super) fn read_file(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).map_err(|error| missing(path, error))
 }
 
-fn missing(path: &Path, error: io::Error) -> Error {
+/// The error for a file that could not be opened.
+pub(super) fn missing(path: &Path, error: io::Error) -> Error {
     if error.kind() != io::ErrorKind::NotFound {
         return Error::io(path, error);
     }
     let pickle = path.with_file_name("adapter_model.bin");
     let hint = if path.ends_with(WEIGHTS_FILE) && pickle.exists() {
-        "not found; adapter_model.bin is a Python pickle, which is not read: load it with PEFT and save it again"
+        "not found; adapter_model.bin is a Python pickle, which is not read: load it with PEFT and save it again \
+         (PeftModel.from_pretrained(base, folder).save_pretrained(new_folder))"
     } else {
         "not found; an adapter folder holds adapter_config.json and adapter_model.safetensors"
     };
@@ -142,24 +144,23 @@ fn check_names(path: &Path, file: &SafeTensors, layout: &AdapterLayout) -> Resul
     if missing.is_empty() && unexpected.is_empty() {
         return Ok(());
     }
+    Err(difference(path, &missing, &unexpected, expected.len()))
+}
+
+/// The error for a file whose tensors are not the expected ones.
+pub(super) fn difference(path: &Path, missing: &[&str], unexpected: &[&str], expected: usize) -> Error {
     let mut parts = Vec::new();
-    for (what, names) in [("missing", &missing), ("unexpected", &unexpected)] {
+    for (what, names) in [("missing", missing), ("unexpected", unexpected)] {
         if !names.is_empty() {
             let more = if names.len() > 8 { format!(" and {} more", names.len() - 8) } else { String::new() };
             parts.push(format!("{} {what} tensors: {}{more}", names.len(), names[..names.len().min(8)].join(", ")));
         }
     }
-    let hint = if unexpected.iter().any(|name| name.contains("lora_magnitude_vector")) {
-        " (lora_magnitude_vector belongs to DoRA, which is not supported)"
-    } else if missing.len() == expected.len() {
-        " (was it made for another model?)"
-    } else {
-        ""
-    };
-    Err(Error::format(
+    let hint = if missing.len() == expected { " (was it made for another model?)" } else { "" };
+    Error::format(
         path,
         format!("the tensors are not those of adapter_config.json and the model: {}{hint}", parts.join("; ")),
-    ))
+    )
 }
 
 fn in_file(path: &Path, entry: &Entry, message: String) -> Error {

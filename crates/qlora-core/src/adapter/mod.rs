@@ -6,16 +6,28 @@
 //! what [`save`] writes; [`load`] takes what PEFT writes, and is strict: a missing or superfluous tensor, a wrong
 //! shape, a number that is not finite, or an option that would change the result and is not supported is an error,
 //! never a warning.
+//!
+//! [`load`] and [`save`] are for adapters that are trained: A and B of one rank on linear layers of the blocks. [`open`] and
+//! [`open_folder`] read every kind of PEFT's LoRA, for [`CausalLm::load_adapter`](crate::model::CausalLm::load_adapter).
 
 mod card;
 mod config_file;
+pub(crate) mod kinds;
 mod load;
+mod open;
+mod peft;
+mod peft_save;
+#[cfg(test)]
+mod peft_tests;
 mod save;
 #[cfg(test)]
 mod tests;
 
 pub use config_file::AdapterConfig;
+pub use kinds::{AdapterKinds, TrainedBias};
 pub use load::{Adapter, load, load_into, read_config};
+pub use open::open;
+pub use peft::{LoraModule, PeftAdapter, Replaced, TokenRows, open_folder};
 pub use save::{AdapterDtype, SaveOptions, save};
 
 /// The name of the file with the options.

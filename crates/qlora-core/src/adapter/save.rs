@@ -42,7 +42,7 @@ impl AdapterDtype {
     }
 
     /// Whether the number is finite on disk.
-    fn holds(self, value: f32) -> bool {
+    pub(super) fn holds(self, value: f32) -> bool {
         match self {
             Self::F32 => value.is_finite(),
             Self::F16 => f16::from_f32(value).is_finite(),

@@ -45,7 +45,7 @@ pub fn apply(
         let mut copy = workspace.matrix(input.view().rows(), input.view().cols())?;
         copy.view_mut().copy_from(input.view())?;
         let rope = stack.rope(layout.max_len())?;
-        let adapter = Some(AdapterPass { values: values.view(), dropout, first_row: 0 });
+        let adapter = Some(AdapterPass { values: values.view(), dropout, first_row: 0, rows: None });
         let pass = Pass { adapter, layout: &layout, rope: &rope, workspace };
         stack.forward(copy, &pass, x.track_op())?
     };
@@ -109,7 +109,7 @@ impl CustomOp2 for StackNode {
             dy.view_mut().copy_from(gradient.view())?;
             let values = TensorView::new(OP, flat)?;
             let rope = self.stack.rope(self.layout.max_len())?;
-            let adapter = Some(AdapterPass { values: values.view(), dropout: self.dropout, first_row: 0 });
+            let adapter = Some(AdapterPass { values: values.view(), dropout: self.dropout, first_row: 0, rows: None });
             let pass = Pass { adapter, layout: &self.layout, rope: &rope, workspace: &self.workspace };
             self.stack.backward(saved, dy, &pass, dflat.view_mut(), x.track_op())?
         };

@@ -329,3 +329,33 @@ fn settings_come_from_options_then_the_environment() {
         assert!(from(&options, &environment).is_err(), "{revision}");
     }
 }
+
+#[test]
+fn an_adapter_is_two_files_possibly_in_a_folder() {
+    let cache = tempfile::tempdir().unwrap();
+    let file = |name: &str| (name.to_owned(), name.as_bytes().to_vec());
+    let files = ["adapter_config.json", "adapter_model.safetensors", "README.md", "b/adapter_config.json"];
+    let files =
+        files.into_iter().chain(["b/adapter_model.safetensors", "old/adapter_config.json", "old/adapter_model.bin"]);
+    let server = Server::start(Hub { files: files.map(file).collect(), ..model() });
+    let settings = settings(&server.endpoint, cache.path(), None);
+    let top = adapter_snapshot_with("org/name", None, &settings).unwrap();
+    let sub = adapter_snapshot_with("org/name", Some("b"), &settings).unwrap();
+    assert_eq!(sub.folder, top.folder.join("b"));
+    for (folder, prefix) in [(&top.folder, ""), (&sub.folder, "b/")] {
+        for name in [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE] {
+            assert_eq!(fs::read_to_string(folder.join(name)).unwrap(), format!("{prefix}{name}"));
+        }
+    }
+    assert!(!server.requests().iter().any(|path| path.contains("README")));
+    let error = adapter_snapshot_with("org/name", Some("old"), &settings).unwrap_err().to_string();
+    assert!(error.contains("old/adapter_model.safetensors") && error.contains("pickle"), "{error}");
+    for wrong in ["..", "a/../b", "", "/a", "a\\b"] {
+        let error = adapter_snapshot_with("org/name", Some(wrong), &settings).unwrap_err().to_string();
+        assert!(error.contains("not the name of a folder"), "{wrong}: {error}");
+    }
+    // Offline, from the cache.
+    let offline = Settings { offline: true, ..settings };
+    assert_eq!(adapter_snapshot_with("org/name", Some("b"), &offline).unwrap(), sub);
+    assert!(adapter_snapshot_with("org/name", Some("c"), &offline).is_err());
+}

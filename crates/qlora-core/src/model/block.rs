@@ -280,6 +280,7 @@ impl Block {
         let Pass { workspace, .. } = *pass;
         let tokens = x.rows();
         let (mut n1, rstd) = self.norm(x.view(), &self.input_norm, self.qkv_margin(), workspace)?;
+        self.renorm("input_layernorm", x.view(), n1.view_mut(), pass)?;
         group!(group, self, qkv, q, k, v);
         let mut qkv = workspace.matrix(tokens, group.outputs())?;
         let s = group.forward(n1.view_mut(), pass.adapter.as_ref(), None, qkv.view_mut(), workspace)?;
@@ -296,6 +297,9 @@ impl Block {
             let (raw_q, raw_k) = (qk.view().slice_cols(0..q_width), qk.view().slice_cols(q_width..qk_width));
             rms_norm::forward(raw_q, q_weight.view(), self.eps, q, rstd_q.view_mut())?;
             rms_norm::forward(raw_k, k_weight.view(), self.eps, k, rstd_k.view_mut())?;
+            let (q, rest) = qkv.view_mut().split_cols(q_width);
+            self.renorm("self_attn.q_norm", raw_q, q, pass)?;
+            self.renorm("self_attn.k_norm", raw_k, rest.slice_cols(0..qk_width - q_width), pass)?;
             raw = Some(RawQk { qk, rstd_q, rstd_k });
         }
         let rotated = qkv.view_mut().slice_cols(0..qk_width);
@@ -320,6 +324,13 @@ impl Block {
         let mut rstd = workspace.matrix_f32(x.rows(), 1)?;
         rms_norm::forward(x, weight.view(), self.eps, normed.view_mut(), rstd.view_mut())?;
         Ok((normed, rstd))
+    }
+
+    /// Norms rows again whose adapter has another weight for this norm.
+    pub(super) fn renorm(&self, norm: &str, x: View, y: ViewMut, pass: &Pass) -> Result<()> {
+        let Some(rows) = pass.adapter.and_then(|adapter| adapter.rows) else { return Ok(()) };
+        let block = || self.q.name().trim_end_matches("self_attn.q_proj");
+        Ok(rows.renorm(|| format!("{}{norm}", block()), x, self.eps, y, pass.workspace)?)
     }
 
     /// From `d mid` to `dx`, which takes its memory.

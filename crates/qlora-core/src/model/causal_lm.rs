@@ -3,12 +3,14 @@
 use std::sync::Arc;
 
 use candle_core::{Tensor, Var};
+use qlora_kernels::ops::adapter_rows::{AdapterChanges, LinearChange};
 use qlora_kernels::ops::linear_cross_entropy::{self, LossSum};
 use qlora_kernels::ops::{embedding, frozen_linear};
 use qlora_kernels::tensor::{TensorView, update_in_place};
 use qlora_kernels::weight::FrozenWeight;
 use qlora_kernels::{Matrix, SequenceLayout, View, ViewMut, Workspace};
 
+use super::adapters::{AdapterChoice, AdapterSet, Span};
 use super::block::{Keep, Pass};
 use super::cache::KvCache;
 use super::projection::{AdapterPass, LoraSlot};
@@ -27,6 +29,7 @@ pub struct CausalLm {
     head: Arc<dyn FrozenWeight>,
     stack: Arc<Stack>,
     adapter: Option<Adapter>,
+    pub(super) adapters: AdapterSet,
     enabled: bool,
     workspace: Workspace,
 }
@@ -37,6 +40,8 @@ pub struct Adapter {
     config: LoraConfig,
     layout: AdapterLayout,
     flat: Var,
+    /// Its slots by module, for batches in which other sequences have other adapters.
+    changes: Arc<AdapterChanges>,
 }
 
 /// What distinguishes one training pass from another.
@@ -55,14 +60,16 @@ pub struct MemoryUse {
     pub embeddings: usize,
     /// Norm weights and biases.
     pub vectors: usize,
-    /// The adapter's values.
+    /// The values of the adapter that is trained.
     pub adapter: usize,
+    /// The loaded adapters: their values and the weights that they hold whole.
+    pub loaded_adapters: usize,
 }
 
 impl MemoryUse {
     /// All parts.
     pub fn total(&self) -> usize {
-        self.projections + self.embeddings + self.vectors + self.adapter
+        self.projections + self.embeddings + self.vectors + self.adapter + self.loaded_adapters
     }
 }
 
@@ -99,6 +106,11 @@ impl Adapter {
         self.update(|flat| flat.copy_from(View::vector(values)))
     }
 
+    /// What it changes.
+    pub(super) fn changes(&self) -> &AdapterChanges {
+        &self.changes
+    }
+
     /// The dropout of a training pass, if the configuration has any.
     fn dropout(&self, train: TrainPass) -> Option<(f32, u64)> {
         (self.config.lora_dropout > 0.0).then_some((self.config.lora_dropout as f32, train.seed))
@@ -119,7 +131,17 @@ impl CausalLm {
         stack: Stack,
         workspace: Workspace,
     ) -> Self {
-        Self { config, embedding, head, stack: Arc::new(stack), adapter: None, enabled: true, workspace }
+        let stack = Arc::new(stack);
+        Self {
+            config,
+            embedding,
+            head,
+            stack,
+            adapter: None,
+            adapters: AdapterSet::default(),
+            enabled: true,
+            workspace,
+        }
     }
 
     /// The model's description.
@@ -140,6 +162,11 @@ impl CausalLm {
     /// The embedding table `[vocab_size, hidden_size]`.
     pub fn embedding(&self) -> &Arc<dyn FrozenWeight> {
         &self.embedding
+    }
+
+    /// The head `[vocab_size, hidden_size]`; the embedding where they are tied.
+    pub fn head(&self) -> &Arc<dyn FrozenWeight> {
+        &self.head
     }
 
     /// The decoder stack.
@@ -166,7 +193,13 @@ impl CausalLm {
             let (got, expected) = (values.len(), layout.len());
             return Err(Error::Invalid(format!("the adapter has {expected} values, {got} were given")));
         }
+        if self.runs_loaded() && !self.workspace.device().is_cpu() {
+            let message =
+                "on a GPU, an adapter that is trained does not run beside a loaded one: call deactivate_adapter first";
+            return Err(Error::Unsupported(message.into()));
+        }
         let stack = self.stack_mut()?;
+        let mut changes = AdapterChanges::default();
         let mut placed = 0;
         for (index, projection) in stack.blocks_mut().iter_mut().flat_map(|block| block.projections_mut()).enumerate() {
             let slot = layout.get(projection.name()).map(|pair| -> Result<LoraSlot> {
@@ -181,7 +214,12 @@ impl CausalLm {
                 Ok(LoraSlot { a, b, rank, scale: config.scaling() as f32, stream: index as u64 })
             });
             placed += usize::from(slot.is_some());
-            projection.set_slot(slot.transpose()?);
+            let slot = slot.transpose()?;
+            if slot.is_some() {
+                let change = LinearChange { lora: slot.clone(), ..LinearChange::default() };
+                changes.linears.insert(projection.name().to_owned(), change);
+            }
+            projection.set_slot(slot);
         }
         if 2 * placed != layout.entries().len() {
             return Err(Error::Invalid(format!(
@@ -191,7 +229,7 @@ impl CausalLm {
             )));
         }
         let flat = Var::from_tensor(&Tensor::from_vec(values, layout.len(), &self.workspace.device())?)?;
-        self.adapter = Some(Adapter { config, layout, flat });
+        self.adapter = Some(Adapter { config, layout, flat, changes: Arc::new(changes) });
         Ok(())
     }
 
@@ -203,9 +241,14 @@ impl CausalLm {
         Ok(())
     }
 
-    /// Runs the model with or without its adapter; it stays in memory.
+    /// Runs the model with or without its adapter, loaded or trained; it stays in memory.
     pub fn enable_adapter(&mut self, enabled: bool) {
         self.enabled = enabled;
+    }
+
+    /// See [`Self::enable_adapter`].
+    pub fn adapter_enabled(&self) -> bool {
+        self.enabled
     }
 
     /// Recompute every block in the backward instead of keeping its activations: less memory, more time, same bits.
@@ -272,7 +315,7 @@ impl CausalLm {
         let values = TensorView::new("adapter", adapter.flat.as_tensor())?;
         let dropout = adapter.dropout(train);
         let rope = self.stack.rope(batch.layout.max_len())?;
-        let adapter = Some(AdapterPass { values: values.view(), dropout, first_row: 0 });
+        let adapter = Some(AdapterPass { values: values.view(), dropout, first_row: 0, rows: None });
         let pass = Pass { adapter, layout: &batch.layout, rope: &rope, workspace: &self.workspace };
         let x = self.embed(&batch.tokens)?;
         let (hidden, saved) = self.stack.forward(x, &pass, false)?;
@@ -292,16 +335,16 @@ impl CausalLm {
 
     /// The sum of the losses of a batch, without gradient and without dropout.
     pub fn evaluate(&self, batch: &Batch) -> Result<LossSum> {
-        let hidden = self.hidden(&batch.tokens, &batch.layout)?;
-        Ok(linear_cross_entropy::forward(hidden.view(), &*self.head, &batch.targets, &self.workspace)?)
+        let spans =
+            self.spans(batch.layout.sequences(), &vec![AdapterChoice::Active; batch.layout.sequences().len()])?;
+        let hidden = self.hidden(&batch.tokens, &batch.layout, &spans)?;
+        self.head_loss(&hidden, &batch.targets, &spans)
     }
 
     /// The logits of every token of a batch of sequences, `[tokens, vocab_size]`: for tests and analysis (training never
     /// makes them whole).
     pub fn logits(&self, tokens: &[u32], layout: &SequenceLayout) -> Result<Tensor> {
-        let hidden = self.hidden(tokens, layout)?;
-        let logits = self.head_logits(&hidden)?;
-        Ok(logits.into_tensor((tokens.len(), self.config.vocab_size))?)
+        self.logits_with(tokens, layout, &vec![AdapterChoice::Active; layout.sequences().len()])
     }
 
     /// An empty cache for a text of at most `capacity` tokens.
@@ -324,6 +367,20 @@ impl CausalLm {
     /// # Errors
     /// As for one; also if there is not one cache a sequence.
     pub fn next_logits_batch(&self, sequences: &[&[u32]], caches: &mut [&mut KvCache]) -> Result<Matrix> {
+        self.next_logits_batch_with(sequences, caches, &vec![AdapterChoice::Active; sequences.len()])
+    }
+
+    /// [`Self::next_logits_batch`] with an adapter for every sequence. What a cache holds was made with the adapter of its
+    /// sequence: a sequence keeps its choice.
+    ///
+    /// # Errors
+    /// As there; also if there is not one choice a sequence, or a chosen adapter is not there.
+    pub fn next_logits_batch_with(
+        &self,
+        sequences: &[&[u32]],
+        caches: &mut [&mut KvCache],
+        choices: &[AdapterChoice],
+    ) -> Result<Matrix> {
         if sequences.len() != caches.len() {
             let (got, expected) = (caches.len(), sequences.len());
             return Err(Error::Invalid(format!("{expected} sequences need as many caches, {got} were given")));
@@ -332,30 +389,39 @@ impl CausalLm {
             return Err(Error::Invalid("generation needs at least one token to start from".into()));
         }
         let seen: Vec<usize> = caches.iter().map(|cache| cache.len()).collect();
-        let result = self.run_cached(sequences, caches, &seen);
+        let result = self.run_cached(sequences, caches, &seen, choices);
         if result.is_err() {
             caches.iter_mut().zip(&seen).for_each(|(cache, &len)| cache.truncate(len));
         }
         result
     }
 
-    fn run_cached(&self, sequences: &[&[u32]], caches: &mut [&mut KvCache], seen: &[usize]) -> Result<Matrix> {
+    fn run_cached(
+        &self,
+        sequences: &[&[u32]],
+        caches: &mut [&mut KvCache],
+        seen: &[usize],
+        choices: &[AdapterChoice],
+    ) -> Result<Matrix> {
         let tokens = sequences.concat();
         let lengths: Vec<usize> = sequences.iter().map(|tokens| tokens.len()).collect();
         let layout = SequenceLayout::from_lengths(&lengths);
         let ends = || seen.iter().zip(&lengths).map(|(seen, len)| seen + len);
         let rope = self.stack.rope(ends().max().unwrap_or(0))?;
         let positions: Vec<u32> = seen.iter().zip(ends()).flat_map(|(&seen, end)| seen as u32..end as u32).collect();
-        let values = self.adapter_values()?;
-        let adapter = values.as_ref().map(|values| AdapterPass::new(values.view()));
-        let pass = Pass { adapter, layout: &layout, rope: &rope, workspace: &self.workspace };
-        let hidden = self.stack.infer_cached(self.embed(&tokens)?, &positions.into(), caches, &pass)?;
+        let spans = self.spans(layout.sequences(), choices)?;
+        let x = self.embed_with(&tokens, &spans)?;
+        let hidden = self.with_pass(&spans, |adapter| {
+            let pass = Pass { adapter, layout: &layout, rope: &rope, workspace: &self.workspace };
+            self.stack.infer_cached(x, &positions.into(), caches, &pass)
+        })?;
         let mut last = self.workspace.matrix(sequences.len(), hidden.cols())?;
         for (row, range) in layout.sequences().enumerate() {
             let from = hidden.view().slice_rows(range.end - 1..range.end);
             last.view_mut().slice_rows(row..row + 1).copy_from(from)?;
         }
-        self.head_logits(&last)
+        let rows: Vec<_> = (0..sequences.len()).map(|row| row..row + 1).collect();
+        self.head_logits(&last, &self.spans(rows.into_iter(), choices)?)
     }
 
     /// Bytes held, by part.
@@ -369,34 +435,27 @@ impl CausalLm {
             memory.vectors += block.vector_bytes();
         }
         memory.vectors += self.stack.final_norm().bytes();
+        memory.loaded_adapters = self.loaded_bytes();
         memory.adapter = self.adapter.as_ref().map_or(0, |adapter| adapter.layout.len() * size_of::<f32>());
         memory
     }
 
-    fn hidden(&self, tokens: &[u32], layout: &SequenceLayout) -> Result<Matrix> {
+    pub(super) fn hidden(&self, tokens: &[u32], layout: &SequenceLayout, spans: &[Span]) -> Result<Matrix> {
         let rope = self.stack.rope(layout.max_len())?;
-        let values = self.adapter_values()?;
-        let adapter = values.as_ref().map(|values| AdapterPass::new(values.view()));
-        let pass = Pass { adapter, layout, rope: &rope, workspace: &self.workspace };
-        self.stack.infer(self.embed(tokens)?, &pass)
+        let x = self.embed_with(tokens, spans)?;
+        self.with_pass(spans, |adapter| {
+            self.stack.infer(x, &Pass { adapter, layout, rope: &rope, workspace: &self.workspace })
+        })
     }
 
-    fn embed(&self, tokens: &[u32]) -> Result<Matrix> {
+    pub(super) fn embed(&self, tokens: &[u32]) -> Result<Matrix> {
         let mut x = self.workspace.matrix(tokens.len(), self.config.hidden_size)?;
         embedding::forward(tokens, &*self.embedding, x.view_mut())?;
         Ok(x)
     }
 
-    fn head_logits(&self, hidden: &Matrix) -> Result<Matrix> {
-        let mut logits = self.workspace.matrix(hidden.rows(), self.config.vocab_size)?;
-        frozen_linear::forward(hidden.view(), &*self.head, logits.view_mut(), 0.0, &self.workspace)?;
-        Ok(logits)
-    }
-
-    /// The adapter's values for a pass without dropout, unless it is off.
-    fn adapter_values(&self) -> Result<Option<TensorView<'_>>> {
-        let Some(adapter) = self.adapter.as_ref().filter(|_| self.enabled) else { return Ok(None) };
-        Ok(Some(TensorView::new("adapter", adapter.flat.as_tensor())?))
+    pub(super) fn base_logits(&self, hidden: &Matrix, logits: ViewMut) -> Result<()> {
+        Ok(frozen_linear::forward(hidden.view(), &*self.head, logits, 0.0, &self.workspace)?)
     }
 
     fn adapter_to_train(&self) -> Result<&Adapter> {
@@ -405,7 +464,7 @@ impl CausalLm {
         })
     }
 
-    fn stack_mut(&mut self) -> Result<&mut Stack> {
+    pub(super) fn stack_mut(&mut self) -> Result<&mut Stack> {
         Arc::get_mut(&mut self.stack).ok_or_else(|| {
             Error::Invalid("a loss of this model is still alive: drop it before changing the model".into())
         })

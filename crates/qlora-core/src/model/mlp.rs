@@ -10,6 +10,7 @@ use qlora_kernels::ops::{rms_norm, swiglu};
 use qlora_kernels::{Matrix, View, ViewMut, Workspace};
 
 use super::block::{Block, Pass, group, margin_of};
+use super::policy::pieces;
 use crate::error::Result;
 
 /// What the backward of the MLP reads besides its input.
@@ -40,7 +41,10 @@ impl Block {
     /// Writes `y` and keeps nothing, piece by piece.
     pub(super) fn mlp(&self, mid: View, mut y: ViewMut, pass: &Pass) -> Result<()> {
         let _shared = self.policy.share_mlp(mid.rows(), false);
-        for rows in self.policy.mlp_pieces(mid.rows()) {
+        // Adapters by rows count the rows of the whole batch.
+        let by_rows = pass.adapter.is_some_and(|adapter| adapter.rows.is_some());
+        let step = if by_rows { None } else { self.policy.mlp_rows() };
+        for rows in pieces(mid.rows(), step) {
             let (mid, pass) = (mid.slice_rows(rows.clone()), pass.from_row(rows.start));
             let MlpSaved { gate_up, .. } = self.mlp_to_gate_up(mid, &pass)?;
             let mut h = self.mlp_hidden(&gate_up, pass.workspace)?;
@@ -66,7 +70,7 @@ impl Block {
             return self.backward_mlp_piece(mid, saved, dy, pass, gradient);
         }
         let _shared = self.policy.share_mlp(mid.rows(), true);
-        for rows in self.policy.mlp_pieces(mid.rows()) {
+        for rows in pieces(mid.rows(), self.policy.mlp_rows()) {
             let (mid, dy) = (mid.slice_rows(rows.clone()), dy.reborrow().slice_rows(rows.clone()));
             let pass = pass.from_row(rows.start);
             let saved = self.mlp_to_gate_up(mid, &pass)?;
@@ -116,6 +120,7 @@ impl Block {
     fn mlp_to_gate_up(&self, mid: View, pass: &Pass) -> Result<MlpSaved> {
         let Pass { workspace, .. } = *pass;
         let (mut n2, rstd) = self.norm(mid, &self.post_attention_norm, self.gate_up_margin(), workspace)?;
+        self.renorm("post_attention_layernorm", mid, n2.view_mut(), pass)?;
         group!(group, self, gate_up, gate, up);
         // The backward turns it into its own gradient, so it has the gradient's margin.
         let mut gate_up = workspace.with_margin(mid.rows(), group.outputs(), self.gate_up_margin())?;

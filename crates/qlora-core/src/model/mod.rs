@@ -1,5 +1,7 @@
 //! The decoder: one implementation whose parts a [`ModelConfig`](crate::config::ModelConfig) chooses.
 
+mod adapter_build;
+mod adapters;
 pub mod block;
 pub mod cache;
 pub mod causal_lm;
@@ -12,6 +14,7 @@ pub mod policy;
 pub mod projection;
 pub mod stack;
 
+pub use adapters::{AdapterChoice, Combination, LoadedAdapter};
 pub use cache::KvCache;
 pub use causal_lm::{Adapter, CausalLm, MemoryUse, TrainPass};
 pub use device::DeviceChoice;

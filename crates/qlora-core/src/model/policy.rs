@@ -88,12 +88,6 @@ impl MemoryPolicy {
         Some(self.mlp_rows.load(Ordering::Relaxed)).filter(|&rows| rows > 0)
     }
 
-    /// The rows of each piece of a batch.
-    pub(super) fn mlp_pieces(&self, rows: usize) -> impl Iterator<Item = Range<usize>> + use<> {
-        let step = self.mlp_rows().unwrap_or(rows).max(1);
-        (0..rows).step_by(step).map(move |start| start..(start + step).min(rows))
-    }
-
     /// Shares the weights of attention's projections until the result is dropped.
     pub(super) fn share_attention(&self) -> Shared<'_> {
         self.share(&[&self.qkv, &self.o])
@@ -102,7 +96,7 @@ impl MemoryPolicy {
     /// Shares the weights of the MLP over a batch of `rows` until the result is dropped. `twice`: gate and up run twice a
     /// piece.
     pub(super) fn share_mlp(&self, rows: usize, twice: bool) -> Shared<'_> {
-        match (self.mlp_pieces(rows).nth(1).is_some(), twice) {
+        match (pieces(rows, self.mlp_rows()).nth(1).is_some(), twice) {
             (true, _) => self.share(&[&self.gate_up, &self.down]),
             (false, true) => self.share(&[&self.gate_up]),
             (false, false) => Shared(Vec::new()),
@@ -118,19 +112,21 @@ impl MemoryPolicy {
     }
 }
 
+/// The rows of each piece of a batch, `step` in each if it is cut.
+pub(super) fn pieces(rows: usize, step: Option<usize>) -> impl Iterator<Item = Range<usize>> {
+    let step = step.unwrap_or(rows).max(1);
+    (0..rows).step_by(step).map(move |start| start..(start + step).min(rows))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn pieces_cover_a_batch_once() {
-        let policy = MemoryPolicy::default();
-        assert_eq!(policy.mlp_pieces(7).collect::<Vec<_>>(), [0..7]);
-        policy.set_mlp_rows(Some(3));
-        assert_eq!(policy.mlp_pieces(7).collect::<Vec<_>>(), [0..3, 3..6, 6..7]);
-        assert_eq!(policy.mlp_pieces(0).count(), 0);
-        policy.set_mlp_rows(None);
-        assert_eq!(policy.mlp_pieces(0).count(), 0);
+        assert_eq!(pieces(7, None).collect::<Vec<_>>(), [0..7]);
+        assert_eq!(pieces(7, Some(3)).collect::<Vec<_>>(), [0..3, 3..6, 6..7]);
+        assert_eq!(pieces(0, Some(3)).count() + pieces(0, None).count(), 0);
     }
 
     #[test]

@@ -73,6 +73,7 @@ impl Projection {
 
     /// As a member of a group of layers.
     pub(crate) fn member(&self) -> Member<'_> {
-        Member { weight: &*self.weight, bias: self.bias.as_ref().map(Matrix::view), lora: self.slot.as_ref() }
+        let bias = self.bias.as_ref().map(Matrix::view);
+        Member { name: &self.name, weight: &*self.weight, bias, lora: self.slot.as_ref() }
     }
 }

@@ -105,7 +105,7 @@ impl Stack {
         for block in &self.blocks {
             x = block.forward(x, pass, Keep::Nothing)?.0;
         }
-        Ok(self.norm(&x, pass.workspace)?.0)
+        self.infer_norm(&x, pass)
     }
 
     /// The next tokens of several sequences, as `pass.layout` cuts them; the earlier ones of each are in its cache.
@@ -120,7 +120,7 @@ impl Stack {
             let mut layers: Vec<_> = caches.iter_mut().map(|cache| cache.layer_mut(index)).collect();
             x = block.forward_cached(x, positions, &mut layers, pass)?;
         }
-        Ok(self.norm(&x, pass.workspace)?.0)
+        self.infer_norm(&x, pass)
     }
 
     /// With what [`Self::backward`] needs. With `needs_dx`, the backward reaches the input.
@@ -167,6 +167,15 @@ impl Stack {
             return 0;
         }
         self.blocks.iter().position(Block::is_trained).unwrap_or(self.blocks.len())
+    }
+
+    /// The last norm, with the weights of the rows' adapters.
+    fn infer_norm(&self, x: &Matrix, pass: &Pass) -> Result<Matrix> {
+        let (mut normed, _) = self.norm(x, pass.workspace)?;
+        if let Some(rows) = pass.adapter.and_then(|adapter| adapter.rows) {
+            rows.renorm(|| "model.norm".to_owned(), x.view(), self.eps, normed.view_mut(), pass.workspace)?;
+        }
+        Ok(normed)
     }
 
     fn norm(&self, x: &Matrix, workspace: &Workspace) -> Result<(Matrix, Matrix)> {

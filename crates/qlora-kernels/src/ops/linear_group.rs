@@ -29,6 +29,7 @@
 
 use std::ops::Range;
 
+use super::adapter_rows::AdapterRows;
 use super::dropout::Dropout;
 use super::{frozen_linear, lora_linear};
 use crate::error::{Error, Result};
@@ -39,6 +40,8 @@ use crate::weight::{FrozenWeight, WeightCache};
 /// One layer of a group.
 #[derive(Clone, Copy, Debug)]
 pub struct Member<'a> {
+    /// The layer's name in the model: [`AdapterRows`] finds its changes by it.
+    pub name: &'a str,
     /// The frozen weight `[out, in]`.
     pub weight: &'a dyn FrozenWeight,
     /// The frozen bias `[out]`, f32.
@@ -71,12 +74,19 @@ pub struct AdapterPass<'a> {
     pub dropout: Option<(f32, u64)>,
     /// The batch's row that the first row of the activations is: not 0 where a part of a batch runs by itself.
     pub first_row: usize,
+    /// Without a backward: the adapters of the rows, instead of the one whose places the layers know.
+    pub rows: Option<&'a AdapterRows<'a>>,
 }
 
 impl<'a> AdapterPass<'a> {
     /// A pass without dropout.
     pub fn new(values: impl Into<View<'a>>) -> Self {
-        Self { values: values.into(), dropout: None, first_row: 0 }
+        Self { values: values.into(), dropout: None, first_row: 0, rows: None }
+    }
+
+    /// A pass without a backward in which rows have different adapters.
+    pub fn by_rows(rows: &'a AdapterRows<'a>) -> Self {
+        Self { values: View::vector(&[]), dropout: None, first_row: 0, rows: Some(rows) }
     }
 
     /// Whether inputs are dropped in this pass.
@@ -166,6 +176,10 @@ impl Group<'_> {
         self.check(x.as_view(), y.as_view())?;
         if let Some(residual) = residual {
             residual.expect(Self::OP, "the residual", y.rows(), y.cols())?;
+        }
+        if let Some(rows) = adapter.and_then(|pass| pass.rows) {
+            rows.forward(self, x, residual, y, workspace)?;
+            return Ok(Shrunk::default());
         }
         #[cfg(feature = "cuda")]
         if y.gpu().is_some() {

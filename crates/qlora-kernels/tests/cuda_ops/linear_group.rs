@@ -53,6 +53,7 @@ pub(crate) fn run(side: &Side, case: &Case) -> Result<Vec<Output>> {
     let flat = side.vector(end.max(1), 0.0, 0.2);
     let members: Vec<Member> = (members.iter().zip(&weights).zip(&biases).zip(&slots))
         .map(|(((&(.., has_bias), weight), bias), slot)| Member {
+            name: "",
             weight: &**weight,
             bias: has_bias.then(|| bias.view()),
             lora: slot.as_ref(),
@@ -63,7 +64,7 @@ pub(crate) fn run(side: &Side, case: &Case) -> Result<Vec<Output>> {
     let group = Group { members: &members, cache: &cache, split };
     let outputs = group.outputs();
     let room = if margins { margin(slots.iter().map(Option::as_ref)) } else { 0 };
-    let pass = AdapterPass { values: flat.view(), dropout, first_row: 0 };
+    let pass = AdapterPass { values: flat.view(), dropout, first_row: 0, rows: None };
     let residual = residual.then(|| side.input(tokens, outputs, 0));
     let residual = residual.as_ref().map(|residual| residual.view());
 
@@ -164,7 +165,7 @@ fn a_shape_that_does_not_fit_is_named() {
     let workspace: &Workspace = &side.workspace;
     let weight = side.weight(Kind::Plain(Dtype::Bf16), 8, 16);
     let slot = LoraSlot { a: 0..32, b: 32..48, rank: 2, scale: 1.0, stream: 0 };
-    let members = [Member { weight: &*weight, bias: None, lora: Some(&slot) }];
+    let members = [Member { name: "", weight: &*weight, bias: None, lora: Some(&slot) }];
     let cache = WeightCache::default();
     let group = Group { members: &members, cache: &cache, split: false };
     let (mut x, mut y) = (side.with_margin(3, 16, 8), workspace.matrix(3, 8).unwrap());

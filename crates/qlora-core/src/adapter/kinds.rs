@@ -1,0 +1,323 @@
+//! The options of `adapter_config.json` that make an adapter more than A and B of one rank on linear layers of the blocks,
+//! and the modules they select in a model. Rules: PEFT 0.21.2.
+//!
+//! | option | effect |
+//! |---|---|
+//! | `rank_pattern`, `alpha_pattern` | another rank or `lora_alpha` for modules whose name ends in a match |
+//! | `layers_to_transform`, `layers_pattern` | of a list of targets only those in the blocks of these numbers |
+//! | `lora_bias` | a bias on B, scaled as B is |
+//! | `use_dora` | a magnitude for every output feature |
+//! | `modules_to_save` | whole modules in place of the base's, which then have no A and B |
+//! | `trainable_token_indices` | rows of the embedding (and of the head that is tied to it) in place of the base's |
+//! | `ensure_weight_tying` | what is done to the embedding is done to the tied head |
+//! | `bias` | biases in place of the base's |
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::config_file::{AdapterConfig, read};
+use crate::config::ModelConfig;
+use crate::lora::{LinearModule, ModuleFilter, ModulePattern, TargetModules, linear_modules};
+use crate::{Error, Result};
+
+/// The embedding's name.
+pub(crate) const EMBEDDING: &str = "model.embed_tokens";
+/// The head's name.
+pub(crate) const HEAD: &str = "lm_head";
+
+/// The options that only inference takes.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct AdapterKinds {
+    /// Ranks by the end of a module's name, in the order in which they are tried.
+    pub rank_pattern: Vec<(ModulePattern, usize)>,
+    /// `lora_alpha` by the end of a module's name, likewise.
+    pub alpha_pattern: Vec<(ModulePattern, f64)>,
+    /// The blocks that are adapted, if not all.
+    pub layers_to_transform: Option<Vec<usize>>,
+    /// What stands before the block's number in a module's name; empty: anything.
+    pub layers_pattern: Vec<ModulePattern>,
+    /// Whether B has a bias.
+    pub lora_bias: bool,
+    /// Whether there are magnitudes (DoRA).
+    pub use_dora: bool,
+    /// The ends of the names of modules that the adapter holds whole.
+    pub modules_to_save: Vec<String>,
+    /// Modules, by the end of their names, and the tokens whose rows the adapter holds.
+    pub trainable_token_indices: Vec<(String, Vec<u32>)>,
+    /// Whether a tied head follows the embedding.
+    pub ensure_weight_tying: bool,
+    /// Which biases the adapter holds.
+    pub bias: TrainedBias,
+}
+
+/// Which of the base's biases an adapter holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TrainedBias {
+    /// None.
+    #[default]
+    None,
+    /// All.
+    All,
+    /// Those of the modules with A and B.
+    LoraOnly,
+}
+
+impl AdapterKinds {
+    pub(super) fn parse(path: &Path, keys: &Map<String, Value>) -> Result<Self> {
+        let flag = |key: &str| -> Result<bool> { Ok(read(path, keys, key)?.unwrap_or(false)) };
+        if flag("fan_in_fan_out")? {
+            // As in PEFT: it is about GPT-2's Conv1D; on other layers it has no effect.
+            tracing::warn!("{}: fan_in_fan_out has no effect on this model's layers", path.display());
+        }
+        let layers_to_transform = match keys.get("layers_to_transform") {
+            Some(Value::Number(_)) => read(path, keys, "layers_to_transform")?.map(|layer| vec![layer]),
+            _ => read::<Vec<usize>>(path, keys, "layers_to_transform")?.filter(|layers| !layers.is_empty()),
+        };
+        let patterns: Vec<String> = match keys.get("layers_pattern") {
+            Some(Value::String(one)) => Some(vec![one.clone()]).filter(|_| !one.is_empty()),
+            _ => read(path, keys, "layers_pattern")?,
+        }
+        .unwrap_or_default();
+        if !patterns.is_empty() && layers_to_transform.is_none() {
+            return Err(Error::format(path, "layers_pattern without layers_to_transform"));
+        }
+        let prefix =
+            |pattern: &String| ModulePattern::new(format!(r"(?:.*\.)?{pattern}")).map_err(|e| in_file(path, e));
+        let bias = match read::<String>(path, keys, "bias")?.as_deref() {
+            None | Some("none") => TrainedBias::None,
+            Some("all") => TrainedBias::All,
+            Some("lora_only") => TrainedBias::LoraOnly,
+            Some(other) => {
+                return Err(Error::Unsupported(format!("{}: bias = {other:?}", path.display())));
+            }
+        };
+        let tokens = match keys.get("trainable_token_indices") {
+            Some(Value::Object(_)) => read::<std::collections::BTreeMap<String, Vec<u32>>>(path, keys, TOKENS)?
+                .map(|map| map.into_iter().collect()),
+            _ => read::<Vec<u32>>(path, keys, TOKENS)?.map(|ids| vec![("embed_tokens".to_owned(), ids)]),
+        };
+        let kinds = Self {
+            rank_pattern: pattern_map(path, keys, "rank_pattern")?,
+            alpha_pattern: pattern_map(path, keys, "alpha_pattern")?,
+            layers_to_transform,
+            layers_pattern: patterns.iter().map(prefix).collect::<Result<_>>()?,
+            lora_bias: flag("lora_bias")?,
+            use_dora: flag("use_dora")?,
+            modules_to_save: read(path, keys, "modules_to_save")?.unwrap_or_default(),
+            trainable_token_indices: tokens.unwrap_or_default(),
+            ensure_weight_tying: flag("ensure_weight_tying")?,
+            bias,
+        };
+        kinds.validate(path)?;
+        Ok(kinds)
+    }
+
+    fn validate(&self, path: &Path) -> Result<()> {
+        let wrong = |message: String| Err(Error::format(path, message));
+        if let Some((pattern, rank)) = self.rank_pattern.iter().find(|(_, rank)| !(1..=MAX_RANK).contains(rank)) {
+            return wrong(format!("rank_pattern: {:?} has the rank {rank}", pattern.as_str()));
+        }
+        if let Some((pattern, alpha)) = self.alpha_pattern.iter().find(|(_, alpha)| !alpha.is_finite()) {
+            return wrong(format!("alpha_pattern: {:?} has lora_alpha {alpha}", pattern.as_str()));
+        }
+        if self.lora_bias && self.use_dora {
+            return wrong("lora_bias and use_dora together".to_owned());
+        }
+        if self.modules_to_save.iter().any(String::is_empty) {
+            return wrong("modules_to_save has an empty entry".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Rank and scaling of a module.
+    pub fn rank_and_scaling(&self, config: &AdapterConfig, module: &str) -> (usize, f64) {
+        fn first<T: Copy>(patterns: &[(ModulePattern, T)], module: &str) -> Option<T> {
+            patterns.iter().find(|(pattern, _)| pattern.matches(module)).map(|(_, value)| *value)
+        }
+        let mut lora = config.lora.clone();
+        lora.r = first(&self.rank_pattern, module).unwrap_or(lora.r);
+        lora.lora_alpha = first(&self.alpha_pattern, module).unwrap_or(lora.lora_alpha);
+        (lora.r, lora.scaling())
+    }
+
+    /// Whether the adapter holds the module of this name whole, or a part of the model that contains it.
+    pub fn saves(&self, module: &str) -> bool {
+        let mut end = module.len();
+        loop {
+            if self.modules_to_save.iter().any(|entry| module[..end].ends_with(entry.as_str())) {
+                return true;
+            }
+            match module[..end].rfind('.') {
+                Some(dot) => end = dot,
+                None => return false,
+            }
+        }
+    }
+
+    /// Whether the module of this name gets A and B.
+    pub fn targets(&self, config: &AdapterConfig, module: &str) -> bool {
+        if !config.lora.targets(module) || self.excluded_as_saved(module) {
+            return false;
+        }
+        let (Some(layers), TargetModules::Selected(ModuleFilter::List(_))) =
+            (&self.layers_to_transform, &config.lora.target_modules)
+        else {
+            return true;
+        };
+        let Some((before, number)) = block_of(module) else { return false };
+        let pattern = if self.layers_pattern.is_empty() {
+            before.contains('.')
+        } else {
+            self.layers_pattern.iter().any(|pattern| pattern.matches(before))
+        };
+        pattern && layers.contains(&number)
+    }
+
+    /// PEFT's rule against A and B on saved modules: an entry is a whole part of the name.
+    fn excluded_as_saved(&self, module: &str) -> bool {
+        self.modules_to_save.iter().any(|entry| {
+            module.match_indices(entry.as_str()).any(|(start, _)| {
+                let (before, after) = (&module[..start], &module[start + entry.len()..]);
+                (before.is_empty() || before.ends_with('.')) && (after.is_empty() || after.starts_with('.'))
+            })
+        })
+    }
+
+    /// Every module that gets A and B, in the model's order: linear layers, then the head, then the embedding.
+    pub fn resolve(&self, config: &AdapterConfig, model: &ModelConfig) -> Vec<LinearModule> {
+        let (vocab, hidden) = (model.vocab_size, model.hidden_size);
+        let mut modules = linear_modules(model);
+        if config.lora.target_modules != TargetModules::AllLinear {
+            modules.push(LinearModule { name: HEAD.to_owned(), out_features: vocab, in_features: hidden });
+            modules.push(LinearModule { name: EMBEDDING.to_owned(), out_features: hidden, in_features: vocab });
+        }
+        modules.retain(|module| self.targets(config, &module.name));
+        modules
+    }
+}
+
+const TOKENS: &str = "trainable_token_indices";
+
+/// More than any layer has use for: a larger one is a mistake or an attack.
+pub(super) const MAX_RANK: usize = 1 << 16;
+
+/// What stands before the number in a module's name, and the number: `model.layers` and 3 of `model.layers.3.mlp`.
+fn block_of(module: &str) -> Option<(&str, usize)> {
+    let mut start = 0;
+    for part in module.split('.') {
+        if start > 0
+            && start + part.len() < module.len()
+            && let Ok(number) = part.parse()
+        {
+            return Some((&module[..start - 1], number));
+        }
+        start += part.len() + 1;
+    }
+    None
+}
+
+fn in_file(path: &Path, error: Error) -> Error {
+    match error {
+        Error::Unsupported(message) => Error::Unsupported(format!("{}: {message}", path.display())),
+        other => Error::format(path, other.to_string()),
+    }
+}
+
+/// PEFT tries the patterns in the file's order, which is sorted, as the map is here.
+fn pattern_map<T: serde::de::DeserializeOwned>(
+    path: &Path,
+    keys: &Map<String, Value>,
+    key: &str,
+) -> Result<Vec<(ModulePattern, T)>> {
+    let map: std::collections::BTreeMap<String, T> = read(path, keys, key)?.unwrap_or_default();
+    let compile = |(pattern, value): (String, T)| {
+        let pattern = ModulePattern::new(format!(r"(.*\.)?({pattern})")).map_err(|error| in_file(path, error))?;
+        Ok((pattern, value))
+    };
+    map.into_iter().map(compile).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::config_file::parse_any;
+    use super::*;
+    use serde_json::json;
+
+    fn parse(extra: Value) -> Result<(AdapterConfig, AdapterKinds)> {
+        let mut keys = json!({"peft_type": "LORA", "target_modules": ["q_proj", "up_proj"], "r": 4, "lora_alpha": 8});
+        keys.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        parse_any(Path::new("dir/adapter_config.json"), keys.to_string().as_bytes())
+    }
+
+    #[test]
+    fn patterns_give_rank_and_scaling_by_the_end_of_the_name() {
+        let (config, kinds) = parse(json!({
+            "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 16, "a|self_attn": 9},
+            "alpha_pattern": {"model.layers.0.self_attn.q_proj": 1, "proj": 100},
+        }))
+        .unwrap();
+        let of = |module: &str| kinds.rank_and_scaling(&config, module);
+        assert_eq!(of("model.layers.0.self_attn.q_proj"), (2, 0.5));
+        assert_eq!(of("model.layers.1.self_attn.q_proj"), (2, 4.0));
+        assert_eq!(of("model.layers.1.mlp.up_proj"), (16, 0.5));
+        assert_eq!(of("model.layers.11.mlp.up_proj"), (4, 2.0));
+        assert_eq!(of("model.layers.0.self_attn"), (9, 8.0 / 9.0));
+    }
+
+    #[test]
+    fn layers_are_selected_by_number_and_by_what_stands_before_it() {
+        let selected = |extra: Value| {
+            let (config, kinds) = parse(extra).unwrap();
+            (0..3).filter(|i| kinds.targets(&config, &format!("model.layers.{i}.self_attn.q_proj"))).collect::<Vec<_>>()
+        };
+        assert_eq!(selected(json!({})), [0, 1, 2]);
+        assert_eq!(selected(json!({"layers_to_transform": 1})), [1]);
+        assert_eq!(selected(json!({"layers_to_transform": [0, 2], "layers_pattern": "layers"})), [0, 2]);
+        assert_eq!(selected(json!({"layers_to_transform": [0], "layers_pattern": ["h", "model.layers"]})), [0]);
+        assert_eq!(selected(json!({"layers_to_transform": [0], "layers_pattern": ["h"]})), [0; 0]);
+        assert_eq!(selected(json!({"layers_to_transform": []})), [0, 1, 2]);
+    }
+
+    #[test]
+    fn fan_in_fan_out_has_no_effect_on_these_models() {
+        assert_eq!(parse(json!({"fan_in_fan_out": true})).unwrap().1, AdapterKinds::default());
+    }
+
+    #[test]
+    fn saved_modules_have_no_a_and_b() {
+        let (config, kinds) = parse(json!({"modules_to_save": ["norm", "0.mlp", "lm_head"]})).unwrap();
+        assert!(!kinds.targets(&config, "model.layers.0.mlp.up_proj"));
+        assert!(kinds.targets(&config, "model.layers.1.mlp.up_proj"));
+        for saved in ["model.norm", "model.layers.1.input_layernorm", "model.layers.0.mlp.down_proj", "lm_head"] {
+            assert!(kinds.saves(saved), "{saved}");
+        }
+        assert!(!kinds.saves("model.layers.10.mlp1.down_proj") && !kinds.saves("model.embed_tokens"));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_with_the_file() {
+        for (extra, expected) in [
+            (json!({"rank_pattern": {"q_proj": 0}}), "has the rank 0"),
+            (json!({"rank_pattern": {"q_proj": 1_000_000_000_000u64}}), "has the rank 1000000000000"),
+            (json!({"rank_pattern": ["q_proj"]}), "rank_pattern = "),
+            (json!({"alpha_pattern": {"(": 1}}), "dir/adapter_config.json"),
+            (json!({"alpha_pattern": {"(?=a)": 1}}), "lookahead"),
+            (json!({"layers_pattern": "layers"}), "without layers_to_transform"),
+            (json!({"layers_to_transform": -1}), "layers_to_transform = -1"),
+            (json!({"layers_to_transform": ["0"]}), "layers_to_transform = "),
+            (json!({"lora_bias": true, "use_dora": true}), "lora_bias and use_dora"),
+            (json!({"lora_bias": 1}), "lora_bias = 1"),
+            (json!({"modules_to_save": [""]}), "empty entry"),
+            (json!({"modules_to_save": "lm_head"}), "modules_to_save = "),
+            (json!({"trainable_token_indices": [-1]}), "trainable_token_indices"),
+            (json!({"trainable_token_indices": {"lm_head": "x"}}), "trainable_token_indices"),
+            (json!({"bias": "some"}), "bias = \"some\""),
+            (json!({"r": 1_000_000_000_000u64}), "r is 1000000000000"),
+            (json!({"kasa_config": {"a": 1}}), "kasa_config"),
+        ] {
+            let error = parse(extra.clone()).unwrap_err().to_string();
+            assert!(error.contains(expected) && error.contains("dir/adapter_config.json"), "{extra}: {error}");
+        }
+    }
+}

@@ -1,0 +1,514 @@
+//! Several adapters over one base: under names, switched between requests, mixed in one batch.
+//!
+//! An adapter of any of PEFT's kinds ([`PeftAdapter`]) becomes one row of numbers on the model's device and a table of what they
+//! change ([`LoadedAdapter`]). It costs these numbers and the weights that it holds whole, nothing else: the base is never
+//! copied or changed, so switching takes no time. What is constant once training is over is computed when it is loaded: DoRA's
+//! magnitude over the norm of `W + s B A`, a bias together with B's bias.
+//!
+//! The adapter that is trained ([`CausalLm::add_adapter`]) is not among them. On CUDA one adapter at a time runs, of the kinds
+//! that change linear layers by A and B, and of those that replace tensors.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::sync::Arc;
+
+use qlora_kernels::ops::adapter_rows::{AdapterChanges, AdapterRows, LinearChange, RowAdapter};
+use qlora_kernels::ops::linear_cross_entropy::LossSum;
+use qlora_kernels::ops::linear_group::{AdapterPass, Group, LoraSlot, Member};
+use qlora_kernels::ops::{embedding, linear_cross_entropy};
+use qlora_kernels::tensor::TensorView;
+use qlora_kernels::weight::{FrozenWeight, WeightCache};
+use qlora_kernels::{Matrix, SequenceLayout, View};
+
+use super::adapter_build::build;
+use super::causal_lm::CausalLm;
+use crate::adapter::PeftAdapter;
+use crate::adapter::kinds::{EMBEDDING, HEAD};
+use crate::error::{Error, Result};
+
+/// Which adapter computes a sequence.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AdapterChoice<'a> {
+    /// The one that is switched on: the last that was activated, else the trained one, else none.
+    #[default]
+    Active,
+    /// None.
+    Base,
+    /// The one that was loaded under this name.
+    Named(&'a str),
+}
+
+/// How [`CausalLm::add_weighted_adapter`] combines adapters (PEFT's `combination_type`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Combination {
+    /// The weighted sums of the A and of the B, all of one rank, each with the root of weight times scaling: cheap, and a rough
+    /// approximation, as the sum of products is not the product of sums.
+    Linear,
+    /// The ranks one after the other: exactly the weighted sum of what the adapters add.
+    Cat,
+}
+
+/// The adapters that a model has under names.
+#[derive(Debug, Default)]
+pub(super) struct AdapterSet {
+    loaded: BTreeMap<String, LoadedAdapter>,
+    active: Option<String>,
+}
+
+/// An adapter in memory, for inference.
+#[derive(Debug)]
+pub struct LoadedAdapter {
+    /// All its numbers, one row, f32, on the model's device.
+    pub(super) values: Matrix,
+    /// Linear layers, the head among them, and norms.
+    pub(super) changes: AdapterChanges,
+    pub(super) embedding: EmbeddingChange,
+    /// Rows of the head in `values`.
+    pub(super) head_tokens: HashMap<u32, Range<usize>>,
+    /// The weights that it holds whole, each once.
+    pub(super) weights: Vec<Arc<dyn FrozenWeight>>,
+    pub(super) weight: f32,
+    /// The scalings of A and B by module, without `weight`.
+    pub(super) scalings: BTreeMap<String, f32>,
+}
+
+/// What an adapter does to the embedding; ranges are of its values.
+#[derive(Debug, Default)]
+pub(super) struct EmbeddingChange {
+    pub(super) table: Option<Arc<dyn FrozenWeight>>,
+    pub(super) tokens: HashMap<u32, Range<usize>>,
+    /// A `[r, vocabulary]`, B `[hidden, r]`.
+    pub(super) lora: Option<LoraSlot>,
+    pub(super) gain: Option<Range<usize>>,
+}
+
+impl EmbeddingChange {
+    fn only_replaces(&self) -> bool {
+        self.tokens.is_empty() && self.lora.is_none() && self.gain.is_none()
+    }
+}
+
+impl LoadedAdapter {
+    /// Bytes that it holds.
+    pub fn bytes(&self) -> usize {
+        self.values.bytes() + self.weights.iter().map(|weight| weight.bytes()).sum::<usize>()
+    }
+
+    /// What its A and B are multiplied by besides their scaling.
+    pub fn weight(&self) -> f32 {
+        self.weight
+    }
+
+    /// Whether it is nothing but A and B.
+    fn is_plain(&self) -> bool {
+        let plain = |change: &LinearChange| change.gain.is_none() && change.bias.is_none() && change.weight.is_none();
+        self.changes.linears.values().all(plain)
+            && self.changes.norms.is_empty()
+            && self.embedding.table.is_none()
+            && self.embedding.tokens.is_empty()
+            && self.embedding.gain.is_none()
+            && self.head_tokens.is_empty()
+    }
+
+    fn changes_head(&self) -> bool {
+        self.changes.linears.contains_key(HEAD) || !self.head_tokens.is_empty()
+    }
+}
+
+/// Whose rows these are.
+#[derive(Clone, Copy)]
+pub(super) enum Chosen<'a> {
+    Base,
+    Trained,
+    Loaded(&'a LoadedAdapter),
+}
+
+impl Chosen<'_> {
+    fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Base, Self::Base) | (Self::Trained, Self::Trained) => true,
+            (Self::Loaded(a), Self::Loaded(b)) => std::ptr::eq(*a, *b),
+            _ => false,
+        }
+    }
+}
+
+/// Some rows and whose they are.
+pub(super) type Span<'a> = (Range<usize>, Chosen<'a>);
+
+impl CausalLm {
+    /// Holds an adapter under a name, for inference; one that has the name already is replaced. It runs where it is chosen
+    /// ([`AdapterChoice::Named`]) or after [`Self::activate_adapter`].
+    ///
+    /// # Errors
+    /// If it does not fit the model, or its kind does not run on the model's device; nothing changes then.
+    pub fn load_adapter(&mut self, name: &str, adapter: &PeftAdapter) -> Result<()> {
+        check_name(name)?;
+        let loaded = build(self, adapter)?;
+        self.insert_adapter(name, loaded)
+    }
+
+    /// Takes an adapter out of memory. If it was active, the base (or the trained adapter) is.
+    ///
+    /// # Errors
+    /// If there is none of this name.
+    pub fn unload_adapter(&mut self, name: &str) -> Result<()> {
+        self.loaded_adapter(name)?;
+        if self.adapters.active.as_deref() == Some(name) {
+            self.deactivate_adapter()?;
+        }
+        self.adapters.loaded.remove(name);
+        Ok(())
+    }
+
+    /// Lets an adapter that was loaded compute everything that does not choose another.
+    ///
+    /// # Errors
+    /// If there is none of this name; on a GPU, also if the model has an adapter that is trained.
+    pub fn activate_adapter(&mut self, name: &str) -> Result<()> {
+        self.loaded_adapter(name)?;
+        self.adapters.active = Some(name.to_owned());
+        self.enable_adapter(true);
+        self.place_slots()
+    }
+
+    /// The base, or the trained adapter if there is one, computes what chooses nothing else.
+    ///
+    /// # Errors
+    /// On a GPU, if a loss of this model is still alive.
+    pub fn deactivate_adapter(&mut self) -> Result<()> {
+        if self.adapters.active.take().is_none() {
+            return Ok(());
+        }
+        self.place_slots()
+    }
+
+    /// The base computes what chooses nothing else, until [`Self::activate_adapter`] or [`Self::enable_adapter`].
+    pub fn disable_adapters(&mut self) {
+        self.enable_adapter(false);
+    }
+
+    /// The names of the loaded adapters, sorted.
+    pub fn adapter_names(&self) -> impl Iterator<Item = &str> {
+        self.adapters.loaded.keys().map(String::as_str)
+    }
+
+    /// The active one of the loaded adapters.
+    pub fn active_adapter(&self) -> Option<&str> {
+        self.adapters.active.as_deref()
+    }
+
+    /// The loaded adapter of this name.
+    ///
+    /// # Errors
+    /// If there is none; the message says which there are.
+    pub fn loaded_adapter(&self, name: &str) -> Result<&LoadedAdapter> {
+        self.adapters.loaded.get(name).ok_or_else(|| {
+            let names: Vec<&str> = self.adapter_names().collect();
+            let there = if names.is_empty() { "none is loaded".to_owned() } else { format!("loaded are {names:?}") };
+            Error::Invalid(format!("there is no adapter {name:?}: {there}"))
+        })
+    }
+
+    /// Multiplies what an adapter adds by `weight` (1 as it is loaded).
+    ///
+    /// # Errors
+    /// If there is none of this name, the weight is not finite, or the adapter does more than add (DoRA, biases, replaced
+    /// tensors).
+    pub fn set_adapter_weight(&mut self, name: &str, weight: f32) -> Result<()> {
+        if !weight.is_finite() {
+            return Err(Error::Invalid(format!("the weight of an adapter is {weight}")));
+        }
+        if !self.loaded_adapter(name)?.is_plain() {
+            return Err(not_plain(name, "weighted"));
+        }
+        let Some(adapter) = self.adapters.loaded.get_mut(name) else { return Ok(()) };
+        for (module, scaling) in &adapter.scalings {
+            let slot = match module.as_str() {
+                EMBEDDING => adapter.embedding.lora.as_mut(),
+                _ => adapter.changes.linears.get_mut(module).and_then(|change| change.lora.as_mut()),
+            };
+            if let Some(slot) = slot {
+                slot.scale = scaling * weight;
+            }
+        }
+        adapter.weight = weight;
+        self.place_slots()
+    }
+
+    /// Makes a new adapter, called `name`, of loaded ones, each with a weight (PEFT's `add_weighted_adapter`). Their own weights
+    /// count too.
+    ///
+    /// # Errors
+    /// If there is nothing to combine, one is not there or does more than add, or with [`Combination::Linear`] ranks differ.
+    pub fn add_weighted_adapter(&mut self, name: &str, parts: &[(&str, f32)], combination: Combination) -> Result<()> {
+        check_name(name)?;
+        if let Some((part, weight)) = parts.iter().find(|(_, weight)| !weight.is_finite()) {
+            return Err(Error::Invalid(format!("the weight of {part:?} is {weight}")));
+        }
+        let mut sources = Vec::with_capacity(parts.len());
+        for (part, weight) in parts {
+            let loaded = self.loaded_adapter(part)?;
+            if !loaded.is_plain() {
+                return Err(not_plain(part, "combined"));
+            }
+            sources.push((loaded, *weight));
+        }
+        if sources.is_empty() {
+            return Err(Error::Invalid("there is no adapter to combine".into()));
+        }
+        let combined = super::adapter_build::combine(self, &sources, combination)?;
+        self.insert_adapter(name, combined)
+    }
+
+    /// [`Self::logits`] with an adapter for every sequence of `layout`.
+    ///
+    /// # Errors
+    /// As there; also if there is not one choice a sequence, or a chosen adapter is not there.
+    pub fn logits_with(
+        &self,
+        tokens: &[u32],
+        layout: &SequenceLayout,
+        choices: &[AdapterChoice],
+    ) -> Result<candle_core::Tensor> {
+        let spans = self.spans(layout.sequences(), choices)?;
+        let hidden = self.hidden(tokens, layout, &spans)?;
+        let logits = self.head_logits(&hidden, &spans)?;
+        Ok(logits.into_tensor((tokens.len(), self.config().vocab_size))?)
+    }
+
+    fn insert_adapter(&mut self, name: &str, adapter: LoadedAdapter) -> Result<()> {
+        self.adapters.loaded.insert(name.to_owned(), adapter);
+        if self.adapters.active.as_deref() == Some(name) { self.place_slots() } else { Ok(()) }
+    }
+
+    /// On a GPU the groups find the active adapter by their members' own slots, which also size the margins.
+    fn place_slots(&mut self) -> Result<()> {
+        if self.workspace().device().is_cpu() {
+            return Ok(());
+        }
+        if self.adapter().is_some() {
+            return Err(Error::Unsupported(
+                "on a GPU, loaded adapters do not run beside the one that is trained: call remove_adapter first".into(),
+            ));
+        }
+        let active = self.adapters.active.as_ref().and_then(|name| self.adapters.loaded.get(name));
+        let slots: HashMap<String, LoraSlot> = active.map_or_else(HashMap::new, |adapter| {
+            let slot = |(name, change): (&String, &LinearChange)| Some((name.clone(), change.lora.clone()?));
+            adapter.changes.linears.iter().filter_map(slot).collect()
+        });
+        for projection in self.stack_mut()?.blocks_mut().iter_mut().flat_map(|block| block.projections_mut()) {
+            let slot = slots.get(projection.name()).cloned();
+            projection.set_slot(slot);
+        }
+        Ok(())
+    }
+
+    /// Whether an adapter that was loaded is the active one.
+    pub(super) fn runs_loaded(&self) -> bool {
+        self.adapters.active.is_some()
+    }
+
+    /// Bytes of the loaded adapters.
+    pub(super) fn loaded_bytes(&self) -> usize {
+        self.adapters.loaded.values().map(LoadedAdapter::bytes).sum()
+    }
+
+    /// Whose rows the sequences are; neighbours with the same adapter become one span.
+    pub(super) fn spans(
+        &self,
+        rows: impl ExactSizeIterator<Item = Range<usize>>,
+        choices: &[AdapterChoice],
+    ) -> Result<Vec<Span<'_>>> {
+        if rows.len() != choices.len() {
+            let (got, expected) = (choices.len(), rows.len());
+            return Err(Error::Invalid(format!(
+                "{expected} sequences need as many choices of an adapter, {got} were given"
+            )));
+        }
+        let mut spans: Vec<Span> = Vec::new();
+        for (rows, choice) in rows.zip(choices) {
+            let chosen = match choice {
+                AdapterChoice::Base => Chosen::Base,
+                AdapterChoice::Named(name) => Chosen::Loaded(self.loaded_adapter(name)?),
+                AdapterChoice::Active if !self.adapter_enabled() => Chosen::Base,
+                AdapterChoice::Active => match &self.adapters.active {
+                    Some(name) => Chosen::Loaded(self.loaded_adapter(name)?),
+                    None if self.adapter().is_some() => Chosen::Trained,
+                    None => Chosen::Base,
+                },
+            };
+            match spans.last_mut().filter(|(last, other)| last.end == rows.start && other.is(&chosen)) {
+                Some((last, _)) => last.end = rows.end,
+                None => spans.push((rows, chosen)),
+            }
+        }
+        self.check_device(&spans)?;
+        Ok(spans)
+    }
+
+    fn check_device(&self, spans: &[Span]) -> Result<()> {
+        if self.workspace().device().is_cpu() {
+            return Ok(());
+        }
+        let active = self.adapters.active.as_ref().and_then(|name| self.adapters.loaded.get(name));
+        let placed = |chosen: &Chosen| match chosen {
+            Chosen::Loaded(adapter) => active.is_some_and(|active| std::ptr::eq(*adapter, active)),
+            Chosen::Trained => self.adapters.active.is_none(),
+            Chosen::Base => true,
+        };
+        if spans.len() <= 1 && spans.iter().all(|(_, chosen)| placed(chosen)) {
+            return Ok(());
+        }
+        Err(Error::Unsupported(
+            "different adapters in one batch run on the CPU only; on a GPU, activate one adapter and run its sequences"
+                .into(),
+        ))
+    }
+
+    /// Runs `f` with the adapters of these spans.
+    pub(super) fn with_pass<R>(&self, spans: &[Span], f: impl FnOnce(Option<AdapterPass>) -> Result<R>) -> Result<R> {
+        let trained = match spans.iter().any(|(_, chosen)| matches!(chosen, Chosen::Trained)) {
+            false => None,
+            true => {
+                self.adapter().map(|adapter| TensorView::new("adapter", adapter.variable().as_tensor())).transpose()?
+            }
+        };
+        if spans.iter().all(|(_, chosen)| matches!(chosen, Chosen::Base)) {
+            return f(None);
+        }
+        if let (Some(values), true) = (&trained, spans.len() == 1) {
+            return f(Some(AdapterPass::new(values.view())));
+        }
+        let rows = self.rows(spans, trained.as_ref().map(|values| values.view()))?;
+        f(Some(AdapterPass::by_rows(&rows)))
+    }
+
+    fn rows<'a>(&'a self, spans: &[Span<'a>], trained: Option<View<'a>>) -> Result<AdapterRows<'a>> {
+        let part = |(rows, chosen): &Span<'a>| {
+            let (values, changes) = match chosen {
+                Chosen::Base => return None,
+                Chosen::Loaded(adapter) => (adapter.values.view(), &adapter.changes),
+                Chosen::Trained => (trained?, self.adapter()?.changes()),
+            };
+            Some(RowAdapter { rows: rows.clone(), values, changes })
+        };
+        Ok(AdapterRows::new(spans.iter().filter_map(part).collect())?)
+    }
+
+    /// The embedding's output for rows of these adapters.
+    pub(super) fn embed_with(&self, tokens: &[u32], spans: &[Span]) -> Result<Matrix> {
+        let mut x = self.embed(tokens)?;
+        for (rows, chosen) in spans {
+            let Chosen::Loaded(adapter) = chosen else { continue };
+            let (change, tokens) = (&adapter.embedding, &tokens[rows.clone()]);
+            if let Some(table) = &change.table {
+                embedding::forward(tokens, &**table, x.view_mut().slice_rows(rows.clone()))?;
+            }
+            if change.only_replaces() {
+                continue;
+            }
+            let values = adapter.values.as_slice();
+            let width = x.cols();
+            let target = x.view_mut().slice_rows(rows.clone()).host("adapter_embedding")?;
+            for (row, id) in target.rows_mut().zip(tokens) {
+                if let Some(own) = change.tokens.get(id) {
+                    row.copy_from_slice(&values[own.clone()]);
+                }
+                if let Some(slot) = &change.lora {
+                    let (a, b) = (&values[slot.a.clone()], &values[slot.b.clone()]);
+                    let vocabulary = a.len() / slot.rank;
+                    for (j, y) in row.iter_mut().enumerate() {
+                        let b = &b[j * slot.rank..][..slot.rank];
+                        let sum: f32 = b.iter().enumerate().map(|(k, b)| a[k * vocabulary + *id as usize] * b).sum();
+                        *y += slot.scale * sum;
+                    }
+                }
+                if let Some(gain) = &change.gain {
+                    debug_assert_eq!(gain.len(), width);
+                    row.iter_mut().zip(&values[gain.clone()]).for_each(|(y, g)| *y *= g);
+                }
+            }
+        }
+        Ok(x)
+    }
+
+    /// The logits of `hidden`, whose rows have these adapters.
+    pub(super) fn head_logits(&self, hidden: &Matrix, spans: &[Span]) -> Result<Matrix> {
+        let changes = |(_, chosen): &Span| matches!(chosen, Chosen::Loaded(adapter) if adapter.changes_head());
+        let mut logits = self.workspace().matrix(hidden.rows(), self.config().vocab_size)?;
+        if !spans.iter().any(changes) {
+            self.base_logits(hidden, logits.view_mut())?;
+            return Ok(logits);
+        }
+        let loaded: Vec<Span> = spans.iter().filter(|span| changes(span)).cloned().collect();
+        let members = [Member { name: HEAD, weight: &**self.head(), bias: None, lora: None }];
+        let cache = WeightCache::default();
+        let group = Group { members: &members, cache: &cache, split: false };
+        // A group asks for a mutable input, whose margin it may use on CUDA; there, no head has A and B that would need one.
+        let mut input = self.workspace().matrix(hidden.rows(), hidden.cols())?;
+        input.view_mut().copy_from(hidden.view())?;
+        self.rows(&loaded, None)?.forward(&group, input.view_mut(), None, logits.view_mut(), self.workspace())?;
+        for (rows, chosen) in &loaded {
+            let Chosen::Loaded(adapter) = chosen else { continue };
+            if adapter.head_tokens.is_empty() {
+                continue;
+            }
+            let values = adapter.values.as_slice();
+            let hidden = hidden.view().slice_rows(rows.clone()).host("adapter_head")?;
+            let target = logits.view_mut().slice_rows(rows.clone()).host("adapter_head")?;
+            for (i, row) in target.rows_mut().enumerate() {
+                for (&id, own) in &adapter.head_tokens {
+                    row[id as usize] = hidden.row(i).iter().zip(&values[own.clone()]).map(|(h, w)| h * w).sum();
+                }
+            }
+        }
+        Ok(logits)
+    }
+
+    /// The losses of rows whose head may be an adapter's: without one, in one pass that never has all logits.
+    pub(super) fn head_loss(&self, hidden: &Matrix, targets: &[i64], spans: &[Span]) -> Result<LossSum> {
+        let changes = |(_, chosen): &Span| matches!(chosen, Chosen::Loaded(adapter) if adapter.changes_head());
+        if !spans.iter().any(changes) {
+            return Ok(linear_cross_entropy::forward(hidden.view(), &**self.head(), targets, self.workspace())?);
+        }
+        const ROWS: usize = 64;
+        let mut total = LossSum { sum: 0.0, trained_tokens: 0 };
+        for start in (0..hidden.rows()).step_by(ROWS) {
+            let rows = start..hidden.rows().min(start + ROWS);
+            let mut part = self.workspace().matrix(rows.len(), hidden.cols())?;
+            part.view_mut().copy_from(hidden.view().slice_rows(rows.clone()))?;
+            let inside = spans.iter().filter(|(span, _)| span.start < rows.end && rows.start < span.end);
+            let clip =
+                |span: &Range<usize>| span.start.max(rows.start) - rows.start..span.end.min(rows.end) - rows.start;
+            let spans: Vec<Span> = inside.map(|(span, chosen)| (clip(span), *chosen)).collect();
+            let logits = self.head_logits(&part, &spans)?.to_vec()?;
+            for (row, &target) in logits.chunks_exact(self.config().vocab_size).zip(&targets[rows]) {
+                if target == -100 {
+                    continue;
+                }
+                let chosen = usize::try_from(target).ok().and_then(|target| row.get(target)).ok_or_else(|| {
+                    Error::Invalid(format!("the target {target} is outside the vocabulary of {}", row.len()))
+                })?;
+                let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let sum: f64 = row.iter().map(|x| f64::from(x - largest).exp()).sum();
+                total.sum += sum.ln() + f64::from(largest) - f64::from(*chosen);
+                total.trained_tokens += 1;
+            }
+        }
+        Ok(total)
+    }
+}
+
+fn check_name(name: &str) -> Result<()> {
+    if name.is_empty() || name == "__base__" {
+        return Err(Error::Invalid(format!("{name:?} cannot be the name of an adapter")));
+    }
+    Ok(())
+}
+
+fn not_plain(name: &str, what: &str) -> Error {
+    Error::Unsupported(format!(
+        "the adapter {name:?} cannot be {what}: it does more than add A and B (DoRA, biases, replaced tensors or tokens)"
+    ))
+}
