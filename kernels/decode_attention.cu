@@ -4,9 +4,10 @@
 //     o[b Q + i, h] = sum_j softmax_j(scale q[b Q + i, h] . k_b[j, h / group]) v_b[j, h / group]
 //     over the keys j <= p = positions[b Q + i] with, given a window, j > p - window
 //
-// q, o: [sequences * Q, heads * D]; k_b, v_b: [capacity, kv_heads * D], each in a buffer of its own: keys[b], values
-// [b]. positions: u32 [sequences * Q], consecutive within a sequence. Pointers and positions are read on the device and the
-// grid does not depend on them: a captured graph can be replayed while texts grow. bf16 or f16, D 64, 96 or 128.
+// q, o: [sequences * Q, heads * D]; k_b, v_b: [capacity, kv_heads * D], each at its own address, which the arrays
+// `keys` and `values` hold. positions: u32 [sequences * Q], consecutive within a sequence. Addresses and positions are
+// read on the device and the grid does not depend on them: a captured graph can be replayed while texts grow. bf16 or
+// f16, D 64, 96 or 128.
 //
 // Floor: memory, keys and values once. All queries of a kv head are the 16 rows of mma.sync m16n8k16, so that a key is
 // read once for the group. Keys are split over blocks, and a block's tile of 64 keys over its four warps, each with its

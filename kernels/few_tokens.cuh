@@ -1,9 +1,9 @@
 // What the kernels of a decode step share: the argument structs of a group of weights, the table that decodes a byte of
-// two codes at once, streaming loads, programmatic launches and the split of a reduction over blocks.
+// two codes at once, and launches that may begin early.
 //
 // A 4-bit weight [rows, k] is the A operand of mma.sync m16n8k16 (16 weight rows, 8 tokens are the columns): the order
-// of k within a product is free as long as both operands agree. A lane (g, t) = (lane / 4, lane % 4) takes the 8 bytes =
-// 16 codes k = 16 t .. 16 t + 15 of a chunk of 64, of the rows g and g + 8; byte 2 s holds the codes that step s (of 4)
+// of k within a product is free as long as both operands agree. A lane (g, t) = (lane / 4, lane % 4) takes the 8 bytes
+// of codes k = 16 t .. 16 t + 15 of a chunk of 64, of the rows g and g + 8; byte 2 s holds the codes that step s (of 4)
 // wants in the fragment's first half, byte 2 s + 1 those of the second half. The other operand is then x[token g][16 t
 // + 4 s ..+ 3]: consecutive too, 16 elements a chunk. No weight is moved between lanes.
 #pragma once
@@ -70,21 +70,6 @@ template <auto KERNEL> cudaError_t allow_shared(size_t bytes) {
     error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (error == cudaSuccess && device < DEVICES) allowed[device] = bytes;
     return error;
-}
-
-// Weights are read once: they leave L1 alone.
-__device__ __forceinline__ uint2 load_stream8(const void* p) {
-    uint2 x;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p));
-    return x;
-}
-
-__device__ __forceinline__ uint4 load_stream16(const void* p) {
-    uint4 x;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "l"(p));
-    return x;
 }
 
 // The table byte -> two levels (the upper nibble in the low half), once a lane: 32 lookups never meet in a bank.

@@ -11,10 +11,12 @@
 // level and absmax is rounded, and none of the absmax. The result is rounded once. Sums have a fixed order.
 //
 // Floor: memory, (1/2 + 1/64) bytes a weight. A block is persistent and takes tiles of 16 rows; its warps share k, each
-// the same range in all tiles, so the fragments of x are loaded once and stay in registers. Codes go from memory to
-// registers DEPTH tiles ahead and through a table in shared memory that has a copy for every lane (few_tokens.cuh).
+// the same range in all tiles, so the fragments of x are loaded once and stay in registers. Each warp has a ring of DEPTH
+// stages in shared memory for its codes (cp.async), and decodes them through a table that has a copy for every lane
+// (few_tokens.cuh), what costs one integer operation and one access a byte. The warps meet only after a batch of tiles,
+// when every thread adds up and stores one element. A warp also adds some columns of the adapter.
 // Behind k = 16 * KI * 256 blocks share a tile's k too; the last of them to finish adds the parts in order.
-// With gate and up, rows 0..7 of a tile are gate's and 8..15 up's, so that one thread gets both.
+// With gate and up, rows 0..7 of a tile are gate's and 8..15 up's, so that one warp gets both.
 
 #include "few_tokens.cuh"
 
@@ -358,8 +360,7 @@ struct Shape {
     size_t shared;
 };
 
-// As many blocks on a multiprocessor as have registers (MOST_WARPS warps' together) and shared memory.
-// Blocks that share k. A block of MOST_WARPS warps does not fit where shared memory is small (Ada).
+// The warps of a block and the blocks that share k. MOST_WARPS do not fit where shared memory is small (Ada).
 int warps_of(int64_t k, int ki, int nt, int& splits) {
     const int most = device_limits().shared_bytes >= 160 * 1024 ? MOST_WARPS : MOST_WARPS / 2;
     const int64_t needed = divide_up(k / 64, CHUNKS * ki);
@@ -381,6 +382,7 @@ template <int NT, int KI, int DEPTH> Shape shape_of(int64_t k, int tiles, int ra
                    sizeof(float) * ((2 * s.batch * 128 * NT + 16 * CHUNKS) * s.warps + 8 * NT * s_columns);
         if (s.batch == 1 || s.shared + STATIC <= limit) break;
     }
+    // As many blocks on a multiprocessor as have registers (together MOST_WARPS warps') and shared memory.
     int per_sm = MOST_WARPS / s.warps;
     while (per_sm > 1 && per_sm * (s.shared + STATIC) > limit) per_sm--;
     const int64_t most = static_cast<int64_t>(device_limits().multiprocessors) * per_sm / s.splits;

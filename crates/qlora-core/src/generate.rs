@@ -3,6 +3,8 @@
 use std::ops::ControlFlow;
 
 use candle_core::{Device, Tensor};
+use qlora_kernels::Matrix;
+use qlora_kernels::ops::argmax;
 
 use crate::error::{Error, Result};
 use crate::model::{AdapterChoice, CausalLm, KvCache};
@@ -62,6 +64,24 @@ pub fn generate_batch_with(
     adapters: &[AdapterChoice],
 ) -> Result<Vec<Generation>> {
     run(model, prompts, config, adapters, |_, _| ControlFlow::Continue(()))
+}
+
+/// The next token of each sequence.
+fn next_tokens(active: &mut [(usize, &mut Sequence)], logits: &Matrix) -> Result<Vec<u32>> {
+    // The largest logits are found where they are; what has none is left to the sampler, which says why.
+    if active.iter().all(|(_, sequence)| sequence.sampler.takes_the_largest()) {
+        let largest: Option<Vec<u32>> = argmax::rows(logits.view())?.into_iter().collect();
+        if let Some(tokens) = largest {
+            return Ok(tokens);
+        }
+    }
+    let values = logits.to_vec()?;
+    let rows = active.iter_mut().zip(values.chunks_exact(logits.cols()));
+    rows.map(|((_, sequence), row)| {
+        let row = Tensor::from_slice(row, row.len(), &Device::Cpu)?;
+        sequence.sampler.sample(&row, &sequence.text)
+    })
+    .collect()
 }
 
 /// One prompt's state.
@@ -125,9 +145,8 @@ fn run(
         let choices: Vec<AdapterChoice> = active.iter().map(|(index, _)| adapters[*index]).collect();
         let mut caches: Vec<_> = active.iter_mut().map(|(_, seq)| &mut seq.cache).collect();
         let logits = model.next_logits_batch_with(&inputs, &mut caches, &choices)?;
-        for ((index, sequence), row) in active.iter_mut().zip(logits.to_vec()?.chunks_exact(logits.cols())) {
-            let row = Tensor::from_slice(row, row.len(), &Device::Cpu)?;
-            let token = sequence.sampler.sample(&row, &sequence.text)?;
+        let tokens = next_tokens(&mut active, &logits)?;
+        for ((index, sequence), token) in active.iter_mut().zip(tokens) {
             if config.is_stop_token(token) || model.config().eos_token_ids.contains(&token) {
                 sequence.stop = Some(StopReason::EndToken(token));
                 continue;

@@ -59,6 +59,17 @@ impl KvCache {
         }
     }
 
+    #[cfg(feature = "cuda")]
+    pub(crate) fn layers_mut(&mut self) -> &mut [LayerCache] {
+        &mut self.layers
+    }
+
+    /// Counts tokens whose keys and values were written by other means than [`LayerCache::append`].
+    #[cfg(feature = "cuda")]
+    pub(crate) fn advance(&mut self, tokens: usize) {
+        self.layers.iter_mut().for_each(|layer| layer.len += tokens);
+    }
+
     pub(crate) fn layer_mut(&mut self, index: usize) -> &mut LayerCache {
         &mut self.layers[index]
     }
@@ -68,14 +79,27 @@ impl LayerCache {
     /// # Errors
     /// If the cache would hold more tokens than it was made for, or the memory cannot be had.
     pub(crate) fn append(&mut self, keys: View, values: View, workspace: &Workspace) -> Result<()> {
-        let total = self.len + keys.rows();
+        let (len, total) = (self.len, self.len + keys.rows());
+        for (stored, new) in self.with_room(keys.rows(), workspace)?.into_iter().zip([keys, values]) {
+            stored.view_mut().slice_rows(len..total).copy_from(new)?;
+        }
+        self.len = total;
+        Ok(())
+    }
+
+    /// Keys and values with room for more tokens behind those that are there.
+    ///
+    /// # Errors
+    /// As [`Self::append`].
+    pub(crate) fn with_room(&mut self, tokens: usize, workspace: &Workspace) -> Result<[&mut Matrix; 2]> {
+        let total = self.len + tokens;
         if total > self.capacity {
             return Err(Error::Invalid(format!(
                 "the text has {total} tokens, the cache was made for {}: raise the maximum length",
                 self.capacity
             )));
         }
-        for (stored, new) in [(&mut self.keys, keys), (&mut self.values, values)] {
+        for stored in [&mut self.keys, &mut self.values] {
             if stored.rows() < total {
                 let rows = total.next_power_of_two().clamp(64, self.capacity.max(64));
                 let mut grown = workspace.matrix(rows, self.width)?;
@@ -84,10 +108,8 @@ impl LayerCache {
                 }
                 *stored = grown;
             }
-            stored.view_mut().slice_rows(self.len..total).copy_from(new)?;
         }
-        self.len = total;
-        Ok(())
+        Ok([&mut self.keys, &mut self.values])
     }
 
     pub(crate) fn keys(&self) -> View<'_> {

@@ -415,11 +415,17 @@ impl CausalLm {
             let pass = Pass { adapter, layout: &layout, rope: &rope, workspace: &self.workspace };
             self.stack.infer_cached(x, &positions.into(), caches, &pass)
         })?;
-        let mut last = self.workspace.matrix(sequences.len(), hidden.cols())?;
-        for (row, range) in layout.sequences().enumerate() {
-            let from = hidden.view().slice_rows(range.end - 1..range.end);
-            last.view_mut().slice_rows(row..row + 1).copy_from(from)?;
-        }
+        let last = match hidden.rows() == sequences.len() {
+            true => hidden,
+            false => {
+                let mut last = self.workspace.matrix(sequences.len(), hidden.cols())?;
+                for (row, range) in layout.sequences().enumerate() {
+                    let from = hidden.view().slice_rows(range.end - 1..range.end);
+                    last.view_mut().slice_rows(row..row + 1).copy_from(from)?;
+                }
+                last
+            }
+        };
         let rows: Vec<_> = (0..sequences.len()).map(|row| row..row + 1).collect();
         self.head_logits(&last, &self.spans(rows.into_iter(), choices)?)
     }

@@ -6,6 +6,8 @@ pub mod block;
 pub mod cache;
 pub mod causal_lm;
 mod checkpoints;
+#[cfg(feature = "cuda")]
+mod decode;
 mod device;
 mod load;
 mod mlp;

@@ -116,6 +116,12 @@ impl Stack {
         caches: &mut [&mut KvCache],
         pass: &Pass,
     ) -> Result<Matrix> {
+        #[cfg(feature = "cuda")]
+        if let Some(step) = super::decode::Step::new(self, caches, pass)? {
+            let y = step.run(self, x, pass)?;
+            caches.iter_mut().for_each(|cache| cache.advance(1));
+            return self.infer_norm(&y, pass);
+        }
         for (index, block) in self.blocks.iter().enumerate() {
             let mut layers: Vec<_> = caches.iter_mut().map(|cache| cache.layer_mut(index)).collect();
             x = block.forward_cached(x, positions, &mut layers, pass)?;

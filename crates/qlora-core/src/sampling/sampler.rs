@@ -49,6 +49,11 @@ impl Sampler {
         })
     }
 
+    /// Whether the next token is always that of the largest logit, the first of several.
+    pub fn takes_the_largest(&self) -> bool {
+        self.greedy && self.penalty == 1.0
+    }
+
     /// The next token after the tokens `previous` (prompt and what was generated), from its logits: a tensor with one
     /// number a token of the vocabulary, of shape `[vocab]` or with leading dimensions of 1, of any float dtype on any
     /// device.

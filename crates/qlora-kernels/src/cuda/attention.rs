@@ -74,7 +74,7 @@ pub fn workspace(
 }
 
 /// Whether there are tensor-core kernels for this kind.
-fn takes(cfg: &AttentionConfig, dtype: Dtype) -> bool {
+pub(super) fn takes(cfg: &AttentionConfig, dtype: Dtype) -> bool {
     matches!(cfg.head_dim, 64 | 96 | 128) && dtype != Dtype::F32
 }
 

@@ -32,7 +32,196 @@ pub(super) struct Members {
     pub(super) pad: i32,
 }
 
+/// One weight of a group over a few tokens; `QloraFewMember` in `few_tokens.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct FewMember {
+    pub(super) codes: *const u8,
+    pub(super) absmax: *const f32,
+    pub(super) absmax_codes: *const u8,
+    pub(super) nested_map: *const f32,
+    pub(super) nested_absmax: *const f32,
+    pub(super) bias: Ptr,
+    pub(super) lora_b: *const f32,
+    pub(super) rows: i64,
+    pub(super) nested_offset: f32,
+    pub(super) scale: f32,
+    pub(super) rank: i32,
+    pub(super) r0: i32,
+}
+
+impl Default for FewMember {
+    fn default() -> Self {
+        let (bytes, floats) = (std::ptr::null(), std::ptr::null());
+        Self {
+            codes: bytes,
+            absmax: floats,
+            absmax_codes: bytes,
+            nested_map: floats,
+            nested_absmax: floats,
+            bias: std::ptr::null(),
+            lora_b: floats,
+            rows: 0,
+            nested_offset: 0.0,
+            scale: 0.0,
+            rank: 0,
+            r0: 0,
+        }
+    }
+}
+
+/// `QloraFewWeights` in `few_tokens.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct FewWeights {
+    pub(super) m: [FewMember; 3],
+    pub(super) k: i64,
+    pub(super) blocksize: i64,
+    pub(super) nested_blocksize: i64,
+    pub(super) count: i32,
+    pub(super) quant_type: i32,
+}
+
+/// `QloraShrink` in `lora_shrink_few.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shrink {
+    pub(super) a: [*const f32; 3],
+    pub(super) rank: [i32; 3],
+    pub(super) r0: [i32; 3],
+    pub(super) count: i32,
+    pub(super) pad: i32,
+}
+
+impl Default for Shrink {
+    fn default() -> Self {
+        Self { a: [std::ptr::null(); 3], rank: [0; 3], r0: [0; 3], count: 0, pad: 0 }
+    }
+}
+
 unsafe extern "C" {
+    pub(super) fn qlora_argmax(
+        dtype: c_int,
+        x: Ptr,
+        ldx: i64,
+        rows: i64,
+        cols: i64,
+        out: *mut u32,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_nf4_gemv_workspace(rows: i64, k: i64, tokens: i64) -> i64;
+    pub(super) fn qlora_nf4_gemv(
+        dtype: c_int,
+        weights: FewWeights,
+        x: Ptr,
+        ldx: i64,
+        s: *const f32,
+        lds: i64,
+        residual: Ptr,
+        ldr: i64,
+        y: PtrMut,
+        ldy: i64,
+        tokens: i64,
+        swiglu: c_int,
+        early: c_int,
+        workspace: PtrMut,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_nf4_small_gemm_workspace(weights: FewWeights, tokens: i64, swiglu: c_int) -> i64;
+    pub(super) fn qlora_nf4_small_gemm(
+        dtype: c_int,
+        weights: FewWeights,
+        x: Ptr,
+        ldx: i64,
+        s: *const f32,
+        lds: i64,
+        residual: Ptr,
+        ldr: i64,
+        y: PtrMut,
+        ldy: i64,
+        tokens: i64,
+        swiglu: c_int,
+        early: c_int,
+        workspace: PtrMut,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_lora_shrink_few(
+        dtype: c_int,
+        x: Ptr,
+        ldx: i64,
+        adapters: Shrink,
+        s: *mut f32,
+        lds: i64,
+        columns: i64,
+        tokens: i64,
+        k: i64,
+        early: c_int,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_bf16_gemv(
+        dtype: c_int,
+        w: Ptr,
+        ldw: i64,
+        x: Ptr,
+        ldx: i64,
+        y_dtype: c_int,
+        y: PtrMut,
+        ldy: i64,
+        tokens: i64,
+        rows: i64,
+        k: i64,
+        early: c_int,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_decode_attention_workspace(
+        sequences: i64,
+        queries: i64,
+        heads: i64,
+        kv_heads: i64,
+        head_dim: i64,
+        capacity: i64,
+    ) -> i64;
+    pub(super) fn qlora_decode_attention(
+        dtype: c_int,
+        q: Ptr,
+        ldq: i64,
+        keys: *const Ptr,
+        values: *const Ptr,
+        ldk: i64,
+        positions: *const u32,
+        o: PtrMut,
+        ldo: i64,
+        sequences: i64,
+        queries: i64,
+        heads: i64,
+        kv_heads: i64,
+        head_dim: i64,
+        capacity: i64,
+        scale: f32,
+        window: i64,
+        early: c_int,
+        workspace: PtrMut,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_decode_rope_append(
+        dtype: c_int,
+        qkv: PtrMut,
+        ld: i64,
+        cos: *const f32,
+        sin: *const f32,
+        positions: *const u32,
+        keys: *const PtrMut,
+        values: *const PtrMut,
+        ldk: i64,
+        sequences: i64,
+        queries: i64,
+        capacity: i64,
+        heads: i64,
+        kv_heads: i64,
+        head_dim: i64,
+        early: c_int,
+        stream: Stream,
+    ) -> c_int;
     pub(super) fn qlora_rms_norm_forward(
         dtype: c_int,
         x: PtrMut,

@@ -14,6 +14,7 @@ use candle_core::cuda_backend::{CudaDevice, DeviceId};
 
 use super::blas::Blas;
 use super::cudnn_attention::AttentionLibrary;
+use super::few_tokens::Workspaces;
 use super::ffi;
 use super::offload::Offloader;
 use super::pool::Pool;
@@ -36,6 +37,7 @@ pub struct Gpu {
     offloader: Offloader,
     profiler: Profiler,
     staging: Staging,
+    workspaces: Workspaces,
     this: Weak<Gpu>,
 }
 
@@ -125,6 +127,7 @@ impl Gpu {
             offloader: Offloader::default(),
             profiler: Profiler::default(),
             staging: Staging::default(),
+            workspaces: Workspaces::default(),
             this: this.clone(),
         });
         gpu.check_kernels(capability)?;
@@ -183,6 +186,10 @@ impl Gpu {
 
     pub(super) fn offloader(&self) -> &Offloader {
         &self.offloader
+    }
+
+    pub(super) fn workspaces(&self) -> &Workspaces {
+        &self.workspaces
     }
 
     pub(super) fn staging(&self) -> &Staging {

@@ -35,7 +35,13 @@ pub(crate) fn frozen_forward(
     y: CudaViewMut,
     beta: f32,
 ) -> Result<()> {
-    with_weight(op, weight, x, |w| w.gpu().matmul(op, Kind::Nt, x, w, y, 1.0, beta))
+    let mut y = y;
+    with_weight(op, weight, x, |w| {
+        if beta == 0.0 && super::few_tokens::plain(op, x, w, &mut y)? {
+            return Ok(());
+        }
+        w.gpu().matmul(op, Kind::Nt, x, w, y, 1.0, beta)
+    })
 }
 
 /// `dx = dy W + beta dx`.

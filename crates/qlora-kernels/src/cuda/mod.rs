@@ -9,6 +9,7 @@
 //! | [`Buffer`], [`PinnedBuffer`] | owned memory |
 //! | [`CudaView`], [`CudaViewMut`] | windows into it: the CUDA representation of [`crate::View`] |
 //! | [`AttentionLibrary`] | whether cuDNN's attention may be used |
+//! | [`decode`] | the keys and values of a step of generation |
 //! | [`CudaWeight`] | a frozen weight on the GPU |
 //!
 //! The operations in [`crate::ops`] check shapes and then come here if their arguments are on a GPU. Each function
@@ -21,6 +22,8 @@ mod buffer;
 mod cache;
 pub mod cudnn;
 mod cudnn_attention;
+pub mod decode;
+pub(crate) mod few_tokens;
 mod ffi;
 mod gpu;
 pub(crate) mod linear;

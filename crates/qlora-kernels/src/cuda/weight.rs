@@ -163,6 +163,24 @@ impl CudaWeight {
         }
     }
 
+    /// The weight as the kernels for few tokens take it, with `[blocksize, nested blocksize, type]`, if it has 4 bits.
+    pub(super) fn few_member(&self) -> Option<([i64; 3], ffi::FewMember)> {
+        let Data::Bits4(bits4) = &self.data else { return None };
+        let mut member = ffi::FewMember { codes: bits4.codes.as_ptr(), rows: self.rows as i64, ..Default::default() };
+        let nested_blocksize = match &bits4.absmax {
+            DeviceAbsmax::Plain(absmax) => {
+                member.absmax = absmax.as_ptr();
+                0
+            }
+            DeviceAbsmax::Nested { codes, map, absmax, offset, blocksize } => {
+                (member.absmax_codes, member.nested_map) = (codes.as_ptr(), map.as_ptr());
+                (member.nested_absmax, member.nested_offset) = (absmax.as_ptr(), *offset);
+                *blocksize as i64
+            }
+        };
+        Some(([bits4.blocksize as i64, nested_blocksize, i64::from(quant_code(bits4.quant_type))], member))
+    }
+
     /// Writes the whole weight into `out`, in its type.
     ///
     /// # Errors

@@ -217,6 +217,59 @@ impl Group<'_> {
         Ok(Shrunk::new(shrunk))
     }
 
+    /// [`Self::forward`] where no backward follows: on CUDA, a few tokens are multiplied with 4-bit weights as they lie.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn infer(
+        &self,
+        x: ViewMut,
+        adapter: Option<&AdapterPass>,
+        residual: Option<View>,
+        mut y: ViewMut,
+        workspace: &Workspace,
+    ) -> Result<()> {
+        self.check(x.as_view(), y.as_view())?;
+        if let Some(residual) = residual {
+            residual.expect(Self::OP, "the residual", y.rows(), y.cols())?;
+        }
+        #[cfg(feature = "cuda")]
+        if y.gpu().is_some() && adapter.is_none_or(|adapter| adapter.rows.is_none()) {
+            use crate::cuda::few_tokens;
+            let from = residual.map(|residual| residual.cuda(Self::OP)).transpose()?;
+            let (x, y) = (x.as_view().cuda(Self::OP)?, y.reborrow().cuda(Self::OP)?);
+            if few_tokens::forward(Self::OP, self, x, adapter, from, y, false, workspace)? {
+                return Ok(());
+            }
+        }
+        self.forward(x, adapter, residual, y.reborrow(), workspace).map(drop)
+    }
+
+    /// `h = silu(gate) up` of a group of gate and up in one pass, if there is a kernel that takes these arguments; says
+    /// whether. No backward follows.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn infer_swiglu(
+        &self,
+        x: View,
+        adapter: Option<&AdapterPass>,
+        h: ViewMut,
+        workspace: &Workspace,
+    ) -> Result<bool> {
+        x.expect(Self::OP, "x", x.rows(), self.inputs())?;
+        let width = self.members.first().map_or(0, |member| member.weight.rows());
+        h.expect(Self::OP, "h", x.rows(), width)?;
+        #[cfg(feature = "cuda")]
+        if self.members.len() == 2 && h.gpu().is_some() && adapter.is_none_or(|adapter| adapter.rows.is_none()) {
+            use crate::cuda::few_tokens;
+            let (x, h) = (x.cuda(Self::OP)?, h.cuda(Self::OP)?);
+            return few_tokens::forward(Self::OP, self, x, adapter, None, h, true, workspace);
+        }
+        let _ = (adapter, workspace);
+        Ok(false)
+    }
+
     /// `S` alone: all that a recomputed block needs of its last group.
     ///
     /// # Errors

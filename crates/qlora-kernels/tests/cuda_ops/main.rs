@@ -9,6 +9,7 @@ mod attention;
 mod copies;
 mod dropout;
 mod elementwise;
+mod few_tokens;
 mod frozen_linear;
 mod harness;
 mod huge;

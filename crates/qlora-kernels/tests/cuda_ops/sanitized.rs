@@ -10,7 +10,7 @@ use qlora_kernels::quant::QuantConfig;
 use qlora_kernels::sequence::Positions;
 
 use crate::harness::{Kind, Report, Side, new_gpu, number, output, plain, within};
-use crate::{attention, linear_group};
+use crate::{attention, few_tokens, linear_group};
 
 #[test]
 fn a_little_of_everything() {
@@ -49,6 +49,17 @@ fn a_little_of_everything() {
             report.compare(&device, dtype, &format!("{rows} x {cols}, gap {gap}"), |side| small(side, rows, cols, gap));
         }
     }
+    let members: &[(usize, usize, bool)] = &[(40, 4, false), (40, 3, false)];
+    for (tokens, inputs) in [(1, 64), (9, 320), (20, 320)] {
+        report.compare(&device, Dtype::Bf16, &format!("{tokens} tokens"), |side| {
+            few_tokens::products(side, QuantConfig::default(), [tokens, inputs], members)
+        });
+    }
+    let on_gpu = qlora_kernels::cuda::Gpu::of(&device).unwrap();
+    report.compare(&device, Dtype::F16, "decode", |side| {
+        let cfg = attention::config((4, 2, 64), Some(50));
+        few_tokens::step(side, &cfg, &[130, 0, 7], side.is_gpu().then_some(&*on_gpu))
+    });
     for (rows, cols) in [(3, 7), (20, 320)] {
         for double_quant in [false, true] {
             let side = Side::gpu(&device, Dtype::Bf16, 1);

@@ -1,0 +1,114 @@
+//! Generation with an 8B model on a GPU: tokens per second while decoding, and of a prompt.
+//!
+//!     cargo bench --features cuda --bench decode -- [--batch 1,8] [--prompt 128] [--new 128] [--prefill 2048] [--rank 16]
+//!         [--layers 32] [--out decode.csv] [--gpu H100] [--driver 580] [--commit abc] [--date 2026-11-22] [--profile 1]
+//!
+//! Llama-3.1-8B's shape with random weights, NF4 with double quantization, bf16, an all-linear adapter, greedy. Decoding
+//! is timed without the prompt: from the first new token to the last, each brought to the host before the next begins.
+
+#[path = "random_8b.rs"]
+mod random_8b;
+
+use std::io::Write;
+use std::time::Instant;
+
+use anyhow::Context;
+use qlora::kernels::ops::argmax;
+use qlora::kernels::quant::QuantConfig;
+use qlora::kernels::{Workspace, cuda};
+use qlora::lora::{LoraConfig, TargetModules};
+use qlora::model::{CausalLm, KvCache, LoadOptions, Quantization};
+use random_8b::{RandomWeights, llama_8b};
+
+fn main() -> anyhow::Result<()> {
+    let arguments: Vec<String> = std::env::args().collect();
+    let value = |name: &str| {
+        let at = arguments.iter().position(|argument| argument == name)?;
+        arguments.get(at + 1).cloned()
+    };
+    let number = |name: &str, default: usize| value(name).map_or(Ok(default), |text| text.parse::<usize>());
+    let device = match cuda::device(0, None) {
+        Ok(device) => device,
+        // `cargo test` starts benches too.
+        Err(error) => {
+            println!("nothing measured: {error}");
+            return Ok(());
+        }
+    };
+    let workspace = Workspace::new(&device)?;
+    let gpu = workspace.gpu().context("the device is a GPU")?.clone();
+    let (prompt, new) = (number("--prompt", 128)?, number("--new", 128)?);
+    let config = llama_8b(number("--layers", 32)?);
+    let vocab = config.vocab_size as u32;
+    let quantization = Quantization::Bits4(QuantConfig::default());
+    let options = LoadOptions { quantization, ..LoadOptions::default() };
+    let mut model = CausalLm::load_on(&RandomWeights::new(config), options, workspace.clone())?;
+    let rank = number("--rank", 16)?;
+    if rank > 0 {
+        let target_modules = TargetModules::AllLinear;
+        model.add_adapter(LoraConfig { r: rank, target_modules, ..LoraConfig::default() }, 0)?;
+    }
+    let prompt_of = |len: usize, seed: u32| -> Vec<u32> {
+        (0..len as u32).map(|i| (i.wrapping_mul(2_654_435_769).wrapping_add(seed * 7919)) % vocab).collect()
+    };
+    let mut lines = Vec::new();
+    for batch in value("--batch").unwrap_or_else(|| "1,8".into()).split(',') {
+        let batch: usize = batch.parse()?;
+        let prompts: Vec<Vec<u32>> = (0..batch).map(|seed| prompt_of(prompt, seed as u32)).collect();
+        let mut best = f64::INFINITY;
+        for _ in 0..3 {
+            let mut caches: Vec<KvCache> = (0..batch).map(|_| model.new_cache(prompt + new)).collect();
+            let step = |tokens: &[Vec<u32>], caches: &mut [KvCache]| -> anyhow::Result<Vec<Vec<u32>>> {
+                let inputs: Vec<&[u32]> = tokens.iter().map(Vec::as_slice).collect();
+                let logits = model.next_logits_batch(&inputs, &mut caches.iter_mut().collect::<Vec<_>>())?;
+                let next = argmax::rows(logits.view())?;
+                next.into_iter().map(|token| Ok(vec![token.context("no largest logit")?])).collect()
+            };
+            let mut tokens = step(&prompts, &mut caches)?;
+            let start = Instant::now();
+            for _ in 1..new {
+                tokens = step(&tokens, &mut caches)?;
+            }
+            best = best.min(start.elapsed().as_secs_f64() / (new - 1) as f64);
+            if value("--profile").is_some() {
+                let entries = gpu.profile(|| {
+                    step(&tokens, &mut caches)
+                        .map(drop)
+                        .map_err(|e| qlora::kernels::Error::invalid("step", e.to_string()))
+                })?;
+                println!("a step of batch {batch}: {:.2} ms in launches", entries.iter().map(|e| e.ms).sum::<f64>());
+                entries.iter().take(14).for_each(|e| println!("  {:8.3} ms {:5} x {}", e.ms, e.calls, e.op));
+            }
+        }
+        let rate = batch as f64 / best;
+        println!("decode batch {batch}: {rate:.1} tok/s ({:.3} ms a step)", best * 1e3);
+        lines.push(format!("decode batch {batch},{rate:.1}"));
+    }
+    let len = number("--prefill", 2048)?;
+    let text = prompt_of(len, 3);
+    let mut seconds: Vec<f64> = Vec::new();
+    for _ in 0..4 {
+        let mut cache = model.new_cache(len);
+        let start = Instant::now();
+        model.next_logits(&text, &mut cache)?;
+        seconds.push(start.elapsed().as_secs_f64());
+    }
+    seconds.sort_by(f64::total_cmp);
+    let rate = len as f64 / seconds[1];
+    println!("prefill {len}: {rate:.0} tok/s ({:.1} ms)", seconds[1] * 1e3);
+    lines.push(format!("prefill {len},{rate:.1}"));
+    println!("{:.2} GB at most", gpu.pool().peak()? as f64 / 1e9);
+    if let Some(path) = value("--out") {
+        let is_new = !std::path::Path::new(&path).exists();
+        let mut file = std::fs::OpenOptions::new().create(true).append(true).open(&path)?;
+        if is_new {
+            writeln!(file, "system,case,tok_s,gpu,driver,commit,date")?;
+        }
+        let [gpu, driver, commit, date] =
+            ["--gpu", "--driver", "--commit", "--date"].map(|name| value(name).unwrap_or_default());
+        for line in lines {
+            writeln!(file, "qlora,{line},{gpu},{driver},{commit},{date}")?;
+        }
+    }
+    Ok(())
+}
