@@ -11,10 +11,10 @@
 // level and absmax is rounded, and none of the absmax. The result is rounded once. Sums have a fixed order.
 //
 // Floor: memory, (1/2 + 1/64) bytes a weight. A block is persistent and takes tiles of 16 rows; its warps share k, each
-// the same range in all tiles, so the fragments of x are loaded once and stay in registers. Each warp has a ring of DEPTH
-// stages in shared memory for its codes (cp.async), and decodes them through a table that has a copy for every lane
-// (few_tokens.cuh), what costs one integer operation and one access a byte. The warps meet only after a batch of tiles,
-// when every thread adds up and stores one element. A warp also adds some columns of the adapter.
+// the same range in all tiles, so the fragments of x are loaded once and stay in registers. Each warp has a ring of
+// DEPTH stages in shared memory for its codes (cp.async), and decodes them through a table that has a copy for every
+// lane (few_tokens.cuh): one integer operation and one access a byte. The warps meet only after a batch of tiles, when
+// every thread adds up and stores one element. A warp also adds some columns of the adapter.
 // Behind k = 16 * KI * 256 blocks share a tile's k too; the last of them to finish adds the parts in order.
 // With gate and up, rows 0..7 of a tile are gate's and 8..15 up's, so that one warp gets both.
 

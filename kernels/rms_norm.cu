@@ -218,14 +218,16 @@ __global__ void __launch_bounds__(LARGEST_BLOCK<LANES>)
 }
 
 // How a group is shared: calls `f` with LANES, PACKS and the threads of a block. `light` is the forward without an
-// addition: it has the fewest bytes in flight, so a thread takes more of them.
-template <typename F> int with_shape(int64_t width, int n, bool vectors, bool light, F f) {
+// addition: it has the fewest bytes in flight, so a thread takes more of them. With `few` groups the card is idle and
+// latency is all: as many threads as there are accesses.
+template <typename F> int with_shape(int64_t width, int n, bool vectors, bool light, bool few, F f) {
     const int64_t packs = width / n;
     const auto threads = [&](int64_t each) { return static_cast<unsigned>(divide_up(packs, each * 32) * 32); };
     constexpr std::integral_constant<int, 0> block{};
     if (!vectors || packs > 2048) return f(block, std::integral_constant<int, 0>{}, 256u);
     if (packs <= 16) return f(std::integral_constant<int, 16>{}, std::integral_constant<int, 1>{}, 128u);
     if (packs <= 128) return f(std::integral_constant<int, 32>{}, std::integral_constant<int, 4>{}, 128u);
+    if (few && packs <= LARGEST_BLOCK<0>) return f(block, std::integral_constant<int, 1>{}, threads(1));
     if (light) return f(block, std::integral_constant<int, 8>{}, threads(8));
     return f(block, std::integral_constant<int, 4>{}, threads(4));
 }
@@ -264,7 +266,8 @@ extern "C" int qlora_rms_norm_forward(int dtype, void* x, int64_t ldx, const voi
                 xt, ldx, dt, ld_delta, weight, eps, yt, ldy, rstd, g);
             return static_cast<int>(cudaGetLastError());
         };
-        return with_shape(width, VECTOR<T>, vectors, !dt, [&](auto lanes, auto packs, unsigned threads) {
+        const bool few = rows * groups <= 64;
+        return with_shape(width, VECTOR<T>, vectors, !dt, few, [&](auto lanes, auto packs, unsigned threads) {
             const auto go = [&](auto n) {
                 if (dt) return launch(n, lanes, packs, threads, std::true_type{});
                 return launch(n, lanes, packs, threads, std::false_type{});
@@ -292,7 +295,7 @@ extern "C" int qlora_rms_norm_backward(int dtype, const void* x, int64_t ldx, co
                 xt, ldx, weight, rstd, dyt, lddy, dxt, lddx, g);
             return static_cast<int>(cudaGetLastError());
         };
-        return with_shape(width, VECTOR<T>, vectors, false, [&](auto lanes, auto packs, unsigned threads) {
+        return with_shape(width, VECTOR<T>, vectors, false, false, [&](auto lanes, auto packs, unsigned threads) {
             const auto go = [&](auto n) {
                 if (accumulate) return launch(n, lanes, packs, threads, std::true_type{});
                 return launch(n, lanes, packs, threads, std::false_type{});

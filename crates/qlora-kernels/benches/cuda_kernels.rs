@@ -107,7 +107,7 @@ fn main() -> Result<()> {
     weights(&mut bench)?;
     attentions(&mut bench)?;
     optimizer(&mut bench)?;
-    write(&bench.rows, &gpu.name())
+    write(&bench.rows, gpu.model())
 }
 
 fn ceilings(bench: &mut Bench) -> Result<()> {
@@ -203,7 +203,7 @@ fn attentions(bench: &mut Bench) -> Result<()> {
     let config = AttentionConfig { heads: 32, kv_heads: 8, head_dim: 128, scale: 128f32.powf(-0.5), window: None };
     for library in [false, true] {
         bench.gpu.attention().set_enabled(library);
-        let name = if library { "attention, cuDNN where it serves" } else { "attention" };
+        let name = if library { "attention (cuDNN where it serves)" } else { "attention" };
         for (sequences, len) in [(1, 2048), (4, 2048), (1, 8192)] {
             let tokens = sequences * len;
             let layout = SequenceLayout::from_lengths(&vec![len; sequences]);

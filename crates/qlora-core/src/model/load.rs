@@ -196,16 +196,13 @@ impl Loader<'_, '_> {
         }
     }
 
-    /// Integer weights are on the CPU only so far; a GPU's place is here.
     fn place_int(&self, weight: impl FnOnce() -> qlora_kernels::Result<QuantizedInt>) -> Result<Arc<dyn FrozenWeight>> {
+        let weight = weight()?;
         #[cfg(feature = "cuda")]
         if self.workspace.gpu().is_some() {
-            return Err(Error::Unsupported(
-                "integer weights (8-bit, INT4, GPTQ, AWQ) on a GPU: this kind is not on the GPU yet; use the CPU, or NF4"
-                    .to_owned(),
-            ));
+            return Ok(Arc::new(CudaWeight::integers(&weight, &self.workspace)?));
         }
-        Ok(Arc::new(weight()?))
+        Ok(Arc::new(weight))
     }
 
     fn place_plain(&self, weight: PlainWeight) -> Result<Arc<dyn FrozenWeight>> {

@@ -28,7 +28,7 @@ pub struct DecodeTables<'a> {
     table: Buffer,
     layers: usize,
     positions: Vec<u32>,
-    /// Rows of the smallest cache.
+    /// Rows of the largest cache: each has room for its position, which was checked.
     capacity: usize,
     width: usize,
     dtype: Dtype,
@@ -50,7 +50,7 @@ impl<'a> DecodeTables<'a> {
     pub fn new(gpu: &Arc<Gpu>, layers: Vec<Vec<[&'a mut Matrix; 2]>>, positions: &[u32]) -> Result<Self> {
         let mut addresses = [Vec::new(), Vec::new()];
         let mut first: Option<(usize, Dtype)> = None;
-        let mut capacity = usize::MAX;
+        let mut capacity = 0;
         let count = layers.len();
         for caches in layers {
             if caches.len() != positions.len() {
@@ -68,7 +68,7 @@ impl<'a> DecodeTables<'a> {
                     if position as usize >= rows {
                         return Err(Error::invalid(OP, format!("position {position} in a cache of {rows} tokens")));
                     }
-                    capacity = capacity.min(rows);
+                    capacity = capacity.max(rows);
                     addresses.push(view.ptr());
                 }
             }

@@ -337,6 +337,26 @@ unsafe extern "C" {
         cols: i64,
         stream: Stream,
     ) -> c_int;
+    pub(super) fn qlora_dequantize_int(
+        out_dtype: c_int,
+        bits: c_int,
+        is_signed: c_int,
+        codes: *const u8,
+        scale: *const f32,
+        zero: *const f32,
+        groups: i64,
+        group_size: i64,
+        group_of: *const u16,
+        outlier_cols: *const u32,
+        outliers: Ptr,
+        outlier_count: i64,
+        out: PtrMut,
+        ldo: i64,
+        first_row: i64,
+        rows: i64,
+        cols: i64,
+        stream: Stream,
+    ) -> c_int;
     pub(super) fn qlora_quantize_4bit(
         in_dtype: c_int,
         input: Ptr,

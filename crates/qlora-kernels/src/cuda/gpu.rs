@@ -156,7 +156,12 @@ impl Gpu {
         self.this.upgrade().expect("a GPU only exists behind an Arc")
     }
 
-    /// What the GPU is called.
+    /// The model of the GPU, as the driver calls it.
+    pub fn model(&self) -> &str {
+        &self.name
+    }
+
+    /// What the GPU is called, with its number.
     pub fn name(&self) -> String {
         format!("cuda:{} ({})", self.stream.context().ordinal(), self.name)
     }

@@ -26,6 +26,7 @@ pub mod decode;
 pub(crate) mod few_tokens;
 mod ffi;
 mod gpu;
+mod int_weight;
 pub(crate) mod linear;
 pub(crate) mod linear_group;
 pub(crate) mod loss;

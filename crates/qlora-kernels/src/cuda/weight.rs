@@ -7,15 +7,16 @@ use std::sync::Arc;
 use super::buffer::Buffer;
 use super::ffi;
 use super::gpu::Gpu;
+use super::int_weight::DeviceInt;
 use super::view::{CudaView, CudaViewMut};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Workspace};
-use crate::quant::{Absmax, NestedAbsmax, Parts, QuantConfig, QuantType, Quantized4bit};
+use crate::quant::{Absmax, IntParts, NestedAbsmax, Parts, QuantConfig, QuantType, Quantized4bit, QuantizedInt};
 use crate::view::{View, ViewMut};
 use crate::weight::{FrozenWeight, PlainData, PlainWeight};
 
-/// A frozen weight `[rows, cols]` on a GPU, plain or in 4 bits.
+/// A frozen weight `[rows, cols]` on a GPU: plain, in 4 bits, or in integers.
 #[derive(Debug)]
 pub struct CudaWeight {
     data: Data,
@@ -26,6 +27,7 @@ pub struct CudaWeight {
 enum Data {
     Plain { buffer: Buffer, dtype: Dtype },
     Bits4(Box<Bits4>),
+    Int(Box<DeviceInt>),
 }
 
 /// As [`Parts`], in device memory.
@@ -85,6 +87,17 @@ impl CudaWeight {
         let bits4 =
             Bits4 { codes, absmax: upload_absmax(gpu, absmax)?, quant_type: *quant_type, blocksize: *blocksize };
         Ok(Self { data: Data::Bits4(Box::new(bits4)), rows: *rows, cols: *cols })
+    }
+
+    /// Copies an integer weight. Its products use the dequantized weight: inputs are not rounded to 8 bits as
+    /// bitsandbytes' LLM.int8 and the CPU do it.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    pub fn integers(weight: &QuantizedInt, workspace: &Workspace) -> Result<Self> {
+        let gpu = gpu_of(workspace)?;
+        let IntParts { rows, cols, .. } = *weight.parts();
+        Ok(Self { data: Data::Int(Box::new(DeviceInt::new(gpu, weight)?)), rows, cols })
     }
 
     /// Quantizes on the GPU: the same bytes as [`Quantized4bit::quantize`]. (The absmax values are doubly quantized on
@@ -159,7 +172,7 @@ impl CudaWeight {
                 // SAFETY: the buffer has rows * cols elements.
                 Some(unsafe { CudaView::of_buffer(buffer, *dtype, [self.rows, self.cols], self.cols, 0) })
             }
-            Data::Bits4(_) => None,
+            Data::Bits4(_) | Data::Int(_) => None,
         }
     }
 
@@ -205,6 +218,7 @@ impl CudaWeight {
                 let whole = self.plain_view().expect("it is plain");
                 return super::ops::cast(whole.slice_rows(first_row..first_row + out.rows()), out);
             }
+            Data::Int(int) => return int.dequantize_into(first_row, out),
             Data::Bits4(bits4) => bits4,
         };
         let null = std::ptr::null::<u8>();
@@ -244,6 +258,7 @@ impl CudaWeight {
         match &self.data {
             Data::Plain { buffer, .. } => buffer.gpu(),
             Data::Bits4(bits4) => bits4.codes.gpu(),
+            Data::Int(int) => int.gpu(),
         }
     }
 
@@ -302,6 +317,7 @@ impl FrozenWeight for CudaWeight {
     fn bytes(&self) -> usize {
         match &self.data {
             Data::Plain { buffer, .. } => buffer.bytes(),
+            Data::Int(int) => int.bytes(),
             Data::Bits4(bits4) => {
                 bits4.codes.bytes()
                     + match &bits4.absmax {
@@ -367,6 +383,7 @@ impl fmt::Debug for Data {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Plain { dtype, .. } => f.write_str(dtype.name()),
+            Self::Int(int) => write!(f, "{int:?}"),
             Self::Bits4(bits4) => write!(f, "{}, blocksize {}", bits4.quant_type, bits4.blocksize),
         }
     }

@@ -1,7 +1,7 @@
 //! 4-bit weights: quantized on the GPU with the CPU's bytes, dequantized with the CPU's bits.
 
 use qlora_kernels::cuda::CudaWeight;
-use qlora_kernels::quant::{BLOCKSIZES, QuantConfig, QuantType, Quantized4bit};
+use qlora_kernels::quant::{BLOCKSIZES, IntBits, IntConfig, QuantConfig, QuantType, Quantized4bit, QuantizedInt};
 use qlora_kernels::weight::FrozenWeight;
 use qlora_kernels::{Dtype, Workspace};
 use rand::{RngExt, SeedableRng};
@@ -139,4 +139,46 @@ fn values_that_cannot_be_quantized_are_named_as_on_the_cpu() {
     assert!(error.contains("blocksize 48 is not one of"), "{error}");
     let error = CudaWeight::quantize(&data, 2, 4, &QuantConfig::default(), &workspace).unwrap_err().to_string();
     assert_eq!(error, "quantize_4bit: got 6 elements for 2 x 4");
+}
+
+#[test]
+fn integer_weights_have_the_values_of_the_cpu() {
+    let Some(device) = gpu() else { return };
+    let workspace = Workspace::poisoned_on(&device, Dtype::Bf16).unwrap();
+    let mut cases = 0;
+    for (rows, cols) in [(33, 128), (40, 96), (7, 35), (64, 1024)] {
+        let data = plain(&values(rows * cols, false, 9), Dtype::Bf16);
+        let mut weights = vec![
+            QuantizedInt::llm_int8(&data, rows, cols, 6.0, &[]).unwrap(),
+            QuantizedInt::llm_int8(&data, rows, cols, 6.0, &[0, 5, cols as u32 - 1]).unwrap(),
+        ];
+        for bits in [IntBits::Four, IntBits::Eight] {
+            for group_size in [16, 32, cols] {
+                for zero_point in [false, true] {
+                    let config = IntConfig { bits, group_size: Some(group_size), zero_point };
+                    let Ok(weight) = QuantizedInt::quantize(&data, rows, cols, &config) else { continue };
+                    let groups = weight.groups();
+                    let mut parts = weight.parts().clone();
+                    parts.group_of = Some((0..cols).map(|col| (col * 7 % groups) as u16).collect());
+                    weights.extend([weight, QuantizedInt::from_parts(parts).unwrap()]);
+                }
+            }
+        }
+        for weight in weights {
+            let on_gpu = CudaWeight::integers(&weight, &workspace).unwrap();
+            assert!(on_gpu.bytes() >= weight.parts().codes.len());
+            let (mut want, mut got) = (vec![f32::NAN; rows * cols], vec![f32::NAN; rows * cols]);
+            weight.dequantize_rows(0..rows, &mut want);
+            on_gpu.dequantize_rows(0..rows, &mut got);
+            let differ = want.iter().zip(&got).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+            assert_eq!(differ, 0, "{rows}x{cols} {weight:?}");
+            let mut half = workspace.matrix(rows, cols).unwrap();
+            on_gpu.dequantize(half.view_mut()).unwrap();
+            let rounded: Vec<f32> = want.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect();
+            assert_eq!(half.to_vec().unwrap(), rounded, "{rows}x{cols} {weight:?} in bf16");
+            cases += 1;
+        }
+    }
+    println!("integer weights: {cases} cases, no bit differs");
+    assert!(cases > 40);
 }
