@@ -66,6 +66,9 @@ fn main() -> anyhow::Result<()> {
         None => eprintln!("training on the CPU: there is no memory plan"),
     }
     if args.dry_run {
+        if let Some(tokens) = session.longest_sequence()? {
+            eprintln!("the longest single sequence that fits: {tokens} tokens");
+        }
         return Ok(());
     }
     let output = config.training.output_dir.clone();

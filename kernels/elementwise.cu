@@ -1,4 +1,4 @@
-// Elementwise operations on matrices [rows, cols] with strides: conversion, sum, bias, fill; and a flat axpy.
+// Elementwise operations on matrices [rows, cols] with strides: conversion, sum, bias, fill.
 //
 // Floor: memory; 16-byte accesses where pointers, strides and columns allow them.
 
@@ -63,21 +63,6 @@ template <typename T, int N> struct Fill {
     }
 };
 
-template <int N> struct Axpy {
-    float a;
-    const float* x;
-    float* y;
-
-    __device__ void operator()(int64_t, int64_t i) const {
-        float xs[N], ys[N];
-        load_floats(x + i, xs);
-        load_floats(y + i, ys);
-#pragma unroll
-        for (int k = 0; k < N; k++) ys[k] += a * xs[k];
-        store_floats(y + i, ys);
-    }
-};
-
 }  // namespace
 
 // out = in, converted.
@@ -139,12 +124,4 @@ extern "C" int qlora_fill(int dtype, void* y, int64_t ldy, int64_t rows, int64_t
         }
         return for_each_pack<1>(rows, cols, Fill<T, 1>{yt, ldy, value}, stream);
     });
-}
-
-// y += a * x over n floats.
-extern "C" int qlora_axpy_f32(float a, const float* x, float* y, int64_t n, cudaStream_t stream) {
-    const int64_t body = allows_vectors(x, 0, 0, 4) && allows_vectors(y, 0, 0, 4) ? n / 4 * 4 : 0;
-    const int error = for_each_pack<4>(1, body, Axpy<4>{a, x, y}, stream);
-    if (error != cudaSuccess) return error;
-    return for_each_pack<1>(1, n - body, Axpy<1>{a, x + body, y + body}, stream);
 }

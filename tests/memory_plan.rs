@@ -79,6 +79,20 @@ fn no_plan_takes_more_host_memory_than_there_is() {
 }
 
 #[test]
+fn the_longest_sequence_is_found() {
+    let model = model();
+    let planner_of = |tokens| Ok(planner(&model, tokens));
+    let budget = planner(&model, 5000).leanest().peak;
+    let longest = Planner::longest_sequence(100_000, budget, planner_of).unwrap();
+    // More tokens never take less; peaks grow in steps where pieces are rounded up.
+    assert!((4936..6400).contains(&longest), "{longest}");
+    assert!(planner(&model, longest).leanest().peak <= budget);
+    assert!(planner(&model, longest + 64).leanest().peak > budget);
+    assert_eq!(Planner::longest_sequence(3000, budget, planner_of).unwrap(), 3000);
+    assert_eq!(Planner::longest_sequence(3000, 1, planner_of).unwrap(), 0);
+}
+
+#[test]
 fn longer_batches_and_larger_workspaces_take_more() {
     let model = model();
     let peak = |tokens| planner(&model, tokens).leanest().peak;

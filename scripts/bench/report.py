@@ -3,15 +3,16 @@
 
     python3 report.py [--check] [--root REPOSITORY]
 
-Reads benches/results/train_step.csv and kernels.csv, whose first lines are
+Reads benches/results/train_step.csv, kernels.csv and decode.csv, whose first lines are
 
     system,case,mode,tok_s,peak_gb,gpu,driver,commit,date,targets,rank
     system,kernel,shape,time_us,rate,unit,floor_share,gpu,driver,commit,date
+    system,case,tok_s,gpu,driver,commit,date
 
 and replaces what stands between `<!-- bench:start -->` and `<!-- bench:end -->` in README.md. Where a system was
 measured several times in the same case, the last line counts. The peer of a row is the one with the most tokens per
 second (for a kernel: the shortest time) on the same card. The same input gives the same bytes; `--check` writes
-nothing and fails when a file is not what would be written. A missing kernels.csv means no table of kernels.
+nothing and fails when a file is not what would be written. A missing kernels.csv or decode.csv means no such table.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 STEP = ["system", "case", "mode", "tok_s", "peak_gb", "gpu", "driver", "commit", "date", "targets", "rank"]
+DECODE = ["system", "case", "tok_s", "gpu", "driver", "commit", "date"]
 KERNEL = ["system", "kernel", "shape", "time_us", "rate", "unit", "floor_share", "gpu", "driver", "commit", "date"]
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 OURS = "qlora"
@@ -192,13 +194,27 @@ def svg(pairs) -> str:
     return "\n".join(out) + "\n</svg>\n"
 
 
-def block(steps, kernels) -> str:
+def decode_table(pairs) -> list[str]:
+    cells = []
+    for row, peer in pairs:
+        line = [row["case"], f"{row['tok_s']:,.0f}"]
+        if peer:
+            line += [f"{peer['tok_s']:,.1f}", f"{row['tok_s'] / peer['tok_s']:.1f}x", peer["system"]]
+        else:
+            line += ["", "", "not measured"]
+        cells.append(line)
+    text = table(["case", "qlora, tokens/s", "best peer, tokens/s", "speed", "best peer"], cells, 1)
+    text[1] = text[1].rsplit("|", 2)[0] + "|---|"
+    return text
+
+
+def block(steps, decode, kernels) -> str:
     lines = [
         "One training step of an 8B model (Llama 3.1's shape, random weights): NF4 with double quantization, bf16,",
         "AdamW with f32 state; a case is sequences x tokens, without padding, loss over all tokens. `free` may use the",
-        "whole card, `lean` saves memory. Median of 5 steps (1x5120: of 2; 1x81920: a single step without warm-up); GB is",
-        "the peak in use over 1e9, weights included.",
-        "The peer is the fastest one measured in the case.",
+        "whole card, `lean` saves memory, `lean+` also has 8-bit moments and the embedding in host memory, `plan` is what the",
+        "planner chose for a pool of 8 or (1x112640) 24 GiB. Median of 5 steps (1x5120, 1x10240: of 2 or 3; the longest two: a single",
+        "step without warm-up); GB is the peak in use over 1e9, weights included. The peer is the fastest one measured in the case.",
         "",
         f"![Training speed and memory, qlora and the fastest peer]({PICTURE})",
         "",
@@ -206,6 +222,15 @@ def block(steps, kernels) -> str:
         "",
         f"Measured on {where(steps)} ([raw results](benches/results/train_step.csv)).",
     ]
+    if decode:
+        lines += [
+            "",
+            "Generation with the same model and an adapter of rank 16 on all linear layers, greedy, after a prompt of 128 tokens:",
+            "",
+            *decode_table(decode),
+            "",
+            f"Measured on {where(decode)} ([raw results](benches/results/decode.csv)).",
+        ]
     if kernels:
         lines += [
             "",
@@ -232,6 +257,9 @@ def main() -> None:
     if not steps:
         sys.exit(f"{results / 'train_step.csv'}: no line of {OURS}")
     steps.sort(key=step_order)
+    decode = []
+    if (results / "decode.csv").exists():
+        decode = paired(read(results / "decode.csv", DECODE, ["tok_s"]), ["gpu", "case"], fastest_step)
     kernels = []
     if (results / "kernels.csv").exists():
         rows = read(results / "kernels.csv", KERNEL, ["time_us", "rate", "floor_share"])
@@ -243,7 +271,7 @@ def main() -> None:
         sys.exit(f"{readme}: needs one line {START} and, after it, one line {END}")
     before, rest = text.split(START)
     after = rest.split(END)[1]
-    wanted = {readme: f"{before}{START}\n{block(steps, kernels)}\n{END}{after}", args.root / PICTURE: svg(steps)}
+    wanted = {readme: f"{before}{START}\n{block(steps, decode, kernels)}\n{END}{after}", args.root / PICTURE: svg(steps)}
     stale = [path for path, new in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != new]
     if args.check:
         for path in stale:

@@ -126,10 +126,7 @@ impl Session {
             let longest = (0..training.len()).map(|i| training.document_len(i)).max().unwrap_or(0);
             let longest = if self.config.data.packing { self.config.data.max_length } else { longest };
             let batch = BatchShape::uniform(options.per_device_train_batch_size, longest);
-            // The adapter's values are there already.
-            let trainable = self.model.adapter().map_or(0, |adapter| adapter.layout().len());
-            let state = crate::optimizer::Optimizer::bytes_for(options, trainable);
-            let planner = Planner::on_gpu(&self.model, batch, state as u64)?;
+            let planner = Planner::on_gpu(&self.model, batch, self.optimizer_bytes())?;
             let budget = gpu.pool().plannable(options.memory_budget.map(|budget| (budget * 1e9) as u64))?;
             let plan = match options.gradient_checkpointing {
                 true => planner.plan_recomputing(budget)?,
@@ -141,6 +138,30 @@ impl Session {
         }
         let _ = training;
         Ok(None)
+    }
+
+    /// The longest single sequence that a step fits into the memory there is, with the leanest plan; none on the CPU.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn longest_sequence(&self) -> Result<Option<usize>> {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = self.model.workspace().gpu() {
+            let options = &self.config.training;
+            let budget = gpu.pool().plannable(options.memory_budget.map(|budget| (budget * 1e9) as u64))?;
+            let state = self.optimizer_bytes();
+            let planner_of = |tokens: usize| Planner::on_gpu(&self.model, BatchShape::uniform(1, tokens), state);
+            let limit = self.model.config().max_position_embeddings;
+            return Ok(Some(Planner::longest_sequence(limit, budget, planner_of)?));
+        }
+        Ok(None)
+    }
+
+    /// Gradient and moments, which are not there yet; the adapter's values are.
+    #[cfg(feature = "cuda")]
+    fn optimizer_bytes(&self) -> u64 {
+        let trainable = self.model.adapter().map_or(0, |adapter| adapter.layout().len());
+        crate::optimizer::Optimizer::bytes_for(&self.config.training, trainable) as u64
     }
 
     /// A run over these data, planned for the memory there is.

@@ -72,8 +72,8 @@ pub struct Pass<'a> {
 
 impl Pass<'_> {
     /// The same pass for the batch's rows from `row` on, for what looks at no other row.
-    pub(super) fn from_row(self, row: usize) -> Self {
-        Self { adapter: self.adapter.map(|adapter| adapter.from_row(row)), ..self }
+    pub(super) fn at_row(self, row: usize) -> Self {
+        Self { adapter: self.adapter.map(|adapter| adapter.at_row(row)), ..self }
     }
 }
 

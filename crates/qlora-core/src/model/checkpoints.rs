@@ -3,9 +3,12 @@
 //! What a block kept may be offloaded: its large matrices then move to pinned host memory while the next block runs, and
 //! come back while the block above runs its backward.
 
+#[cfg(feature = "cuda")]
+use std::sync::Arc;
+
 use qlora_kernels::Workspace;
 #[cfg(feature = "cuda")]
-use qlora_kernels::cuda::{Arriving, Leaving, Offloaded};
+use qlora_kernels::cuda::{Arriving, Gpu, Leaving, Offloaded};
 
 use super::block::{Keep, Saved};
 use crate::error::Result;
@@ -44,20 +47,25 @@ impl Checkpoints {
         // The block above the one that left has run: its copy is done, or nearly.
         self.settle()?;
         #[cfg(feature = "cuda")]
-        if let (true, Some(gpu)) = (keep.is_offloaded(), workspace.gpu()) {
-            if let Some(mut saved) = saved {
-                let mut offloaded = Vec::new();
-                for matrix in saved.large() {
-                    let (there, leaving) = gpu.offload(std::mem::replace(matrix, workspace.matrix(0, 0)?))?;
-                    self.leaving.push(leaving);
-                    offloaded.push(there);
-                }
-                self.entries.push(Some(Entry::Offloaded(saved, offloaded)));
-                return Ok(());
-            }
-        }
+        let saved = match (workspace.gpu(), saved) {
+            (Some(gpu), Some(saved)) if keep.is_offloaded() => return self.offload(saved, gpu, workspace),
+            (_, saved) => saved,
+        };
         let _ = (keep, workspace);
         self.entries.push(saved.map(Entry::Here));
+        Ok(())
+    }
+
+    /// Starts to copy the large matrices to the host.
+    #[cfg(feature = "cuda")]
+    fn offload(&mut self, mut saved: Saved, gpu: &Arc<Gpu>, workspace: &Workspace) -> Result<()> {
+        let mut offloaded = Vec::new();
+        for matrix in saved.large() {
+            let (there, leaving) = gpu.offload(std::mem::replace(matrix, workspace.matrix(0, 0)?))?;
+            self.leaving.push(leaving);
+            offloaded.push(there);
+        }
+        self.entries.push(Some(Entry::Offloaded(saved, offloaded)));
         Ok(())
     }
 

@@ -45,7 +45,7 @@ impl Block {
         let by_rows = pass.adapter.is_some_and(|adapter| adapter.rows.is_some());
         let step = if by_rows { None } else { self.policy.mlp_rows() };
         for rows in pieces(mid.rows(), step) {
-            let (mid, pass) = (mid.slice_rows(rows.clone()), pass.from_row(rows.start));
+            let (mid, pass) = (mid.slice_rows(rows.clone()), pass.at_row(rows.start));
             let MlpSaved { gate_up, .. } = self.mlp_to_gate_up(mid, &pass)?;
             let mut h = self.mlp_hidden(&gate_up, pass.workspace)?;
             drop(gate_up);
@@ -72,7 +72,7 @@ impl Block {
         let _shared = self.policy.share_mlp(mid.rows(), true);
         for rows in pieces(mid.rows(), self.policy.mlp_rows()) {
             let (mid, dy) = (mid.slice_rows(rows.clone()), dy.reborrow().slice_rows(rows.clone()));
-            let pass = pass.from_row(rows.start);
+            let pass = pass.at_row(rows.start);
             let saved = self.mlp_to_gate_up(mid, &pass)?;
             self.backward_mlp_piece(mid, saved, dy, &pass, gradient.reborrow())?;
         }

@@ -223,6 +223,25 @@ impl Planner {
         self.fastest(budget, 0)
     }
 
+    /// The longest single sequence, up to `limit` tokens, whose leanest plan fits `budget` bytes; 0 if none does.
+    /// `planner_of` makes the planner for a length. Exact to 64 tokens.
+    ///
+    /// # Errors
+    /// Whatever `planner_of` returns.
+    pub fn longest_sequence(limit: usize, budget: u64, planner_of: impl Fn(usize) -> Result<Self>) -> Result<usize> {
+        const STEP: usize = 64;
+        let fits = |tokens: usize| Ok::<_, Error>(planner_of(tokens)?.leanest().peak <= budget);
+        if fits(limit)? {
+            return Ok(limit);
+        }
+        let (mut fitting, mut too_long) = (0, limit.div_ceil(STEP));
+        while too_long - fitting > 1 {
+            let middle = (fitting + too_long) / 2;
+            if fits(middle * STEP)? { fitting = middle } else { too_long = middle }
+        }
+        Ok(fitting * STEP)
+    }
+
     /// The plan that needs the least memory, whatever the budget.
     pub fn leanest(&self) -> MemoryPlan {
         let allowed = self.handlings().filter(|choice| self.pinned(choice) <= self.host);

@@ -124,7 +124,7 @@ mod tests {
 
     #[test]
     fn pieces_cover_a_batch_once() {
-        assert_eq!(pieces(7, None).collect::<Vec<_>>(), [0..7]);
+        assert!(pieces(7, None).eq(std::iter::once(0..7)));
         assert_eq!(pieces(7, Some(3)).collect::<Vec<_>>(), [0..3, 3..6, 6..7]);
         assert_eq!(pieces(0, Some(3)).count() + pieces(0, None).count(), 0);
     }

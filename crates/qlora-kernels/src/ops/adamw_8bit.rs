@@ -169,13 +169,12 @@ pub fn step<'a>(
     let len = param.rows() * param.cols();
     Error::check_shape(OP, "grad", &[grad.rows() * grad.cols()], &[len])?;
     Error::check_shape(OP, "the moments", &[moments.len], &[len])?;
-    let moments = match &mut moments.storage {
-        Storage::Host(moments) => moments,
-        #[cfg(feature = "cuda")]
-        Storage::Cuda(moments) => {
-            return crate::cuda::optimizer::adamw_8bit(OP, config, step, grad_scale, param, grad, moments);
-        }
-    };
+    #[cfg(feature = "cuda")]
+    if let Storage::Cuda(moments) = &mut moments.storage {
+        return crate::cuda::optimizer::adamw_8bit(OP, config, step, grad_scale, param, grad, moments);
+    }
+    #[cfg_attr(not(feature = "cuda"), allow(irrefutable_let_patterns, reason = "one kind on the CPU"))]
+    let Storage::Host(moments) = &mut moments.storage else { unreachable!("the other kind returned above") };
     let (mut param, grad) = (param.host(OP)?, grad.host(OP)?);
     let gaps = || Error::invalid(OP, "a buffer has gaps between its elements");
     let (param, grad) = (param.as_mut_slice().ok_or_else(gaps)?, grad.as_slice().ok_or_else(gaps)?);

@@ -63,7 +63,7 @@ impl Mask {
 
 impl Dropout {
     /// The same mask for the rows from `row` on.
-    pub fn from_row(self, row: usize) -> Self {
+    pub fn at_row(self, row: usize) -> Self {
         Self { first_row: self.first_row + row, ..self }
     }
 
@@ -143,7 +143,7 @@ mod tests {
             let cut = rows / 2;
             forward(&dropout, source.view().slice_rows(0..cut), y.view_mut().slice_rows(0..cut)).unwrap();
             let rest = y.view_mut().slice_rows(cut..rows);
-            forward(&dropout.from_row(cut), source.view().slice_rows(cut..rows), rest).unwrap();
+            forward(&dropout.at_row(cut), source.view().slice_rows(cut..rows), rest).unwrap();
             let scale = 1.0 / (1.0 - 0.3f32);
             let want: Vec<f32> =
                 x.iter().zip(0..).map(|(x, i)| if dropout.keeps(i) { x * scale } else { 0.0 }).collect();

@@ -101,7 +101,7 @@ impl<'a> AdapterPass<'a> {
     }
 
     /// The same pass for the rows from `row` on.
-    pub fn from_row(self, row: usize) -> Self {
+    pub fn at_row(self, row: usize) -> Self {
         Self { first_row: self.first_row + row, ..self }
     }
 }

@@ -66,7 +66,7 @@ pub fn shrink(x: View, a: View, dropout: Option<Dropout>, mut s: ViewMut, worksp
             let mut buffer = workspace.matrix(tile_rows(x.cols()).min(x.rows()), x.cols())?;
             for rows in tiles(x.rows(), x.cols()) {
                 let mut tile = buffer.view_mut().slice_rows(0..rows.len());
-                dropout::forward(&dropout.from_row(rows.start), x.slice_rows(rows.clone()), tile.reborrow())?;
+                dropout::forward(&dropout.at_row(rows.start), x.slice_rows(rows.clone()), tile.reborrow())?;
                 matmul::nt(tile.as_view(), a, s.reborrow().slice_rows(rows), 1.0, 0.0)?;
             }
         }
@@ -130,7 +130,7 @@ pub fn backward_input(
     for rows in tiles(tokens, inputs) {
         let mut tile = buffer.view_mut().slice_rows(0..rows.len());
         matmul::nn(ds.as_view().slice_rows(rows.clone()), a, tile.reborrow(), 1.0, 0.0)?;
-        dropout::backward(&dropout.from_row(rows.start), tile.as_view(), dx.reborrow().slice_rows(rows))?;
+        dropout::backward(&dropout.at_row(rows.start), tile.as_view(), dx.reborrow().slice_rows(rows))?;
     }
     Ok(())
 }
@@ -163,7 +163,7 @@ pub fn backward_adapter(
     let mut buffer = workspace.matrix(tile_rows(inputs).min(tokens), inputs)?;
     for rows in tiles(tokens, inputs) {
         let mut tile = buffer.view_mut().slice_rows(0..rows.len());
-        dropout::forward(&dropout.from_row(rows.start), x.slice_rows(rows.clone()), tile.reborrow())?;
+        dropout::forward(&dropout.at_row(rows.start), x.slice_rows(rows.clone()), tile.reborrow())?;
         matmul::tn(ds.slice_rows(rows), tile.as_view(), da.reborrow(), 1.0, 1.0)?;
     }
     Ok(())

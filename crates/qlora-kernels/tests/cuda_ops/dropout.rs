@@ -19,11 +19,11 @@ fn the_mask_is_that_of_the_cpu() {
                         let label = format!("{rows} x {cols}, gap {gap}, p {p}, from row {first_row}");
                         report.compare(&device, dtype, &label, |side| {
                             let (x, mut y) = (side.input(rows, cols, gap), side.output(rows, cols, gap));
-                            dropout::forward(&mask.from_row(first_row), x.view(), y.view_mut())?;
+                            dropout::forward(&mask.at_row(first_row), x.view(), y.view_mut())?;
                             let y = y.to_vec();
                             let kept = y.iter().map(|&y| if y == 0.0 { 0.0 } else { 1.0 }).collect();
                             let mut dx = side.input(rows, cols, gap);
-                            dropout::backward(&mask.from_row(first_row), x.view(), dx.view_mut())?;
+                            dropout::backward(&mask.at_row(first_row), x.view(), dx.view_mut())?;
                             // The CPU's f32 rounded to the type: one product, one rounding, the same bits.
                             let rounded = y.iter().map(|&y| round(y, dtype)).collect();
                             Ok(vec![within("mask", 0.0, kept), within("y", 0.0, rounded), output("dx +=", dx.to_vec())])
