@@ -11,7 +11,7 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use qlora::batch::Batch;
 use qlora::kernels::Dtype;
-use qlora::kernels::quant::{QuantConfig, QuantType};
+use qlora::kernels::quant::{IntBits, IntConfig, QuantConfig, QuantType};
 use qlora::lora::linear_modules;
 use qlora::model::{CausalLm, DeviceChoice, LoadOptions, Quantization};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
@@ -49,8 +49,11 @@ fn kinds() -> Vec<(&'static str, Quantization)> {
     let bits4 = |quant_type, double_quant| {
         Quantization::Bits4(QuantConfig { quant_type, double_quant, ..QuantConfig::default() })
     };
+    let int4 = IntConfig { bits: IntBits::Four, group_size: Some(64), zero_point: true };
     vec![
         ("none", Quantization::None),
+        ("LLM.int8", Quantization::Int8),
+        ("INT4, groups of 64", Quantization::Int(int4)),
         ("FP4", bits4(QuantType::Fp4, false)),
         ("NF4", bits4(QuantType::Nf4, false)),
         ("NF4 + double", bits4(QuantType::Nf4, true)),
@@ -83,14 +86,14 @@ fn main() -> anyhow::Result<()> {
     ensure!(tokens.len() >= 2 && args.window >= 2, "a text and a window of at least two tokens are needed");
     println!("{}: {} tokens of text in pieces of {}\n", files.name, tokens.len(), args.window);
     println!(
-        "{:14} {:>9} {:>7} {:>9} {:>11} {:>14} {:>14}",
+        "{:18} {:>9} {:>7} {:>9} {:>11} {:>14} {:>14}",
         "", "MB", "bits", "error", "perplexity", "reads tokens/s", "writes tokens/s"
     );
     let mut rows = Vec::new();
     for (name, quantization) in kinds() {
         let row = measure(&args, &files, &tokens, name, quantization)?;
         println!(
-            "{name:14} {:>9.1} {:>7.3} {:>9} {:>11.3} {:>14.1} {:>14.1}",
+            "{name:18} {:>9.1} {:>7.3} {:>9} {:>11.3} {:>14.1} {:>14.1}",
             row.bytes as f64 / 1e6,
             row.bits,
             row.error.map_or("-".to_owned(), |error| format!("{:.3}%", 100.0 * error)),
