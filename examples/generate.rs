@@ -2,22 +2,25 @@
 //!
 //!     cargo run --release --example generate -- --model MODEL --adapter output/adapter "Where is Rome?"
 //!
-//! With `--adapter` given several times as NAME=ADAPTER, `--with NAME` chooses one; `--with all` answers with the base and with every
+//! Without a prompt a chat begins; `--batch prompts.jsonl --output answers.jsonl` answers a file. With `--adapter` given several times as NAME=ADAPTER, `--with NAME` chooses one; `--with all` answers with the base and with every
 //! adapter, in one batch.
 
 use std::io::Write;
 use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
 use qlora::chat::{Message, TemplateArguments};
-use qlora::generate::{generate, generate_batch_with};
+use qlora::generate::{generate, generate_batch, generate_batch_with};
+use qlora::inspect::kv_cache_bytes;
 use qlora::kernels::Dtype;
 use qlora::kernels::quant::QuantConfig;
 use qlora::model::{AdapterChoice, CausalLm, DeviceChoice, LoadOptions, Quantization};
-use qlora::open::{OpenOptions, open_model};
-use qlora::sampling::GenerationConfig;
+use qlora::open::{ModelFiles, OpenOptions, open_model};
+use qlora::sampling::{GenerationConfig, StopStrings};
 
 /// Generates text.
 #[derive(Parser)]
@@ -61,8 +64,20 @@ struct Args {
     /// Seed of the sampling.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// What the user says.
-    prompt: String,
+    /// Ends the answer as soon as it occurs; may be given several times.
+    #[arg(long)]
+    stop: Vec<String>,
+    /// Answers every line of a JSONL file: {"prompt": "..."} or {"messages": [...]}.
+    #[arg(long, conflicts_with = "prompt", requires = "output")]
+    batch: Option<PathBuf>,
+    /// Where the answers of --batch go: the same lines with "completion".
+    #[arg(long)]
+    output: Option<PathBuf>,
+    /// Lines of --batch that are answered together.
+    #[arg(long, default_value_t = 8)]
+    batch_size: usize,
+    /// What the user says. Without it (and without --batch) a chat on the terminal begins.
+    prompt: Option<String>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -89,15 +104,6 @@ fn main() -> anyhow::Result<()> {
         None => names.first().map_or(Ok(()), |name| model.activate_adapter(name))?,
     }
 
-    let prompt = if args.raw {
-        files.tokenizer.encode(&args.prompt, true)?
-    } else {
-        let template = files.chat_template.as_ref().context("the model has no chat template: use --raw")?;
-        let messages: Vec<Message> =
-            args.system.iter().map(Message::system).chain([Message::user(&args.prompt)]).collect();
-        let text = template.render(&messages, true, &TemplateArguments::new())?;
-        files.tokenizer.encode(&text, false)?
-    };
     let config = GenerationConfig {
         max_new_tokens: args.max_new_tokens,
         temperature: (args.temperature > 0.0).then_some(args.temperature),
@@ -106,38 +112,137 @@ fn main() -> anyhow::Result<()> {
         repetition_penalty: args.repetition_penalty,
         seed: args.seed,
         stop_tokens: files.generation.eos_token_ids.clone(),
+        stop_strings: args.stop.clone(),
         ..GenerationConfig::default()
     };
+    let talk = Talk { model: &model, files: &files, config, raw: args.raw };
+    let system: Vec<Message> = args.system.iter().map(Message::system).collect();
+    if let (Some(input), Some(output)) = (&args.batch, &args.output) {
+        return talk.answer_file(input, output, &system, args.batch_size.max(1));
+    }
+    let Some(prompt) = &args.prompt else { return talk.chat(system) };
+    let prompt = talk.encode(&[system, vec![Message::user(prompt)]].concat(), Some(prompt))?;
 
     if args.with.as_deref() == Some("all") {
         let choices: Vec<AdapterChoice> =
             [AdapterChoice::Base].into_iter().chain(names.iter().map(|name| AdapterChoice::Named(name))).collect();
-        let answers = generate_batch_with(&model, &vec![prompt.as_slice(); choices.len()], &config, &choices)?;
+        let answers = generate_batch_with(&model, &vec![prompt.as_slice(); choices.len()], &talk.config, &choices)?;
         for (name, answer) in ["base"].iter().chain(&names).zip(answers) {
             println!("[{name}] {}", files.tokenizer.decode(&answer.tokens, true)?);
         }
         return Ok(());
     }
 
-    let start = Instant::now();
-    let mut text = files.tokenizer.decode_stream(true);
-    let mut failure = None;
-    let answer = generate(&model, &prompt, &config, |token| match text.push(token) {
-        Ok(piece) => {
-            print!("{piece}");
-            // A closed pipe ends the generation.
-            if std::io::stdout().flush().is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    talk.stream(&prompt).map(drop)
+}
+
+/// A model that answers.
+struct Talk<'a> {
+    model: &'a CausalLm,
+    files: &'a ModelFiles,
+    config: GenerationConfig,
+    raw: bool,
+}
+
+impl Talk<'_> {
+    /// A conversation as tokens; with --raw its last text alone.
+    fn encode(&self, messages: &[Message], raw: Option<&str>) -> anyhow::Result<Vec<u32>> {
+        if let (true, Some(text)) = (self.raw, raw) {
+            return Ok(self.files.tokenizer.encode(text, true)?);
         }
-        Err(error) => {
-            failure = Some(error);
-            ControlFlow::Break(())
-        }
-    })?;
-    if let Some(error) = failure {
-        return Err(error.into());
+        let template = self.files.chat_template.as_ref().context("the model has no chat template: use --raw")?;
+        let text = template.render(messages, true, &TemplateArguments::new())?;
+        Ok(self.files.tokenizer.encode(&text, false)?)
     }
-    println!("{}", text.finish()?);
-    let seconds = start.elapsed().as_secs_f64();
-    eprintln!("{} tokens, {:.1} tokens/s", answer.tokens.len(), answer.tokens.len() as f64 / seconds);
-    Ok(())
+
+    /// Prints an answer as it comes, and returns it.
+    fn stream(&self, prompt: &[u32]) -> anyhow::Result<String> {
+        let tokens = (prompt.len() + self.config.max_new_tokens) as u64;
+        let cache = tokens * kv_cache_bytes(self.model.config(), self.model.workspace().dtype());
+        let start = Instant::now();
+        let mut text = self.files.tokenizer.decode_stream(true);
+        let mut stops = StopStrings::new(self.config.stop_strings.clone());
+        let (mut whole, mut failure) = (String::new(), None);
+        let answer = generate(self.model, prompt, &self.config, |token| match text.push(token) {
+            Ok(piece) => {
+                let piece = stops.push(&piece);
+                print!("{piece}");
+                whole.push_str(&piece);
+                // A closed pipe ends the generation, too.
+                match stops.found().is_none() && std::io::stdout().flush().is_ok() {
+                    true => ControlFlow::Continue(()),
+                    false => ControlFlow::Break(()),
+                }
+            }
+            Err(error) => {
+                failure = Some(error);
+                ControlFlow::Break(())
+            }
+        })?;
+        if let Some(error) = failure {
+            return Err(error.into());
+        }
+        let rest = stops.push(&text.finish()?) + &stops.finish();
+        println!("{rest}");
+        let seconds = start.elapsed().as_secs_f64();
+        eprintln!(
+            "{} tokens, {:.1} tokens/s; keys and values take at most {:.1} MB",
+            answer.tokens.len(),
+            answer.tokens.len() as f64 / seconds,
+            cache as f64 / 1e6
+        );
+        Ok(whole + &rest)
+    }
+
+    /// A chat on the terminal, until the input ends.
+    fn chat(&self, mut messages: Vec<Message>) -> anyhow::Result<()> {
+        eprintln!("Say something; an empty line or Ctrl-D ends the chat.");
+        loop {
+            eprint!("> ");
+            let mut line = String::new();
+            if std::io::stdin().read_line(&mut line)? == 0 || line.trim().is_empty() {
+                return Ok(());
+            }
+            messages.push(Message::user(line.trim()));
+            let prompt = self.encode(&messages, Some(line.trim()))?;
+            messages.push(Message::assistant(self.stream(&prompt)?));
+        }
+    }
+
+    /// Answers the lines of a JSONL file, several at a time.
+    fn answer_file(&self, input: &Path, output: &Path, system: &[Message], size: usize) -> anyhow::Result<()> {
+        let text = std::fs::read_to_string(input).with_context(|| input.display().to_string())?;
+        let mut rows = Vec::new();
+        for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+            let place = || format!("{}, line {}", input.display(), number + 1);
+            let row: serde_json::Map<String, serde_json::Value> = serde_json::from_str(line).with_context(place)?;
+            let prompt = row.get("prompt").and_then(|prompt| prompt.as_str());
+            let messages: Vec<Message> = match (prompt, row.get("messages")) {
+                (Some(prompt), _) => [system, &[Message::user(prompt)]].concat(),
+                (None, Some(messages)) => serde_json::from_value(messages.clone()).with_context(place)?,
+                (None, None) => bail!("{}: neither \"prompt\" nor \"messages\"", place()),
+            };
+            let tokens = self.encode(&messages, prompt).with_context(place)?;
+            rows.push((row, tokens));
+        }
+        let bar = ProgressBar::new(rows.len() as u64)
+            .with_style(ProgressStyle::with_template("{bar:40} {pos}/{len} answers, {elapsed}, {eta} left")?);
+        let mut file =
+            std::io::BufWriter::new(std::fs::File::create(output).with_context(|| output.display().to_string())?);
+        for rows in rows.chunks_mut(size) {
+            let prompts: Vec<&[u32]> = rows.iter().map(|(_, tokens)| tokens.as_slice()).collect();
+            let answers = generate_batch(self.model, &prompts, &self.config)?;
+            for ((row, _), answer) in rows.iter_mut().zip(answers) {
+                let mut stops = StopStrings::new(self.config.stop_strings.clone());
+                let text = stops.push(&self.files.tokenizer.decode(&answer.tokens, true)?) + &stops.finish();
+                row.insert("completion".to_owned(), text.into());
+                writeln!(file, "{}", serde_json::to_string(row)?)?;
+            }
+            file.flush()?;
+            bar.inc(rows.len() as u64);
+        }
+        bar.finish();
+        println!("{}", output.display());
+        Ok(())
+    }
 }

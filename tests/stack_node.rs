@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::ops::ControlFlow;
+
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor, Var};
@@ -9,10 +11,12 @@ use candle_nn::Optimizer;
 use common::{add_random_adapter, relative_error, tiny_config, tiny_model};
 use qlora::autograd::ops;
 use qlora::batch::Batch;
+use qlora::generate::{generate, generate_batch};
 use qlora::kernels::{SequenceLayout, Workspace};
 use qlora::lora::{LoraConfig, TargetModules};
 use qlora::model::policy::Keep;
 use qlora::model::{CausalLm, TrainPass};
+use qlora::sampling::GenerationConfig;
 
 fn lora() -> LoraConfig {
     let target_modules = TargetModules::AllLinear;
@@ -300,6 +304,27 @@ fn cached_generation_gives_the_logits_of_the_whole_text() {
     let error = model.next_logits(&[1; 40], &mut cache).unwrap_err().to_string();
     assert!(error.contains("57 tokens"), "{error}");
     assert_eq!(cache.len(), 17, "a refused call leaves the cache as it was");
+}
+
+#[test]
+fn prompts_in_pieces_give_the_same_answer() {
+    let model = trained_model(true);
+    let (prompt, other) = (document(23, 4).0, document(7, 5).0);
+    let answers = |prefill_chunk_size| {
+        let config = GenerationConfig { max_new_tokens: 12, prefill_chunk_size, ..GenerationConfig::default() };
+        let both = generate_batch(&model, &[&prompt, &other], &config).unwrap();
+        let alone = generate(&model, &prompt, &config, |_| ControlFlow::Continue(())).unwrap();
+        assert_eq!(both[0], alone);
+        both
+    };
+    let whole = answers(None);
+    assert_eq!(whole[0].tokens.len(), 12);
+    for chunk in [1, 2, 7, 22, 23, 100] {
+        assert_eq!(answers(Some(chunk)), whole, "{chunk} tokens at a time");
+    }
+    let config = GenerationConfig { prefill_chunk_size: Some(0), ..GenerationConfig::default() };
+    let error = generate(&model, &prompt, &config, |_| ControlFlow::Continue(())).unwrap_err().to_string();
+    assert!(error.contains("prefill_chunk_size is 0"), "{error}");
 }
 
 #[test]

@@ -84,6 +84,15 @@ fn next_tokens(active: &mut [(usize, &mut Sequence)], logits: &Matrix) -> Result
     .collect()
 }
 
+/// Runs the beginnings of long prompts, a piece at a time: the activations of a whole prompt would take the most memory.
+fn prefill(model: &CausalLm, sequence: &mut Sequence, chunk: usize, adapter: AdapterChoice) -> Result<()> {
+    while sequence.pending().len() > chunk {
+        let piece = sequence.pending()[..chunk].to_vec();
+        model.next_logits_batch_with(&[&piece], &mut [&mut sequence.cache], &[adapter])?;
+    }
+    Ok(())
+}
+
 /// One prompt's state.
 struct Sequence {
     cache: KvCache,
@@ -135,6 +144,10 @@ fn run(
     let limit = model.config().max_position_embeddings;
     let new = |(index, prompt): (usize, &&[u32])| Sequence::new(model, prompt, config, index);
     let mut sequences = prompts.iter().enumerate().map(new).collect::<Result<Vec<_>>>()?;
+    let chunk = config.prefill_chunk_size.unwrap_or(GenerationConfig::PREFILL_CHUNK);
+    for (sequence, &adapter) in sequences.iter_mut().zip(adapters).filter(|(sequence, _)| sequence.stop.is_none()) {
+        prefill(model, sequence, chunk, adapter)?;
+    }
     loop {
         let mut active: Vec<_> = sequences.iter_mut().enumerate().filter(|(_, seq)| seq.stop.is_none()).collect();
         if active.is_empty() {

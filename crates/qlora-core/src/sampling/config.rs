@@ -29,6 +29,9 @@ pub struct GenerationConfig {
     /// How many of the last tokens (prompt included) count as having occurred; none is all, as in transformers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub repetition_window: Option<usize>,
+    /// Prompts run in pieces of at most so many tokens, for less memory; none is [`GenerationConfig::PREFILL_CHUNK`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefill_chunk_size: Option<usize>,
     /// Seed of the draws.
     pub seed: u64,
     /// Tokens that end the generation.
@@ -46,6 +49,7 @@ impl Default for GenerationConfig {
             top_p: None,
             repetition_penalty: 1.0,
             repetition_window: None,
+            prefill_chunk_size: None,
             seed: 0,
             stop_tokens: Vec::new(),
             stop_strings: Vec::new(),
@@ -81,6 +85,9 @@ const WITHOUT_COUNTERPART: [(&str, &[f64]); 22] = [
 ];
 
 impl GenerationConfig {
+    /// Tokens of a prompt that run at a time, unless said otherwise.
+    pub const PREFILL_CHUNK: usize = 2048;
+
     /// Temperatures below this one are greedy: at such a temperature a draw is the largest logit but for rounding.
     pub const GREEDY_BELOW: f64 = 1e-7;
 
@@ -181,6 +188,9 @@ impl GenerationConfig {
         }
         if self.repetition_window == Some(0) {
             return fail("repetition_window is 0: set repetition_penalty = 1 to turn the penalty off".to_owned());
+        }
+        if self.prefill_chunk_size == Some(0) {
+            return fail("prefill_chunk_size is 0: leave it out, or give a number of tokens".to_owned());
         }
         if self.stop_strings.iter().any(String::is_empty) {
             return fail("stop_strings has an empty string, which would end every generation at once".to_owned());
