@@ -12,6 +12,8 @@
 #include "dependent.cuh"
 #include "nf4.cuh"
 
+#include <mutex>
+
 extern "C" {
 // One weight of a group that shares its input. Either absmax is set, or the four nested fields are.
 typedef struct {
@@ -60,14 +62,19 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, bool earl
     return static_cast<int>(error == cudaSuccess ? cudaGetLastError() : error);
 }
 
-// Allows a kernel its dynamic shared memory on the current device.
+// Allows a kernel its dynamic shared memory on the current device; cudaErrorInvalidValue where that is more than there is.
 template <auto KERNEL> cudaError_t allow_shared(size_t bytes) {
     constexpr int DEVICES = 64;
-    static std::atomic<size_t> allowed[DEVICES];
+    static size_t allowed[DEVICES];
+    static std::mutex lock;
     int device = 0;
     cudaError_t error = cudaGetDevice(&device);
-    if (error != cudaSuccess || (device < DEVICES && bytes <= allowed[device])) return error;
+    if (error != cudaSuccess) return error;
+    const std::lock_guard<std::mutex> guard(lock);
+    if (device < DEVICES && bytes <= allowed[device]) return cudaSuccess;
     error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    // The next launch must not find this error.
+    if (error != cudaSuccess) cudaGetLastError();
     if (error == cudaSuccess && device < DEVICES) allowed[device] = bytes;
     return error;
 }

@@ -261,6 +261,7 @@ impl Workspace {
             }
             #[cfg(feature = "cuda")]
             Place::Cuda { gpu, .. } => {
+                let _ = gpu.release_pinned();
                 let _ = gpu.pool().trim();
             }
         }

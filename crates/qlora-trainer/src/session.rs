@@ -123,9 +123,14 @@ impl Session {
         #[cfg(feature = "cuda")]
         if let Some(gpu) = self.model.workspace().gpu().cloned() {
             let options = &self.config.training;
-            let longest = (0..training.len()).map(|i| training.document_len(i)).max().unwrap_or(0);
-            let longest = if self.config.data.packing { self.config.data.max_length } else { longest };
-            let batch = BatchShape::uniform(options.per_device_train_batch_size, longest);
+            let lengths = || (0..training.len()).map(|i| training.document_len(i));
+            let (longest, packing) = (lengths().max().unwrap_or(0), self.config.data.packing);
+            let longest = if packing { self.config.data.max_length } else { longest };
+            let sequences = options.per_device_train_batch_size;
+            // Sequences of one length run another attention than those of several.
+            let alike = !packing && (sequences == 1 || lengths().min() == Some(longest));
+            let uniform = BatchShape::uniform(sequences, longest);
+            let batch = BatchShape { uniform_len: uniform.uniform_len.filter(|_| alike), ..uniform };
             let planner = Planner::on_gpu(&self.model, batch, self.optimizer_bytes())?;
             let budget = gpu.pool().plannable(options.memory_budget.map(|budget| (budget * 1e9) as u64))?;
             let plan = match options.gradient_checkpointing {

@@ -62,7 +62,14 @@ impl CausalLm {
     /// # Errors
     /// As there; also if the device's memory does not hold the model.
     pub fn load_on(source: &dyn WeightSource, options: LoadOptions<'_>, workspace: Workspace) -> Result<Self> {
-        Loader { source, options, used: Vec::new(), total: source.names().len(), workspace }.model()
+        #[cfg(feature = "cuda")]
+        let gpu = workspace.gpu().cloned();
+        let model = Loader { source, options, used: Vec::new(), total: source.names().len(), workspace }.model();
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = gpu {
+            gpu.release_staging();
+        }
+        model
     }
 }
 
@@ -97,10 +104,6 @@ impl Loader<'_, '_> {
             (true, false) => embedding.clone(),
             (true, true) => self.plain("model.embed_tokens.weight", vocab, hidden)?,
         };
-        #[cfg(feature = "cuda")]
-        if let Some(gpu) = self.workspace.gpu() {
-            gpu.release_staging();
-        }
         self.check_all_used(config.tie_word_embeddings)?;
         let limit = config.max_position_embeddings;
         let stack = Stack::new(blocks, final_norm, config.rms_norm_eps, config.rope.clone(), limit)?;

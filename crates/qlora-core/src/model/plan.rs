@@ -1,7 +1,7 @@
 //! What each block keeps for its backward, chosen for the memory there is, and the peak that follows.
 //!
-//! The memory of a training step on a GPU is a sum that can be written down ([`sizes`]), and what a choice costs in time can
-//! be ranked ([`cost`]). [`Planner`] goes through the choices there are and takes the fastest that fits:
+//! The memory of a training step on a GPU is a sum that can be written down (`plan/sizes.rs`), and what a choice costs in time can
+//! be ranked (`plan/cost.rs`). [`Planner`] goes through the choices there are and takes the fastest that fits:
 //!
 //! - a block keeps everything, or what it made before the MLP, or its input alone, the last two on the device or in pinned
 //!   host memory, and computes the rest again;
@@ -201,8 +201,8 @@ impl Planner {
         })
     }
 
-    /// The same planner for a machine that can give at most so many bytes of pinned host memory. [`Self::on_gpu`] takes
-    /// half of what Linux says is available.
+    /// The same planner for a machine that can give at most so many bytes of pinned host memory. `on_gpu` takes half of
+    /// what Linux says is available.
     pub fn with_host_memory(self, bytes: u64) -> Self {
         Self { host: bytes, ..self }
     }
@@ -382,7 +382,7 @@ fn available_memory() -> Option<u64> {
     Some(kib * 1024)
 }
 
-/// The largest number up to `limit` that fits, where 0 does and less always fits if more does.
+/// The largest number up to `limit` that fits, where 0 does and less fits if more does.
 fn most_that(limit: usize, fits: impl Fn(usize) -> bool) -> usize {
     let (mut low, mut high) = (0, limit);
     while low < high {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::attention::takes;
 use super::buffer::Buffer;
-use super::few_tokens::zeroed;
+use super::few_tokens::with_zeroed;
 use super::ffi;
 use super::gpu::Gpu;
 use super::view::CudaView;
@@ -160,32 +160,34 @@ impl<'a> DecodeTables<'a> {
             [self.sequences(), cfg.heads, cfg.kv_heads, cfg.head_dim, self.capacity].map(|size| size as i64);
         // SAFETY: a pure function of its arguments.
         let bytes = unsafe { ffi::qlora_decode_attention_workspace(sequences, 1, heads, kv_heads, head_dim, capacity) };
-        let scratch = zeroed(gpu, OP, &gpu.workspaces().attention, bytes as usize)?;
-        // SAFETY: as in `append`; the workspace has the size asked for and was zero before its first use.
-        gpu.launch("decode_attention", |stream| unsafe {
-            ffi::qlora_decode_attention(
-                self.dtype.code(),
-                q.ptr() as *const _,
-                q.ld(),
-                self.caches(layer, 0),
-                self.caches(layer, 1),
-                self.width as i64,
-                self.device_positions(),
-                out.ptr() as *mut _,
-                out.ld(),
-                sequences,
-                1,
-                heads,
-                kv_heads,
-                head_dim,
-                capacity,
-                cfg.scale,
-                cfg.window.map_or(0, |window| window as i64),
-                0,
-                scratch.cast(),
-                stream,
-            )
-        })
+        let launch = |scratch: *mut u8| {
+            // SAFETY: as in `append`; the workspace has the size asked for and was zero before its first use.
+            gpu.launch("decode_attention", |stream| unsafe {
+                ffi::qlora_decode_attention(
+                    self.dtype.code(),
+                    q.ptr() as *const _,
+                    q.ld(),
+                    self.caches(layer, 0),
+                    self.caches(layer, 1),
+                    self.width as i64,
+                    self.device_positions(),
+                    out.ptr() as *mut _,
+                    out.ld(),
+                    sequences,
+                    1,
+                    heads,
+                    kv_heads,
+                    head_dim,
+                    capacity,
+                    cfg.scale,
+                    cfg.window.map_or(0, |window| window as i64),
+                    0,
+                    scratch.cast(),
+                    stream,
+                )
+            })
+        };
+        with_zeroed(gpu, OP, &gpu.workspaces().attention, bytes as usize, launch)
     }
 }
 

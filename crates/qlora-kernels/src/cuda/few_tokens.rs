@@ -31,10 +31,17 @@ pub(super) struct Workspaces {
     pub(super) attention: Mutex<Option<Buffer>>,
 }
 
-/// The address of at least `bytes` bytes that were zero at first; none for 0 bytes.
-pub(super) fn zeroed(gpu: &Gpu, op: &'static str, slot: &Mutex<Option<Buffer>>, bytes: usize) -> Result<*mut u8> {
+/// Runs `launch` with the address of at least `bytes` bytes that were zero at first (none for 0 bytes). Nobody else gets
+/// them before the launch is enqueued: a larger request frees them behind it.
+pub(super) fn with_zeroed(
+    gpu: &Gpu,
+    op: &'static str,
+    slot: &Mutex<Option<Buffer>>,
+    bytes: usize,
+    launch: impl FnOnce(*mut u8) -> Result<()>,
+) -> Result<()> {
     if bytes == 0 {
-        return Ok(std::ptr::null_mut());
+        return launch(std::ptr::null_mut());
     }
     let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
     let buffer = match &mut *slot {
@@ -45,7 +52,17 @@ pub(super) fn zeroed(gpu: &Gpu, op: &'static str, slot: &Mutex<Option<Buffer>>, 
             slot.insert(buffer)
         }
     };
-    Ok(buffer.as_mut_ptr())
+    launch(buffer.as_mut_ptr())
+}
+
+/// Whether a launch took place: a kernel that does not take the arguments on this GPU says so before it starts.
+fn taken(launched: Result<()>) -> Result<bool> {
+    const INVALID_VALUE: i32 = 1;
+    match launched {
+        Ok(()) => Ok(true),
+        Err(Error::Cuda { code: INVALID_VALUE, .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Writes `y` (or, with `swiglu`, `silu(gate) up` of a group of two) if the kernels take these arguments; says whether.
@@ -61,7 +78,9 @@ pub(crate) fn forward(
 ) -> Result<bool> {
     let tokens = x.rows();
     let aligned = |v: CudaView| v.ptr().is_multiple_of(16) && v.stride().is_multiple_of(8);
-    let fits = (1..=MOST_TOKENS).contains(&tokens) && x.dtype() != Dtype::F32 && x.dtype() == y.dtype();
+    let types = [Some(y.dtype()), residual.map(|residual| residual.dtype())];
+    let same = types.into_iter().flatten().all(|dtype| dtype == x.dtype());
+    let fits = (1..=MOST_TOKENS).contains(&tokens) && x.dtype() != Dtype::F32 && same;
     let biased = group.members.iter().any(|member| member.bias.is_some());
     if !fits || !aligned(x) || (swiglu && biased) || adapter.is_some_and(AdapterPass::drops) {
         return Ok(false);
@@ -76,55 +95,63 @@ pub(crate) fn forward(
     let (residual, ldr) = residual.map_or((std::ptr::null(), 0), |r| (r.ptr() as *const _, r.ld()));
     let (dtype, swiglu) = (x.dtype().code(), i32::from(swiglu));
     let rows: i64 = weights.m[..weights.count as usize].iter().map(|member| member.rows).sum();
+    let mut done = false;
     if tokens <= MOST_OF_GEMV {
         // SAFETY: a pure function of its arguments.
         let bytes = unsafe { ffi::qlora_nf4_gemv_workspace(rows, weights.k, tokens as i64) };
-        let scratch = zeroed(gpu, op, &gpu.workspaces().gemv, bytes as usize)?;
-        // SAFETY: all windows, weights and the workspace are live and have the sizes passed; every kernel before this one
-        // on the stream has written what it reads by the time it waits for it.
-        gpu.launch(op, |stream| unsafe {
-            ffi::qlora_nf4_gemv(
-                dtype,
-                weights,
-                x.ptr() as *const _,
-                x.ld(),
-                s,
-                lds,
-                residual,
-                ldr,
-                y.ptr() as *mut _,
-                y.ld(),
-                tokens as i64,
-                swiglu,
-                1,
-                scratch.cast(),
-                stream,
-            )
-        })?;
-    } else {
+        let launch = |scratch: *mut u8| {
+            // SAFETY: all windows, weights and the workspace are live and have the sizes passed. Weights and adapters are
+            // read before the launches before this one are done; they were settled earlier (see `Group::infer`).
+            gpu.launch(op, |stream| unsafe {
+                ffi::qlora_nf4_gemv(
+                    dtype,
+                    weights,
+                    x.ptr() as *const _,
+                    x.ld(),
+                    s,
+                    lds,
+                    residual,
+                    ldr,
+                    y.ptr() as *mut _,
+                    y.ld(),
+                    tokens as i64,
+                    swiglu,
+                    1,
+                    scratch.cast(),
+                    stream,
+                )
+            })
+        };
+        done = taken(with_zeroed(gpu, op, &gpu.workspaces().gemv, bytes as usize, launch))?;
+    }
+    if !done {
         // SAFETY: a pure function of its arguments.
         let bytes = unsafe { ffi::qlora_nf4_small_gemm_workspace(weights, tokens as i64, swiglu) };
-        let scratch = zeroed(gpu, op, &gpu.workspaces().gemm, bytes as usize)?;
-        // SAFETY: as above.
-        gpu.launch(op, |stream| unsafe {
-            ffi::qlora_nf4_small_gemm(
-                dtype,
-                weights,
-                x.ptr() as *const _,
-                x.ld(),
-                s,
-                lds,
-                residual,
-                ldr,
-                y.ptr() as *mut _,
-                y.ld(),
-                tokens as i64,
-                swiglu,
-                0,
-                scratch.cast(),
-                stream,
-            )
-        })?;
+        let launch = |scratch: *mut u8| {
+            // SAFETY: as above; this one begins when the launches before it are done.
+            gpu.launch(op, |stream| unsafe {
+                ffi::qlora_nf4_small_gemm(
+                    dtype,
+                    weights,
+                    x.ptr() as *const _,
+                    x.ld(),
+                    s,
+                    lds,
+                    residual,
+                    ldr,
+                    y.ptr() as *mut _,
+                    y.ld(),
+                    tokens as i64,
+                    swiglu,
+                    0,
+                    scratch.cast(),
+                    stream,
+                )
+            })
+        };
+        if !taken(with_zeroed(gpu, op, &gpu.workspaces().gemm, bytes as usize, launch))? {
+            return Ok(false);
+        }
     }
     let mut start = 0;
     for member in group.members {
@@ -214,8 +241,14 @@ fn shrink(
     Ok(Some(s))
 }
 
-/// `y = x W^T` for a weight in the activations' own 16-bit type and at most 16 tokens, if the kernel takes it.
-pub(super) fn plain(op: &'static str, x: CudaView, w: CudaView, y: &mut CudaViewMut) -> Result<bool> {
+/// `y = x W^T` for a weight in the activations' own 16-bit type and at most 16 tokens, if the kernel takes it. `settled`:
+/// nothing on the stream is still writing the weight, so it may be read ahead.
+pub(super) fn plain(
+    op: &'static str,
+    x: CudaView,
+    (w, settled): (CudaView, bool),
+    y: &mut CudaViewMut,
+) -> Result<bool> {
     let aligned = |v: CudaView| v.ptr().is_multiple_of(16) && v.stride().is_multiple_of(8);
     let (tokens, k) = (x.rows(), x.cols());
     let fits = (1..=MOST_OF_GEMV).contains(&tokens) && k.is_multiple_of(32) && k <= 8192;
@@ -225,7 +258,7 @@ pub(super) fn plain(op: &'static str, x: CudaView, w: CudaView, y: &mut CudaView
         return Ok(false);
     }
     // SAFETY: all windows are live and have the sizes passed.
-    y.gpu().launch(op, |stream| unsafe {
+    let launched = y.gpu().launch(op, |stream| unsafe {
         ffi::qlora_bf16_gemv(
             x.dtype().code(),
             w.ptr() as *const _,
@@ -238,9 +271,9 @@ pub(super) fn plain(op: &'static str, x: CudaView, w: CudaView, y: &mut CudaView
             tokens as i64,
             w.rows() as i64,
             k as i64,
-            1,
+            i32::from(settled),
             stream,
         )
-    })?;
-    Ok(true)
+    });
+    taken(launched)
 }

@@ -10,21 +10,22 @@ use crate::matrix::{Matrix, Workspace};
 use crate::view::View;
 use crate::weight::FrozenWeight;
 
-/// Runs `multiply` with the weight in the activations' type: where it lies, or dequantized into scratch memory.
+/// Runs `multiply` with the weight in the activations' type: where it lies (true), or dequantized into scratch memory, which
+/// the stream may still be writing.
 fn with_weight(
     op: &'static str,
     weight: &dyn FrozenWeight,
     like: CudaView,
-    multiply: impl FnOnce(CudaView) -> Result<()>,
+    multiply: impl FnOnce(CudaView, bool) -> Result<()>,
 ) -> Result<()> {
     let plain = weight.as_cuda().and_then(|weight| weight.plain_view()).filter(|plain| plain.dtype() == like.dtype());
     if let Some(plain) = plain {
-        return multiply(plain);
+        return multiply(plain, true);
     }
     let workspace = Workspace::with_dtype(&like.gpu().device(), like.dtype())?;
     let mut scratch = workspace.matrix(weight.rows(), weight.cols())?;
     dequantize(op, weight, scratch.view_mut().cuda(op)?)?;
-    multiply(scratch.view().cuda(op)?)
+    multiply(scratch.view().cuda(op)?, false)
 }
 
 /// `y = x W^T + beta y`.
@@ -36,8 +37,8 @@ pub(crate) fn frozen_forward(
     beta: f32,
 ) -> Result<()> {
     let mut y = y;
-    with_weight(op, weight, x, |w| {
-        if beta == 0.0 && super::few_tokens::plain(op, x, w, &mut y)? {
+    with_weight(op, weight, x, |w, settled| {
+        if beta == 0.0 && super::few_tokens::plain(op, x, (w, settled), &mut y)? {
             return Ok(());
         }
         w.gpu().matmul(op, Kind::Nt, x, w, y, 1.0, beta)
@@ -52,7 +53,7 @@ pub(crate) fn frozen_backward(
     dx: CudaViewMut,
     beta: f32,
 ) -> Result<()> {
-    with_weight(op, weight, dy, |w| w.gpu().matmul(op, Kind::Nn, dy, w, dx, 1.0, beta))
+    with_weight(op, weight, dy, |w, _| w.gpu().matmul(op, Kind::Nn, dy, w, dx, 1.0, beta))
 }
 
 /// Rows of the table by token id; the caller checked the ids.

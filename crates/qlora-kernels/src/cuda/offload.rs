@@ -5,8 +5,10 @@
 //! long done). Back: memory is taken on the compute stream, the copy waits for it, and the compute stream waits for the
 //! copy before the first use ([`Arriving::wait`]). So two matrices are in flight at a time, whatever their number.
 //!
-//! Pinned memory is expensive to get, so it goes back to a list and is used again in the next step.
+//! Pinned memory is expensive to get, so it goes back to a list and is used again in the next step; a batch of another length
+//! takes what is large enough. `Workspace::trim` frees what is not in use.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::cuda_backend::cudarc::driver::{CudaStream, result, sys};
@@ -24,6 +26,8 @@ const OP: &str = "offload";
 pub(super) struct Offloader {
     stream: Mutex<Option<Arc<CudaStream>>>,
     free: Mutex<Vec<PinnedBuffer>>,
+    /// Bytes that are held.
+    in_use: AtomicUsize,
 }
 
 /// A matrix in pinned host memory; it is there when the copy stream has passed its copy.
@@ -98,15 +102,38 @@ impl Offloader {
         Ok(stream.insert(made).clone())
     }
 
+    /// A buffer of at least `bytes` bytes: one that is free and at most twice as large, or a new one.
     fn pinned(&self, gpu: &Arc<Gpu>, bytes: usize) -> Result<PinnedBuffer> {
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(index) = free.iter().position(|buffer| buffer.bytes() == bytes) {
-            return Ok(free.swap_remove(index));
+        let fits = |size: usize| (bytes..=bytes.saturating_mul(2)).contains(&size);
+        let best = (0..free.len()).filter(|&index| fits(free[index].bytes())).min_by_key(|&index| free[index].bytes());
+        let buffer = best.map(|index| free.swap_remove(index));
+        // What batches of other lengths left must not pile up: as much may be idle as is in use.
+        let mut surplus = Vec::new();
+        let mut idle: usize = free.iter().map(PinnedBuffer::bytes).sum();
+        let in_use = self.in_use.fetch_add(buffer.as_ref().map_or(bytes, PinnedBuffer::bytes), Ordering::Relaxed);
+        while buffer.is_none() && idle > in_use + bytes {
+            let Some(oldest) = (!free.is_empty()).then(|| free.remove(0)) else { break };
+            idle -= oldest.bytes();
+            surplus.push(oldest);
         }
-        // Sizes of earlier batches are of no use; keeping them would pile up.
-        free.clear();
         drop(free);
-        PinnedBuffer::new(gpu, OP, bytes)
+        if !surplus.is_empty() {
+            // A copy into or out of them may be under way.
+            self.stream(gpu)?.synchronize().map_err(|error| cuda_error(OP, error))?;
+            drop(surplus);
+        }
+        match buffer {
+            Some(buffer) => Ok(buffer),
+            None => PinnedBuffer::new(gpu, OP, bytes).inspect_err(|_| {
+                self.in_use.fetch_sub(bytes, Ordering::Relaxed);
+            }),
+        }
+    }
+
+    fn give_back(&self, buffer: PinnedBuffer) {
+        self.in_use.fetch_sub(buffer.bytes(), Ordering::Relaxed);
+        self.free.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
     }
 }
 
@@ -123,7 +150,7 @@ impl Gpu {
         let copy_stream = self.offloader().stream(self)?;
         let mut host = self.offloader().pinned(self, bytes)?;
         Event::record(self.stream())?.hold(&copy_stream)?;
-        // SAFETY: both sides have `bytes` bytes; the matrix lives until `Leaving` is retired, the pinned memory until the
+        // SAFETY: both sides have at least `bytes` bytes; the matrix lives until `Leaving` is retired, the pinned memory until the
         // copy stream has passed everything that uses it (it is only reused by later copies on the same stream).
         let status =
             unsafe { sys::cuMemcpyDtoHAsync_v2(host.as_mut_ptr(), from, bytes, copy_stream.cu_stream()) }.result();
@@ -131,6 +158,22 @@ impl Gpu {
         let copied = Event::record(&copy_stream)?;
         let offloaded = Offloaded { host: Some(host), rows, cols, margin, dtype, gpu: self.clone() };
         Ok((offloaded, Leaving { _matrix: matrix, copied, gpu: self.clone() }))
+    }
+}
+
+impl Gpu {
+    /// Frees the pinned memory that nothing uses.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn release_pinned(&self) -> Result<()> {
+        let offloader = self.offloader();
+        let stream = offloader.stream.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(stream) = stream {
+            stream.synchronize().map_err(|error| cuda_error(OP, error))?;
+        }
+        offloader.free.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        Ok(())
     }
 }
 
@@ -159,7 +202,7 @@ impl Offloaded {
         // SAFETY: both sides have the same number of bytes; the copy follows the one that filled the pinned memory on the
         // same stream, and the memory of the matrix belongs to the compute stream's past from the event on.
         let status =
-            unsafe { sys::cuMemcpyHtoDAsync_v2(to, host.as_ptr(), host.bytes(), copy_stream.cu_stream()) }.result();
+            unsafe { sys::cuMemcpyHtoDAsync_v2(to, host.as_ptr(), self.bytes(), copy_stream.cu_stream()) }.result();
         status.map_err(|error| cuda_error(OP, error))?;
         Ok(Arriving { matrix: Some(matrix), copied: Event::record(&copy_stream)?, gpu: self.gpu.clone() })
     }
@@ -173,7 +216,7 @@ impl Offloaded {
 impl Drop for Offloaded {
     fn drop(&mut self) {
         if let Some(host) = self.host.take() {
-            self.gpu.offloader().free.lock().unwrap_or_else(PoisonError::into_inner).push(host);
+            self.gpu.offloader().give_back(host);
         }
     }
 }
@@ -192,6 +235,7 @@ impl Arriving {
 impl Drop for Arriving {
     fn drop(&mut self) {
         // If it was not waited for (an error ended the pass), its memory must outlive the copy.
+        let _ = self.gpu.bind(OP);
         let _ = self.copied.hold(self.gpu.stream());
     }
 }
@@ -199,6 +243,7 @@ impl Drop for Arriving {
 impl Drop for Leaving {
     fn drop(&mut self) {
         // The memory is freed on the compute stream, so that stream has to wait for the copy.
+        let _ = self.gpu.bind(OP);
         let _ = self.copied.hold(self.gpu.stream());
     }
 }

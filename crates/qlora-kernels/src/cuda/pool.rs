@@ -105,11 +105,8 @@ impl Pool {
     /// # Errors
     /// If the device fails.
     pub fn plannable(&self, budget: Option<u64>) -> Result<u64> {
-        let budget = match budget {
-            Some(budget) => budget,
-            None => self.used()? + self.available()?,
-        };
-        Ok(budget / 100 * 93)
+        let there = self.used()? + self.available()?;
+        Ok(budget.unwrap_or(u64::MAX).min(there) / 100 * 93)
     }
 
     pub(super) fn out_of_memory(&self, op: &'static str, bytes: usize) -> Error {

@@ -32,27 +32,39 @@ pub(super) struct Profiler {
 #[derive(Debug)]
 struct Span {
     op: String,
-    events: [sys::CUevent; 2],
+    start: Event,
+    end: Event,
 }
 
-// SAFETY: events may be used from any thread.
-unsafe impl Send for Span {}
+#[derive(Debug)]
+struct Event(sys::CUevent);
 
-impl Drop for Span {
+// SAFETY: events may be used from any thread.
+unsafe impl Send for Event {}
+
+impl Drop for Event {
     fn drop(&mut self) {
-        for event in self.events {
-            // SAFETY: made by `Gpu::event`, destroyed once.
-            let _ = unsafe { result::event::destroy(event) };
-        }
+        // SAFETY: made by `Gpu::event`, destroyed once.
+        let _ = unsafe { result::event::destroy(self.0) };
+    }
+}
+
+/// Takes a profile until it is dropped.
+struct Taking<'a>(&'a Profiler);
+
+impl Drop for Taking<'_> {
+    fn drop(&mut self) {
+        self.0.on.store(false, Ordering::Relaxed);
     }
 }
 
 impl Gpu {
-    fn event(&self, op: &'static str) -> Result<sys::CUevent> {
+    fn event(&self, op: &'static str) -> Result<Event> {
         let event =
             result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(|error| cuda_error(op, error))?;
+        let event = Event(event);
         // SAFETY: both are alive.
-        unsafe { result::event::record(event, self.stream().cu_stream()) }.map_err(|error| cuda_error(op, error))?;
+        unsafe { result::event::record(event.0, self.stream().cu_stream()) }.map_err(|error| cuda_error(op, error))?;
         Ok(event)
     }
 
@@ -68,12 +80,12 @@ impl Gpu {
         }
         let start = self.event(op)?;
         let value = enqueue()?;
-        let span = Span { op: label(), events: [start, self.event(op)?] };
+        let span = Span { op: label(), start, end: self.event(op)? };
         self.profiler().spans.lock().unwrap_or_else(PoisonError::into_inner).push(span);
         Ok(value)
     }
 
-    /// Runs `work` and returns what its launches took, the longest first. What the work takes beyond their sum, the GPU
+    /// Runs `work` and returns what its launches took, the longest first: one profile at a time. What the work takes beyond their sum, the GPU
     /// waited.
     ///
     /// # Errors
@@ -83,15 +95,16 @@ impl Gpu {
         let profiler = self.profiler();
         self.bind(OP)?;
         profiler.on.store(true, Ordering::Relaxed);
+        let taking = Taking(profiler);
         let done = work();
-        profiler.on.store(false, Ordering::Relaxed);
+        drop(taking);
         let spans = std::mem::take(&mut *profiler.spans.lock().unwrap_or_else(PoisonError::into_inner));
         done?;
         self.synchronize(OP)?;
         let mut sums: BTreeMap<&str, (usize, f64)> = BTreeMap::new();
-        for Span { op, events: [start, end] } in &spans {
+        for Span { op, start, end } in &spans {
             // SAFETY: both events are alive and have happened.
-            let ms = unsafe { result::event::elapsed(*start, *end) }.map_err(|error| cuda_error(OP, error))?;
+            let ms = unsafe { result::event::elapsed(start.0, end.0) }.map_err(|error| cuda_error(OP, error))?;
             let sum = sums.entry(op).or_default();
             *sum = (sum.0 + 1, sum.1 + f64::from(ms));
         }

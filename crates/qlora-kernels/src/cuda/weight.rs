@@ -46,7 +46,7 @@ enum DeviceAbsmax {
 impl CudaWeight {
     const OP: &'static str = "weight to the GPU";
 
-    /// Copies a plain weight; f32 is rounded to `dtype` where that is narrower, everything else keeps its type.
+    /// Copies a plain weight, in the workspace's type.
     ///
     /// # Errors
     /// If the memory cannot be had.

@@ -218,6 +218,8 @@ impl Group<'_> {
     }
 
     /// [`Self::forward`] where no backward follows: on CUDA, a few tokens are multiplied with 4-bit weights as they lie.
+    /// Weights and adapters are then read ahead: between what wrote them on the GPU and this call lies at least one other
+    /// operation (a norm, an embedding) or a synchronization.
     ///
     /// # Errors
     /// As [`Self::forward`].
@@ -257,7 +259,7 @@ impl Group<'_> {
         h: ViewMut,
         workspace: &Workspace,
     ) -> Result<bool> {
-        x.expect(Self::OP, "x", x.rows(), self.inputs())?;
+        self.check_members(x)?;
         let width = self.members.first().map_or(0, |member| member.weight.rows());
         h.expect(Self::OP, "h", x.rows(), width)?;
         #[cfg(feature = "cuda")]
@@ -404,14 +406,18 @@ impl Group<'_> {
     }
 
     fn check(&self, x: View, y: View) -> Result<()> {
+        self.check_members(x)?;
+        y.expect(Self::OP, "y", x.rows(), self.outputs())
+    }
+
+    fn check_members(&self, x: View) -> Result<()> {
         if self.members.is_empty() || self.members.len() > 3 {
             return Err(Error::invalid(Self::OP, format!("{} members; expected 1 to 3", self.members.len())));
         }
         for member in self.members {
             Error::check_shape(Self::OP, "a member's inputs", &[member.weight.cols()], &[self.inputs()])?;
         }
-        x.expect(Self::OP, "x", x.rows(), self.inputs())?;
-        y.expect(Self::OP, "y", x.rows(), self.outputs())
+        x.expect(Self::OP, "x", x.rows(), self.inputs())
     }
 }
 

@@ -95,6 +95,10 @@ impl RunIdentity {
         let shown = |value: Option<&Value>| value.map_or("nothing".to_owned(), Value::to_string);
         let difference = |name: &String| {
             let (then, now) = (self.0.get(name), run.0.get(name));
+            // Checkpoints without the key are from before there was a choice.
+            if then.is_none() && name == "training.optim" && now.is_some_and(|now| now == "adamw_torch") {
+                return None;
+            }
             (then != now).then(|| format!("{name}: {} in the checkpoint, {} now", shown(then), shown(now)))
         };
         let differences: Vec<_> = names.filter_map(difference).collect();

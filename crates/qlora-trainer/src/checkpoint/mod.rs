@@ -8,7 +8,7 @@
 //!   checkpoint-<step>/
 //!     adapter_config.json          the adapter, in PEFT's format
 //!     adapter_model.safetensors
-//!     optimizer.safetensors        master, exp_avg, exp_avg_sq, each flat
+//!     optimizer.safetensors        master, exp_avg, exp_avg_sq, each flat; with 8-bit moments their scales, too
 //!     trainer_state.json           transformers' keys; ours are in stateful_callbacks.qlora
 //!     config.toml                  the configuration, defaults written out
 //! ```
