@@ -93,6 +93,25 @@ fn with_8_bit_moments() {
 }
 
 #[test]
+fn a_checkpoint_from_before_there_were_optimizers_to_choose_from() {
+    let [reference, folder] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    uninterrupted(&config(reference.path()));
+    let model = Toy { fault: Some((30, Fault::Killed)), ..Toy::new(1) };
+    trainer(&config(folder.path()), model).run().unwrap_err();
+    let state = folder::latest(folder.path()).unwrap().unwrap().join("trainer_state.json");
+    let mut json: serde_json::Value = serde_json::from_str(&fs::read_to_string(&state).unwrap()).unwrap();
+    let identity = json["stateful_callbacks"]["qlora"]["identity"].as_object_mut().unwrap();
+    assert_eq!(identity.remove("training.optim").unwrap(), "adamw_torch");
+    fs::write(&state, json.to_string()).unwrap();
+    let mut other = go_on(folder.path());
+    other.training.optim = Optim::Adamw8bit;
+    let error = trainer(&other, Toy::new(1)).run().unwrap_err().to_string();
+    assert!(error.contains("training.optim"), "{error}");
+    uninterrupted(&go_on(folder.path()));
+    assert_eq!(result(folder.path(), STEPS), result(reference.path(), STEPS));
+}
+
+#[test]
 fn killed_again_and_again() {
     let reference = tempfile::tempdir().unwrap();
     uninterrupted(&config(reference.path()));
