@@ -12,11 +12,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use qlora::adapter;
+use qlora::adapter::{self, PeftAdapter};
 use qlora::gguf_write::{self, GgufOptions, GgufType};
 use qlora::kernels::Dtype;
 use qlora::kernels::quant::{QuantConfig, QuantType};
-use qlora::merge::{Companions, FolderOptions, LoraUpdate, MergeInto, MergedSource, Rounding, gap, write_folder};
+use qlora::merge::{Companions, FolderOptions, MergeInto, MergedSource, PeftUpdate, Rounding, gap, write_folder};
 use qlora::model::{CausalLm, LoadOptions, Quantization};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
 use qlora::source::{Gguf, HfDirectory, WeightSource};
@@ -103,7 +103,7 @@ fn main() -> anyhow::Result<()> {
             .context("the adapter names no base model: give --base")?,
     };
     let files = open_model(&base, &OpenOptions { progress: true, ..OpenOptions::default() })?;
-    let adapter = adapter::load(&args.adapter, files.source.config())?;
+    let adapter = adapter::open_folder(&args.adapter, files.source.config())?;
     let config =
         QuantConfig { quant_type: args.quant_type, blocksize: args.blocksize, double_quant: !args.no_double_quant };
     let into = match args.into {
@@ -121,7 +121,7 @@ fn main() -> anyhow::Result<()> {
         (Format::Hf, Some(other)) => bail!("--outtype {other} is for --format gguf; folders are f32, f16 or bf16"),
     };
 
-    let update = LoraUpdate::new(&adapter)?;
+    let update = PeftUpdate::new(&adapter, &*files.source)?;
     let merged = MergedSource::new(&*files.source, &update, into, rounding)?;
     let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template("{bar:24} {pos}/{len} tensors, {eta} left")?);
     let progress = |done, total| {
@@ -192,16 +192,13 @@ fn write_gguf(
     Ok(gguf_write::write(merged, tokenizer, &args.out, &options, progress)?.bytes)
 }
 
-fn print_gap(
-    args: &Args,
-    files: &ModelFiles,
-    adapter: &adapter::Adapter,
-    quantization: Quantization,
-) -> anyhow::Result<()> {
+fn print_gap(args: &Args, files: &ModelFiles, adapter: &PeftAdapter, quantization: Quantization) -> anyhow::Result<()> {
     let read = |path: &Path| std::fs::read_to_string(path).with_context(|| path.display().to_string());
     let text = args.text.as_deref().map_or(Ok(TEXT.to_owned()), read)?;
     let tokens = files.tokenizer.encode(&text, true)?;
-    let (reference, gaps) = gap::measure(&*files.source, adapter, quantization, &tokens, args.gap_tokens)?;
+    let update = PeftUpdate::new(adapter, &*files.source)?;
+    let put_on = |model: &mut CausalLm| put_on(model, adapter);
+    let (reference, gaps) = gap::measure(&*files.source, &update, put_on, quantization, &tokens, args.gap_tokens)?;
     let Some((_, first)) = gaps.first() else { return Ok(()) };
     println!("\non {} tokens, against base and adapter (perplexity {:.4}):", first.tokens, first.perplexity_before);
     println!(
@@ -224,6 +221,11 @@ fn print_gap(
     Ok(())
 }
 
+fn put_on(model: &mut CausalLm, adapter: &PeftAdapter) -> qlora::Result<()> {
+    model.load_adapter("adapter", adapter)?;
+    model.activate_adapter("adapter")
+}
+
 /// What was written.
 fn written(args: &Args) -> anyhow::Result<Box<dyn WeightSource>> {
     Ok(match args.format {
@@ -236,7 +238,7 @@ fn written(args: &Args) -> anyhow::Result<Box<dyn WeightSource>> {
 fn print_exact(
     path: &Path,
     files: &ModelFiles,
-    adapter: &adapter::Adapter,
+    adapter: &PeftAdapter,
     merged: &dyn WeightSource,
     quantization: Quantization,
 ) -> anyhow::Result<()> {
@@ -247,7 +249,7 @@ fn print_exact(
         Ok(answers.iter().filter(|answer| answer.is_exact()).count())
     };
     let mut model = CausalLm::load(&*files.source, LoadOptions { quantization, ..LoadOptions::default() })?;
-    model.set_adapter(adapter.config.lora.clone(), adapter.layout.clone(), adapter.weights.clone())?;
+    put_on(&mut model, adapter)?;
     let before = exact(&model)?;
     drop(model);
     let after = exact(&CausalLm::load(merged, LoadOptions::default())?)?;

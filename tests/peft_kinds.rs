@@ -15,9 +15,10 @@ use qlora::batch::Batch;
 use qlora::generate::{generate, generate_batch_with};
 use qlora::kernels::SequenceLayout;
 use qlora::lora::{LoraConfig, TargetModules};
+use qlora::merge::{MergeInto, MergedSource, PeftUpdate, Rounding};
 use qlora::model::{AdapterChoice, CausalLm, Combination, LoadOptions};
 use qlora::sampling::GenerationConfig;
-use qlora::source::HfDirectory;
+use qlora::source::{HfDirectory, WeightSource};
 use serde_json::Value;
 
 fn fixtures() -> PathBuf {
@@ -102,6 +103,32 @@ fn every_kind_gives_the_logits_of_peft() {
         assert_eq!(model.memory().loaded_adapters, 0);
     }
     println!("{} kinds, largest error relative to the largest logit {worst:.1e}", kinds.len());
+}
+
+#[test]
+fn merged_models_give_the_logits_of_peft() {
+    let expected = tensors("logits.safetensors");
+    let mut merged_kinds = 0;
+    for (kind, facts) in kinds() {
+        let source = HfDirectory::open(fixtures().join(facts["base"].as_str().unwrap())).unwrap();
+        let adapter = adapter::open_folder(fixtures().join("peft_kinds").join(&kind), source.config()).unwrap();
+        let update = match PeftUpdate::new(&adapter, &source) {
+            Ok(update) => update,
+            Err(error) => {
+                assert!(kind == "lora_bias" && error.to_string().contains("not merged"), "{kind}: {error}");
+                continue;
+            }
+        };
+        let merged = MergedSource::new(&source, &update, MergeInto::Original, Rounding::None).unwrap();
+        let model = CausalLm::load(&merged, LoadOptions::default()).unwrap();
+        let tokens = ids(&expected, &kind);
+        let got = model.logits(&tokens, &one(&tokens)).unwrap();
+        let (error, largest) = difference(&got, &expected[&format!("{kind}.logits")]);
+        println!("{kind:24} {error:.1e} of {largest:.1}");
+        assert!(error < 1e-5 * largest.max(1.0), "{kind}: {error} of {largest}");
+        merged_kinds += 1;
+    }
+    assert_eq!(merged_kinds, kinds().len() - 1);
 }
 
 #[test]

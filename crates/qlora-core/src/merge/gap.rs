@@ -14,8 +14,7 @@
 use qlora_kernels::SequenceLayout;
 
 use super::source::{MergeInto, MergedSource, Rounding};
-use super::update::LoraUpdate;
-use crate::adapter::Adapter;
+use super::update::WeightUpdate;
 use crate::error::{Error, Result};
 use crate::model::{CausalLm, LoadOptions, Quantization};
 use crate::source::WeightSource;
@@ -118,7 +117,8 @@ impl Reference {
     }
 }
 
-/// Measures what merging changes for each way of merging: `base`, held as `quantization` says, with `adapter` on top,
+/// Measures what merging changes for each way of merging: `base`, held as `quantization` says, with the adapter that
+/// `put_on` gives it (such as [`CausalLm::load_adapter`] and [`CausalLm::activate_adapter`]) and that `update` stands for,
 /// against the merged weights in the precision they are stored in. Without quantization there is one way, the original.
 /// The unmerged model, then each merged one, are loaded one after the other. The reference is returned for more
 /// comparisons.
@@ -127,14 +127,14 @@ impl Reference {
 /// If a model cannot be loaded, or the text has fewer than two tokens.
 pub fn measure(
     base: &dyn WeightSource,
-    adapter: &Adapter,
+    update: &dyn WeightUpdate,
+    put_on: impl FnOnce(&mut CausalLm) -> Result<()>,
     quantization: Quantization,
     tokens: &[u32],
     limit: usize,
 ) -> Result<(Reference, Vec<(MergeInto, Gap)>)> {
-    let update = LoraUpdate::new(adapter)?;
     let mut model = CausalLm::load(base, LoadOptions { quantization, ..LoadOptions::default() })?;
-    model.set_adapter(adapter.config.lora.clone(), adapter.layout.clone(), adapter.weights.clone())?;
+    put_on(&mut model)?;
     let reference = Reference::new(&model, tokens, limit)?;
     drop(model);
     let mut ways = vec![MergeInto::Original];
@@ -142,7 +142,7 @@ pub fn measure(
         ways.push(MergeInto::Dequantized(config));
     }
     let gap = |into| {
-        let merged = MergedSource::new(base, &update, into, Rounding::Stored)?;
+        let merged = MergedSource::new(base, update, into, Rounding::Stored)?;
         let model = CausalLm::load(&merged, LoadOptions::default())?;
         Ok((into, reference.gap(&model)?))
     };

@@ -10,7 +10,8 @@
 //!
 //! - [`MergedSource`] is a [`WeightSource`](crate::source::WeightSource): it can be loaded, written as a folder
 //!   ([`write_folder`]) or as GGUF ([`crate::gguf_write`]), one tensor at a time.
-//! - [`WeightUpdate`] is what an adapter does to a base's weights; [`LoraUpdate`] is LoRA's.
+//! - [`WeightUpdate`] is what an adapter does to a base's weights; [`LoraUpdate`] is LoRA's, [`PeftUpdate`] that of any
+//!   of PEFT's kinds.
 //! - [`Companions`] are the files that belong to a model beside its weights.
 //! - [`gap`] measures how far the merged model is from base and adapter.
 //!
@@ -19,6 +20,7 @@
 mod companions;
 mod folder;
 pub mod gap;
+mod peft;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -27,5 +29,6 @@ mod update;
 pub use companions::Companions;
 pub(crate) use folder::require_space;
 pub use folder::{FolderOptions, WrittenFolder, write_folder};
+pub use peft::PeftUpdate;
 pub use source::{MergeFigures, MergeInto, MergedSource, Rounding};
 pub use update::{LoraUpdate, WeightUpdate};

@@ -137,7 +137,10 @@ fn the_dequantized_base_is_the_one_that_is_trained_on() {
     assert_eq!(merged.read(embedding).unwrap().into_f32(), source.read(embedding).unwrap().into_f32());
     // The whole model answers as base and adapter do.
     let tokens = peft_logits("adapter_list").0;
-    let (_, gaps) = gap::measure(&source, &adapter, Quantization::Bits4(config), &tokens, 64).unwrap();
+    let put_on = |model: &mut CausalLm| {
+        model.set_adapter(adapter.config.lora.clone(), adapter.layout.clone(), adapter.weights.clone())
+    };
+    let (_, gaps) = gap::measure(&source, &update, put_on, Quantization::Bits4(config), &tokens, 64).unwrap();
     let [(MergeInto::Original, original), (MergeInto::Dequantized(_), dequantized)] = *gaps else { panic!("{gaps:?}") };
     assert!(dequantized.largest < 1e-4 && dequantized.same_best == 1.0, "{dequantized:?}");
     assert!(dequantized.divergence < 1e-8, "{dequantized:?}");
@@ -145,10 +148,10 @@ fn the_dequantized_base_is_the_one_that_is_trained_on() {
     assert_eq!(original.perplexity_before, dequantized.perplexity_before);
     assert!((dequantized.perplexity_after / dequantized.perplexity_before - 1.0).abs() < 1e-5);
     // Without quantization there is one way.
-    let (_, plain) = gap::measure(&source, &adapter, Quantization::None, &tokens, 64).unwrap();
+    let (_, plain) = gap::measure(&source, &update, put_on, Quantization::None, &tokens, 64).unwrap();
     assert_eq!(plain.len(), 1);
     assert!(plain[0].1.largest < 1e-4, "{plain:?}");
-    assert!(gap::measure(&source, &adapter, Quantization::None, &tokens[..1], 64).is_err());
+    assert!(gap::measure(&source, &update, put_on, Quantization::None, &tokens[..1], 64).is_err());
 }
 
 #[test]

@@ -346,7 +346,7 @@ fn gain(weight: &dyn FrozenWeight, module: &LoraModule, magnitude: &[f32]) -> Re
 }
 
 /// `m / ||E + s (B A)^T||` of every column of the table.
-fn embedding_gain(table: &dyn FrozenWeight, module: &LoraModule, magnitude: &[f32]) -> Result<Vec<f32>> {
+pub(crate) fn embedding_gain(table: &dyn FrozenWeight, module: &LoraModule, magnitude: &[f32]) -> Result<Vec<f32>> {
     let (vocab, hidden) = (table.rows(), table.cols());
     let a = View::new(&module.a, module.rank, vocab);
     let b: Vec<f32> = (0..module.rank).flat_map(|k| module.b.iter().skip(k).step_by(module.rank).copied()).collect();

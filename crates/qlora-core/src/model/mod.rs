@@ -16,6 +16,7 @@ pub mod policy;
 pub mod projection;
 pub mod stack;
 
+pub(crate) use adapter_build::embedding_gain;
 pub use adapters::{AdapterChoice, Combination, LoadedAdapter};
 pub use cache::KvCache;
 pub use causal_lm::{Adapter, CausalLm, MemoryUse, TrainPass};
