@@ -55,9 +55,8 @@ impl<'a> PeftUpdate<'a> {
 
         let mut replaced = HashMap::new();
         for tensor in &adapter.replaced {
-            let is_known = base.shape(&tensor.name).is_some() || (unties && tensor.name == head);
-            // A base's table that was saved along as its tied head.
-            if !is_known && !(tied && tensor.name == head) {
+            // A tied head is no tensor of the base, but may come along with the adapter.
+            if base.shape(&tensor.name).is_none() && (tensor.name != head || !tied) {
                 return Err(Error::tensor(&tensor.name, "the adapter replaces it, but the base has no such tensor"));
             }
             let shape = tensor.shape.clone();
