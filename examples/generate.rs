@@ -2,8 +2,9 @@
 //!
 //!     cargo run --release --example generate -- --model MODEL --adapter output/adapter "Where is Rome?"
 //!
-//! Without a prompt a chat begins; `--batch prompts.jsonl --output answers.jsonl` answers a file. With `--adapter` given several times as NAME=ADAPTER, `--with NAME` chooses one; `--with all` answers with the base and with every
-//! adapter, in one batch.
+//! Without a prompt a chat begins; `--batch prompts.jsonl --output answers.jsonl` answers a file. With `--adapter` given
+//! several times as NAME=ADAPTER, `--with NAME` chooses one; `--with all` answers with the base and with every adapter, in
+//! one batch.
 
 use std::io::Write;
 use std::ops::ControlFlow;

@@ -142,6 +142,7 @@ impl WeightSource for Gguf {
         let index = *self.tensors.get(name).ok_or_else(|| unknown_tensor(self, name))?;
         let info = &self.header.tensors[index];
         let mut data = info.kind.decode(&self.file[info.bytes.clone()])?;
+        self.file.forget(info.bytes.clone());
         if let Some(heads) = self.permuted_heads(name) {
             names::unpermute(&mut data, heads, self.config.head_dim);
         }

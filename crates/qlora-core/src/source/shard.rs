@@ -70,6 +70,7 @@ impl Shard {
             Dtype::F16 => PlainData::F16(copy::<f16>(bytes)),
             other => return Err(unsupported_dtype(name, other, &self.path)),
         };
+        self.file.forget(self.data_start + start..self.data_start + end);
         Ok(PlainTensor { data, shape: info.shape.clone() })
     }
 }
