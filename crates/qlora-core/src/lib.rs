@@ -25,6 +25,8 @@ pub mod safetensors_file;
 pub mod safetensors_stream;
 pub mod sampling;
 pub mod source;
+#[cfg(test)]
+mod test_support;
 pub mod tokenizer;
 
 pub use error::{Error, Result};

@@ -18,7 +18,6 @@
 pub mod blocks;
 mod metadata;
 mod model;
-mod names;
 #[cfg(test)]
 mod tests;
 mod vocabulary;
@@ -34,10 +33,10 @@ use rayon::slice::ParallelSliceMut;
 
 use self::metadata::{ALIGNMENT, Metadata};
 use crate::atomic::PendingFile;
-use crate::config::Architecture;
 use crate::error::{Error, Result};
 use crate::merge::require_space;
 use crate::safetensors_stream::disk;
+use crate::source::gguf::names;
 use crate::source::{PlainTensor, WeightSource};
 use crate::tokenizer::Tokenizer;
 
@@ -241,8 +240,7 @@ fn plan(source: &dyn WeightSource, kind: GgufType, rope_table: Option<&[f32]>) -
 fn encode(source: &dyn WeightSource, name: &str, kind: GgufType) -> Result<Vec<u8>> {
     let config = source.config();
     let PlainTensor { mut data, .. } = source.read_finite(name)?;
-    let interleaved = matches!(config.architecture, Architecture::Llama | Architecture::Mistral);
-    if let Some(heads) = names::heads(name, config).filter(|_| interleaved) {
+    if let Some(heads) = names::permuted_heads(name, config) {
         names::permute(&mut data, heads, config.head_dim);
     }
     let (block, block_bytes) = kind.block();

@@ -1,12 +1,11 @@
 use std::path::{Path, PathBuf};
 
-use qlora_kernels::SequenceLayout;
 use safetensors::SafeTensors;
 
 use super::*;
 use crate::config::ModelConfig;
-use crate::model::{CausalLm, LoadOptions};
 use crate::source::{Gguf, HfDirectory};
+use crate::test_support::{largest, logits};
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures")
@@ -65,17 +64,6 @@ fn tokenizer(vocab: usize) -> Tokenizer {
 
 fn options(kind: GgufType) -> GgufOptions<'static> {
     GgufOptions { kind, name: Some("tiny"), chat_template: Some("{{ messages }}"), eos_token_ids: &[2, 5] }
-}
-
-fn logits(source: &dyn WeightSource, tokens: &[u32]) -> Vec<f32> {
-    let model = CausalLm::load(source, LoadOptions::default()).unwrap();
-    let logits = model.logits(tokens, &SequenceLayout::from_lengths(&[tokens.len()])).unwrap();
-    logits.flatten_all().unwrap().to_vec1().unwrap()
-}
-
-fn largest(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, |max, d| if d.is_nan() { f32::NAN } else { max.max(d) })
 }
 
 /// Largest differences of the logits of a fixture's model, written as `kind` and read again, and its largest logit.

@@ -2,9 +2,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use half::bf16;
+use qlora_kernels::Dtype;
 use qlora_kernels::quant::{QuantConfig, Quantized4bit};
 use qlora_kernels::weight::PlainData;
-use qlora_kernels::{Dtype, SequenceLayout};
 use safetensors::SafeTensors;
 
 use super::*;
@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::model::{CausalLm, LoadOptions, Quantization};
 use crate::open::{OpenOptions, open_model};
 use crate::source::{HfDirectory, PlainTensor, WeightSource};
+use crate::test_support::{largest, logits};
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures")
@@ -25,17 +26,6 @@ fn base() -> HfDirectory {
 
 fn adapter_of(name: &str, source: &HfDirectory) -> Adapter {
     adapter::load(fixtures().join("peft").join(name), source.config()).unwrap()
-}
-
-fn logits(source: &dyn WeightSource, tokens: &[u32]) -> Vec<f32> {
-    let model = CausalLm::load(source, LoadOptions::default()).unwrap();
-    let logits = model.logits(tokens, &SequenceLayout::from_lengths(&[tokens.len()])).unwrap();
-    logits.flatten_all().unwrap().to_vec1().unwrap()
-}
-
-fn largest(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, |max, d| if d.is_nan() { f32::NAN } else { max.max(d) })
 }
 
 /// PEFT's input and logits for an adapter.

@@ -6,7 +6,7 @@
 
 mod config;
 mod header;
-mod names;
+pub(crate) mod names;
 mod types;
 mod vocabulary;
 
@@ -19,7 +19,7 @@ use self::header::Header;
 use self::types::GgmlType;
 pub(crate) use self::vocabulary::{Vocabulary, VocabularyKind, token_type};
 use super::{PlainTensor, WeightSource, check_tensors, ignorable, unknown_tensor};
-use crate::config::{Architecture, ModelConfig};
+use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 
 /// The vocabulary of a GGUF file that need not hold a model.
@@ -101,20 +101,6 @@ impl Gguf {
     pub(crate) fn vocabulary(&self) -> Result<Vocabulary<'_>> {
         Vocabulary::read(&self.header, &self.file).map_err(|e| Error::format(&self.path, e))
     }
-
-    /// The heads of a q or k projection, where llama.cpp's converter changed the order of its rows.
-    fn permuted_heads(&self, name: &str) -> Option<usize> {
-        if self.config.architecture != Architecture::Llama {
-            return None;
-        }
-        if name.contains(".self_attn.q_proj.") {
-            Some(self.config.num_attention_heads)
-        } else if name.contains(".self_attn.k_proj.") {
-            Some(self.config.num_key_value_heads)
-        } else {
-            None
-        }
-    }
 }
 
 impl WeightSource for Gguf {
@@ -143,7 +129,7 @@ impl WeightSource for Gguf {
         let info = &self.header.tensors[index];
         let mut data = info.kind.decode(&self.file[info.bytes.clone()])?;
         self.file.forget(info.bytes.clone());
-        if let Some(heads) = self.permuted_heads(name) {
+        if let Some(heads) = names::permuted_heads(name, &self.config) {
             names::unpermute(&mut data, heads, self.config.head_dim);
         }
         Ok(PlainTensor { data, shape: info.shape.clone() })

@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use super::buffer::Buffer;
 use super::ffi;
 use super::gpu::Gpu;
-use super::ops::add_bias;
+use super::linear_group::add_biases;
 use super::view::{CudaView, CudaViewMut};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -72,7 +72,7 @@ pub(crate) fn forward(
     x: CudaView,
     adapter: Option<&AdapterPass>,
     residual: Option<CudaView>,
-    mut y: CudaViewMut,
+    y: CudaViewMut,
     swiglu: bool,
     workspace: &Workspace,
 ) -> Result<bool> {
@@ -95,72 +95,45 @@ pub(crate) fn forward(
     let (residual, ldr) = residual.map_or((std::ptr::null(), 0), |r| (r.ptr() as *const _, r.ld()));
     let (dtype, swiglu) = (x.dtype().code(), i32::from(swiglu));
     let rows: i64 = weights.m[..weights.count as usize].iter().map(|member| member.rows).sum();
+    let product = |kernel: ffi::FewProduct, early: bool, scratch: *mut u8| {
+        // SAFETY: all windows, weights and the workspace are live and have the sizes passed. With `early`, weights and
+        // adapters are read before the launches before this one are done; they were settled earlier (see `Group::infer`).
+        gpu.launch(op, |stream| unsafe {
+            kernel(
+                dtype,
+                weights,
+                x.ptr() as *const _,
+                x.ld(),
+                s,
+                lds,
+                residual,
+                ldr,
+                y.ptr() as *mut _,
+                y.ld(),
+                tokens as i64,
+                swiglu,
+                i32::from(early),
+                scratch.cast(),
+                stream,
+            )
+        })
+    };
     let mut done = false;
     if tokens <= MOST_OF_GEMV {
         // SAFETY: a pure function of its arguments.
         let bytes = unsafe { ffi::qlora_nf4_gemv_workspace(rows, weights.k, tokens as i64) };
-        let launch = |scratch: *mut u8| {
-            // SAFETY: all windows, weights and the workspace are live and have the sizes passed. Weights and adapters are
-            // read before the launches before this one are done; they were settled earlier (see `Group::infer`).
-            gpu.launch(op, |stream| unsafe {
-                ffi::qlora_nf4_gemv(
-                    dtype,
-                    weights,
-                    x.ptr() as *const _,
-                    x.ld(),
-                    s,
-                    lds,
-                    residual,
-                    ldr,
-                    y.ptr() as *mut _,
-                    y.ld(),
-                    tokens as i64,
-                    swiglu,
-                    1,
-                    scratch.cast(),
-                    stream,
-                )
-            })
-        };
+        let launch = |scratch| product(ffi::qlora_nf4_gemv, true, scratch);
         done = taken(with_zeroed(gpu, op, &gpu.workspaces().gemv, bytes as usize, launch))?;
     }
     if !done {
         // SAFETY: a pure function of its arguments.
         let bytes = unsafe { ffi::qlora_nf4_small_gemm_workspace(weights, tokens as i64, swiglu) };
-        let launch = |scratch: *mut u8| {
-            // SAFETY: as above; this one begins when the launches before it are done.
-            gpu.launch(op, |stream| unsafe {
-                ffi::qlora_nf4_small_gemm(
-                    dtype,
-                    weights,
-                    x.ptr() as *const _,
-                    x.ld(),
-                    s,
-                    lds,
-                    residual,
-                    ldr,
-                    y.ptr() as *mut _,
-                    y.ld(),
-                    tokens as i64,
-                    swiglu,
-                    0,
-                    scratch.cast(),
-                    stream,
-                )
-            })
-        };
+        let launch = |scratch| product(ffi::qlora_nf4_small_gemm, false, scratch);
         if !taken(with_zeroed(gpu, op, &gpu.workspaces().gemm, bytes as usize, launch))? {
             return Ok(false);
         }
     }
-    let mut start = 0;
-    for member in group.members {
-        let end = start + member.weight.rows();
-        if let Some(bias) = member.bias {
-            add_bias(op, y.reborrow().slice_cols(start..end), bias.cuda(op)?)?;
-        }
-        start = end;
-    }
+    add_biases(op, group, y)?;
     Ok(true)
 }
 

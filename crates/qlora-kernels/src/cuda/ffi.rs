@@ -99,6 +99,25 @@ impl Default for Shrink {
     }
 }
 
+/// [`qlora_nf4_gemv`] and [`qlora_nf4_small_gemm`], which take the same arguments.
+pub(super) type FewProduct = unsafe extern "C" fn(
+    dtype: c_int,
+    weights: FewWeights,
+    x: Ptr,
+    ldx: i64,
+    s: *const f32,
+    lds: i64,
+    residual: Ptr,
+    ldr: i64,
+    y: PtrMut,
+    ldy: i64,
+    tokens: i64,
+    swiglu: c_int,
+    early: c_int,
+    workspace: PtrMut,
+    stream: Stream,
+) -> c_int;
+
 unsafe extern "C" {
     pub(super) fn qlora_argmax(
         dtype: c_int,

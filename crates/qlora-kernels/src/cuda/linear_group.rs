@@ -187,14 +187,7 @@ pub(crate) fn forward(
         }
         put_back(group, fused);
     }
-    let mut start = 0;
-    for member in group.members {
-        let end = start + member.weight.rows();
-        if let Some(bias) = member.bias {
-            add_bias(op, y.reborrow().slice_cols(start..end), bias.cuda(op)?)?;
-        }
-        start = end;
-    }
+    add_biases(op, group, y)?;
     Ok(shrunk)
 }
 
@@ -226,6 +219,16 @@ fn parts<'a>(group: &Group<'a>) -> impl Iterator<Item = (&'a Member<'a>, std::op
         *start = columns.end;
         Some((member, columns))
     })
+}
+
+/// Adds the members' biases to their columns of the group's output.
+pub(super) fn add_biases(op: &'static str, group: &Group, mut y: CudaViewMut) -> Result<()> {
+    for (member, columns) in parts(group) {
+        if let Some(bias) = member.bias {
+            add_bias(op, y.reborrow().slice_cols(columns), bias.cuda(op)?)?;
+        }
+    }
+    Ok(())
 }
 
 /// `S = drop(x) A^T` of all members side by side, `[tokens, rp]`.

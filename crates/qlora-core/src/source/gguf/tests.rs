@@ -9,6 +9,7 @@ use qlora_kernels::ops::rope::RopeScaling;
 use qlora_kernels::weight::PlainData;
 
 use super::*;
+use crate::config::Architecture;
 
 const HEADS: usize = 2;
 const HEAD_DIM: usize = 8;
