@@ -118,11 +118,11 @@ fn measure(
     quantization: Quantization,
 ) -> anyhow::Result<Row> {
     let bar = ProgressBar::new(0)
-        .with_style(ProgressStyle::with_template("{msg:14} {bar:24} {pos}/{len} tensors, {eta} left")?)
+        .with_style(ProgressStyle::with_template("{msg:14} {bar:24} {bytes} of {total_bytes}, {eta} left")?)
         .with_message(name);
-    let mut progress = |done: usize, total: usize| {
-        bar.set_length(total as u64);
-        bar.set_position(done as u64);
+    let mut progress = |done: u64, total: u64| {
+        bar.set_length(total);
+        bar.set_position(done);
     };
     let options = LoadOptions { quantization, progress: Some(&mut progress), ..LoadOptions::default() };
     let model = CausalLm::load_on(&*files.source, options, args.device.open(Dtype::Bf16, None)?)?;

@@ -45,10 +45,10 @@ fn main() -> anyhow::Result<()> {
     let interrupt = Interrupt::on_ctrl_c()?;
 
     eprintln!("loading {}", config.model.model_name_or_path);
-    let bar = Bar::new(0).with_style(ProgressStyle::with_template("{bar:24} {pos}/{len} weights, {eta} left")?);
+    let bar = Bar::new(0).with_style(ProgressStyle::with_template("{bar:24} {bytes} of {total_bytes}, {eta} left")?);
     let mut session = Session::open(&config, |done, total| {
-        bar.set_length(total as u64);
-        bar.set_position(done as u64);
+        bar.set_length(total);
+        bar.set_position(done);
     })?;
     bar.finish_and_clear();
     let memory = session.model().memory();

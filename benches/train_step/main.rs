@@ -15,24 +15,24 @@
 //! its time on. With `--8bit-moments` or `--offload-embedding` the mode is written `lean+`.
 
 mod parts;
-#[path = "../random_8b.rs"]
+#[path = "../common/random_8b.rs"]
 mod random_8b;
+#[path = "../common/trainee.rs"]
+mod trainee;
 
 use std::io::Write;
 use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Context;
-use qlora::batch::Batch;
 use qlora::kernels::Workspace;
 use qlora::kernels::cuda::{self, Gpu};
 use qlora::kernels::quant::QuantConfig;
 use qlora::lora::{LoraConfig, ModuleFilter, TargetModules};
-use qlora::model::{BatchShape, CausalLm, LoadOptions, Planner, Quantization, TrainPass};
-use qlora::trainer::config::{Optim, TrainingOptions};
-use qlora::trainer::optimizer::Optimizer;
-use rand::{RngExt, SeedableRng};
+use qlora::model::{BatchShape, CausalLm, LoadOptions, Planner, Quantization};
+use qlora::trainer::config::Optim;
 use random_8b::{RandomWeights, llama_8b};
+use trainee::Trainee;
 
 /// Such as `lean:4x2048@8.3`.
 #[derive(Clone, Debug)]
@@ -128,39 +128,6 @@ fn options() -> anyhow::Result<Options> {
     Ok(options)
 }
 
-/// A model in training.
-struct Trainee {
-    model: CausalLm,
-    optimizer: Optimizer,
-    rng: rand_chacha::ChaCha8Rng,
-    steps: u64,
-}
-
-impl Trainee {
-    /// Random tokens, all of them trained.
-    fn batch(&mut self, sequences: usize, length: usize) -> Batch {
-        let documents: Vec<Vec<u32>> =
-            (0..sequences).map(|_| (0..length).map(|_| self.rng.random_range(0..128_256)).collect()).collect();
-        let labels: Vec<Vec<i64>> = documents.iter().map(|ids| ids.iter().map(|&id| i64::from(id)).collect()).collect();
-        Batch::from_documents(documents.iter().map(Vec::as_slice).zip(labels.iter().map(Vec::as_slice)))
-    }
-
-    /// Everything that a step of training does; returns the mean loss.
-    fn step(&mut self, batch: &Batch) -> anyhow::Result<f64> {
-        let Self { model, optimizer, steps, .. } = self;
-        optimizer.grad.view_mut().fill(0.0)?;
-        let items = batch.trained_tokens();
-        let loss = model.accumulate_gradients(batch, items, TrainPass::default(), optimizer.grad.view_mut())?;
-        let norm = optimizer.grad_norm()?;
-        *steps += 1;
-        let adapter = model.adapter().context("it has an adapter")?;
-        adapter.update(|values| optimizer.update(*steps, 2e-4, norm, values))?;
-        let loss = loss.sum / items as f64;
-        anyhow::ensure!(loss.is_finite() && norm.is_finite(), "step {steps}: loss {loss}, norm {norm}");
-        Ok(loss)
-    }
-}
-
 fn load(options: &Options, workspace: &Workspace) -> anyhow::Result<Trainee> {
     let started = Instant::now();
     let source = RandomWeights::new(llama_8b(options.layers));
@@ -191,10 +158,7 @@ fn load(options: &Options, workspace: &Workspace) -> anyhow::Result<Trainee> {
     let lora =
         LoraConfig { r: options.rank, lora_alpha: 2.0 * options.rank as f64, target_modules, ..LoraConfig::default() };
     model.add_adapter(lora, 0)?;
-    let trainable = model.adapter().context("just added")?.layout().len();
-    let optim = if options.bits8 { Optim::Adamw8bit } else { Optim::AdamwTorch };
-    let optimizer = Optimizer::new(&TrainingOptions { optim, ..TrainingOptions::default() }, trainable, workspace)?;
-    Ok(Trainee { model, optimizer, rng: rand_chacha::ChaCha8Rng::seed_from_u64(0), steps: 0 })
+    Trainee::new(model, if options.bits8 { Optim::Adamw8bit } else { Optim::AdamwTorch }, workspace)
 }
 
 /// One case in one mode.

@@ -129,9 +129,6 @@ impl QLoraLinear {
             };
             let workspace = Workspace::with_dtype(weight.device(), dtype)?;
             let weight = qlora_kernels::cuda::CudaWeight::quantize(&data, rows, cols, quantization, &workspace)?;
-            if let Some(gpu) = workspace.gpu() {
-                gpu.release_staging();
-            }
             return Self::new_in(Arc::new(weight), bias, lora, seed, workspace);
         }
         let quantized = Quantized4bit::quantize(&data, rows, cols, quantization)?;

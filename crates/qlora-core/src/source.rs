@@ -14,6 +14,7 @@ use std::fmt;
 use std::path::Path;
 
 use qlora_kernels::weight::{PlainData, PlainWeight};
+use qlora_kernels::{Dtype, FileBytes};
 use rayon::iter::IndexedParallelIterator;
 use rayon::slice::ParallelSlice;
 
@@ -84,6 +85,15 @@ impl fmt::Debug for PlainTensor {
     }
 }
 
+/// Where a tensor lies in its file, in the form in which it is used.
+#[derive(Clone, Copy, Debug)]
+pub struct StoredTensor<'a> {
+    /// The elements, row-major and little-endian.
+    pub bytes: FileBytes<'a>,
+    /// Their type.
+    pub dtype: Dtype,
+}
+
 /// The weights of one model.
 ///
 /// A source that was opened holds exactly the tensors of its configuration ([`ModelConfig::tensor_shapes`]), each with
@@ -121,6 +131,20 @@ pub trait WeightSource: Send + Sync + fmt::Debug {
     /// If there is no tensor of that name, or a quantized one holds values that it cannot; the error names tensor and file.
     fn read_weight(&self, name: &str) -> Result<SourceWeight> {
         self.read(name).map(SourceWeight::Plain)
+    }
+
+    /// A tensor as it lies in its file, if its elements can be taken from there as they are: what is read piece by piece
+    /// never needs memory for the whole.
+    fn stored(&self, _name: &str) -> Option<StoredTensor<'_>> {
+        None
+    }
+
+    /// Bytes that reading a tensor takes from its file, for progress bars; 0 if there is no tensor of that name.
+    fn stored_bytes(&self, name: &str) -> u64 {
+        match self.stored(name) {
+            Some(stored) => stored.bytes.len() as u64,
+            None => self.shape(name).map_or(0, |shape| 2 * shape.iter().product::<usize>() as u64),
+        }
     }
 
     /// Copies one tensor out of the file. Values are not checked; see [`WeightSource::read_finite`].

@@ -64,6 +64,16 @@ pub enum Error {
         what: &'static str,
     },
 
+    /// A file could not be read.
+    #[error("{op}: {error}")]
+    Io {
+        /// The operation.
+        op: &'static str,
+        /// What the operating system says.
+        #[source]
+        error: std::io::Error,
+    },
+
     /// candle refused something.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

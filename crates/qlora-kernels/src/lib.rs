@@ -39,7 +39,7 @@ pub mod weight;
 
 pub use dtype::Dtype;
 pub use error::{Error, Result};
-pub use mapped::MappedFile;
+pub use mapped::{FileBytes, MappedFile};
 pub use matrix::{Matrix, Workspace};
 pub use sequence::SequenceLayout;
 pub use view::{View, ViewMut};

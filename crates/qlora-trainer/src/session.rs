@@ -47,12 +47,12 @@ pub struct Session {
 }
 
 impl Session {
-    /// Opens the base model, quantizes it as configured and adds the adapter. `progress` is called with the number of
-    /// weights read and their total.
+    /// Opens the base model, quantizes it as configured and adds the adapter. `progress` is called with the bytes of
+    /// weights that were read, and their total.
     ///
     /// # Errors
     /// If the configuration is not valid, or the model cannot be found or read; the message names the file or the tensor.
-    pub fn open(config: &TrainConfig, mut progress: impl FnMut(usize, usize)) -> Result<Self> {
+    pub fn open(config: &TrainConfig, mut progress: impl FnMut(u64, u64)) -> Result<Self> {
         config.validate()?;
         let options = OpenOptions {
             revision: config.model.revision.clone(),

@@ -1,24 +1,29 @@
 //! From a checkpoint to a model, one tensor at a time.
 //!
-//! Each weight is read from the memory-mapped file, checked, quantized if asked, and dropped before the next one is
-//! read: besides the finished model, host memory holds no more than one tensor in its stored precision.
+//! On the CPU each weight is read, checked, quantized if asked, and dropped before the next one is read: besides the finished
+//! model, host memory holds no more than one tensor in its stored precision. On a GPU several threads load at a time
+//! ([`threads`]), and what lies plain in a file goes there piece by piece, quantized on the way: the whole model in 16 bits is
+//! never anywhere, and no whole tensor of it either.
+
+mod tensor;
+mod threads;
 
 use std::sync::Arc;
 
-#[cfg(feature = "cuda")]
-use qlora_kernels::cuda::CudaWeight;
 use qlora_kernels::ops::attention::AttentionConfig;
-use qlora_kernels::quant::{IntConfig, QuantConfig, Quantized4bit, QuantizedInt};
-use qlora_kernels::weight::{FrozenWeight, Int8Activations, PlainData, PlainWeight};
+use qlora_kernels::quant::{IntConfig, QuantConfig};
+use qlora_kernels::weight::FrozenWeight;
 use qlora_kernels::{Matrix, Workspace};
 
+use self::tensor::{Context, Job, Loaded, Place};
+use self::threads::Parts;
 use super::block::{Block, MemoryPolicy};
 use super::causal_lm::CausalLm;
 use super::projection::Projection;
 use super::stack::Stack;
-use crate::config::CheckpointQuantization;
+use crate::config::{CheckpointQuantization, ModelConfig};
 use crate::error::{Error, Result};
-use crate::source::{PlainTensor, SourceWeight, WeightSource};
+use crate::source::WeightSource;
 
 /// How the frozen projections are held. A checkpoint that is stored quantized is always held as it is stored, its plain
 /// layers too: with one, [`Quantization::None`] or what it is stored in are the only values that are not refused.
@@ -43,8 +48,8 @@ pub struct LoadOptions<'a> {
     /// Leave the embedding's table in host memory: only the rows of a batch go to the GPU. A head that is tied to it is
     /// on the GPU in any case.
     pub offload_embedding: bool,
-    /// Called after each tensor with the number of tensors done and their total.
-    pub progress: Option<&'a mut dyn FnMut(usize, usize)>,
+    /// Called after each tensor with the bytes of the files that were read, and their total.
+    pub progress: Option<&'a mut dyn FnMut(u64, u64)>,
 }
 
 impl CausalLm {
@@ -62,58 +67,71 @@ impl CausalLm {
     /// # Errors
     /// As there; also if the device's memory does not hold the model.
     pub fn load_on(source: &dyn WeightSource, options: LoadOptions<'_>, workspace: Workspace) -> Result<Self> {
-        #[cfg(feature = "cuda")]
-        let gpu = workspace.gpu().cloned();
-        let model = Loader { source, options, used: Vec::new(), total: source.names().len(), workspace }.model();
-        #[cfg(feature = "cuda")]
-        if let Some(gpu) = gpu {
-            gpu.release_staging();
+        let LoadOptions { mut quantization, offload_embedding, progress } = options;
+        if let Some(stored) = source.quantization() {
+            check_quantization(quantization, stored, source)?;
+            quantization = Quantization::None;
         }
-        model
+        let config = source.config();
+        let jobs = jobs(config, offload_embedding);
+        check_all_used(source, &jobs)?;
+        let mut progress = progress;
+        let report = |done, total| progress.iter_mut().for_each(|progress| progress(done, total));
+        let parts = threads::load(&Context { source, quantization, workspace: &workspace }, jobs, report)?;
+        Assembly { config, parts }.model(offload_embedding, workspace)
     }
 }
 
-struct Loader<'a, 'b> {
-    source: &'a dyn WeightSource,
-    options: LoadOptions<'b>,
-    used: Vec<String>,
-    total: usize,
-    workspace: Workspace,
+/// What is left of loading when all tensors are on their device.
+struct Assembly<'a> {
+    config: &'a ModelConfig,
+    parts: Parts,
 }
 
-impl Loader<'_, '_> {
-    fn model(mut self) -> Result<CausalLm> {
-        if let Some(stored) = self.source.quantization() {
-            check_quantization(self.options.quantization, stored, self.source)?;
-            self.options.quantization = Quantization::None;
-        }
-        let config = self.source.config().clone();
-        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let embedding = match self.options.offload_embedding {
-            false => self.plain("model.embed_tokens.weight", vocab, hidden)?,
-            true => {
-                let data = self.read("model.embed_tokens.weight", &[vocab, hidden])?;
-                check_finite("model.embed_tokens.weight", &data)?;
-                Arc::new(PlainWeight::new(data, vocab, hidden))
-            }
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const FINAL_NORM: &str = "model.norm.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// The tensors of a model in the order in which they are read, without those of a block's biases that are not there.
+fn jobs(config: &ModelConfig, offload_embedding: bool) -> Vec<Job> {
+    let tied_on_device = config.tie_word_embeddings && offload_embedding;
+    let mut jobs = Vec::new();
+    for (name, shape) in config.tensor_shapes() {
+        let place = match (&*name, shape.len()) {
+            (EMBEDDING, _) if offload_embedding => Place::HostTable,
+            (EMBEDDING | HEAD, _) => Place::Table,
+            (_, 1) => Place::Vector,
+            _ => Place::Projection,
         };
+        jobs.push(Job { name, shape, place });
+    }
+    if tied_on_device {
+        let shape = vec![config.vocab_size, config.hidden_size];
+        jobs.push(Job { name: EMBEDDING.to_owned(), shape, place: Place::Table });
+    }
+    jobs
+}
+
+impl Assembly<'_> {
+    fn model(mut self, offload_embedding: bool, workspace: Workspace) -> Result<CausalLm> {
+        let config = self.config;
+        let place = if offload_embedding { Place::HostTable } else { Place::Table };
+        let embedding = self.weight(EMBEDDING, place)?;
         let blocks = (0..config.num_hidden_layers).map(|layer| self.block(layer)).collect::<Result<Vec<_>>>()?;
-        let final_norm = self.vector("model.norm.weight", hidden)?;
-        let head = match (config.tie_word_embeddings, self.options.offload_embedding) {
-            (false, _) => self.plain("lm_head.weight", vocab, hidden)?,
+        let final_norm = self.vector(FINAL_NORM)?;
+        let head = match (config.tie_word_embeddings, offload_embedding) {
+            (false, _) => self.weight(HEAD, Place::Table)?,
             (true, false) => embedding.clone(),
-            (true, true) => self.plain("model.embed_tokens.weight", vocab, hidden)?,
+            (true, true) => self.weight(EMBEDDING, Place::Table)?,
         };
-        self.check_all_used(config.tie_word_embeddings)?;
         let limit = config.max_position_embeddings;
         let stack = Stack::new(blocks, final_norm, config.rms_norm_eps, config.rope.clone(), limit)?;
-        Ok(CausalLm::new(config, embedding, head, stack, self.workspace))
+        Ok(CausalLm::new(config.clone(), embedding, head, stack, workspace))
     }
 
     fn block(&mut self, layer: usize) -> Result<Block> {
-        let config = self.source.config().clone();
-        let (hidden, mlp, head_dim) = (config.hidden_size, config.intermediate_size, config.head_dim);
-        let (q_width, kv_width) = (config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim);
+        let config = self.config;
+        let head_dim = config.head_dim;
         let prefix = format!("model.layers.{layer}");
         let name = |part: &str| format!("{prefix}.{part}");
         let attention = AttentionConfig {
@@ -124,152 +142,61 @@ impl Loader<'_, '_> {
             window: config.sliding_window.get(layer).copied().flatten(),
         };
         let qk_norm = match config.qk_norm {
-            true => Some((
-                self.vector(&name("self_attn.q_norm.weight"), head_dim)?,
-                self.vector(&name("self_attn.k_norm.weight"), head_dim)?,
-            )),
+            true => {
+                Some((self.vector(&name("self_attn.q_norm.weight"))?, self.vector(&name("self_attn.k_norm.weight"))?))
+            }
             false => None,
         };
         Ok(Block {
-            input_norm: self.vector(&name("input_layernorm.weight"), hidden)?,
-            post_attention_norm: self.vector(&name("post_attention_layernorm.weight"), hidden)?,
+            input_norm: self.vector(&name("input_layernorm.weight"))?,
+            post_attention_norm: self.vector(&name("post_attention_layernorm.weight"))?,
             qk_norm,
             eps: config.rms_norm_eps,
             attention,
-            q: self.projection(name("self_attn.q_proj"), q_width, hidden, config.qkv_bias)?,
-            k: self.projection(name("self_attn.k_proj"), kv_width, hidden, config.qkv_bias)?,
-            v: self.projection(name("self_attn.v_proj"), kv_width, hidden, config.qkv_bias)?,
-            o: self.projection(name("self_attn.o_proj"), hidden, q_width, config.o_bias)?,
-            gate: self.projection(name("mlp.gate_proj"), mlp, hidden, config.mlp_bias)?,
-            up: self.projection(name("mlp.up_proj"), mlp, hidden, config.mlp_bias)?,
-            down: self.projection(name("mlp.down_proj"), hidden, mlp, config.mlp_bias)?,
+            q: self.projection(name("self_attn.q_proj"), config.qkv_bias)?,
+            k: self.projection(name("self_attn.k_proj"), config.qkv_bias)?,
+            v: self.projection(name("self_attn.v_proj"), config.qkv_bias)?,
+            o: self.projection(name("self_attn.o_proj"), config.o_bias)?,
+            gate: self.projection(name("mlp.gate_proj"), config.mlp_bias)?,
+            up: self.projection(name("mlp.up_proj"), config.mlp_bias)?,
+            down: self.projection(name("mlp.down_proj"), config.mlp_bias)?,
             policy: MemoryPolicy::default(),
         })
     }
 
-    fn projection(&mut self, name: String, rows: usize, cols: usize, bias: bool) -> Result<Projection> {
-        let weight_name = format!("{name}.weight");
-        let weight = match (self.read_weight(&weight_name, &[rows, cols])?, self.options.quantization) {
-            (weight, Quantization::None) => self.place(&weight_name, weight)?,
-            (SourceWeight::Plain(PlainTensor { data, .. }), quantization) => self
-                .quantize(&data, rows, cols, quantization)
-                .map_err(|error| Error::tensor(&weight_name, error.to_string()))?,
-            // `model` saw to it.
-            (packed, _) => self.place(&weight_name, packed)?,
-        };
-        let bias = bias.then(|| self.vector(&format!("{name}.bias"), rows)).transpose()?;
+    fn projection(&mut self, name: String, bias: bool) -> Result<Projection> {
+        let weight = self.weight(&format!("{name}.weight"), Place::Projection)?;
+        let bias = bias.then(|| self.vector(&format!("{name}.bias"))).transpose()?;
         Projection::new(name, weight, bias)
     }
 
-    /// Quantizes on the device that the weight is for.
-    fn quantize(
-        &self,
-        data: &PlainData,
-        rows: usize,
-        cols: usize,
-        quantization: Quantization,
-    ) -> Result<Arc<dyn FrozenWeight>> {
-        match quantization {
-            Quantization::None => self.place_plain(PlainWeight::new(data.clone(), rows, cols)),
-            #[cfg(feature = "cuda")]
-            Quantization::Bits4(config) if self.workspace.gpu().is_some() => {
-                Ok(Arc::new(CudaWeight::quantize(data, rows, cols, &config, &self.workspace)?))
-            }
-            Quantization::Bits4(config) => Ok(Arc::new(Quantized4bit::quantize(data, rows, cols, &config)?)),
-            Quantization::Int8 => {
-                self.place_int(|| QuantizedInt::llm_int8(data, rows, cols, Int8Activations::THRESHOLD, &[]))
-            }
-            Quantization::Int(config) => self.place_int(|| QuantizedInt::quantize(data, rows, cols, &config)),
+    fn weight(&mut self, name: &str, place: Place) -> Result<Arc<dyn FrozenWeight>> {
+        match self.parts.remove(&(name.to_owned(), place)) {
+            Some(Loaded::Weight(weight)) => Ok(weight),
+            _ => Err(Error::tensor(name, "is not among the tensors of the configuration")),
         }
     }
 
-    /// A weight on the device in the form it has.
-    fn place(&self, name: &str, weight: SourceWeight) -> Result<Arc<dyn FrozenWeight>> {
-        match weight {
-            SourceWeight::Plain(tensor) => {
-                check_finite(name, &tensor.data)?;
-                self.place_plain(tensor.into_weight(name)?)
-            }
-            #[cfg(feature = "cuda")]
-            SourceWeight::FourBit(weight) if self.workspace.gpu().is_some() => {
-                Ok(Arc::new(CudaWeight::quantized(&weight, &self.workspace)?))
-            }
-            SourceWeight::FourBit(weight) => Ok(Arc::new(weight)),
-            SourceWeight::Int(weight) => self.place_int(|| Ok(weight)),
+    fn vector(&mut self, name: &str) -> Result<Matrix> {
+        match self.parts.remove(&(name.to_owned(), Place::Vector)) {
+            Some(Loaded::Vector(vector)) => Ok(vector),
+            _ => Err(Error::tensor(name, "is not among the tensors of the configuration")),
         }
     }
+}
 
-    fn place_int(&self, weight: impl FnOnce() -> qlora_kernels::Result<QuantizedInt>) -> Result<Arc<dyn FrozenWeight>> {
-        let weight = weight()?;
-        #[cfg(feature = "cuda")]
-        if self.workspace.gpu().is_some() {
-            return Ok(Arc::new(CudaWeight::integers(&weight, &self.workspace)?));
-        }
-        Ok(Arc::new(weight))
+/// A tensor that nothing reads means that the model is not what its configuration says.
+fn check_all_used(source: &dyn WeightSource, jobs: &[Job]) -> Result<()> {
+    let tied = source.config().tie_word_embeddings;
+    let harmless = |name: &str| name.ends_with("rotary_emb.inv_freq") || (tied && name == HEAD);
+    let used: std::collections::HashSet<_> = jobs.iter().map(|job| &job.name).collect();
+    let unused: Vec<_> = source.names().into_iter().filter(|name| !used.contains(name) && !harmless(name)).collect();
+    if unused.is_empty() {
+        return Ok(());
     }
-
-    fn place_plain(&self, weight: PlainWeight) -> Result<Arc<dyn FrozenWeight>> {
-        #[cfg(feature = "cuda")]
-        if self.workspace.gpu().is_some() {
-            return Ok(Arc::new(CudaWeight::plain(&weight, &self.workspace)?));
-        }
-        Ok(Arc::new(weight))
-    }
-
-    /// A table that is not quantized while loading; a head may be stored quantized.
-    fn plain(&mut self, name: &str, rows: usize, cols: usize) -> Result<Arc<dyn FrozenWeight>> {
-        let weight = self.read_weight(name, &[rows, cols])?;
-        self.place(name, weight)
-    }
-
-    /// One f32 row on the device.
-    fn vector(&mut self, name: &str, len: usize) -> Result<Matrix> {
-        let data = self.read(name, &[len])?;
-        check_finite(name, &data)?;
-        let mut values = vec![0.0; len];
-        data.to_f32(0..len, &mut values);
-        Ok(self.workspace.upload(&values, 1, len)?)
-    }
-
-    fn read(&mut self, name: &str, shape: &[usize]) -> Result<PlainData> {
-        let tensor = self.source.read(name)?;
-        self.done(name, &tensor.shape, shape)?;
-        Ok(tensor.data)
-    }
-
-    fn read_weight(&mut self, name: &str, shape: &[usize]) -> Result<SourceWeight> {
-        let weight = self.source.read_weight(name)?;
-        self.done(name, &weight.shape(), shape)?;
-        Ok(weight)
-    }
-
-    fn done(&mut self, name: &str, got: &[usize], shape: &[usize]) -> Result<()> {
-        if got != shape {
-            let message = format!("has shape {got:?}, the configuration asks for {shape:?}");
-            return Err(Error::tensor(name, message));
-        }
-        self.used.push(name.to_owned());
-        if let Some(progress) = &mut self.options.progress {
-            progress(self.used.len(), self.total.max(self.used.len()));
-        }
-        Ok(())
-    }
-
-    /// A tensor that nothing reads means that the model is not what its configuration says.
-    fn check_all_used(&self, tied: bool) -> Result<()> {
-        let harmless = |name: &str| name.ends_with("rotary_emb.inv_freq") || (tied && name == "lm_head.weight");
-        let used: std::collections::HashSet<_> = self.used.iter().collect();
-        let unused: Vec<_> =
-            self.source.names().into_iter().filter(|name| !used.contains(name) && !harmless(name)).collect();
-        if unused.is_empty() {
-            return Ok(());
-        }
-        let shown = unused.iter().take(5).cloned().collect::<Vec<_>>().join(", ");
-        let more = if unused.len() > 5 { format!(" and {} more", unused.len() - 5) } else { String::new() };
-        Err(Error::Unsupported(format!(
-            "the checkpoint has tensors that this architecture does not use: {shown}{more}"
-        )))
-    }
+    let shown = unused.iter().take(5).cloned().collect::<Vec<_>>().join(", ");
+    let more = if unused.len() > 5 { format!(" and {} more", unused.len() - 5) } else { String::new() };
+    Err(Error::Unsupported(format!("the checkpoint has tensors that this architecture does not use: {shown}{more}")))
 }
 
 /// Quantizing what is quantized already would lose precision without saying so.
@@ -287,16 +214,4 @@ fn check_quantization(asked: Quantization, stored: &CheckpointQuantization, sour
          quantization (they stay as they are stored; `load_in_4bit = false`), or take the original bf16, f16 or f32 weights",
         source.path().display()
     )))
-}
-
-fn check_finite(name: &str, data: &PlainData) -> Result<()> {
-    let position = match data {
-        PlainData::F32(data) => data.iter().position(|x| !x.is_finite()),
-        PlainData::Bf16(data) => data.iter().position(|x| !x.is_finite()),
-        PlainData::F16(data) => data.iter().position(|x| !x.is_finite()),
-    };
-    match position {
-        None => Ok(()),
-        Some(index) => Err(Error::tensor(name, format!("element {index} is not finite (NaN or infinity)"))),
-    }
 }

@@ -124,6 +124,10 @@ impl WeightSource for Gguf {
         self.tensors.get(name).map(|&index| self.header.tensors[index].shape.clone())
     }
 
+    fn stored_bytes(&self, name: &str) -> u64 {
+        self.tensors.get(name).map_or(0, |&index| self.header.tensors[index].bytes.len() as u64)
+    }
+
     fn read(&self, name: &str) -> Result<PlainTensor> {
         let index = *self.tensors.get(name).ok_or_else(|| unknown_tensor(self, name))?;
         let info = &self.header.tensors[index];

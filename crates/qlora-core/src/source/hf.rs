@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::packed::{self, Packed, Raw};
 use super::shard::{Shard, unsupported_dtype};
-use super::{PlainTensor, SourceWeight, WeightSource, check_tensors, ignorable, unknown_tensor};
+use super::{PlainTensor, SourceWeight, StoredTensor, WeightSource, check_tensors, ignorable, unknown_tensor};
 use crate::config::{CheckpointQuantization, ModelConfig};
 use crate::error::{Error, Result};
 use crate::file::{self, LARGE, SMALL};
@@ -133,6 +133,17 @@ impl WeightSource for HfDirectory {
 
     fn is_packed(&self, name: &str) -> bool {
         self.packed.contains_key(name)
+    }
+
+    fn stored(&self, name: &str) -> Option<StoredTensor<'_>> {
+        if self.is_packed(name) { None } else { self.shard(name)?.stored(name) }
+    }
+
+    fn stored_bytes(&self, name: &str) -> u64 {
+        match self.packed.get(name) {
+            Some(packed) => packed.bytes,
+            None => self.stored(name).map_or(0, |stored| stored.bytes.len() as u64),
+        }
     }
 
     fn read_weight(&self, name: &str) -> Result<SourceWeight> {

@@ -69,6 +69,8 @@ pub(super) struct Packed {
     pub(super) shape: [usize; 2],
     /// The shard of its largest tensor, for messages.
     pub(super) shard: usize,
+    /// Bytes of all its tensors.
+    pub(super) bytes: u64,
     kind: Kind,
 }
 
@@ -179,8 +181,9 @@ pub(super) fn find(
         if unused && matches!(kind, Kind::Gptq(_) | Kind::Awq { .. }) && raw.f32(&bias)?.iter().all(|x| *x == 0.0) {
             own.push(bias);
         }
+        let bytes = own.iter().map(|part| raw.bytes(part).map_or(0, |bytes| bytes.len() as u64)).sum();
         parts.append(&mut own);
-        packed.insert(name, Packed { shape, shard, kind });
+        packed.insert(name, Packed { shape, shard, bytes, kind });
     }
     Ok((packed, parts))
 }

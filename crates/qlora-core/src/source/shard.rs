@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 
 use bytemuck::Pod;
 use half::{bf16, f16};
-use qlora_kernels::MappedFile;
 use qlora_kernels::weight::PlainData;
+use qlora_kernels::{Dtype as Float, FileBytes, MappedFile};
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
-use super::PlainTensor;
+use super::{PlainTensor, StoredTensor};
 use crate::error::{Error, Result};
 
 /// The largest header that is read, as in safetensors.
@@ -58,20 +58,36 @@ impl Shard {
         Some(&self.file[self.data_start + start..self.data_start + end])
     }
 
+    /// A plain tensor's place in the file.
+    pub(super) fn stored(&self, name: &str) -> Option<StoredTensor<'_>> {
+        let dtype = float(self.dtype(name)?)?;
+        let (start, end) = self.header.info(name)?.data_offsets;
+        Some(StoredTensor { bytes: self.file.bytes(self.data_start + start..self.data_start + end), dtype })
+    }
+
     /// Copies one tensor out of the file.
     pub(super) fn read(&self, name: &str) -> Result<PlainTensor> {
         let info =
             self.header.info(name).ok_or_else(|| Error::tensor(name, format!("not in {}", self.path.display())))?;
-        let (start, end) = info.data_offsets;
-        let bytes = &self.file[self.data_start + start..self.data_start + end];
-        let data = match info.dtype {
-            Dtype::F32 => PlainData::F32(copy::<f32>(bytes)),
-            Dtype::BF16 => PlainData::Bf16(copy::<bf16>(bytes)),
-            Dtype::F16 => PlainData::F16(copy::<f16>(bytes)),
-            other => return Err(unsupported_dtype(name, other, &self.path)),
+        let Some(StoredTensor { bytes, dtype }) = self.stored(name) else {
+            return Err(unsupported_dtype(name, info.dtype, &self.path));
         };
-        self.file.forget(self.data_start + start..self.data_start + end);
+        let data = match dtype {
+            Float::F32 => read::<f32>(bytes).map(PlainData::F32),
+            Float::Bf16 => read::<bf16>(bytes).map(PlainData::Bf16),
+            Float::F16 => read::<f16>(bytes).map(PlainData::F16),
+        };
+        let data = data.map_err(|error| Error::io(&self.path, error))?;
         Ok(PlainTensor { data, shape: info.shape.clone() })
+    }
+}
+
+fn float(dtype: Dtype) -> Option<Float> {
+    match dtype {
+        Dtype::F32 => Some(Float::F32),
+        Dtype::BF16 => Some(Float::Bf16),
+        Dtype::F16 => Some(Float::F16),
+        _ => None,
     }
 }
 
@@ -81,12 +97,11 @@ pub(super) fn unsupported_dtype(name: &str, dtype: Dtype, path: &Path) -> Error 
     Error::tensor(name, message)
 }
 
-/// The elements of a little-endian buffer. Tensors may start at any byte, so they are copied as bytes.
-fn copy<T: Pod>(bytes: &[u8]) -> Vec<T> {
+fn read<T: Pod>(bytes: FileBytes) -> std::io::Result<Vec<T>> {
     const { assert!(cfg!(target_endian = "little"), "safetensors are little-endian") };
     let mut out = vec![T::zeroed(); bytes.len() / size_of::<T>()];
-    bytemuck::cast_slice_mut(&mut out).copy_from_slice(bytes);
-    out
+    bytes.read_at(0, bytemuck::cast_slice_mut(&mut out))?;
+    Ok(out)
 }
 
 /// The header and where the data begins. Not `SafeTensors::read_metadata`: that adds lengths from the file unchecked.

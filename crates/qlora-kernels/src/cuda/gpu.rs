@@ -19,7 +19,6 @@ use super::ffi;
 use super::offload::Offloader;
 use super::pool::Pool;
 use super::profile::Profiler;
-use super::staging::Staging;
 use crate::error::{Error, Result};
 
 /// The oldest architecture that the kernels are written for: asynchronous copies and bf16 matrix instructions.
@@ -36,7 +35,6 @@ pub struct Gpu {
     attention: AttentionLibrary,
     offloader: Offloader,
     profiler: Profiler,
-    staging: Staging,
     workspaces: Workspaces,
     this: Weak<Gpu>,
 }
@@ -126,7 +124,6 @@ impl Gpu {
             attention: AttentionLibrary::new(10 * capability.0 + capability.1),
             offloader: Offloader::default(),
             profiler: Profiler::default(),
-            staging: Staging::default(),
             workspaces: Workspaces::default(),
             this: this.clone(),
         });
@@ -195,10 +192,6 @@ impl Gpu {
 
     pub(super) fn workspaces(&self) -> &Workspaces {
         &self.workspaces
-    }
-
-    pub(super) fn staging(&self) -> &Staging {
-        &self.staging
     }
 
     pub(super) fn profiler(&self) -> &Profiler {

@@ -11,9 +11,10 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::cuda_backend::cudarc::driver::{CudaStream, result, sys};
+use candle_core::cuda_backend::cudarc::driver::{CudaStream, sys};
 
 use super::buffer::PinnedBuffer;
+use super::event::Event;
 use super::gpu::{Gpu, cuda_error};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -57,39 +58,6 @@ pub struct Arriving {
     matrix: Option<Matrix>,
     copied: Event,
     gpu: Arc<Gpu>,
-}
-
-#[derive(Debug)]
-struct Event(sys::CUevent);
-
-// SAFETY: events may be used from any thread.
-unsafe impl Send for Event {}
-// SAFETY: as above.
-unsafe impl Sync for Event {}
-
-impl Event {
-    fn record(stream: &CudaStream) -> Result<Self> {
-        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
-            .map_err(|error| cuda_error(OP, error))?;
-        let event = Self(event);
-        // SAFETY: both are alive.
-        unsafe { result::event::record(event.0, stream.cu_stream()) }.map_err(|error| cuda_error(OP, error))?;
-        Ok(event)
-    }
-
-    /// What is enqueued on `stream` from now on runs after the event.
-    fn hold(&self, stream: &CudaStream) -> Result<()> {
-        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        // SAFETY: both are alive; the driver keeps what it needs of the event.
-        unsafe { result::stream::wait_event(stream.cu_stream(), self.0, flags) }.map_err(|error| cuda_error(OP, error))
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        // SAFETY: made by `record`, destroyed once; the driver waits with the release until the event is done.
-        let _ = unsafe { result::event::destroy(self.0) };
-    }
 }
 
 impl Offloader {
@@ -149,13 +117,13 @@ impl Gpu {
         let bytes = rows * (cols + margin) * dtype.size();
         let copy_stream = self.offloader().stream(self)?;
         let mut host = self.offloader().pinned(self, bytes)?;
-        Event::record(self.stream())?.hold(&copy_stream)?;
+        Event::record(OP, self.stream())?.hold(OP, &copy_stream)?;
         // SAFETY: both sides have at least `bytes` bytes; the matrix lives until `Leaving` is retired, the pinned memory until the
         // copy stream has passed everything that uses it (it is only reused by later copies on the same stream).
         let status =
             unsafe { sys::cuMemcpyDtoHAsync_v2(host.as_mut_ptr(), from, bytes, copy_stream.cu_stream()) }.result();
         status.map_err(|error| cuda_error(OP, error))?;
-        let copied = Event::record(&copy_stream)?;
+        let copied = Event::record(OP, &copy_stream)?;
         let offloaded = Offloaded { host: Some(host), rows, cols, margin, dtype, gpu: self.clone() };
         Ok((offloaded, Leaving { _matrix: matrix, copied, gpu: self.clone() }))
     }
@@ -183,7 +151,7 @@ impl Leaving {
     /// # Errors
     /// If the device fails.
     pub fn retire(self) -> Result<()> {
-        self.copied.hold(self.gpu.stream())
+        self.copied.hold(OP, self.gpu.stream())
     }
 }
 
@@ -198,13 +166,13 @@ impl Offloaded {
         let to = matrix.view_mut().cuda(OP)?.ptr();
         let host = self.host.as_ref().ok_or_else(|| Error::invalid(OP, "the matrix was given back"))?;
         let copy_stream = self.gpu.offloader().stream(&self.gpu)?;
-        Event::record(self.gpu.stream())?.hold(&copy_stream)?;
+        Event::record(OP, self.gpu.stream())?.hold(OP, &copy_stream)?;
         // SAFETY: both sides have the same number of bytes; the copy follows the one that filled the pinned memory on the
         // same stream, and the memory of the matrix belongs to the compute stream's past from the event on.
         let status =
             unsafe { sys::cuMemcpyHtoDAsync_v2(to, host.as_ptr(), self.bytes(), copy_stream.cu_stream()) }.result();
         status.map_err(|error| cuda_error(OP, error))?;
-        Ok(Arriving { matrix: Some(matrix), copied: Event::record(&copy_stream)?, gpu: self.gpu.clone() })
+        Ok(Arriving { matrix: Some(matrix), copied: Event::record(OP, &copy_stream)?, gpu: self.gpu.clone() })
     }
 
     /// Bytes of pinned host memory.
@@ -227,7 +195,7 @@ impl Arriving {
     /// # Errors
     /// If the device fails.
     pub fn wait(mut self) -> Result<Matrix> {
-        self.copied.hold(self.gpu.stream())?;
+        self.copied.hold(OP, self.gpu.stream())?;
         self.matrix.take().ok_or_else(|| Error::invalid(OP, "the matrix was taken already"))
     }
 }
@@ -236,7 +204,7 @@ impl Drop for Arriving {
     fn drop(&mut self) {
         // If it was not waited for (an error ended the pass), its memory must outlive the copy.
         let _ = self.gpu.bind(OP);
-        let _ = self.copied.hold(self.gpu.stream());
+        let _ = self.copied.hold(OP, self.gpu.stream());
     }
 }
 
@@ -244,6 +212,6 @@ impl Drop for Leaving {
     fn drop(&mut self) {
         // The memory is freed on the compute stream, so that stream has to wait for the copy.
         let _ = self.gpu.bind(OP);
-        let _ = self.copied.hold(self.gpu.stream());
+        let _ = self.copied.hold(OP, self.gpu.stream());
     }
 }

@@ -4,10 +4,13 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
+use candle_core::cuda_backend::cudarc::driver::result;
+
 use super::buffer::Buffer;
 use super::ffi;
-use super::gpu::Gpu;
+use super::gpu::{Gpu, cuda_error};
 use super::int_weight::DeviceInt;
+use super::upload::{Source, Uploader};
 use super::view::{CudaView, CudaViewMut};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -49,31 +52,50 @@ impl CudaWeight {
     /// Copies a plain weight, in the workspace's type.
     ///
     /// # Errors
-    /// If the memory cannot be had.
+    /// If the memory cannot be had, or a value is not finite.
     pub fn plain(weight: &PlainWeight, workspace: &Workspace) -> Result<Self> {
-        let gpu = gpu_of(workspace)?;
-        let (rows, cols, dtype) = (weight.rows(), weight.cols(), workspace.dtype());
-        let buffer = match (weight.data(), dtype) {
-            (PlainData::F32(data), Dtype::F32) => Buffer::upload(gpu, Self::OP, data)?,
-            (PlainData::Bf16(data), Dtype::Bf16) => Buffer::upload(gpu, Self::OP, data)?,
-            (PlainData::F16(data), Dtype::F16) => Buffer::upload(gpu, Self::OP, data)?,
-            (data, _) => {
-                // Another type: through the device, so that only one weight at a time exists twice there.
-                let uploaded = upload_plain(gpu, data)?;
-                let from = Dtype::of(data);
-                let mut buffer = Buffer::new(gpu, Self::OP, rows * cols * dtype.size())?;
-                // SAFETY: both buffers have rows * cols elements of their type.
-                let (source, target) = unsafe {
-                    (
-                        CudaView::of_buffer(&uploaded, from, [rows, cols], cols, 0),
-                        CudaViewMut::of_buffer(&mut buffer, dtype, [rows, cols], cols, 0),
-                    )
-                };
-                super::ops::cast(source, target)?;
-                buffer
+        let (source, dtype) = (Source::Memory(bytes_of(weight.data())), Dtype::of(weight.data()));
+        let mut uploader = Uploader::new(gpu_of(workspace)?)?;
+        Self::plain_from(source, dtype, [weight.rows(), weight.cols()], workspace.dtype(), &mut uploader)
+    }
+
+    /// [`Self::plain`] of elements of type `from`, little-endian and row-major, which become `to`.
+    ///
+    /// # Errors
+    /// If the number of bytes does not fit the shape, they cannot be read, the memory cannot be had, or a value is not finite.
+    pub fn plain_from(
+        source: Source,
+        from: Dtype,
+        [rows, cols]: [usize; 2],
+        to: Dtype,
+        uploader: &mut Uploader,
+    ) -> Result<Self> {
+        check_bytes(Self::OP, source, from, [rows, cols])?;
+        let gpu = uploader.gpu().clone();
+        let buffer = Buffer::new(&gpu, Self::OP, rows * cols * to.size())?;
+        let target = (from == to).then(|| buffer.ptr());
+        uploader.each(Self::OP, source, target, |piece| {
+            let first = piece.at / from.size();
+            if let Some(index) = first_non_finite(from, piece.host) {
+                let message = format!("element {} is not finite (NaN or infinity)", first + index);
+                return Err(Error::invalid(Self::OP, message));
             }
-        };
-        Ok(Self { data: Data::Plain { buffer, dtype }, rows, cols })
+            if target.is_some() {
+                return Ok(());
+            }
+            let len = piece.host.len() / from.size();
+            let place = buffer.ptr() + (first * to.size()) as u64;
+            // SAFETY: the piece and its place in the buffer have `len` elements of their type, and nobody else has views of
+            // them; the cast is enqueued on the stream of the copy.
+            let (source, target) = unsafe {
+                (
+                    CudaView::from_raw(&gpu, piece.device, from, [1, len], len, 0),
+                    CudaViewMut::from_raw(&gpu, place, to, [1, len], len, 0),
+                )
+            };
+            super::ops::cast(source, target)
+        })?;
+        Ok(Self { data: Data::Plain { buffer, dtype: to }, rows, cols })
     }
 
     /// Copies a 4-bit weight.
@@ -81,11 +103,18 @@ impl CudaWeight {
     /// # Errors
     /// If the memory cannot be had.
     pub fn quantized(weight: &Quantized4bit, workspace: &Workspace) -> Result<Self> {
-        let gpu = gpu_of(workspace)?;
+        Self::quantized_from(weight, &mut Uploader::new(gpu_of(workspace)?)?)
+    }
+
+    /// [`Self::quantized`] with an uploader.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn quantized_from(weight: &Quantized4bit, uploader: &mut Uploader) -> Result<Self> {
         let Parts { codes, absmax, rows, cols, quant_type, blocksize, .. } = weight.parts();
-        let codes = Buffer::upload(gpu, Self::OP, codes)?;
-        let bits4 =
-            Bits4 { codes, absmax: upload_absmax(gpu, absmax)?, quant_type: *quant_type, blocksize: *blocksize };
+        let codes = uploader.upload(Self::OP, Source::Memory(codes))?;
+        let absmax = upload_absmax(uploader, absmax)?;
+        let bits4 = Bits4 { codes, absmax, quant_type: *quant_type, blocksize: *blocksize };
         Ok(Self { data: Data::Bits4(Box::new(bits4)), rows: *rows, cols: *cols })
     }
 
@@ -112,56 +141,92 @@ impl CudaWeight {
         config: &QuantConfig,
         workspace: &Workspace,
     ) -> Result<Self> {
-        const OP: &str = "quantize_4bit";
-        let gpu = gpu_of(workspace)?;
-        let n = rows * cols;
-        if data.len() != n || n == 0 {
-            // The CPU version finds the words for what is wrong.
-            return Self::quantized(&Quantized4bit::quantize(data, rows, cols, config)?, workspace);
-        }
-        crate::quant::check_blocksize(OP, config.blocksize)?;
-        let blocks = n.div_ceil(config.blocksize);
-        let mut codes = Buffer::new(gpu, OP, n.div_ceil(2))?;
-        // The source, the absmax values, the first value that cannot be quantized.
-        let absmax_at = (n * Dtype::of(data).size()).next_multiple_of(256);
-        let bad_at = absmax_at + (4 * blocks).next_multiple_of(256);
-        let mut staging = gpu.take_staging(OP, bad_at + 8)?;
-        match data {
-            PlainData::F32(data) => staging.write(OP, 0, data)?,
-            PlainData::Bf16(data) => staging.write(OP, 0, data)?,
-            PlainData::F16(data) => staging.write(OP, 0, data)?,
-        }
-        staging.write(OP, bad_at, &[u64::MAX])?;
-        let at = |offset: usize| staging.ptr() + offset as u64;
-        let (source, absmax_ptr, bad_ptr) = (at(0) as *const _, at(absmax_at) as *mut f32, at(bad_at) as *mut u64);
-        let codes_ptr = codes.as_mut_ptr();
-        // SAFETY: the input has n elements, the outputs have the sizes that follow from n and the block size.
-        gpu.launch(OP, |stream| unsafe {
-            ffi::qlora_quantize_4bit(
-                Dtype::of(data).code(),
-                source,
-                n as i64,
-                quant_code(config.quant_type),
-                config.blocksize as i64,
-                codes_ptr,
-                absmax_ptr,
-                bad_ptr,
-                stream,
-            )
-        })?;
-        let absmax: Vec<f32> = staging.read(OP, absmax_at, blocks)?;
-        let first_bad: Vec<u64> = staging.read(OP, bad_at, 1)?;
-        gpu.keep_staging(staging);
-        if first_bad[0] != u64::MAX {
-            // The CPU version names row, column and value.
+        Self::quantize_with(data, rows, cols, config, &mut Uploader::new(gpu_of(workspace)?)?)
+    }
+
+    /// [`Self::quantize`] with an uploader.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn quantize_with(
+        data: &PlainData,
+        rows: usize,
+        cols: usize,
+        config: &QuantConfig,
+        uploader: &mut Uploader,
+    ) -> Result<Self> {
+        let source = Source::Memory(bytes_of(data));
+        let quantized = Self::quantize_from(source, Dtype::of(data), [rows, cols], config, uploader);
+        if let Err(Error::Invalid { .. }) = quantized {
+            // The CPU version names row, column and value, or finds the words for what else is wrong.
             Quantized4bit::quantize(data, rows, cols, config)?;
-            return Err(Error::invalid(OP, "the GPU found a value that cannot be quantized"));
         }
-        let absmax = match config.double_quant {
-            false => DeviceAbsmax::Plain(Buffer::upload(gpu, OP, &absmax)?),
-            true => upload_absmax(gpu, &Absmax::Nested(NestedAbsmax::quantize(&absmax)))?,
+        quantized
+    }
+
+    /// [`Self::quantize`] of elements of type `dtype`, little-endian and row-major; neither the host nor the GPU has more
+    /// than a few pieces of them at a time. An error for a value does not say which.
+    ///
+    /// # Errors
+    /// If the number of bytes does not fit the shape, they cannot be read, a value cannot be quantized, the block size is not
+    /// one there is, or the memory cannot be had.
+    pub fn quantize_from(
+        source: Source,
+        dtype: Dtype,
+        [rows, cols]: [usize; 2],
+        config: &QuantConfig,
+        uploader: &mut Uploader,
+    ) -> Result<Self> {
+        const OP: &str = "quantize_4bit";
+        check_bytes(OP, source, dtype, [rows, cols])?;
+        crate::quant::check_blocksize(OP, config.blocksize)?;
+        let QuantConfig { quant_type, blocksize, double_quant } = *config;
+        let gpu = uploader.gpu().clone();
+        let n = rows * cols;
+        if n == 0 {
+            return Err(Error::invalid(OP, "the weight has no elements"));
+        }
+        let blocks = n.div_ceil(blocksize);
+        let mut codes = Buffer::new(&gpu, OP, n.div_ceil(2))?;
+        let plain_absmax = if double_quant { None } else { Some(Buffer::new(&gpu, OP, 4 * blocks)?) };
+        // The first value that cannot be quantized, in each piece; then the absmax values, if they do not stay.
+        let bad = uploader.scratch(OP, 256 + if double_quant { 4 * blocks } else { 0 })?;
+        let absmax = plain_absmax.as_ref().map_or(bad + 256, Buffer::ptr);
+        gpu.bind(OP)?;
+        // SAFETY: the scratch memory has these 8 bytes.
+        unsafe { result::memset_d8_async(bad, 0xff, 8, gpu.stream().cu_stream()) }
+            .map_err(|error| cuda_error(OP, error))?;
+        let codes_ptr = codes.as_mut_ptr::<u8>();
+        uploader.each(OP, source, None, |piece| {
+            let first = piece.at / dtype.size();
+            let len = piece.host.len() / dtype.size();
+            // SAFETY: the piece has `len` elements; pieces begin with a block, so its codes and absmax values have places of
+            // their own in outputs with the sizes that follow from the shape and the block size.
+            gpu.launch(OP, |stream| unsafe {
+                ffi::qlora_quantize_4bit(
+                    dtype.code(),
+                    piece.device as *const _,
+                    len as i64,
+                    quant_code(quant_type),
+                    blocksize as i64,
+                    codes_ptr.wrapping_add(first / 2),
+                    (absmax as *mut f32).wrapping_add(first / blocksize),
+                    bad as *mut u64,
+                    stream,
+                )
+            })
+        })?;
+        if uploader.download::<u64>(OP, bad, 1)?[0] != u64::MAX {
+            return Err(Error::invalid(OP, "a value is not finite or too large to be quantized"));
+        }
+        let absmax = match plain_absmax {
+            Some(absmax) => DeviceAbsmax::Plain(absmax),
+            None => {
+                let values: Vec<f32> = uploader.download(OP, absmax, blocks)?;
+                upload_absmax(uploader, &Absmax::Nested(NestedAbsmax::quantize(&values)))?
+            }
         };
-        let bits4 = Bits4 { codes, absmax, quant_type: config.quant_type, blocksize: config.blocksize };
+        let bits4 = Bits4 { codes, absmax, quant_type, blocksize };
         Ok(Self { data: Data::Bits4(Box::new(bits4)), rows, cols })
     }
 
@@ -347,26 +412,51 @@ fn quant_code(quant_type: QuantType) -> i32 {
     }
 }
 
-fn upload_plain(gpu: &Arc<Gpu>, data: &PlainData) -> Result<Buffer> {
-    match data {
-        PlainData::F32(data) => Buffer::upload(gpu, CudaWeight::OP, data),
-        PlainData::Bf16(data) => Buffer::upload(gpu, CudaWeight::OP, data),
-        PlainData::F16(data) => Buffer::upload(gpu, CudaWeight::OP, data),
-    }
-}
-
-fn upload_absmax(gpu: &Arc<Gpu>, absmax: &Absmax) -> Result<DeviceAbsmax> {
-    let op = CudaWeight::OP;
+fn upload_absmax(uploader: &mut Uploader, absmax: &Absmax) -> Result<DeviceAbsmax> {
+    let mut upload = |bytes: &[u8]| uploader.upload(CudaWeight::OP, Source::Memory(bytes));
     Ok(match absmax {
-        Absmax::Plain(values) => DeviceAbsmax::Plain(Buffer::upload(gpu, op, values)?),
+        Absmax::Plain(values) => DeviceAbsmax::Plain(upload(bytemuck::cast_slice(values))?),
         Absmax::Nested(nested) => DeviceAbsmax::Nested {
-            codes: Buffer::upload(gpu, op, &nested.codes)?,
-            map: Buffer::upload(gpu, op, &nested.quant_map)?,
-            absmax: Buffer::upload(gpu, op, &nested.absmax)?,
+            codes: upload(&nested.codes)?,
+            map: upload(bytemuck::cast_slice(&nested.quant_map))?,
+            absmax: upload(bytemuck::cast_slice(&nested.absmax))?,
             offset: nested.offset,
             blocksize: nested.blocksize,
         },
     })
+}
+
+fn check_bytes(op: &'static str, source: Source, dtype: Dtype, [rows, cols]: [usize; 2]) -> Result<()> {
+    let expected = rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.size()));
+    match expected == Some(source.len()) {
+        true => Ok(()),
+        false => Err(Error::invalid(op, format!("{} bytes are not {rows} x {cols} of {}", source.len(), dtype.name()))),
+    }
+}
+
+fn bytes_of(data: &PlainData) -> &[u8] {
+    match data {
+        PlainData::F32(data) => bytemuck::cast_slice(data),
+        PlainData::Bf16(data) => bytemuck::cast_slice(data),
+        PlainData::F16(data) => bytemuck::cast_slice(data),
+    }
+}
+
+/// The first element that is NaN or infinite: all bits of its exponent are set.
+fn first_non_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
+    fn find<T: Copy>(values: &[T], bad: impl Fn(T) -> bool) -> Option<usize> {
+        // Without a branch for each element the first look is as fast as memory.
+        match values.iter().fold(false, |any, &value| any | bad(value)) {
+            true => values.iter().position(|&value| bad(value)),
+            false => None,
+        }
+    }
+    // Pieces begin at the start of page-locked memory, so they are aligned.
+    match dtype {
+        Dtype::F32 => find(bytemuck::cast_slice::<_, u32>(bytes), |bits| bits & 0x7f80_0000 == 0x7f80_0000),
+        Dtype::Bf16 => find(bytemuck::cast_slice::<_, u16>(bytes), |bits| bits & 0x7f80 == 0x7f80),
+        Dtype::F16 => find(bytemuck::cast_slice::<_, u16>(bytes), |bits| bits & 0x7c00 == 0x7c00),
+    }
 }
 
 impl Dtype {
