@@ -50,7 +50,8 @@ pub(crate) fn forward(
         let has = |part: &&RowAdapter| group.members.iter().any(|member| part.change(member).is_some_and(of));
         parts.iter().any(has)
     };
-    let only_adds = !any(&|change| change.gain.is_some() || change.bias.is_some() || (whole.is_none() && replaced(change)));
+    let only_adds =
+        !any(&|change| change.gain.is_some() || change.bias.is_some() || (whole.is_none() && replaced(change)));
     if !only_adds {
         members.iter_mut().for_each(|member| member.bias = None);
     }
@@ -142,6 +143,7 @@ fn finish(
     let (x, y) = (x.cuda(op)?, y.cuda(op)?);
     let gpu = y.gpu();
     check_gpu(op, group, gpu, [Some(x.gpu()), residual.map(|residual| residual.gpu())])?;
+    one_gpu(op, gpu, spans.iter().filter_map(|(_, part)| part.and_then(|part| part.values.gpu())))?;
     let dtype = same_dtype(op, &[x.dtype(), y.dtype(), residual.map_or(y.dtype(), |residual| residual.dtype())])?;
     let table = spans.iter().map(|span| describe(op, group, span, biases)).collect::<Result<Vec<_>>>()?;
     let columns = table.iter().map(|span| span.columns).max().unwrap_or(0) as usize;
@@ -244,7 +246,6 @@ fn shrink_many(
     rows: Range<usize>,
     workspace: &Workspace,
 ) -> Result<()> {
-    one_gpu(op, x.gpu(), part.values.gpu())?;
     let slots = group.members.iter().filter_map(|member| part.change(member)?.lora.as_ref());
     let slots: Vec<_> = slots.filter(|slot| slot.rank > 0).collect();
     let columns = slots.iter().map(|slot| slot.rank).sum();

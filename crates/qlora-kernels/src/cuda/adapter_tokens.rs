@@ -26,8 +26,7 @@ pub(crate) fn embedding(
         None => (std::ptr::null(), std::ptr::null(), 0, 0.0),
     };
     let ids = Buffer::upload(&gpu.arc(), op, tokens)?;
-    let own: Vec<i64> =
-        tokens.iter().map(|id| delta.tokens.get(id).map_or(-1, |range| range.start as i64)).collect();
+    let own: Vec<i64> = tokens.iter().map(|id| delta.tokens.get(id).map_or(-1, |range| range.start as i64)).collect();
     let own = match own.iter().any(|&start| start >= 0) {
         true => Some(Buffer::upload(&gpu.arc(), op, &own)?),
         false => None,

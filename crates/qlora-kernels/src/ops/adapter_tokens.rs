@@ -45,7 +45,10 @@ impl EmbeddingDelta<'_> {
             Error::check_shape(OP, "B", &[slot.b.len()], &[width * slot.rank])?;
         }
         if let Some(id) = tokens.iter().find(|id| **id as usize >= vocabulary) {
-            return Err(Error::invalid(OP, format!("token id {id} is outside the adapter's vocabulary of {vocabulary}")));
+            return Err(Error::invalid(
+                OP,
+                format!("token id {id} is outside the adapter's vocabulary of {vocabulary}"),
+            ));
         }
         let own = |id: &u32| self.tokens.get(id);
         let ranges = self.lora.into_iter().flat_map(|slot| [&slot.a, &slot.b]);
@@ -54,7 +57,8 @@ impl EmbeddingDelta<'_> {
         if let Some(range) = vectors.find(|range| range.len() != width) {
             return Err(Error::invalid(OP, format!("a vector of {} elements, expected {width}", range.len())));
         }
-        if x.rows() * width == 0 || (self.lora.is_none() && self.gain.is_none() && !tokens.iter().any(|id| own(id).is_some()))
+        if x.rows() * width == 0
+            || (self.lora.is_none() && self.gain.is_none() && !tokens.iter().any(|id| own(id).is_some()))
         {
             return Ok(());
         }
