@@ -146,6 +146,10 @@ fn finish(
     one_gpu(op, gpu, spans.iter().filter_map(|(_, part)| part.and_then(|part| part.values.gpu())))?;
     let dtype = same_dtype(op, &[x.dtype(), y.dtype(), residual.map_or(y.dtype(), |residual| residual.dtype())])?;
     let table = spans.iter().map(|span| describe(op, group, span, biases)).collect::<Result<Vec<_>>>()?;
+    let changes = |m: &ffi::RowsChange| m.rank > 0 || !m.gain.is_null() || !m.bias.is_null();
+    if residual.is_none() && !table.iter().any(|span| span.m.iter().any(changes)) {
+        return Ok(());
+    }
     let columns = table.iter().map(|span| span.columns).max().unwrap_or(0) as usize;
     let mut s = workspace.matrix_f32(if columns == 0 { 0 } else { x.rows() }, columns.next_multiple_of(8))?;
     let few = |span: &ffi::RowsSpan| span.columns > 0 && span.rows as usize <= FEW_ROWS;

@@ -64,6 +64,7 @@ fn devices_of_one_gpu_report_the_pool_that_their_memory_comes_from() {
     assert_eq!(first.gpu().unwrap().pool().limit(), None);
     let second = open(Some(256 * MIB));
     let third = open(None);
+    third.gpu().unwrap().synchronize("test").unwrap();
     let before = third.gpu().unwrap().pool().used().unwrap();
     let kept = third.matrix(64, 1 << 19).unwrap();
     for workspace in [&first, &second, &third] {
