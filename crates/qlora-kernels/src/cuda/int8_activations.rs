@@ -1,12 +1,16 @@
 //! LLM.int8's rounding of a product's input on CUDA, as [`crate::ops::frozen_linear`] does it on the CPU.
 
+use std::ops::Range;
+
 use super::buffer::Buffer;
 use super::ffi;
-use super::ops::same_dtype;
+use super::linear_group::parts;
+use super::ops::{cast, same_dtype};
 use super::view::CudaView;
 use super::weight::CudaWeight;
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Workspace};
+use crate::ops::linear_group::{Group, Member};
 use crate::weight::FrozenWeight;
 
 const OP: &str = "int8_activations";
@@ -47,4 +51,34 @@ pub(super) fn rounded(
         )
     })?;
     Ok(Some(out))
+}
+
+/// The input of each product: neighbouring members, by their rows of the fused weight, that read x as it is (none) or rounded
+/// to 8 bits alike; a rounded one has S in its margin.
+pub(super) fn inputs(
+    group: &Group,
+    x: CudaView,
+    s: Option<&Matrix>,
+    rp: usize,
+    workspace: &Workspace,
+) -> Result<Vec<(Range<usize>, Option<Matrix>)>> {
+    let alike = |a: &Member, b: &Member| {
+        let (a, b) = (a.weight, b.weight);
+        a.int8_activations() == b.int8_activations() && a.exact_columns() == b.exact_columns()
+    };
+    let mut found: Vec<(Range<usize>, &Member)> = Vec::new();
+    for (member, part) in parts(group) {
+        match found.last_mut() {
+            Some((last, other)) if alike(other, member) => last.end = part.end,
+            _ => found.push((part, member)),
+        }
+    }
+    let input = |(part, member): (Range<usize>, &Member)| {
+        let mut input = rounded(x, member.weight, rp, workspace)?;
+        if let (Some(rounded), Some(s)) = (&mut input, s) {
+            cast(s.view().cuda(OP)?, rounded.view_mut().cuda(OP)?.split_margin(rp).1)?;
+        }
+        Ok((part, input))
+    };
+    found.into_iter().map(input).collect()
 }

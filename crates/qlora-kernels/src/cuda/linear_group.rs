@@ -166,7 +166,7 @@ pub(crate) fn forward(
         {
             let w = fused.view().cuda(op)?;
             if rp == 0 {
-                for (part, rounded) in inputs(group, x.as_view(), None, rp, workspace)? {
+                for (part, rounded) in int8_activations::inputs(group, x.as_view(), None, rp, workspace)? {
                     let input = match &rounded {
                         Some(rounded) => rounded.view().cuda(op)?,
                         None => x.as_view(),
@@ -188,7 +188,7 @@ pub(crate) fn forward(
                 } else {
                     // The adapters read x as it is.
                     shrink_into(&plan, x.as_view(), w, adapter, s.view_mut().cuda(op)?, workspace)?;
-                    for (part, rounded) in inputs(group, x.as_view(), Some(&s), rp, workspace)? {
+                    for (part, rounded) in int8_activations::inputs(group, x.as_view(), Some(&s), rp, workspace)? {
                         let (residual, w) =
                             (residual.map(|all| all.slice_cols(part.clone())), w.slice_rows(part.clone()));
                         let mut y = y.reborrow().slice_cols(part);
@@ -211,37 +211,6 @@ pub(crate) fn forward(
     }
     add_biases(op, group, y)?;
     Ok(shrunk)
-}
-
-/// The input of each product: neighbouring members, by their rows of the fused weight, that read x as it is (none) or rounded
-/// to 8 bits alike; a rounded one has S in its margin.
-fn inputs(
-    group: &Group,
-    x: CudaView,
-    s: Option<&Matrix>,
-    rp: usize,
-    workspace: &Workspace,
-) -> Result<Vec<(std::ops::Range<usize>, Option<Matrix>)>> {
-    let alike = |a: &Member, b: &Member| {
-        let (a, b) = (a.weight, b.weight);
-        a.int8_activations() == b.int8_activations() && a.exact_columns() == b.exact_columns()
-    };
-    let mut found: Vec<(std::ops::Range<usize>, &Member)> = Vec::new();
-    for (member, part) in parts(group) {
-        match found.last_mut() {
-            Some((last, other)) if alike(other, member) => last.end = part.end,
-            _ => found.push((part, member)),
-        }
-    }
-    let input = |(part, member): (std::ops::Range<usize>, &Member)| {
-        let mut rounded = int8_activations::rounded(x, member.weight, rp, workspace)?;
-        if let (Some(rounded), Some(s)) = (&mut rounded, s) {
-            const OP: &str = "int8_activations";
-            super::ops::cast(s.view().cuda(OP)?, rounded.view_mut().cuda(OP)?.split_margin(rp).1)?;
-        }
-        Ok((part, rounded))
-    };
-    found.into_iter().map(input).collect()
 }
 
 /// An error unless a group's weights and biases are where its activations are.
@@ -279,7 +248,7 @@ fn forward_split(
 }
 
 /// The members and their columns of the group's output.
-fn parts<'a>(group: &Group<'a>) -> impl Iterator<Item = (&'a Member<'a>, std::ops::Range<usize>)> {
+pub(super) fn parts<'a>(group: &Group<'a>) -> impl Iterator<Item = (&'a Member<'a>, std::ops::Range<usize>)> {
     group.members.iter().scan(0, |start, member| {
         let columns = *start..*start + member.weight.rows();
         *start = columns.end;
