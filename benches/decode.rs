@@ -1,10 +1,11 @@
 //! Generation with an 8B model on a GPU: tokens per second while decoding, and of a prompt.
 //!
 //!     cargo bench --features cuda --bench decode -- [--batch 1,8] [--prompt 128] [--new 128] [--prefill 2048] [--rank 16]
-//!         [--layers 32] [--out decode.csv] [--gpu H100] [--driver 580] [--commit abc] [--date 2026-11-22] [--profile 1]
+//!         [--layers 32] [--loaded 8] [--dora 1] [--out decode.csv] [--gpu H100] [--driver 580] [--commit abc] [--date 2026-11-22] [--profile 1]
 //!
 //! Llama-3.1-8B's shape with random weights, NF4 with double quantization, bf16, an all-linear adapter, greedy. Decoding
 //! is timed without the prompt: from the first new token to the last, each brought to the host before the next begins.
+//! `--loaded N` takes N loaded adapters of this rank instead, which the sequences have in turn; with `--dora 1` of DoRA's kind.
 
 #[path = "common/random_8b.rs"]
 mod random_8b;
@@ -13,12 +14,42 @@ use std::io::Write;
 use std::time::Instant;
 
 use anyhow::Context;
+use qlora::adapter::{AdapterConfig, AdapterKinds, LoraModule, PeftAdapter};
 use qlora::kernels::ops::argmax;
 use qlora::kernels::quant::QuantConfig;
 use qlora::kernels::{Workspace, cuda};
 use qlora::lora::{LoraConfig, TargetModules};
-use qlora::model::{CausalLm, KvCache, LoadOptions, Quantization};
+use qlora::model::{AdapterChoice, CausalLm, KvCache, LoadOptions, Quantization};
 use random_8b::{RandomWeights, llama_8b};
+
+/// An adapter of all linear layers with small random values.
+fn random_adapter(model: &CausalLm, rank: usize, dora: bool, seed: u64) -> PeftAdapter {
+    let mut state = seed;
+    let mut numbers = |len: usize, center: f32| -> Vec<f32> {
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            center + ((state >> 40) as f32 / (1 << 23) as f32 - 1.0) * 0.01
+        };
+        (0..len).map(|_| next()).collect()
+    };
+    let projections = model.stack().blocks().iter().flat_map(|block| block.projections());
+    let modules = projections.map(|projection| LoraModule {
+        name: projection.name().to_owned(),
+        rank,
+        scaling: 1.0,
+        a: numbers(rank * projection.inputs(), 0.0),
+        b: numbers(rank * projection.outputs(), 0.0),
+        bias: None,
+        magnitude: dora.then(|| numbers(projection.outputs(), 1.0)),
+    });
+    let config = AdapterConfig {
+        lora: LoraConfig { r: rank, ..LoraConfig::default() },
+        base_model_name_or_path: None,
+        revision: None,
+    };
+    let modules = modules.collect();
+    PeftAdapter { config, kinds: AdapterKinds::default(), modules, tokens: Vec::new(), replaced: Vec::new() }
+}
 
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().collect();
@@ -44,7 +75,24 @@ fn main() -> anyhow::Result<()> {
     let options = LoadOptions { quantization, ..LoadOptions::default() };
     let mut model = CausalLm::load_on(&RandomWeights::new(config), options, workspace.clone())?;
     let rank = number("--rank", 16)?;
-    if rank > 0 {
+    let loaded = number("--loaded", 0)?;
+    let names: Vec<String> = (0..loaded).map(|index| index.to_string()).collect();
+    for (seed, name) in names.iter().enumerate() {
+        let start = Instant::now();
+        let adapter = random_adapter(&model, rank, value("--dora").is_some(), seed as u64);
+        let made = Instant::now();
+        model.load_adapter(name, &adapter)?;
+        let (first, second) = (made.duration_since(start).as_secs_f64(), made.elapsed().as_secs_f64());
+        println!("adapter {name}: made in {first:.2} s, loaded in {second:.2} s");
+    }
+    if loaded > 0 {
+        println!("{:.3} GB of loaded adapters", model.memory().loaded_adapters as f64 / 1e9);
+    }
+    let choice = |sequence: usize| match names.get(sequence % names.len().max(1)) {
+        Some(name) => AdapterChoice::Named(name),
+        None => AdapterChoice::Active,
+    };
+    if rank > 0 && loaded == 0 {
         let target_modules = TargetModules::AllLinear;
         model.add_adapter(LoraConfig { r: rank, target_modules, ..LoraConfig::default() }, 0)?;
     }
@@ -61,8 +109,10 @@ fn main() -> anyhow::Result<()> {
             let enqueueing = std::cell::Cell::new(0.0);
             let step = |tokens: &[Vec<u32>], caches: &mut [KvCache]| -> anyhow::Result<Vec<Vec<u32>>> {
                 let inputs: Vec<&[u32]> = tokens.iter().map(Vec::as_slice).collect();
+                let choices: Vec<AdapterChoice> = (0..inputs.len()).map(choice).collect();
+                let mut caches = caches.iter_mut().collect::<Vec<_>>();
                 let begin = Instant::now();
-                let logits = model.next_logits_batch(&inputs, &mut caches.iter_mut().collect::<Vec<_>>())?;
+                let logits = model.next_logits_batch_with(&inputs, &mut caches, &choices)?;
                 enqueueing.set(enqueueing.get() + begin.elapsed().as_secs_f64());
                 let next = argmax::rows(logits.view())?;
                 next.into_iter().map(|token| Ok(vec![token.context("no largest logit")?])).collect()
@@ -93,7 +143,8 @@ fn main() -> anyhow::Result<()> {
             best * 1e3,
             host * 1e3
         );
-        lines.push(format!("decode batch {batch},{rate:.1}"));
+        let with = if loaded > 0 { format!(" with {loaded} adapters") } else { String::new() };
+        lines.push(format!("decode batch {batch}{with},{rate:.1}"));
     }
     let len = number("--prefill", 2048)?;
     let text = prompt_of(len, 3);
@@ -101,7 +152,7 @@ fn main() -> anyhow::Result<()> {
     for _ in 0..4 {
         let mut cache = model.new_cache(len);
         let start = Instant::now();
-        model.next_logits(&text, &mut cache)?;
+        model.next_logits_batch_with(&[&text], &mut [&mut cache], &[choice(0)])?.to_vec()?;
         seconds.push(start.elapsed().as_secs_f64());
     }
     seconds.sort_by(f64::total_cmp);

@@ -8,6 +8,7 @@
 
 #include "common.cuh"
 
+#include <mutex>
 #include <type_traits>
 
 namespace attention {
@@ -200,22 +201,29 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const T* src, int64_t l
     }
 }
 
-// The devices' limits, asked once.
+// A device's limits.
 struct DeviceLimits {
     int shared_bytes;
     int multiprocessors;
 };
 
-inline const DeviceLimits& device_limits() {
-    static const DeviceLimits limits[] = {[] {
-        DeviceLimits l{48 * 1024, 1};
-        int device = 0;
-        cudaGetDevice(&device);
-        cudaDeviceGetAttribute(&l.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-        cudaDeviceGetAttribute(&l.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-        return l;
-    }()};
-    return limits[0];
+inline DeviceLimits ask_device_limits(int device) {
+    DeviceLimits l{48 * 1024, 1};
+    cudaDeviceGetAttribute(&l.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&l.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    return l;
+}
+
+// The current device's limits; each device is asked once, the 65th and later ones always.
+inline DeviceLimits device_limits() {
+    constexpr int DEVICES = 64;
+    static DeviceLimits known[DEVICES];
+    static std::once_flag asked[DEVICES];
+    int device = 0;
+    cudaGetDevice(&device);
+    if (device < 0 || device >= DEVICES) return ask_device_limits(device);
+    std::call_once(asked[device], [device] { known[device] = ask_device_limits(device); });
+    return known[device];
 }
 
 inline bool aligned16(const void* p, int64_t ld) { return reinterpret_cast<uintptr_t>(p) % 16 == 0 && ld % 8 == 0; }

@@ -1,7 +1,7 @@
 //! From an adapter's file to the numbers and the table that a model runs, and combinations of those.
 //!
 //! DoRA's gain of output feature i is `m_i / ||(W + s B A)_i||`, over the dequantized rows of the frozen weight, a few at a time;
-//! that of the embedding is over the columns, as PEFT takes it transposed. Sums of squares are f64.
+//! that of the embedding is over the columns, as PEFT takes it transposed. Sums of squares are f64, on a GPU f32.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -10,6 +10,8 @@ use std::sync::Arc;
 use qlora_kernels::ops::adapter_rows::{AdapterChanges, LinearChange};
 use qlora_kernels::ops::linear_group::LoraSlot;
 use qlora_kernels::ops::matmul;
+#[cfg(feature = "cuda")]
+use qlora_kernels::ops::rms_norm;
 use qlora_kernels::weight::{FrozenWeight, PlainData, PlainWeight};
 use qlora_kernels::{Matrix, View, ViewMut, Workspace};
 
@@ -25,7 +27,6 @@ const CHUNK: usize = 1 << 20;
 
 /// The adapter as `model` runs it.
 pub(super) fn build(model: &CausalLm, adapter: &PeftAdapter) -> Result<LoadedAdapter> {
-    check_device(model, adapter)?;
     let tied = model.config().tie_word_embeddings;
     let projections: HashMap<&str, &Projection> = model
         .stack()
@@ -67,24 +68,6 @@ pub(super) fn build(model: &CausalLm, adapter: &PeftAdapter) -> Result<LoadedAda
         }
     }
     builder.finish()
-}
-
-/// A GPU runs A and B in the blocks, and replaced tensors.
-fn check_device(model: &CausalLm, adapter: &PeftAdapter) -> Result<()> {
-    if model.workspace().device().is_cpu() {
-        return Ok(());
-    }
-    let outside = |module: &&LoraModule| module.name == EMBEDDING || module.name == HEAD;
-    let what = if adapter.modules.iter().any(|module| module.magnitude.is_some()) {
-        "DoRA".to_owned()
-    } else if let Some(module) = adapter.modules.iter().find(outside) {
-        format!("A and B on {}", module.name)
-    } else if !adapter.tokens.is_empty() {
-        "trained token rows".to_owned()
-    } else {
-        return Ok(());
-    };
-    Err(Error::Unsupported(format!("{what} runs on the CPU only; merge the adapter into its base to run it on a GPU")))
 }
 
 struct Builder<'a> {
@@ -154,11 +137,10 @@ impl<'a> Builder<'a> {
                     let message = format!("has shape [{rows}, {cols}], the model [{}, {}]", own.rows(), own.cols());
                     return Err(Error::tensor(&replaced.name, message));
                 }
-                let weight = PlainWeight::new(replaced.data.clone(), rows, cols);
-                if replaced.is_base && self.model.workspace().device().is_cpu() && same(&weight, &**own) {
+                let weight = place(PlainWeight::new(replaced.data.clone(), rows, cols), self.model.workspace())?;
+                if replaced.is_base && same(&*weight, &**own) {
                     return Ok(());
                 }
-                let weight = place(weight, self.model.workspace())?;
                 let both = replaced.is_base && self.tied;
                 if module == EMBEDDING || both {
                     self.embedding.table = Some(weight.clone());
@@ -212,7 +194,7 @@ impl<'a> Builder<'a> {
         let gain = match &module.magnitude {
             None => None,
             Some(magnitude) => {
-                let gain = gain(&*weight, module, magnitude)?;
+                let gain = gain(&*weight, module, magnitude, self.model.workspace())?;
                 Some(push(&mut self.values, &gain))
             }
         };
@@ -327,7 +309,13 @@ fn same(left: &dyn FrozenWeight, right: &dyn FrozenWeight) -> bool {
 }
 
 /// `m / ||W + s B A||` of every row.
-fn gain(weight: &dyn FrozenWeight, module: &LoraModule, magnitude: &[f32]) -> Result<Vec<f32>> {
+fn gain(weight: &dyn FrozenWeight, module: &LoraModule, magnitude: &[f32], workspace: &Workspace) -> Result<Vec<f32>> {
+    #[cfg(feature = "cuda")]
+    if let (Some(weight), Some(gpu)) = (weight.as_cuda(), workspace.gpu()) {
+        let workspace = Workspace::with_dtype(&gpu.device(), qlora_kernels::Dtype::F32)?;
+        return finite(module, gain_on_gpu(weight, module, magnitude, &workspace)?);
+    }
+    let _ = workspace;
     let cols = weight.cols();
     let a = View::new(&module.a, module.rank, cols);
     let b = View::new(&module.b, weight.rows(), module.rank);
@@ -343,6 +331,31 @@ fn gain(weight: &dyn FrozenWeight, module: &LoraModule, magnitude: &[f32]) -> Re
         }
     }
     finite(module, gain)
+}
+
+/// [`gain`] where the weight is, in f32: the root of a row's mean square is what a norm divides by.
+#[cfg(feature = "cuda")]
+fn gain_on_gpu(
+    weight: &qlora_kernels::cuda::CudaWeight,
+    module: &LoraModule,
+    magnitude: &[f32],
+    workspace: &Workspace,
+) -> Result<Vec<f32>> {
+    let cols = weight.cols();
+    let a = workspace.upload(&module.a, module.rank, cols)?;
+    let b = workspace.upload(&module.b, weight.rows(), module.rank)?;
+    let ones = workspace.upload(&vec![1.0; cols], 1, cols)?;
+    let mut gain = Vec::with_capacity(weight.rows());
+    for rows in chunks(weight) {
+        let mut sum = workspace.matrix(rows.len(), cols)?;
+        weight.dequantize_into(rows.start, sum.view_mut().cuda("dora")?)?;
+        matmul::nn(b.view().slice_rows(rows.clone()), a.view(), sum.view_mut(), module.scaling as f32, 1.0)?;
+        let (mut normed, mut rstd) = (workspace.matrix(rows.len(), cols)?, workspace.matrix(rows.len(), 1)?);
+        rms_norm::forward(sum.view(), ones.view(), 0.0, normed.view_mut(), rstd.view_mut())?;
+        let root = (cols as f32).sqrt();
+        gain.extend(rstd.to_vec()?.iter().zip(&magnitude[rows]).map(|(rstd, m)| m * (rstd / root)));
+    }
+    Ok(gain)
 }
 
 /// `m / ||E + s (B A)^T||` of every column of the table.

@@ -5,19 +5,16 @@
 //! copied or changed, so switching takes no time. What is constant once training is over is computed when it is loaded: DoRA's
 //! magnitude over the norm of `W + s B A`, a bias together with B's bias.
 //!
-//! The adapter that is trained ([`CausalLm::add_adapter`]) is not among them. On CUDA one adapter at a time runs, of the kinds
-//! that change linear layers by A and B, and of those that replace tensors.
+//! The adapter that is trained ([`CausalLm::add_adapter`]) is not among them, but may be in the same batch.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 
 use qlora_kernels::ops::adapter_rows::{AdapterChanges, AdapterRows, LinearChange, RowAdapter};
-use qlora_kernels::ops::linear_cross_entropy::LossSum;
-use qlora_kernels::ops::linear_group::{AdapterPass, Group, LoraSlot, Member};
-use qlora_kernels::ops::{embedding, linear_cross_entropy};
+use qlora_kernels::ops::linear_group::{AdapterPass, LoraSlot};
 use qlora_kernels::tensor::TensorView;
-use qlora_kernels::weight::{FrozenWeight, WeightCache};
+use qlora_kernels::weight::FrozenWeight;
 use qlora_kernels::{Matrix, SequenceLayout, View};
 
 use super::adapter_build::build;
@@ -82,12 +79,6 @@ pub(super) struct EmbeddingChange {
     pub(super) gain: Option<Range<usize>>,
 }
 
-impl EmbeddingChange {
-    fn only_replaces(&self) -> bool {
-        self.tokens.is_empty() && self.lora.is_none() && self.gain.is_none()
-    }
-}
-
 impl LoadedAdapter {
     /// Bytes that it holds.
     pub fn bytes(&self) -> usize {
@@ -110,7 +101,7 @@ impl LoadedAdapter {
             && self.head_tokens.is_empty()
     }
 
-    fn changes_head(&self) -> bool {
+    pub(super) fn changes_head(&self) -> bool {
         self.changes.linears.contains_key(HEAD) || !self.head_tokens.is_empty()
     }
 }
@@ -141,11 +132,12 @@ impl CausalLm {
     /// ([`AdapterChoice::Named`]) or after [`Self::activate_adapter`].
     ///
     /// # Errors
-    /// If it does not fit the model, or its kind does not run on the model's device; nothing changes then.
+    /// If it does not fit the model, or the device's memory does not hold it; nothing changes then.
     pub fn load_adapter(&mut self, name: &str, adapter: &PeftAdapter) -> Result<()> {
         check_name(name)?;
         let loaded = build(self, adapter)?;
-        self.insert_adapter(name, loaded)
+        self.adapters.loaded.insert(name.to_owned(), loaded);
+        Ok(())
     }
 
     /// Takes an adapter out of memory. If it was active, the base (or the trained adapter) is.
@@ -155,7 +147,7 @@ impl CausalLm {
     pub fn unload_adapter(&mut self, name: &str) -> Result<()> {
         self.loaded_adapter(name)?;
         if self.adapters.active.as_deref() == Some(name) {
-            self.deactivate_adapter()?;
+            self.deactivate_adapter();
         }
         self.adapters.loaded.remove(name);
         Ok(())
@@ -164,23 +156,17 @@ impl CausalLm {
     /// Lets an adapter that was loaded compute everything that does not choose another.
     ///
     /// # Errors
-    /// If there is none of this name; on a GPU, also if the model has an adapter that is trained.
+    /// If there is none of this name.
     pub fn activate_adapter(&mut self, name: &str) -> Result<()> {
         self.loaded_adapter(name)?;
         self.adapters.active = Some(name.to_owned());
         self.enable_adapter(true);
-        self.place_slots()
+        Ok(())
     }
 
     /// The base, or the trained adapter if there is one, computes what chooses nothing else.
-    ///
-    /// # Errors
-    /// On a GPU, if a loss of this model is still alive.
-    pub fn deactivate_adapter(&mut self) -> Result<()> {
-        if self.adapters.active.take().is_none() {
-            return Ok(());
-        }
-        self.place_slots()
+    pub fn deactivate_adapter(&mut self) {
+        self.adapters.active = None;
     }
 
     /// The base computes what chooses nothing else, until [`Self::activate_adapter`] or [`Self::enable_adapter`].
@@ -233,7 +219,7 @@ impl CausalLm {
             }
         }
         adapter.weight = weight;
-        self.place_slots()
+        Ok(())
     }
 
     /// Makes a new adapter, called `name`, of loaded ones, each with a weight (PEFT's `add_weighted_adapter`). Their own weights
@@ -258,7 +244,8 @@ impl CausalLm {
             return Err(Error::Invalid("there is no adapter to combine".into()));
         }
         let combined = super::adapter_build::combine(self, &sources, combination)?;
-        self.insert_adapter(name, combined)
+        self.adapters.loaded.insert(name.to_owned(), combined);
+        Ok(())
     }
 
     /// [`Self::logits`] with an adapter for every sequence of `layout`.
@@ -275,38 +262,6 @@ impl CausalLm {
         let hidden = self.hidden(tokens, layout, &spans)?;
         let logits = self.head_logits(&hidden, &spans)?;
         Ok(logits.into_tensor((tokens.len(), self.config().vocab_size))?)
-    }
-
-    fn insert_adapter(&mut self, name: &str, adapter: LoadedAdapter) -> Result<()> {
-        self.adapters.loaded.insert(name.to_owned(), adapter);
-        if self.adapters.active.as_deref() == Some(name) { self.place_slots() } else { Ok(()) }
-    }
-
-    /// On a GPU the groups find the active adapter by their members' own slots, which also size the margins.
-    fn place_slots(&mut self) -> Result<()> {
-        if self.workspace().device().is_cpu() {
-            return Ok(());
-        }
-        if self.adapter().is_some() {
-            return Err(Error::Unsupported(
-                "on a GPU, loaded adapters do not run beside the one that is trained: call remove_adapter first".into(),
-            ));
-        }
-        let active = self.adapters.active.as_ref().and_then(|name| self.adapters.loaded.get(name));
-        let slots: HashMap<String, LoraSlot> = active.map_or_else(HashMap::new, |adapter| {
-            let slot = |(name, change): (&String, &LinearChange)| Some((name.clone(), change.lora.clone()?));
-            adapter.changes.linears.iter().filter_map(slot).collect()
-        });
-        for projection in self.stack_mut()?.blocks_mut().iter_mut().flat_map(|block| block.projections_mut()) {
-            let slot = slots.get(projection.name()).cloned();
-            projection.set_slot(slot);
-        }
-        Ok(())
-    }
-
-    /// Whether an adapter that was loaded is the active one.
-    pub(super) fn runs_loaded(&self) -> bool {
-        self.adapters.active.is_some()
     }
 
     /// Bytes of the loaded adapters.
@@ -343,27 +298,7 @@ impl CausalLm {
                 None => spans.push((rows, chosen)),
             }
         }
-        self.check_device(&spans)?;
         Ok(spans)
-    }
-
-    fn check_device(&self, spans: &[Span]) -> Result<()> {
-        if self.workspace().device().is_cpu() {
-            return Ok(());
-        }
-        let active = self.adapters.active.as_ref().and_then(|name| self.adapters.loaded.get(name));
-        let placed = |chosen: &Chosen| match chosen {
-            Chosen::Loaded(adapter) => active.is_some_and(|active| std::ptr::eq(*adapter, active)),
-            Chosen::Trained => self.adapters.active.is_none(),
-            Chosen::Base => true,
-        };
-        if spans.len() <= 1 && spans.iter().all(|(_, chosen)| placed(chosen)) {
-            return Ok(());
-        }
-        Err(Error::Unsupported(
-            "different adapters in one batch run on the CPU only; on a GPU, activate one adapter and run its sequences"
-                .into(),
-        ))
     }
 
     /// Runs `f` with the adapters of these spans.
@@ -384,7 +319,8 @@ impl CausalLm {
         f(Some(AdapterPass::by_rows(&rows)))
     }
 
-    fn rows<'a>(&'a self, spans: &[Span<'a>], trained: Option<View<'a>>) -> Result<AdapterRows<'a>> {
+    /// The adapters of these spans, as the groups take them; `trained`: the values of the one that is trained.
+    pub(super) fn rows<'a>(&'a self, spans: &[Span<'a>], trained: Option<View<'a>>) -> Result<AdapterRows<'a>> {
         let part = |(rows, chosen): &Span<'a>| {
             let (values, changes) = match chosen {
                 Chosen::Base => return None,
@@ -394,109 +330,6 @@ impl CausalLm {
             Some(RowAdapter { rows: rows.clone(), values, changes })
         };
         Ok(AdapterRows::new(spans.iter().filter_map(part).collect())?)
-    }
-
-    /// The embedding's output for rows of these adapters.
-    pub(super) fn embed_with(&self, tokens: &[u32], spans: &[Span]) -> Result<Matrix> {
-        let mut x = self.embed(tokens)?;
-        for (rows, chosen) in spans {
-            let Chosen::Loaded(adapter) = chosen else { continue };
-            let (change, tokens) = (&adapter.embedding, &tokens[rows.clone()]);
-            if let Some(table) = &change.table {
-                embedding::forward(tokens, &**table, x.view_mut().slice_rows(rows.clone()))?;
-            }
-            if change.only_replaces() {
-                continue;
-            }
-            let values = adapter.values.as_slice();
-            let width = x.cols();
-            let target = x.view_mut().slice_rows(rows.clone()).host("adapter_embedding")?;
-            for (row, id) in target.rows_mut().zip(tokens) {
-                if let Some(own) = change.tokens.get(id) {
-                    row.copy_from_slice(&values[own.clone()]);
-                }
-                if let Some(slot) = &change.lora {
-                    let (a, b) = (&values[slot.a.clone()], &values[slot.b.clone()]);
-                    let vocabulary = a.len() / slot.rank;
-                    for (j, y) in row.iter_mut().enumerate() {
-                        let b = &b[j * slot.rank..][..slot.rank];
-                        let sum: f32 = b.iter().enumerate().map(|(k, b)| a[k * vocabulary + *id as usize] * b).sum();
-                        *y += slot.scale * sum;
-                    }
-                }
-                if let Some(gain) = &change.gain {
-                    debug_assert_eq!(gain.len(), width);
-                    row.iter_mut().zip(&values[gain.clone()]).for_each(|(y, g)| *y *= g);
-                }
-            }
-        }
-        Ok(x)
-    }
-
-    /// The logits of `hidden`, whose rows have these adapters.
-    pub(super) fn head_logits(&self, hidden: &Matrix, spans: &[Span]) -> Result<Matrix> {
-        let changes = |(_, chosen): &Span| matches!(chosen, Chosen::Loaded(adapter) if adapter.changes_head());
-        let mut logits = self.workspace().matrix(hidden.rows(), self.config().vocab_size)?;
-        if !spans.iter().any(changes) {
-            self.base_logits(hidden, logits.view_mut())?;
-            return Ok(logits);
-        }
-        let loaded: Vec<Span> = spans.iter().filter(|span| changes(span)).cloned().collect();
-        let members = [Member { name: HEAD, weight: &**self.head(), bias: None, lora: None }];
-        let cache = WeightCache::default();
-        let group = Group { members: &members, cache: &cache, split: false };
-        // A group asks for a mutable input, whose margin it may use on CUDA; there, no head has A and B that would need one.
-        let mut input = self.workspace().matrix(hidden.rows(), hidden.cols())?;
-        input.view_mut().copy_from(hidden.view())?;
-        self.rows(&loaded, None)?.forward(&group, input.view_mut(), None, logits.view_mut(), self.workspace())?;
-        for (rows, chosen) in &loaded {
-            let Chosen::Loaded(adapter) = chosen else { continue };
-            if adapter.head_tokens.is_empty() {
-                continue;
-            }
-            let values = adapter.values.as_slice();
-            let hidden = hidden.view().slice_rows(rows.clone()).host("adapter_head")?;
-            let target = logits.view_mut().slice_rows(rows.clone()).host("adapter_head")?;
-            for (i, row) in target.rows_mut().enumerate() {
-                for (&id, own) in &adapter.head_tokens {
-                    row[id as usize] = hidden.row(i).iter().zip(&values[own.clone()]).map(|(h, w)| h * w).sum();
-                }
-            }
-        }
-        Ok(logits)
-    }
-
-    /// The losses of rows whose head may be an adapter's: without one, in one pass that never has all logits.
-    pub(super) fn head_loss(&self, hidden: &Matrix, targets: &[i64], spans: &[Span]) -> Result<LossSum> {
-        let changes = |(_, chosen): &Span| matches!(chosen, Chosen::Loaded(adapter) if adapter.changes_head());
-        if !spans.iter().any(changes) {
-            return Ok(linear_cross_entropy::forward(hidden.view(), &**self.head(), targets, self.workspace())?);
-        }
-        const ROWS: usize = 64;
-        let mut total = LossSum { sum: 0.0, trained_tokens: 0 };
-        for start in (0..hidden.rows()).step_by(ROWS) {
-            let rows = start..hidden.rows().min(start + ROWS);
-            let mut part = self.workspace().matrix(rows.len(), hidden.cols())?;
-            part.view_mut().copy_from(hidden.view().slice_rows(rows.clone()))?;
-            let inside = spans.iter().filter(|(span, _)| span.start < rows.end && rows.start < span.end);
-            let clip =
-                |span: &Range<usize>| span.start.max(rows.start) - rows.start..span.end.min(rows.end) - rows.start;
-            let spans: Vec<Span> = inside.map(|(span, chosen)| (clip(span), *chosen)).collect();
-            let logits = self.head_logits(&part, &spans)?.to_vec()?;
-            for (row, &target) in logits.chunks_exact(self.config().vocab_size).zip(&targets[rows]) {
-                if target == -100 {
-                    continue;
-                }
-                let chosen = usize::try_from(target).ok().and_then(|target| row.get(target)).ok_or_else(|| {
-                    Error::Invalid(format!("the target {target} is outside the vocabulary of {}", row.len()))
-                })?;
-                let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                let sum: f64 = row.iter().map(|x| f64::from(x - largest).exp()).sum();
-                total.sum += sum.ln() + f64::from(largest) - f64::from(*chosen);
-                total.trained_tokens += 1;
-            }
-        }
-        Ok(total)
     }
 }
 

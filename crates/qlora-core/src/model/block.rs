@@ -71,6 +71,14 @@ pub struct Pass<'a> {
 }
 
 impl Pass<'_> {
+    /// The columns of margin that the input of a group needs in this pass.
+    pub(super) fn margin_of(&self, members: &[Member]) -> usize {
+        match self.adapter.and_then(|adapter| adapter.rows) {
+            Some(rows) => rows.margin(members),
+            None => margin_of(members),
+        }
+    }
+
     /// The same pass for the batch's rows from `row` on, for what looks at no other row.
     pub(super) fn at_row(self, row: usize) -> Self {
         Self { adapter: self.adapter.map(|adapter| adapter.at_row(row)), ..self }
@@ -176,8 +184,9 @@ impl Block {
         margin_of(&[self.o.member()]).max(margin_of(&[self.down.member()]))
     }
 
-    fn qkv_margin(&self) -> usize {
-        margin_of(&[self.q.member(), self.k.member(), self.v.member()])
+    /// The margin of what q, k and v read, or of their gradient.
+    fn qkv_margin(&self, pass: &Pass) -> usize {
+        pass.margin_of(&[self.q.member(), self.k.member(), self.v.member()])
     }
 
     /// Runs the block on `x [tokens, hidden]`; also what [`Self::backward`] needs, as `keep` says.
@@ -247,7 +256,7 @@ impl Block {
         let made = self.project_qkv(&x, positions, pass)?;
         let [q, k, v] = self.split_qkv(made.qkv.view());
         group!(o, self, o, o);
-        let mut attn = workspace.with_margin(x.rows(), q.cols(), margin_of(o.members))?;
+        let mut attn = workspace.with_margin(x.rows(), q.cols(), pass.margin_of(o.members))?;
         for (rows, cache) in layout.sequences().zip(caches) {
             cache.append(k.slice_rows(rows.clone()), v.slice_rows(rows.clone()), workspace)?;
             let (q, out) = (q.slice_rows(rows.clone()), attn.view_mut().slice_rows(rows));
@@ -267,7 +276,7 @@ impl Block {
         let qkv = self.project_qkv(&x, layout.positions(), pass)?;
         let [q, k, v] = self.split_qkv(qkv.qkv.view());
         group!(o, self, o, o);
-        let mut attn = workspace.with_margin(tokens, q.cols(), margin_of(o.members))?;
+        let mut attn = workspace.with_margin(tokens, q.cols(), pass.margin_of(o.members))?;
         let mut lse = workspace.matrix_f32(tokens, self.attention.heads)?;
         attention::forward(&self.attention, q, k, v, layout, attn.view_mut(), lse.view_mut(), workspace)?;
         let mut mid = workspace.matrix(tokens, x.cols())?;
@@ -279,7 +288,7 @@ impl Block {
     fn project_qkv(&self, x: &Matrix, positions: &Positions, pass: &Pass) -> Result<Qkv> {
         let Pass { workspace, .. } = *pass;
         let tokens = x.rows();
-        let (mut n1, rstd) = self.norm(x.view(), &self.input_norm, self.qkv_margin(), workspace)?;
+        let (mut n1, rstd) = self.norm(x.view(), &self.input_norm, self.qkv_margin(pass), workspace)?;
         self.renorm("input_layernorm", x.view(), n1.view_mut(), pass)?;
         group!(group, self, qkv, q, k, v);
         let mut qkv = workspace.matrix(tokens, group.outputs())?;
@@ -356,7 +365,7 @@ impl Block {
 
         let Qkv { qkv, rstd, raw, s } = qkv;
         let [q, k, v] = self.split_qkv(qkv.view());
-        let mut dqkv = workspace.with_margin(tokens, qkv.cols(), self.qkv_margin())?;
+        let mut dqkv = workspace.with_margin(tokens, qkv.cols(), self.qkv_margin(pass))?;
         let (dq, rest) = dqkv.view_mut().split_cols(q.cols());
         let (dk, dv) = rest.split_cols(k.cols());
         let (out, lse_view, dout) = (attn.view(), lse.view(), dattn.view());
@@ -404,6 +413,6 @@ impl Block {
     }
 }
 
-pub(super) fn margin_of(members: &[Member]) -> usize {
+fn margin_of(members: &[Member]) -> usize {
     margin(members.iter().map(|member| member.lora))
 }

@@ -193,11 +193,6 @@ impl CausalLm {
             let (got, expected) = (values.len(), layout.len());
             return Err(Error::Invalid(format!("the adapter has {expected} values, {got} were given")));
         }
-        if self.runs_loaded() && !self.workspace.device().is_cpu() {
-            let message =
-                "on a GPU, an adapter that is trained does not run beside a loaded one: call deactivate_adapter first";
-            return Err(Error::Unsupported(message.into()));
-        }
         let stack = self.stack_mut()?;
         let mut changes = AdapterChanges::default();
         let mut placed = 0;

@@ -8,7 +8,7 @@ use qlora_kernels::ops::linear_group::Group;
 use qlora_kernels::ops::rms_norm;
 use qlora_kernels::{Dtype, Matrix};
 
-use super::block::{Block, Pass, group, margin_of};
+use super::block::{Block, Pass, group};
 use super::cache::KvCache;
 use super::stack::Stack;
 use crate::error::Result;
@@ -25,9 +25,8 @@ impl<'a> Step<'a> {
         let Some(gpu) = pass.workspace.gpu() else { return Ok(None) };
         let dtype = pass.workspace.dtype();
         let single = pass.layout.uniform_len() == Some(1) && dtype != Dtype::F32;
-        let by_rows = pass.adapter.is_some_and(|adapter| adapter.rows.is_some());
         let taken = stack.blocks().iter().all(|block| DecodeTables::takes(&block.attention, dtype));
-        if !single || by_rows || !taken {
+        if !single || !taken {
             return Ok(None);
         }
         let positions: Vec<u32> = caches.iter().map(|cache| cache.len() as u32).collect();
@@ -56,6 +55,7 @@ impl Block {
         let adapter = pass.adapter.as_ref();
         let tokens = x.rows();
         let (mut n1, _) = self.norm(x.view(), &self.input_norm, 0, workspace)?;
+        self.renorm("input_layernorm", x.view(), n1.view_mut(), pass)?;
         group!(qkv_group, self, qkv, q, k, v);
         let mut qkv = workspace.matrix(tokens, qkv_group.outputs())?;
         qkv_group.infer(n1.view_mut(), adapter, None, qkv.view_mut(), workspace)?;
@@ -70,8 +70,9 @@ impl Block {
         o.infer(attn.view_mut(), adapter, Some(x.view()), mid.view_mut(), workspace)?;
 
         let (mut n2, _) = self.norm(mid.view(), &self.post_attention_norm, 0, workspace)?;
+        self.renorm("post_attention_layernorm", mid.view(), n2.view_mut(), pass)?;
         group!(gate_up_group, self, gate_up, gate, up);
-        let mut h = workspace.with_margin(tokens, self.gate.outputs(), margin_of(&[self.down.member()]))?;
+        let mut h = workspace.with_margin(tokens, self.gate.outputs(), pass.margin_of(&[self.down.member()]))?;
         if !gate_up_group.infer_swiglu(n2.view(), adapter, h.view_mut(), workspace)? {
             let mut gate_up = workspace.matrix(tokens, gate_up_group.outputs())?;
             gate_up_group.infer(n2.view_mut(), adapter, None, gate_up.view_mut(), workspace)?;
@@ -90,12 +91,14 @@ impl Block {
         let (q, k) = (self.q.outputs(), self.k.outputs());
         let mut raw = pass.workspace.matrix(qkv.rows(), q + k)?;
         raw.view_mut().copy_from(qkv.view().slice_cols(0..q + k))?;
-        for (columns, weight, heads) in
-            [(0..q, q_weight, self.attention.heads), (q..q + k, k_weight, self.attention.kv_heads)]
-        {
+        for (columns, weight, heads, name) in [
+            (0..q, q_weight, self.attention.heads, "self_attn.q_norm"),
+            (q..q + k, k_weight, self.attention.kv_heads, "self_attn.k_norm"),
+        ] {
             let mut rstd = pass.workspace.matrix_f32(raw.rows(), heads)?;
-            let (x, y) = (raw.view().slice_cols(columns.clone()), qkv.view_mut().slice_cols(columns));
-            rms_norm::forward(x, weight.view(), self.eps, y, rstd.view_mut())?;
+            let (x, mut y) = (raw.view().slice_cols(columns.clone()), qkv.view_mut().slice_cols(columns));
+            rms_norm::forward(x, weight.view(), self.eps, y.reborrow(), rstd.view_mut())?;
+            self.renorm(name, x, y, pass)?;
         }
         Ok(())
     }

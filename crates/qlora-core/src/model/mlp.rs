@@ -7,9 +7,9 @@
 
 use qlora_kernels::ops::linear_group::{Group, Shrunk};
 use qlora_kernels::ops::{rms_norm, swiglu};
-use qlora_kernels::{Matrix, View, ViewMut, Workspace};
+use qlora_kernels::{Matrix, View, ViewMut};
 
-use super::block::{Block, Pass, group, margin_of};
+use super::block::{Block, Pass, group};
 use super::policy::pieces;
 use crate::error::Result;
 
@@ -24,14 +24,14 @@ pub(super) struct MlpSaved {
 }
 
 impl Block {
-    fn gate_up_margin(&self) -> usize {
-        margin_of(&[self.gate.member(), self.up.member()])
+    fn gate_up_margin(&self, pass: &Pass) -> usize {
+        pass.margin_of(&[self.gate.member(), self.up.member()])
     }
 
     /// Writes `y`; returns what the backward needs.
     pub(super) fn mlp_kept(&self, mid: View, mut y: ViewMut, pass: &Pass) -> Result<MlpSaved> {
         let mut saved = self.mlp_to_gate_up(mid, pass)?;
-        let mut h = self.mlp_hidden(&saved.gate_up, pass.workspace)?;
+        let mut h = self.mlp_hidden(&saved.gate_up, pass)?;
         group!(down, self, down, down);
         let adapter = pass.adapter.as_ref();
         saved.s_down = Some(down.forward(h.view_mut(), adapter, Some(mid), y.reborrow(), pass.workspace)?);
@@ -47,7 +47,7 @@ impl Block {
         for rows in pieces(mid.rows(), step) {
             let (mid, pass) = (mid.slice_rows(rows.clone()), pass.at_row(rows.start));
             let MlpSaved { gate_up, .. } = self.mlp_to_gate_up(mid, &pass)?;
-            let mut h = self.mlp_hidden(&gate_up, pass.workspace)?;
+            let mut h = self.mlp_hidden(&gate_up, &pass)?;
             drop(gate_up);
             group!(down, self, down, down);
             let y = y.reborrow().slice_rows(rows);
@@ -119,19 +119,20 @@ impl Block {
     /// Gate and up side by side, 1/rms of `mid`, and the group's `S`.
     fn mlp_to_gate_up(&self, mid: View, pass: &Pass) -> Result<MlpSaved> {
         let Pass { workspace, .. } = *pass;
-        let (mut n2, rstd) = self.norm(mid, &self.post_attention_norm, self.gate_up_margin(), workspace)?;
+        let (mut n2, rstd) = self.norm(mid, &self.post_attention_norm, self.gate_up_margin(pass), workspace)?;
         self.renorm("post_attention_layernorm", mid, n2.view_mut(), pass)?;
         group!(group, self, gate_up, gate, up);
         // The backward turns it into its own gradient, so it has the gradient's margin.
-        let mut gate_up = workspace.with_margin(mid.rows(), group.outputs(), self.gate_up_margin())?;
+        let mut gate_up = workspace.with_margin(mid.rows(), group.outputs(), self.gate_up_margin(pass))?;
         let s_gate_up = group.forward(n2.view_mut(), pass.adapter.as_ref(), None, gate_up.view_mut(), workspace)?;
         Ok(MlpSaved { rstd, gate_up, s_gate_up, s_down: None })
     }
 
     /// `h`, with the margin of the last projection.
-    fn mlp_hidden(&self, gate_up: &Matrix, workspace: &Workspace) -> Result<Matrix> {
+    fn mlp_hidden(&self, gate_up: &Matrix, pass: &Pass) -> Result<Matrix> {
         let width = self.gate.outputs();
-        let mut h = workspace.with_margin(gate_up.rows(), width, margin_of(&[self.down.member()]))?;
+        let margin = pass.margin_of(&[self.down.member()]);
+        let mut h = pass.workspace.with_margin(gate_up.rows(), width, margin)?;
         let (gate, up) = (gate_up.view().slice_cols(0..width), gate_up.view().slice_cols(width..gate_up.cols()));
         swiglu::forward(gate, up, h.view_mut())?;
         Ok(h)

@@ -1,6 +1,7 @@
 //! The decoder: one implementation whose parts a [`ModelConfig`](crate::config::ModelConfig) chooses.
 
 mod adapter_build;
+mod adapter_ends;
 mod adapters;
 pub mod block;
 pub mod cache;

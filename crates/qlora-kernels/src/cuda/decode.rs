@@ -11,7 +11,7 @@ use super::buffer::Buffer;
 use super::few_tokens::with_zeroed;
 use super::ffi;
 use super::gpu::Gpu;
-use super::view::CudaView;
+use super::view::{CudaView, one_gpu};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::matrix::Matrix;
@@ -61,9 +61,10 @@ impl<'a> DecodeTables<'a> {
                     let rows = matrix.rows();
                     let view = matrix.view_mut().cuda(OP)?;
                     let kind = *first.get_or_insert((view.cols(), view.dtype()));
-                    let gapless = view.stride() == view.cols() && std::ptr::eq(view.gpu(), &**gpu);
+                    one_gpu(OP, gpu, [view.gpu()])?;
+                    let gapless = view.stride() == view.cols();
                     if kind != (view.cols(), view.dtype()) || !gapless || !view.ptr().is_multiple_of(16) {
-                        return Err(Error::invalid(OP, "the caches are not alike, or not on this GPU"));
+                        return Err(Error::invalid(OP, "the caches are not alike"));
                     }
                     if position as usize >= rows {
                         return Err(Error::invalid(OP, format!("position {position} in a cache of {rows} tokens")));
@@ -100,6 +101,7 @@ impl<'a> DecodeTables<'a> {
     fn check(&self, layer: usize, cfg: &AttentionConfig, q: View, columns: usize) -> Result<()> {
         q.expect(OP, "the new tokens' columns", self.sequences(), columns)?;
         let cuda = q.cuda(OP)?;
+        one_gpu(OP, self.table.gpu(), [cuda.gpu()])?;
         let fits = layer < self.layers && cfg.kv_heads * cfg.head_dim == self.width && cuda.dtype() == self.dtype;
         match fits && takes(cfg, self.dtype) && cuda.ptr().is_multiple_of(16) && cuda.stride().is_multiple_of(8) {
             true => Ok(()),

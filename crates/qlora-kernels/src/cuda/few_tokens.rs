@@ -10,8 +10,8 @@ use std::sync::{Mutex, PoisonError};
 use super::buffer::Buffer;
 use super::ffi;
 use super::gpu::Gpu;
-use super::linear_group::add_biases;
-use super::view::{CudaView, CudaViewMut};
+use super::linear_group::{add_biases, check_gpu};
+use super::view::{CudaView, CudaViewMut, one_gpu};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Workspace};
@@ -87,6 +87,8 @@ pub(crate) fn forward(
     }
     let Some(mut weights) = weights(group) else { return Ok(false) };
     let gpu = y.gpu();
+    let values = adapter.and_then(|adapter| adapter.values.gpu());
+    check_gpu(op, group, gpu, [Some(x.gpu()), residual.map(|residual| residual.gpu()), values])?;
     let s = shrink(op, group, x, adapter, &mut weights, workspace)?;
     let (s, lds) = match &s {
         Some(s) => (s.view().cuda(op)?.ptr() as *const f32, s.cols() as i64),
@@ -230,6 +232,7 @@ pub(super) fn plain(
     if !fits || !types || !aligned(x) || !aligned(w) {
         return Ok(false);
     }
+    one_gpu(op, y.gpu(), [x.gpu(), w.gpu()])?;
     // SAFETY: all windows are live and have the sizes passed.
     let launched = y.gpu().launch(op, |stream| unsafe {
         ffi::qlora_bf16_gemv(

@@ -99,6 +99,48 @@ impl Default for Shrink {
     }
 }
 
+/// What an adapter does to one layer; `QloraRowsChange` in `adapter_rows.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RowsChange {
+    pub(super) a: *const f32,
+    pub(super) b: *const f32,
+    pub(super) gain: *const f32,
+    pub(super) bias: *const f32,
+    pub(super) scale: f32,
+    pub(super) rank: i32,
+    pub(super) r0: i32,
+    pub(super) pad: i32,
+}
+
+impl Default for RowsChange {
+    fn default() -> Self {
+        let null = std::ptr::null();
+        Self { a: null, b: null, gain: null, bias: null, scale: 0.0, rank: 0, r0: 0, pad: 0 }
+    }
+}
+
+/// `QloraRowsSpan` in `adapter_rows.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct RowsSpan {
+    pub(super) m: [RowsChange; 3],
+    pub(super) row0: i64,
+    pub(super) rows: i64,
+    pub(super) columns: i32,
+    pub(super) pad: i32,
+}
+
+/// `QloraRowsSpans` in `adapter_rows.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct RowsSpans {
+    pub(super) s: [RowsSpan; 16],
+    pub(super) count: i32,
+    pub(super) layers: i32,
+    pub(super) cols: [i64; 3],
+}
+
 /// [`qlora_nf4_gemv`] and [`qlora_nf4_small_gemm`], which take the same arguments.
 pub(super) type FewProduct = unsafe extern "C" fn(
     dtype: c_int,
@@ -119,6 +161,73 @@ pub(super) type FewProduct = unsafe extern "C" fn(
 ) -> c_int;
 
 unsafe extern "C" {
+    pub(super) fn qlora_rows_shrink(
+        dtype: c_int,
+        spans: *const RowsSpans,
+        x: Ptr,
+        ldx: i64,
+        s: *mut f32,
+        lds: i64,
+        k: i64,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_rows_finish(
+        dtype: c_int,
+        spans: *const RowsSpans,
+        s: *const f32,
+        lds: i64,
+        residual: Ptr,
+        ldr: i64,
+        y: PtrMut,
+        ldy: i64,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_adapter_embedding(
+        dtype: c_int,
+        x: PtrMut,
+        ldx: i64,
+        ids: *const u32,
+        own: *const i64,
+        values: *const f32,
+        a: *const f32,
+        b: *const f32,
+        gain: *const f32,
+        rank: i64,
+        vocabulary: i64,
+        scale: f32,
+        rows: i64,
+        width: i64,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_head_tokens(
+        dtype: c_int,
+        hidden: Ptr,
+        ldh: i64,
+        values: *const f32,
+        ids: *const u32,
+        own: *const i64,
+        count: i64,
+        logits_dtype: c_int,
+        logits: PtrMut,
+        ldl: i64,
+        rows: i64,
+        width: i64,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_int8_activations(
+        dtype: c_int,
+        x: Ptr,
+        ldx: i64,
+        threshold: f32,
+        exact: *const u32,
+        exact_count: i64,
+        flags: *mut u8,
+        out: PtrMut,
+        ldo: i64,
+        tokens: i64,
+        width: i64,
+        stream: Stream,
+    ) -> c_int;
     pub(super) fn qlora_argmax(
         dtype: c_int,
         x: Ptr,

@@ -41,7 +41,8 @@ pub struct Gpu {
 
 /// The candle device for GPU number `ordinal`, set up as this crate needs it: a stream of its own, no event tracking, a
 /// memory pool that keeps what it has. With `memory_limit`, all memory that candle and this crate take on that GPU in
-/// this process is at most so many bytes.
+/// this process from now on is at most so many bytes, on devices that were opened before or will be opened without a
+/// limit too; what they hold already does not count.
 ///
 /// # Errors
 /// If there is no such GPU, its driver is too old, its architecture is not supported, or the limit cannot be set.

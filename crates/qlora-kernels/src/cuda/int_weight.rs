@@ -11,7 +11,7 @@ use super::gpu::Gpu;
 use super::view::CudaViewMut;
 use crate::error::Result;
 use crate::quant::{IntBits, IntParts, OutlierColumns, QuantizedInt};
-use crate::weight::PlainData;
+use crate::weight::{Int8Activations, PlainData};
 
 const OP: &str = "dequantize_int";
 
@@ -23,6 +23,9 @@ pub(super) struct DeviceInt {
     group_of: Option<Buffer>,
     /// Columns and their bf16 elements.
     outliers: Option<(Buffer, Buffer, usize)>,
+    /// The outliers' columns again, on the host.
+    exact: Vec<u32>,
+    activations: Option<Int8Activations>,
     bits: IntBits,
     groups: usize,
     group_size: usize,
@@ -31,7 +34,8 @@ pub(super) struct DeviceInt {
 
 impl DeviceInt {
     pub(super) fn new(gpu: &Arc<Gpu>, weight: &QuantizedInt) -> Result<Self> {
-        let IntParts { codes, bits, cols, group_size, group_of, scales, zeros, outliers, .. } = weight.parts();
+        let IntParts { codes, bits, cols, group_size, group_of, scales, zeros, outliers, activations, .. } =
+            weight.parts();
         let upload = |OutlierColumns { columns, values }: &OutlierColumns| -> Result<_> {
             let mut wide = vec![0.0; values.len()];
             let values = match values {
@@ -50,6 +54,8 @@ impl DeviceInt {
             zeros: zeros.as_ref().map(|zeros| Buffer::upload(gpu, OP, zeros)).transpose()?,
             group_of: group_of.as_ref().map(|group_of| Buffer::upload(gpu, OP, group_of)).transpose()?,
             outliers: outliers.as_ref().map(upload).transpose()?,
+            exact: outliers.as_ref().map_or_else(Vec::new, |outliers| outliers.columns.clone()),
+            activations: *activations,
             bits: *bits,
             groups: weight.groups(),
             group_size: *group_size,
@@ -59,6 +65,19 @@ impl DeviceInt {
 
     pub(super) fn gpu(&self) -> &Arc<Gpu> {
         self.codes.gpu()
+    }
+
+    pub(super) fn activations(&self) -> Option<Int8Activations> {
+        self.activations
+    }
+
+    pub(super) fn exact_columns(&self) -> &[u32] {
+        &self.exact
+    }
+
+    /// [`Self::exact_columns`] on the device, and how many they are.
+    pub(super) fn exact_on_device(&self) -> Option<(&Buffer, usize)> {
+        self.outliers.as_ref().map(|(columns, _, count)| (columns, *count))
     }
 
     pub(super) fn bytes(&self) -> usize {

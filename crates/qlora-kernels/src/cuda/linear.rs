@@ -3,8 +3,9 @@
 use super::blas::Kind;
 use super::buffer::Buffer;
 use super::ffi;
+use super::int8_activations;
 use super::linear_group::dequantize;
-use super::view::{CudaView, CudaViewMut};
+use super::view::{CudaView, CudaViewMut, one_gpu};
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Workspace};
 use crate::view::View;
@@ -36,7 +37,19 @@ pub(crate) fn frozen_forward(
     y: CudaViewMut,
     beta: f32,
 ) -> Result<()> {
+    one_gpu(op, y.gpu(), [x.gpu()].into_iter().chain(weight.as_cuda().map(|weight| &**weight.gpu())))?;
     let mut y = y;
+    let rounded = match weight.int8_activations() {
+        None => None,
+        Some(_) => {
+            let workspace = Workspace::with_dtype(&x.gpu().device(), x.dtype())?;
+            int8_activations::rounded(x, weight, 0, &workspace)?
+        }
+    };
+    let x = match &rounded {
+        Some(rounded) => rounded.view().cuda(op)?,
+        None => x,
+    };
     with_weight(op, weight, x, |w, settled| {
         if beta == 0.0 && super::few_tokens::plain(op, x, (w, settled), &mut y)? {
             return Ok(());

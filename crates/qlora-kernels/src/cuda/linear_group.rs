@@ -4,8 +4,10 @@ use std::sync::PoisonError;
 
 use super::blas::Kind;
 use super::ffi;
+use super::gpu::Gpu;
+use super::int8_activations;
 use super::ops::add_bias;
-use super::view::{CudaView, CudaViewMut};
+use super::view::{CudaView, CudaViewMut, one_gpu};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Workspace};
@@ -151,6 +153,8 @@ pub(crate) fn forward(
     let (mut x, mut y) = (x.cuda(op)?, y.cuda(op)?);
     let gpu = y.gpu();
     let residual = residual.map(|residual| residual.cuda(op)).transpose()?;
+    let values = adapter.and_then(|adapter| adapter.values.gpu());
+    check_gpu(op, group, gpu, [Some(x.gpu()), residual.map(|residual| residual.gpu()), values])?;
     let beta = if residual.is_some() { 1.0 } else { 0.0 };
     let mut shrunk = Shrunk::default();
     let single = group.members.len() == 1 && rp == 0;
@@ -162,25 +166,43 @@ pub(crate) fn forward(
         {
             let w = fused.view().cuda(op)?;
             if rp == 0 {
-                gpu.blas().matmul(op, Kind::Nt, x.as_view(), w.slice_rows(0..n), residual, y.reborrow(), 1.0, beta)?;
+                for (part, rounded) in int8_activations::inputs(group, x.as_view(), None, rp, workspace)? {
+                    let input = match &rounded {
+                        Some(rounded) => rounded.view().cuda(op)?,
+                        None => x.as_view(),
+                    };
+                    let (residual, w) = (residual.map(|all| all.slice_cols(part.clone())), w.slice_rows(part.clone()));
+                    let y = y.reborrow().slice_cols(part);
+                    gpu.blas().matmul(op, Kind::Nt, input, w, residual, y, 1.0, beta)?;
+                }
             } else {
                 let adapter = adapter.expect("ranks are counted with an adapter only");
                 let mut s = workspace.matrix(x.rows(), rp)?;
-                let augmented = x.margin_width() >= rp;
-                if augmented {
-                    let (x, target) = x.split_margin(rp);
-                    shrink_into(&plan, x, w, adapter, target, workspace)?;
-                } else {
-                    shrink_into(&plan, x.as_view(), w, adapter, s.view_mut().cuda(op)?, workspace)?;
-                }
-                if augmented {
+                let rounds = group.members.iter().any(|member| member.weight.int8_activations().is_some());
+                if x.margin_width() >= rp && !rounds {
+                    let (columns, target) = x.split_margin(rp);
+                    shrink_into(&plan, columns, w, adapter, target, workspace)?;
                     super::ops::cast(x.as_view().margin(rp), s.view_mut().cuda(op)?)?;
                     let (x, w) = (x.as_view().with_margin(rp), w.slice_rows(0..n).with_margin(rp));
                     gpu.blas().matmul(op, Kind::Nt, x, w, residual, y.reborrow(), 1.0, beta)?;
                 } else {
-                    let top = w.slice_rows(0..n);
-                    gpu.blas().matmul(op, Kind::Nt, x.as_view(), top, residual, y.reborrow(), 1.0, beta)?;
-                    gpu.matmul(op, Kind::Nt, s.view().cuda(op)?, top.margin(rp), y.reborrow(), 1.0, 1.0)?;
+                    // The adapters read x as it is.
+                    shrink_into(&plan, x.as_view(), w, adapter, s.view_mut().cuda(op)?, workspace)?;
+                    for (part, rounded) in int8_activations::inputs(group, x.as_view(), Some(&s), rp, workspace)? {
+                        let (residual, w) =
+                            (residual.map(|all| all.slice_cols(part.clone())), w.slice_rows(part.clone()));
+                        let mut y = y.reborrow().slice_cols(part);
+                        match &rounded {
+                            Some(rounded) => {
+                                let (x, w) = (rounded.view().cuda(op)?.with_margin(rp), w.with_margin(rp));
+                                gpu.blas().matmul(op, Kind::Nt, x, w, residual, y, 1.0, beta)?;
+                            }
+                            None => {
+                                gpu.blas().matmul(op, Kind::Nt, x.as_view(), w, residual, y.reborrow(), 1.0, beta)?;
+                                gpu.matmul(op, Kind::Nt, s.view().cuda(op)?, w.margin(rp), y, 1.0, 1.0)?;
+                            }
+                        }
+                    }
                 }
                 shrunk = Shrunk::new(vec![Some(s)]);
             }
@@ -189,6 +211,19 @@ pub(crate) fn forward(
     }
     add_biases(op, group, y)?;
     Ok(shrunk)
+}
+
+/// An error unless a group's weights and biases are where its activations are.
+pub(super) fn check_gpu<'a>(
+    op: &'static str,
+    group: &Group<'a>,
+    gpu: &Gpu,
+    others: impl IntoIterator<Item = Option<&'a Gpu>>,
+) -> Result<()> {
+    let weights = group.members.iter().filter_map(|member| member.weight.as_cuda()).map(|weight| &**weight.gpu());
+    let biases = group.members.iter().filter_map(|member| member.bias.and_then(|bias| bias.gpu()));
+    one_gpu(op, gpu, weights.chain(biases))?;
+    one_gpu(op, gpu, others.into_iter().flatten())
 }
 
 /// One member after the other.
@@ -213,7 +248,7 @@ fn forward_split(
 }
 
 /// The members and their columns of the group's output.
-fn parts<'a>(group: &Group<'a>) -> impl Iterator<Item = (&'a Member<'a>, std::ops::Range<usize>)> {
+pub(super) fn parts<'a>(group: &Group<'a>) -> impl Iterator<Item = (&'a Member<'a>, std::ops::Range<usize>)> {
     group.members.iter().scan(0, |start, member| {
         let columns = *start..*start + member.weight.rows();
         *start = columns.end;
@@ -278,6 +313,8 @@ pub(crate) fn shrink(
     if rp == 0 {
         return Ok(Shrunk::default());
     }
+    let x = x.cuda(op)?;
+    one_gpu(op, x.gpu(), adapter.values.gpu())?;
     // The A rows alone: an augmented weight of a layer without outputs.
     let mut a = workspace.with_margin(rp, k, rp)?;
     let mut only_a = Plan { n: 0, ..plan };
@@ -286,7 +323,7 @@ pub(crate) fn shrink(
     }
     only_a.write_factors(adapter, a.view_mut().cuda(op)?)?;
     let mut s = workspace.matrix(x.rows(), rp)?;
-    shrink_into(&only_a, x.cuda(op)?, a.view().cuda(op)?, adapter, s.view_mut().cuda(op)?, workspace)?;
+    shrink_into(&only_a, x, a.view().cuda(op)?, adapter, s.view_mut().cuda(op)?, workspace)?;
     Ok(Shrunk::new(vec![Some(s)]))
 }
 
@@ -307,6 +344,7 @@ pub(crate) fn backward_input(
     let mut dy = dy.cuda(op)?;
     let gpu = dy.gpu();
     let dx = dx.map(|dx| dx.cuda(op)).transpose()?;
+    check_gpu(op, group, gpu, [dx.as_ref().map(|dx| dx.gpu()), adapter.values.gpu()])?;
     if rp == 0 {
         let Some(dx) = dx else { return Ok(Shrunk::default()) };
         if let (1, Some(plain)) = (group.members.len(), group.members[0].weight.as_cuda().and_then(|w| w.plain_view()))
@@ -484,6 +522,7 @@ fn adapter_gradient(
     let Plan { n, k, rp, .. } = plan;
     let (x, dy, gradient) = (x.cuda(op)?, dy.cuda(op)?, gradient.cuda(op)?);
     let gpu = dy.gpu();
+    one_gpu(op, gpu, [x.gpu(), gradient.gpu()])?;
     let (Some(s), Some(ds)) = (s, ds) else {
         return Err(Error::invalid(op, "a backward without its forward's S"));
     };

@@ -16,6 +16,8 @@
 //! here is one or a few launches; the kernels are in `kernels/*.cu`. Everything is asynchronous on the GPU's one stream:
 //! an error of a kernel shows at the next call that waits, which is when a loss or a norm is read.
 
+pub(crate) mod adapter_rows;
+pub(crate) mod adapter_tokens;
 pub mod attention;
 mod blas;
 mod buffer;
@@ -27,6 +29,7 @@ mod event;
 pub(crate) mod few_tokens;
 mod ffi;
 mod gpu;
+mod int8_activations;
 mod int_weight;
 pub(crate) mod linear;
 pub(crate) mod linear_group;

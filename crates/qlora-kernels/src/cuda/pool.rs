@@ -3,57 +3,58 @@
 //! All device memory comes from one CUDA memory pool (`cuMemAllocAsync`). The pool keeps what it was given, or every
 //! synchronization would hand memory back to the system and fetch it again. Its own counter of the most bytes in use at
 //! one time is the peak that we report.
+//!
+//! The pool belongs to the GPU and the process, not to a device that was opened: the driver takes all memory, also that of
+//! devices opened earlier, from the pool that was set last. So every question goes to that one.
 
 use std::ffi::c_void;
-
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, result, sys};
 
 use super::gpu::cuda_error;
 use crate::error::{Error, Result};
 
+const OP: &str = "memory pool";
+
 /// A GPU's memory pool.
 #[derive(Debug)]
 pub struct Pool {
-    handle: sys::CUmemoryPool,
-    limit: Option<u64>,
+    device: sys::CUdevice,
     context: Arc<CudaContext>,
 }
 
-// SAFETY: the driver's pool functions may be called from any thread.
-unsafe impl Send for Pool {}
-// SAFETY: as above.
-unsafe impl Sync for Pool {}
+/// The limits of the pools that were made with one, by address; they live as long as the process.
+static LIMITS: Mutex<Vec<(usize, u64)>> = Mutex::new(Vec::new());
 
 impl Pool {
-    /// The device's pool, or with a limit a new one that takes its place.
+    /// The GPU's pool as it is, or with a limit a new one that takes its place for the whole process.
     pub(super) fn open(context: Arc<CudaContext>, limit: Option<u64>) -> Result<Self> {
-        const OP: &str = "memory pool";
         let ordinal = context.ordinal();
         context.bind_to_thread().map_err(|error| cuda_error(OP, error))?;
         let device = result::device::get(ordinal as i32).map_err(|error| cuda_error(OP, error))?;
-        let handle = match limit {
-            // SAFETY: the device exists.
-            None => unsafe { result::device::get_default_mem_pool(device) },
-            Some(limit) => {
-                // SAFETY: all-zero is a valid value of this plain struct.
-                let mut props: sys::CUmemPoolProps = unsafe { std::mem::zeroed() };
-                props.allocType = sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED;
-                props.location.type_ = sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE;
-                props.location.id = ordinal as i32;
-                props.maxSize = limit as usize;
-                // SAFETY: the properties are filled in; the pool lives as long as the process.
-                unsafe {
-                    result::mem_pool::create(&raw const props)
-                        .and_then(|pool| result::device::set_mem_pool(device, pool).map(|()| pool))
-                }
-            }
+        if let Some(limit) = limit {
+            // SAFETY: all-zero is a valid value of this plain struct.
+            let mut props: sys::CUmemPoolProps = unsafe { std::mem::zeroed() };
+            props.allocType = sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED;
+            props.location.type_ = sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE;
+            props.location.id = ordinal as i32;
+            props.maxSize = limit as usize;
+            // SAFETY: the properties are filled in.
+            let pool = unsafe { result::mem_pool::create(&raw const props) }.map_err(|error| cuda_error(OP, error))?;
+            LIMITS.lock().unwrap_or_else(PoisonError::into_inner).push((pool as usize, limit));
+            // SAFETY: the device exists; the pool lives as long as the process.
+            unsafe { result::device::set_mem_pool(device, pool) }.map_err(|error| cuda_error(OP, error))?;
         }
-        .map_err(|error| cuda_error(OP, error))?;
-        let pool = Self { handle, limit, context };
+        let pool = Self { device, context };
         pool.set(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX)?;
         Ok(pool)
+    }
+
+    /// The pool that memory comes from now.
+    fn handle(&self) -> Result<sys::CUmemoryPool> {
+        // SAFETY: the device exists.
+        unsafe { result::device::get_mem_pool(self.device) }.map_err(|error| cuda_error(OP, error))
     }
 
     /// Bytes in use.
@@ -79,21 +80,23 @@ impl Pool {
     /// Gives memory that is not in use back to the system.
     pub fn trim(&self) -> Result<()> {
         // SAFETY: the pool lives as long as the process.
-        unsafe { result::mem_pool::trim_to(self.handle, 0) }.map_err(|error| cuda_error("memory pool", error))
+        unsafe { result::mem_pool::trim_to(self.handle()?, 0) }.map_err(|error| cuda_error(OP, error))
     }
 
-    /// The limit it was opened with.
+    /// The limit of the pool that memory comes from now: that of the last device that was opened with one.
     pub fn limit(&self) -> Option<u64> {
-        self.limit
+        let handle = self.handle().ok()? as usize;
+        let limits = LIMITS.lock().unwrap_or_else(PoisonError::into_inner);
+        limits.iter().find(|(pool, _)| *pool == handle).map(|(_, limit)| *limit)
     }
 
     /// Bytes that can still be had: what the limit, or the GPU, has left.
     pub fn available(&self) -> Result<u64> {
-        self.context.bind_to_thread().map_err(|error| cuda_error("memory pool", error))?;
-        let (free, _) = result::mem_get_info().map_err(|error| cuda_error("memory pool", error))?;
+        self.context.bind_to_thread().map_err(|error| cuda_error(OP, error))?;
+        let (free, _) = result::mem_get_info().map_err(|error| cuda_error(OP, error))?;
         let idle = self.reserved()?.saturating_sub(self.used()?);
         let physical = free as u64 + idle;
-        Ok(match self.limit {
+        Ok(match self.limit() {
             None => physical,
             Some(limit) => physical.min(limit.saturating_sub(self.used()?)),
         })
@@ -112,20 +115,20 @@ impl Pool {
     pub(super) fn out_of_memory(&self, op: &'static str, bytes: usize) -> Error {
         let used = self.used().unwrap_or(0);
         let available = self.available().unwrap_or(0);
-        Error::OutOfMemory { op, requested: bytes as u64, used, available, limit: self.limit }
+        Error::OutOfMemory { op, requested: bytes as u64, used, available, limit: self.limit() }
     }
 
     fn get(&self, attribute: sys::CUmemPool_attribute) -> Result<u64> {
         let mut value = 0u64;
         // SAFETY: all attributes asked for are 64-bit.
-        unsafe { result::mem_pool::get_attribute(self.handle, attribute, (&raw mut value).cast::<c_void>()) }
-            .map_err(|error| cuda_error("memory pool", error))?;
+        unsafe { result::mem_pool::get_attribute(self.handle()?, attribute, (&raw mut value).cast::<c_void>()) }
+            .map_err(|error| cuda_error(OP, error))?;
         Ok(value)
     }
 
     fn set(&self, attribute: sys::CUmemPool_attribute, mut value: u64) -> Result<()> {
         // SAFETY: all attributes set are 64-bit.
-        unsafe { result::mem_pool::set_attribute(self.handle, attribute, (&raw mut value).cast::<c_void>()) }
-            .map_err(|error| cuda_error("memory pool", error))
+        unsafe { result::mem_pool::set_attribute(self.handle()?, attribute, (&raw mut value).cast::<c_void>()) }
+            .map_err(|error| cuda_error(OP, error))
     }
 }

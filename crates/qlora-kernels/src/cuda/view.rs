@@ -8,7 +8,7 @@ use candle_core::cuda_backend::cudarc::driver::{result, sys};
 use super::buffer::Buffer;
 use super::gpu::{Gpu, cuda_error};
 use crate::dtype::Dtype;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::view::{HostView, check_reshape};
 
 /// The CUDA representation of a [`crate::View`].
@@ -37,6 +37,17 @@ struct Window {
     /// Columns after `cols` that belong to this window's rows alone and that operations may use for what goes along
     /// with the matrix (see `linear_group`).
     margin: usize,
+}
+
+/// An error unless everything is on `gpu`: its kernels run on its one stream, which waits for no other.
+pub(super) fn one_gpu<'a>(op: &'static str, gpu: &Gpu, others: impl IntoIterator<Item = &'a Gpu>) -> Result<()> {
+    match others.into_iter().find(|other| !std::ptr::eq(*other, gpu)) {
+        None => Ok(()),
+        Some(other) => {
+            let message = format!("arguments are on {} and on {}, or on two devices of it", gpu.name(), other.name());
+            Err(Error::invalid(op, message))
+        }
+    }
 }
 
 impl Window {

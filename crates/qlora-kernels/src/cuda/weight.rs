@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Workspace};
 use crate::quant::{Absmax, IntParts, NestedAbsmax, Parts, QuantConfig, QuantType, Quantized4bit, QuantizedInt};
 use crate::view::{View, ViewMut};
-use crate::weight::{FrozenWeight, PlainData, PlainWeight};
+use crate::weight::{FrozenWeight, Int8Activations, PlainData, PlainWeight};
 
 /// A frozen weight `[rows, cols]` on a GPU: plain, in 4 bits, or in integers.
 #[derive(Debug)]
@@ -118,8 +118,7 @@ impl CudaWeight {
         Ok(Self { data: Data::Bits4(Box::new(bits4)), rows: *rows, cols: *cols })
     }
 
-    /// Copies an integer weight. Its products use the dequantized weight: inputs are not rounded to 8 bits as
-    /// bitsandbytes' LLM.int8 and the CPU do it.
+    /// Copies an integer weight. Its products use the dequantized weight; LLM.int8's round their input to 8 bits first.
     ///
     /// # Errors
     /// If the memory cannot be had.
@@ -238,6 +237,14 @@ impl CudaWeight {
                 Some(unsafe { CudaView::of_buffer(buffer, *dtype, [self.rows, self.cols], self.cols, 0) })
             }
             Data::Bits4(_) | Data::Int(_) => None,
+        }
+    }
+
+    /// [`FrozenWeight::exact_columns`] on the device, and how many they are.
+    pub(super) fn exact_on_device(&self) -> Option<(&Buffer, usize)> {
+        match &self.data {
+            Data::Int(int) => int.exact_on_device(),
+            Data::Plain { .. } | Data::Bits4(_) => None,
         }
     }
 
@@ -393,6 +400,20 @@ impl FrozenWeight for CudaWeight {
                         }
                     }
             }
+        }
+    }
+
+    fn int8_activations(&self) -> Option<Int8Activations> {
+        match &self.data {
+            Data::Int(int) => int.activations(),
+            Data::Plain { .. } | Data::Bits4(_) => None,
+        }
+    }
+
+    fn exact_columns(&self) -> &[u32] {
+        match &self.data {
+            Data::Int(int) => int.exact_columns(),
+            Data::Plain { .. } | Data::Bits4(_) => &[],
         }
     }
 

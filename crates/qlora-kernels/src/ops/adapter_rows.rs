@@ -10,14 +10,18 @@
 //! 2402.09353, constant once training is over); bias' and W': instead of the layer's own. What a [`LinearChange`] does not have
 //! leaves the layer as it is. All of an adapter's numbers lie in one f32 row on the model's device, but for whole weights.
 //!
-//! The base's product is made once for all rows whose adapters only add to it. Sums are f32 on the CPU. On CUDA one adapter for
-//! all rows runs in the group itself, as the adapter of a training does; several, or DoRA, are refused.
+//! The base's product is made once for all rows whose adapters only add to it. Sums are f32 on the CPU.
+//!
+//! On CUDA one LoRA adapter for all rows of quantized layers runs in the group itself, as the adapter of a training does.
+//! Otherwise the base's product of all rows is written first, in the activations' type, and two launches for all adapters of a
+//! group follow: one makes `x A^T`, the other reads y again and does the rest, in f32 (`kernels/adapter_rows.cu`). So y is
+//! rounded twice there, as in PEFT.
 
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::linear_group::{AdapterPass, Group, LoraSlot, Member};
+use super::linear_group::{AdapterPass, Group, LoraSlot, Member, margin};
 use super::{frozen_linear, lora_linear, rms_norm};
 use crate::error::{Error, Result};
 use crate::matrix::Workspace;
@@ -91,7 +95,7 @@ impl<'a> AdapterRows<'a> {
     /// [`Group::forward`] with these adapters; those of the members themselves are left out.
     ///
     /// # Errors
-    /// As there; also if an adapter does not fit the layer, or the device is a GPU and the rows have different adapters.
+    /// As there; also if an adapter does not fit the layer.
     pub fn forward(
         &self,
         group: &Group,
@@ -100,25 +104,81 @@ impl<'a> AdapterRows<'a> {
         y: ViewMut,
         workspace: &Workspace,
     ) -> Result<()> {
-        if let Some(part) = self.parts.last().filter(|part| part.rows.end > x.rows()) {
-            return Err(Error::invalid(OP, format!("{} rows, an adapter for {:?}", x.rows(), part.rows)));
+        self.run(group, x, residual, y, false, workspace)
+    }
+
+    /// [`Group::infer`] with these adapters.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn infer(
+        &self,
+        group: &Group,
+        x: ViewMut,
+        residual: Option<View>,
+        y: ViewMut,
+        workspace: &Workspace,
+    ) -> Result<()> {
+        self.run(group, x, residual, y, true, workspace)
+    }
+
+    /// [`Group::infer_swiglu`] with these adapters: not where rows have different ones.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn infer_swiglu(&self, group: &Group, x: View, h: ViewMut, workspace: &Workspace) -> Result<bool> {
+        match self.changed(group, x.rows())?.as_slice() {
+            [] => with_group(group, None, |group, _| group.infer_swiglu(x, None, h, workspace)),
+            [part] if part.runs_as_group(group, x.rows()) => {
+                with_group(group, Some(part), |group, pass| group.infer_swiglu(x, pass, h, workspace))
+            }
+            _ => Ok(false),
+        }
+    }
+
+    /// The columns of margin that a group's input needs so that these adapters can use it ([`super::linear_group::margin`]).
+    pub fn margin(&self, members: &[Member]) -> usize {
+        let of = |part: &RowAdapter<'a>| {
+            margin(members.iter().map(|member| part.change(member).and_then(|change| change.lora.as_ref())))
+        };
+        self.parts.iter().map(of).max().unwrap_or(0)
+    }
+
+    /// The parts that change a member of the group.
+    fn changed(&self, group: &Group, rows: usize) -> Result<Vec<&RowAdapter<'a>>> {
+        if let Some(part) = self.parts.last().filter(|part| part.rows.end > rows) {
+            return Err(Error::invalid(OP, format!("{rows} rows, an adapter for {:?}", part.rows)));
         }
         let changed = |part: &RowAdapter<'a>| group.members.iter().any(|member| part.change(member).is_some());
-        let parts: Vec<&RowAdapter> = self.parts.iter().filter(|part| !part.rows.is_empty() && changed(part)).collect();
-        match parts.as_slice() {
-            [] => run_as_group(group, None, x, residual, y, workspace),
-            [part] if part.rows == (0..x.rows()) && !part.has_gain(group) => {
-                run_as_group(group, Some(part), x, residual, y, workspace)
-            }
+        Ok(self.parts.iter().filter(|part| !part.rows.is_empty() && changed(part)).collect())
+    }
+
+    /// `few`: [`Group::infer`] instead of [`Group::forward`].
+    fn run(
+        &self,
+        group: &Group,
+        x: ViewMut,
+        residual: Option<View>,
+        y: ViewMut,
+        few: bool,
+        workspace: &Workspace,
+    ) -> Result<()> {
+        let parts = self.changed(group, x.rows())?;
+        let part = match parts.as_slice() {
+            [] => None,
+            [part] if part.runs_as_group(group, x.rows()) => Some(*part),
             parts => {
                 #[cfg(feature = "cuda")]
                 if y.gpu().is_some() {
-                    let message = "on a GPU, all rows of a batch have the same adapter, and none with DoRA";
-                    return Err(Error::invalid(OP, message));
+                    return crate::cuda::adapter_rows::forward(OP, group, parts, x, residual, y, few, workspace);
                 }
-                by_rows(group, parts, x.as_view(), residual, y, workspace)
+                return by_rows(group, parts, x.as_view(), residual, y, workspace);
             }
-        }
+        };
+        with_group(group, part, |group, pass| match few {
+            true => group.infer(x, pass, residual, y, workspace),
+            false => group.forward(x, pass, residual, y, workspace).map(drop),
+        })
     }
 
     /// [`rms_norm::forward`] again, over the rows whose adapter has another weight for the norm `name()`.
@@ -152,12 +212,20 @@ impl<'a> AdapterRows<'a> {
 const OP: &str = "adapter_rows";
 
 impl<'a> RowAdapter<'a> {
-    fn change(&self, member: &Member) -> Option<&'a LinearChange> {
+    pub(crate) fn change(&self, member: &Member) -> Option<&'a LinearChange> {
         self.changes.linears.get(member.name)
     }
 
-    fn has_gain(&self, group: &Group) -> bool {
-        group.members.iter().any(|member| self.change(member).is_some_and(|change| change.gain.is_some()))
+    /// Whether an ordinary group of these rows computes the same: without a gain, and on a GPU without plain weights, which
+    /// are multiplied where they lie and not copied beside A and B.
+    fn runs_as_group(&self, group: &Group, rows: usize) -> bool {
+        let fits = |member: &Member| match self.change(member) {
+            None => !is_plain_on_gpu(member.weight),
+            Some(change) => {
+                change.gain.is_none() && !is_plain_on_gpu(change.weight.as_deref().unwrap_or(member.weight))
+            }
+        };
+        self.rows == (0..rows) && group.members.iter().all(fits)
     }
 
     /// A part of the adapter's numbers, one row.
@@ -173,15 +241,22 @@ impl<'a> RowAdapter<'a> {
     }
 }
 
+/// Whether a weight lies on a GPU in a type that products take.
+pub(crate) fn is_plain_on_gpu(weight: &dyn FrozenWeight) -> bool {
+    #[cfg(feature = "cuda")]
+    if let Some(weight) = weight.as_cuda() {
+        return weight.plain_view().is_some();
+    }
+    let _ = weight;
+    false
+}
+
 /// One adapter, or none, for all rows, without a gain: an ordinary group.
-fn run_as_group(
+fn with_group<R>(
     group: &Group,
     part: Option<&RowAdapter>,
-    x: ViewMut,
-    residual: Option<View>,
-    y: ViewMut,
-    workspace: &Workspace,
-) -> Result<()> {
+    run: impl FnOnce(&Group, Option<&AdapterPass>) -> Result<R>,
+) -> Result<R> {
     let change = |member: &Member| part.and_then(|part| part.change(member));
     let mut members = Vec::with_capacity(group.members.len());
     for member in group.members {
@@ -201,7 +276,7 @@ fn run_as_group(
     let replaced = group.members.iter().any(|member| change(member).is_some_and(|change| change.weight.is_some()));
     let group = Group { members: &members, cache: if replaced { &own } else { group.cache }, split: group.split };
     let pass = part.map(|part| AdapterPass::new(part.values));
-    group.forward(x, pass.as_ref(), residual, y, workspace).map(drop)
+    run(&group, pass.as_ref())
 }
 
 /// Several adapters, or a gain: member by member, on the CPU.

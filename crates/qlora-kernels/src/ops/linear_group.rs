@@ -235,8 +235,11 @@ impl Group<'_> {
         if let Some(residual) = residual {
             residual.expect(Self::OP, "the residual", y.rows(), y.cols())?;
         }
+        if let Some(rows) = adapter.and_then(|pass| pass.rows) {
+            return rows.infer(self, x, residual, y, workspace);
+        }
         #[cfg(feature = "cuda")]
-        if y.gpu().is_some() && adapter.is_none_or(|adapter| adapter.rows.is_none()) {
+        if y.gpu().is_some() {
             use crate::cuda::few_tokens;
             let from = residual.map(|residual| residual.cuda(Self::OP)).transpose()?;
             let (x, y) = (x.as_view().cuda(Self::OP)?, y.reborrow().cuda(Self::OP)?);
@@ -262,8 +265,11 @@ impl Group<'_> {
         self.check_members(x)?;
         let width = self.members.first().map_or(0, |member| member.weight.rows());
         h.expect(Self::OP, "h", x.rows(), width)?;
+        if let Some(rows) = adapter.and_then(|pass| pass.rows) {
+            return rows.infer_swiglu(self, x, h, workspace);
+        }
         #[cfg(feature = "cuda")]
-        if self.members.len() == 2 && h.gpu().is_some() && adapter.is_none_or(|adapter| adapter.rows.is_none()) {
+        if self.members.len() == 2 && h.gpu().is_some() {
             use crate::cuda::few_tokens;
             let (x, h) = (x.cuda(Self::OP)?, h.cuda(Self::OP)?);
             return few_tokens::forward(Self::OP, self, x, adapter, None, h, true, workspace);

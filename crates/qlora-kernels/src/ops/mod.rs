@@ -3,6 +3,7 @@
 pub mod adamw;
 pub mod adamw_8bit;
 pub mod adapter_rows;
+pub mod adapter_tokens;
 pub mod argmax;
 pub mod attention;
 pub mod dropout;

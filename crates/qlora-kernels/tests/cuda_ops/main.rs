@@ -5,6 +5,7 @@
 //! fails.
 #![cfg(feature = "cuda")]
 
+mod adapter_rows;
 mod attention;
 mod copies;
 mod dropout;
@@ -13,6 +14,7 @@ mod few_tokens;
 mod frozen_linear;
 mod harness;
 mod huge;
+mod int8;
 mod linear_cross_entropy;
 mod linear_group;
 mod lora_linear;

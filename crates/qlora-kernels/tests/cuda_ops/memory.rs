@@ -54,6 +54,30 @@ fn a_limit_gives_an_error_that_says_what_to_do() {
 }
 
 #[test]
+fn devices_of_one_gpu_report_the_pool_that_their_memory_comes_from() {
+    if gpu().is_none() || !alone("memory::devices_of_one_gpu_report_the_pool_that_their_memory_comes_from") {
+        return;
+    }
+    const MIB: u64 = 1 << 20;
+    let open = |limit| Workspace::with_dtype(&cuda::device(0, limit).unwrap(), Dtype::Bf16).unwrap();
+    let first = open(None);
+    assert_eq!(first.gpu().unwrap().pool().limit(), None);
+    let second = open(Some(256 * MIB));
+    let third = open(None);
+    third.gpu().unwrap().synchronize("test").unwrap();
+    let before = third.gpu().unwrap().pool().used().unwrap();
+    let kept = third.matrix(64, 1 << 19).unwrap();
+    for workspace in [&first, &second, &third] {
+        let pool = workspace.gpu().unwrap().pool();
+        assert_eq!(pool.limit(), Some(256 * MIB));
+        assert_eq!(pool.used().unwrap(), before + 64 * MIB);
+        assert!(pool.available().unwrap() <= 192 * MIB);
+        assert!(workspace.matrix(256, 1 << 19).is_err(), "the limit holds for the process");
+    }
+    drop(kept);
+}
+
+#[test]
 fn the_peak_is_the_most_bytes_in_use_at_one_time() {
     if gpu().is_none() || !alone("memory::the_peak_is_the_most_bytes_in_use_at_one_time") {
         return;

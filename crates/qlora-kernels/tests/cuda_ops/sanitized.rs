@@ -10,7 +10,7 @@ use qlora_kernels::quant::QuantConfig;
 use qlora_kernels::sequence::Positions;
 
 use crate::harness::{Kind, Report, Side, new_gpu, number, output, plain, within};
-use crate::{attention, few_tokens, linear_group};
+use crate::{adapter_rows, attention, few_tokens, int8, linear_group};
 
 #[test]
 fn a_little_of_everything() {
@@ -54,6 +54,18 @@ fn a_little_of_everything() {
         report.compare(&device, Dtype::Bf16, &format!("{tokens} tokens"), |side| {
             few_tokens::products(side, QuantConfig::default(), [tokens, inputs], members)
         });
+    }
+    let all = adapter_rows::Does { rank: 5, gain: true, bias: true, weight: true };
+    let parts = [(0..1, all), (2..5, adapter_rows::Does { rank: 40, ..Default::default() }), (5..80, all)];
+    for (dtype, kind, inputs) in [(Dtype::Bf16, nf4, 64), (Dtype::F32, Kind::Plain(Dtype::F32), 65)] {
+        let layers: &[_] = &[(48, true), (33, false)];
+        for (tokens, parts) in [(6, &parts[..2]), (81, &parts)] {
+            let case = adapter_rows::Case { kind, tokens, inputs, layers, parts, residual: true, gap: 3 };
+            report.compare(&device, dtype, "adapter_rows", |side| adapter_rows::run(side, &case));
+        }
+        report.compare(&device, dtype, "adapter_tokens", |side| adapter_rows::tokens(side, 5, [61, 33, 3]));
+        report.compare(&device, dtype, "int8", |side| int8::layer(side, [7, 33, 65, 3], 6.0, &[2, 9]));
+        report.compare(&device, dtype, "int8 group", |side| int8::group(side, 9, true));
     }
     let on_gpu = qlora_kernels::cuda::Gpu::of(&device).unwrap();
     report.compare(&device, Dtype::F16, "decode", |side| {

@@ -1,0 +1,98 @@
+//! What adapters do at the two ends of a model, for rows that may have different ones: to the embedding's output, to the
+//! logits, and to the loss.
+
+use std::ops::Range;
+
+use qlora_kernels::Matrix;
+use qlora_kernels::ops::adapter_tokens::{self, EmbeddingDelta};
+use qlora_kernels::ops::linear_cross_entropy::LossSum;
+use qlora_kernels::ops::linear_group::{Group, Member};
+use qlora_kernels::ops::{embedding, linear_cross_entropy};
+use qlora_kernels::weight::WeightCache;
+
+use super::adapters::{Chosen, Span};
+use super::causal_lm::CausalLm;
+use crate::adapter::kinds::HEAD;
+use crate::error::{Error, Result};
+
+fn changes_head((_, chosen): &Span) -> bool {
+    matches!(chosen, Chosen::Loaded(adapter) if adapter.changes_head())
+}
+
+impl CausalLm {
+    /// The embedding's output for rows of these adapters.
+    pub(super) fn embed_with(&self, tokens: &[u32], spans: &[Span]) -> Result<Matrix> {
+        let mut x = self.embed(tokens)?;
+        for (rows, chosen) in spans {
+            let Chosen::Loaded(adapter) = chosen else { continue };
+            let (change, tokens) = (&adapter.embedding, &tokens[rows.clone()]);
+            if let Some(table) = &change.table {
+                embedding::forward(tokens, &**table, x.view_mut().slice_rows(rows.clone()))?;
+            }
+            let delta = EmbeddingDelta {
+                values: adapter.values.view(),
+                tokens: &change.tokens,
+                lora: change.lora.as_ref(),
+                gain: change.gain.as_ref(),
+            };
+            delta.apply(tokens, x.view_mut().slice_rows(rows.clone()))?;
+        }
+        Ok(x)
+    }
+
+    /// The logits of `hidden`, whose rows have these adapters.
+    pub(super) fn head_logits(&self, hidden: &Matrix, spans: &[Span]) -> Result<Matrix> {
+        let mut logits = self.workspace().matrix(hidden.rows(), self.config().vocab_size)?;
+        if !spans.iter().any(changes_head) {
+            self.base_logits(hidden, logits.view_mut())?;
+            return Ok(logits);
+        }
+        let loaded: Vec<Span> = spans.iter().filter(|span| changes_head(span)).cloned().collect();
+        let members = [Member { name: HEAD, weight: &**self.head(), bias: None, lora: None }];
+        let cache = WeightCache::default();
+        let group = Group { members: &members, cache: &cache, split: false };
+        let rows = self.rows(&loaded, None)?;
+        // A group asks for a mutable input, whose margin it may use on CUDA.
+        let mut input = self.workspace().with_margin(hidden.rows(), hidden.cols(), rows.margin(&members))?;
+        input.view_mut().copy_from(hidden.view())?;
+        rows.infer(&group, input.view_mut(), None, logits.view_mut(), self.workspace())?;
+        for (rows, chosen) in &loaded {
+            let Chosen::Loaded(adapter) = chosen else { continue };
+            let (hidden, logits) = (hidden.view().slice_rows(rows.clone()), logits.view_mut().slice_rows(rows.clone()));
+            adapter_tokens::head(adapter.values.view(), &adapter.head_tokens, hidden, logits)?;
+        }
+        Ok(logits)
+    }
+
+    /// The losses of rows whose head may be an adapter's: without one, in one pass that never has all logits.
+    pub(super) fn head_loss(&self, hidden: &Matrix, targets: &[i64], spans: &[Span]) -> Result<LossSum> {
+        if !spans.iter().any(changes_head) {
+            return Ok(linear_cross_entropy::forward(hidden.view(), &**self.head(), targets, self.workspace())?);
+        }
+        const ROWS: usize = 64;
+        let mut total = LossSum { sum: 0.0, trained_tokens: 0 };
+        for start in (0..hidden.rows()).step_by(ROWS) {
+            let rows = start..hidden.rows().min(start + ROWS);
+            let mut part = self.workspace().matrix(rows.len(), hidden.cols())?;
+            part.view_mut().copy_from(hidden.view().slice_rows(rows.clone()))?;
+            let inside = spans.iter().filter(|(span, _)| span.start < rows.end && rows.start < span.end);
+            let clip =
+                |span: &Range<usize>| span.start.max(rows.start) - rows.start..span.end.min(rows.end) - rows.start;
+            let spans: Vec<Span> = inside.map(|(span, chosen)| (clip(span), *chosen)).collect();
+            let logits = self.head_logits(&part, &spans)?.to_vec()?;
+            for (row, &target) in logits.chunks_exact(self.config().vocab_size).zip(&targets[rows]) {
+                if target == -100 {
+                    continue;
+                }
+                let chosen = usize::try_from(target).ok().and_then(|target| row.get(target)).ok_or_else(|| {
+                    Error::Invalid(format!("the target {target} is outside the vocabulary of {}", row.len()))
+                })?;
+                let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let sum: f64 = row.iter().map(|x| f64::from(x - largest).exp()).sum();
+                total.sum += sum.ln() + f64::from(largest) - f64::from(*chosen);
+                total.trained_tokens += 1;
+            }
+        }
+        Ok(total)
+    }
+}
