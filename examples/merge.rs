@@ -5,7 +5,10 @@
 //!
 //! A QLoRA adapter was trained over a 4-bit base: by default it is added to that base's dequantized weights (in 16 or 32
 //! bits, never requantized), which answers as base and adapter do. `--into original` adds it to the weights before
-//! quantization. What either costs is measured on a text and printed.
+//! quantization. What either costs is measured on a text and printed; with `--heldout` also in exact answers. Without
+//! `--out` nothing is written:
+//!
+//!     cargo run --release --example merge -- --base MODEL --adapter output/adapter --heldout examples/data/demo_heldout.jsonl
 
 use std::path::{Path, PathBuf};
 
@@ -23,7 +26,7 @@ use qlora::source::{Gguf, HfDirectory, WeightSource};
 use qlora::tokenizer::Tokenizer;
 use qlora::trainer::data::read_records;
 use qlora::trainer::encoder::ModelEncoder;
-use qlora::trainer::exact_match::answers;
+use qlora::trainer::exact_match::{answers, merge_match};
 use qlora::trainer::memory;
 
 /// Merges an adapter into its base model.
@@ -36,8 +39,8 @@ struct Args {
     #[arg(long)]
     adapter: PathBuf,
     /// The folder or GGUF file to write.
-    #[arg(long)]
-    out: PathBuf,
+    #[arg(long, required_unless_present = "heldout")]
+    out: Option<PathBuf>,
     /// Which weights the adapter is added to.
     #[arg(long, value_enum, default_value_t = Into::Dequantized)]
     into: Into,
@@ -68,7 +71,8 @@ struct Args {
     /// Most tokens of the text; 0 measures nothing (it loads the model three times, one after the other).
     #[arg(long, default_value_t = gap::DEFAULT_TOKENS)]
     gap_tokens: usize,
-    /// JSONL conversations: counts how many last answers are exactly the expected ones, before and after merging.
+    /// JSONL conversations: counts how many last answers are exactly the expected ones, before merging and after it, both
+    /// ways.
     #[arg(long)]
     heldout: Option<PathBuf>,
 }
@@ -90,11 +94,13 @@ enum Format {
 }
 
 const TEXT: &str = include_str!("../README.md");
+/// Tokens of an answer to --heldout.
+const NEW_TOKENS: usize = 48;
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
-    if args.out.exists() {
-        bail!("{} exists already; choose another name or delete it", args.out.display());
+    if let Some(out) = args.out.as_deref().filter(|out| out.exists()) {
+        bail!("{} exists already; choose another name or delete it", out.display());
     }
     let base = match &args.base {
         Some(base) => base.clone(),
@@ -121,7 +127,35 @@ fn main() -> anyhow::Result<()> {
         (Format::Hf, Some(other)) => bail!("--outtype {other} is for --format gguf; folders are f32, f16 or bf16"),
     };
 
-    let update = PeftUpdate::new(&adapter, &*files.source)?;
+    let quantization = match args.no_quantization {
+        true => Quantization::None,
+        false => Quantization::Bits4(config),
+    };
+    if let Some(out) = &args.out {
+        write(&args, out, &files, &adapter, into, rounding)?;
+        if args.gap_tokens > 0 {
+            print_gap(&args, out, &files, &adapter, quantization)?;
+        }
+    }
+    if let Some(heldout) = &args.heldout {
+        print_exact(&args, heldout, &files, &adapter, quantization, rounding)?;
+    }
+    if let Some(peak) = memory::peak_resident() {
+        println!("peak memory {:.2} GB", peak as f64 / 1e9);
+    }
+    Ok(())
+}
+
+/// Writes the merged model, and prints what merging changed.
+fn write(
+    args: &Args,
+    out: &Path,
+    files: &ModelFiles,
+    adapter: &PeftAdapter,
+    into: MergeInto,
+    rounding: Rounding,
+) -> anyhow::Result<()> {
+    let update = PeftUpdate::new(adapter, &*files.source)?;
     let merged = MergedSource::new(&*files.source, &update, into, rounding)?;
     let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template("{bar:24} {pos}/{len} tensors, {eta} left")?);
     let progress = |done, total| {
@@ -131,21 +165,21 @@ fn main() -> anyhow::Result<()> {
     let own_tokenizer = args.adapter.join("tokenizer.json").is_file();
     let bytes = match args.format {
         Format::Hf => {
-            let mut companions = Companions::of(&files)?;
+            let mut companions = Companions::of(files)?;
             if own_tokenizer {
                 companions.take_tokenizer(&args.adapter, files.source.config().vocab_size)?;
             }
             let config_json = std::fs::read_to_string(files.source.path().join("config.json")).ok();
             let max_shard_bytes = (args.max_shard_size * 1e9) as u64;
             let options = FolderOptions { config_json, max_shard_bytes };
-            write_folder(&merged, &companions, &args.out, &options, progress)?.bytes
+            write_folder(&merged, &companions, out, &options, progress)?.bytes
         }
-        Format::Gguf => write_gguf(&args, &files, &merged, own_tokenizer, progress)?,
+        Format::Gguf => write_gguf(args, out, files, &merged, own_tokenizer, progress)?,
     };
     bar.finish_and_clear();
 
     let figures = merged.figures();
-    println!("{}: {:.2} GB", args.out.display(), bytes as f64 / 1e9);
+    println!("{}: {:.2} GB", out.display(), bytes as f64 / 1e9);
     println!(
         "{} layers merged into the {into} weights: largest change {:.2e} (in {}), mean {:.2e}, {:.3}% of the weights' norm",
         figures.layers,
@@ -157,22 +191,12 @@ fn main() -> anyhow::Result<()> {
     if figures.rounding > 0.0 {
         println!("rounding takes {:.1}% of the change's norm", 100.0 * figures.rounding);
     }
-    if args.gap_tokens > 0 {
-        let quantization = if args.no_quantization { Quantization::None } else { Quantization::Bits4(config) };
-        print_gap(&args, &files, &adapter, quantization)?;
-    }
-    if let Some(path) = &args.heldout {
-        let quantization = if args.no_quantization { Quantization::None } else { Quantization::Bits4(config) };
-        print_exact(path, &files, &adapter, &*written(&args)?, quantization)?;
-    }
-    if let Some(peak) = memory::peak_resident() {
-        println!("peak memory {:.2} GB", peak as f64 / 1e9);
-    }
     Ok(())
 }
 
 fn write_gguf(
     args: &Args,
+    out: &Path,
     files: &ModelFiles,
     merged: &MergedSource<'_>,
     own_tokenizer: bool,
@@ -184,20 +208,29 @@ fn write_gguf(
     let template = own_template.as_ref().or(files.chat_template.as_ref());
     let options = GgufOptions {
         kind: args.outtype.unwrap_or(GgufType::F16),
-        name: args.out.file_stem().and_then(|name| name.to_str()),
+        name: out.file_stem().and_then(|name| name.to_str()),
         chat_template: template.map(|template| template.source()),
         eos_token_ids: &files.generation.eos_token_ids,
     };
     let tokenizer = own.as_ref().unwrap_or(&files.tokenizer);
-    Ok(gguf_write::write(merged, tokenizer, &args.out, &options, progress)?.bytes)
+    Ok(gguf_write::write(merged, tokenizer, out, &options, progress)?.bytes)
 }
 
-fn print_gap(args: &Args, files: &ModelFiles, adapter: &PeftAdapter, quantization: Quantization) -> anyhow::Result<()> {
+fn print_gap(
+    args: &Args,
+    out: &Path,
+    files: &ModelFiles,
+    adapter: &PeftAdapter,
+    quantization: Quantization,
+) -> anyhow::Result<()> {
     let read = |path: &Path| std::fs::read_to_string(path).with_context(|| path.display().to_string());
     let text = args.text.as_deref().map_or(Ok(TEXT.to_owned()), read)?;
     let tokens = files.tokenizer.encode(&text, true)?;
     let update = PeftUpdate::new(adapter, &*files.source)?;
-    let put_on = |model: &mut CausalLm| put_on(model, adapter);
+    let put_on = |model: &mut CausalLm| {
+        model.load_adapter("adapter", adapter)?;
+        model.activate_adapter("adapter")
+    };
     let (reference, gaps) = gap::measure(&*files.source, &update, put_on, quantization, &tokens, args.gap_tokens)?;
     let Some((_, first)) = gaps.first() else { return Ok(()) };
     println!("\non {} tokens, against base and adapter (perplexity {:.4}):", first.tokens, first.perplexity_before);
@@ -216,43 +249,46 @@ fn print_gap(args: &Args, files: &ModelFiles, adapter: &PeftAdapter, quantizatio
         );
     };
     gaps.iter().for_each(|(into, gap)| row(&into.to_string(), gap));
-    let written = CausalLm::load(&*written(args)?, LoadOptions::default())?;
+    let written = CausalLm::load(&*written(args, out)?, LoadOptions::default())?;
     row("as written", &reference.gap(&written)?);
     Ok(())
 }
 
-fn put_on(model: &mut CausalLm, adapter: &PeftAdapter) -> qlora::Result<()> {
-    model.load_adapter("adapter", adapter)?;
-    model.activate_adapter("adapter")
-}
-
 /// What was written.
-fn written(args: &Args) -> anyhow::Result<Box<dyn WeightSource>> {
+fn written(args: &Args, out: &Path) -> anyhow::Result<Box<dyn WeightSource>> {
     Ok(match args.format {
-        Format::Hf => Box::new(HfDirectory::open(&args.out)?),
-        Format::Gguf => Box::new(Gguf::open(&args.out)?),
+        Format::Hf => Box::new(HfDirectory::open(out)?),
+        Format::Gguf => Box::new(Gguf::open(out)?),
     })
 }
 
-/// Exact answers of base and adapter, and of the merged model.
+/// Exact answers of base and adapter, of both merged models, and of what was written.
 fn print_exact(
-    path: &Path,
+    args: &Args,
+    heldout: &Path,
     files: &ModelFiles,
     adapter: &PeftAdapter,
-    merged: &dyn WeightSource,
     quantization: Quantization,
+    rounding: Rounding,
 ) -> anyhow::Result<()> {
-    let records = read_records(path)?;
-    let encoder = ModelEncoder::new(&files.tokenizer, files.chat_template.as_ref(), &files.generation.eos_token_ids);
-    let exact = |model: &CausalLm| -> anyhow::Result<usize> {
-        let answers = answers(model, &files.tokenizer, &encoder, &records, 48, 25, |_| ())?;
-        Ok(answers.iter().filter(|answer| answer.is_exact()).count())
+    let records = read_records(heldout)?;
+    let style = ProgressStyle::with_template("{msg:24} {bar:24} {pos}/{len} answers, {eta} left")?;
+    let bar = ProgressBar::new(records.len() as u64).with_style(style);
+    let progress = |what: &str, done: usize| {
+        bar.set_message(what.to_owned());
+        bar.set_position(done as u64);
     };
-    let mut model = CausalLm::load(&*files.source, LoadOptions { quantization, ..LoadOptions::default() })?;
-    put_on(&mut model, adapter)?;
-    let before = exact(&model)?;
-    drop(model);
-    let after = exact(&CausalLm::load(merged, LoadOptions::default())?)?;
-    println!("\nexact answers: {before} of {} with base and adapter, {after} merged", records.len());
+    let mut figures = merge_match(files, adapter, quantization, rounding, &records, NEW_TOKENS, progress)?.to_string();
+    if let Some(out) = &args.out {
+        let model = CausalLm::load(&*written(args, out)?, LoadOptions::default())?;
+        let ends = &files.generation.eos_token_ids;
+        let encoder = ModelEncoder::new(&files.tokenizer, files.chat_template.as_ref(), ends);
+        let progress = |done| progress("as written", done);
+        let answers = answers(&model, &files.tokenizer, &encoder, &records, NEW_TOKENS, 25, progress)?;
+        let exact = answers.iter().filter(|answer| answer.is_exact()).count();
+        figures.push_str(&format!(", {exact} as written"));
+    }
+    bar.finish_and_clear();
+    println!("\nexact answers: {figures}");
     Ok(())
 }

@@ -5,6 +5,7 @@
 //! of steps and a limited output, and no access to anything but their arguments.
 
 mod environment;
+mod limits;
 mod message;
 mod python;
 mod spans;

@@ -15,14 +15,19 @@ pub(crate) const LARGE: u64 = 512 << 20;
 
 /// The whole of a UTF-8 file of at most `limit` bytes.
 pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String> {
-    if !fs::metadata(path).map_err(|e| Error::io(path, e))?.is_file() {
+    let metadata = fs::metadata(path).map_err(|e| Error::io(path, e))?;
+    if !metadata.is_file() {
         return Err(Error::format(path, "not a regular file"));
+    }
+    let too_large = || Error::format(path, format!("larger than the {limit} bytes that such a file may have"));
+    if metadata.len() > limit {
+        return Err(too_large());
     }
     let file = File::open(path).map_err(|e| Error::io(path, e))?;
     let mut bytes = Vec::new();
     file.take(limit + 1).read_to_end(&mut bytes).map_err(|e| Error::io(path, e))?;
     if bytes.len() as u64 > limit {
-        return Err(Error::format(path, format!("larger than the {limit} bytes that such a file may have")));
+        return Err(too_large());
     }
     String::from_utf8(bytes).map_err(|e| {
         Error::format(
@@ -43,6 +48,16 @@ pub(crate) fn parse_object(text: &str, path: &Path) -> Result<Map<String, Value>
         Ok(Value::Object(object)) => Ok(object),
         Ok(_) => Err(Error::format(path, "expected a JSON object")),
         Err(e) => Err(Error::format(path, format!("not valid JSON: {e}"))),
+    }
+}
+
+/// A value from a file as messages show it: a hostile one may be megabytes long.
+pub(crate) fn shown(value: &Value) -> String {
+    const LONGEST: usize = 300;
+    let text = value.to_string();
+    match text.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}... ({} bytes)", &text[..end], text.len()),
+        None => text,
     }
 }
 

@@ -36,16 +36,16 @@ const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
 
 /// Makes sure that the needed files of `id` (`org/name`) are in the cache: configuration, tokenizer, chat template and
-/// safetensors, or the one GGUF file that is named. Files that are there are not downloaded again.
+/// safetensors, or the one `file` that is named (a GGUF file, or `config.json` alone). Files that are there are not downloaded again.
 ///
 /// If the hub cannot be reached and the cache has all files of the revision, those are used, with a warning.
 ///
 /// # Errors
 /// If the hub refuses (which token to set, where to ask for access), does not have the repository, revision or file,
 /// cannot be reached, or the model is not supported; offline, if files are missing in the cache.
-pub fn snapshot(id: &str, gguf: Option<&str>, options: &OpenOptions) -> Result<Snapshot> {
+pub fn snapshot(id: &str, file: Option<&str>, options: &OpenOptions) -> Result<Snapshot> {
     let settings = Settings::new(options, |name| std::env::var(name).ok().filter(|value| !value.is_empty()))?;
-    snapshot_with(id, gguf, &settings)
+    snapshot_with(id, file, &settings)
 }
 
 /// Makes sure that the two files of the adapter `id` (`org/name`), in a folder of the repository if one is named, are in the
@@ -70,8 +70,8 @@ fn adapter_snapshot_with(id: &str, subfolder: Option<&str>, settings: &Settings)
     Ok(snapshot)
 }
 
-fn snapshot_with(id: &str, gguf: Option<&str>, settings: &Settings) -> Result<Snapshot> {
-    request(&Request { id, wanted: gguf.map_or(Wanted::Model, Wanted::Gguf), settings })
+fn snapshot_with(id: &str, file: Option<&str>, settings: &Settings) -> Result<Snapshot> {
+    request(&Request { id, wanted: file.map_or(Wanted::Model, Wanted::File), settings })
 }
 
 fn request(request: &Request<'_>) -> Result<Snapshot> {
@@ -109,8 +109,8 @@ struct Request<'a> {
 enum Wanted<'a> {
     /// A model in Hugging Face's layout.
     Model,
-    /// One GGUF file.
-    Gguf(&'a str),
+    /// One file: a GGUF file, or the configuration alone.
+    File(&'a str),
     /// An adapter, possibly in a folder.
     Adapter(Option<&'a str>),
 }
@@ -148,7 +148,7 @@ impl Request<'_> {
         let folder = self.folder(&commit);
         let need = |name: &str| if folder.join(name).is_file() { Ok(()) } else { Err(format!("{name} is missing")) };
         match self.wanted {
-            Wanted::Gguf(file) => need(file)?,
+            Wanted::File(file) => need(file)?,
             Wanted::Adapter(subfolder) => adapter_files(subfolder).iter().try_for_each(|file| need(file))?,
             Wanted::Model => {
                 need(CONFIG)?;
@@ -180,8 +180,8 @@ impl Request<'_> {
         let snapshot = Snapshot { folder: self.folder(&info.sha), commit: info.sha.clone() };
         let get = Downloads { repo: api.repo(self.repo(&info.sha)), folder: &snapshot.folder, explain: &explain };
         match self.wanted {
-            Wanted::Gguf(file) if files.contains(&file) => get.file(file)?,
-            Wanted::Gguf(file) => return Err(self.lacks(&files, file)),
+            Wanted::File(file) if files.contains(&file) => get.file(file)?,
+            Wanted::File(file) => return Err(self.lacks(&files, file)),
             Wanted::Adapter(subfolder) => {
                 let wanted = adapter_files(subfolder);
                 if let Some(missing) = wanted.iter().find(|file| !files.contains(&file.as_str())) {

@@ -3,6 +3,7 @@
 //! ```text
 //! linear layers   f32 4n, bf16 2n, int8 n + 4 rows (one f32 a row)
 //!                 4-bit: n/2 codes + 4 ceil(n/64); with double quantization n/2 + ceil(n/64) + 4 ceil(ceil(n/64)/256)
+//!                 int4: n/2 codes + 8 rows ceil(cols/64) (f32 scale and zero point a group)
 //! embedding, head bf16 (f32 only with f32); norms and biases f32
 //! adapter         16 bytes a parameter in training: value, gradient and AdamW's two moments in f32
 //! KV cache        2 x layers x key/value heads x head_dim elements a token
@@ -12,8 +13,11 @@
 //! Left out: the 16 to 272 table values that each 4-bit layer holds besides, the tables of rotary angles, and what the
 //! driver takes.
 
+mod report;
+
 use qlora_kernels::Dtype;
 
+pub use self::report::{InferenceFit, inference_fit, report};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::lora::{AdapterLayout, LoraConfig, linear_modules};
@@ -29,6 +33,8 @@ pub enum Precision {
     Bf16,
     /// 8-bit, a scale a row (LLM.int8).
     Int8,
+    /// 4-bit integers in groups of 64 columns, each with a scale and a zero point.
+    Int4,
     /// 4-bit NF4 or FP4, blocks of 64.
     Nf4,
     /// The same with double quantization: what QLoRA trains on.
@@ -37,7 +43,7 @@ pub enum Precision {
 
 impl Precision {
     /// All of them, the largest first.
-    pub const ALL: [Self; 5] = [Self::F32, Self::Bf16, Self::Int8, Self::Nf4, Self::Nf4Double];
+    pub const ALL: [Self; 6] = [Self::F32, Self::Bf16, Self::Int8, Self::Int4, Self::Nf4, Self::Nf4Double];
 
     /// Its name in tables.
     pub fn name(self) -> &'static str {
@@ -45,7 +51,8 @@ impl Precision {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
             Self::Int8 => "int8",
-            Self::Nf4 => "nf4",
+            Self::Int4 => "int4, groups of 64",
+            Self::Nf4 => "nf4, fp4",
             Self::Nf4Double => "nf4 + double quantization",
         }
     }
@@ -58,6 +65,7 @@ impl Precision {
             Self::F32 => 4 * n,
             Self::Bf16 => 2 * n,
             Self::Int8 => n + 4 * rows as u64,
+            Self::Int4 => n.div_ceil(2) + 8 * rows as u64 * cols.div_ceil(64) as u64,
             Self::Nf4 => n.div_ceil(2) + 4 * blocks,
             Self::Nf4Double => n.div_ceil(2) + blocks + 4 * blocks.div_ceil(256),
         }
@@ -192,7 +200,7 @@ mod tests {
     use crate::open::{OpenOptions, open_config};
 
     /// Llama 3.1 8B's configuration, as published.
-    fn llama_8b() -> ModelConfig {
+    pub(super) fn llama_8b() -> ModelConfig {
         let text = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
             "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
             "max_position_embeddings": 131072, "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": false,
@@ -201,7 +209,7 @@ mod tests {
         ModelConfig::from_json(text, Path::new("config.json")).unwrap()
     }
 
-    fn lora(r: usize) -> LoraConfig {
+    pub(super) fn lora(r: usize) -> LoraConfig {
         LoraConfig { r, target_modules: TargetModules::AllLinear, ..LoraConfig::default() }
     }
 
@@ -237,6 +245,29 @@ mod tests {
         // 65 elements: 33 bytes of codes, 2 blocks.
         assert_eq!(Precision::Nf4.weight_bytes(5, 13), 33 + 8);
         assert_eq!(Precision::Nf4Double.weight_bytes(5, 13), 33 + 2 + 4);
+    }
+
+    #[test]
+    fn bytes_are_those_of_real_weights() {
+        use qlora_kernels::quant::{IntBits, IntConfig, QuantConfig, Quantized4bit, QuantizedInt};
+        use qlora_kernels::weight::FrozenWeight;
+        use qlora_kernels::weight::PlainData;
+
+        let (rows, cols) = (37, 131);
+        let data = PlainData::F32((0..rows * cols).map(|i| (i % 17) as f32 - 8.0).collect());
+        let nf4 = |double_quant| {
+            let config = QuantConfig { double_quant, ..QuantConfig::default() };
+            // The tables besides: 16 f32 values, and 256 with the nested scales.
+            Quantized4bit::quantize(&data, rows, cols, &config).unwrap().bytes() as u64
+        };
+        let int4 = IntConfig { bits: IntBits::Four, group_size: Some(64), zero_point: true };
+        let int4 = QuantizedInt::quantize(&data, rows, cols, &int4).unwrap().bytes() as u64;
+        let int8 = QuantizedInt::llm_int8(&data, rows, cols, 0.0, &[]).unwrap().bytes() as u64;
+        assert_eq!(Precision::Int4.weight_bytes(rows, cols), int4);
+        assert_eq!(Precision::Int8.weight_bytes(rows, cols), int8);
+        let tables = |real: u64, computed: u64| (computed..=computed + 4 * 272 + 4).contains(&real);
+        assert!(tables(nf4(false), Precision::Nf4.weight_bytes(rows, cols)), "{}", nf4(false));
+        assert!(tables(nf4(true), Precision::Nf4Double.weight_bytes(rows, cols)), "{}", nf4(true));
     }
 
     #[test]

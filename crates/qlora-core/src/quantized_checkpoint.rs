@@ -5,12 +5,9 @@
 //! quantization also `P.weight.nested_absmax` and `P.weight.nested_quant_map`. All other tensors keep their name and
 //! precision. `config.json` gains `quantization_config`.
 //!
-//! Tensors are read, quantized and written one after the other. The header of a safetensors file stands before the data but
-//! depends on it (the offset of double quantization is printed in the JSON): room is left for the longest header, and what
-//! is not needed is filled with spaces, as the format allows.
+//! Tensors are read, quantized and written one after the other ([`SafetensorsStream`]).
 
-use std::fs::{self, File};
-use std::io::{Seek, SeekFrom, Write};
+use std::fs;
 use std::path::Path;
 
 use qlora_kernels::quant::{Absmax, QuantConfig, Quantized4bit};
@@ -20,7 +17,8 @@ use serde_json::{Map, Value, json};
 use crate::atomic::replace_directory;
 use crate::error::{Error, Result};
 use crate::lora::linear_modules;
-use crate::source::{PlainTensor, WeightSource};
+use crate::safetensors_stream::SafetensorsStream;
+use crate::source::WeightSource;
 
 /// What a quantized checkpoint takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,25 +56,24 @@ pub fn write(
     let quantized: std::collections::HashSet<String> =
         linear_modules(source.config()).into_iter().map(|module| format!("{}.weight", module.name)).collect();
     replace_directory(out, |folder| {
-        let path = folder.join("model.safetensors");
-        let file = File::create(&path).map_err(|error| Error::io(&path, error))?;
-        // At most 12 tensors' entries of some 200 bytes for each tensor of the source.
-        let mut writer = Writer::new(file, names.len() * 1600 + 1024).map_err(|error| Error::io(&path, error))?;
+        // At most 6 entries of some 200 bytes for each tensor of the source.
+        let stream = SafetensorsStream::with_room(&folder.join("model.safetensors"), names.len() * 1600 + 1024)?;
+        let mut writer = Writer { stream, unaligned: Vec::new() };
         let mut before = 0;
         for (index, name) in names.iter().enumerate() {
             let tensor = source.read_finite(name)?;
-            before += tensor_bytes(&tensor.data).1;
+            let element = if matches!(tensor.data, PlainData::F32(_)) { 4 } else { 2 };
+            before += (tensor.data.len() * element) as u64;
             if quantized.contains(name) {
                 let weight = Quantized4bit::quantize(&tensor.data, tensor.shape[0], tensor.shape[1], quantization)
                     .map_err(|error| Error::tensor(name, error.to_string()))?;
-                writer.quantized(name, weight, &tensor.shape)
+                writer.quantized(name, weight, &tensor.shape)?;
             } else {
-                writer.plain(name, &tensor)
+                writer.stream.tensor(name, &tensor)?;
             }
-            .map_err(|error| Error::io(&path, error))?;
             progress(index + 1, names.len());
         }
-        let after = writer.finish().map_err(|error| Error::io(&path, error))?;
+        let after = writer.finish()?;
         let path = folder.join("config.json");
         fs::write(&path, &config).map_err(|error| Error::io(&path, error))?;
         Ok(QuantizedSize { before, after })
@@ -110,52 +107,23 @@ fn config_with_quantization(config: &str, quantization: &QuantConfig) -> Result<
     serde_json::to_string_pretty(&config).map_err(|error| invalid(error.to_string()))
 }
 
-/// Writes tensors in the order they come and the header at the end.
+/// Writes the parts of quantized weights.
 struct Writer {
-    file: std::io::BufWriter<File>,
-    room: usize,
-    header: Map<String, Value>,
-    written: u64,
+    stream: SafetensorsStream,
     /// Tensors of odd size, which come last so that all others stay aligned.
     unaligned: Vec<(String, Vec<u8>)>,
 }
 
 impl Writer {
-    fn new(file: File, room: usize) -> std::io::Result<Self> {
-        let room = room.next_multiple_of(8);
-        let mut file = std::io::BufWriter::with_capacity(1 << 20, file);
-        file.write_all(&vec![b' '; 8 + room])?;
-        let mut header = Map::new();
-        header.insert("__metadata__".into(), json!({"format": "pt"}));
-        Ok(Self { file, room, header, written: 0, unaligned: Vec::new() })
-    }
-
-    fn tensor(&mut self, name: &str, dtype: &str, shape: &[usize], bytes: &[u8]) -> std::io::Result<()> {
-        let end = self.written + bytes.len() as u64;
-        let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": [self.written, end]});
-        self.header.insert(name.to_owned(), entry);
-        self.written = end;
-        self.file.write_all(bytes)
-    }
-
-    fn plain(&mut self, name: &str, tensor: &PlainTensor) -> std::io::Result<()> {
-        let (dtype, _) = tensor_bytes(&tensor.data);
-        match &tensor.data {
-            PlainData::F32(data) => self.tensor(name, dtype, &tensor.shape, bytemuck::cast_slice(data)),
-            PlainData::Bf16(data) => self.tensor(name, dtype, &tensor.shape, bytemuck::cast_slice(data)),
-            PlainData::F16(data) => self.tensor(name, dtype, &tensor.shape, bytemuck::cast_slice(data)),
-        }
-    }
-
-    fn bytes(&mut self, name: String, shape: &[usize], bytes: Vec<u8>) -> std::io::Result<()> {
+    fn bytes(&mut self, name: String, shape: &[usize], bytes: Vec<u8>) -> Result<()> {
         if bytes.len().is_multiple_of(8) {
-            return self.tensor(&name, "U8", shape, &bytes);
+            return self.stream.bytes(&name, "U8", shape, &bytes);
         }
         self.unaligned.push((name, bytes));
         Ok(())
     }
 
-    fn quantized(&mut self, name: &str, weight: Quantized4bit, shape: &[usize]) -> std::io::Result<()> {
+    fn quantized(&mut self, name: &str, weight: Quantized4bit, shape: &[usize]) -> Result<()> {
         let parts = weight.into_parts();
         let quant_type = parts.quant_type.name();
         let mut state = json!({
@@ -184,37 +152,18 @@ impl Writer {
         Ok(())
     }
 
-    fn floats(&mut self, name: &str, values: &[f32]) -> std::io::Result<()> {
+    fn floats(&mut self, name: &str, values: &[f32]) -> Result<()> {
         // An odd number of f32 would leave the next 8-byte type unaligned; there is none in these files.
-        self.tensor(name, "F32", &[values.len()], bytemuck::cast_slice(values))
+        self.stream.bytes(name, "F32", &[values.len()], bytemuck::cast_slice(values))
     }
 
-    fn finish(mut self) -> std::io::Result<u64> {
+    fn finish(mut self) -> Result<u64> {
         for (name, bytes) in std::mem::take(&mut self.unaligned) {
             let columns = !name.contains(".weight.");
             let shape = if columns { vec![bytes.len(), 1] } else { vec![bytes.len()] };
-            self.tensor(&name, "U8", &shape, &bytes)?;
+            self.stream.bytes(&name, "U8", &shape, &bytes)?;
         }
-        let header = serde_json::to_vec(&self.header)?;
-        if header.len() > self.room {
-            return Err(std::io::Error::other("the header outgrew the room that was left for it"));
-        }
-        self.file.seek(SeekFrom::Start(0))?;
-        self.file.write_all(&(self.room as u64).to_le_bytes())?;
-        self.file.write_all(&header)?;
-        self.file.flush()?;
-        self.file.get_ref().sync_all()?;
-        Ok(8 + self.room as u64 + self.written)
-    }
-}
-
-/// The safetensors dtype and the bytes of a tensor.
-fn tensor_bytes(data: &PlainData) -> (&'static str, u64) {
-    let len = data.len() as u64;
-    match data {
-        PlainData::F32(_) => ("F32", 4 * len),
-        PlainData::Bf16(_) => ("BF16", 2 * len),
-        PlainData::F16(_) => ("F16", 2 * len),
+        self.stream.finish()
     }
 }
 

@@ -34,7 +34,14 @@ impl SafetensorsStream {
     /// # Errors
     /// If the file cannot be made.
     pub fn create<'a>(path: &Path, names: impl IntoIterator<Item = &'a str>) -> Result<Self> {
-        let room = names.into_iter().map(|name| name.len() + ENTRY).sum::<usize>() + 64;
+        Self::with_room(path, names.into_iter().map(|name| name.len() + ENTRY).sum::<usize>() + 64)
+    }
+
+    /// Begins a file whose header takes up to `room` bytes, rounded up to whole words.
+    ///
+    /// # Errors
+    /// If the file cannot be made.
+    pub fn with_room(path: &Path, room: usize) -> Result<Self> {
         let room = room.next_multiple_of(8);
         let file = File::create(path).map_err(|error| Error::io(path, error))?;
         let mut header = Map::new();
@@ -55,11 +62,24 @@ impl SafetensorsStream {
             PlainData::Bf16(data) => ("BF16", bytemuck::cast_slice(data)),
             PlainData::F16(data) => ("F16", bytemuck::cast_slice(data)),
         };
+        self.bytes(name, dtype, &tensor.shape, bytes)
+    }
+
+    /// Appends a tensor of any type: `dtype` is safetensors' name for it, such as `U8`.
+    ///
+    /// # Errors
+    /// If it was written before, or the disk is full or fails.
+    ///
+    /// # Panics
+    /// If the length is none of this type and shape.
+    pub fn bytes(&mut self, name: &str, dtype: &str, shape: &[usize], bytes: &[u8]) -> Result<()> {
+        let elements: usize = shape.iter().product();
+        assert!(bytes.len().is_multiple_of(elements.max(1)), "{name}: {} bytes as {dtype} {shape:?}", bytes.len());
         if self.header.contains_key(name) {
             return Err(Error::tensor(name, format!("is written twice to {}", self.path.display())));
         }
         let end = self.written + bytes.len() as u64;
-        let entry = json!({"dtype": dtype, "shape": tensor.shape, "data_offsets": [self.written, end]});
+        let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": [self.written, end]});
         self.header.insert(name.to_owned(), entry);
         self.written = end;
         self.write(bytes)

@@ -1,7 +1,12 @@
 //! How often a model's greedy answer equals the expected one, character for character.
 
+use std::fmt;
+
+use qlora_core::adapter::PeftAdapter;
 use qlora_core::generate::generate_batch;
-use qlora_core::model::CausalLm;
+use qlora_core::merge::{MergeInto, MergedSource, PeftUpdate, Rounding};
+use qlora_core::model::{CausalLm, LoadOptions, Quantization};
+use qlora_core::open::ModelFiles;
 use qlora_core::sampling::GenerationConfig;
 use qlora_core::tokenizer::Tokenizer;
 
@@ -57,6 +62,70 @@ pub fn answers(
         progress(answers.len());
     }
     Ok(answers)
+}
+
+/// Rows that are answered together where merges are compared.
+const TOGETHER: usize = 25;
+
+/// Exact answers of an adapter over its base, and of the models that merging makes of the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MergeMatch {
+    /// Rows that were answered.
+    pub rows: usize,
+    /// Exact answers of base and adapter.
+    pub unmerged: usize,
+    /// Exact answers after merging into the dequantized weights; none if the base is not quantized while loading.
+    pub dequantized: Option<usize>,
+    /// Exact answers after merging into the original weights.
+    pub original: usize,
+}
+
+impl fmt::Display for MergeMatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {} with base and adapter", self.unmerged, self.rows)?;
+        if let Some(dequantized) = self.dequantized {
+            write!(f, ", {dequantized} merged into the dequantized weights")?;
+        }
+        write!(f, ", {} merged into the original weights", self.original)
+    }
+}
+
+/// Answers `records` with `adapter` over its base, which is held as `quantization` says, and with each merged model in
+/// `rounding`'s precision. One model is loaded at a time, and nothing is written. `progress` is called with what is
+/// measured and its number of rows done.
+///
+/// # Errors
+/// As [`answers`]; also if a model cannot be loaded or merged.
+pub fn merge_match(
+    files: &ModelFiles,
+    adapter: &PeftAdapter,
+    quantization: Quantization,
+    rounding: Rounding,
+    records: &[Record],
+    max_new_tokens: usize,
+    mut progress: impl FnMut(&str, usize),
+) -> Result<MergeMatch> {
+    let encoder = ModelEncoder::new(&files.tokenizer, files.chat_template.as_ref(), &files.generation.eos_token_ids);
+    let mut exact = |model: &CausalLm, what: &str| -> Result<usize> {
+        let progress = |done| progress(what, done);
+        let answers = answers(model, &files.tokenizer, &encoder, records, max_new_tokens, TOGETHER, progress)?;
+        Ok(answers.iter().filter(|answer| answer.is_exact()).count())
+    };
+    let mut model = CausalLm::load(&*files.source, LoadOptions { quantization, ..LoadOptions::default() })?;
+    model.load_adapter("adapter", adapter)?;
+    model.activate_adapter("adapter")?;
+    let unmerged = exact(&model, "base and adapter")?;
+    drop(model);
+    let update = PeftUpdate::new(adapter, &*files.source)?;
+    let mut merged = |into: MergeInto| -> Result<usize> {
+        let source = MergedSource::new(&*files.source, &update, into, rounding)?;
+        exact(&CausalLm::load(&source, LoadOptions::default())?, &format!("merged, {into}"))
+    };
+    let dequantized = match quantization {
+        Quantization::Bits4(config) => Some(merged(MergeInto::Dequantized(config))?),
+        _ => None,
+    };
+    Ok(MergeMatch { rows: records.len(), unmerged, dequantized, original: merged(MergeInto::Original)? })
 }
 
 /// The last user message, the expected answer, and the prompt as tokens.

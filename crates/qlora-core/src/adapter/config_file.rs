@@ -8,7 +8,7 @@
 use super::kinds::{AdapterKinds, MAX_RANK};
 use super::save::SaveOptions;
 use crate::lora::{AdapterLayout, LoraConfig, ModuleFilter, TargetModules};
-use crate::{Error, Result};
+use crate::{Error, Result, file};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -158,7 +158,16 @@ pub(super) fn parse(path: &Path, text: &[u8]) -> Result<AdapterConfig> {
 /// Reads the file's text for inference.
 pub(super) fn parse_any(path: &Path, text: &[u8]) -> Result<(AdapterConfig, AdapterKinds)> {
     let keys = keys(path, text)?;
-    Ok((common(path, &keys)?, AdapterKinds::parse(path, &keys)?))
+    let (config, kinds) = (common(path, &keys)?, AdapterKinds::parse(path, &keys)?);
+    // As PEFT has it: an expression names its layers itself.
+    if let (Some(_), TargetModules::Selected(ModuleFilter::Pattern(pattern))) =
+        (&kinds.layers_to_transform, &config.lora.target_modules)
+    {
+        let message =
+            format!("layers_to_transform does not go with the expression {:?} as target_modules", pattern.as_str());
+        return Err(Error::format(path, message));
+    }
+    Ok((config, kinds))
 }
 
 /// The options, after the checks that all readers make.
@@ -178,7 +187,7 @@ fn keys(path: &Path, text: &[u8]) -> Result<Map<String, Value>> {
     for (key, value) in &keys {
         let known = [&HARMLESS[..], &UNSUPPORTED, &INFERENCE_ONLY].concat().contains(&key.as_str());
         if !known && !is_off(value) {
-            tracing::warn!("{}: unknown option {key} = {value} is ignored", path.display());
+            tracing::warn!("{}: unknown option {key} = {} is ignored", path.display(), file::shown(value));
         }
     }
     Ok(keys)
@@ -234,10 +243,7 @@ fn check_initialization(path: &Path, value: Option<&Value>) -> Result<()> {
 }
 
 fn unsupported(path: &Path, key: &str, value: &Value, why: &str) -> Error {
-    let mut value = value.to_string();
-    if value.chars().count() > 80 {
-        value = value.chars().take(77).chain("...".chars()).collect();
-    }
+    let value = file::shown(value);
     Error::Unsupported(format!("{}: {key} = {value} is not supported: {why}", path.display()))
 }
 
@@ -257,7 +263,7 @@ pub(super) fn read<T: DeserializeOwned>(path: &Path, keys: &Map<String, Value>, 
         None | Some(Value::Null) => Ok(None),
         Some(value) => serde_json::from_value(value.clone())
             .map(Some)
-            .map_err(|error| Error::format(path, format!("{key} = {value}: {error}"))),
+            .map_err(|error| Error::format(path, format!("{key} = {}: {error}", file::shown(value)))),
     }
 }
 

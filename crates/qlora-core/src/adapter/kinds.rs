@@ -118,7 +118,7 @@ impl AdapterKinds {
         if let Some((pattern, rank)) = self.rank_pattern.iter().find(|(_, rank)| !(1..=MAX_RANK).contains(rank)) {
             return wrong(format!("rank_pattern: {:?} has the rank {rank}", pattern.as_str()));
         }
-        if let Some((pattern, alpha)) = self.alpha_pattern.iter().find(|(_, alpha)| !alpha.is_finite()) {
+        if let Some((pattern, alpha)) = self.alpha_pattern.iter().find(|(_, alpha)| !(*alpha as f32).is_finite()) {
             return wrong(format!("alpha_pattern: {:?} has lora_alpha {alpha}", pattern.as_str()));
         }
         if self.lora_bias && self.use_dora {

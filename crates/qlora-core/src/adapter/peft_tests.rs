@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use safetensors::tensor::TensorView;
@@ -52,11 +53,12 @@ fn config_text(kind: &str) -> String {
 /// The error of an adapter with this text and these tensors.
 fn refused(text: &str, file: &[u8], model: &ModelConfig) -> String {
     let path = Path::new("adapter").join(WEIGHTS_FILE);
-    let (config, kinds) = match config_file::parse_any(Path::new("adapter/adapter_config.json"), text.as_bytes()) {
-        Ok(parsed) => parsed,
-        Err(error) => return error.to_string(),
-    };
-    assemble(&path, config, kinds, file, model).expect_err("the adapter is not what it says").to_string()
+    let start = Instant::now();
+    let parsed = config_file::parse_any(Path::new("adapter/adapter_config.json"), text.as_bytes());
+    let adapter = parsed.and_then(|(config, kinds)| assemble(&path, config, kinds, file, model));
+    let error = adapter.expect_err("the adapter is not what it says").to_string();
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}: {error}", start.elapsed());
+    error
 }
 
 #[test]

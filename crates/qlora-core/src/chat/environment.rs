@@ -10,7 +10,7 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, UndefinedBehav
 use minijinja_contrib::pycompat;
 use regex::Regex;
 
-use super::python;
+use super::{limits, python};
 
 /// The template as it is.
 pub(super) const PLAIN: &str = "chat template";
@@ -25,10 +25,25 @@ pub(super) const ANSWER_END: char = '\u{FDD1}';
 /// Instructions that a template may run: a conversation of a thousand messages needs about a hundredth.
 pub(super) const FUEL: u64 = 5_000_000;
 /// The longest text that a template may write.
-const MAX_OUTPUT: usize = 64 << 20;
+pub(super) const MAX_OUTPUT: usize = 16 << 20;
+
+/// Room for the parser, which calls itself for every level of a template's syntax tree.
+const STACK: usize = 64 << 20;
 
 /// Compiles a template; also says whether it marks the assistant's answers.
 pub(super) fn compile(source: &str) -> Result<(Environment<'static>, bool), Error> {
+    limits::check_source(source)?;
+    let failed = |what: &str| Error::new(ErrorKind::InvalidOperation, format!("the parser's thread {what}"));
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, || compile_here(source));
+        thread
+            .map_err(|error| failed(&format!("cannot start: {error}")))?
+            .join()
+            .unwrap_or_else(|_| Err(failed("panicked")))
+    })
+}
+
+fn compile_here(source: &str) -> Result<(Environment<'static>, bool), Error> {
     let mut environment = Environment::new();
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
@@ -39,7 +54,17 @@ pub(super) fn compile(source: &str) -> Result<(Environment<'static>, bool), Erro
     });
     environment.set_unknown_method_callback(method);
     environment.add_filter("tojson", python::to_json);
-    environment.add_filter("string", |value: &Value| python::Str(value).to_string());
+    environment.add_filter("string", |value: &Value| -> Result<String, Error> {
+        let mut out = limits::LimitedString::default();
+        match write!(out, "{}", python::Str(value)) {
+            Ok(()) => Ok(out.0),
+            Err(_) => Err(Error::new(
+                ErrorKind::InvalidOperation,
+                "string: the value is nested too deep or too long to be written",
+            )),
+        }
+    });
+    limits::install(&mut environment);
     environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
     });
@@ -95,6 +120,10 @@ fn method(state: &mut State, value: &Value, name: &str, arguments: &[Value]) -> 
             "removesuffix" => return Ok(Value::from(text.strip_suffix(affix).unwrap_or(text))),
             _ => {}
         }
+    }
+    match (name, arguments) {
+        ("join", [items, ..]) => limits::check(name, items, std::slice::from_ref(value))?,
+        _ => limits::check(name, value, arguments)?,
     }
     pycompat::unknown_method_callback(state, value, name, arguments)
 }

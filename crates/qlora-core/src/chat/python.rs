@@ -5,6 +5,8 @@ use std::fmt::{self, Write};
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Error, ErrorKind, Value};
 
+use super::environment::MAX_OUTPUT;
+
 /// Deepest nesting that is written; conversations come from JSON, which is read no deeper.
 const MAX_DEPTH: usize = 128;
 
@@ -138,6 +140,10 @@ struct JsonWriter {
 impl JsonWriter {
     fn value(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
         let refuse = |message: &str| Err(Error::new(ErrorKind::BadSerialization, format!("tojson: {message}")));
+        // Lists in lists that are the same list grow without limit.
+        if self.out.len() > MAX_OUTPUT {
+            return refuse("the text is too long");
+        }
         if depth > MAX_DEPTH {
             return refuse("the value is nested too deep");
         }

@@ -359,3 +359,94 @@ fn an_adapter_is_two_files_possibly_in_a_folder() {
     assert_eq!(adapter_snapshot_with("org/name", Some("b"), &offline).unwrap(), sub);
     assert!(adapter_snapshot_with("org/name", Some("c"), &offline).is_err());
 }
+
+/// The options of somebody who inspects a model on this server.
+fn inspecting(server: &Server, cache: &Path, token: Option<&str>) -> OpenOptions {
+    OpenOptions {
+        endpoint: Some(server.endpoint.clone()),
+        cache_dir: Some(cache.to_owned()),
+        // Never from this machine's environment.
+        token: Some(token.unwrap_or("nobody").to_owned()),
+        revision: Some("v1.0".to_owned()),
+        ..OpenOptions::default()
+    }
+}
+
+#[test]
+fn inspecting_downloads_the_configuration_alone() {
+    use crate::inspect::{Parameters, report};
+    use crate::lora::LoraConfig;
+    use crate::open::open_config;
+
+    // The same for a model whose checkpoint is stored quantized.
+    let config = model().files.remove("config.json").unwrap();
+    let mut quantized: serde_json::Value = serde_json::from_slice(&config).unwrap();
+    quantized["quantization_config"] = serde_json::json!({ "quant_method": "bitsandbytes", "load_in_4bit": true });
+    for config in [config, quantized.to_string().into_bytes()] {
+        let cache = tempfile::tempdir().unwrap();
+        let mut hub = Hub { token: Some("right"), ..model() };
+        hub.files.insert("config.json".to_owned(), config.clone());
+        let server = Server::start(hub);
+        let options = inspecting(&server, cache.path(), Some("right"));
+        let from_hub = open_config("org/name", &options).unwrap();
+        let config_address = format!("/org/name/resolve/{COMMIT}/config.json");
+        let asked = server.requests();
+        assert_eq!(asked[0], "/api/models/org/name/revision/v1.0");
+        assert!(asked.len() > 1 && asked[1..].iter().all(|path| *path == config_address), "{asked:?}");
+        let snapshots = cache.path().join("models--org--name/snapshots");
+        let kept: Vec<_> =
+            fs::read_dir(snapshots.join(COMMIT)).unwrap().map(|file| file.unwrap().file_name()).collect();
+        assert_eq!(kept, ["config.json"]);
+
+        // A folder with nothing but the same configuration gives the same answer.
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("config.json"), config).unwrap();
+        let from_folder = open_config(folder.path().to_str().unwrap(), &OpenOptions::default()).unwrap();
+        assert_eq!(from_hub, from_folder);
+        let text = |config| report("org/name", config, &LoraConfig::default(), 2, 64).unwrap();
+        assert_eq!(text(&from_hub), text(&from_folder));
+        assert_eq!(Parameters::of(&from_hub).total(), 74_432);
+
+        // Offline, it is there for the next time; the model is not.
+        let offline = OpenOptions { offline: true, ..options };
+        assert_eq!(open_config("org/name", &offline).unwrap(), from_hub);
+        assert_eq!(server.requests().len(), asked.len());
+        let error = crate::open::open_model("org/name", &offline).unwrap_err().to_string();
+        assert!(error.contains("tokenizer.json is missing"), "{error}");
+    }
+}
+
+#[test]
+fn inspecting_what_cannot_be_had_says_why() {
+    let refused = |hub: Hub, token: Option<&str>| {
+        let cache = tempfile::tempdir().unwrap();
+        let server = Server::start(hub);
+        let error = crate::open::open_config("org/name", &inspecting(&server, cache.path(), token)).unwrap_err();
+        let asked = server.requests();
+        assert!(!asked.iter().any(|path| path.contains(".safetensors") || path.contains(".gguf")), "{asked:?}");
+        error.to_string()
+    };
+    let gated = Hub { statuses: vec![("/config.json", 403)], ..model() };
+    let error = refused(gated, Some("t"));
+    assert!(error.contains("403") && error.contains("ask for access at http://127"), "{error}");
+    let error = refused(Hub { token: Some("right"), ..model() }, None);
+    assert!(error.contains("401") && error.contains("HF_TOKEN") && !error.contains("nobody"), "{error}");
+    let error = refused(Hub { statuses: vec![("revision/v1.0", 404)], ..model() }, Some("t"));
+    assert!(error.contains("no such repository") && error.contains("revision v1.0"), "{error}");
+
+    let without_config = |names: &[&str]| {
+        let mut hub = model();
+        hub.files.retain(|name, _| names.contains(&name.as_str()));
+        refused(hub, None)
+    };
+    let error = without_config(&["q/tiny.gguf"]);
+    assert!(error.contains("org/name:FILE: q/tiny.gguf"), "{error}");
+    assert!(without_config(&["README.md"]).contains("has no config.json"));
+    let with_config = |text: &str| {
+        let mut hub = model();
+        hub.files.insert("config.json".to_owned(), text.as_bytes().to_vec());
+        refused(hub, None)
+    };
+    assert!(with_config(r#"{"model_type": "mamba"}"#).contains("\"mamba\""));
+    assert!(with_config("<html>").contains("config.json"));
+}

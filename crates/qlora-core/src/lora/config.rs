@@ -67,7 +67,8 @@ impl LoraConfig {
         if self.r == 0 {
             return Err(Error::Invalid("r is 0: a LoRA adapter needs a rank of at least 1".to_owned()));
         }
-        if !(self.lora_alpha.is_finite() && self.lora_alpha > 0.0) {
+        // The scaling is used in f32.
+        if !((self.lora_alpha as f32).is_finite() && self.lora_alpha > 0.0) {
             return Err(Error::Invalid(format!("lora_alpha is {}: it has to be a positive number", self.lora_alpha)));
         }
         if !(0.0..1.0).contains(&self.lora_dropout) {

@@ -26,6 +26,12 @@ impl ModulePattern {
     /// If the pattern is not valid in Python, or uses a feature that has no counterpart here (lookaround and the like).
     pub fn new(pattern: impl Into<String>) -> Result<Self> {
         let source = pattern.into();
+        if source.len() > MAX_PATTERN {
+            let (start, length): (String, _) = (source.chars().take(60).collect(), source.len());
+            return Err(Error::Invalid(format!(
+                "the module pattern that begins with {start:?} is {length} bytes long; {MAX_PATTERN} are possible"
+            )));
+        }
         let translated = Translator::new(&source).run().map_err(|problem| match problem {
             Problem::Invalid { message, at } => {
                 Error::Invalid(format!("module pattern {source:?}: {message} at position {at}"))
@@ -58,6 +64,9 @@ impl PartialEq for ModulePattern {
 }
 
 impl Eq for ModulePattern {}
+
+/// The longest pattern, in bytes: a name of every layer of the largest models fits many times.
+const MAX_PATTERN: usize = 1 << 16;
 
 enum Problem {
     Invalid { message: String, at: usize },

@@ -194,6 +194,7 @@ pub(crate) fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
         match value.as_str() {
             Some(file) if is_plain_file_name(file) => index.insert(name.clone(), file.to_owned()),
             _ => {
+                let value = file::shown(value);
                 let message = format!("the shard of {name} is {value}, which is not the name of a .safetensors file");
                 return Err(Error::format(path, message));
             }
@@ -202,8 +203,14 @@ pub(crate) fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     Ok(index)
 }
 
+/// The longest name that file systems have, in bytes.
+const MAX_FILE_NAME: usize = 255;
+
 fn is_plain_file_name(name: &str) -> bool {
-    name.ends_with(".safetensors") && !name.starts_with('.') && !name.contains(['/', '\\', ':', '\0'])
+    name.len() <= MAX_FILE_NAME
+        && name.ends_with(".safetensors")
+        && !name.starts_with('.')
+        && !name.contains(['/', '\\', ':', '\0'])
 }
 
 fn twice(name: &str, first: &Path, second: &Path) -> Error {
