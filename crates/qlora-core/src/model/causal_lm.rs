@@ -405,11 +405,19 @@ impl CausalLm {
         let rope = self.stack.rope(ends().max().unwrap_or(0))?;
         let positions: Vec<u32> = seen.iter().zip(ends()).flat_map(|(&seen, end)| seen as u32..end as u32).collect();
         let spans = self.spans(layout.sequences(), choices)?;
+        #[cfg(feature = "cuda")]
+        let reuse = || self.workspace.gpu().filter(|_| layout.uniform_len() == Some(1)).map(|gpu| gpu.reuse_memory());
+        #[cfg(feature = "cuda")]
+        let embedding = reuse();
         let x = self.embed_with(&tokens, &spans)?;
+        #[cfg(feature = "cuda")]
+        drop(embedding);
         let hidden = self.with_pass(&spans, |adapter| {
             let pass = Pass { adapter, layout: &layout, rope: &rope, workspace: &self.workspace };
             self.stack.infer_cached(x, &positions.into(), caches, &pass)
         })?;
+        #[cfg(feature = "cuda")]
+        let _head = reuse();
         let last = match hidden.rows() == sequences.len() {
             true => hidden,
             false => {

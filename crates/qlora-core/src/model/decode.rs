@@ -3,6 +3,7 @@
 //! The same block as in [`block`](super::block), with kernels for a few rows: 4-bit weights are read as they are stored,
 //! the new keys and values of all sequences go to their caches in one launch, and one launch attends to all caches.
 
+use qlora_kernels::cuda::MemoryReuse;
 use qlora_kernels::cuda::decode::DecodeTables;
 use qlora_kernels::ops::linear_group::Group;
 use qlora_kernels::ops::rms_norm;
@@ -16,6 +17,8 @@ use crate::error::Result;
 /// The caches of one step.
 pub(super) struct Step<'a> {
     tables: DecodeTables<'a>,
+    /// The caches have grown before it begins: what they free is no step's memory.
+    _reuse: MemoryReuse,
 }
 
 impl<'a> Step<'a> {
@@ -36,7 +39,8 @@ impl<'a> Step<'a> {
                 caches.push(layer.with_room(1, pass.workspace)?);
             }
         }
-        Ok(Some(Self { tables: DecodeTables::new(gpu, layers, &positions)? }))
+        let reuse = gpu.reuse_memory();
+        Ok(Some(Self { tables: DecodeTables::new(gpu, layers, &positions)?, _reuse: reuse }))
     }
 
     /// Runs all blocks.

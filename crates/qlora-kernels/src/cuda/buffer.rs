@@ -166,6 +166,18 @@ impl PinnedBuffer {
         self.ptr
     }
 
+    /// The memory. No copy into it may be in flight.
+    pub(super) fn as_bytes(&self) -> &[u8] {
+        // SAFETY: owned memory of so many bytes, of any content, which u8 allows.
+        unsafe { std::slice::from_raw_parts(self.ptr.cast(), self.bytes) }
+    }
+
+    /// The memory. No copy from or into it may be in flight.
+    pub(super) fn as_bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.cast(), self.bytes) }
+    }
+
     pub(super) fn as_mut_ptr(&mut self) -> *mut c_void {
         self.ptr
     }

@@ -19,6 +19,7 @@ use super::ffi;
 use super::offload::Offloader;
 use super::pool::Pool;
 use super::profile::Profiler;
+use super::step_memory::StepMemory;
 use crate::error::{Error, Result};
 
 /// The oldest architecture that the kernels are written for: asynchronous copies and bf16 matrix instructions.
@@ -36,6 +37,7 @@ pub struct Gpu {
     offloader: Offloader,
     profiler: Profiler,
     workspaces: Workspaces,
+    step_memory: StepMemory,
     this: Weak<Gpu>,
 }
 
@@ -126,6 +128,7 @@ impl Gpu {
             offloader: Offloader::default(),
             profiler: Profiler::default(),
             workspaces: Workspaces::default(),
+            step_memory: StepMemory::default(),
             this: this.clone(),
         });
         gpu.check_kernels(capability)?;
@@ -193,6 +196,10 @@ impl Gpu {
 
     pub(super) fn workspaces(&self) -> &Workspaces {
         &self.workspaces
+    }
+
+    pub(super) fn step_memory(&self) -> &StepMemory {
+        &self.step_memory
     }
 
     pub(super) fn profiler(&self) -> &Profiler {
@@ -272,11 +279,18 @@ impl Gpu {
         self.bind(op)?;
         // The pool has no empty allocations.
         let bytes = bytes.max(16);
+        let home = self.reuses_memory().then(|| self.arc());
+        if home.is_some()
+            && let Some((bytes, ptr)) = self.step_memory.take(bytes)
+        {
+            return Ok(RawMemory { ptr, bytes, stream: self.stream.clone(), home });
+        }
         // SAFETY: the stream lives as long as self; the memory is freed on the same stream.
         let allocate = || unsafe { result::malloc_async(self.stream.cu_stream(), bytes) };
         let allocated = match allocate() {
             // The pool may hold enough, but in pieces: give back what nobody uses, so that it can be mapped anew.
             Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                self.release_step_memory();
                 self.synchronize(op)?;
                 self.pool.trim()?;
                 allocate()
@@ -284,20 +298,27 @@ impl Gpu {
             other => other,
         };
         match allocated {
-            Ok(ptr) => Ok(RawMemory { ptr, stream: self.stream.clone() }),
+            Ok(ptr) => Ok(RawMemory { ptr, bytes, stream: self.stream.clone(), home }),
             Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Err(self.pool.out_of_memory(op, bytes)),
             Err(error) => Err(cuda_error(op, error)),
         }
     }
 }
 
-/// A piece of device memory that frees itself on its stream.
+/// A piece of device memory that frees itself on its stream, or goes back to the steps' memory.
 pub(crate) struct RawMemory {
     ptr: sys::CUdeviceptr,
+    bytes: usize,
     stream: Arc<CudaStream>,
+    home: Option<Arc<Gpu>>,
 }
 
 impl RawMemory {
+    /// Memory that was allocated on this stream and that nobody else frees.
+    pub(super) fn from_ptr(ptr: sys::CUdeviceptr, stream: Arc<CudaStream>) -> Self {
+        Self { ptr, bytes: 0, stream, home: None }
+    }
+
     pub(crate) fn ptr(&self) -> sys::CUdeviceptr {
         self.ptr
     }
@@ -305,16 +326,22 @@ impl RawMemory {
     /// Gives the memory up without freeing it.
     pub(crate) fn into_ptr(self) -> sys::CUdeviceptr {
         let ptr = self.ptr;
-        // The stream's handle is still released; only the free is skipped.
         let mut this = std::mem::ManuallyDrop::new(self);
+        // Their handles are still released; only the free is skipped.
         // SAFETY: `this` is never used again.
-        unsafe { std::ptr::drop_in_place(&raw mut this.stream) };
+        unsafe {
+            std::ptr::drop_in_place(&raw mut this.stream);
+            std::ptr::drop_in_place(&raw mut this.home);
+        }
         ptr
     }
 }
 
 impl Drop for RawMemory {
     fn drop(&mut self) {
+        if let Some(gpu) = &self.home {
+            return gpu.step_memory.keep(self.bytes, self.ptr);
+        }
         // A failure here (a lost device) shows at the next call that can report it.
         let _ = self.stream.context().bind_to_thread();
         // SAFETY: allocated on this stream by `alloc`, freed once.

@@ -19,6 +19,9 @@ use crate::mapped::FileBytes;
 /// pieces can be quantized one by one.
 const PIECE: usize = 8 << 20;
 
+/// Pieces of up to so many bytes are not page-locked.
+const SMALL: usize = 64 << 10;
+
 /// Bytes to be uploaded.
 #[derive(Clone, Copy, Debug)]
 pub enum Source<'a> {
@@ -57,19 +60,27 @@ impl Source<'_> {
 #[derive(Debug)]
 pub struct Uploader {
     gpu: Arc<Gpu>,
+    piece: usize,
     slots: [Slot; 2],
     turn: usize,
     /// Values on their way back to the host.
     scratch: Option<Buffer>,
 }
 
-#[derive(Debug)]
+/// What two pieces are read into by turns; made when it is first needed.
+#[derive(Debug, Default)]
 struct Slot {
-    // Before the memory that it guards: dropping it does not wait, dropping pinned memory does.
     copied: Option<Event>,
-    pinned: PinnedBuffer,
+    host: Option<Host>,
     /// For pieces that only pass through the GPU.
-    device: Buffer,
+    device: Option<Buffer>,
+}
+
+#[derive(Debug)]
+enum Host {
+    Pinned(PinnedBuffer),
+    /// For a few bytes, page-locked memory costs more than it gains.
+    Plain(Vec<u64>),
 }
 
 /// A piece that is on its way: its bytes as they were read, and where they will be when the stream gets there.
@@ -80,17 +91,27 @@ pub(super) struct Piece<'a> {
 }
 
 impl Uploader {
-    /// Takes 16 MiB of page-locked memory and as much on the GPU.
+    /// For whole models: takes 16 MiB of page-locked memory and as much on the GPU.
     ///
     /// # Errors
     /// If there is not so much.
     pub fn new(gpu: &Arc<Gpu>) -> Result<Self> {
         const OP: &str = "uploader";
-        let slot = || -> Result<Slot> {
-            let pinned = PinnedBuffer::new(gpu, OP, PIECE)?;
-            Ok(Slot { copied: None, pinned, device: Buffer::new(gpu, OP, PIECE)? })
-        };
-        Ok(Self { gpu: gpu.clone(), slots: [slot()?, slot()?], turn: 0, scratch: None })
+        let mut uploader = Self::with_piece(gpu, PIECE);
+        for slot in &mut uploader.slots {
+            slot.host(gpu, OP, PIECE)?;
+            slot.device(gpu, OP, PIECE)?;
+        }
+        Ok(uploader)
+    }
+
+    /// For one weight of so many bytes: takes memory when it is needed, and no more than that.
+    pub(super) fn for_bytes(gpu: &Arc<Gpu>, bytes: usize) -> Self {
+        Self::with_piece(gpu, bytes.clamp(4096, PIECE))
+    }
+
+    fn with_piece(gpu: &Arc<Gpu>, piece: usize) -> Self {
+        Self { gpu: gpu.clone(), piece, slots: Default::default(), turn: 0, scratch: None }
     }
 
     /// The GPU.
@@ -108,21 +129,22 @@ impl Uploader {
         mut work: impl FnMut(Piece) -> Result<()>,
     ) -> Result<()> {
         self.gpu.bind(op)?;
-        for at in (0..source.len()).step_by(PIECE) {
-            let len = PIECE.min(source.len() - at);
+        let (gpu, size) = (&self.gpu, self.piece);
+        for Range { start: at, end } in pieces(source.len(), size) {
             let slot = &mut self.slots[self.turn];
             self.turn = 1 - self.turn;
-            let device = target.map_or(slot.device.ptr(), |base| base + at as u64);
-            let host = &mut slot.free(op)?[..len];
+            let device = match target {
+                Some(base) => base + at as u64,
+                None => slot.device(gpu, op, size)?,
+            };
+            let host = &mut slot.host(gpu, op, size)?[..end - at];
             source.read(op, at, host)?;
-            // SAFETY: the target has room for the whole source, or the scratch memory for a piece; the pinned memory is not
-            // written again before `copied` has happened, and freeing it waits.
-            unsafe { result::memcpy_htod_async(device, &*host, self.gpu.stream().cu_stream()) }
+            // SAFETY: the target has room for the whole source, or the scratch memory for a piece; the host memory is not
+            // written or freed before `copied` has happened.
+            unsafe { result::memcpy_htod_async(device, &*host, gpu.stream().cu_stream()) }
                 .map_err(|error| cuda_error(op, error))?;
-            slot.copied = Some(Event::record(op, self.gpu.stream())?);
-            // SAFETY: until the slot's next turn nobody writes to the pinned memory.
-            let host = unsafe { std::slice::from_raw_parts(slot.pinned.as_ptr().cast::<u8>(), len) };
-            work(Piece { at, host, device })?;
+            slot.copied = Some(Event::record(op, gpu.stream())?);
+            work(Piece { at, host: &slot.bytes()[..end - at], device })?;
         }
         Ok(())
     }
@@ -153,14 +175,15 @@ impl Uploader {
         self.gpu.bind(op)?;
         let mut values = vec![T::zeroed(); len];
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut values);
-        for Range { start, end } in pieces(bytes.len()) {
+        let (gpu, size) = (&self.gpu, self.piece);
+        for Range { start, end } in pieces(bytes.len(), size) {
             let slot = &mut self.slots[self.turn];
             self.turn = 1 - self.turn;
-            let host = &mut slot.free(op)?[..end - start];
-            // SAFETY: the caller's memory has so many bytes; the pinned memory is read after the event.
-            unsafe { result::memcpy_dtoh_async(host, from + start as u64, self.gpu.stream().cu_stream()) }
+            let host = &mut slot.host(gpu, op, size)?[..end - start];
+            // SAFETY: the caller's memory has so many bytes; the host memory is read after the event.
+            unsafe { result::memcpy_dtoh_async(host, from + start as u64, gpu.stream().cu_stream()) }
                 .map_err(|error| cuda_error(op, error))?;
-            Event::record(op, self.gpu.stream())?.wait(op)?;
+            Event::record(op, gpu.stream())?.wait(op)?;
             bytes[start..end].copy_from_slice(host);
         }
         Ok(values)
@@ -168,17 +191,49 @@ impl Uploader {
 }
 
 impl Slot {
-    /// The pinned memory, once no copy reads it any more.
-    fn free(&mut self, op: &'static str) -> Result<&mut [u8]> {
+    /// The host memory, once no copy reads it any more.
+    fn host(&mut self, gpu: &Arc<Gpu>, op: &'static str, size: usize) -> Result<&mut [u8]> {
         if let Some(copied) = self.copied.take() {
             copied.wait(op)?;
         }
-        let bytes = self.pinned.bytes();
-        // SAFETY: owned memory of so many bytes (of any content, which u8 allows); no copy is in flight.
-        Ok(unsafe { std::slice::from_raw_parts_mut(self.pinned.as_mut_ptr().cast::<u8>(), bytes) })
+        let host = match self.host.take() {
+            Some(host) => host,
+            None if size <= SMALL => Host::Plain(vec![0; size.div_ceil(8)]),
+            None => Host::Pinned(PinnedBuffer::new(gpu, op, size)?),
+        };
+        Ok(match self.host.insert(host) {
+            Host::Pinned(pinned) => pinned.as_bytes_mut(),
+            Host::Plain(words) => bytemuck::cast_slice_mut(words),
+        })
+    }
+
+    /// What was read last.
+    fn bytes(&self) -> &[u8] {
+        match &self.host {
+            None => &[],
+            Some(Host::Pinned(pinned)) => pinned.as_bytes(),
+            Some(Host::Plain(words)) => bytemuck::cast_slice(words),
+        }
+    }
+
+    fn device(&mut self, gpu: &Arc<Gpu>, op: &'static str, size: usize) -> Result<sys::CUdeviceptr> {
+        let device = match self.device.take() {
+            Some(device) => device,
+            None => Buffer::new(gpu, op, size)?,
+        };
+        Ok(self.device.insert(device).ptr())
     }
 }
 
-fn pieces(len: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..len).step_by(PIECE).map(move |start| start..len.min(start + PIECE))
+impl Drop for Slot {
+    fn drop(&mut self) {
+        // Copies read the host memory until then.
+        if let Some(copied) = self.copied.take() {
+            let _ = copied.wait("uploader");
+        }
+    }
+}
+
+fn pieces(len: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..len).step_by(size).map(move |start| start..len.min(start + size))
 }

@@ -55,7 +55,7 @@ impl CudaWeight {
     /// If the memory cannot be had, or a value is not finite.
     pub fn plain(weight: &PlainWeight, workspace: &Workspace) -> Result<Self> {
         let (source, dtype) = (Source::Memory(bytes_of(weight.data())), Dtype::of(weight.data()));
-        let mut uploader = Uploader::new(gpu_of(workspace)?)?;
+        let mut uploader = Uploader::for_bytes(gpu_of(workspace)?, source.len());
         Self::plain_from(source, dtype, [weight.rows(), weight.cols()], workspace.dtype(), &mut uploader)
     }
 
@@ -103,7 +103,8 @@ impl CudaWeight {
     /// # Errors
     /// If the memory cannot be had.
     pub fn quantized(weight: &Quantized4bit, workspace: &Workspace) -> Result<Self> {
-        Self::quantized_from(weight, &mut Uploader::new(gpu_of(workspace)?)?)
+        let mut uploader = Uploader::for_bytes(gpu_of(workspace)?, weight.parts().codes.len());
+        Self::quantized_from(weight, &mut uploader)
     }
 
     /// [`Self::quantized`] with an uploader.
@@ -140,7 +141,8 @@ impl CudaWeight {
         config: &QuantConfig,
         workspace: &Workspace,
     ) -> Result<Self> {
-        Self::quantize_with(data, rows, cols, config, &mut Uploader::new(gpu_of(workspace)?)?)
+        let mut uploader = Uploader::for_bytes(gpu_of(workspace)?, bytes_of(data).len());
+        Self::quantize_with(data, rows, cols, config, &mut uploader)
     }
 
     /// [`Self::quantize`] with an uploader.
