@@ -1,7 +1,7 @@
 //! Generation with an 8B model on a GPU: tokens per second while decoding, and of a prompt.
 //!
 //!     cargo bench --features cuda --bench decode -- [--batch 1,8] [--prompt 128] [--new 128] [--prefill 2048] [--rank 16]
-//!         [--layers 32] [--loaded 8] [--dora 1] [--out decode.csv] [--gpu H100] [--driver 580] [--commit abc] [--date 2026-11-22] [--profile 1]
+//!         [--layers 32] [--graph 0] [--loaded 8] [--dora 1] [--out decode.csv] [--gpu H100] [--driver 580] [--commit abc] [--date 2026-11-22] [--profile 1]
 //!
 //! Llama-3.1-8B's shape with random weights, NF4 with double quantization, bf16, an all-linear adapter, greedy. Decoding
 //! is timed without the prompt: from the first new token to the last, each brought to the host before the next begins.
@@ -74,6 +74,7 @@ fn main() -> anyhow::Result<()> {
     let quantization = Quantization::Bits4(QuantConfig::default());
     let options = LoadOptions { quantization, ..LoadOptions::default() };
     let mut model = CausalLm::load_on(&RandomWeights::new(config), options, workspace.clone())?;
+    model.set_decode_graph(value("--graph").as_deref() != Some("0"));
     let rank = number("--rank", 16)?;
     let loaded = number("--loaded", 0)?;
     let names: Vec<String> = (0..loaded).map(|index| index.to_string()).collect();
@@ -137,6 +138,7 @@ fn main() -> anyhow::Result<()> {
                 entries.iter().take(14).for_each(|e| println!("  {:8.3} ms {:5} x {}", e.ms, e.calls, e.op));
             }
         }
+        println!("as one CUDA graph: {}", model.runs_decode_graph());
         let rate = batch as f64 / best;
         println!(
             "decode batch {batch}: {rate:.1} tok/s ({:.3} ms a step, the host enqueues it in {:.3})",

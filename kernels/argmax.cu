@@ -33,7 +33,21 @@ __global__ void __launch_bounds__(THREADS) argmax_kernel(const T* x, int64_t ldx
     __shared__ Best parts[THREADS / 32];
     const T* row = x + static_cast<int64_t>(blockIdx.x) * ldx;
     Best best{-INFINITE, 0xffffffffu, false};
-    for (int64_t c = threadIdx.x; c < cols; c += THREADS) best.take(to_float(row[c]), static_cast<uint32_t>(c));
+    // Several reads are under way at a time: a row is one block's, and all there is to hide their latency.
+    constexpr int READS = 8;
+    for (int64_t first = threadIdx.x; first < cols; first += READS * THREADS) {
+        T values[READS];
+#pragma unroll
+        for (int i = 0; i < READS; i++) {
+            const int64_t c = first + i * THREADS;
+            values[i] = row[c < cols ? c : first];
+        }
+#pragma unroll
+        for (int i = 0; i < READS; i++) {
+            const int64_t c = first + i * THREADS;
+            if (c < cols) best.take(to_float(values[i]), static_cast<uint32_t>(c));
+        }
+    }
     const auto over_warp = [](Best best) {
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) {

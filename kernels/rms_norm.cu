@@ -11,6 +11,7 @@
 // Bytes per element of s bytes: forward 2s, with delta 4s; backward 3s, accumulating 4s.
 
 #include "common.cuh"
+#include "dependent.cuh"
 
 namespace {
 
@@ -73,6 +74,8 @@ template <typename T, int N, int LANES, int PACKS, bool ADD>
 __global__ void __launch_bounds__(LARGEST_BLOCK<LANES>)
     forward_kernel(T* x, int64_t ldx, const T* delta, int64_t ld_delta, const float* __restrict__ weight, float eps,
                    T* y, int64_t ldy, float* rstd, Groups g) {
+    let_next_begin();
+    wait_for_previous();
     const Place<LANES> at(g);
     x += at.row * ldx + at.col;
     y += at.row * ldy + at.col;
@@ -261,12 +264,18 @@ extern "C" int qlora_rms_norm_forward(int dtype, void* x, int64_t ldx, const voi
         const T* dt = static_cast<const T*>(delta);
         const bool vectors = allows_vectors(xt, ldx, width, VECTOR<T>) && allows_vectors(yt, ldy, width, VECTOR<T>) &&
                              (!dt || allows_vectors(dt, ld_delta, width, VECTOR<T>)) && allows_vectors(weight, 0, 0, 4);
+        const bool few = rows * groups <= 64;
         const auto launch = [&](auto n, auto lanes, auto packs, unsigned threads, auto add) {
-            forward_kernel<T, n(), lanes(), packs(), add()><<<blocks<lanes()>(g), threads, 0, stream>>>(
-                xt, ldx, dt, ld_delta, weight, eps, yt, ldy, rstd, g);
+            const auto kernel = forward_kernel<T, n(), lanes(), packs(), add()>;
+            const dim3 grid(blocks<lanes()>(g));
+            // Between the short kernels of generation a launch that waits costs more than the norm.
+            if (few) {
+                return launch_early(kernel, grid, dim3(threads), stream, xt, ldx, dt, ld_delta, weight, eps, yt, ldy,
+                                    rstd, g);
+            }
+            kernel<<<grid, threads, 0, stream>>>(xt, ldx, dt, ld_delta, weight, eps, yt, ldy, rstd, g);
             return static_cast<int>(cudaGetLastError());
         };
-        const bool few = rows * groups <= 64;
         return with_shape(width, VECTOR<T>, vectors, !dt, few, [&](auto lanes, auto packs, unsigned threads) {
             const auto go = [&](auto n) {
                 if (dt) return launch(n, lanes, packs, threads, std::true_type{});

@@ -331,6 +331,38 @@ fn cached_generation_gives_the_logits_of_the_whole_text() {
 }
 
 #[test]
+fn steps_that_run_as_a_graph_have_the_bits_of_those_that_do_not() {
+    let Some(device) = gpu() else { return };
+    for dtype in [Dtype::Bf16, Dtype::F16] {
+        let workspace = || Workspace::with_dtype(&device, dtype).unwrap();
+        let mut plain = trained(&wide_config(), true, lora(0.0), workspace());
+        plain.set_decode_graph(false);
+        let recorded = trained(&wide_config(), true, lora(0.0), workspace());
+        for sequences in [1, 3] {
+            // Through several sizes of the caches, each of which is recorded anew.
+            let texts: Vec<Vec<u32>> = (0..sequences).map(|seed: u32| document(150, 3 + seed).0).collect();
+            let run = |model: &CausalLm| -> (Vec<Vec<f32>>, usize) {
+                let mut caches: Vec<_> = texts.iter().map(|_| model.new_cache(160)).collect();
+                let (mut all, mut graphs) = (Vec::new(), 0);
+                for index in 0..150 {
+                    let tokens: Vec<&[u32]> = texts.iter().map(|text| &text[index..=index]).collect();
+                    let mut caches: Vec<_> = caches.iter_mut().collect();
+                    all.push(model.next_logits_batch(&tokens, &mut caches).unwrap().to_vec().unwrap());
+                    graphs += usize::from(model.runs_decode_graph());
+                }
+                (all, graphs)
+            };
+            let (expected, none) = run(&plain);
+            let (got, graphs) = run(&recorded);
+            assert_eq!(none, 0);
+            assert!(graphs > 130, "{graphs} of 150 steps ran as a graph");
+            assert!(expected.iter().flatten().all(|x| x.is_finite()));
+            assert!(got == expected, "{} {sequences}", dtype.name());
+        }
+    }
+}
+
+#[test]
 fn greedy_answers_are_those_of_the_cpu() {
     let Some(device) = gpu() else { return };
     let config = GenerationConfig { max_new_tokens: 40, temperature: None, ..GenerationConfig::default() };

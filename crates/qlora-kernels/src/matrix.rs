@@ -262,7 +262,6 @@ impl Workspace {
             #[cfg(feature = "cuda")]
             Place::Cuda { gpu, .. } => {
                 let _ = gpu.release_pinned();
-                gpu.release_step_memory();
                 let _ = gpu.pool().trim();
             }
         }

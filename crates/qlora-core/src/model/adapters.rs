@@ -136,6 +136,7 @@ impl CausalLm {
     pub fn load_adapter(&mut self, name: &str, adapter: &PeftAdapter) -> Result<()> {
         check_name(name)?;
         let loaded = build(self, adapter)?;
+        self.forget_steps();
         self.adapters.loaded.insert(name.to_owned(), loaded);
         Ok(())
     }
@@ -149,6 +150,7 @@ impl CausalLm {
         if self.adapters.active.as_deref() == Some(name) {
             self.deactivate_adapter();
         }
+        self.forget_steps();
         self.adapters.loaded.remove(name);
         Ok(())
     }
@@ -208,6 +210,7 @@ impl CausalLm {
         if !self.loaded_adapter(name)?.is_plain() {
             return Err(not_plain(name, "weighted"));
         }
+        self.forget_steps();
         let Some(adapter) = self.adapters.loaded.get_mut(name) else { return Ok(()) };
         for (module, scaling) in &adapter.scalings {
             let slot = match module.as_str() {
@@ -244,6 +247,7 @@ impl CausalLm {
             return Err(Error::Invalid("there is no adapter to combine".into()));
         }
         let combined = super::adapter_build::combine(self, &sources, combination)?;
+        self.forget_steps();
         self.adapters.loaded.insert(name.to_owned(), combined);
         Ok(())
     }

@@ -32,6 +32,8 @@ pub struct CausalLm {
     pub(super) adapters: AdapterSet,
     enabled: bool,
     workspace: Workspace,
+    #[cfg(feature = "cuda")]
+    pub(super) steps: super::decode_graph::DecodeSteps,
 }
 
 /// A LoRA adapter in memory: all tensors back to back in one candle variable.
@@ -141,6 +143,8 @@ impl CausalLm {
             adapters: AdapterSet::default(),
             enabled: true,
             workspace,
+            #[cfg(feature = "cuda")]
+            steps: super::decode_graph::DecodeSteps::default(),
         }
     }
 
@@ -406,18 +410,16 @@ impl CausalLm {
         let positions: Vec<u32> = seen.iter().zip(ends()).flat_map(|(&seen, end)| seen as u32..end as u32).collect();
         let spans = self.spans(layout.sequences(), choices)?;
         #[cfg(feature = "cuda")]
-        let reuse = || self.workspace.gpu().filter(|_| layout.uniform_len() == Some(1)).map(|gpu| gpu.reuse_memory());
-        #[cfg(feature = "cuda")]
-        let embedding = reuse();
+        if layout.uniform_len() == Some(1)
+            && let Some(logits) = self.decode_step(&tokens, caches, &layout, &rope, &spans)?
+        {
+            return Ok(logits);
+        }
         let x = self.embed_with(&tokens, &spans)?;
-        #[cfg(feature = "cuda")]
-        drop(embedding);
         let hidden = self.with_pass(&spans, |adapter| {
             let pass = Pass { adapter, layout: &layout, rope: &rope, workspace: &self.workspace };
             self.stack.infer_cached(x, &positions.into(), caches, &pass)
         })?;
-        #[cfg(feature = "cuda")]
-        let _head = reuse();
         let last = match hidden.rows() == sequences.len() {
             true => hidden,
             false => {
@@ -473,7 +475,14 @@ impl CausalLm {
         })
     }
 
+    /// Steps of generation that were recorded hold addresses and scales of what is about to change.
+    pub(super) fn forget_steps(&mut self) {
+        #[cfg(feature = "cuda")]
+        self.steps.forget();
+    }
+
     pub(super) fn stack_mut(&mut self) -> Result<&mut Stack> {
+        self.forget_steps();
         Arc::get_mut(&mut self.stack).ok_or_else(|| {
             Error::Invalid("a loss of this model is still alive: drop it before changing the model".into())
         })

@@ -3,8 +3,7 @@
 //! The same block as in [`block`](super::block), with kernels for a few rows: 4-bit weights are read as they are stored,
 //! the new keys and values of all sequences go to their caches in one launch, and one launch attends to all caches.
 
-use qlora_kernels::cuda::MemoryReuse;
-use qlora_kernels::cuda::decode::DecodeTables;
+use qlora_kernels::cuda::decode::{DecodeTables, TableMemory};
 use qlora_kernels::ops::linear_group::Group;
 use qlora_kernels::ops::rms_norm;
 use qlora_kernels::{Dtype, Matrix};
@@ -16,15 +15,21 @@ use crate::error::Result;
 
 /// The caches of one step.
 pub(super) struct Step<'a> {
-    tables: DecodeTables<'a>,
-    /// The caches have grown before it begins: what they free is no step's memory.
-    _reuse: MemoryReuse,
+    pub(super) tables: DecodeTables<'a>,
 }
 
 impl<'a> Step<'a> {
     /// For sequences of one new token each, if the kernels take this model and this pass. The caches have room for the
     /// tokens then.
-    pub(super) fn new(stack: &Stack, caches: &'a mut [&mut KvCache], pass: &Pass) -> Result<Option<Self>> {
+    ///
+    /// # Errors
+    /// If a cache is full, or the memory cannot be had.
+    pub(super) fn new(
+        stack: &Stack,
+        caches: &'a mut [&mut KvCache],
+        pass: &Pass,
+        table: Option<TableMemory>,
+    ) -> Result<Option<Self>> {
         let Some(gpu) = pass.workspace.gpu() else { return Ok(None) };
         let dtype = pass.workspace.dtype();
         let single = pass.layout.uniform_len() == Some(1) && dtype != Dtype::F32;
@@ -39,14 +44,13 @@ impl<'a> Step<'a> {
                 caches.push(layer.with_room(1, pass.workspace)?);
             }
         }
-        let reuse = gpu.reuse_memory();
-        Ok(Some(Self { tables: DecodeTables::new(gpu, layers, &positions)?, _reuse: reuse }))
+        Ok(Some(Self { tables: DecodeTables::new(gpu, layers, &positions, table)? }))
     }
 
     /// Runs all blocks.
-    pub(super) fn run(mut self, stack: &Stack, mut x: Matrix, pass: &Pass) -> Result<Matrix> {
+    pub(super) fn run(&mut self, stack: &Stack, mut x: Matrix, pass: &Pass) -> Result<Matrix> {
         for (layer, block) in stack.blocks().iter().enumerate() {
-            x = block.decode(x, layer, &mut self, pass)?;
+            x = block.decode(x, layer, self, pass)?;
         }
         Ok(x)
     }

@@ -9,6 +9,8 @@ pub mod causal_lm;
 mod checkpoints;
 #[cfg(feature = "cuda")]
 mod decode;
+#[cfg(feature = "cuda")]
+mod decode_graph;
 mod device;
 mod load;
 mod mlp;

@@ -116,12 +116,6 @@ impl Stack {
         caches: &mut [&mut KvCache],
         pass: &Pass,
     ) -> Result<Matrix> {
-        #[cfg(feature = "cuda")]
-        if let Some(step) = super::decode::Step::new(self, caches, pass)? {
-            let y = step.run(self, x, pass)?;
-            caches.iter_mut().for_each(|cache| cache.advance(1));
-            return self.infer_norm(&y, pass);
-        }
         for (index, block) in self.blocks.iter().enumerate() {
             let mut layers: Vec<_> = caches.iter_mut().map(|cache| cache.layer_mut(index)).collect();
             x = block.forward_cached(x, positions, &mut layers, pass)?;
@@ -176,7 +170,7 @@ impl Stack {
     }
 
     /// The last norm, with the weights of the rows' adapters.
-    fn infer_norm(&self, x: &Matrix, pass: &Pass) -> Result<Matrix> {
+    pub(super) fn infer_norm(&self, x: &Matrix, pass: &Pass) -> Result<Matrix> {
         let (mut normed, _) = self.norm(x, pass.workspace)?;
         if let Some(rows) = pass.adapter.and_then(|adapter| adapter.rows) {
             rows.renorm(|| "model.norm".to_owned(), x.view(), self.eps, normed.view_mut(), pass.workspace)?;

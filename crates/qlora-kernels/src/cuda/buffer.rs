@@ -43,6 +43,15 @@ impl Buffer {
     /// # Panics
     /// If the data does not fit.
     pub(super) fn write<T: bytemuck::Pod>(&mut self, op: &'static str, offset: usize, data: &[T]) -> Result<()> {
+        self.enqueue_write(op, offset, data)
+    }
+
+    /// [`Self::write`] from the start, behind everything that reads the memory on the stream so far.
+    pub(super) fn overwrite<T: bytemuck::Pod>(&self, op: &'static str, data: &[T]) -> Result<()> {
+        self.enqueue_write(op, 0, data)
+    }
+
+    fn enqueue_write<T: bytemuck::Pod>(&self, op: &'static str, offset: usize, data: &[T]) -> Result<()> {
         assert!(offset + size_of_val(data) <= self.bytes, "{} bytes from {offset} on", size_of_val(data));
         if data.is_empty() {
             return Ok(());

@@ -25,7 +25,7 @@ const OP: &str = "decode";
 #[derive(Debug)]
 pub struct DecodeTables<'a> {
     /// `[layers][sequences]` addresses of keys, then of values, then the positions as u32.
-    table: Buffer,
+    table: Arc<Buffer>,
     layers: usize,
     positions: Vec<u32>,
     /// Rows of the largest cache: each has room for its position, which was checked.
@@ -36,6 +36,10 @@ pub struct DecodeTables<'a> {
     caches: PhantomData<&'a mut Matrix>,
 }
 
+/// The memory of a [`DecodeTables`].
+#[derive(Clone, Debug)]
+pub struct TableMemory(Arc<Buffer>);
+
 impl<'a> DecodeTables<'a> {
     /// Whether the kernels take this attention.
     pub fn takes(cfg: &AttentionConfig, dtype: Dtype) -> bool {
@@ -45,9 +49,16 @@ impl<'a> DecodeTables<'a> {
     /// Of `layers[layer][sequence] = [keys, values]`, each `[capacity, kv_heads * head_dim]`, and the position of each
     /// sequence's new token: the tokens before it are in the caches.
     ///
+    /// `memory` is an earlier table's ([`Self::memory`]), to be written again if it is large enough.
+    ///
     /// # Errors
     /// If the caches differ in width or type, are not on this GPU, or have no room for a position.
-    pub fn new(gpu: &Arc<Gpu>, layers: Vec<Vec<[&'a mut Matrix; 2]>>, positions: &[u32]) -> Result<Self> {
+    pub fn new(
+        gpu: &Arc<Gpu>,
+        layers: Vec<Vec<[&'a mut Matrix; 2]>>,
+        positions: &[u32],
+        memory: Option<TableMemory>,
+    ) -> Result<Self> {
         let mut addresses = [Vec::new(), Vec::new()];
         let mut first: Option<(usize, Dtype)> = None;
         let mut capacity = 0;
@@ -80,8 +91,24 @@ impl<'a> DecodeTables<'a> {
         for pair in positions.chunks(2) {
             table.push(u64::from(pair[0]) | u64::from(*pair.get(1).unwrap_or(&0)) << 32);
         }
-        let table = Buffer::upload(gpu, OP, &table)?;
+        let table = match memory.filter(|memory| memory.0.bytes() == size_of_val(&*table)) {
+            Some(TableMemory(memory)) => {
+                memory.overwrite(OP, &table)?;
+                memory
+            }
+            None => Arc::new(Buffer::upload(gpu, OP, &table)?),
+        };
         Ok(Self { table, layers: count, positions: positions.to_vec(), capacity, width, dtype, caches: PhantomData })
+    }
+
+    /// Where the table lies: launches that are recorded with it find the next table there.
+    pub fn memory(&self) -> TableMemory {
+        TableMemory(self.table.clone())
+    }
+
+    /// Rows of the largest cache, which the launches depend on.
+    pub fn capacity(&self) -> usize {
+        self.capacity
     }
 
     fn sequences(&self) -> usize {
@@ -141,7 +168,7 @@ impl<'a> DecodeTables<'a> {
                 cfg.heads as i64,
                 cfg.kv_heads as i64,
                 cfg.head_dim as i64,
-                0,
+                1,
                 stream,
             )
         })
@@ -183,7 +210,7 @@ impl<'a> DecodeTables<'a> {
                     capacity,
                     cfg.scale,
                     cfg.window.map_or(0, |window| window as i64),
-                    0,
+                    1,
                     scratch.cast(),
                     stream,
                 )

@@ -5,7 +5,8 @@
 //! Up to [`MOST_TOKENS`] tokens this beats dequantization and cuBLAS for every weight of an 8B model (on an H100,
 //! 14336x4096: 49 against 100 us for 64 tokens; 4096x4096: 23 against 26, and 65 against 34 for 256).
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::buffer::Buffer;
 use super::ffi;
@@ -29,6 +30,16 @@ pub(super) struct Workspaces {
     gemv: Mutex<Option<Buffer>>,
     gemm: Mutex<Option<Buffer>>,
     pub(super) attention: Mutex<Option<Buffer>>,
+    /// How often one of them got another address, which graphs have.
+    pub(super) moves: AtomicU64,
+    moving: Mutex<()>,
+}
+
+impl Workspaces {
+    /// While it lives, none gets another address.
+    pub(super) fn still(&self) -> MutexGuard<'_, ()> {
+        self.moving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Runs `launch` with the address of at least `bytes` bytes that were zero at first (none for 0 bytes). Nobody else gets
@@ -49,6 +60,9 @@ pub(super) fn with_zeroed(
         _ => {
             let mut buffer = Buffer::new(&gpu.arc(), op, bytes.next_power_of_two())?;
             buffer.fill_bytes(0)?;
+            let workspaces = gpu.workspaces();
+            let _alone = workspaces.still();
+            workspaces.moves.fetch_add(1, Ordering::Relaxed);
             slot.insert(buffer)
         }
     };

@@ -16,10 +16,11 @@ use super::blas::Blas;
 use super::cudnn_attention::AttentionLibrary;
 use super::few_tokens::Workspaces;
 use super::ffi;
+use super::graph;
 use super::offload::Offloader;
 use super::pool::Pool;
 use super::profile::Profiler;
-use super::step_memory::StepMemory;
+use super::step_memory::Kept;
 use crate::error::{Error, Result};
 
 /// The oldest architecture that the kernels are written for: asynchronous copies and bf16 matrix instructions.
@@ -37,7 +38,6 @@ pub struct Gpu {
     offloader: Offloader,
     profiler: Profiler,
     workspaces: Workspaces,
-    step_memory: StepMemory,
     this: Weak<Gpu>,
 }
 
@@ -128,7 +128,6 @@ impl Gpu {
             offloader: Offloader::default(),
             profiler: Profiler::default(),
             workspaces: Workspaces::default(),
-            step_memory: StepMemory::default(),
             this: this.clone(),
         });
         gpu.check_kernels(capability)?;
@@ -178,6 +177,7 @@ impl Gpu {
 
     /// The one stream.
     pub(crate) fn stream(&self) -> &Arc<CudaStream> {
+        graph::spoil();
         &self.stream
     }
 
@@ -196,10 +196,6 @@ impl Gpu {
 
     pub(super) fn workspaces(&self) -> &Workspaces {
         &self.workspaces
-    }
-
-    pub(super) fn step_memory(&self) -> &StepMemory {
-        &self.step_memory
     }
 
     pub(super) fn profiler(&self) -> &Profiler {
@@ -267,7 +263,8 @@ impl Gpu {
     /// Runs one launcher and turns its status into an error that names `op`.
     pub(super) fn launch(&self, op: &'static str, launch: impl FnOnce(ffi::Stream) -> i32) -> Result<()> {
         self.bind(op)?;
-        let launch = || match launch(self.stream.cu_stream().cast()) {
+        let stream = graph::recording().unwrap_or(self.stream.cu_stream());
+        let launch = || match launch(stream.cast()) {
             0 => Ok(()),
             code => Err(status_error(op, code)),
         };
@@ -279,18 +276,17 @@ impl Gpu {
         self.bind(op)?;
         // The pool has no empty allocations.
         let bytes = bytes.max(16);
-        let home = self.reuses_memory().then(|| self.arc());
-        if home.is_some()
-            && let Some((bytes, ptr)) = self.step_memory.take(bytes)
-        {
+        let home = Kept::active(self);
+        if let Some((bytes, ptr)) = home.as_ref().and_then(|home| home.take(bytes)) {
             return Ok(RawMemory { ptr, bytes, stream: self.stream.clone(), home });
         }
+        // What a recording reaches must be there before it.
+        graph::spoil();
         // SAFETY: the stream lives as long as self; the memory is freed on the same stream.
         let allocate = || unsafe { result::malloc_async(self.stream.cu_stream(), bytes) };
         let allocated = match allocate() {
             // The pool may hold enough, but in pieces: give back what nobody uses, so that it can be mapped anew.
             Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                self.release_step_memory();
                 self.synchronize(op)?;
                 self.pool.trim()?;
                 allocate()
@@ -310,13 +306,13 @@ pub(crate) struct RawMemory {
     ptr: sys::CUdeviceptr,
     bytes: usize,
     stream: Arc<CudaStream>,
-    home: Option<Arc<Gpu>>,
+    home: Option<Arc<Kept>>,
 }
 
 impl RawMemory {
     /// Memory that was allocated on this stream and that nobody else frees.
-    pub(super) fn from_ptr(ptr: sys::CUdeviceptr, stream: Arc<CudaStream>) -> Self {
-        Self { ptr, bytes: 0, stream, home: None }
+    pub(super) fn from_ptr(ptr: sys::CUdeviceptr, bytes: usize, stream: Arc<CudaStream>) -> Self {
+        Self { ptr, bytes, stream, home: None }
     }
 
     pub(crate) fn ptr(&self) -> sys::CUdeviceptr {
@@ -339,8 +335,8 @@ impl RawMemory {
 
 impl Drop for RawMemory {
     fn drop(&mut self) {
-        if let Some(gpu) = &self.home {
-            return gpu.step_memory.keep(self.bytes, self.ptr);
+        if let Some(home) = &self.home {
+            return home.keep(self.bytes, self.ptr);
         }
         // A failure here (a lost device) shows at the next call that can report it.
         let _ = self.stream.context().bind_to_thread();

@@ -12,6 +12,7 @@ mod dropout;
 mod elementwise;
 mod few_tokens;
 mod frozen_linear;
+mod graph;
 mod harness;
 mod huge;
 mod int8;

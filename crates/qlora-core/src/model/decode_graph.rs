@@ -1,0 +1,164 @@
+//! A step of generation on a GPU as one CUDA graph.
+//!
+//! Every step enqueues the same few hundred kernels; only the tokens, the positions and the caches' addresses differ, and these
+//! lie in device memory that is written before the step. So the first step with given sizes runs as usual, from memory that is
+//! kept for the next; the second is recorded; from then on a step is one launch. What cannot be recorded (a product by cuBLAS,
+//! an adapter that needs a copy from the host in every step) runs as usual.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+
+use qlora_kernels::cuda::decode::TableMemory;
+use qlora_kernels::cuda::{Graph, StepMemory};
+use qlora_kernels::ops::rope::RopeTable;
+use qlora_kernels::{Matrix, SequenceLayout};
+
+use super::adapters::{Chosen, Span};
+use super::block::Pass;
+use super::cache::KvCache;
+use super::causal_lm::CausalLm;
+use super::decode::Step;
+use crate::error::Result;
+
+/// What a model keeps from one step for the next.
+#[derive(Debug, Default)]
+pub(super) struct DecodeSteps(Mutex<Kept>);
+
+#[derive(Debug, Default)]
+struct Kept {
+    // Before the memory that it was recorded with.
+    last: Option<Last>,
+    memory: Option<StepMemory>,
+    disabled: bool,
+}
+
+/// The sizes of the last step, and what came of them.
+#[derive(Debug)]
+struct Last {
+    key: Key,
+    /// None before the step was seen twice, or if it cannot be recorded.
+    recorded: Option<Recorded>,
+    impossible: bool,
+    table: TableMemory,
+}
+
+/// What the launches of a step depend on.
+#[derive(Debug, PartialEq)]
+struct Key {
+    sequences: usize,
+    capacity: usize,
+    rope: usize,
+    /// Rows, and the address of their adapter's values.
+    spans: Vec<(Range<usize>, usize)>,
+}
+
+#[derive(Debug)]
+struct Recorded {
+    graph: Graph,
+    x: Matrix,
+    logits: Matrix,
+    /// Has the angles that the graph reads.
+    _rope: Arc<RopeTable>,
+}
+
+impl DecodeSteps {
+    /// To be called when the model changes.
+    pub(super) fn forget(&mut self) {
+        self.0.get_mut().unwrap_or_else(PoisonError::into_inner).last = None;
+    }
+}
+
+impl CausalLm {
+    /// Whether steps of generation on a GPU run as one CUDA graph where they can (they do by default).
+    pub fn set_decode_graph(&mut self, on: bool) {
+        let kept = self.steps.0.get_mut().unwrap_or_else(PoisonError::into_inner);
+        kept.last = None;
+        kept.disabled = !on;
+    }
+
+    /// Whether the last step of generation ran as a graph.
+    pub fn runs_decode_graph(&self) -> bool {
+        let kept = self.steps.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.last.as_ref().is_some_and(|last| last.recorded.is_some())
+    }
+
+    /// The logits after one new token of each sequence; none if the kernels for that do not take this model, or another thread
+    /// is generating with it.
+    pub(super) fn decode_step(
+        &self,
+        tokens: &[u32],
+        caches: &mut [&mut KvCache],
+        layout: &SequenceLayout,
+        rope: &Arc<RopeTable>,
+        spans: &[Span],
+    ) -> Result<Option<Matrix>> {
+        let Some(gpu) = self.workspace().gpu() else { return Ok(None) };
+        let mut kept = match self.steps.0.try_lock() {
+            Ok(kept) => kept,
+            Err(TryLockError::Poisoned(kept)) => kept.into_inner(),
+            Err(TryLockError::WouldBlock) => return Ok(None),
+        };
+        let logits = self.with_pass(spans, |adapter| {
+            let pass = Pass { adapter, layout, rope, workspace: self.workspace() };
+            let table = kept.last.as_ref().map(|last| last.table.clone());
+            let Some(mut step) = Step::new(self.stack(), caches, &pass, table)? else { return Ok(None) };
+            let key = self.key(tokens.len(), step.tables.capacity(), rope, spans);
+            let memory = kept.memory.get_or_insert_with(|| StepMemory::new(gpu)).clone();
+            let body = |step: &mut Step, x: Matrix| -> Result<Matrix> {
+                let y = step.run(self.stack(), x, &pass)?;
+                self.head_logits(&self.stack().infer_norm(&y, &pass)?, spans)
+            };
+            // Not from the memory of steps: the caller may keep it.
+            let mut logits = self.workspace().matrix(tokens.len(), self.config().vocab_size)?;
+            let seen = kept.last.take().filter(|last| last.key == key);
+            let is_new = seen.is_none();
+            let mut last = seen.unwrap_or_else(|| Last {
+                key,
+                recorded: None,
+                impossible: kept.disabled,
+                table: step.tables.memory(),
+            });
+            if !is_new && !last.impossible && last.recorded.is_none() {
+                let x = self.workspace().matrix(tokens.len(), self.config().hidden_size)?;
+                let _reuse = memory.reuse();
+                let recorded = gpu.capture(|| {
+                    let mut start = self.workspace().matrix(x.rows(), x.cols())?;
+                    start.view_mut().copy_from(x.view())?;
+                    body(&mut step, start)
+                })?;
+                last.impossible = recorded.is_none();
+                last.recorded = recorded.map(|(graph, logits)| Recorded { graph, x, logits, _rope: rope.clone() });
+            }
+            let _reuse = memory.reuse();
+            let x = self.embed_with(tokens, spans)?;
+            let mut launched = false;
+            if let Some(recorded) = &mut last.recorded {
+                recorded.x.view_mut().copy_from(x.view())?;
+                launched = recorded.graph.launch()?;
+                if launched {
+                    logits.view_mut().copy_from(recorded.logits.view())?;
+                }
+            }
+            if !launched {
+                last.recorded = None;
+                logits.view_mut().copy_from(body(&mut step, x)?.view())?;
+            }
+            kept.last = Some(last);
+            Ok(Some(logits))
+        })?;
+        if logits.is_some() {
+            caches.iter_mut().for_each(|cache| cache.advance(1));
+        }
+        Ok(logits)
+    }
+
+    fn key(&self, sequences: usize, capacity: usize, rope: &Arc<RopeTable>, spans: &[Span]) -> Key {
+        let address = |chosen: &Chosen| match chosen {
+            Chosen::Base => 0,
+            Chosen::Trained => 1,
+            Chosen::Loaded(adapter) => std::ptr::from_ref(*adapter).addr(),
+        };
+        let spans = spans.iter().map(|(rows, chosen)| (rows.clone(), address(chosen))).collect();
+        Key { sequences, capacity, rope: Arc::as_ptr(rope).addr(), spans }
+    }
+}

@@ -1,0 +1,135 @@
+//! Work that is enqueued once and then runs again and again as one CUDA graph: hundreds of short kernels without the gaps that
+//! the launches of each leave between them.
+//!
+//! While [`Gpu::capture`] runs, this thread's launches go to a stream of their own, which records and does not run them; other
+//! threads go on as before. Only launches can be recorded. Everything else (copies, products by cuBLAS, attention by cuDNN,
+//! fresh memory) still goes to the GPU's own stream, where it does no harm, and makes the recording worthless: it is thrown
+//! away then, and its caller runs the work as usual.
+//!
+//! A graph has the addresses of everything that was recorded. What they belong to must outlive it, and nothing else may use the
+//! memory: a [`StepMemory`](super::StepMemory) of its own sees to both. The kernels' shared workspaces may move when they
+//! grow; [`Graph::launch`] then says that the graph is out of date.
+
+use std::cell::Cell;
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use candle_core::cuda_backend::cudarc::driver::{CudaStream, result, sys};
+
+use super::gpu::{Gpu, cuda_error};
+use crate::error::{Error, Result};
+
+const OP: &str = "CUDA graph";
+
+thread_local! {
+    /// The stream that records this thread's launches.
+    static RECORDING: Cell<sys::CUstream> = const { Cell::new(ptr::null_mut()) };
+    /// Whether something was enqueued meanwhile that cannot be recorded.
+    static SPOILT: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Recorded launches.
+#[derive(Debug)]
+pub struct Graph {
+    exec: sys::CUgraphExec,
+    gpu: Arc<Gpu>,
+    /// The state of the shared workspaces when it was recorded.
+    moves: u64,
+}
+
+// SAFETY: a graph may be launched and destroyed by any thread, one at a time.
+unsafe impl Send for Graph {}
+
+/// Ends the recording of this thread, whatever happens.
+struct Recording {
+    stream: Arc<CudaStream>,
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        RECORDING.set(ptr::null_mut());
+    }
+}
+
+/// The stream for this thread's launches, if they are being recorded.
+pub(super) fn recording() -> Option<sys::CUstream> {
+    Some(RECORDING.get()).filter(|stream| !stream.is_null())
+}
+
+/// To be called by everything that goes to the GPU's own stream.
+pub(super) fn spoil() {
+    if recording().is_some() {
+        SPOILT.set(true);
+    }
+}
+
+impl Gpu {
+    /// Records what `work` launches, without running it, and gives its result too; none if something in it cannot be recorded.
+    ///
+    /// # Errors
+    /// Whatever `work` returns, or if the device fails.
+    pub fn capture<T, E: From<Error>>(
+        self: &Arc<Self>,
+        work: impl FnOnce() -> std::result::Result<T, E>,
+    ) -> std::result::Result<Option<(Graph, T)>, E> {
+        self.bind(OP)?;
+        let moves = self.workspaces().moves.load(Ordering::Relaxed);
+        let stream = self.stream().context().new_stream().map_err(|error| cuda_error(OP, error))?;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the stream is new and this thread's alone.
+        unsafe { result::stream::begin_capture(stream.cu_stream(), mode) }.map_err(|error| cuda_error(OP, error))?;
+        RECORDING.set(stream.cu_stream());
+        SPOILT.set(false);
+        let recording = Recording { stream };
+        let value = work();
+        let spoilt = SPOILT.get() || self.workspaces().moves.load(Ordering::Relaxed) != moves;
+        let stream = recording.stream.clone();
+        drop(recording);
+        // SAFETY: the capture was begun on this stream by this thread.
+        let graph = unsafe { result::stream::end_capture(stream.cu_stream()) };
+        let value = value?;
+        // A capture that failed is one that something cannot be recorded in.
+        let Ok(graph) = graph else { return Ok(None) };
+        if graph.is_null() {
+            return Ok(None);
+        }
+        let flags = sys::CUgraphInstantiate_flags_enum::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let exec = match spoilt {
+            true => None,
+            // SAFETY: the graph is whole.
+            false => unsafe { result::graph::instantiate(graph, flags) }.ok(),
+        };
+        // SAFETY: made above; an executable graph does not need it.
+        let _ = unsafe { result::graph::destroy(graph) };
+        Ok(exec.map(|exec| (Graph { exec, gpu: self.clone(), moves }, value)))
+    }
+}
+
+impl Graph {
+    /// Enqueues everything; false if it is out of date and has to be recorded again.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn launch(&self) -> Result<bool> {
+        // Nobody moves a workspace between this look and the launch: see `Workspaces`.
+        let workspaces = self.gpu.workspaces();
+        let _still = workspaces.still();
+        if workspaces.moves.load(Ordering::Relaxed) != self.moves {
+            return Ok(false);
+        }
+        self.gpu.bind(OP)?;
+        // SAFETY: the graph is executable; its addresses are live (see the module).
+        unsafe { result::graph::launch(self.exec, self.gpu.stream().cu_stream()) }
+            .map_err(|error| cuda_error(OP, error))?;
+        Ok(true)
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        let _ = self.gpu.bind(OP);
+        // SAFETY: made by `capture`, destroyed once; the driver keeps what a launch in flight needs.
+        let _ = unsafe { result::graph::exec_destroy(self.exec) };
+    }
+}
