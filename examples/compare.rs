@@ -84,10 +84,14 @@ fn main() -> anyhow::Result<()> {
     let mut tokens = files.tokenizer.encode(&text, true)?;
     tokens.truncate(args.tokens);
     ensure!(tokens.len() >= 2 && args.window >= 2, "a text and a window of at least two tokens are needed");
-    println!("{}: {} tokens of text in pieces of {}\n", files.name, tokens.len(), args.window);
+    println!("{}: {} tokens of text in pieces of {}", files.name, tokens.len(), args.window);
+    println!(
+        "MB: the whole model. Bits: a weight of the linear layers, scales included. Error: of these weights, against the"
+    );
+    println!("stored ones. Reads: the text at once. Writes: one token after the other.\n");
     println!(
         "{:18} {:>9} {:>7} {:>9} {:>11} {:>14} {:>14}",
-        "", "MB", "bits", "error", "perplexity", "reads tokens/s", "writes tokens/s"
+        "held in", "MB", "bits", "error", "perplexity", "reads, tok/s", "writes, tok/s"
     );
     let mut rows = Vec::new();
     for (name, quantization) in kinds() {
@@ -184,17 +188,23 @@ fn weight_error(model: &CausalLm, source: &dyn WeightSource) -> anyhow::Result<O
     Ok(Some(if weights > 0.0 { (errors / weights).sqrt() } else { 0.0 }))
 }
 
-/// Four groups of bars, one a quantity.
+/// Groups of bars, one a quantity.
 fn picture(model: &str, rows: &[Row]) -> String {
     const BAR: f64 = 18.0;
     const WIDTH: f64 = 330.0;
+    /// Room for the longest name.
+    const NAME: f64 = 125.0;
     type Value = fn(&Row) -> f64;
-    let groups: [(&str, Value, usize); 4] = [
+    let mut groups: Vec<(&str, Value, usize)> = vec![
         ("memory, MB", |row| row.bytes as f64 / 1e6, 1),
         ("error of the weights, %", |row| 100.0 * row.error.unwrap_or(0.0), 2),
         ("perplexity", |row| row.perplexity, 3),
         ("generation, tokens/s", |row| row.writing, 1),
     ];
+    // Where weights cannot be read back there is no error, which is not the same as none.
+    if rows.iter().any(|row| row.error.is_none()) {
+        groups.remove(1);
+    }
     let height = rows.len() as f64 * (BAR + 6.0) + 50.0;
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {} {}\" font-family=\"sans-serif\" font-size=\"12\">\n\
@@ -216,8 +226,8 @@ fn picture(model: &str, rows: &[Row]) -> String {
                  height=\"{BAR}\" fill=\"#4477aa\"/><text x=\"{:.1}\" y=\"{:.1}\">{value:.digits$}</text>",
                 top + 13.0,
                 escape(row.name),
-                x + 95.0,
-                x + 100.0 + width,
+                x + NAME,
+                x + NAME + 5.0 + width,
                 top + 13.0
             );
         }

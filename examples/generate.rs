@@ -15,13 +15,12 @@ use anyhow::{Context, bail};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use qlora::chat::{Message, TemplateArguments};
-use qlora::generate::{generate, generate_batch, generate_batch_with};
-use qlora::inspect::kv_cache_bytes;
+use qlora::generate::{Answer, AnswerText, CachePlan, answer_all, generate, generate_batch_with};
 use qlora::kernels::Dtype;
 use qlora::kernels::quant::QuantConfig;
 use qlora::model::{AdapterChoice, CausalLm, DeviceChoice, LoadOptions, Quantization};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
-use qlora::sampling::{GenerationConfig, StopStrings};
+use qlora::sampling::GenerationConfig;
 
 /// Generates text.
 #[derive(Parser)]
@@ -68,6 +67,9 @@ struct Args {
     /// Ends the answer as soon as it occurs; may be given several times.
     #[arg(long)]
     stop: Vec<String>,
+    /// Prompts run in pieces of so many tokens: smaller ones take less memory.
+    #[arg(long)]
+    prefill_chunk_size: Option<usize>,
     /// Answers every line of a JSONL file: {"prompt": "..."} or {"messages": [...]}.
     #[arg(long, conflicts_with = "prompt", requires = "output")]
     batch: Option<PathBuf>,
@@ -114,8 +116,10 @@ fn main() -> anyhow::Result<()> {
         seed: args.seed,
         stop_tokens: files.generation.eos_token_ids.clone(),
         stop_strings: args.stop.clone(),
+        prefill_chunk_size: args.prefill_chunk_size,
         ..GenerationConfig::default()
     };
+    eprintln!("{}: {:.2} GB on {}", files.name, model.memory().total() as f64 / 1e9, device_name(&model));
     let talk = Talk { model: &model, files: &files, config, raw: args.raw };
     let system: Vec<Message> = args.system.iter().map(Message::system).collect();
     if let (Some(input), Some(output)) = (&args.batch, &args.output) {
@@ -125,6 +129,8 @@ fn main() -> anyhow::Result<()> {
     let prompt = talk.encode(&[system, vec![Message::user(prompt)]].concat(), Some(prompt))?;
 
     if args.with.as_deref() == Some("all") {
+        let lengths = vec![prompt.len(); names.len() + 1];
+        eprintln!("keys and values: {} at most", CachePlan::new(&model, lengths, &talk.config)?);
         let choices: Vec<AdapterChoice> =
             [AdapterChoice::Base].into_iter().chain(names.iter().map(|name| AdapterChoice::Named(name))).collect();
         let answers = generate_batch_with(&model, &vec![prompt.as_slice(); choices.len()], &talk.config, &choices)?;
@@ -135,6 +141,11 @@ fn main() -> anyhow::Result<()> {
     }
 
     talk.stream(&prompt).map(drop)
+}
+
+/// The device that a model is on.
+fn device_name(model: &CausalLm) -> &'static str {
+    if model.workspace().device().is_cpu() { "the CPU" } else { "the GPU" }
 }
 
 /// A model that answers.
@@ -158,19 +169,17 @@ impl Talk<'_> {
 
     /// Prints an answer as it comes, and returns it.
     fn stream(&self, prompt: &[u32]) -> anyhow::Result<String> {
-        let tokens = (prompt.len() + self.config.max_new_tokens) as u64;
-        let cache = tokens * kv_cache_bytes(self.model.config(), self.model.workspace().dtype());
+        eprintln!("keys and values: {} at most", CachePlan::new(self.model, [prompt.len()], &self.config)?);
         let start = Instant::now();
-        let mut text = self.files.tokenizer.decode_stream(true);
-        let mut stops = StopStrings::new(self.config.stop_strings.clone());
-        let (mut whole, mut failure) = (String::new(), None);
+        let mut text = AnswerText::new(&self.files.tokenizer, &self.config);
+        let (mut whole, mut failure, mut first) = (String::new(), None, None);
         let answer = generate(self.model, prompt, &self.config, |token| match text.push(token) {
             Ok(piece) => {
-                let piece = stops.push(&piece);
+                first.get_or_insert_with(|| start.elapsed());
                 print!("{piece}");
                 whole.push_str(&piece);
                 // A closed pipe ends the generation, too.
-                match stops.found().is_none() && std::io::stdout().flush().is_ok() {
+                match !text.is_complete() && std::io::stdout().flush().is_ok() {
                     true => ControlFlow::Continue(()),
                     false => ControlFlow::Break(()),
                 }
@@ -183,14 +192,16 @@ impl Talk<'_> {
         if let Some(error) = failure {
             return Err(error.into());
         }
-        let rest = stops.push(&text.finish()?) + &stops.finish();
+        let rest = text.finish()?;
         println!("{rest}");
-        let seconds = start.elapsed().as_secs_f64();
+        let (all, first) = (start.elapsed(), first.unwrap_or_else(|| start.elapsed()));
+        // The first token belongs to the prompt.
+        let speed = answer.tokens.len().saturating_sub(1) as f64 / (all - first).as_secs_f64().max(1e-9);
         eprintln!(
-            "{} tokens, {:.1} tokens/s; keys and values take at most {:.1} MB",
-            answer.tokens.len(),
-            answer.tokens.len() as f64 / seconds,
-            cache as f64 / 1e6
+            "{} tokens of prompt in {:.2} s, {} new tokens at {speed:.1} tokens/s",
+            prompt.len(),
+            first.as_secs_f64(),
+            answer.tokens.len()
         );
         Ok(whole + &rest)
     }
@@ -205,13 +216,22 @@ impl Talk<'_> {
                 return Ok(());
             }
             messages.push(Message::user(line.trim()));
-            let prompt = self.encode(&messages, Some(line.trim()))?;
-            messages.push(Message::assistant(self.stream(&prompt)?));
+            match self.encode(&messages, Some(line.trim())).and_then(|prompt| self.stream(&prompt)) {
+                Ok(answer) => messages.push(Message::assistant(answer)),
+                // Such as a message that is too long: the others are still there.
+                Err(error) => {
+                    eprintln!("{error:#}");
+                    messages.pop();
+                }
+            }
         }
     }
 
     /// Answers the lines of a JSONL file, several at a time.
     fn answer_file(&self, input: &Path, output: &Path, system: &[Message], size: usize) -> anyhow::Result<()> {
+        if output.exists() && input.canonicalize().ok() == output.canonicalize().ok() {
+            bail!("{} would be overwritten: give --output another name", input.display());
+        }
         let text = std::fs::read_to_string(input).with_context(|| input.display().to_string())?;
         let mut rows = Vec::new();
         for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
@@ -220,30 +240,43 @@ impl Talk<'_> {
             let prompt = row.get("prompt").and_then(|prompt| prompt.as_str());
             let messages: Vec<Message> = match (prompt, row.get("messages")) {
                 (Some(prompt), _) => [system, &[Message::user(prompt)]].concat(),
-                (None, Some(messages)) => serde_json::from_value(messages.clone()).with_context(place)?,
+                (None, Some(messages)) => {
+                    let messages: Vec<Message> = serde_json::from_value(messages.clone()).with_context(place)?;
+                    match messages.first() {
+                        Some(first) if first.role == "system" => messages,
+                        _ => [system, &messages].concat(),
+                    }
+                }
                 (None, None) => bail!("{}: neither \"prompt\" nor \"messages\"", place()),
             };
             let tokens = self.encode(&messages, prompt).with_context(place)?;
             rows.push((row, tokens));
         }
+        let prompts: Vec<&[u32]> = rows.iter().map(|(_, tokens)| tokens.as_slice()).collect();
+        eprintln!("keys and values: {} at most", CachePlan::of_batches(self.model, &prompts, &self.config, size)?);
         let bar = ProgressBar::new(rows.len() as u64)
-            .with_style(ProgressStyle::with_template("{bar:40} {pos}/{len} answers, {elapsed}, {eta} left")?);
-        let mut file =
-            std::io::BufWriter::new(std::fs::File::create(output).with_context(|| output.display().to_string())?);
-        for rows in rows.chunks_mut(size) {
-            let prompts: Vec<&[u32]> = rows.iter().map(|(_, tokens)| tokens.as_slice()).collect();
-            let answers = generate_batch(self.model, &prompts, &self.config)?;
-            for ((row, _), answer) in rows.iter_mut().zip(answers) {
-                let mut stops = StopStrings::new(self.config.stop_strings.clone());
-                let text = stops.push(&self.files.tokenizer.decode(&answer.tokens, true)?) + &stops.finish();
-                row.insert("completion".to_owned(), text.into());
-                writeln!(file, "{}", serde_json::to_string(row)?)?;
+            .with_style(ProgressStyle::with_template("{bar:40} {pos}/{len} answers, {msg}{elapsed}, {eta} left")?);
+        bar.tick();
+        let file = std::fs::File::create(output).with_context(|| output.display().to_string())?;
+        let (mut file, start, mut tokens) = (std::io::BufWriter::new(file), Instant::now(), 0);
+        let mut write = |first: usize, answers: Vec<Answer>| -> std::io::Result<()> {
+            for ((row, _), answer) in rows[first..].iter().zip(&answers) {
+                let mut row = row.clone();
+                row.insert("completion".to_owned(), answer.text.clone().into());
+                writeln!(file, "{}", serde_json::Value::Object(row))?;
+                tokens += answer.tokens;
             }
-            file.flush()?;
-            bar.inc(rows.len() as u64);
-        }
-        bar.finish();
-        println!("{}", output.display());
+            bar.set_message(format!("{:.0} tokens/s, ", tokens as f64 / start.elapsed().as_secs_f64()));
+            bar.inc(answers.len() as u64);
+            file.flush()
+        };
+        answer_all(self.model, &self.files.tokenizer, &prompts, &self.config, size, |first, answers| {
+            write(first, answers).map_err(|source| qlora::Error::Io { path: output.to_owned(), source })
+        })?;
+        bar.finish_and_clear();
+        let seconds = start.elapsed().as_secs_f64();
+        let speed = tokens as f64 / seconds;
+        println!("{}: {} answers in {seconds:.1} s, {speed:.0} tokens/s", output.display(), rows.len());
         Ok(())
     }
 }

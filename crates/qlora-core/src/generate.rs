@@ -1,11 +1,14 @@
 //! Text generation with a key-value cache, for one prompt or a batch of them.
 
+mod text;
+
 use std::ops::ControlFlow;
 
 use candle_core::{Device, Tensor};
 use qlora_kernels::Matrix;
 use qlora_kernels::ops::argmax;
 
+pub use self::text::{Answer, AnswerText, CachePlan, answer_all};
 use crate::error::{Error, Result};
 use crate::model::{AdapterChoice, CausalLm, KvCache};
 use crate::sampling::{GenerationConfig, Sampler};
@@ -93,6 +96,17 @@ fn prefill(model: &CausalLm, sequence: &mut Sequence, chunk: usize, adapter: Ada
     Ok(())
 }
 
+/// The most tokens that prompt and answer have together.
+fn capacity(model: &CausalLm, prompt: usize, config: &GenerationConfig) -> Result<usize> {
+    let limit = model.config().max_position_embeddings;
+    if prompt >= limit {
+        return Err(Error::Invalid(format!(
+            "the prompt has {prompt} tokens, the model takes {limit} (max_position_embeddings)"
+        )));
+    }
+    Ok(prompt.saturating_add(config.max_new_tokens).min(limit))
+}
+
 /// One prompt's state.
 struct Sequence {
     cache: KvCache,
@@ -105,14 +119,7 @@ struct Sequence {
 
 impl Sequence {
     fn new(model: &CausalLm, prompt: &[u32], config: &GenerationConfig, index: usize) -> Result<Self> {
-        let limit = model.config().max_position_embeddings;
-        if prompt.len() >= limit {
-            return Err(Error::Invalid(format!(
-                "the prompt has {} tokens, the model takes {limit} (max_position_embeddings)",
-                prompt.len()
-            )));
-        }
-        let capacity = prompt.len().saturating_add(config.max_new_tokens).min(limit);
+        let capacity = capacity(model, prompt.len(), config)?;
         let config = GenerationConfig { seed: config.seed.wrapping_add(index as u64), ..config.clone() };
         Ok(Self {
             cache: model.new_cache(capacity),

@@ -2,75 +2,29 @@
 //!
 //! | | checkpoint | shard index | quantized | adapter | GGUF | chat template |
 //! |---|---|---|---|---|---|---|
-//! | truncated | here | here | `quantized_damage` | here | here | |
-//! | wrong shapes, wrong dtypes, missing and extra keys, NaN | here | | `quantized_damage` | `adapter/peft_tests.rs` | here | |
-//! | hostile sizes | here | here | here, `quantized_damage` | here | here, `source/gguf/tests.rs` | here |
+//! | truncated | here | here | `quantized_damage` | here | `damage_set_gguf` | |
+//! | wrong shapes, wrong dtypes, missing and extra keys, NaN | here | | `quantized_damage` | `adapter/peft_tests.rs` | `damage_set_gguf` | |
+//! | hostile sizes | here | here | here, `quantized_damage` | here | `damage_set_gguf`, `source/gguf/tests.rs` | `damage_set_chat` |
 //! | path tricks | | here | | | | |
-//! | loops | | | | | | here |
+//! | loops | | | | | | `damage_set_chat` |
 //!
 //! Every test prints its counts (`--nocapture`). Damages at random are in `loading_robustness`, `quantized_damage` and the
 //! adapters' own tests.
 
 mod common;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::Path;
-use std::time::{Duration, Instant};
 
-use candle_core::quantized::gguf_file::{self, Value as Meta};
-use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{Device, Tensor};
+use common::tally::{Tally, cuts};
 use common::{Checkpoint, FOLDERS, Raw, fixtures, quantized};
 use qlora_core::adapter;
-use qlora_core::chat::{ChatTemplate, Message, TemplateArguments};
 use qlora_core::config::ModelConfig;
 use qlora_core::model::{CausalLm, LoadOptions};
-use qlora_core::source::{Gguf, HfDirectory};
+use qlora_core::source::HfDirectory;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
-
-/// How long one damaged file may take. The slowest takes about a second on a busy machine.
-const TIME: Duration = Duration::from_secs(10);
-/// How much the process may grow over all of a test, in bytes: the undamaged models take less than one of them.
-const MEMORY: u64 = 192 << 20;
-
-/// The most memory that this process ever had resident.
-fn peak() -> u64 {
-    let Ok(status) = fs::read_to_string("/proc/self/status") else { return 0 };
-    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
-}
-
-/// Counts of one format by kind of damage, and the longest that one file took.
-#[derive(Default)]
-struct Tally {
-    counts: BTreeMap<&'static str, usize>,
-    slowest: Duration,
-}
-
-impl Tally {
-    /// One damaged file: refused, by one of `names`, in time and memory.
-    fn refused(&mut self, kind: &'static str, names: &[&str], what: &str, load: impl FnOnce() -> Result<(), String>) {
-        let start = Instant::now();
-        let error = load().expect_err(&format!("{kind}: {what} is accepted"));
-        let took = start.elapsed();
-        assert!(names.iter().any(|name| error.contains(name)), "{kind}: {what}: none of {names:?} is in {error:?}");
-        let start: String = error.chars().take(200).collect();
-        assert!(error.len() < 4000, "{kind}: {what}: {} bytes of message: {start}", error.len());
-        assert!(took < TIME, "{kind}: {what} takes {took:?}");
-        let peak = peak();
-        assert!(peak < MEMORY, "{kind}: {what}: {} MB", peak >> 20);
-        self.slowest = self.slowest.max(took);
-        *self.counts.entry(kind).or_default() += 1;
-    }
-
-    fn check(self, format: &str, expected: &[(&str, usize)]) {
-        let sum: usize = self.counts.values().sum();
-        println!("{format}: {:?}, {sum} in all, the slowest took {:?}", self.counts, self.slowest);
-        assert_eq!(self.counts.into_iter().collect::<Vec<_>>(), expected, "{format}");
-    }
-}
 
 fn load(folder: &Path) -> Result<(), String> {
     let source = HfDirectory::open(folder).map_err(|error| error.to_string())?;
@@ -85,16 +39,6 @@ fn copy(from: &Path) -> tempfile::TempDir {
         fs::write(folder.path().join(path.file_name().unwrap()), fs::read(&path).unwrap()).unwrap();
     }
     folder
-}
-
-/// Lengths shorter than `whole`: the first bytes, where headers begin and end, and some in between.
-fn cuts(whole: usize) -> Vec<usize> {
-    let mut lengths: Vec<usize> = [0, 1, 7, 8, 9, 64].into_iter().chain((1..10).map(|i| whole * i / 10)).collect();
-    lengths.extend([whole - 2, whole - 1]);
-    lengths.retain(|&length| length < whole);
-    lengths.sort_unstable();
-    lengths.dedup();
-    lengths
 }
 
 /// Lengths that a safetensors file may claim for its header, all wrong.
@@ -342,7 +286,6 @@ fn shard_indexes() {
         std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
         tally.refused("path trick", &[INDEX], "a device", || load(folder.path()));
         // Nobody writes to this pipe: whoever opens it waits.
-        fs::write(folder.path().join(INDEX), &text).unwrap_or_default();
         fs::remove_file(&path).unwrap();
         fs::write(&path, &text).unwrap();
         let pipe = folder.path().join(shard);
@@ -447,220 +390,4 @@ fn adapters() {
         }
     }
     tally.check("adapters", &[("hostile size", 27 * 28), ("truncated", 34 * 28)]);
-}
-
-/// A GGUF file taken apart.
-struct Parts {
-    meta: BTreeMap<String, Meta>,
-    tensors: BTreeMap<String, Tensor>,
-}
-
-impl Parts {
-    fn read(path: &Path) -> Self {
-        let mut file = File::open(path).unwrap();
-        let content = gguf_file::Content::read(&mut file).unwrap();
-        let tensor = |name: &String| {
-            let tensor = content.tensor(&mut File::open(path).unwrap(), name, &Device::Cpu).unwrap();
-            tensor.dequantize(&Device::Cpu).unwrap()
-        };
-        let tensors = content.tensor_infos.keys().map(|name| (name.clone(), tensor(name))).collect();
-        Self { meta: content.metadata.into_iter().collect(), tensors }
-    }
-
-    fn write(&self, path: &Path) {
-        let tensors: HashMap<&str, QTensor> = self
-            .tensors
-            .iter()
-            .map(|(name, t)| (name.as_str(), QTensor::quantize(t, GgmlDType::F32).unwrap()))
-            .collect();
-        let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(name, t)| (*name, t)).collect();
-        let meta: Vec<(&str, &Meta)> = self.meta.iter().map(|(key, value)| (key.as_str(), value)).collect();
-        gguf_file::write(&mut File::create(path).unwrap(), &meta, &tensors).unwrap();
-    }
-}
-
-fn load_gguf(path: &Path) -> Result<(), String> {
-    let source = Gguf::open(path).map_err(|error| error.to_string())?;
-    CausalLm::load(&source, LoadOptions::default()).map(drop).map_err(|error| error.to_string())
-}
-
-#[test]
-fn gguf_files() {
-    let mut tally = Tally::default();
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("model.gguf");
-    let original = fixtures().join("loading/llama.gguf");
-    let mut parts = Parts::read(&original);
-    parts.write(&path);
-    load_gguf(&path).unwrap();
-    let file = ["model.gguf"];
-    for name in parts.tensors.keys().cloned().collect::<Vec<_>>() {
-        // The names that errors use are Hugging Face's or the file's.
-        let names = [name.as_str(), "model.gguf", "model.", "lm_head"];
-        let good = parts.tensors.remove(&name).unwrap();
-        parts.write(&path);
-        // Without a head of its own the model's is its embedding.
-        if name != "output.weight" {
-            tally.refused("missing key", &names, &name, || load_gguf(&path));
-        }
-        let count = good.elem_count();
-        let values = good.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        for shape in [vec![count / 2, 2], vec![1, count], vec![count, 1, 1]] {
-            parts.tensors.insert(name.clone(), Tensor::from_vec(values.clone(), shape, &Device::Cpu).unwrap());
-            parts.write(&path);
-            tally.refused("wrong shape", &names, &name, || load_gguf(&path));
-        }
-        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            let mut values = values.clone();
-            values[count / 2] = bad;
-            parts.tensors.insert(name.clone(), Tensor::from_vec(values, good.dims(), &Device::Cpu).unwrap());
-            parts.write(&path);
-            tally.refused("NaN", &names, &name, || load_gguf(&path));
-        }
-        parts.tensors.insert(name.clone(), good);
-        // The type is the number before the offset, at the end of the description: integers, and types there are not.
-        parts.write(&path);
-        let whole = fs::read(&path).unwrap();
-        let described = [&(name.len() as u64).to_le_bytes()[..], name.as_bytes()].concat();
-        let at = whole.windows(described.len()).position(|window| window == described).unwrap() + described.len();
-        let dims = u32::from_le_bytes(whole[at..at + 4].try_into().unwrap()) as usize;
-        for kind in [24u32, 26, 28, 4, 99, u32::MAX] {
-            let mut damaged = whole.clone();
-            damaged[at + 4 + 8 * dims..][..4].copy_from_slice(&kind.to_le_bytes());
-            fs::write(&path, damaged).unwrap();
-            tally.refused("wrong dtype", &names[..2], &format!("{name}: {kind}"), || load_gguf(&path));
-        }
-        // A size and an offset beyond the file.
-        for (place, value) in
-            [(at + 4, u64::MAX), (at + 4, 1 << 62), (at + 8 + 8 * dims, u64::MAX - 31), (at + 8 + 8 * dims, 1 << 40)]
-        {
-            let mut damaged = whole.clone();
-            damaged[place..place + 8].copy_from_slice(&value.to_le_bytes());
-            fs::write(&path, damaged).unwrap();
-            tally.refused("hostile size", &names[..2], &format!("{name}: {value}"), || load_gguf(&path));
-        }
-    }
-    for extra in ["blk.2.attn_q.weight", "blk.0.attn_q.lora", "x", "../x", "blk.0.ffn_gate_inp.weight"] {
-        parts.tensors.insert(extra.to_owned(), Tensor::zeros(8, candle_core::DType::F32, &Device::Cpu).unwrap());
-        parts.write(&path);
-        tally.refused("extra key", &[extra, "model.layers.2"], extra, || load_gguf(&path));
-        parts.tensors.remove(extra);
-    }
-    let needed = [
-        "general.architecture",
-        "llama.block_count",
-        "llama.context_length",
-        "llama.embedding_length",
-        "llama.feed_forward_length",
-        "llama.attention.head_count",
-    ];
-    for key in needed {
-        let good = parts.meta.remove(key).unwrap_or_else(|| panic!("{key} is not in {:?}", parts.meta.keys()));
-        parts.write(&path);
-        tally.refused("missing key", &file, key, || load_gguf(&path));
-        let short = key.split_once('.').unwrap().1;
-        for wrong in
-            [Meta::String("x".to_owned()), Meta::Array(vec![Meta::U32(1)]), Meta::F32(f32::NAN), Meta::Bool(true)]
-        {
-            // A name that no architecture has, or a number of another type.
-            parts.meta.insert(key.to_owned(), wrong.clone());
-            parts.write(&path);
-            tally.refused("wrong dtype", &["model.gguf", short], &format!("{key} {wrong:?}"), || load_gguf(&path));
-        }
-        for hostile in [Meta::U64(u64::MAX), Meta::U64(1 << 40), Meta::U32(u32::MAX), Meta::I64(-1), Meta::U32(0)] {
-            parts.meta.insert(key.to_owned(), hostile.clone());
-            parts.write(&path);
-            tally.refused("hostile size", &["model.gguf", short, "model."], &format!("{key} {hostile:?}"), || {
-                load_gguf(&path)
-            });
-        }
-        parts.meta.insert(key.to_owned(), good);
-    }
-    let whole = fs::read(&original).unwrap();
-    for length in cuts(whole.len()) {
-        fs::write(&path, &whole[..length]).unwrap();
-        tally.refused("truncated", &file, &format!("{length}"), || load_gguf(&path));
-    }
-    // Counts of tensors and of metadata, at bytes 8 and 16.
-    for place in [8, 16] {
-        for value in [u64::MAX, 1 << 62, 1 << 40, 1 << 32, 1 << 20] {
-            let mut damaged = whole.clone();
-            damaged[place..place + 8].copy_from_slice(&value.to_le_bytes());
-            fs::write(&path, damaged).unwrap();
-            tally.refused("hostile size", &file, &format!("{value} at {place}"), || load_gguf(&path));
-        }
-    }
-    tally.check(
-        "GGUF files",
-        &[
-            ("NaN", 87),
-            ("extra key", 5),
-            ("hostile size", 156),
-            ("missing key", 34),
-            ("truncated", 17),
-            ("wrong dtype", 198),
-            ("wrong shape", 87),
-        ],
-    );
-}
-
-/// A list of two lists that are the same one, sixty times over.
-const NESTED: &str =
-    "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}USE";
-
-#[test]
-fn chat_templates() {
-    let mut tally = Tally::default();
-    let long = "x".repeat(1 << 20);
-    let messages = [Message::user("Hello"), Message::assistant("Hi")];
-    let templates: [(&'static str, String); 37] = [
-        ("loop", "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}".into()),
-        ("loop", "{% for a in range(99999) %}{% for b in range(99999) %}{{ b }}{% endfor %}{% endfor %}".into()),
-        ("loop", "{% for a in range(10 ** 18) %}{% endfor %}".into()),
-        ("loop", "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}".into()),
-        ("loop", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}".into()),
-        ("loop", "{% macro f() %}{{ g() }}{% endmacro %}{% macro g() %}{{ f() }}{% endmacro %}{{ f() }}".into()),
-        (
-            "loop",
-            "{% macro f() %}{{ caller() }}{% call f() %}{% endcall %}{% endmacro %}{% call f() %}{% endcall %}".into(),
-        ),
-        ("loop", "{% include 'chat template' %}".into()),
-        ("loop", "{% extends 'chat template' %}".into()),
-        ("hostile size", "{{ 'x' * 10000000000 }}".into()),
-        ("hostile size", "{{ [1] * 10000000000 }}".into()),
-        ("hostile size", "{% for a in range(2000) %}{{ 'x' * 99999 }}{% endfor %}".into()),
-        ("hostile size", "{{ range(10 ** 18) | list }}".into()),
-        ("hostile size", "{{ '%1000000000000d' | format(1) }}".into()),
-        ("hostile size", "{{ '%.1000000000000f' | format(1.5) }}".into()),
-        ("hostile size", "{{ '%*d' | format(1000000000000, 1) }}".into()),
-        ("hostile size", "{{ ('%s' * 100000) | format('x' * 100000) }}".into()),
-        ("hostile size", "{{ '{:>1000000000000}'.format('x') }}".into()),
-        ("hostile size", "{{ 'x' | indent(1000000000000, true) }}".into()),
-        ("hostile size", "{{ 'x' | indent(width=1000000000000, first=true) }}".into()),
-        ("hostile size", "{{ ('x' * 1000000) | replace('x', 'x' * 1000000) }}".into()),
-        ("hostile size", "{{ ('x' * 1000000).replace('', 'x' * 1000000) }}".into()),
-        ("hostile size", "{{ range(99999) | join('x' * 1000000) }}".into()),
-        ("hostile size", "{{ ('x' * 1000000).join(['a'] * 1000000) }}".into()),
-        ("hostile size", NESTED.replace("USE", "{{ ns.x | tojson | length }}")),
-        ("hostile size", NESTED.replace("USE", "{{ ns.x | string | length }}")),
-        ("hostile size", NESTED.replace("USE", "{{ ns.x | join | length }}")),
-        ("hostile size", NESTED.replace("USE", "{{ '%s' | format(ns.x) | length }}")),
-        ("hostile size", NESTED.replace("USE", "{{ ns.x }}")),
-        ("hostile size", format!("{{{{ {}1{} }}}}", "(".repeat(100_000), ")".repeat(100_000))),
-        ("hostile size", format!("{{{{ {}1{} }}}}", "[".repeat(100_000), "]".repeat(100_000))),
-        ("hostile size", "{% if a %}".repeat(100_000)),
-        ("hostile size", format!("{{{{ {} }}}}", "not ".repeat(1_000_000))),
-        ("truncated", "{% for m in messages".into()),
-        ("truncated", "{% for m in messages %}{{ m.content }}".into()),
-        ("truncated", "{{ 'no end }}".into()),
-        ("truncated", format!("{{{{ '{long}")),
-    ];
-    for (kind, source) in templates {
-        let what = &source[..source.len().min(60)];
-        tally.refused(kind, &["chat template"], what, || {
-            let template = ChatTemplate::new(&source, []).map_err(|error| error.to_string())?;
-            template.render(&messages, true, &TemplateArguments::new()).map(drop).map_err(|error| error.to_string())
-        });
-    }
-    tally.check("chat templates", &[("hostile size", 24), ("loop", 9), ("truncated", 4)]);
 }

@@ -1,10 +1,13 @@
 //! Owned memory for activations and gradients, and the pool it comes from.
 
+mod pool;
+
 use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use candle_core::Device;
 
+use self::pool::Pool;
 #[cfg(feature = "cuda")]
 use crate::cuda::{Buffer, CudaView, CudaViewMut, Gpu};
 use crate::dtype::Dtype;
@@ -53,22 +56,6 @@ enum Place {
     },
 }
 
-struct Pool {
-    poison: bool,
-    state: Mutex<PoolState>,
-}
-
-#[derive(Default)]
-struct PoolState {
-    free: Vec<Vec<f32>>,
-    /// Elements now in matrices.
-    live: usize,
-    /// Elements now in `free`.
-    idle: usize,
-    /// The largest `live` so far.
-    peak: usize,
-}
-
 /// Elements from one row to the next of a matrix on a GPU with a margin: strides of whole 128 bytes keep rows aligned for
 /// every kernel.
 pub fn padded_cols(cols: usize, margin: usize) -> usize {
@@ -112,7 +99,7 @@ impl Workspace {
             if dtype != Dtype::F32 {
                 return Err(Error::invalid(OP, format!("the CPU computes in float32, not in {}", dtype.name())));
             }
-            return Ok(Self { place: Place::Host(Arc::new(Pool { poison, state: Mutex::default() })) });
+            return Ok(Self { place: Place::Host(Arc::new(Pool::new(poison))) });
         }
         #[cfg(feature = "cuda")]
         if device.is_cuda() {
@@ -123,7 +110,7 @@ impl Workspace {
 
     /// CPU memory.
     pub fn cpu() -> Self {
-        Self { place: Place::Host(Arc::new(Pool { poison: false, state: Mutex::default() })) }
+        Self { place: Place::Host(Arc::new(Pool::new(false))) }
     }
 
     /// The candle device.
@@ -167,7 +154,7 @@ impl Workspace {
     /// If this is a GPU's workspace: the operation's arguments are then there too, and it runs there.
     pub(crate) fn scratch(&self, rows: usize, cols: usize) -> Matrix {
         match &self.place {
-            Place::Host(pool) => pool.matrix(rows, cols),
+            Place::Host(pool) => Matrix::from_pool(pool, rows, cols),
             #[cfg(feature = "cuda")]
             Place::Cuda { .. } => panic!("a CPU operation was given the workspace of a GPU"),
         }
@@ -194,7 +181,7 @@ impl Workspace {
         match &self.place {
             Place::Host(pool) => {
                 let _ = (dtype, margin);
-                Ok(pool.matrix(rows, cols))
+                Ok(Matrix::from_pool(pool, rows, cols))
             }
             #[cfg(feature = "cuda")]
             Place::Cuda { gpu, poison, .. } => {
@@ -245,7 +232,7 @@ impl Workspace {
     /// The most bytes that were in use at one time: in matrices of this pool on the CPU, in all of the GPU's pool there.
     pub fn peak_bytes(&self) -> usize {
         match &self.place {
-            Place::Host(pool) => pool.lock().peak * size_of::<f32>(),
+            Place::Host(pool) => pool.peak() * size_of::<f32>(),
             #[cfg(feature = "cuda")]
             Place::Cuda { gpu, .. } => gpu.pool().peak().unwrap_or(0) as usize,
         }
@@ -254,11 +241,7 @@ impl Workspace {
     /// Gives the memory that no matrix holds back to the operating system.
     pub fn trim(&self) {
         match &self.place {
-            Place::Host(pool) => {
-                let mut state = pool.lock();
-                state.free.clear();
-                state.idle = 0;
-            }
+            Place::Host(pool) => pool.trim(),
             #[cfg(feature = "cuda")]
             Place::Cuda { gpu, .. } => {
                 let _ = gpu.release_pinned();
@@ -268,52 +251,12 @@ impl Workspace {
     }
 }
 
-impl Pool {
-    fn matrix(self: &Arc<Self>, rows: usize, cols: usize) -> Matrix {
-        let len = rows.checked_mul(cols).expect("matrix size overflows");
-        let mut data = self.take(len);
-        if self.poison {
-            data.fill(f32::NAN);
-        }
-        Matrix { storage: Storage::Host { data, pool: Some(self.clone()) }, rows, cols }
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, PoolState> {
-        // A panic while the lock was held cannot leave the lists in a state that is unsafe to use.
-        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-
-    fn take(&self, len: usize) -> Vec<f32> {
-        let mut state = self.lock();
-        state.live += len;
-        state.peak = state.peak.max(state.live);
-        // Best fit, but not more than twice what is asked: sequences differ in length from step to step.
-        let fits = |data: &Vec<f32>| data.capacity() >= len && data.capacity() <= 2 * len.max(1024);
-        let best = (0..state.free.len()).filter(|&i| fits(&state.free[i])).min_by_key(|&i| state.free[i].capacity());
-        if let Some(index) = best {
-            let mut data = state.free.swap_remove(index);
-            state.idle -= data.capacity();
-            data.resize(len, 0.0);
-            return data;
-        }
-        // Nothing fits. Keep what is idle below what is in use, or changing shapes would pile up memory.
-        while state.idle > state.live {
-            let Some(dropped) = state.free.pop() else { break };
-            state.idle -= dropped.capacity();
-        }
-        drop(state);
-        vec![0.0; len]
-    }
-
-    fn give(&self, data: Vec<f32>) {
-        let mut state = self.lock();
-        state.live -= data.len();
-        state.idle += data.capacity();
-        state.free.push(data);
-    }
-}
-
 impl Matrix {
+    fn from_pool(pool: &Arc<Pool>, rows: usize, cols: usize) -> Self {
+        let data = pool.take(rows.checked_mul(cols).expect("matrix size overflows"));
+        Self { storage: Storage::Host { data, pool: Some(pool.clone()) }, rows, cols }
+    }
+
     /// Wraps elements that the caller made, in host memory; they belong to no pool.
     ///
     /// # Panics
@@ -424,7 +367,7 @@ impl Matrix {
             Storage::Host { data, pool } => {
                 let data = std::mem::take(data);
                 if let Some(pool) = pool.take() {
-                    pool.lock().live -= data.len();
+                    pool.leave(data.len());
                 }
                 data
             }
@@ -487,8 +430,8 @@ impl fmt::Debug for Workspace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.place {
             Place::Host(pool) => {
-                let state = pool.lock();
-                write!(f, "Workspace({} elements live, {} idle)", state.live, state.idle)
+                let (live, idle) = pool.live_and_idle();
+                write!(f, "Workspace({live} elements live, {idle} idle)")
             }
             #[cfg(feature = "cuda")]
             Place::Cuda { gpu, dtype, .. } => write!(f, "Workspace({}, {})", gpu.name(), dtype.name()),
@@ -502,7 +445,7 @@ mod tests {
 
     fn idle(workspace: &Workspace) -> usize {
         match &workspace.place {
-            Place::Host(pool) => pool.lock().idle,
+            Place::Host(pool) => pool.live_and_idle().1,
             #[cfg(feature = "cuda")]
             Place::Cuda { .. } => unreachable!("made for the CPU"),
         }

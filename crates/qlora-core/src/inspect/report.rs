@@ -80,7 +80,13 @@ fn model(out: &mut String, name: &str, config: &ModelConfig) -> std::fmt::Result
         let bytes = WeightBytes::of(config, precision);
         writeln!(out, "{:26} {:>18} {:>12}", precision.name(), size(bytes.linear), size(bytes.total()))?;
     }
-    Ok(())
+    // Half of f32 is bf16.
+    let more = WeightBytes::of(config, Precision::F32).embeddings / 2;
+    writeln!(
+        out,
+        "embedding and head count as bf16, in the first row as f32; on the CPU they are f32 in every row: {} more",
+        size(more)
+    )
 }
 
 fn adapter(out: &mut String, config: &ModelConfig, lora: &LoraConfig, layout: &AdapterLayout) -> std::fmt::Result {
@@ -234,6 +240,8 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line:?} is not in\n{text}");
         }
+        // 2 x 128,256 x 4096, two bytes each.
+        assert!(text.contains("on the CPU they are f32 in every row: 2.10 GB more\n"), "{text}");
         let row = |start: &str| {
             text.lines().find(|line| line.starts_with(start)).unwrap_or_else(|| panic!("{start}\n{text}"))
         };

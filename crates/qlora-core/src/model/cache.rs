@@ -25,6 +25,9 @@ pub struct LayerCache {
 }
 
 impl KvCache {
+    /// Tokens that a cache has room for as soon as there is one.
+    pub const FIRST_ROWS: usize = 64;
+
     /// An empty cache for at most `capacity` tokens; memory grows as tokens come.
     pub fn new(layers: usize, width: usize, capacity: usize) -> Self {
         let empty = || Matrix::from_vec(Vec::new(), 0, width);
@@ -50,6 +53,11 @@ impl KvCache {
     /// Bytes that `tokens` tokens take with elements of type `dtype`.
     pub fn bytes(layers: usize, width: usize, tokens: usize, dtype: Dtype) -> usize {
         2 * layers * width * tokens * dtype.size()
+    }
+
+    /// Bytes that are held now.
+    pub fn held_bytes(&self) -> usize {
+        self.layers.iter().map(|layer| layer.keys.bytes() + layer.values.bytes()).sum()
     }
 
     /// Forgets all tokens from `len` on.
@@ -101,7 +109,7 @@ impl LayerCache {
         }
         for stored in [&mut self.keys, &mut self.values] {
             if stored.rows() < total {
-                let rows = total.next_power_of_two().clamp(64, self.capacity.max(64));
+                let rows = total.next_power_of_two().clamp(KvCache::FIRST_ROWS, self.capacity.max(KvCache::FIRST_ROWS));
                 let mut grown = workspace.matrix(rows, self.width)?;
                 if self.len > 0 {
                     grown.view_mut().slice_rows(0..self.len).copy_from(stored.view().slice_rows(0..self.len))?;

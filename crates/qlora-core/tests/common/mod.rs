@@ -1,6 +1,8 @@
 //! Checkpoints that tests take apart and put together again.
 #![allow(dead_code)]
 
+pub(crate) mod tally;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -16,7 +16,8 @@ use rayon::iter::{IndexedParallelIterator, ParallelIterator};
 use rayon::slice::ParallelSliceMut;
 
 use super::encode::LARGEST;
-use super::quantized_int::{IntBits, IntParts, OutlierColumns, QuantizedInt, check_columns};
+use super::int_parts::{IntBits, IntParts, OutlierColumns, check_columns};
+use super::quantized_int::QuantizedInt;
 use crate::error::{Error, Result};
 use crate::parallel::rows_per_task;
 use crate::weight::{Int8Activations, PlainData};

@@ -27,6 +27,7 @@
 //! | [`quantizer`] | a weight quantized piece by piece, as it is read |
 //! | [`quantized4bit`] | the frozen 4-bit weight |
 //! | [`quantized_int`] | the frozen integer weight: LLM.int8, GPTQ, AWQ, uniform |
+//! | `int_parts` | what an integer weight consists of, checked |
 //! | `int_encode` | plain weights to integers |
 
 pub mod codebook;
@@ -34,6 +35,7 @@ mod decode;
 mod dynamic_map;
 mod encode;
 mod int_encode;
+mod int_parts;
 pub mod nested;
 pub mod quantized4bit;
 pub mod quantized_int;

@@ -1,0 +1,162 @@
+//! Generation in text: tokens decoded as they come, stop strings, files of prompts, and the memory it takes.
+
+use std::fmt;
+use std::ops::ControlFlow;
+
+use super::{StopReason, capacity, run};
+use crate::error::Result;
+use crate::model::{AdapterChoice, CausalLm, KvCache};
+use crate::sampling::{GenerationConfig, StopStrings};
+use crate::tokenizer::{DecodeStream, Tokenizer};
+
+/// The text of an answer, token by token.
+#[derive(Debug)]
+pub struct AnswerText<'a> {
+    decoder: DecodeStream<'a>,
+    stops: StopStrings,
+}
+
+impl<'a> AnswerText<'a> {
+    /// The text up to the first of `config`'s stop strings.
+    pub fn new(tokenizer: &'a Tokenizer, config: &GenerationConfig) -> Self {
+        Self { decoder: tokenizer.decode_stream(true), stops: StopStrings::new(config.stop_strings.clone()) }
+    }
+
+    /// Takes the next token and returns what can be shown: whole characters that belong to no stop string.
+    ///
+    /// # Errors
+    /// If the tokenizer's decoder fails.
+    pub fn push(&mut self, token: u32) -> Result<String> {
+        Ok(self.stops.push(&self.decoder.push(token)?))
+    }
+
+    /// Whether a stop string occurred: the answer is then complete.
+    pub fn is_complete(&self) -> bool {
+        self.stops.found().is_some()
+    }
+
+    /// What was held back.
+    ///
+    /// # Errors
+    /// If the tokenizer's decoder fails.
+    pub fn finish(mut self) -> Result<String> {
+        Ok(self.stops.push(&self.decoder.finish()?) + &self.stops.finish())
+    }
+}
+
+/// A finished answer as text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The text, without the stop string that ended it.
+    pub text: String,
+    /// Tokens that were generated.
+    pub tokens: usize,
+    /// Why there are no more; [`StopReason::Caller`] stands for a stop string.
+    pub stop: StopReason,
+}
+
+/// Answers many prompts with the active adapter, `batch_size` at a time. A stop string ends its answer alone. Every prompt
+/// draws from a seed of its own, whatever the batch size is. `on_answers` gets each batch's answers and the index of the
+/// first one.
+///
+/// # Errors
+/// As [`generate`](super::generate), if a token cannot be decoded, and what `on_answers` returns.
+pub fn answer_all(
+    model: &CausalLm,
+    tokenizer: &Tokenizer,
+    prompts: &[&[u32]],
+    config: &GenerationConfig,
+    batch_size: usize,
+    mut on_answers: impl FnMut(usize, Vec<Answer>) -> Result<()>,
+) -> Result<()> {
+    let size = batch_size.max(1);
+    for (number, prompts) in prompts.chunks(size).enumerate() {
+        let first = number * size;
+        let config = GenerationConfig { seed: config.seed.wrapping_add(first as u64), ..config.clone() };
+        let mut texts: Vec<_> = prompts.iter().map(|_| (AnswerText::new(tokenizer, &config), String::new())).collect();
+        let mut failure = None;
+        let choices = vec![AdapterChoice::Active; prompts.len()];
+        let generations = run(model, prompts, &config, &choices, |index, token| {
+            let (text, whole) = &mut texts[index];
+            match text.push(token) {
+                Ok(piece) => whole.push_str(&piece),
+                Err(error) => failure = Some(error),
+            }
+            if failure.is_some() || text.is_complete() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })?;
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        let answer = |((text, whole), generation): ((AnswerText, String), super::Generation)| {
+            Ok(Answer { text: whole + &text.finish()?, tokens: generation.tokens.len(), stop: generation.stop })
+        };
+        on_answers(first, texts.into_iter().zip(generations).map(answer).collect::<Result<_>>()?)?;
+    }
+    Ok(())
+}
+
+/// What the keys and values of a generation take at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CachePlan {
+    /// Sequences that run together.
+    pub sequences: usize,
+    /// Tokens of all of them: prompts and answers.
+    pub tokens: usize,
+    /// Bytes of one token.
+    pub token_bytes: usize,
+}
+
+impl CachePlan {
+    /// For prompts of these lengths that run together.
+    ///
+    /// # Errors
+    /// If a prompt is longer than the model allows.
+    pub fn new(model: &CausalLm, prompts: impl IntoIterator<Item = usize>, config: &GenerationConfig) -> Result<Self> {
+        let shape = model.config();
+        let width = shape.num_key_value_heads * shape.head_dim;
+        let token_bytes = KvCache::bytes(shape.num_hidden_layers, width, 1, model.workspace().dtype());
+        let mut plan = Self { sequences: 0, tokens: 0, token_bytes };
+        for prompt in prompts {
+            plan.sequences += 1;
+            // A cache begins with room for 64 tokens.
+            plan.tokens += capacity(model, prompt, config)?.max(KvCache::FIRST_ROWS);
+        }
+        Ok(plan)
+    }
+
+    /// For many prompts that run `batch_size` at a time: the batch that takes the most.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn of_batches(
+        model: &CausalLm,
+        prompts: &[&[u32]],
+        config: &GenerationConfig,
+        batch_size: usize,
+    ) -> Result<Self> {
+        let mut largest = Self::new(model, [], config)?;
+        for prompts in prompts.chunks(batch_size.max(1)) {
+            let plan = Self::new(model, prompts.iter().map(|prompt| prompt.len()), config)?;
+            if plan.tokens > largest.tokens {
+                largest = plan;
+            }
+        }
+        Ok(largest)
+    }
+
+    /// Bytes of all tokens.
+    pub fn bytes(&self) -> usize {
+        self.tokens.saturating_mul(self.token_bytes)
+    }
+}
+
+impl fmt::Display for CachePlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let sequences = match self.sequences {
+            1 => String::new(),
+            n => format!(" of {n} sequences"),
+        };
+        let (tokens, megabytes) = (self.tokens, self.bytes() as f64 / 1e6);
+        write!(f, "{megabytes:.1} MB for {tokens} tokens{sequences} ({} bytes each)", self.token_bytes)
+    }
+}
