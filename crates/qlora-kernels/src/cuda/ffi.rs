@@ -5,6 +5,8 @@
 use std::ffi::{c_int, c_void};
 
 /// `CUstream` and `cudaStream_t` are the same pointer.
+/// A `cudaGraphExec_t`.
+pub(super) type GraphExec = *mut std::ffi::c_void;
 pub(super) type Stream = *mut c_void;
 type Ptr = *const c_void;
 type PtrMut = *mut c_void;
@@ -614,6 +616,10 @@ unsafe extern "C" {
         cols: i64,
         stream: Stream,
     ) -> c_int;
+    pub(super) fn qlora_graph_begin(stream: Stream) -> c_int;
+    pub(super) fn qlora_graph_end(stream: Stream, keep: c_int, exec: *mut GraphExec) -> c_int;
+    pub(super) fn qlora_graph_launch(exec: GraphExec, stream: Stream) -> c_int;
+    pub(super) fn qlora_graph_destroy(exec: GraphExec) -> c_int;
     pub(super) fn qlora_fill(
         dtype: c_int,
         y: PtrMut,

@@ -357,7 +357,7 @@ pub(crate) fn cuda_error(op: &'static str, error: driver::DriverError) -> Error 
 }
 
 /// `cudaError_t` and `CUresult` agree in the codes named here.
-fn status_error(op: &'static str, code: i32) -> Error {
+pub(super) fn status_error(op: &'static str, code: i32) -> Error {
     let what = match code {
         1 => "an argument is invalid for the kernel",
         2 => "out of GPU memory",

@@ -15,9 +15,10 @@ use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use candle_core::cuda_backend::cudarc::driver::{CudaStream, result, sys};
+use candle_core::cuda_backend::cudarc::driver::{CudaStream, sys};
 
-use super::gpu::{Gpu, cuda_error};
+use super::ffi;
+use super::gpu::{Gpu, cuda_error, status_error};
 use crate::error::{Error, Result};
 
 const OP: &str = "CUDA graph";
@@ -32,7 +33,7 @@ thread_local! {
 /// Recorded launches.
 #[derive(Debug)]
 pub struct Graph {
-    exec: sys::CUgraphExec,
+    exec: ffi::GraphExec,
     gpu: Arc<Gpu>,
     /// The state of the shared workspaces when it was recorded.
     moves: u64,
@@ -40,6 +41,10 @@ pub struct Graph {
 
 // SAFETY: a graph may be launched and destroyed by any thread, one at a time.
 unsafe impl Send for Graph {}
+
+fn check(code: i32) -> Result<()> {
+    if code == 0 { Ok(()) } else { Err(status_error(OP, code)) }
+}
 
 /// Ends the recording of this thread, whatever happens.
 struct Recording {
@@ -76,9 +81,8 @@ impl Gpu {
         self.bind(OP)?;
         let moves = self.workspaces().moves.load(Ordering::Relaxed);
         let stream = self.stream().context().new_stream().map_err(|error| cuda_error(OP, error))?;
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream is new and this thread's alone.
-        unsafe { result::stream::begin_capture(stream.cu_stream(), mode) }.map_err(|error| cuda_error(OP, error))?;
+        check(unsafe { ffi::qlora_graph_begin(stream.cu_stream().cast()) })?;
         RECORDING.set(stream.cu_stream());
         SPOILT.set(false);
         let recording = Recording { stream };
@@ -86,22 +90,12 @@ impl Gpu {
         let spoilt = SPOILT.get() || self.workspaces().moves.load(Ordering::Relaxed) != moves;
         let stream = recording.stream.clone();
         drop(recording);
+        let mut exec = ptr::null_mut();
+        let keep = i32::from(!spoilt && value.is_ok());
         // SAFETY: the capture was begun on this stream by this thread.
-        let graph = unsafe { result::stream::end_capture(stream.cu_stream()) };
+        check(unsafe { ffi::qlora_graph_end(stream.cu_stream().cast(), keep, &raw mut exec) })?;
         let value = value?;
-        // A capture that failed is one that something cannot be recorded in.
-        let Ok(graph) = graph else { return Ok(None) };
-        if graph.is_null() {
-            return Ok(None);
-        }
-        let flags = sys::CUgraphInstantiate_flags_enum::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-        let exec = match spoilt {
-            true => None,
-            // SAFETY: the graph is whole.
-            false => unsafe { result::graph::instantiate(graph, flags) }.ok(),
-        };
-        // SAFETY: made above; an executable graph does not need it.
-        let _ = unsafe { result::graph::destroy(graph) };
+        let exec = (!exec.is_null()).then_some(exec);
         Ok(exec.map(|exec| (Graph { exec, gpu: self.clone(), moves }, value)))
     }
 }
@@ -120,8 +114,7 @@ impl Graph {
         }
         self.gpu.bind(OP)?;
         // SAFETY: the graph is executable; its addresses are live (see the module).
-        unsafe { result::graph::launch(self.exec, self.gpu.stream().cu_stream()) }
-            .map_err(|error| cuda_error(OP, error))?;
+        check(unsafe { ffi::qlora_graph_launch(self.exec, self.gpu.stream().cu_stream().cast()) })?;
         Ok(true)
     }
 }
@@ -130,6 +123,6 @@ impl Drop for Graph {
     fn drop(&mut self) {
         let _ = self.gpu.bind(OP);
         // SAFETY: made by `capture`, destroyed once; the driver keeps what a launch in flight needs.
-        let _ = unsafe { result::graph::exec_destroy(self.exec) };
+        let _ = unsafe { ffi::qlora_graph_destroy(self.exec) };
     }
 }
