@@ -10,9 +10,10 @@
 // written and not read. Arithmetic is f32, sums have a fixed order.
 //
 // Trick: all spans run in one launch, since a step of generation with ten adapters would otherwise be some thousand
-// launches. Floor: memory for many rows (y once, read and written), latency for a few.
+// launches; launched early (dependent.cuh), blocks have their part of A or B, which nothing writes, when their input is
+// there. Floor: memory for many rows (y once, read and written), latency for a few.
 
-#include "common.cuh"
+#include "few_tokens.cuh"
 
 extern "C" {
 // What an adapter does to one layer.
@@ -44,8 +45,8 @@ constexpr int MOST_SPANS = 16;
 
 __device__ __forceinline__ int64_t tiles_of(int64_t cols, int columns) { return (cols + columns - 1) / columns; }
 
-// A block: one column of S, TOKENS rows of one span.
-constexpr int TOKENS = 4, THREADS = 256;
+// A block: one column of S, TOKENS rows of one span. PACKS of N elements of A are loaded ahead.
+constexpr int TOKENS = 4, THREADS = 256, PACKS = 2;
 
 template <typename T, int N>
 __global__ void __launch_bounds__(THREADS)
@@ -55,20 +56,27 @@ __global__ void __launch_bounds__(THREADS)
     const QloraRowsSpan& span = spans.s[blockIdx.z];
     const int column = blockIdx.x;
     const int64_t token0 = static_cast<int64_t>(blockIdx.y) * TOKENS;
-    if (column >= span.columns || token0 >= span.rows) return;
     const float* a = nullptr;
+    if (token0 < span.rows) {
 #pragma unroll
-    for (int j = 0; j < 3; j++) {
-        const int c = column - span.m[j].r0;
-        if (j < spans.layers && span.m[j].a && c >= 0 && c < span.m[j].rank) a = span.m[j].a + c * k;
+        for (int j = 0; j < 3; j++) {
+            const int c = column - span.m[j].r0;
+            if (j < spans.layers && span.m[j].a && c >= 0 && c < span.m[j].rank) a = span.m[j].a + c * k;
+        }
     }
+    let_next_begin();
+    float ahead[PACKS][N];
+#pragma unroll
+    for (int p = 0; p < PACKS; p++) {
+        const int64_t at = (static_cast<int64_t>(p) * THREADS + threadIdx.x) * N;
+        if (a && at < k) load_floats(a + at, ahead[p]);
+    }
+    wait_for_previous();
     if (!a) return;
     const int tokens = static_cast<int>(span.rows - token0 < TOKENS ? span.rows - token0 : TOKENS);
     const T* row = x + (span.row0 + token0) * ldx;
     float sum[TOKENS] = {};
-    for (int64_t at = static_cast<int64_t>(threadIdx.x) * N; at < k; at += THREADS * N) {
-        float av[N];
-        load_floats(a + at, av);
+    const auto add = [&](int64_t at, const float(&av)[N]) {
 #pragma unroll
         for (int m = 0; m < TOKENS; m++) {
             if (m >= tokens) break;
@@ -77,6 +85,16 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (int i = 0; i < N; i++) sum[m] = fmaf(xv[i], av[i], sum[m]);
         }
+    };
+#pragma unroll
+    for (int p = 0; p < PACKS; p++) {
+        const int64_t at = (static_cast<int64_t>(p) * THREADS + threadIdx.x) * N;
+        if (at < k) add(at, ahead[p]);
+    }
+    for (int64_t at = (static_cast<int64_t>(PACKS) * THREADS + threadIdx.x) * N; at < k; at += THREADS * N) {
+        float av[N];
+        load_floats(a + at, av);
+        add(at, av);
     }
 #pragma unroll
     for (int m = 0; m < TOKENS; m++) {
@@ -98,13 +116,12 @@ __global__ void __launch_bounds__(THREADS)
 constexpr int COLUMNS = 64, LANES = 4, ROWS = 16, RANKS = 32;
 
 template <typename T>
-__global__ void __launch_bounds__(COLUMNS * LANES)
+__global__ void __launch_bounds__(COLUMNS * LANES, 3)
     finish_kernel(const __grid_constant__ QloraRowsSpans spans, const float* __restrict__ s, int64_t lds,
                   const T* residual, int64_t ldr, T* y, int64_t ldy) {
     __shared__ float b_tile[COLUMNS][RANKS + 1], s_tile[ROWS][RANKS];
     const QloraRowsSpan& span = spans.s[blockIdx.z];
     const int64_t token0 = static_cast<int64_t>(blockIdx.y) * ROWS;
-    if (token0 >= span.rows) return;
     int layer = 0;
     int64_t tile = blockIdx.x, col0 = 0;
     while (layer < spans.layers - 1 && tile >= tiles_of(spans.cols[layer], COLUMNS)) {
@@ -114,17 +131,34 @@ __global__ void __launch_bounds__(COLUMNS * LANES)
     }
     const QloraRowsChange& change = span.m[layer];
     const int rank = change.b ? change.rank : 0;
-    if (rank == 0 && !change.gain && !change.bias && !residual) return;
+    const bool nothing = token0 >= span.rows || (rank == 0 && !change.gain && !change.bias && !residual);
     const int64_t cols = spans.cols[layer], first = tile * COLUMNS;
     const int column = threadIdx.x % COLUMNS, lane = threadIdx.x / COLUMNS;
+    const auto load_b = [&](int r) {
+        for (int i = threadIdx.x; i < COLUMNS * RANKS; i += COLUMNS * LANES) {
+            const int j = i / RANKS, c = i % RANKS;
+            const bool there = r + c < rank && first + j < cols;
+            b_tile[j][c] = there ? change.b[(first + j) * rank + r + c] : 0.0f;
+        }
+    };
+    let_next_begin();
+    if (!nothing && rank > 0) load_b(0);
+    wait_for_previous();
+    if (nothing) return;
+    const bool inside = first + column < cols;
+    const int64_t at = col0 + first + column;
+    float before[ROWS / LANES], added[ROWS / LANES];
+#pragma unroll
+    for (int i = 0; i < ROWS / LANES; i++) {
+        const int64_t token = token0 + lane + i * LANES, row = span.row0 + token;
+        const bool there = inside && token < span.rows;
+        before[i] = there ? to_float(y[row * ldy + at]) : 0.0f;
+        added[i] = there && residual ? to_float(residual[row * ldr + at]) : 0.0f;
+    }
     float sum[ROWS / LANES] = {};
     for (int r = 0; r < rank; r += RANKS) {
         const int n = rank - r < RANKS ? rank - r : RANKS;
-        for (int i = threadIdx.x; i < COLUMNS * RANKS; i += COLUMNS * LANES) {
-            const int j = i / RANKS, c = i % RANKS;
-            const bool there = c < n && first + j < cols;
-            b_tile[j][c] = there ? change.b[(first + j) * rank + r + c] : 0.0f;
-        }
+        if (r > 0) load_b(r);
         for (int i = threadIdx.x; i < ROWS * RANKS; i += COLUMNS * LANES) {
             const int m = i / RANKS, c = i % RANKS;
             const bool there = c < n && token0 + m < span.rows;
@@ -138,17 +172,15 @@ __global__ void __launch_bounds__(COLUMNS * LANES)
         }
         __syncthreads();
     }
-    if (first + column >= cols) return;
+    if (!inside) return;
     const float gain = change.gain ? change.gain[first + column] : 1.0f;
     const float bias = change.bias ? change.bias[first + column] : 0.0f;
 #pragma unroll
     for (int i = 0; i < ROWS / LANES; i++) {
         const int64_t token = token0 + lane + i * LANES;
         if (token >= span.rows) break;
-        const int64_t row = span.row0 + token, at = col0 + first + column;
-        float value = gain * (to_float(y[row * ldy + at]) + change.scale * sum[i]) + bias;
-        if (residual) value += to_float(residual[row * ldr + at]);
-        y[row * ldy + at] = from_float<T>(value);
+        const float value = gain * (before[i] + change.scale * sum[i]) + bias + added[i];
+        y[(span.row0 + token) * ldy + at] = from_float<T>(value);
     }
 }
 
@@ -173,8 +205,9 @@ bool fits(const QloraRowsSpans& spans, int64_t* most) {
 
 }  // namespace
 
+// `early`: nothing that is still to end writes A or B; the launch may then begin before its predecessor has ended.
 extern "C" int qlora_rows_shrink(int dtype, const QloraRowsSpans* spans, const void* x, int64_t ldx, float* s,
-                                 int64_t lds, int64_t k, cudaStream_t stream) {
+                                 int64_t lds, int64_t k, int early, cudaStream_t stream) {
     int64_t most = 0;
     if (!fits(*spans, &most) || k <= 0) return static_cast<int>(cudaErrorInvalidValue);
     int columns = 0;
@@ -190,17 +223,14 @@ extern "C" int qlora_rows_shrink(int dtype, const QloraRowsSpans* spans, const v
     return with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         const T* xt = static_cast<const T*>(x);
-        if (aligned && allows_vectors(xt, ldx, k, 8)) {
-            shrink_kernel<T, 8><<<grid, THREADS, 0, stream>>>(*spans, xt, ldx, s, lds, k);
-        } else {
-            shrink_kernel<T, 1><<<grid, THREADS, 0, stream>>>(*spans, xt, ldx, s, lds, k);
-        }
-        return static_cast<int>(cudaGetLastError());
+        const auto kernel = aligned && allows_vectors(xt, ldx, k, 8) ? shrink_kernel<T, 8> : shrink_kernel<T, 1>;
+        return few::launch(kernel, grid, dim3(THREADS), 0, early, stream, *spans, xt, ldx, s, lds, k);
     });
 }
 
 extern "C" int qlora_rows_finish(int dtype, const QloraRowsSpans* spans, const float* s, int64_t lds,
-                                 const void* residual, int64_t ldr, void* y, int64_t ldy, cudaStream_t stream) {
+                                 const void* residual, int64_t ldr, void* y, int64_t ldy, int early,
+                                 cudaStream_t stream) {
     int64_t most = 0, tiles = 0;
     if (!fits(*spans, &most)) return static_cast<int>(cudaErrorInvalidValue);
     for (int i = 0; i < spans->count; i++) {
@@ -212,8 +242,7 @@ extern "C" int qlora_rows_finish(int dtype, const QloraRowsSpans* spans, const f
     const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(divide_up(most, ROWS)), spans->count);
     return with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
-        finish_kernel<T><<<grid, COLUMNS * LANES, 0, stream>>>(*spans, s, lds, static_cast<const T*>(residual), ldr,
-                                                               static_cast<T*>(y), ldy);
-        return static_cast<int>(cudaGetLastError());
+        return few::launch(finish_kernel<T>, grid, dim3(COLUMNS * LANES), 0, early, stream, *spans, s, lds,
+                           static_cast<const T*>(residual), ldr, static_cast<T*>(y), ldy);
     });
 }

@@ -1,5 +1,5 @@
-//! [`crate::ops::adapter_rows`] on CUDA: the base's product of all rows, then the adapters' parts of all spans of rows in two
-//! launches (`kernels/adapter_rows.cu`). A weight that an adapter has itself is multiplied with that adapter's rows.
+//! [`crate::ops::adapter_rows`] on CUDA: the base's product of all rows between two launches for the adapters' parts of all
+//! spans of rows (`kernels/adapter_rows.cu`). A weight that an adapter has itself is multiplied with that adapter's rows.
 
 use std::ops::Range;
 
@@ -8,6 +8,7 @@ use super::ffi;
 use super::linear_group::check_gpu;
 use super::ops::{cast, same_dtype, vector};
 use super::view::{CudaView, one_gpu};
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Workspace};
 use crate::ops::adapter_rows::{LinearChange, RowAdapter, is_plain_on_gpu};
@@ -55,6 +56,9 @@ pub(crate) fn forward(
     if !only_adds {
         members.iter_mut().for_each(|member| member.bias = None);
     }
+    let launch = Launch::new(op, group, spans(parts, rows, only_adds), !only_adds, y.as_view(), few)?;
+    // Before the base's product, whose kernel then reads its weights ahead while these launches run.
+    let s = launch.shrink(x.as_view(), workspace)?;
     let kept = WeightCache::default();
     let cache = if whole.is_some() && any(&replaced) { &kept } else { group.cache };
     let base = Group { members: &members, cache, split: group.split };
@@ -69,9 +73,7 @@ pub(crate) fn forward(
             }
         }
     }
-    let spans = spans(parts, rows, only_adds);
-    let residual = residual.filter(|_| !only_adds).map(|residual| residual.cuda(op)).transpose()?;
-    finish(op, group, &spans, x.as_view(), !only_adds, residual, y, workspace)
+    launch.finish(&s, residual.filter(|_| !only_adds), y)
 }
 
 /// Each member's columns of y.
@@ -129,74 +131,107 @@ fn base_product(
     Ok(())
 }
 
-/// What the adapters add to the base's product, which `y` holds; with `biases`, also the members' own.
-fn finish(
+/// The launches for a group's adapters.
+struct Launch<'a, 'b> {
     op: &'static str,
-    group: &Group,
-    spans: &[Span],
-    x: View,
-    biases: bool,
-    residual: Option<CudaView>,
-    y: ViewMut,
-    workspace: &Workspace,
-) -> Result<()> {
-    let (x, y) = (x.cuda(op)?, y.cuda(op)?);
-    let gpu = y.gpu();
-    check_gpu(op, group, gpu, [Some(x.gpu()), residual.map(|residual| residual.gpu())])?;
-    one_gpu(op, gpu, spans.iter().filter_map(|(_, part)| part.and_then(|part| part.values.gpu())))?;
-    let dtype = same_dtype(op, &[x.dtype(), y.dtype(), residual.map_or(y.dtype(), |residual| residual.dtype())])?;
-    let table = spans.iter().map(|span| describe(op, group, span, biases)).collect::<Result<Vec<_>>>()?;
-    let changes = |m: &ffi::RowsChange| m.rank > 0 || !m.gain.is_null() || !m.bias.is_null();
-    if residual.is_none() && !table.iter().any(|span| span.m.iter().any(changes)) {
-        return Ok(());
+    group: &'a Group<'a>,
+    spans: Vec<Span<'a, 'b>>,
+    /// The spans as the kernels take them.
+    table: Vec<ffi::RowsSpan>,
+    dtype: Dtype,
+    /// Launches may begin before those before them have ended.
+    early: i32,
+}
+
+impl<'a, 'b> Launch<'a, 'b> {
+    /// With `biases`, the members' own are added too.
+    fn new(
+        op: &'static str,
+        group: &'a Group<'a>,
+        spans: Vec<Span<'a, 'b>>,
+        biases: bool,
+        y: View,
+        early: bool,
+    ) -> Result<Self> {
+        let y = y.cuda(op)?;
+        check_gpu(op, group, y.gpu(), [])?;
+        one_gpu(op, y.gpu(), spans.iter().filter_map(|(_, part)| part.and_then(|part| part.values.gpu())))?;
+        let table = spans.iter().map(|span| describe(op, group, span, biases)).collect::<Result<Vec<_>>>()?;
+        Ok(Self { op, group, spans, table, dtype: y.dtype(), early: i32::from(early) })
     }
-    let columns = table.iter().map(|span| span.columns).max().unwrap_or(0) as usize;
-    let mut s = workspace.matrix_f32(if columns == 0 { 0 } else { x.rows() }, columns.next_multiple_of(8))?;
-    let few = |span: &ffi::RowsSpan| span.columns > 0 && span.rows as usize <= FEW_ROWS;
-    let short: Vec<ffi::RowsSpan> = table.iter().copied().filter(few).collect();
-    let target = s.view_mut().cuda(op)?;
-    for spans in short.chunks(MOST_SPANS) {
-        let spans = launch_of(group, spans);
-        // SAFETY: the windows are live; rows lie in x and S, A has been checked to lie in its adapter's values.
-        gpu.launch(op, |stream| unsafe {
-            ffi::qlora_rows_shrink(
-                dtype,
-                &raw const spans,
-                x.ptr() as *const _,
-                x.ld(),
-                target.ptr() as *mut f32,
-                target.ld(),
-                group.inputs() as i64,
-                stream,
-            )
-        })?;
+
+    /// Whether a span's `x A^T` is made with the others'.
+    fn is_short(span: &ffi::RowsSpan) -> bool {
+        span.columns > 0 && span.rows as usize <= FEW_ROWS
     }
-    for ((rows, part), span) in spans.iter().zip(&table) {
-        if let Some(part) = part.filter(|_| span.columns > 0 && !few(span)) {
-            shrink_many(op, group, part, x.slice_rows(rows.clone()), &mut s, rows.clone(), workspace)?;
+
+    /// `S = x A^T` of all spans, f32.
+    fn shrink(&self, x: View, workspace: &Workspace) -> Result<Matrix> {
+        let x = x.cuda(self.op)?;
+        let dtype = same_dtype(self.op, &[self.dtype, x.dtype()])?;
+        let columns = self.table.iter().map(|span| span.columns).max().unwrap_or(0) as usize;
+        let mut s = workspace.matrix_f32(if columns == 0 { 0 } else { x.rows() }, columns.next_multiple_of(8))?;
+        let short: Vec<ffi::RowsSpan> = self.table.iter().copied().filter(Self::is_short).collect();
+        let target = s.view_mut().cuda(self.op)?;
+        one_gpu(self.op, target.gpu(), [x.gpu()])?;
+        for spans in short.chunks(MOST_SPANS) {
+            let spans = launch_of(self.group, spans);
+            // SAFETY: the windows are live; rows lie in x and S, A has been checked to lie in its adapter's values, which
+            // nothing writes any more.
+            target.gpu().launch(self.op, |stream| unsafe {
+                ffi::qlora_rows_shrink(
+                    dtype,
+                    &raw const spans,
+                    x.ptr() as *const _,
+                    x.ld(),
+                    target.ptr() as *mut f32,
+                    target.ld(),
+                    self.group.inputs() as i64,
+                    self.early,
+                    stream,
+                )
+            })?;
         }
+        for ((rows, part), span) in self.spans.iter().zip(&self.table) {
+            if let Some(part) = part.filter(|_| span.columns > 0 && !Self::is_short(span)) {
+                shrink_many(self.op, self.group, part, x.slice_rows(rows.clone()), &mut s, rows.clone(), workspace)?;
+            }
+        }
+        Ok(s)
     }
-    let (residual, ldr) = residual.map_or((std::ptr::null(), 0), |view| (view.ptr() as *const _, view.ld()));
-    let s = s.view().cuda(op)?;
-    for spans in table.chunks(MOST_SPANS) {
-        let spans = launch_of(group, spans);
-        // SAFETY: the windows are live and have the rows and columns that the table names; S was written where it is read;
-        // B, gains and biases have been checked.
-        gpu.launch(op, |stream| unsafe {
-            ffi::qlora_rows_finish(
-                dtype,
-                &raw const spans,
-                s.ptr() as *const f32,
-                s.ld(),
-                residual,
-                ldr,
-                y.ptr() as *mut _,
-                y.ld(),
-                stream,
-            )
-        })?;
+
+    /// What the adapters add to the base's product, which `y` holds.
+    fn finish(&self, s: &Matrix, residual: Option<View>, y: ViewMut) -> Result<()> {
+        let changes = |m: &ffi::RowsChange| m.rank > 0 || !m.gain.is_null() || !m.bias.is_null();
+        if residual.is_none() && !self.table.iter().any(|span| span.m.iter().any(changes)) {
+            return Ok(());
+        }
+        let (y, residual) = (y.cuda(self.op)?, residual.map(|residual| residual.cuda(self.op)).transpose()?);
+        let dtype = same_dtype(self.op, &[y.dtype(), residual.map_or(y.dtype(), |residual| residual.dtype())])?;
+        one_gpu(self.op, y.gpu(), residual.map(|residual| residual.gpu()))?;
+        let (residual, ldr) = residual.map_or((std::ptr::null(), 0), |view| (view.ptr() as *const _, view.ld()));
+        let s = s.view().cuda(self.op)?;
+        for spans in self.table.chunks(MOST_SPANS) {
+            let spans = launch_of(self.group, spans);
+            // SAFETY: the windows are live and have the rows and columns that the table names; S was written where it is
+            // read; B, gains and biases have been checked, and nothing writes them any more.
+            y.gpu().launch(self.op, |stream| unsafe {
+                ffi::qlora_rows_finish(
+                    dtype,
+                    &raw const spans,
+                    s.ptr() as *const f32,
+                    s.ld(),
+                    residual,
+                    ldr,
+                    y.ptr() as *mut _,
+                    y.ld(),
+                    self.early,
+                    stream,
+                )
+            })?;
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 fn launch_of(group: &Group, spans: &[ffi::RowsSpan]) -> ffi::RowsSpans {

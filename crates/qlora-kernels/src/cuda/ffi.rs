@@ -171,6 +171,7 @@ unsafe extern "C" {
         s: *mut f32,
         lds: i64,
         k: i64,
+        early: c_int,
         stream: Stream,
     ) -> c_int;
     pub(super) fn qlora_rows_finish(
@@ -182,6 +183,7 @@ unsafe extern "C" {
         ldr: i64,
         y: PtrMut,
         ldy: i64,
+        early: c_int,
         stream: Stream,
     ) -> c_int;
     pub(super) fn qlora_adapter_embedding(

@@ -13,9 +13,8 @@
 //! The base's product is made once for all rows whose adapters only add to it. Sums are f32 on the CPU.
 //!
 //! On CUDA one LoRA adapter for all rows of quantized layers runs in the group itself, as the adapter of a training does.
-//! Otherwise the base's product of all rows is written first, in the activations' type, and two launches for all adapters of a
-//! group follow: one makes `x A^T`, the other reads y again and does the rest, in f32 (`kernels/adapter_rows.cu`). So y is
-//! rounded twice there, as in PEFT.
+//! Otherwise one launch makes `x A^T` of all rows, the base's product is written in the activations' type, and one more launch
+//! reads y again and does the rest, in f32 (`kernels/adapter_rows.cu`). So y is rounded twice there, as in PEFT.
 
 use std::collections::HashMap;
 use std::ops::Range;
