@@ -157,6 +157,12 @@ pub(crate) fn forward(
     check_gpu(op, group, gpu, [Some(x.gpu()), residual.map(|residual| residual.gpu()), values])?;
     let beta = if residual.is_some() { 1.0 } else { 0.0 };
     let mut shrunk = Shrunk::default();
+    let rounds = group.members.iter().any(|member| member.weight.int8_activations().is_some());
+    if let (true, false, Some(adapter)) = (gpu.peft_rounding() && rp > 0, rounds, adapter) {
+        let s = forward_rounded(&plan, group, x.as_view(), adapter, residual, y.reborrow(), workspace)?;
+        add_biases(op, group, y)?;
+        return Ok(s);
+    }
     let single = group.members.len() == 1 && rp == 0;
     if let Some(plain) = group.members[0].weight.as_cuda().and_then(|w| w.plain_view()).filter(|_| single) {
         // Nothing to dequantize and nothing to add: the weight is used where it lies.
@@ -178,7 +184,6 @@ pub(crate) fn forward(
             } else {
                 let adapter = adapter.expect("ranks are counted with an adapter only");
                 let mut s = workspace.matrix(x.rows(), rp)?;
-                let rounds = group.members.iter().any(|member| member.weight.int8_activations().is_some());
                 if x.margin_width() >= rp && !rounds {
                     let (columns, target) = x.split_margin(rp);
                     shrink_into(&plan, columns, w, adapter, target, workspace)?;
@@ -211,6 +216,33 @@ pub(crate) fn forward(
     }
     add_biases(op, group, y)?;
     Ok(shrunk)
+}
+
+/// With PEFT's roundings ([`Gpu::set_peft_rounding`]): the base's product is rounded before the adapter's is added, and their
+/// sum before the residual is.
+fn forward_rounded(
+    plan: &Plan,
+    group: &Group,
+    x: CudaView,
+    adapter: &AdapterPass,
+    residual: Option<CudaView>,
+    mut y: CudaViewMut,
+    workspace: &Workspace,
+) -> Result<Shrunk> {
+    let Plan { op, n, rp, .. } = *plan;
+    let gpu = y.gpu();
+    let fused = weights(plan, group, Some(adapter), workspace)?;
+    let w = fused.view().cuda(op)?;
+    let mut s = workspace.matrix(x.rows(), rp)?;
+    shrink_into(plan, x, w, adapter, s.view_mut().cuda(op)?, workspace)?;
+    let w = w.slice_rows(0..n);
+    gpu.matmul(op, Kind::Nt, x, w, y.reborrow(), 1.0, 0.0)?;
+    gpu.matmul(op, Kind::Nt, s.view().cuda(op)?, w.margin(rp), y.reborrow(), 1.0, 1.0)?;
+    if let Some(residual) = residual {
+        super::ops::add(op, residual, y)?;
+    }
+    put_back(group, fused);
+    Ok(Shrunk::new(vec![Some(s)]))
 }
 
 /// An error unless a group's weights and biases are where its activations are.

@@ -47,20 +47,19 @@ fn recorded_launches_compute_with_what_is_there_when_they_run() {
 }
 
 #[test]
-fn what_is_no_launch_is_not_recorded_but_happens() {
+fn what_is_no_launch_cannot_be_recorded() {
     let Some(device) = gpu() else { return };
     let workspace = Workspace::with_dtype(&device, Dtype::F32).unwrap();
     let gpu = workspace.gpu().unwrap().clone();
     let mut x = workspace.zeros(ROWS, COLS).unwrap();
     let recorded = gpu.capture(|| x.view_mut().copy_from(View::new(&numbers(3), ROWS, COLS))).unwrap();
     assert!(recorded.is_none());
-    assert_eq!(x.to_vec().unwrap(), numbers(3));
     // An error ends the recording too.
     let failed = gpu.capture(|| -> Result<()> { Err(qlora_kernels::Error::invalid("test", "on purpose")) });
     assert!(failed.unwrap_err().to_string().contains("on purpose"));
-    let mut y = workspace.matrix(ROWS, COLS).unwrap();
-    swiglu::forward(x.view(), x.view(), y.view_mut()).unwrap();
-    assert!(y.to_vec().unwrap().iter().any(|y| *y != 0.0));
+    // What comes afterwards runs as ever.
+    x.view_mut().copy_from(View::new(&numbers(3), ROWS, COLS)).unwrap();
+    assert_eq!(x.to_vec().unwrap(), numbers(3));
 }
 
 #[test]
