@@ -92,8 +92,15 @@ fn main() -> anyhow::Result<()> {
         false => Quantization::Bits4(QuantConfig::default()),
     };
     let workspace = args.device.open(Dtype::Bf16, None)?;
-    let mut model =
-        CausalLm::load_on(&*files.source, LoadOptions { quantization, ..LoadOptions::default() }, workspace)?;
+    let bar = ProgressBar::new(0)
+        .with_style(ProgressStyle::with_template("loading {bar:24} {bytes} of {total_bytes}, {eta} left")?);
+    let mut progress = |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    };
+    let options = LoadOptions { quantization, progress: Some(&mut progress), ..LoadOptions::default() };
+    let mut model = CausalLm::load_on(&*files.source, options, workspace)?;
+    bar.finish_and_clear();
     let options = OpenOptions { progress: true, ..OpenOptions::default() };
     let mut names = Vec::new();
     for adapter in &args.adapter {
