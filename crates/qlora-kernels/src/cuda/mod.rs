@@ -36,6 +36,7 @@ pub(crate) mod optimizer;
 mod pool;
 mod profile;
 mod staging;
+mod timing;
 mod view;
 mod weight;
 
