@@ -121,15 +121,20 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, BLOCKS_PER_SM) gemv_kernel(co
     // Four lanes take the 64 bytes of a row; every other pair of rows has its halves swapped, so that reads meet no bank
     // twice.
     const int piece = lane % 4;
-    const uint32_t fetch_to =
-        shared_address(ring) + g * 64 + (((piece >> 1) ^ (g >> 1 & 1)) << 5) + ((piece & 1) << 4);
+    uint32_t fetch_to = shared_address(ring) + g * 64 + (((piece >> 1) ^ (g >> 1 & 1)) << 5) + ((piece & 1) << 4);
+    uint32_t fetch_info = shared_address(infos) + g * sizeof(RowInfo), fetch_half = piece >> 1, fetch_offset = piece * 16;
+    // Kept in registers: the compiler would work them out again for every unit.
+    asm volatile("" : "+r"(fetch_to), "+r"(fetch_info), "+r"(fetch_half), "+r"(fetch_offset));
     int next_tile = 0, next_chunk = first;
     const auto fetch_next = [&](int at) {
         if (next_chunk < a.chunks) {
-            const bool valid = next_chunk + (piece >> 1) < a.chunks;
-            const int offset = next_chunk * 32 + piece * 16;
-            const uint8_t* low = infos[next_tile * 16 + g].codes + offset;
-            const uint8_t* high = infos[next_tile * 16 + g + 8].codes + offset;
+            const bool valid = next_chunk + static_cast<int>(fetch_half) < a.chunks;
+            const uint32_t offset = next_chunk * 32 + fetch_offset;
+            const uint8_t *low, *high;
+            asm volatile("ld.shared.u64 %0, [%2]; ld.shared.u64 %1, [%2 + 128];"
+                : "=l"(low), "=l"(high)
+                : "r"(fetch_info + next_tile * (16 * static_cast<uint32_t>(sizeof(RowInfo)))));
+            low += offset, high += offset;
             attention::copy_async16(fetch_to + at * UNIT_BYTES, low, valid);
             attention::copy_async16(fetch_to + at * UNIT_BYTES + 512, high, valid);
         }

@@ -18,7 +18,6 @@ namespace {
 
 using namespace few;
 
-constexpr int STAGE_CHUNKS = 4;   // chunks of 64 k
 constexpr int64_t COUNTER_BYTES = 16384;
 
 struct GemmArgs {
@@ -37,9 +36,10 @@ struct GemmArgs {
 };
 
 // Tiles; UNROLL: chunks of a stage that are unrolled.
-template <int BN_, int BM_, int WK_, int STAGES_, int UNROLL_ = 4, bool WGMMA_ = false> struct Config {
+template <int BN_, int BM_, int WK_, int STAGES_, int UNROLL_ = 4, bool WGMMA_ = false, int CHUNKS_ = 4, int PER_SM_ = 1> struct Config {
     static constexpr int BN = BN_, BM = BM_, WK = WK_, STAGES = STAGES_, UNROLL = UNROLL_;
     static constexpr bool WGMMA = WGMMA_;
+    static constexpr int STAGE_CHUNKS = CHUNKS_, PER_SM = PER_SM_;   // chunks of 64 k; blocks on a multiprocessor
     static constexpr int RT = WGMMA ? 1 : 2, WN = BN / (16 * RT), THREADS = 32 * WN * WK, NT = BM / 8;
     static constexpr int X_BYTES = BM * STAGE_CHUNKS * 128, CODE_BYTES = BN * STAGE_CHUNKS * 32;
     static constexpr int STAGE_BYTES = X_BYTES + CODE_BYTES;
@@ -51,7 +51,8 @@ template <int BN_, int BM_, int WK_, int STAGES_, int UNROLL_ = 4, bool WGMMA_ =
 };
 
 // Hopper's instructions, with codes in the order that is natural to them.
-template <int BN, int BM, int WK, int STAGES> using HopperConfig = Config<BN, BM, WK, STAGES, 4, true>;
+template <int BN, int BM, int WK, int STAGES, int CHUNKS = 4, int PER_SM = 1>
+using HopperConfig = Config<BN, BM, WK, STAGES, 4, true, CHUNKS, PER_SM>;
 
 // The member and the row of a slot (0 .. BN - 1) of a tile. With gate and up every 16 slots are 8 rows of each.
 struct TileRows {
@@ -80,14 +81,14 @@ __device__ __forceinline__ void multiply_stage(const char* x_tile, const char* c
                                                float (&sum)[1][C::NT][4]) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, slot = row_warp * 16 + g;
     const uint32_t lane4 = lane * 4, pick = 0x80u << (8 * t), x_address = shared_address(x_tile);
-    constexpr int MINE = STAGE_CHUNKS / C::WK;
+    constexpr int STAGE_CHUNKS = C::STAGE_CHUNKS, MINE = STAGE_CHUNKS / C::WK;
     uint32_t w[2][4][4];
     const auto decode_chunk = [&](int c, uint32_t(&to)[4][4]) {
         // Byte t of each word of 8 codes: k = 2 t, 2 t + 1 of them.
         const char* row = codes + slot * (STAGE_CHUNKS * 32);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const int piece = ((c * 2 + h) ^ (slot & 3) * 2) << 4;
+            const int piece = (((c * 2 + h) ^ (slot & 3) * 2) & (STAGE_CHUNKS * 2 - 1)) << 4;
             const uint4 low = *reinterpret_cast<const uint4*>(row + piece);
             const uint4 high = *reinterpret_cast<const uint4*>(row + 8 * STAGE_CHUNKS * 32 + piece);
             const uint32_t words[2][4] = {{low.x, low.y, low.z, low.w}, {high.x, high.y, high.z, high.w}};
@@ -120,8 +121,8 @@ __device__ __forceinline__ void multiply_stage(const char* x_tile, const char* c
 }
 
 template <typename T, typename C>
-__global__ void __launch_bounds__(C::THREADS, 1) gemm_kernel(const __grid_constant__ GemmArgs a) {
-    constexpr int RT = C::RT, NT = C::NT;
+__global__ void __launch_bounds__(C::THREADS, C::PER_SM) gemm_kernel(const __grid_constant__ GemmArgs a) {
+    constexpr int RT = C::RT, NT = C::NT, STAGE_CHUNKS = C::STAGE_CHUNKS;
     __shared__ bool last;
     extern __shared__ __align__(128) char dynamic[];
     // wgmma wants tiles at multiples of 1024.
@@ -162,7 +163,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) gemm_kernel(const __grid_consta
     const auto fetch_codes = [&](int stage, int buffer) {
         const int slot = threadIdx.x / CODE_LINE, q = threadIdx.x % CODE_LINE;
         const uint32_t to = ring_address + buffer * C::STAGE_BYTES + C::X_BYTES + slot * (STAGE_CHUNKS * 32) +
-                            ((q ^ ((slot & 3) * 2)) << 4);
+                            (((q ^ ((slot & 3) * 2)) & (CODE_LINE - 1)) << 4);
         const uint8_t* from = code_from + stage * (STAGE_CHUNKS * 32);
         const bool in_k = (first + stage) * STAGE_CHUNKS + q / 2 < a.chunks;
 #pragma unroll
@@ -449,9 +450,9 @@ __global__ void __launch_bounds__(C::THREADS, 1) gemm_kernel(const __grid_consta
 }
 
 // Blocks share k where that fills the device better; a part costs what `PART_STAGES` stages cost.
-int splits_of(int64_t tiles, int64_t stages) {
+int splits_of(int64_t tiles, int64_t stages, int per_sm) {
     constexpr int PART_STAGES = 2;
-    const int64_t sms = device_limits().multiprocessors;
+    const int64_t sms = device_limits().multiprocessors * per_sm;
     if (tiles > COUNTER_BYTES / 4) return 1;
     int64_t best = 1, best_cost = INT64_MAX;
     for (int64_t splits = 1; splits <= 16 && splits <= stages; splits++) {
@@ -477,9 +478,9 @@ template <typename T, typename C> int launch_gemm(GemmArgs a, void* workspace, b
     }
     tiles = row_tiles<C>(a.w, a.swiglu);
     a.token_tiles = static_cast<int32_t>(divide_up(a.tokens, C::BM));
-    const int64_t stages = divide_up(a.chunks, STAGE_CHUNKS), blocks = tiles * a.token_tiles;
+    const int64_t stages = divide_up(a.chunks, C::STAGE_CHUNKS), blocks = tiles * a.token_tiles;
     if (blocks > LARGEST_GRID) return static_cast<int>(cudaErrorInvalidValue);
-    a.splits = workspace ? splits_of(blocks, stages) : 1;
+    a.splits = workspace ? splits_of(blocks, stages, C::PER_SM) : 1;
     a.split_stages = static_cast<int32_t>(divide_up(stages, a.splits));
     a.arrived = static_cast<uint32_t*>(workspace);
     a.parts = reinterpret_cast<float*>(static_cast<char*>(workspace) + COUNTER_BYTES);
@@ -491,7 +492,7 @@ template <typename T, typename C> int launch_gemm(GemmArgs a, void* workspace, b
 
 template <typename C> int64_t workspace_of(const QloraFewWeights& w, int64_t tokens, bool swiglu) {
     const int64_t blocks = row_tiles<C>(w, swiglu) * divide_up(tokens, C::BM);
-    const int64_t splits = splits_of(blocks, divide_up(w.k / 64, STAGE_CHUNKS));
+    const int64_t splits = splits_of(blocks, divide_up(w.k / 64, C::STAGE_CHUNKS), C::PER_SM);
     return splits == 1 ? 0 : COUNTER_BYTES + splits * blocks * (C::BM * C::BN * 4);
 }
 
