@@ -37,7 +37,8 @@ struct GemmArgs {
 
 // Tiles; UNROLL: chunks of a stage that are unrolled.
 template <int BN_, int BM_, int WK_, int STAGES_, int UNROLL_ = 4, bool WGMMA_ = false, int CHUNKS_ = 4, int PER_SM_ = 1> struct Config {
-    static constexpr int BN = BN_, BM = BM_, WK = WK_, STAGES = STAGES_, UNROLL = UNROLL_;
+    static constexpr int BN = BN_, BM = BM_, WK = WK_, STAGES = STAGES_;
+    [[maybe_unused]] static constexpr int UNROLL = UNROLL_;
     static constexpr bool WGMMA = WGMMA_;
     static constexpr int STAGE_CHUNKS = CHUNKS_, PER_SM = PER_SM_;   // chunks of 64 k; blocks on a multiprocessor
     static constexpr int RT = WGMMA ? 1 : 2, WN = BN / (16 * RT), THREADS = 32 * WN * WK, NT = BM / 8;
@@ -123,6 +124,9 @@ __device__ __forceinline__ void multiply_stage(const char* x_tile, const char* c
 template <typename T, typename C>
 __global__ void __launch_bounds__(C::THREADS, C::PER_SM) gemm_kernel(const __grid_constant__ GemmArgs a) {
     constexpr int RT = C::RT, NT = C::NT, STAGE_CHUNKS = C::STAGE_CHUNKS;
+#ifndef __CUDA_ARCH_FEAT_SM90_ALL
+    if constexpr (C::WGMMA) return;   // nobody launches it
+#endif
     __shared__ bool last;
     extern __shared__ __align__(128) char dynamic[];
     // wgmma wants tiles at multiples of 1024.
@@ -505,15 +509,26 @@ template <typename F> auto with_config(const QloraFewWeights& w, int64_t tokens,
     const int shared = device_limits().shared_bytes;
     if (shared < 140 * 1024) return f(Config<64, 32, 4, 2>{});
     if (shared < 200 * 1024) return tokens <= 32 ? f(Config<128, 32, 4, 3>{}) : f(Config<128, 64, 2, 2, 1>{});
+#ifdef QLORA_HOPPER
+    if (wgmma::available() && tokens <= 32) return f(HopperConfig<128, 32, 2, 4>{});
+#endif
     if (tokens <= 32) return f(Config<128, 32, 4, 4>{});
     int64_t rows = 0;
     for (int j = 0; j < w.count; j++) rows += w.m[j].rows;
+    if (rows <= 8192 && tokens <= 64) return f(Config<64, 64, 4, 3>{});
+#ifdef QLORA_HOPPER
+    if (wgmma::available()) return f(HopperConfig<128, 64, 1, 3>{});
+#endif
     if (rows <= 8192) return f(Config<64, 64, 4, 3>{});
     if (rows <= 20480 && tokens <= 64) return f(Config<128, 64, 2, 3, 1>{});
     return f(Config<256, 64, 1, 2, 1>{});
 }
 
 }  // namespace
+
+// The most tokens for which these kernels are the fastest way on the current device; behind that, it is a dequantized copy
+// and cuBLAS.
+extern "C" int64_t qlora_few_tokens_most() { return wgmma::available() ? 128 : 64; }
 
 // Bytes of the workspace; its first 16 KiB are zero before the first call, and every call leaves them so: calls of all
 // sizes can share one.

@@ -10,14 +10,17 @@
 
 namespace wgmma {
 
-// Whether these instructions are there on the current device: a Hopper, and code for it (build.rs defines QLORA_HOPPER).
+// Whether these instructions are there: the device is a Hopper, and there is code for it (build.rs defines QLORA_HOPPER).
 inline bool available() {
 #ifdef QLORA_HOPPER
-    int device = 0, major = 0, minor = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
-           minor == 0;
+    static const bool is_hopper = [] {
+        int device = 0, major = 0, minor = 0;
+        cudaGetDevice(&device);
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+        return major == 9 && minor == 0;
+    }();
+    return is_hopper;
 #else
     return false;
 #endif

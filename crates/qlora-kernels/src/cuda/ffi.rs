@@ -146,6 +146,7 @@ unsafe extern "C" {
         workspace: PtrMut,
         stream: Stream,
     ) -> c_int;
+    pub(super) fn qlora_few_tokens_most() -> i64;
     pub(super) fn qlora_nf4_small_gemm_workspace(weights: FewWeights, tokens: i64, swiglu: c_int) -> i64;
     pub(super) fn qlora_nf4_small_gemm(
         dtype: c_int,
