@@ -8,8 +8,11 @@
 // Floor: memory up to some 64 tokens on an H100, the tensor cores behind. A block takes BN rows of the weight and BM
 // tokens; WN warps share the rows, WK warps share k. Codes and x come through a ring in shared memory (cp.async, STAGES
 // of 256 k); a warp decodes its rows' codes straight into A fragments, once a block, and uses each for all tokens. The
-// scales of a stage are decoded by all threads, one stage ahead. Where there are few tiles, blocks share k as well; the
-// last of them to finish adds the parts in their order.
+// scales of a stage are decoded by all threads, one stage ahead. What a thread copies lies a fixed number of rows apart,
+// so an address costs an addition. Where there are few tiles, blocks share k as well; the last of them to finish adds the
+// parts in their order.
+// On Hopper the products are wgmma's (wgmma.cuh): x is read by the tensor cores from shared memory instead of by every
+// warp, and the next chunk is decoded meanwhile. Elsewhere they are mma.sync's.
 
 #include "few_tokens.cuh"
 #include "wgmma.cuh"
@@ -502,9 +505,6 @@ template <typename C> int64_t workspace_of(const QloraFewWeights& w, int64_t tok
 
 // Calls `f` with the tiles that measured best on an H100.
 template <typename F> auto with_config(const QloraFewWeights& w, int64_t tokens, F f) {
-#ifdef LAB_CONFIGS
-    switch (gemm_variant) { LAB_CONFIGS }
-#endif
     // Less shared memory: Ada and consumer Ampere, A100.
     const int shared = device_limits().shared_bytes;
     if (shared < 140 * 1024) return f(Config<64, 32, 4, 2>{});

@@ -104,9 +104,8 @@ fn few_tokens_agree_with_the_cpu() {
 
 /// `x W^T + scale (x A^T) B^T + bias` of a group in f64, from the values that both sides hold.
 fn in_f64(side: &Side, tokens: usize, inputs: usize, members: &[(usize, usize)]) -> Vec<f64> {
-    let weights: Vec<_> = (members.iter())
-        .map(|&(rows, _)| side.weight(Kind::Bits4(QuantConfig::default()), rows, inputs))
-        .collect();
+    let weights: Vec<_> =
+        (members.iter()).map(|&(rows, _)| side.weight(Kind::Bits4(QuantConfig::default()), rows, inputs)).collect();
     let flat = side.values_f32(members.iter().map(|&(rows, rank)| rank * (inputs + rows)).sum(), 0.05);
     let x: Vec<f64> = side.values(tokens * inputs, 1.0).into_iter().map(f64::from).collect();
     let dot = |x: &[f64], w: &[f32]| x.iter().zip(w).map(|(x, &w)| x * f64::from(w)).sum::<f64>();
@@ -131,9 +130,8 @@ fn in_f64(side: &Side, tokens: usize, inputs: usize, members: &[(usize, usize)])
 
 /// The same by the kernels, twice.
 fn by_kernels(side: &Side, tokens: usize, inputs: usize, members: &[(usize, usize)]) -> Result<[Vec<f32>; 2]> {
-    let weights: Vec<_> = (members.iter())
-        .map(|&(rows, _)| side.weight(Kind::Bits4(QuantConfig::default()), rows, inputs))
-        .collect();
+    let weights: Vec<_> =
+        (members.iter()).map(|&(rows, _)| side.weight(Kind::Bits4(QuantConfig::default()), rows, inputs)).collect();
     let flat = side.vector(members.iter().map(|&(rows, rank)| rank * (inputs + rows)).sum(), 0.0, 0.05);
     let (mut slots, mut end) = (Vec::new(), 0);
     for &(rows, rank) in members {
