@@ -66,8 +66,8 @@ __device__ __forceinline__ Rows rows_of(const Args& a, int tile) {
     return {{j, j}, {row, row + 8}};
 }
 
-// Where a lane's part of the next tile to fetch lies. Most steps from tile to tile are of the same length: pointers move
-// by it, and are worked out anew only where the next member begins.
+// Where a lane's part of the next tile to fetch lies. Most steps from tile to tile are of the same length: pointers
+// move by it, and are worked out anew only where the next member begins.
 struct Cursor {
     const uint8_t* codes;   // the lane's 16 bytes of the first of its rows (others are 4 rows and `half` bytes on)
     const float* lora_b;    // the lane's first column of its row

@@ -11,12 +11,12 @@
 // level and absmax is rounded, and none of the absmax. The result is rounded once. Sums have a fixed order.
 //
 // Floor: memory, (1/2 + 1/64) bytes a weight. A block takes all of k of up to MOST tiles of 16 rows; its warps share k:
-// in a step each has 128 of k, of which it loads x once for all tiles, whose sums stay in registers to the end. So nothing
-// but codes moves in the loop, and the warps meet only when all is added. All scales of the block are decoded before.
-// Each warp has a ring of DEPTH units in shared memory for its codes (cp.async) and decodes them through a table that has
-// a copy for every lane (few_tokens.cuh): one integer operation and one access a byte. What limits it is the issue of
-// instructions, 124 for 2048 weights. With gate and up, rows 0..7 of a tile are gate's and 8..15 up's, so that one warp
-// gets both.
+// in a step each has 128 of k, of which it loads x once for all tiles, whose sums stay in registers to the end. So
+// nothing but codes moves in the loop, and the warps meet only when all is added. All scales of the block are decoded
+// before. Each warp has a ring of DEPTH units in shared memory for its codes (cp.async) and decodes them through a
+// table that has a copy for every lane (few_tokens.cuh): one integer operation and one access a byte. What limits it
+// is the issue of instructions, 124 for 2048 weights. With gate and up, rows 0..7 of a tile are gate's and 8..15 up's,
+// so that one warp gets both.
 
 #include "few_tokens.cuh"
 
@@ -102,11 +102,12 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) gemv_kernel(const __gr
         infos[threadIdx.x] = {a.w.m[member].codes + from * (a.w.k / 2), row, member};
     }
     __syncthreads();
-    // Four lanes take the 64 bytes of a row; every other pair of rows has its halves swapped, so that reads meet no bank
-    // twice.
+    // Four lanes take the 64 bytes of a row; every other pair of rows has its halves swapped, so that reads meet no
+    // bank twice.
     const int piece = lane % 4;
     uint32_t fetch_to = shared_address(ring) + g * 64 + (((piece >> 1) ^ (g >> 1 & 1)) << 5) + ((piece & 1) << 4);
-    uint32_t fetch_info = shared_address(infos) + g * sizeof(RowInfo), fetch_half = piece >> 1, fetch_offset = piece * 16;
+    uint32_t fetch_info = shared_address(infos) + g * sizeof(RowInfo);
+    uint32_t fetch_half = piece >> 1, fetch_offset = piece * 16;
     // Kept in registers: the compiler would work them out again for every unit.
     asm volatile("" : "+r"(fetch_to), "+r"(fetch_info), "+r"(fetch_half), "+r"(fetch_offset));
     int next_tile = 0, next_chunk = first;
@@ -372,8 +373,8 @@ int launch_gemv(Args a, int rank, bool early, cudaStream_t stream) {
     if (a.scale_pitch % 8 == 0) a.scale_pitch += 4;
     Shape s{};
     for (int attempt = 0; attempt < 3 && s.blocks == 0; attempt++)
-        s = shape_of(a.first_tile[3], MOST, NT, rank, a.s_columns, a.scale_pitch, attempt < 2 ? WARPS : WARPS / 2, DEPTH,
-                     attempt == 0 ? limit / (16 / WARPS) : limit);
+        s = shape_of(a.first_tile[3], MOST, NT, rank, a.s_columns, a.scale_pitch,
+                     attempt < 2 ? WARPS : WARPS / 2, DEPTH, attempt == 0 ? limit / (16 / WARPS) : limit);
     if (s.blocks == 0) return static_cast<int>(cudaErrorInvalidValue);
     a.block_tiles = s.block_tiles;
     a.lora_columns = s.lora_columns;
@@ -422,7 +423,8 @@ extern "C" int qlora_nf4_gemv16(int dtype, QloraFewWeights weights, const void* 
     a.first_tile[3] = static_cast<int32_t>(tiles);
     const auto with_type = [&](auto zero) {
         using T = decltype(zero);
-        // What measured best on an H100: one block of 16 warps where it has many tiles or a long k, else two of 8 warps.
+        // What measured best on an H100: one block of 16 warps where it has many tiles or a long k, else two of 8
+        // warps.
         const int64_t sms = device_limits().multiprocessors;
         const bool wide = weights.k >= 8192 || (tiles > 4 * sms && tiles <= MOST_TILES * sms);
         return wide ? launch_gemv<T, 2, MOST_TILES, 16, 5>(a, most_rank, early, stream)

@@ -8,9 +8,9 @@
 // Floor: memory up to some 64 tokens on an H100, the tensor cores behind. A block takes BN rows of the weight and BM
 // tokens; WN warps share the rows, WK warps share k. Codes and x come through a ring in shared memory (cp.async, STAGES
 // of 256 k); a warp decodes its rows' codes straight into A fragments, once a block, and uses each for all tokens. The
-// scales of a stage are decoded by all threads, one stage ahead. What a thread copies lies a fixed number of rows apart,
-// so an address costs an addition. Where there are few tiles, blocks share k as well; the last of them to finish adds the
-// parts in their order.
+// scales of a stage are decoded by all threads, one stage ahead. What a thread copies lies a fixed number of rows
+// apart, so an address costs an addition. Where there are few tiles, blocks share k as well; the last of them to
+// finish adds the parts in their order.
 // On Hopper the products are wgmma's (wgmma.cuh): x is read by the tensor cores from shared memory instead of by every
 // warp, and the next chunk is decoded meanwhile. Elsewhere they are mma.sync's.
 
@@ -39,7 +39,9 @@ struct GemmArgs {
 };
 
 // Tiles; UNROLL: chunks of a stage that are unrolled.
-template <int BN_, int BM_, int WK_, int STAGES_, int UNROLL_ = 4, bool WGMMA_ = false, int CHUNKS_ = 4, int PER_SM_ = 1> struct Config {
+template <int BN_, int BM_, int WK_, int STAGES_, int UNROLL_ = 4, bool WGMMA_ = false, int CHUNKS_ = 4,
+          int PER_SM_ = 1>
+struct Config {
     static constexpr int BN = BN_, BM = BM_, WK = WK_, STAGES = STAGES_;
     [[maybe_unused]] static constexpr int UNROLL = UNROLL_;
     static constexpr bool WGMMA = WGMMA_;
@@ -526,8 +528,8 @@ template <typename F> auto with_config(const QloraFewWeights& w, int64_t tokens,
 
 }  // namespace
 
-// The most tokens for which these kernels are the fastest way on the current device; behind that, it is a dequantized copy
-// and cuBLAS.
+// The most tokens for which these kernels are the fastest way on the current device; behind that, it is a dequantized
+// copy and cuBLAS.
 extern "C" int64_t qlora_few_tokens_most() { return wgmma::available() ? 128 : 64; }
 
 // Bytes of the workspace; its first 16 KiB are zero before the first call, and every call leaves them so: calls of all

@@ -2,15 +2,16 @@
 // registers and b in shared memory.
 //
 // Warp w of the group holds rows 16 w .. 16 w + 15 of a and d, in the fragments of mma.sync: a as m16n8k16 has it, d as
-// N / 8 tiles of m16n8. b lies as [N][64 k] with rows of 128 bytes whose 16-byte pieces are permuted by XOR with row & 7,
-// at an address that is a multiple of 1024; `descriptor` names 16 of the 64 k.
+// N / 8 tiles of m16n8. b lies as [N][64 k] with rows of 128 bytes whose 16-byte pieces are permuted by XOR with row &
+// 7, at an address that is a multiple of 1024; `descriptor` names 16 of the 64 k.
 #pragma once
 
 #include "common.cuh"
 
 namespace wgmma {
 
-// Whether these instructions are there: the device is a Hopper, and there is code for it (build.rs defines QLORA_HOPPER).
+// Whether these instructions are there: the device is a Hopper, and there is code for it (build.rs defines
+// QLORA_HOPPER).
 inline bool available() {
 #ifdef QLORA_HOPPER
     static const bool is_hopper = [] {
