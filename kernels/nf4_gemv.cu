@@ -37,7 +37,8 @@ struct Args {
     float* parts;       // [splits, tiles, 128 * NT] if there are several
     uint32_t* arrived;  // [gridDim.x], zeros before and after
     int64_t ldx, lds, ldr, ldy;
-    int32_t first_tile[4];   // of each member; the last entry is the number of tiles
+    int64_t half;            // bytes from the codes of a tile's slot 0 to those of slot 8
+    int32_t first_tile[4];   // of each member and, behind the last one, the number of tiles
     int32_t rows[3];
     int32_t tokens, chunks, split_chunks, splits;
     int32_t batch;           // tiles between two barriers
@@ -65,33 +66,69 @@ __device__ __forceinline__ Rows rows_of(const Args& a, int tile) {
     return {{j, j}, {row, row + 8}};
 }
 
-// Starts the copy of a stage's codes to the ring and loads its scales.
+// Where a lane's part of the next tile to fetch lies. Most steps from tile to tile are of the same length: pointers
+// move by it, and are worked out anew only where the next member begins.
+struct Cursor {
+    const uint8_t* codes;   // the lane's 16 bytes of the first of its rows (others are 4 rows and `half` bytes on)
+    const float* lora_b;    // the lane's first column of its row
+    int scale_chunk;        // the first of its two chunks of 64
+    int left;               // rows of the member from the tile's first one on
+    int member, tile;       // the member of slots 0..7
+
+    __device__ __forceinline__ void place(const Args& a, int to, int lane, int warp, int warps) {
+        tile = to;
+        const Rows rows = rows_of(a, tile);
+        member = rows.member[0];
+        left = a.rows[member] - rows.row[0];
+        codes = a.w.m[member].codes + (rows.row[0] + lane / 8) * (a.w.k / 2) + lane % 8 * 16;
+        scale_chunk = ((lane < 16 ? rows.row[0] : rows.row[1]) + lane / 2 % 8) * a.chunks + lane % 2 * 2;
+        const bool low = lane / 8 % 2 == 0;
+        const QloraFewMember& m = a.w.m[low ? rows.member[0] : rows.member[1]];
+        const int64_t row = (low ? rows.row[0] : rows.row[1]) + lane % 8;
+        lora_b = m.lora_b + row * m.rank + warp + lane / 16 * warps;
+    }
+
+    // The member of the slots from 8 on.
+    __device__ __forceinline__ int upper(const Args& a) const { return a.swiglu ? 1 : member; }
+
+    __device__ __forceinline__ void advance(const Args& a, int stride, int lane, int warp, int warps) {
+        const int next = tile + stride;
+        if (!a.swiglu && next >= a.first_tile[member + 1]) {
+            if (next < a.first_tile[3]) place(a, next, lane, warp, warps);
+            tile = next;
+            return;
+        }
+        tile = next;
+        const int rows = stride * (a.swiglu ? 8 : 16);
+        codes += rows * (a.w.k / 2);
+        left -= rows;
+        scale_chunk += rows * a.chunks;
+        if (a.lora_columns > 0)
+            lora_b += static_cast<int64_t>(rows) * a.w.m[lane / 8 % 2 == 0 ? member : upper(a)].rank;
+    }
+};
+
+// Starts the copy of a stage's codes to the ring and loads its scales; rows behind the member's last are zeros.
 template <bool NESTED, bool ALIGNED>
-__device__ __forceinline__ void fetch(const Args& a, const Rows& rows, int chunk, int end, int lane, uint32_t ring,
+__device__ __forceinline__ void fetch(const Args& a, const Cursor& cursor, int chunk, int end, int lane, uint32_t to,
                                       StageScales<NESTED>& scales) {
-    // Eight lanes take the 128 bytes of a row; 32-byte pieces are permuted so that reads meet no bank twice.
-    const int q = lane % 8, r = lane / 8;
-    const uint32_t to = ring + r * 128 + ((q ^ ((r & 3) * 2)) << 4);
-    const int row_bytes = static_cast<int>(a.w.k / 2);
-    const bool valid = chunk + q / 2 < end;
+    const bool valid = chunk + lane % 8 / 2 < end;
+    const int64_t four_rows = a.w.k * 2;
+    const int upper_row = a.swiglu ? 0 : 8;   // after the tile's first
+    const uint8_t* codes = cursor.codes + chunk * 32;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const QloraFewMember& m = a.w.m[rows.member[h]];
-        const int most = a.rows[rows.member[h]] - 1;
-        const uint8_t* codes = m.codes + chunk * 32 + q * 16;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int64_t row = min(rows.row[h] + r + i * 4, most);
-            attention::copy_async16(to + h * 1024 + i * 512, valid ? codes + row * row_bytes : m.codes, valid);
-        }
+        const int left = cursor.left - lane / 8 - h * upper_row;
+        attention::copy_async16(to + h * 1024, codes, valid && left > 0);
+        attention::copy_async16(to + h * 1024 + 512, codes + four_rows, valid && left > 4);
+        codes += a.half;
     }
-    const int j = lane < 16 ? rows.member[0] : rows.member[1];
-    const QloraFewMember& m = a.w.m[j];
-    const int64_t row = min((lane < 16 ? rows.row[0] : rows.row[1]) + lane / 2 % 8, a.rows[j] - 1);
+    const QloraFewMember& m = a.w.m[lane < 16 ? cursor.member : cursor.upper(a)];
     const int own = chunk + lane % 2 * 2;
-    const int64_t chunk_index = row * static_cast<int>(a.w.k / 64) + own;
+    const int chunk_index = cursor.scale_chunk + chunk;
     scales.codes = 0;
     scales.values[0] = scales.values[1] = 0.0f;
+    if (cursor.left <= lane / 2 % 8 + (lane < 16 ? 0 : upper_row)) return;
     if constexpr (ALIGNED) {
         if (own < end) {
             if constexpr (NESTED) {
@@ -106,7 +143,7 @@ __device__ __forceinline__ void fetch(const Args& a, const Rows& rows, int chunk
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             if (own + i >= end) continue;
-            const int64_t block = ((chunk_index + i) << 6) >> a.block_shift;
+            const int64_t block = (static_cast<int64_t>(chunk_index + i) << 6) >> a.block_shift;
             if constexpr (NESTED) {
                 scales.codes |= static_cast<uint32_t>(__ldg(m.absmax_codes + block)) << (8 * i);
                 scales.values[i] = __ldg(m.nested_absmax + (block >> a.nested_shift));
@@ -141,33 +178,33 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1) gemv_kernel(const __grid_c
     const int end = min(a.chunks, (split + 1) * a.split_chunks);
     const bool with_lora = lora_floats > 0 && split == 0;
     StageScales<NESTED> scales[DEPTH];
-    // Step n of the sequence (tile, ki), counted from the tile `base`; `at` is its stage.
-    const auto fetch_step = [&](int base, int n, int at) {
-        const int tile = base + n / KI * stride;
-        if (tile < tiles) {
-            const Rows rows = rows_of(a, tile);
-            const uint32_t to = ring_address + at * RING_BYTES;
-            fetch<NESTED, ALIGNED>(a, rows, first + n % KI * CHUNKS, end, lane, to, scales[at]);
-            if (with_lora && n % KI == 0) {
+    Cursor cursor;
+    cursor.place(a, blockIdx.x, lane, warp, warps);
+    // Eight lanes take the 128 bytes of a row; 32-byte pieces are permuted so that reads meet no bank twice.
+    const uint32_t fetch_to = ring_address + lane / 8 * 128 + ((lane % 8 ^ (lane / 8 & 3) * 2) << 4);
+    // The next step of the sequence (tile, ki); `at` is its stage.
+    const auto fetch_next = [&](int ki, int at) {
+        if (cursor.tile < tiles) {
+            fetch<NESTED, ALIGNED>(a, cursor, first + ki * CHUNKS, end, lane, fetch_to + at * RING_BYTES, scales[at]);
+            if (with_lora && ki == 0) {
                 // Each warp adds some columns of the adapter: warp, warp + warps, ...
-                const int h = lane / 8 % 2;
-                const int member = h == 0 ? rows.member[0] : rows.member[1];
-                const int row = (h == 0 ? rows.row[0] : rows.row[1]) + lane % 8;
-                const QloraFewMember& m = a.w.m[member];
-                for (int j = lane / 16; j < a.lora_columns; j += 2) {
-                    const int column = warp + j * warps;
-                    const bool valid = column < m.rank && row < a.rows[member];
-                    const void* from = m.codes;
-                    if (valid) from = m.lora_b + static_cast<int64_t>(row) * m.rank + column;
-                    attention::copy_async4(lora_address + (at * lora_floats + j * 16 + lane % 16) * 4, from, valid);
+                const int rank = a.w.m[lane / 8 % 2 == 0 ? cursor.member : cursor.upper(a)].rank;
+                const bool in_rows = cursor.left > lane % 8 + (a.swiglu || lane / 8 % 2 == 0 ? 0 : 8);
+                const float* from = cursor.lora_b;
+                for (int j = lane / 16; j < a.lora_columns; j += 2, from += 2 * warps) {
+                    const bool valid = warp + j * warps < rank && in_rows;
+                    const void* safe = a.w.m[0].codes;
+                    attention::copy_async4(lora_address + (at * lora_floats + j * 16 + lane % 16) * 4,
+                                           valid ? from : safe, valid);
                 }
             }
         }
         attention::copy_async_commit();
+        if (ki == KI - 1) cursor.advance(a, stride, lane, warp, warps);
     };
     let_next_begin();
 #pragma unroll
-    for (int d = 0; d < DEPTH; d++) fetch_step(blockIdx.x, d, d);
+    for (int d = 0; d < DEPTH; d++) fetch_next(d % KI, d);
     fill_table<T>(table, a.w.quant_type, threads);
     if constexpr (NESTED) {
         for (int j = 0; j < a.w.count; j++)
@@ -306,7 +343,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1) gemv_kernel(const __grid_c
                 }
                 // The stage is free: its next use is DEPTH steps away.
                 __syncwarp();
-                fetch_step(base, u * KI + ki + DEPTH, at);
+                fetch_next((ki + DEPTH) % KI, at);
             }
             float4* to = reinterpret_cast<float4*>(sums + ((buffer * a.batch + in_batch) * warps + warp) * 128 * NT);
 #pragma unroll
@@ -444,13 +481,14 @@ extern "C" int qlora_nf4_gemv(int dtype, QloraFewWeights weights, const void* x,
     a.nested_shift = nf4::log2_of(weights.nested_blocksize);
     a.swiglu = swiglu != 0;
     a.x_vectors = attention::aligned16(x, ldx);
+    a.half = swiglu ? weights.m[1].codes - weights.m[0].codes : 8 * (weights.k / 2);
     int64_t tiles = 0;
     int most_rank = 0;
     for (int j = 0; j < 3; j++) {
         a.first_tile[j] = static_cast<int32_t>(tiles);
         if (j < weights.count) tiles += divide_up(weights.m[j].rows, 16);
         if (j >= weights.count) a.first_tile[j] = INT32_MAX;
-        else if (weights.m[j].rows > INT32_MAX - 16) return static_cast<int>(cudaErrorInvalidValue);
+        else if (weights.m[j].rows > INT32_MAX / (weights.k / 64) - 16) return static_cast<int>(cudaErrorInvalidValue);
         else a.rows[j] = static_cast<int32_t>(weights.m[j].rows);
         if (j < weights.count && s && weights.m[j].lora_b && weights.m[j].rank > 0) {
             const int rank = weights.m[j].rank, columns = weights.m[j].r0 + rank;

@@ -8,16 +8,19 @@
 // Floor: memory up to some 64 tokens on an H100, the tensor cores behind. A block takes BN rows of the weight and BM
 // tokens; WN warps share the rows, WK warps share k. Codes and x come through a ring in shared memory (cp.async, STAGES
 // of 256 k); a warp decodes its rows' codes straight into A fragments, once a block, and uses each for all tokens. The
-// scales of a stage are decoded by all threads, one stage ahead. Where there are few tiles, blocks share k as well; the
-// last of them to finish adds the parts in their order.
+// scales of a stage are decoded by all threads, one stage ahead. What a thread copies lies a fixed number of rows
+// apart, so an address costs an addition. Where there are few tiles, blocks share k as well; the last of them to
+// finish adds the parts in their order.
+// On Hopper the products are wgmma's (wgmma.cuh): x is read by the tensor cores from shared memory instead of by every
+// warp, and the next chunk is decoded meanwhile. Elsewhere they are mma.sync's.
 
 #include "few_tokens.cuh"
+#include "wgmma.cuh"
 
 namespace {
 
 using namespace few;
 
-constexpr int STAGE_CHUNKS = 4;   // chunks of 64 k
 constexpr int64_t COUNTER_BYTES = 16384;
 
 struct GemmArgs {
@@ -36,17 +39,26 @@ struct GemmArgs {
 };
 
 // Tiles; UNROLL: chunks of a stage that are unrolled.
-template <int BN_, int BM_, int WK_, int STAGES_, int UNROLL_ = 4> struct Config {
-    static constexpr int BN = BN_, BM = BM_, WK = WK_, STAGES = STAGES_, UNROLL = UNROLL_;
-    static constexpr int RT = 2, WN = BN / (16 * RT), THREADS = 32 * WN * WK, NT = BM / 8;
+template <int BN_, int BM_, int WK_, int STAGES_, int UNROLL_ = 4, bool WGMMA_ = false, int CHUNKS_ = 4,
+          int PER_SM_ = 1>
+struct Config {
+    static constexpr int BN = BN_, BM = BM_, WK = WK_, STAGES = STAGES_;
+    [[maybe_unused]] static constexpr int UNROLL = UNROLL_;
+    static constexpr bool WGMMA = WGMMA_;
+    static constexpr int STAGE_CHUNKS = CHUNKS_, PER_SM = PER_SM_;   // chunks of 64 k; blocks on a multiprocessor
+    static constexpr int RT = WGMMA ? 1 : 2, WN = BN / (16 * RT), THREADS = 32 * WN * WK, NT = BM / 8;
     static constexpr int X_BYTES = BM * STAGE_CHUNKS * 128, CODE_BYTES = BN * STAGE_CHUNKS * 32;
     static constexpr int STAGE_BYTES = X_BYTES + CODE_BYTES;
     static constexpr int PITCH = BN + 4;   // of the f32 tile in the end
     static constexpr int TILE_BYTES = BM * PITCH * 4;
     static constexpr int RING_BYTES = STAGES * STAGE_BYTES > TILE_BYTES ? STAGES * STAGE_BYTES : TILE_BYTES;
     static constexpr int SCALE_FLOATS = BN * STAGE_CHUNKS;
-    static constexpr int SHARED = RING_BYTES + 2 * SCALE_FLOATS * 4 + 3 * 256 * 4;
+    static constexpr int SHARED = RING_BYTES + 2 * SCALE_FLOATS * 4 + 3 * 256 * 4 + TABLE_WORDS * 4 + 1024;
 };
+
+// Hopper's instructions, with codes in the order that is natural to them.
+template <int BN, int BM, int WK, int STAGES, int CHUNKS = 4, int PER_SM = 1>
+using HopperConfig = Config<BN, BM, WK, STAGES, 4, true, CHUNKS, PER_SM>;
 
 // The member and the row of a slot (0 .. BN - 1) of a tile. With gate and up every 16 slots are 8 rows of each.
 struct TileRows {
@@ -68,15 +80,65 @@ template <typename T> __device__ __forceinline__ void split_pair(float a, float 
     low = pack_pair<T>(a - to_float(h[0]), b - to_float(h[1]));
 }
 
+// A warpgroup's products of a stage: the next chunk is decoded while the tensor cores are at work on the last.
 template <typename T, typename C>
-__global__ void __launch_bounds__(C::THREADS, 1) gemm_kernel(const __grid_constant__ GemmArgs a) {
-    constexpr int RT = C::RT, NT = C::NT;
-    __shared__ __align__(16) uint32_t table[TABLE_WORDS];
+__device__ __forceinline__ void multiply_stage(const char* x_tile, const char* codes, const float* scales,
+                                               const uint32_t* table, int row_warp, int k_warp,
+                                               float (&sum)[1][C::NT][4]) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, slot = row_warp * 16 + g;
+    const uint32_t lane4 = lane * 4, pick = 0x80u << (8 * t), x_address = shared_address(x_tile);
+    constexpr int STAGE_CHUNKS = C::STAGE_CHUNKS, MINE = STAGE_CHUNKS / C::WK;
+    uint32_t w[2][4][4];
+    const auto decode_chunk = [&](int c, uint32_t(&to)[4][4]) {
+        // Byte t of each word of 8 codes: k = 2 t, 2 t + 1 of them.
+        const char* row = codes + slot * (STAGE_CHUNKS * 32);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int piece = (((c * 2 + h) ^ (slot & 3) * 2) & (STAGE_CHUNKS * 2 - 1)) << 4;
+            const uint4 low = *reinterpret_cast<const uint4*>(row + piece);
+            const uint4 high = *reinterpret_cast<const uint4*>(row + 8 * STAGE_CHUNKS * 32 + piece);
+            const uint32_t words[2][4] = {{low.x, low.y, low.z, low.w}, {high.x, high.y, high.z, high.w}};
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const uint32_t byte = __dp4a(words[i & 1][i >> 1], pick, lane4);
+                to[h * 2 + (i >> 2)][i & 3] =
+                    *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(table) + byte);
+            }
+        }
+    };
+    decode_chunk(k_warp, w[0]);
+#pragma unroll
+    for (int i = 0; i < MINE; i++) {
+        const int c = i * C::WK + k_warp;
+        float part[C::NT * 4];
+        wgmma::fence();
+#pragma unroll
+        for (int s = 0; s < 4; s++)
+            wgmma::Product<T, C::BM>::run(part, w[i & 1][s], wgmma::descriptor(x_address + c * (C::BM * 128), s), s);
+        wgmma::commit();
+        if (i + 1 < MINE) decode_chunk(c + C::WK, w[(i + 1) & 1]);
+        const float low = scales[c * C::BN + slot], high = scales[c * C::BN + slot + 8];
+        wgmma::wait(part);
+#pragma unroll
+        for (int n = 0; n < C::NT; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) sum[0][n][e] = fmaf(e < 2 ? low : high, part[n * 4 + e], sum[0][n][e]);
+    }
+}
+
+template <typename T, typename C>
+__global__ void __launch_bounds__(C::THREADS, C::PER_SM) gemm_kernel(const __grid_constant__ GemmArgs a) {
+    constexpr int RT = C::RT, NT = C::NT, STAGE_CHUNKS = C::STAGE_CHUNKS;
+#ifndef __CUDA_ARCH_FEAT_SM90_ALL
+    if constexpr (C::WGMMA) return;   // nobody launches it
+#endif
     __shared__ bool last;
     extern __shared__ __align__(128) char dynamic[];
-    char* ring = dynamic;
-    float* scales = reinterpret_cast<float*>(dynamic + C::RING_BYTES);
+    // wgmma wants tiles at multiples of 1024.
+    char* ring = dynamic + (-shared_address(dynamic) & 1023);
+    float* scales = reinterpret_cast<float*>(ring + C::RING_BYTES);
     float* maps = scales + 2 * C::SCALE_FLOATS;
+    uint32_t* table = reinterpret_cast<uint32_t*>(maps + 3 * 256);
     const uint32_t ring_address = shared_address(ring);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int row_warp = warp % C::WN, k_warp = warp / C::WN;
@@ -93,33 +155,50 @@ __global__ void __launch_bounds__(C::THREADS, 1) gemm_kernel(const __grid_consta
     const int all_stages = (a.chunks + STAGE_CHUNKS - 1) / STAGE_CHUNKS;
     const int first = split * a.split_stages, stages = min(a.split_stages, all_stages - first);
 
-    const auto row_clamped = [&](int slot) { return min(rows.row_of(slot), a.w.m[rows.member_of(slot)].rows - 1); };
+    // What a thread copies of a stage lies a fixed number of rows apart: its first row, and steps from there.
+    constexpr int CODE_LINE = STAGE_CHUNKS * 2, CODE_STEP = C::THREADS / CODE_LINE;   // pieces of 16 bytes, slots
+    static_assert(CODE_STEP % 16 == 0 && C::BN % CODE_STEP == 0, "the steps keep member and permutation");
+    const auto code_from = [&] {
+        const int slot = threadIdx.x / CODE_LINE, q = threadIdx.x % CODE_LINE;
+        return a.w.m[rows.member_of(slot)].codes + rows.row_of(slot) * (a.w.k / 2) + first * (STAGE_CHUNKS * 32) +
+               q * 16;
+    }();
+    const int64_t code_step = (a.swiglu ? CODE_STEP / 2 : CODE_STEP) * (a.w.k / 2);
+    // Rows behind the member's last are zeros.
+    const auto rows_left = [&](int slot) {
+        return static_cast<int>(min(a.w.m[rows.member_of(slot)].rows - rows.row_of(slot), static_cast<int64_t>(C::BN)));
+    };
+    const int code_rows = rows_left(threadIdx.x / CODE_LINE);
     const auto fetch_codes = [&](int stage, int buffer) {
-        constexpr int PIECES = C::BN * STAGE_CHUNKS * 2;
+        const int slot = threadIdx.x / CODE_LINE, q = threadIdx.x % CODE_LINE;
+        const uint32_t to = ring_address + buffer * C::STAGE_BYTES + C::X_BYTES + slot * (STAGE_CHUNKS * 32) +
+                            (((q ^ ((slot & 3) * 2)) & (CODE_LINE - 1)) << 4);
+        const uint8_t* from = code_from + stage * (STAGE_CHUNKS * 32);
+        const bool in_k = (first + stage) * STAGE_CHUNKS + q / 2 < a.chunks;
 #pragma unroll
-        for (int i = 0; i < PIECES / C::THREADS; i++) {
-            const int p = i * C::THREADS + threadIdx.x, slot = p / (STAGE_CHUNKS * 2), q = p % (STAGE_CHUNKS * 2);
-            const int chunk = (first + stage) * STAGE_CHUNKS + q / 2;
-            const bool valid = chunk < a.chunks;
-            const uint8_t* from = a.w.m[rows.member_of(slot)].codes;
-            if (valid) from += (row_clamped(slot) * a.w.k + static_cast<int64_t>(chunk) * 64) / 2 + q % 2 * 16;
-            attention::copy_async16(ring_address + buffer * C::STAGE_BYTES + C::X_BYTES + slot * (STAGE_CHUNKS * 32) +
-                                        ((q ^ ((slot & 3) * 2)) << 4),
-                                    from, valid);
+        for (int i = 0; i < C::BN / CODE_STEP; i++) {
+            const bool valid = in_k && i * (a.swiglu ? CODE_STEP / 2 : CODE_STEP) < code_rows;
+            attention::copy_async16(to + i * (CODE_STEP * STAGE_CHUNKS * 32), from, valid);
+            from += code_step;
         }
     };
+    constexpr int X_LINE = STAGE_CHUNKS * 8, X_STEP = C::THREADS / X_LINE;
+    static_assert(X_STEP % 8 == 0 && C::BM % X_STEP == 0, "the steps keep the permutation");
+    const T* x_from = static_cast<const T*>(a.x) + (token0 + threadIdx.x / X_LINE) * a.ldx +
+                      first * (STAGE_CHUNKS * 64) + threadIdx.x % X_LINE * 8;
+    const int64_t x_step = X_STEP * a.ldx;
+    const int x_tokens = a.tokens - token0 - threadIdx.x / X_LINE;
     const auto fetch_x = [&](int stage, int buffer) {
-        constexpr int LINE = STAGE_CHUNKS * 8, PIECES = C::BM * LINE;
+        const int token = threadIdx.x / X_LINE, q = threadIdx.x % X_LINE;
+        const uint32_t to = ring_address + buffer * C::STAGE_BYTES +
+                            (C::WGMMA ? q / 8 * (C::BM * 128) + token * 128 + (((q ^ token) & 7) << 4)
+                                      : token * (X_LINE * 16) + ((q ^ (token & 1)) << 4));
+        const T* from = x_from + stage * (STAGE_CHUNKS * 64);
+        const bool in_k = (first + stage) * STAGE_CHUNKS + q / 8 < a.chunks;
 #pragma unroll
-        for (int i = 0; i < PIECES / C::THREADS; i++) {
-            const int p = i * C::THREADS + threadIdx.x, token = p / LINE, q = p % LINE;
-            const int chunk = (first + stage) * STAGE_CHUNKS + q / 8;
-            const bool valid = chunk < a.chunks && token0 + token < a.tokens;
-            const T* from = static_cast<const T*>(a.x);
-            if (valid) from += (token0 + token) * a.ldx + chunk * 64 + q % 8 * 8;
-            attention::copy_async16(ring_address + buffer * C::STAGE_BYTES + token * (LINE * 16) +
-                                        ((q ^ (token & 1)) << 4),
-                                    from, valid);
+        for (int i = 0; i < C::BM / X_STEP; i++) {
+            attention::copy_async16(to + i * X_STEP * (C::WGMMA ? 128 : X_LINE * 16), from, in_k && i * X_STEP < x_tokens);
+            from += x_step;
         }
     };
     // Scales of a stage: raw into registers, decoded into shared memory later.
@@ -128,15 +207,21 @@ __global__ void __launch_bounds__(C::THREADS, 1) gemm_kernel(const __grid_consta
     float raw[MINE];
     uint8_t raw_codes[MINE];
     const bool nested = a.w.m[0].absmax == nullptr;
+    constexpr int SCALE_STEP = C::THREADS / STAGE_CHUNKS;   // slots
+    static_assert(SCALE_STEP % 16 == 0, "the steps keep the member");
+    const int scale_slot = threadIdx.x / STAGE_CHUNKS, scale_rows = rows_left(scale_slot);
+    const int64_t scale_chunk = rows.row_of(scale_slot) * a.chunks + first * STAGE_CHUNKS + threadIdx.x % STAGE_CHUNKS;
     const auto fetch_scales = [&](int stage) {
+        const QloraFewMember& m = a.w.m[rows.member_of(scale_slot)];
+        const bool in_k =
+            stage < stages && (first + stage) * STAGE_CHUNKS + threadIdx.x % STAGE_CHUNKS < a.chunks;
 #pragma unroll
         for (int i = 0; i < MINE; i++) {
-            const int p = i * C::THREADS + threadIdx.x, slot = p / STAGE_CHUNKS;
-            const int chunk = (first + stage) * STAGE_CHUNKS + p % STAGE_CHUNKS;
+            const int step = i * (a.swiglu ? SCALE_STEP / 2 : SCALE_STEP);
             raw[i] = 0.0f, raw_codes[i] = 0;
-            if (stage >= stages || chunk >= a.chunks) continue;
-            const QloraFewMember& m = a.w.m[rows.member_of(slot)];
-            const int64_t block = (row_clamped(slot) * a.w.k + static_cast<int64_t>(chunk) * 64) >> a.block_shift;
+            if (!in_k || step >= scale_rows) continue;
+            const int64_t chunk = scale_chunk + stage * STAGE_CHUNKS + static_cast<int64_t>(step) * a.chunks;
+            const int64_t block = chunk << 6 >> a.block_shift;
             if (nested) {
                 raw_codes[i] = __ldg(m.absmax_codes + block);
                 raw[i] = __ldg(m.nested_absmax + (block >> a.nested_shift));
@@ -146,9 +231,10 @@ __global__ void __launch_bounds__(C::THREADS, 1) gemm_kernel(const __grid_consta
         }
     };
     const auto put_scales = [&](int stage) {
+        const int member = rows.member_of(scale_slot);
 #pragma unroll
         for (int i = 0; i < MINE; i++) {
-            const int p = i * C::THREADS + threadIdx.x, member = rows.member_of(p / STAGE_CHUNKS);
+            const int p = i * C::THREADS + threadIdx.x;
             float value = raw[i];
             if (nested)
                 value = __fadd_rn(nf4::multiply_flushed(maps[member * 256 + raw_codes[i]], value),
@@ -235,6 +321,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) gemm_kernel(const __grid_consta
     const uint32_t lane4 = lane * 4;
     for (int stage = 0; stage < stages; stage++) {
         attention::copy_async_wait<C::STAGES - 2>();
+        if constexpr (C::WGMMA) wgmma::publish();
         __syncthreads();
         const int ahead = stage + C::STAGES - 1;
         if (ahead < stages) {
@@ -246,42 +333,46 @@ __global__ void __launch_bounds__(C::THREADS, 1) gemm_kernel(const __grid_consta
         const char* x_tile = ring + stage % C::STAGES * C::STAGE_BYTES;
         const char* codes = x_tile + C::X_BYTES;
         const float* stage_scales = scales + (stage & 1) * C::SCALE_FLOATS;
+        if constexpr (C::WGMMA) {
+            multiply_stage<T, C>(x_tile, codes, stage_scales, table, row_warp, k_warp, sum);
+        } else {
 #pragma unroll C::UNROLL
-        for (int kc = 0; kc < STAGE_CHUNKS / C::WK; kc++) {
-            const int c = kc * C::WK + k_warp;
-            uint32_t w[RT][4][4];
-            float scale[RT][2];
+            for (int kc = 0; kc < STAGE_CHUNKS / C::WK; kc++) {
+                const int c = kc * C::WK + k_warp;
+                uint32_t w[RT][4][4];
+                float scale[RT][2];
 #pragma unroll
-            for (int rt = 0; rt < RT; rt++) {
-                const int slot = (row_warp * RT + rt) * 16 + g;
-                const char* p = codes + slot * (STAGE_CHUNKS * 32) + ((c ^ (slot & 3)) << 5) + t * 8;
-                const uint2 low = *reinterpret_cast<const uint2*>(p);
-                const uint2 high = *reinterpret_cast<const uint2*>(p + 8 * STAGE_CHUNKS * 32);
-                scale[rt][0] = stage_scales[c * C::BN + slot], scale[rt][1] = stage_scales[c * C::BN + slot + 8];
+                for (int rt = 0; rt < RT; rt++) {
+                    const int slot = (row_warp * RT + rt) * 16 + g;
+                    const char* p = codes + slot * (STAGE_CHUNKS * 32) + ((c ^ (slot & 3)) << 5) + t * 8;
+                    const uint2 low = *reinterpret_cast<const uint2*>(p);
+                    const uint2 high = *reinterpret_cast<const uint2*>(p + 8 * STAGE_CHUNKS * 32);
+                    scale[rt][0] = stage_scales[c * C::BN + slot], scale[rt][1] = stage_scales[c * C::BN + slot + 8];
 #pragma unroll
-                for (int i = 0; i < 4; i++) decode_step(table, low, high, i, lane4, w[rt][i]);
-            }
-            const char* xp = x_tile + g * (STAGE_CHUNKS * 128);
-            const int q = c * 8 + t * 2, flip = g & 1;
+                    for (int i = 0; i < 4; i++) decode_step(table, low, high, i, lane4, w[rt][i]);
+                }
+                const char* xp = x_tile + g * (STAGE_CHUNKS * 128);
+                const int q = c * 8 + t * 2, flip = g & 1;
 #pragma unroll
-            for (int n = 0; n < NT; n++) {
-                const char* row = xp + n * (8 * STAGE_CHUNKS * 128);
-                const uint4 b0 = *reinterpret_cast<const uint4*>(row + ((q ^ flip) << 4));
-                const uint4 b1 = *reinterpret_cast<const uint4*>(row + (((q + 1) ^ flip) << 4));
-                float part[RT][4];
+                for (int n = 0; n < NT; n++) {
+                    const char* row = xp + n * (8 * STAGE_CHUNKS * 128);
+                    const uint4 b0 = *reinterpret_cast<const uint4*>(row + ((q ^ flip) << 4));
+                    const uint4 b1 = *reinterpret_cast<const uint4*>(row + (((q + 1) ^ flip) << 4));
+                    float part[RT][4];
 #pragma unroll
-                for (int rt = 0; rt < RT; rt++) attention::multiply<T>(part[rt], w[rt][0], b0.x, b0.y, {0, 0, 0, 0});
+                    for (int rt = 0; rt < RT; rt++) attention::multiply<T>(part[rt], w[rt][0], b0.x, b0.y, {0, 0, 0, 0});
 #pragma unroll
-                for (int rt = 0; rt < RT; rt++) multiply_add<T>(part[rt], w[rt][1], b0.z, b0.w);
+                    for (int rt = 0; rt < RT; rt++) multiply_add<T>(part[rt], w[rt][1], b0.z, b0.w);
 #pragma unroll
-                for (int rt = 0; rt < RT; rt++) multiply_add<T>(part[rt], w[rt][2], b1.x, b1.y);
+                    for (int rt = 0; rt < RT; rt++) multiply_add<T>(part[rt], w[rt][2], b1.x, b1.y);
 #pragma unroll
-                for (int rt = 0; rt < RT; rt++) multiply_add<T>(part[rt], w[rt][3], b1.z, b1.w);
+                    for (int rt = 0; rt < RT; rt++) multiply_add<T>(part[rt], w[rt][3], b1.z, b1.w);
 #pragma unroll
-                for (int rt = 0; rt < RT; rt++)
+                    for (int rt = 0; rt < RT; rt++)
 #pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        sum[rt][n][i] = fmaf(scale[rt][i / 2], part[rt][i], sum[rt][n][i]);
+                        for (int i = 0; i < 4; i++)
+                            sum[rt][n][i] = fmaf(scale[rt][i / 2], part[rt][i], sum[rt][n][i]);
+                }
             }
         }
         put_scales(stage + 1);
@@ -289,7 +380,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) gemm_kernel(const __grid_consta
     attention::copy_async_wait<0>();
 
     // All parts of the tile meet in shared memory: [token][slot].
-    float* out = reinterpret_cast<float*>(dynamic);
+    float* out = reinterpret_cast<float*>(ring);
     for (int k = 0; k < C::WK; k++) {
         __syncthreads();
         if (k_warp != k) continue;
@@ -368,9 +459,9 @@ __global__ void __launch_bounds__(C::THREADS, 1) gemm_kernel(const __grid_consta
 }
 
 // Blocks share k where that fills the device better; a part costs what `PART_STAGES` stages cost.
-int splits_of(int64_t tiles, int64_t stages) {
+int splits_of(int64_t tiles, int64_t stages, int per_sm) {
     constexpr int PART_STAGES = 2;
-    const int64_t sms = device_limits().multiprocessors;
+    const int64_t sms = device_limits().multiprocessors * per_sm;
     if (tiles > COUNTER_BYTES / 4) return 1;
     int64_t best = 1, best_cost = INT64_MAX;
     for (int64_t splits = 1; splits <= 16 && splits <= stages; splits++) {
@@ -396,9 +487,9 @@ template <typename T, typename C> int launch_gemm(GemmArgs a, void* workspace, b
     }
     tiles = row_tiles<C>(a.w, a.swiglu);
     a.token_tiles = static_cast<int32_t>(divide_up(a.tokens, C::BM));
-    const int64_t stages = divide_up(a.chunks, STAGE_CHUNKS), blocks = tiles * a.token_tiles;
+    const int64_t stages = divide_up(a.chunks, C::STAGE_CHUNKS), blocks = tiles * a.token_tiles;
     if (blocks > LARGEST_GRID) return static_cast<int>(cudaErrorInvalidValue);
-    a.splits = workspace ? splits_of(blocks, stages) : 1;
+    a.splits = workspace ? splits_of(blocks, stages, C::PER_SM) : 1;
     a.split_stages = static_cast<int32_t>(divide_up(stages, a.splits));
     a.arrived = static_cast<uint32_t*>(workspace);
     a.parts = reinterpret_cast<float*>(static_cast<char*>(workspace) + COUNTER_BYTES);
@@ -410,7 +501,7 @@ template <typename T, typename C> int launch_gemm(GemmArgs a, void* workspace, b
 
 template <typename C> int64_t workspace_of(const QloraFewWeights& w, int64_t tokens, bool swiglu) {
     const int64_t blocks = row_tiles<C>(w, swiglu) * divide_up(tokens, C::BM);
-    const int64_t splits = splits_of(blocks, divide_up(w.k / 64, STAGE_CHUNKS));
+    const int64_t splits = splits_of(blocks, divide_up(w.k / 64, C::STAGE_CHUNKS), C::PER_SM);
     return splits == 1 ? 0 : COUNTER_BYTES + splits * blocks * (C::BM * C::BN * 4);
 }
 
@@ -420,15 +511,26 @@ template <typename F> auto with_config(const QloraFewWeights& w, int64_t tokens,
     const int shared = device_limits().shared_bytes;
     if (shared < 140 * 1024) return f(Config<64, 32, 4, 2>{});
     if (shared < 200 * 1024) return tokens <= 32 ? f(Config<128, 32, 4, 3>{}) : f(Config<128, 64, 2, 2, 1>{});
+#ifdef QLORA_HOPPER
+    if (wgmma::available() && tokens <= 32) return f(HopperConfig<128, 32, 2, 4>{});
+#endif
     if (tokens <= 32) return f(Config<128, 32, 4, 4>{});
     int64_t rows = 0;
     for (int j = 0; j < w.count; j++) rows += w.m[j].rows;
+    if (rows <= 8192 && tokens <= 64) return f(Config<64, 64, 4, 3>{});
+#ifdef QLORA_HOPPER
+    if (wgmma::available()) return f(HopperConfig<128, 64, 1, 3>{});
+#endif
     if (rows <= 8192) return f(Config<64, 64, 4, 3>{});
     if (rows <= 20480 && tokens <= 64) return f(Config<128, 64, 2, 3, 1>{});
     return f(Config<256, 64, 1, 2, 1>{});
 }
 
 }  // namespace
+
+// The most tokens for which these kernels are the fastest way on the current device; behind that, it is a dequantized
+// copy and cuBLAS.
+extern "C" int64_t qlora_few_tokens_most() { return wgmma::available() ? 128 : 64; }
 
 // Bytes of the workspace; its first 16 KiB are zero before the first call, and every call leaves them so: calls of all
 // sizes can share one.

@@ -128,8 +128,15 @@ fn object(out: &Path, source: &Path) -> PathBuf {
 fn compile(nvcc: &Path, source: &Path, object: &Path, architectures: &[String]) -> Result<(), String> {
     let mut command = Command::new(nvcc);
     command.args(["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", "-lineinfo"]);
+    // Hopper's own instructions (wgmma.cuh) are not part of `sm_90`, which later GPUs have to run too, but of `sm_90a`.
+    let text = std::fs::read_to_string(source).map_err(|error| format!("{}: {error}", source.display()))?;
+    let hopper = text.contains("#include \"wgmma.cuh\"");
     for architecture in architectures {
-        command.arg(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
+        let suffix = if hopper && architecture == "90" { "a" } else { "" };
+        command.arg(format!("-gencode=arch=compute_{architecture}{suffix},code=sm_{architecture}{suffix}"));
+        if !suffix.is_empty() {
+            command.arg("-DQLORA_HOPPER");
+        }
     }
     // Later GPUs compile the newest one's intermediate code when the program starts.
     if let Some(newest) = architectures.iter().max_by_key(|name| name.parse::<u32>().unwrap_or(0)) {

@@ -6,6 +6,9 @@
 //! of a large copy; that of one that multiplies is its arithmetic at the rate of a large bf16 product. Both rates are
 //! measured in the same run. Times are medians by the GPU's clock; every call goes to another set of buffers, so that the L2
 //! cache does not answer.
+//!
+//! Rows "in a graph" are calls recorded as a CUDA graph, back to back: the processor's time to enqueue a kernel, more than
+//! such a kernel takes, is not in them; what lies between the kernels on the GPU is. The others are enqueued one by one.
 
 use std::io::Write;
 
@@ -78,15 +81,28 @@ impl Bench<'_> {
         Ok(times[times.len() / 2])
     }
 
+    /// The median time of a call in milliseconds, of `sets` calls in a graph (and its multiples up to some thirty).
+    fn time_recorded(&self, sets: usize, mut call: impl FnMut(usize) -> Result<()>) -> Result<f64> {
+        let calls = sets * 32usize.div_ceil(sets);
+        (0..sets).try_for_each(&mut call)?;
+        let mut times = self.gpu.time_recorded(11, || (0..calls).try_for_each(|i| call(i % sets)))?;
+        times.sort_by(f64::total_cmp);
+        Ok(times[times.len() / 2] / calls as f64)
+    }
+
     fn report(&mut self, name: &str, shape: &str, floor: Floor, call: impl FnMut(usize) -> Result<()>) -> Result<()> {
         let ms = self.time(call)?;
+        self.row(name, shape, floor, ms);
+        Ok(())
+    }
+
+    fn row(&mut self, name: &str, shape: &str, floor: Floor, ms: f64) {
         let (rate, unit, share) = match floor {
             Floor::Bytes(bytes) => (bytes / ms / 1e6, "GB/s", bytes / ms * 1e3 / self.copy),
             Floor::Flops(flops) => (flops / ms / 1e9, "TFLOP/s", flops / ms * 1e3 / self.product),
         };
         println!("{name:32} {shape:28} {:9.1} us {rate:8.0} {unit:8} {share:.3} of its floor", ms * 1e3);
         self.rows.push(format!("qlora,{name},{shape},{:.1},{rate:.0},{unit},{share:.3}", ms * 1e3));
-        Ok(())
     }
 }
 
@@ -105,6 +121,8 @@ fn main() -> Result<()> {
     ceilings(&mut bench)?;
     elementwise(&mut bench)?;
     weights(&mut bench)?;
+    few_tokens(&mut bench, "14336x4096", &[MLP])?;
+    few_tokens(&mut bench, "q|k|v 4096+1024+1024x4096", &[HIDDEN, 1024, 1024])?;
     attentions(&mut bench)?;
     optimizer(&mut bench)?;
     write(&bench.rows, gpu.model())
@@ -166,6 +184,8 @@ fn weights(bench: &mut Bench) -> Result<()> {
         bench.report("dequantize nested", &format!("{rows}x{cols} to bf16"), Floor::Bytes(bytes), |i| {
             weight.dequantize_into(0, out[i].view_mut().cuda("bench")?)
         })?;
+        let ms = bench.time_recorded(SETS, |i| weight.dequantize_into(0, out[i].view_mut().cuda("bench")?))?;
+        bench.row("dequantize nested, in a graph", &format!("{rows}x{cols} to bf16"), Floor::Bytes(bytes), ms);
         group(bench, &weight, rows, cols)?;
     }
     Ok(())
@@ -197,6 +217,53 @@ fn group(bench: &mut Bench, weight: &CudaWeight, rows: usize, cols: usize) -> Re
     bench.report("linear_group backward_input r=16", &shape, flops, |i| {
         group.backward_input(y[i].view_mut(), &pass, Some(x[i].view_mut()), workspace).map(drop)
     })
+}
+
+/// A group of projections of a few tokens, as in generation: the products alone, and with adapters, r = 16 (a launch more,
+/// for `x A^T`). The floor counts the 4-bit weights, what the adapters add, x and y.
+fn few_tokens(bench: &mut Bench, name: &str, rows: &[usize]) -> Result<()> {
+    const RANK: usize = 16;
+    // In all at least 250 MB of weights, so that none is left in the L2 cache when its turn comes again.
+    const ROTATED: f64 = 250e6;
+    let outputs: usize = rows.iter().sum();
+    let weight_bytes = (outputs * HIDDEN) as f64 * (0.5 + 1.0 / 64.0 + 4.0 / 16_384.0);
+    let sets = (ROTATED / weight_bytes).ceil() as usize;
+    let workspace = bench.workspace;
+    let data: Vec<f32> = (0..outputs * HIDDEN).map(|i| ((i * 7919 % 10_007) as f32 / 10_007.0 - 0.5) * 0.1).collect();
+    let mut groups: Vec<Vec<CudaWeight>> = Vec::new();
+    for _ in 0..sets {
+        let quantized = rows.iter().map(|&rows| {
+            let data = PlainData::F32(data[..rows * HIDDEN].to_vec());
+            CudaWeight::quantize(&data, rows, HIDDEN, &QuantConfig::default(), workspace)
+        });
+        groups.push(quantized.collect::<Result<_>>()?);
+    }
+    let (mut slots, mut end) = (Vec::new(), 0);
+    for &rows in rows {
+        let (a, b) = (end..end + RANK * HIDDEN, end + RANK * HIDDEN..end + RANK * (HIDDEN + rows));
+        end = b.end;
+        slots.push(LoraSlot { a, b, rank: RANK, scale: 2.0, stream: 0 });
+    }
+    let values = workspace.upload(&vec![0.01; end], 1, end)?;
+    let pass = AdapterPass::new(values.view());
+    let cache = WeightCache::default();
+    for tokens in [1, 8, 16, 64] {
+        let (mut x, mut y) = (bench.random(tokens, HIDDEN)?, workspace.matrix(tokens, outputs)?);
+        let moved = weight_bytes + 2.0 * (tokens * (HIDDEN + outputs)) as f64;
+        let shape = format!("{tokens} tokens {name}");
+        for (label, adapter) in [("linear_group infer", None), ("linear_group infer r=16", Some(&pass))] {
+            let adapters = if adapter.is_some() { 4.0 * end as f64 } else { 0.0 };
+            let ms = bench.time_recorded(sets, |i| {
+                let members: Vec<Member> = (groups[i].iter().zip(&slots))
+                    .map(|(weight, slot)| Member { name: "", weight, bias: None, lora: Some(slot) })
+                    .collect();
+                let group = Group { members: &members, cache: &cache, split: false };
+                group.infer(x.view_mut(), adapter, None, y.view_mut(), workspace)
+            })?;
+            bench.row(&format!("{label}, in a graph"), &shape, Floor::Bytes(moved + adapters), ms);
+        }
+    }
+    Ok(())
 }
 
 fn attentions(bench: &mut Bench) -> Result<()> {

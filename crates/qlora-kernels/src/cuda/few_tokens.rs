@@ -2,8 +2,8 @@
 //! dequantized into memory (`nf4_gemv.cu`, `nf4_small_gemm.cu`). The adapters' `S = x A^T` is a launch of its own, in f32;
 //! `s S B^T`, the residual and, for gate and up, `silu(gate) up` happen in the product.
 //!
-//! Up to [`MOST_TOKENS`] tokens this beats dequantization and cuBLAS for every weight of an 8B model (on an H100,
-//! 14336x4096: 49 against 100 us for 64 tokens; 4096x4096: 23 against 26, and 65 against 34 for 256).
+//! Up to [`most_tokens`] tokens this beats dequantization and cuBLAS for every weight of an 8B model (on an H100,
+//! 14336x4096: 32 against 100 us for 64 tokens, 63 against 101 for 128, 126 against 107 for 256).
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -18,11 +18,17 @@ use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Workspace};
 use crate::ops::linear_group::{AdapterPass, Group, margin};
 
-/// The most tokens that take this way.
-pub(crate) const MOST_TOKENS: usize = 64;
+/// The most tokens that take this way on the current device.
+fn most_tokens() -> usize {
+    // SAFETY: a pure function of the device.
+    unsafe { ffi::qlora_few_tokens_most() as usize }
+}
 
 /// The most tokens of the kernel for single tokens.
 const MOST_OF_GEMV: usize = 16;
+
+/// Up to here one column tile of the tensor cores holds all tokens.
+const MOST_OF_EIGHT: usize = 8;
 
 /// Memory of the kernels' own, zero at first; each leaves its counters, which lie at the beginning, as it found them.
 #[derive(Debug, Default)]
@@ -94,7 +100,7 @@ pub(crate) fn forward(
     let aligned = |v: CudaView| v.ptr().is_multiple_of(16) && v.stride().is_multiple_of(8);
     let types = [Some(y.dtype()), residual.map(|residual| residual.dtype())];
     let same = types.into_iter().flatten().all(|dtype| dtype == x.dtype());
-    let fits = (1..=MOST_TOKENS).contains(&tokens) && x.dtype() != Dtype::F32 && same;
+    let fits = (1..=most_tokens()).contains(&tokens) && x.dtype() != Dtype::F32 && same;
     let biased = group.members.iter().any(|member| member.bias.is_some());
     if !fits || !aligned(x) || (swiglu && biased) || adapter.is_some_and(AdapterPass::drops) {
         return Ok(false);
@@ -111,8 +117,9 @@ pub(crate) fn forward(
     let (residual, ldr) = residual.map_or((std::ptr::null(), 0), |r| (r.ptr() as *const _, r.ld()));
     let (dtype, swiglu) = (x.dtype().code(), i32::from(swiglu));
     let rows: i64 = weights.m[..weights.count as usize].iter().map(|member| member.rows).sum();
-    let product = |kernel: ffi::FewProduct, early: bool, scratch: *mut u8| {
-        // SAFETY: all windows, weights and the workspace are live and have the sizes passed. With `early`, weights and
+    let product = |kernel: ffi::FewProduct, scratch: *mut u8| {
+        const EARLY: i32 = 1;
+        // SAFETY: all windows, weights and the workspace are live and have the sizes passed. Launched early: weights and
         // adapters are read before the launches before this one are done; they were settled earlier (see `Group::infer`).
         gpu.launch(op, |stream| unsafe {
             kernel(
@@ -128,23 +135,26 @@ pub(crate) fn forward(
                 y.ld(),
                 tokens as i64,
                 swiglu,
-                i32::from(early),
+                EARLY,
                 scratch.cast(),
                 stream,
             )
         })
     };
     let mut done = false;
-    if tokens <= MOST_OF_GEMV {
+    if (MOST_OF_EIGHT + 1..=MOST_OF_GEMV).contains(&tokens) {
+        done = taken(product(ffi::qlora_nf4_gemv16, std::ptr::null_mut()))?;
+    }
+    if tokens <= MOST_OF_GEMV && !done {
         // SAFETY: a pure function of its arguments.
         let bytes = unsafe { ffi::qlora_nf4_gemv_workspace(rows, weights.k, tokens as i64) };
-        let launch = |scratch| product(ffi::qlora_nf4_gemv, true, scratch);
+        let launch = |scratch| product(ffi::qlora_nf4_gemv, scratch);
         done = taken(with_zeroed(gpu, op, &gpu.workspaces().gemv, bytes as usize, launch))?;
     }
     if !done {
         // SAFETY: a pure function of its arguments.
         let bytes = unsafe { ffi::qlora_nf4_small_gemm_workspace(weights, tokens as i64, swiglu) };
-        let launch = |scratch| product(ffi::qlora_nf4_small_gemm, false, scratch);
+        let launch = |scratch| product(ffi::qlora_nf4_small_gemm, scratch);
         if !taken(with_zeroed(gpu, op, &gpu.workspaces().gemm, bytes as usize, launch))? {
             return Ok(false);
         }

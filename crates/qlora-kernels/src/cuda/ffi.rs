@@ -259,6 +259,24 @@ unsafe extern "C" {
         workspace: PtrMut,
         stream: Stream,
     ) -> c_int;
+    pub(super) fn qlora_nf4_gemv16(
+        dtype: c_int,
+        weights: FewWeights,
+        x: Ptr,
+        ldx: i64,
+        s: *const f32,
+        lds: i64,
+        residual: Ptr,
+        ldr: i64,
+        y: PtrMut,
+        ldy: i64,
+        tokens: i64,
+        swiglu: c_int,
+        early: c_int,
+        workspace: PtrMut,
+        stream: Stream,
+    ) -> c_int;
+    pub(super) fn qlora_few_tokens_most() -> i64;
     pub(super) fn qlora_nf4_small_gemm_workspace(weights: FewWeights, tokens: i64, swiglu: c_int) -> i64;
     pub(super) fn qlora_nf4_small_gemm(
         dtype: c_int,

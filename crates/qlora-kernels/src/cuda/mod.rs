@@ -41,6 +41,7 @@ pub(crate) mod optimizer;
 mod pool;
 mod profile;
 mod step_memory;
+mod timing;
 mod upload;
 mod view;
 mod weight;
