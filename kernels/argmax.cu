@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(THREADS) argmax_kernel(const T* x, int64_t ldx
     const T* row = x + static_cast<int64_t>(blockIdx.x) * ldx;
     Best best{-INFINITE, 0xffffffffu, false};
     // Several reads are under way at a time: a row is one block's, and all there is to hide their latency.
-    constexpr int READS = 8;
+    constexpr int READS = 32;
     for (int64_t first = threadIdx.x; first < cols; first += READS * THREADS) {
         T values[READS];
 #pragma unroll

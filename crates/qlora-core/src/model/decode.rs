@@ -4,7 +4,7 @@
 //! the new keys and values of all sequences go to their caches in one launch, and one launch attends to all caches.
 
 use qlora_kernels::cuda::decode::{DecodeTables, TableMemory};
-use qlora_kernels::ops::linear_group::Group;
+use qlora_kernels::ops::linear_group::{Group, InputNorm};
 use qlora_kernels::ops::rms_norm;
 use qlora_kernels::{Dtype, Matrix};
 
@@ -62,11 +62,15 @@ impl Block {
         let Pass { workspace, .. } = *pass;
         let adapter = pass.adapter.as_ref();
         let tokens = x.rows();
-        let (mut n1, _) = self.norm(x.view(), &self.input_norm, 0, workspace)?;
-        self.renorm("input_layernorm", x.view(), n1.view_mut(), pass)?;
+        let input_norm = |weight| InputNorm { weight: Matrix::view(weight), eps: self.eps };
         group!(qkv_group, self, qkv, q, k, v);
         let mut qkv = workspace.matrix(tokens, qkv_group.outputs())?;
-        qkv_group.infer(n1.view_mut(), adapter, None, qkv.view_mut(), workspace)?;
+        let norm = input_norm(&self.input_norm);
+        if !qkv_group.infer_normed(x.view(), &norm, adapter, qkv.view_mut(), false, workspace)? {
+            let (mut n1, _) = self.norm(x.view(), &self.input_norm, 0, workspace)?;
+            self.renorm("input_layernorm", x.view(), n1.view_mut(), pass)?;
+            qkv_group.infer(n1.view_mut(), adapter, None, qkv.view_mut(), workspace)?;
+        }
         if self.qk_norm.is_some() {
             self.norm_heads(&mut qkv, pass)?;
         }
@@ -77,15 +81,18 @@ impl Block {
         let mut mid = workspace.matrix(tokens, x.cols())?;
         o.infer(attn.view_mut(), adapter, Some(x.view()), mid.view_mut(), workspace)?;
 
-        let (mut n2, _) = self.norm(mid.view(), &self.post_attention_norm, 0, workspace)?;
-        self.renorm("post_attention_layernorm", mid.view(), n2.view_mut(), pass)?;
         group!(gate_up_group, self, gate_up, gate, up);
         let mut h = workspace.with_margin(tokens, self.gate.outputs(), pass.margin_of(&[self.down.member()]))?;
-        if !gate_up_group.infer_swiglu(n2.view(), adapter, h.view_mut(), workspace)? {
-            let mut gate_up = workspace.matrix(tokens, gate_up_group.outputs())?;
-            gate_up_group.infer(n2.view_mut(), adapter, None, gate_up.view_mut(), workspace)?;
-            let (gate, up) = gate_up.view_mut().split_cols(self.gate.outputs());
-            qlora_kernels::ops::swiglu::forward(gate.as_view(), up.as_view(), h.view_mut())?;
+        let norm = input_norm(&self.post_attention_norm);
+        if !gate_up_group.infer_normed(mid.view(), &norm, adapter, h.view_mut(), true, workspace)? {
+            let (mut n2, _) = self.norm(mid.view(), &self.post_attention_norm, 0, workspace)?;
+            self.renorm("post_attention_layernorm", mid.view(), n2.view_mut(), pass)?;
+            if !gate_up_group.infer_swiglu(n2.view(), adapter, h.view_mut(), workspace)? {
+                let mut gate_up = workspace.matrix(tokens, gate_up_group.outputs())?;
+                gate_up_group.infer(n2.view_mut(), adapter, None, gate_up.view_mut(), workspace)?;
+                let (gate, up) = gate_up.view_mut().split_cols(self.gate.outputs());
+                qlora_kernels::ops::swiglu::forward(gate.as_view(), up.as_view(), h.view_mut())?;
+            }
         }
         let mut y = x;
         group!(down, self, down, down);

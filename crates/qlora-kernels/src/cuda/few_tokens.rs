@@ -16,7 +16,7 @@ use super::view::{CudaView, CudaViewMut, one_gpu};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Workspace};
-use crate::ops::linear_group::{AdapterPass, Group, margin};
+use crate::ops::linear_group::{AdapterPass, Group, InputNorm, margin};
 
 /// The most tokens that take this way on the current device.
 fn most_tokens() -> usize {
@@ -85,11 +85,13 @@ fn taken(launched: Result<()>) -> Result<bool> {
     }
 }
 
-/// Writes `y` (or, with `swiglu`, `silu(gate) up` of a group of two) if the kernels take these arguments; says whether.
+/// Writes `y` (or, with `swiglu`, `silu(gate) up` of a group of two) if the kernels take these arguments; says whether. With
+/// `norm`, the group's input is the norm of `x`.
 pub(crate) fn forward(
     op: &'static str,
     group: &Group,
     x: CudaView,
+    norm: Option<&InputNorm>,
     adapter: Option<&AdapterPass>,
     residual: Option<CudaView>,
     y: CudaViewMut,
@@ -109,7 +111,21 @@ pub(crate) fn forward(
     let gpu = y.gpu();
     let values = adapter.and_then(|adapter| adapter.values.gpu());
     check_gpu(op, group, gpu, [Some(x.gpu()), residual.map(|residual| residual.gpu()), values])?;
-    let s = shrink(op, group, x, adapter, &mut weights, workspace)?;
+    let adapters = adapter.map(|adapter| places(op, group, adapter, &mut weights)).transpose()?.flatten();
+    let (s, normed) = match (adapters, norm) {
+        (Some((adapters, columns)), None) => (Some(shrink(op, x, adapters, columns, workspace)?), None),
+        (None, None) => (None, None),
+        (Some((adapters, columns)), Some(norm)) => {
+            let Some((s, normed)) = norm_shrink(op, x, norm, adapters, columns, workspace)? else { return Ok(false) };
+            (Some(s), Some(normed))
+        }
+        // Without adapters there is nothing to save: the norm is a launch in any case.
+        (None, Some(_)) => return Ok(false),
+    };
+    let x = match &normed {
+        Some(normed) => normed.view().cuda(op)?,
+        None => x,
+    };
     let (s, lds) = match &s {
         Some(s) => (s.view().cuda(op)?.ptr() as *const f32, s.cols() as i64),
         None => (std::ptr::null(), 0),
@@ -182,16 +198,14 @@ fn weights(group: &Group) -> Option<ffi::FewWeights> {
     (weights.k % 64 == 0 && weights.blocksize >= 64 && same && nested).then_some(weights)
 }
 
-/// `S = x A^T` of all members side by side, f32, and the adapters' places in `weights`.
-fn shrink(
+/// The adapters' A for the launches that make S, the columns of S, and the adapters' places in `weights`; none if no member has
+/// an adapter.
+fn places(
     op: &'static str,
     group: &Group,
-    x: CudaView,
-    adapter: Option<&AdapterPass>,
+    adapter: &AdapterPass,
     weights: &mut ffi::FewWeights,
-    workspace: &Workspace,
-) -> Result<Option<Matrix>> {
-    let Some(adapter) = adapter else { return Ok(None) };
+) -> Result<Option<(ffi::Shrink, usize)>> {
     let columns = margin(group.members.iter().map(|member| member.lora));
     if columns == 0 {
         return Ok(None);
@@ -219,6 +233,17 @@ fn shrink(
         (few.scale, few.rank, few.r0) = (slot.scale, slot.rank as i32, column);
         column += slot.rank as i32;
     }
+    Ok(Some((shrink, columns)))
+}
+
+/// `S = x A^T` of all members side by side, f32.
+fn shrink(
+    op: &'static str,
+    x: CudaView,
+    adapters: ffi::Shrink,
+    columns: usize,
+    workspace: &Workspace,
+) -> Result<Matrix> {
     let mut s = workspace.matrix_f32(x.rows(), columns)?;
     let target = s.view_mut().cuda(op)?;
     // SAFETY: all windows are live; the adapters lie in the flat buffer.
@@ -227,17 +252,59 @@ fn shrink(
             x.dtype().code(),
             x.ptr() as *const _,
             x.ld(),
-            shrink,
+            adapters,
             target.ptr() as *mut f32,
             target.ld(),
             columns as i64,
             x.rows() as i64,
-            group.inputs() as i64,
+            x.cols() as i64,
             1,
             stream,
         )
     })?;
-    Ok(Some(s))
+    Ok(s)
+}
+
+/// S of the norm of `x`, and the norm of `x`, if there is a kernel that makes both.
+fn norm_shrink(
+    op: &'static str,
+    x: CudaView,
+    norm: &InputNorm,
+    adapters: ffi::Shrink,
+    columns: usize,
+    workspace: &Workspace,
+) -> Result<Option<(Matrix, Matrix)>> {
+    let weight = norm.weight.cuda(op)?;
+    one_gpu(op, x.gpu(), [weight.gpu()])?;
+    let weight = super::ops::vector(op, "the norm's weight", weight, x.cols())?;
+    let mut s = workspace.matrix_f32(x.rows(), columns)?;
+    let mut normed = workspace.matrix(x.rows(), x.cols())?;
+    if workspace.dtype() != x.dtype() {
+        return Ok(None);
+    }
+    let (target, y) = (s.view_mut().cuda(op)?, normed.view_mut().cuda(op)?);
+    // SAFETY: all windows are live and have the sizes passed; the adapters lie in the flat buffer. The norm's weight is read
+    // early; it was settled when the model was loaded.
+    let launched = target.gpu().launch(op, |stream| unsafe {
+        ffi::qlora_norm_shrink_few(
+            x.dtype().code(),
+            x.ptr() as *const _,
+            x.ld(),
+            weight,
+            norm.eps,
+            y.ptr() as *mut _,
+            y.ld(),
+            adapters,
+            target.ptr() as *mut f32,
+            target.ld(),
+            columns as i64,
+            x.rows() as i64,
+            x.cols() as i64,
+            1,
+            stream,
+        )
+    });
+    Ok(taken(launched)?.then_some((s, normed)))
 }
 
 /// `y = x W^T` for a weight in the activations' own 16-bit type and at most 16 tokens, if the kernel takes it. `settled`:

@@ -308,6 +308,23 @@ unsafe extern "C" {
         early: c_int,
         stream: Stream,
     ) -> c_int;
+    pub(super) fn qlora_norm_shrink_few(
+        dtype: c_int,
+        x: Ptr,
+        ldx: i64,
+        weight: *const f32,
+        eps: f32,
+        y: PtrMut,
+        ldy: i64,
+        adapters: Shrink,
+        s: *mut f32,
+        lds: i64,
+        columns: i64,
+        tokens: i64,
+        k: i64,
+        early: c_int,
+        stream: Stream,
+    ) -> c_int;
     pub(super) fn qlora_bf16_gemv(
         dtype: c_int,
         w: Ptr,

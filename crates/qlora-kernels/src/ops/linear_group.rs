@@ -65,6 +65,15 @@ pub struct LoraSlot {
     pub stream: u64,
 }
 
+/// The norm that a group's input comes from: `y = weight x / sqrt(mean x^2 + eps)`.
+#[derive(Clone, Copy, Debug)]
+pub struct InputNorm<'a> {
+    /// One f32 row.
+    pub weight: View<'a>,
+    /// Keeps a row of zeros from dividing by zero.
+    pub eps: f32,
+}
+
 /// The adapter of one pass through the model: its values, and the dropout of this pass while training.
 #[derive(Clone, Copy, Debug)]
 pub struct AdapterPass<'a> {
@@ -243,11 +252,40 @@ impl Group<'_> {
             use crate::cuda::few_tokens;
             let from = residual.map(|residual| residual.cuda(Self::OP)).transpose()?;
             let (x, y) = (x.as_view().cuda(Self::OP)?, y.reborrow().cuda(Self::OP)?);
-            if few_tokens::forward(Self::OP, self, x, adapter, from, y, false, workspace)? {
+            if few_tokens::forward(Self::OP, self, x, None, adapter, from, y, false, workspace)? {
                 return Ok(());
             }
         }
         self.forward(x, adapter, residual, y.reborrow(), workspace).map(drop)
+    }
+
+    /// [`Self::infer`] of the norm of `x` (with `swiglu`, [`Self::infer_swiglu`]), if there are kernels that take these
+    /// arguments without a launch for the norm; says whether.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn infer_normed(
+        &self,
+        x: View,
+        norm: &InputNorm,
+        adapter: Option<&AdapterPass>,
+        y: ViewMut,
+        swiglu: bool,
+        workspace: &Workspace,
+    ) -> Result<bool> {
+        self.check_members(x)?;
+        let width = if swiglu { self.members.first().map_or(0, |m| m.weight.rows()) } else { self.outputs() };
+        y.expect(Self::OP, "the output", x.rows(), width)?;
+        Error::check_shape(Self::OP, "the norm's weight", &[norm.weight.rows() * norm.weight.cols()], &[x.cols()])?;
+        #[cfg(feature = "cuda")]
+        if y.gpu().is_some() && adapter.is_some_and(|pass| pass.rows.is_none()) && (!swiglu || self.members.len() == 2)
+        {
+            use crate::cuda::few_tokens;
+            let (x, y) = (x.cuda(Self::OP)?, y.cuda(Self::OP)?);
+            return few_tokens::forward(Self::OP, self, x, Some(norm), adapter, None, y, swiglu, workspace);
+        }
+        let _ = (adapter, workspace);
+        Ok(false)
     }
 
     /// `h = silu(gate) up` of a group of gate and up in one pass, if there is a kernel that takes these arguments; says
@@ -272,7 +310,7 @@ impl Group<'_> {
         if self.members.len() == 2 && h.gpu().is_some() {
             use crate::cuda::few_tokens;
             let (x, h) = (x.cuda(Self::OP)?, h.cuda(Self::OP)?);
-            return few_tokens::forward(Self::OP, self, x, adapter, None, h, true, workspace);
+            return few_tokens::forward(Self::OP, self, x, None, adapter, None, h, true, workspace);
         }
         let _ = (adapter, workspace);
         Ok(false)

@@ -4,9 +4,9 @@
 use qlora_kernels::cuda::Gpu;
 use qlora_kernels::cuda::decode::DecodeTables;
 use qlora_kernels::ops::attention::{self, AttentionConfig};
-use qlora_kernels::ops::linear_group::{AdapterPass, Group, LoraSlot, Member, margin};
+use qlora_kernels::ops::linear_group::{AdapterPass, Group, InputNorm, LoraSlot, Member, margin};
 use qlora_kernels::ops::rope::{self, RopeConfig, RopeTable};
-use qlora_kernels::ops::{argmax, frozen_linear, swiglu};
+use qlora_kernels::ops::{argmax, frozen_linear, rms_norm, swiglu};
 use qlora_kernels::quant::{QuantConfig, QuantType};
 use qlora_kernels::weight::WeightCache;
 use qlora_kernels::{Dtype, Matrix, Result, Workspace};
@@ -54,6 +54,21 @@ pub(crate) fn products(
         group.infer(x.view_mut(), adapter, residual, y.view_mut(), workspace)?;
         results.push(output(name, y.to_vec()?));
     }
+    let weight = side.vector(inputs, 1.0, 0.2);
+    let norm = InputNorm { weight: weight.view(), eps: 1e-5 };
+    let mut normed = workspace.with_margin(tokens, inputs, margin(slots.iter().map(Option::as_ref)))?;
+    let mut rstd = workspace.matrix_f32(tokens, 1)?;
+    rms_norm::forward(x.view(), weight.view(), 1e-5, normed.view_mut(), rstd.view_mut())?;
+    let mut y = workspace.matrix(tokens, group.outputs())?;
+    let in_one = group.infer_normed(x.view(), &norm, Some(&pass), y.view_mut(), false, workspace)?;
+    let adapted = slots.iter().any(Option::is_some);
+    if tokens <= 16 {
+        assert_eq!(in_one, workspace.gpu().is_some() && adapted && inputs <= 4096, "{tokens} x {inputs}");
+    }
+    if !in_one {
+        group.infer(normed.view_mut(), Some(&pass), None, y.view_mut(), workspace)?;
+    }
+    results.push(output("y of a norm", y.to_vec()?));
     let twins = members.len() == 2 && members[0].weight.rows() == members[1].weight.rows();
     if twins && members.iter().all(|member| member.bias.is_none()) {
         let width = members[0].weight.rows();
@@ -65,6 +80,14 @@ pub(crate) fn products(
             swiglu::forward(gate, up, h.view_mut())?;
         }
         results.push(output("silu(gate) up", h.to_vec()?));
+        let mut h = workspace.matrix(tokens, width)?;
+        if !group.infer_normed(x.view(), &norm, Some(&pass), h.view_mut(), true, workspace)? {
+            let mut y = workspace.matrix(tokens, 2 * width)?;
+            group.forward(normed.view_mut(), Some(&pass), None, y.view_mut(), workspace)?;
+            let (gate, up) = (y.view().slice_cols(0..width), y.view().slice_cols(width..2 * width));
+            swiglu::forward(gate, up, h.view_mut())?;
+        }
+        results.push(output("silu(gate) up of a norm", h.to_vec()?));
     }
     Ok(results)
 }
