@@ -427,8 +427,10 @@ extern "C" int qlora_nf4_gemv16(int dtype, QloraFewWeights weights, const void* 
         // warps.
         const int64_t sms = device_limits().multiprocessors;
         const bool wide = weights.k >= 8192 || (tiles > 4 * sms && tiles <= MOST_TILES * sms);
-        return wide ? launch_gemv<T, 2, MOST_TILES, 16, 5>(a, most_rank, early, stream)
-                    : launch_gemv<T, 2, MOST_TILES, 8, 4>(a, most_rank, early, stream);
+        if (!wide) return launch_gemv<T, 2, MOST_TILES, 8, 4>(a, most_rank, early, stream);
+        // Adapters take some of the shared memory, and of the time that copies have.
+        return a.s_columns > 0 ? launch_gemv<T, 2, MOST_TILES, 16, 5>(a, most_rank, early, stream)
+                               : launch_gemv<T, 2, MOST_TILES, 16, 6>(a, most_rank, early, stream);
     };
     return dtype == BF16 ? with_type(__nv_bfloat16{}) : with_type(__half{});
 }

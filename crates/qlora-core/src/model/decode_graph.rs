@@ -82,8 +82,7 @@ impl CausalLm {
         kept.last.as_ref().is_some_and(|last| last.recorded.is_some())
     }
 
-    /// The logits after one new token of each sequence; none if the kernels for that do not take this model, or another thread
-    /// is generating with it.
+    /// The logits after one new token of each sequence; none if the kernels for that do not take this model.
     pub(super) fn decode_step(
         &self,
         tokens: &[u32],
@@ -93,11 +92,14 @@ impl CausalLm {
         spans: &[Span],
     ) -> Result<Option<Matrix>> {
         let Some(gpu) = self.workspace().gpu() else { return Ok(None) };
-        let mut kept = match self.steps.0.try_lock() {
-            Ok(kept) => kept,
-            Err(TryLockError::Poisoned(kept)) => kept.into_inner(),
-            Err(TryLockError::WouldBlock) => return Ok(None),
+        // While another thread generates with this model, without what is kept.
+        let mut own = Kept { disabled: true, ..Kept::default() };
+        let mut shared = match self.steps.0.try_lock() {
+            Ok(kept) => Some(kept),
+            Err(TryLockError::Poisoned(kept)) => Some(kept.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
         };
+        let kept = shared.as_deref_mut().unwrap_or(&mut own);
         let logits = self.with_pass(spans, |adapter| {
             let pass = Pass { adapter, layout, rope, workspace: self.workspace() };
             let table = kept.last.as_ref().map(|last| last.table.clone());
