@@ -126,6 +126,39 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) gemv_kernel(const __gr
         attention::copy_async_commit();
         if (++next_tile == tiles) next_tile = 0, next_chunk += stride;
     };
+    // The scales' codes come from far: they are asked for before anything else, and decoded when the table is there.
+    constexpr int TOGETHER = 4;
+    const int packs = tiles * 16 * static_cast<int>(a.scale_packs.d);
+    uint32_t scale_codes[TOGETHER] = {};
+    float scale_absmax[TOGETHER] = {};
+    const auto load_scales = [&](int i0) {
+#pragma unroll
+        for (int j = 0; j < TOGETHER; j++) {
+            const int i = min(i0 + j * threads, packs - 1), slot = a.scale_packs.quotient(i);
+            const RowInfo& info = infos[slot];
+            const QloraFewMember& m = a.w.m[info.member];
+            const int row = min(info.row, a.rows[info.member] - 1);
+            const int64_t block = static_cast<int64_t>(row) * a.chunks + (i - slot * a.scale_packs.d) * 4;
+            scale_codes[j] = __ldg(reinterpret_cast<const uint32_t*>(m.absmax_codes + block));
+            scale_absmax[j] = __ldg(m.nested_absmax + (block >> a.nested_shift));
+        }
+    };
+    const auto decode_scales = [&](int i0) {
+#pragma unroll
+        for (int j = 0; j < TOGETHER; j++) {
+            const int i = i0 + j * threads, slot = a.scale_packs.quotient(i);
+            if (i >= packs) continue;
+            const int member = infos[slot].member;
+            const float offset = a.w.m[member].nested_offset;
+            float values[4];
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                values[e] = __fadd_rn(
+                    nf4::multiply_flushed(maps[member][scale_codes[j] >> (8 * e) & 255], scale_absmax[j]), offset);
+            store_floats(scales + slot * a.scale_pitch + (i - slot * a.scale_packs.d) * 4, values);
+        }
+    };
+    if (a.packed) load_scales(threadIdx.x);
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) fetch_next(d);
     if (a.lora_columns > 0) {
@@ -147,35 +180,11 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) gemv_kernel(const __gr
     fill_table<T>(table, a.w.quant_type, threads);
     __syncthreads();
     // All scales of the block, as floats.
-    const int packs = tiles * 16 * static_cast<int>(a.scale_packs.d);
     if (a.packed) {
-        constexpr int TOGETHER = 4;   // so that their loads are under way at once
-        for (int i0 = threadIdx.x; i0 < packs; i0 += TOGETHER * threads) {
-            uint32_t codes[TOGETHER];
-            float absmax[TOGETHER];
-#pragma unroll
-            for (int j = 0; j < TOGETHER; j++) {
-                const int i = min(i0 + j * threads, packs - 1), slot = a.scale_packs.quotient(i);
-                const RowInfo& info = infos[slot];
-                const QloraFewMember& m = a.w.m[info.member];
-                const int row = min(info.row, a.rows[info.member] - 1);
-                const int64_t block = static_cast<int64_t>(row) * a.chunks + (i - slot * a.scale_packs.d) * 4;
-                codes[j] = __ldg(reinterpret_cast<const uint32_t*>(m.absmax_codes + block));
-                absmax[j] = __ldg(m.nested_absmax + (block >> a.nested_shift));
-            }
-#pragma unroll
-            for (int j = 0; j < TOGETHER; j++) {
-                const int i = i0 + j * threads, slot = a.scale_packs.quotient(i);
-                if (i >= packs) continue;
-                const int member = infos[slot].member;
-                const float offset = a.w.m[member].nested_offset;
-                float values[4];
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    values[e] = __fadd_rn(
-                        nf4::multiply_flushed(maps[member][codes[j] >> (8 * e) & 255], absmax[j]), offset);
-                store_floats(scales + slot * a.scale_pitch + (i - slot * a.scale_packs.d) * 4, values);
-            }
+        decode_scales(threadIdx.x);
+        for (int i0 = threadIdx.x + TOGETHER * threads; i0 < packs; i0 += TOGETHER * threads) {
+            load_scales(i0);
+            decode_scales(i0);
         }
     } else {
         for (int i = threadIdx.x; i < packs; i += threads) {
@@ -320,6 +329,7 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) gemv_kernel(const __gr
             const T* residual = static_cast<const T*>(a.residual);
             if (bias) total = to_float(bias[info.row]);
             if (residual) total += to_float(residual[token * a.ldr + column]);
+#pragma unroll 8
             for (int w = 0; w < warps; w++) total += sums[w * tiles * SUMS + i];
         }
         if (a.swiglu) {
