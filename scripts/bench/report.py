@@ -3,16 +3,18 @@
 
     python3 report.py [--check] [--root REPOSITORY]
 
-Reads benches/results/train_step.csv, kernels.csv and decode.csv, whose first lines are
+Reads benches/results/train_step.csv, kernels.csv, decode.csv and startup.csv, whose first lines are
 
     system,case,mode,tok_s,peak_gb,gpu,driver,commit,date,targets,rank
     system,kernel,shape,time_us,rate,unit,floor_share,gpu,driver,commit,date
     system,case,tok_s,gpu,driver,commit,date
+    system,case,seconds,gpu,driver,commit,date
 
 and replaces what stands between `<!-- bench:start -->` and `<!-- bench:end -->` in README.md. Where a system was
 measured several times in the same case, the last line counts. The peer of a row is the one with the most tokens per
-second (for a kernel: the shortest time) on the same card. The same input gives the same bytes; `--check` writes
-nothing and fails when a file is not what would be written. A missing kernels.csv or decode.csv means no such table.
+second (for a kernel or a start: the shortest time) on the same card. The same input gives the same bytes; `--check` writes
+nothing and fails when a file is not what would be written. Of the files, only
+train_step.csv has to be there.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from xml.sax.saxutils import escape
 
 STEP = ["system", "case", "mode", "tok_s", "peak_gb", "gpu", "driver", "commit", "date", "targets", "rank"]
 DECODE = ["system", "case", "tok_s", "gpu", "driver", "commit", "date"]
+STARTUP = ["system", "case", "seconds", "gpu", "driver", "commit", "date"]
 KERNEL = ["system", "kernel", "shape", "time_us", "rate", "unit", "floor_share", "gpu", "driver", "commit", "date"]
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 OURS = "qlora"
@@ -68,6 +71,10 @@ def fastest_kernel(peers: list[dict]) -> dict:
     return min(peers, key=lambda row: (row["time_us"], row["system"]))
 
 
+def fastest_start(peers: list[dict]) -> dict:
+    return min(peers, key=lambda row: (row["seconds"], row["system"]))
+
+
 def step_order(pair) -> tuple:
     row = pair[0]
     sequences, length = (int(part) for part in row["case"].split("x"))
@@ -82,7 +89,9 @@ def settings(row: dict) -> str:
 
 def table(head: list[str], rows: list[list[str]], left: int) -> list[str]:
     line = "|" + "|".join("---" if column < left else "--:" for column in range(len(head))) + "|"
-    return ["| " + " | ".join(cells) + " |" for cells in [head]] + [line] + [f"| {' | '.join(r)} |" for r in rows]
+    # A bar within a cell would begin another.
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(head)} |", line] + [f"| {' | '.join(row)} |" for row in cells]
 
 
 def where(pairs) -> str:
@@ -208,7 +217,21 @@ def decode_table(pairs) -> list[str]:
     return text
 
 
-def block(steps, decode, kernels) -> str:
+def startup_table(pairs) -> list[str]:
+    cells = []
+    for row, peer in pairs:
+        line = [row["case"], f"{row['seconds']:.1f}"]
+        if peer:
+            line += [f"{peer['seconds']:.1f}", f"{peer['seconds'] / row['seconds']:.1f}x", peer["system"]]
+        else:
+            line += ["", "", "not measured"]
+        cells.append(line)
+    text = table(["case", "qlora, seconds", "best peer, seconds", "speed", "best peer"], cells, 1)
+    text[1] = text[1].rsplit("|", 2)[0] + "|---|"
+    return text
+
+
+def block(steps, decode, startup, kernels) -> str:
     lines = [
         "One training step of an 8B model (Llama 3.1's shape, random weights): NF4 with double quantization, bf16,",
         "AdamW with f32 state; a case is sequences x tokens, without padding, loss over all tokens. `free` may use the",
@@ -230,6 +253,16 @@ def block(steps, decode, kernels) -> str:
             *decode_table(decode),
             "",
             f"Measured on {where(decode)} ([raw results](benches/results/decode.csv)).",
+        ]
+    if startup:
+        lines += [
+            "",
+            "From the start of the process, with the checkpoint in the page cache: to the end of the first training step over a 16 GB",
+            "bf16 checkpoint that is quantized while it loads, and to the first token over a 5.7 GB bitsandbytes 4-bit checkpoint:",
+            "",
+            *startup_table(startup),
+            "",
+            f"Measured on {where(startup)} ([raw results](benches/results/startup.csv)).",
         ]
     if kernels:
         lines += [
@@ -260,6 +293,9 @@ def main() -> None:
     decode = []
     if (results / "decode.csv").exists():
         decode = paired(read(results / "decode.csv", DECODE, ["tok_s"]), ["gpu", "case"], fastest_step)
+    startup = []
+    if (results / "startup.csv").exists():
+        startup = paired(read(results / "startup.csv", STARTUP, ["seconds"]), ["gpu", "case"], fastest_start)
     kernels = []
     if (results / "kernels.csv").exists():
         rows = read(results / "kernels.csv", KERNEL, ["time_us", "rate", "floor_share"])
@@ -271,7 +307,7 @@ def main() -> None:
         sys.exit(f"{readme}: needs one line {START} and, after it, one line {END}")
     before, rest = text.split(START)
     after = rest.split(END)[1]
-    wanted = {readme: f"{before}{START}\n{block(steps, decode, kernels)}\n{END}{after}", args.root / PICTURE: svg(steps)}
+    wanted = {readme: f"{before}{START}\n{block(steps, decode, startup, kernels)}\n{END}{after}", args.root / PICTURE: svg(steps)}
     stale = [path for path, new in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != new]
     if args.check:
         for path in stale:

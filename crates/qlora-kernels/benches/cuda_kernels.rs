@@ -185,7 +185,7 @@ fn weights(bench: &mut Bench) -> Result<()> {
             weight.dequantize_into(0, out[i].view_mut().cuda("bench")?)
         })?;
         let ms = bench.time_recorded(SETS, |i| weight.dequantize_into(0, out[i].view_mut().cuda("bench")?))?;
-        bench.row("dequantize nested, in a graph", &format!("{rows}x{cols} to bf16"), Floor::Bytes(bytes), ms);
+        bench.row("dequantize nested (in a graph)", &format!("{rows}x{cols} to bf16"), Floor::Bytes(bytes), ms);
         group(bench, &weight, rows, cols)?;
     }
     Ok(())
@@ -260,7 +260,7 @@ fn few_tokens(bench: &mut Bench, name: &str, rows: &[usize]) -> Result<()> {
                 let group = Group { members: &members, cache: &cache, split: false };
                 group.infer(x.view_mut(), adapter, None, y.view_mut(), workspace)
             })?;
-            bench.row(&format!("{label}, in a graph"), &shape, Floor::Bytes(moved + adapters), ms);
+            bench.row(&format!("{label} (in a graph)"), &shape, Floor::Bytes(moved + adapters), ms);
         }
     }
     Ok(())
