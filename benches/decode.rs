@@ -7,13 +7,15 @@
 //! is timed without the prompt: from the first new token to the last, each brought to the host before the next begins.
 //! `--loaded N` takes N loaded adapters of this rank instead, which the sequences have in turn; with `--dora 1` of DoRA's kind.
 
+#[path = "common/command.rs"]
+mod command;
 #[path = "common/random_8b.rs"]
 mod random_8b;
 
-use std::io::Write;
 use std::time::Instant;
 
 use anyhow::Context;
+use command::{Arguments, append};
 use qlora::adapter::{AdapterConfig, AdapterKinds, LoraModule, PeftAdapter};
 use qlora::kernels::ops::argmax;
 use qlora::kernels::quant::QuantConfig;
@@ -52,12 +54,8 @@ fn random_adapter(model: &CausalLm, rank: usize, dora: bool, seed: u64) -> PeftA
 }
 
 fn main() -> anyhow::Result<()> {
-    let arguments: Vec<String> = std::env::args().collect();
-    let value = |name: &str| {
-        let at = arguments.iter().position(|argument| argument == name)?;
-        arguments.get(at + 1).cloned()
-    };
-    let number = |name: &str, default: usize| value(name).map_or(Ok(default), |text| text.parse::<usize>());
+    let arguments = Arguments::read();
+    let (value, number) = (|name: &str| arguments.value(name), |name: &str, or: usize| arguments.number(name, or));
     let device = match cuda::device(0, None) {
         Ok(device) => device,
         // `cargo test` starts benches too.
@@ -162,17 +160,9 @@ fn main() -> anyhow::Result<()> {
     println!("prefill {len}: {rate:.0} tok/s ({:.1} ms)", seconds[1] * 1e3);
     lines.push(format!("prefill {len},{rate:.1}"));
     println!("{:.2} GB at most", gpu.pool().peak()? as f64 / 1e9);
-    if let Some(path) = value("--out") {
-        let is_new = !std::path::Path::new(&path).exists();
-        let mut file = std::fs::OpenOptions::new().create(true).append(true).open(&path)?;
-        if is_new {
-            writeln!(file, "system,case,tok_s,gpu,driver,commit,date")?;
-        }
-        let [gpu, driver, commit, date] =
-            ["--gpu", "--driver", "--commit", "--date"].map(|name| value(name).unwrap_or_default());
-        for line in lines {
-            writeln!(file, "qlora,{line},{gpu},{driver},{commit},{date}")?;
-        }
+    for line in lines {
+        let line = format!("qlora,{line},{}", arguments.place());
+        append(value("--out").as_deref(), "system,case,tok_s,gpu,driver,commit,date", &line)?;
     }
     Ok(())
 }

@@ -9,13 +9,13 @@
 //! time counts from when the operating system started the process. `scripts/bench/startup_peft.py` makes the checkpoints, and
 //! does the same with transformers, PEFT and bitsandbytes.
 
+#[path = "common/command.rs"]
+mod command;
 #[path = "common/trainee.rs"]
 mod trainee;
 
-use std::io::Write;
-use std::path::Path;
-
 use anyhow::Context;
+use command::{Arguments, append};
 use qlora::kernels::ops::argmax;
 use qlora::kernels::quant::QuantConfig;
 use qlora::kernels::{Workspace, cuda};
@@ -44,12 +44,8 @@ fn report(what: &str) -> anyhow::Result<f64> {
 }
 
 fn main() -> anyhow::Result<()> {
-    let arguments: Vec<String> = std::env::args().collect();
-    let value = |name: &str| {
-        let at = arguments.iter().position(|argument| argument == name)?;
-        arguments.get(at + 1).cloned()
-    };
-    let number = |name: &str, default: usize| value(name).map_or(Ok(default), |text| text.parse::<usize>());
+    let arguments = Arguments::read();
+    let (value, number) = (|name: &str| arguments.value(name), |name: &str, or: usize| arguments.number(name, or));
     let (train, folder) = match (value("--train"), value("--generate")) {
         (Some(folder), None) => (true, folder),
         (None, Some(folder)) => (false, folder),
@@ -95,15 +91,6 @@ fn main() -> anyhow::Result<()> {
         report(&format!("first token: {token}"))?
     };
     println!("{:.2} GB of GPU memory at most", gpu.pool().peak()? as f64 / 1e9);
-    if let Some(path) = value("--out") {
-        let is_new = !Path::new(&path).exists();
-        let mut file = std::fs::OpenOptions::new().create(true).append(true).open(&path)?;
-        if is_new {
-            writeln!(file, "system,case,seconds,gpu,driver,commit,date")?;
-        }
-        let [gpu, driver, commit, date] =
-            ["--gpu", "--driver", "--commit", "--date"].map(|name| value(name).unwrap_or_default());
-        writeln!(file, "qlora,{case},{seconds:.2},{gpu},{driver},{commit},{date}")?;
-    }
-    Ok(())
+    let line = format!("qlora,{case},{seconds:.2},{}", arguments.place());
+    append(value("--out").as_deref(), "system,case,seconds,gpu,driver,commit,date", &line)
 }

@@ -14,17 +14,19 @@
 //! `--parts` measures what the step cannot do without in the same run ([`parts`]); `--profile` says what one more step spends
 //! its time on. With `--8bit-moments` or `--offload-embedding` the mode is written `lean+`.
 
+#[path = "../common/command.rs"]
+#[expect(dead_code, reason = "its arguments are read otherwise")]
+mod command;
 mod parts;
 #[path = "../common/random_8b.rs"]
 mod random_8b;
 #[path = "../common/trainee.rs"]
 mod trainee;
 
-use std::io::Write;
-use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Context;
+use command::append;
 use qlora::kernels::Workspace;
 use qlora::kernels::cuda::{self, Gpu};
 use qlora::kernels::quant::QuantConfig;
@@ -245,17 +247,6 @@ fn measure(options: &Options, gpu: &Gpu, trainee: &mut Trainee, case: &Case) -> 
     }
     trainee.model.set_weight_cache(false);
     Ok(())
-}
-
-/// Appends a line to a CSV file, if there is one to be written.
-fn append(path: Option<&str>, header: &str, line: &str) -> anyhow::Result<()> {
-    let Some(path) = path else { return Ok(()) };
-    let is_new = !Path::new(path).exists();
-    let mut file = std::fs::OpenOptions::new().create(true).append(true).open(path)?;
-    if is_new {
-        writeln!(file, "{header}")?;
-    }
-    Ok(writeln!(file, "{line}")?)
 }
 
 fn main() -> anyhow::Result<()> {

@@ -203,32 +203,28 @@ def svg(pairs) -> str:
     return "\n".join(out) + "\n</svg>\n"
 
 
-def decode_table(pairs) -> list[str]:
+def short_table(pairs, column: str, unit: str, show, ratio) -> list[str]:
+    """One figure a case, beside the best peer's."""
     cells = []
     for row, peer in pairs:
-        line = [row["case"], f"{row['tok_s']:,.0f}"]
+        line = [row["case"], show(row[column])]
         if peer:
-            line += [f"{peer['tok_s']:,.1f}", f"{row['tok_s'] / peer['tok_s']:.1f}x", peer["system"]]
+            line += [show(peer[column]), f"{ratio(row[column], peer[column]):.1f}x", peer["system"]]
         else:
             line += ["", "", "not measured"]
         cells.append(line)
-    text = table(["case", "qlora, tokens/s", "best peer, tokens/s", "speed", "best peer"], cells, 1)
+    text = table(["case", f"qlora, {unit}", f"best peer, {unit}", "speed", "best peer"], cells, 1)
+    # The peer's name reads better from the left.
     text[1] = text[1].rsplit("|", 2)[0] + "|---|"
     return text
+
+
+def decode_table(pairs) -> list[str]:
+    return short_table(pairs, "tok_s", "tokens/s", lambda x: f"{x:,.1f}" if x < 100 else f"{x:,.0f}", lambda a, b: a / b)
 
 
 def startup_table(pairs) -> list[str]:
-    cells = []
-    for row, peer in pairs:
-        line = [row["case"], f"{row['seconds']:.1f}"]
-        if peer:
-            line += [f"{peer['seconds']:.1f}", f"{peer['seconds'] / row['seconds']:.1f}x", peer["system"]]
-        else:
-            line += ["", "", "not measured"]
-        cells.append(line)
-    text = table(["case", "qlora, seconds", "best peer, seconds", "speed", "best peer"], cells, 1)
-    text[1] = text[1].rsplit("|", 2)[0] + "|---|"
-    return text
+    return short_table(pairs, "seconds", "seconds", lambda x: f"{x:.1f}", lambda a, b: b / a)
 
 
 def block(steps, decode, startup, kernels) -> str:
