@@ -16,7 +16,7 @@ use qlora::generate::generate;
 use qlora::kernels::{Dtype, SequenceLayout, Workspace};
 use qlora::lora::{LoraConfig, TargetModules};
 use qlora::model::policy::Keep;
-use qlora::model::{CausalLm, TrainPass};
+use qlora::model::{CausalLm, KvCache, TrainPass};
 use qlora::sampling::GenerationConfig;
 use qlora::trainer::data::{Dataset, Encoded};
 use qlora::trainer::metrics::LogEntry;
@@ -360,6 +360,12 @@ fn steps_that_run_as_a_graph_have_the_bits_of_those_that_do_not() {
             assert!(graphs > 130, "{graphs} of 150 steps ran as a graph");
             assert!(expected.iter().flatten().all(|x| x.is_finite()));
             assert!(got == expected, "{} {sequences}", dtype.name());
+        }
+        // A graph does not look at the caches' width: it is looked at before.
+        let mut foreign = KvCache::new(config.num_hidden_layers, 32, 64);
+        for _ in 0..3 {
+            let refused = recorded.next_logits(&[1], &mut foreign).unwrap_err().to_string();
+            assert!(refused.contains("another attention"), "{refused}");
         }
     }
 }

@@ -44,7 +44,9 @@ impl<'a> Step<'a> {
                 caches.push(layer.with_room(1, pass.workspace)?);
             }
         }
-        Ok(Some(Self { tables: DecodeTables::new(gpu, layers, &positions, table)? }))
+        let tables = DecodeTables::new(gpu, layers, &positions, table)?;
+        stack.blocks().iter().try_for_each(|block| tables.expect(&block.attention, dtype))?;
+        Ok(Some(Self { tables }))
     }
 
     /// Runs all blocks.

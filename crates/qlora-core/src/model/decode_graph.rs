@@ -48,6 +48,7 @@ struct Key {
     sequences: usize,
     capacity: usize,
     rope: usize,
+    peft_rounding: bool,
     /// Rows, and the address of their adapter's values.
     spans: Vec<(Range<usize>, usize)>,
 }
@@ -64,7 +65,8 @@ struct Recorded {
 impl DecodeSteps {
     /// To be called when the model changes.
     pub(super) fn forget(&mut self) {
-        self.0.get_mut().unwrap_or_else(PoisonError::into_inner).last = None;
+        let kept = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
+        (kept.last, kept.memory) = (None, None);
     }
 }
 
@@ -72,7 +74,7 @@ impl CausalLm {
     /// Whether steps of generation on a GPU run as one CUDA graph where they can (they do by default).
     pub fn set_decode_graph(&mut self, on: bool) {
         let kept = self.steps.0.get_mut().unwrap_or_else(PoisonError::into_inner);
-        kept.last = None;
+        (kept.last, kept.memory) = (None, None);
         kept.disabled = !on;
     }
 
@@ -105,7 +107,6 @@ impl CausalLm {
             let table = kept.last.as_ref().map(|last| last.table.clone());
             let Some(mut step) = Step::new(self.stack(), caches, &pass, table)? else { return Ok(None) };
             let key = self.key(tokens.len(), step.tables.capacity(), rope, spans);
-            let memory = kept.memory.get_or_insert_with(|| StepMemory::new(gpu)).clone();
             let body = |step: &mut Step, x: Matrix| -> Result<Matrix> {
                 let y = step.run(self.stack(), x, &pass)?;
                 self.head_logits(&self.stack().infer_norm(&y, &pass)?, spans)
@@ -120,6 +121,7 @@ impl CausalLm {
                 impossible: kept.disabled,
                 table: step.tables.memory(),
             });
+            let memory = kept.memory.get_or_insert_with(|| StepMemory::new(gpu)).clone();
             if !is_new && !last.impossible && last.recorded.is_none() {
                 let x = self.workspace().matrix(tokens.len(), self.config().hidden_size)?;
                 let _reuse = memory.reuse();
@@ -131,7 +133,11 @@ impl CausalLm {
                 last.impossible = recorded.is_none();
                 last.recorded = recorded.map(|(graph, logits)| Recorded { graph, x, logits, _rope: rope.clone() });
             }
-            let _reuse = memory.reuse();
+            // What runs as usual keeps no memory: it may be much where weights are dequantized in every step.
+            let _reuse = (!last.impossible).then(|| memory.reuse());
+            if last.impossible {
+                kept.memory = None;
+            }
             let x = self.embed_with(tokens, spans)?;
             let mut launched = false;
             if let Some(recorded) = &mut last.recorded {
@@ -161,6 +167,7 @@ impl CausalLm {
             Chosen::Loaded(adapter) => std::ptr::from_ref(*adapter).addr(),
         };
         let spans = spans.iter().map(|(rows, chosen)| (rows.clone(), address(chosen))).collect();
-        Key { sequences, capacity, rope: Arc::as_ptr(rope).addr(), spans }
+        let peft_rounding = self.workspace().gpu().is_some_and(|gpu| gpu.peft_rounding());
+        Key { sequences, capacity, rope: Arc::as_ptr(rope).addr(), peft_rounding, spans }
     }
 }

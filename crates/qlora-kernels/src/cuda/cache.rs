@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::buffer::Buffer;
 use super::gpu::Gpu;
+use super::step_memory::lasting;
 use crate::error::{Error, Result};
 
 /// Filled at the first use and kept as long as its owner; a clone starts empty.
@@ -34,7 +35,7 @@ impl OnDevice {
         let buffer = match self.0.get() {
             Some(buffer) => buffer,
             None => {
-                let buffer = Buffer::upload(&gpu, OP, make().as_ref())?;
+                let buffer = lasting(|| Buffer::upload(&gpu, OP, make().as_ref()))?;
                 self.0.get_or_init(|| buffer)
             }
         };

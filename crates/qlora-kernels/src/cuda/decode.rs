@@ -101,6 +101,17 @@ impl<'a> DecodeTables<'a> {
         Ok(Self { table, layers: count, positions: positions.to_vec(), capacity, width, dtype, caches: PhantomData })
     }
 
+    /// An error unless the caches are of this attention, in this type: what launches that are recorded do not look at again.
+    ///
+    /// # Errors
+    /// See above.
+    pub fn expect(&self, cfg: &AttentionConfig, dtype: Dtype) -> Result<()> {
+        match cfg.kv_heads * cfg.head_dim == self.width && dtype == self.dtype && takes(cfg, dtype) {
+            true => Ok(()),
+            false => Err(Error::invalid(OP, "the caches are for another attention")),
+        }
+    }
+
     /// Where the table lies: launches that are recorded with it find the next table there.
     pub fn memory(&self) -> TableMemory {
         TableMemory(self.table.clone())

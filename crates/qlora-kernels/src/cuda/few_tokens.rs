@@ -12,6 +12,7 @@ use super::buffer::Buffer;
 use super::ffi;
 use super::gpu::Gpu;
 use super::linear_group::{add_biases, check_gpu};
+use super::step_memory::lasting;
 use super::view::{CudaView, CudaViewMut, one_gpu};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -64,7 +65,7 @@ pub(super) fn with_zeroed(
     let buffer = match &mut *slot {
         Some(buffer) if buffer.bytes() >= bytes => buffer,
         _ => {
-            let mut buffer = Buffer::new(&gpu.arc(), op, bytes.next_power_of_two())?;
+            let mut buffer = lasting(|| Buffer::new(&gpu.arc(), op, bytes.next_power_of_two()))?;
             buffer.fill_bytes(0)?;
             let workspaces = gpu.workspaces();
             let _alone = workspaces.still();
@@ -104,7 +105,8 @@ pub(crate) fn forward(
     let same = types.into_iter().flatten().all(|dtype| dtype == x.dtype());
     let fits = (1..=most_tokens()).contains(&tokens) && x.dtype() != Dtype::F32 && same;
     let biased = group.members.iter().any(|member| member.bias.is_some());
-    if !fits || !aligned(x) || (swiglu && biased) || adapter.is_some_and(AdapterPass::drops) {
+    let rounds = y.gpu().peft_rounding() && adapter.is_some();
+    if !fits || !aligned(x) || (swiglu && biased) || rounds || adapter.is_some_and(AdapterPass::drops) {
         return Ok(false);
     }
     let Some(mut weights) = weights(group) else { return Ok(false) };

@@ -223,7 +223,8 @@ impl Gpu {
     /// Whether layers with an adapter round as PEFT does: the base's product to the type of activations, then its sum with
     /// the adapter's product, then the sum with the residual. Off by default: one rounding of the whole sum is faster and
     /// nearer to f32. (A small adapter's product is lost when it is added to a rounded number: in bf16 PEFT's first losses on
-    /// SmolLM2 lie 5 to 9% above those of f32.) For comparisons with PEFT.
+    /// SmolLM2 lie 5 to 9% above those of f32.) For comparisons with PEFT; adapters that are loaded for inference and LLM.int8
+    /// layers go on as without.
     pub fn set_peft_rounding(&self, on: bool) {
         self.peft_rounding.store(on, Ordering::Relaxed);
     }
@@ -278,7 +279,7 @@ impl Gpu {
     /// Runs one launcher and turns its status into an error that names `op`.
     pub(super) fn launch(&self, op: &'static str, launch: impl FnOnce(ffi::Stream) -> i32) -> Result<()> {
         self.bind(op)?;
-        let stream = graph::recording().unwrap_or(self.stream.cu_stream());
+        let stream = graph::recording(self).unwrap_or(self.stream.cu_stream());
         let launch = || match launch(stream.cast()) {
             0 => Ok(()),
             code => Err(status_error(op, code)),

@@ -24,8 +24,8 @@ use crate::error::{Error, Result};
 const OP: &str = "CUDA graph";
 
 thread_local! {
-    /// The stream that records this thread's launches.
-    static RECORDING: Cell<sys::CUstream> = const { Cell::new(ptr::null_mut()) };
+    /// The stream that records this thread's launches, and the address of its GPU.
+    static RECORDING: Cell<(sys::CUstream, usize)> = const { Cell::new((ptr::null_mut(), 0)) };
     /// Whether something was enqueued meanwhile that cannot be recorded.
     static SPOILT: Cell<bool> = const { Cell::new(false) };
 }
@@ -49,27 +49,56 @@ fn check(code: i32) -> Result<()> {
 /// Ends the recording of this thread, whatever happens.
 struct Recording {
     stream: Arc<CudaStream>,
+    ended: bool,
+}
+
+impl Recording {
+    /// What was recorded, if it is to be kept and can be.
+    fn end(mut self, keep: bool) -> Result<Option<ffi::GraphExec>> {
+        self.ended = true;
+        let mut exec = ptr::null_mut();
+        // SAFETY: the capture was begun on this stream by this thread.
+        check(unsafe { ffi::qlora_graph_end(self.stream.cu_stream().cast(), i32::from(keep), &raw mut exec) })?;
+        Ok((!exec.is_null()).then_some(exec))
+    }
 }
 
 impl Drop for Recording {
     fn drop(&mut self) {
-        RECORDING.set(ptr::null_mut());
+        RECORDING.set((ptr::null_mut(), 0));
+        if !self.ended {
+            // The work panicked.
+            let mut exec = ptr::null_mut();
+            // SAFETY: as in `end`.
+            let _ = unsafe { ffi::qlora_graph_end(self.stream.cu_stream().cast(), 0, &raw mut exec) };
+        }
     }
 }
 
-/// The stream for this thread's launches, if they are being recorded.
-pub(super) fn recording() -> Option<sys::CUstream> {
-    Some(RECORDING.get()).filter(|stream| !stream.is_null())
+/// The stream for this thread's launches on a GPU, if they are being recorded.
+pub(super) fn recording(gpu: &Gpu) -> Option<sys::CUstream> {
+    let (stream, recorded) = RECORDING.get();
+    (!stream.is_null() && recorded == ptr::from_ref(gpu).addr()).then_some(stream)
 }
 
 /// To be called by everything that goes to the GPU's own stream.
 pub(super) fn spoil() {
-    if recording().is_some() {
+    if !RECORDING.get().0.is_null() {
         SPOILT.set(true);
     }
 }
 
+/// Ends the work of a recording with an error, which its caller does not see: for what must not run half.
+pub(super) fn refuse(op: &'static str) -> Result<()> {
+    spoil();
+    match RECORDING.get().0.is_null() {
+        true => Ok(()),
+        false => Err(Error::invalid(op, "it cannot be recorded")),
+    }
+}
+
 impl Gpu {
+    #[doc(hidden)] // Only for who keeps what the module says: the compiler cannot see to it.
     /// Records what `work` launches, without running it, and gives its result too; none if something in it cannot be recorded.
     ///
     /// # Errors
@@ -83,19 +112,17 @@ impl Gpu {
         let stream = self.stream().context().new_stream().map_err(|error| cuda_error(OP, error))?;
         // SAFETY: the stream is new and this thread's alone.
         check(unsafe { ffi::qlora_graph_begin(stream.cu_stream().cast()) })?;
-        RECORDING.set(stream.cu_stream());
+        RECORDING.set((stream.cu_stream(), ptr::from_ref(&**self).addr()));
         SPOILT.set(false);
-        let recording = Recording { stream };
+        let recording = Recording { stream, ended: false };
         let value = work();
         let spoilt = SPOILT.get() || self.workspaces().moves.load(Ordering::Relaxed) != moves;
-        let stream = recording.stream.clone();
-        drop(recording);
-        let mut exec = ptr::null_mut();
-        let keep = i32::from(!spoilt && value.is_ok());
-        // SAFETY: the capture was begun on this stream by this thread.
-        check(unsafe { ffi::qlora_graph_end(stream.cu_stream().cast(), keep, &raw mut exec) })?;
+        let exec = recording.end(!spoilt && value.is_ok())?;
+        if spoilt {
+            // Also where the work failed: its caller runs it as usual.
+            return Ok(None);
+        }
         let value = value?;
-        let exec = (!exec.is_null()).then_some(exec);
         Ok(exec.map(|exec| (Graph { exec, gpu: self.clone(), moves }, value)))
     }
 }
@@ -114,7 +141,8 @@ impl Graph {
         }
         self.gpu.bind(OP)?;
         // SAFETY: the graph is executable; its addresses are live (see the module).
-        check(unsafe { ffi::qlora_graph_launch(self.exec, self.gpu.stream().cu_stream().cast()) })?;
+        let launch = || check(unsafe { ffi::qlora_graph_launch(self.exec, self.gpu.stream().cu_stream().cast()) });
+        self.gpu.span(OP, || OP.to_owned(), launch)?;
         Ok(true)
     }
 }

@@ -7,6 +7,7 @@ use std::sync::PoisonError;
 use super::blas::Kind;
 use super::ffi;
 use super::gpu::Gpu;
+use super::graph;
 use super::int8_activations;
 use super::ops::add_bias;
 use super::view::{CudaView, CudaViewMut, one_gpu};
@@ -102,6 +103,8 @@ impl<'a> Plan<'a> {
 /// The fused weight `[n, k]` with its extra columns (the margin) and rows.
 fn weights(plan: &Plan, group: &Group, adapter: Option<&AdapterPass>, workspace: &Workspace) -> Result<Matrix> {
     let Plan { op, n, k, rp, .. } = *plan;
+    // Weights that are not written yet must not get into the cache.
+    graph::refuse(op)?;
     let mut kept = group.cache.weights.lock().unwrap_or_else(PoisonError::into_inner);
     // The cache is filled with room for the adapters, which may come later than the first use.
     let usable = |matrix: &Matrix| matrix.rows() >= n + rp && matrix.margin() >= rp;
@@ -162,9 +165,7 @@ pub(crate) fn forward(
     let mut shrunk = Shrunk::default();
     let rounds = group.members.iter().any(|member| member.weight.int8_activations().is_some());
     if let (true, false, Some(adapter)) = (gpu.peft_rounding() && rp > 0, rounds, adapter) {
-        let s = forward_rounded(&plan, group, x.as_view(), adapter, residual, y.reborrow(), workspace)?;
-        add_biases(op, group, y)?;
-        return Ok(s);
+        return forward_rounded(&plan, group, x.as_view(), adapter, residual, y, workspace);
     }
     let single = group.members.len() == 1 && rp == 0;
     if let Some(plain) = group.members[0].weight.as_cuda().and_then(|w| w.plain_view()).filter(|_| single) {
@@ -240,6 +241,8 @@ fn forward_rounded(
     shrink_into(plan, x, w, adapter, s.view_mut().cuda(op)?, workspace)?;
     let w = w.slice_rows(0..n);
     gpu.matmul(op, Kind::Nt, x, w, y.reborrow(), 1.0, 0.0)?;
+    // The bias is the base layer's.
+    add_biases(op, group, y.reborrow())?;
     gpu.matmul(op, Kind::Nt, s.view().cuda(op)?, w.margin(rp), y.reborrow(), 1.0, 1.0)?;
     if let Some(residual) = residual {
         super::ops::add(op, residual, y)?;

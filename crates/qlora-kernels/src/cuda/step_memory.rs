@@ -5,11 +5,15 @@
 //! one stream, whoever gets it runs after whoever had it. It counts as in use; it is given back with the [`StepMemory`].
 
 use std::cell::RefCell;
+use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::cuda_backend::cudarc::driver::sys::CUdeviceptr;
 
 use super::gpu::{Gpu, RawMemory};
+
+/// What is larger goes back to the pool at once: activations of a step are not, weights that were dequantized for it are.
+const LARGEST: usize = 32 << 20;
 
 /// Memory of one GPU that is kept for the next step. Cloning gives another handle to the same.
 #[derive(Clone, Debug)]
@@ -30,6 +34,14 @@ thread_local! {
 #[derive(Debug)]
 pub struct MemoryReuse {
     before: Option<Arc<Kept>>,
+    /// It belongs to this thread.
+    thread: PhantomData<*const ()>,
+}
+
+/// What `work` allocates lasts longer than a step: it does not come from the memory of steps.
+pub(super) fn lasting<T>(work: impl FnOnce() -> T) -> T {
+    let _off = MemoryReuse { before: ACTIVE.take(), thread: PhantomData };
+    work()
 }
 
 impl StepMemory {
@@ -41,7 +53,7 @@ impl StepMemory {
     /// Lets what this thread allocates on the GPU be used again once it is dropped, until the result is dropped: for work that
     /// does the same over and over.
     pub fn reuse(&self) -> MemoryReuse {
-        MemoryReuse { before: ACTIVE.replace(Some(self.0.clone())) }
+        MemoryReuse { before: ACTIVE.replace(Some(self.0.clone())), thread: PhantomData }
     }
 }
 
@@ -70,6 +82,9 @@ impl Kept {
     }
 
     pub(super) fn keep(&self, bytes: usize, ptr: CUdeviceptr) {
+        if bytes > LARGEST {
+            return drop(RawMemory::from_ptr(ptr, bytes, self.gpu.stream().clone()));
+        }
         self.lock().push((bytes, ptr));
     }
 }

@@ -19,7 +19,7 @@ use crate::mapped::FileBytes;
 /// pieces can be quantized one by one.
 const PIECE: usize = 8 << 20;
 
-/// Pieces of up to so many bytes are not page-locked.
+/// Pieces of up to so many bytes are not page-locked. A multiple of every block size too.
 const SMALL: usize = 64 << 10;
 
 /// Bytes to be uploaded.
@@ -91,16 +91,18 @@ pub(super) struct Piece<'a> {
 }
 
 impl Uploader {
-    /// For whole models: takes 16 MiB of page-locked memory and as much on the GPU.
+    /// For many weights of at most `largest` bytes: takes up to 16 MiB of page-locked memory and as much on the GPU.
     ///
     /// # Errors
     /// If there is not so much.
-    pub fn new(gpu: &Arc<Gpu>) -> Result<Self> {
+    pub fn new(gpu: &Arc<Gpu>, largest: usize) -> Result<Self> {
         const OP: &str = "uploader";
-        let mut uploader = Self::with_piece(gpu, PIECE);
+        // Whole blocks of every size and type, should a weight be larger after all.
+        let mut uploader = Self::with_piece(gpu, largest.clamp(1, PIECE).next_multiple_of(SMALL));
+        let size = uploader.piece;
         for slot in &mut uploader.slots {
-            slot.host(gpu, OP, PIECE)?;
-            slot.device(gpu, OP, PIECE)?;
+            slot.host(gpu, OP, size)?;
+            slot.device(gpu, OP, size)?;
         }
         Ok(uploader)
     }

@@ -56,12 +56,13 @@ pub(super) struct Tools {
 impl Tools {
     /// # Errors
     /// If there is no memory for a GPU's uploader.
-    pub(super) fn new(context: &Context) -> Result<Self> {
+    pub(super) fn new(context: &Context, jobs: &[Job]) -> Result<Self> {
         #[cfg(feature = "cuda")]
         if let Some(gpu) = context.workspace.gpu() {
-            return Ok(Self { uploader: Some(Uploader::new(gpu)?) });
+            let largest = jobs.iter().map(|job| 4 * job.shape.iter().product::<usize>()).max().unwrap_or(0);
+            return Ok(Self { uploader: Some(Uploader::new(gpu, largest)?) });
         }
-        let _ = context;
+        let _ = (context, jobs);
         Ok(Self::default())
     }
 }

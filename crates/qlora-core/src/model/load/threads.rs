@@ -37,7 +37,9 @@ pub(super) fn load(context: &Context, jobs: Vec<Job>, mut progress: impl FnMut(u
         false => thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS).min(jobs.len()),
     };
     // All tools first: what they allocate on a GPU then leaves one hole when they are gone, and not many.
-    let mut tools = (0..threads).map(|_| Tools::new(context)).collect::<Result<Vec<_>>>()?;
+    let mut tools = vec![Tools::new(context, &jobs)?];
+    // Where there is no room for more, fewer threads do.
+    tools.extend((1..threads).map_while(|_| Tools::new(context, &jobs).ok()));
     if let [tools] = &mut *tools {
         for (index, job) in jobs.iter().enumerate() {
             arrived(index, context.load(job, tools)?);
@@ -51,6 +53,7 @@ pub(super) fn load(context: &Context, jobs: Vec<Job>, mut progress: impl FnMut(u
         for mut tools in tools {
             let (send, next, stop, gate, jobs) = (send.clone(), &next, &stop, &gate, &jobs);
             scope.spawn(move || {
+                let _stopper = StopOnPanic(stop);
                 while !stop.load(Ordering::Relaxed) {
                     let index = next.fetch_add(1, Ordering::Relaxed);
                     let Some(job) = jobs.get(index) else { break };
@@ -77,6 +80,17 @@ pub(super) fn load(context: &Context, jobs: Vec<Job>, mut progress: impl FnMut(u
     match failed {
         None => Ok(parts),
         Some((_, error)) => Err(error),
+    }
+}
+
+/// The other threads need not load the rest of a model when one has panicked.
+struct StopOnPanic<'a>(&'a AtomicBool);
+
+impl Drop for StopOnPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.store(true, Ordering::Relaxed);
+        }
     }
 }
 
