@@ -4,33 +4,30 @@
 //! is our `b`, its second our `a`, and nothing is copied or transposed. Unlike `cublasGemmEx` it reads the addend from
 //! another matrix than it writes (`D = A B + beta C`): a residual connection costs no copy.
 //!
-//! The algorithm that the library's heuristics name first is kept for every combination of sizes, strides, types and
-//! alignments. With a fixed stream all of them give the same bits in every run.
+//! The algorithm that the library's heuristics name first is kept ([`algorithms`]), so that batches of ever new lengths ask
+//! for none. With a fixed stream all of them give the same bits in every run.
 
-use std::collections::HashMap;
+mod algorithms;
+
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use candle_core::cuda_backend::cudarc::cublas::sys::cublasOperation_t;
 use candle_core::cuda_backend::cudarc::cublaslt::result::{self as lt, CublasError};
 use candle_core::cuda_backend::cudarc::cublaslt::sys;
 use candle_core::cuda_backend::cudarc::driver::CudaStream;
 
+use self::algorithms::{Algorithm, Algorithms, Key, Layouts};
 use super::gpu::Gpu;
 use super::view::{CudaView, CudaViewMut};
-use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 
-/// The most scratch memory an algorithm may ask for: what NVIDIA recommends for Hopper.
-const WORKSPACE: usize = 32 << 20;
-
-/// A cuBLASLt handle and the plans made so far.
+/// A cuBLASLt handle and the algorithms chosen so far.
 pub(crate) struct Blas {
     handle: sys::cublasLtHandle_t,
-    plans: Mutex<HashMap<Key, Arc<Plan>>>,
+    algorithms: Algorithms,
 }
 
-// SAFETY: cuBLASLt handles may be used from any thread; the plans are behind a lock.
+// SAFETY: cuBLASLt handles may be used from any thread; the algorithms are behind a lock.
 unsafe impl Send for Blas {}
 // SAFETY: as above.
 unsafe impl Sync for Blas {}
@@ -46,53 +43,8 @@ pub(crate) enum Kind {
     Tn,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Key {
-    kind: Kind,
-    m: usize,
-    n: usize,
-    k: usize,
-    strides: [usize; 4],
-    alignments: [u32; 4],
-    input: Dtype,
-    output: Dtype,
-}
-
-struct Plan {
-    desc: sys::cublasLtMatmulDesc_t,
-    /// Of `b`, `a`, the addend and the result.
-    layouts: [sys::cublasLtMatrixLayout_t; 4],
-    algo: sys::cublasLtMatmulAlgo_t,
-    workspace: usize,
-}
-
-// SAFETY: descriptors are plain memory that is only read after `Plan::new`.
-unsafe impl Send for Plan {}
-// SAFETY: as above.
-unsafe impl Sync for Plan {}
-
-impl Drop for Plan {
-    fn drop(&mut self) {
-        // SAFETY: made by `Plan::new`, destroyed once.
-        unsafe {
-            let _ = lt::destroy_matmul_desc(self.desc);
-            for layout in self.layouts {
-                let _ = lt::destroy_matrix_layout(layout);
-            }
-        }
-    }
-}
-
 fn blas_error(op: &'static str, error: CublasError) -> Error {
     Error::invalid(op, format!("cuBLASLt refuses the matrix product ({error:?})"))
-}
-
-fn cuda_type(dtype: Dtype) -> sys::cudaDataType {
-    match dtype {
-        Dtype::F32 => sys::cudaDataType::CUDA_R_32F,
-        Dtype::Bf16 => sys::cudaDataType::CUDA_R_16BF,
-        Dtype::F16 => sys::cudaDataType::CUDA_R_16F,
-    }
 }
 
 /// The largest power of two up to 256 that divides an address.
@@ -105,7 +57,13 @@ impl Blas {
         const OP: &str = "cuBLASLt";
         stream.context().bind_to_thread().map_err(|error| super::gpu::cuda_error(OP, error))?;
         let handle = lt::create_handle().map_err(|error| blas_error(OP, error))?;
-        Ok(Self { handle, plans: Mutex::default() })
+        Ok(Self { handle, algorithms: Algorithms::default() })
+    }
+
+    /// The most rows that a batch of the run will have: the algorithms of all smaller batches are then chosen together, at
+    /// the first product of each kind.
+    pub(super) fn expect_rows(&self, most: usize) {
+        self.algorithms.expect_rows(most);
     }
 
     /// `d = alpha * (a, b as kind says) + beta * c`, where `c` is `d` itself unless an addend is given.
@@ -165,116 +123,52 @@ impl Blas {
             input: a.dtype(),
             output: d.dtype(),
         };
-        let plan = self.plan(op, key)?;
-        let workspace = match plan.workspace {
-            0 => None,
-            bytes => Some(gpu.alloc(op, bytes)?),
-        };
-        let workspace_ptr = workspace.as_ref().map_or(0, |memory| memory.ptr());
-        gpu.bind(op)?;
-        // SAFETY: the views are windows of live memory with the sizes and strides that the plan was made for; the
-        // workspace lives until the stream has used it (it is freed on the same stream).
-        let product = || unsafe {
-            lt::matmul(
-                self.handle,
-                plan.desc,
-                (&raw const alpha).cast(),
-                (&raw const beta).cast(),
-                b.ptr() as *const c_void,
-                plan.layouts[0],
-                a.ptr() as *const c_void,
-                plan.layouts[1],
-                c.ptr() as *const c_void,
-                plan.layouts[2],
-                d.ptr() as *mut c_void,
-                plan.layouts[3],
-                &raw const plan.algo,
-                workspace_ptr as *mut c_void,
-                plan.workspace,
-                gpu.stream().cu_stream().cast(),
-            )
+        let layouts = Layouts::new(&key).map_err(|error| blas_error(op, error))?;
+        let product = |algorithm: &Algorithm| -> Result<std::result::Result<(), CublasError>> {
+            let workspace = match algorithm.workspace {
+                0 => None,
+                bytes => Some(gpu.alloc(op, bytes)?),
+            };
+            gpu.bind(op)?;
+            // SAFETY: the views are windows of live memory with the sizes and strides of the layouts; the workspace lives
+            // until the stream has used it (it is freed on the same stream).
+            Ok(unsafe {
+                lt::matmul(
+                    self.handle,
+                    algorithm.desc,
+                    (&raw const alpha).cast(),
+                    (&raw const beta).cast(),
+                    b.ptr() as *const c_void,
+                    layouts.b,
+                    a.ptr() as *const c_void,
+                    layouts.a,
+                    c.ptr() as *const c_void,
+                    layouts.c,
+                    d.ptr() as *mut c_void,
+                    layouts.d,
+                    &raw const algorithm.algo,
+                    workspace.as_ref().map_or(0, |memory| memory.ptr()) as *mut c_void,
+                    algorithm.workspace,
+                    gpu.stream().cu_stream().cast(),
+                )
+            })
         };
         gpu.span(
             op,
             || format!("product {kind:?} {m} x {n} x {k}"),
-            || product().map_err(|error| blas_error(op, error)),
+            || {
+                let (algorithm, exact): (Arc<Algorithm>, bool) = self.algorithms.of(op, self.handle, &key)?;
+                match product(&algorithm)? {
+                    // Nothing was launched: the algorithm of more rows does not take so few.
+                    Err(_) if !exact => {
+                        let algorithm = self.algorithms.exactly(op, self.handle, &key)?;
+                        product(&algorithm)?
+                    }
+                    done => done,
+                }
+                .map_err(|error| blas_error(op, error))
+            },
         )
-    }
-
-    fn plan(&self, op: &'static str, key: Key) -> Result<Arc<Plan>> {
-        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(plan) = plans.get(&key) {
-            return Ok(plan.clone());
-        }
-        // Sequences of ever new lengths must not pile up plans.
-        if plans.len() >= 4096 {
-            plans.clear();
-        }
-        let plan = Arc::new(Plan::new(self.handle, &key).map_err(|error| {
-            let Key { m, n, k, .. } = key;
-            Error::invalid(op, format!("cuBLASLt has no algorithm for {m} x {n} x {k} ({error:?})"))
-        })?);
-        plans.insert(key, plan.clone());
-        Ok(plan)
-    }
-}
-
-impl Plan {
-    fn new(handle: sys::cublasLtHandle_t, key: &Key) -> std::result::Result<Self, CublasError> {
-        let Key { kind, m, n, k, strides, alignments, input, output } = *key;
-        let desc = lt::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType::CUDA_R_32F)?;
-        // The shapes as column-major matrices, and which operand is to be transposed.
-        let (b_shape, b_transposed) = match kind {
-            Kind::Nt => ((k, n), true),
-            Kind::Nn | Kind::Tn => ((n, k), false),
-        };
-        let (a_shape, a_transposed) = match kind {
-            Kind::Nt | Kind::Nn => ((k, m), false),
-            Kind::Tn => ((m, k), true),
-        };
-        let transpose = |transposed: bool| match transposed {
-            true => cublasOperation_t::CUBLAS_OP_T as i32,
-            false => cublasOperation_t::CUBLAS_OP_N as i32,
-        };
-        let attributes = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
-        let (first, second) = (transpose(b_transposed), transpose(a_transposed));
-        // SAFETY: the attributes are 32-bit integers; the descriptor was just made.
-        unsafe {
-            lt::set_matmul_desc_attribute(desc, attributes, (&raw const first).cast(), 4)?;
-            let attributes = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB;
-            lt::set_matmul_desc_attribute(desc, attributes, (&raw const second).cast(), 4)?;
-        }
-        let layout = |dtype, (rows, cols): (usize, usize), stride: usize| {
-            lt::create_matrix_layout(cuda_type(dtype), rows as u64, cols as u64, stride as i64)
-        };
-        let layouts = [
-            layout(input, b_shape, strides[0])?,
-            layout(input, a_shape, strides[1])?,
-            layout(output, (n, m), strides[2])?,
-            layout(output, (n, m), strides[3])?,
-        ];
-        let preference = lt::create_matmul_pref()?;
-        let limit = WORKSPACE as u64;
-        use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
-        let sides = [
-            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
-            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
-            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
-        ];
-        // SAFETY: the workspace limit is 64-bit, the alignments are 32-bit; all descriptors are alive.
-        let chosen = unsafe {
-            let attribute = Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-            lt::set_matmul_pref_attribute(preference, attribute, (&raw const limit).cast(), 8)?;
-            for (attribute, alignment) in sides.into_iter().zip(&alignments) {
-                lt::set_matmul_pref_attribute(preference, attribute, (&raw const *alignment).cast(), 4)?;
-            }
-            let [b, a, c, d] = layouts;
-            let chosen = lt::get_matmul_algo_heuristic(handle, desc, b, a, c, d, preference);
-            lt::destroy_matmul_pref(preference)?;
-            chosen?
-        };
-        Ok(Self { desc, layouts, algo: chosen.algo, workspace: chosen.workspaceSize })
     }
 }
 
@@ -291,5 +185,11 @@ impl Gpu {
         beta: f32,
     ) -> Result<()> {
         self.blas().matmul(op, kind, a, b, None, d, alpha, beta)
+    }
+
+    /// Says how many tokens the largest batch of a run has. Matrix products of all smaller batches are planned together at
+    /// the first of each kind, so that a batch of a new length plans nothing.
+    pub fn expect_tokens(&self, most: usize) {
+        self.blas().expect_rows(most);
     }
 }
