@@ -7,7 +7,8 @@
 //     backward:  [dY | dS] [W ; A]                       dS = dY (scale B) sits in the rp columns behind dY
 //
 // `prepare` writes the extra columns and rows: w[i, k + c] = scale * B of the member that owns row i, at its column
-// c - r0; w[n + c, j] = A[c - r0, j] of the member that owns c; zeros elsewhere. `accumulate` adds the gradients of
+// c - r0; w[n + c, j] = A[c - r0, j] of the member that owns c; zeros elsewhere. `columns` writes the extra columns alone,
+// where the members' weights are never there together. `accumulate` adds the gradients of
 // both to the flat gradient: dA [rp, k] as it is, dB [n, rp] = dY^T S times scale, the member's block of it.
 //
 // Floor: memory; some 100 KB to 2 MB a call.
@@ -142,6 +143,30 @@ extern "C" int qlora_lora_prepare(int dtype, const float* flat, QloraMembers mem
             return launch(std::integral_constant<int, 1>{}, std::false_type{});
         }
         return aligned ? launch(many, std::true_type{}) : launch(many, std::false_type{});
+    });
+}
+
+// The extra columns alone, as a matrix [n, rp].
+extern "C" int qlora_lora_columns(int dtype, const float* flat, QloraMembers members, void* b, int64_t ldb, int64_t n,
+                                  int64_t rp, cudaStream_t stream) {
+    if (!fits(members, n, 1, rp)) return static_cast<int>(cudaErrorInvalidValue);
+    return with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        T* out = static_cast<T*>(b);
+        constexpr int N = VECTOR<T>;
+        const auto launch = [&](auto size) {
+            constexpr int M = size();
+            const int64_t packs = n * (rp / M);
+            if (packs == 0) return static_cast<int>(cudaSuccess);
+            if (packs > LARGEST_GRID - 256) return static_cast<int>(cudaErrorInvalidValue);
+            const Divisor column_packs(static_cast<uint32_t>(rp / M));
+            prepare_kernel<T, M, false><<<static_cast<unsigned>(divide_up(packs, 256)), 256, 0, stream>>>(
+                Augmented<T>{flat, members, out, ldb, n, 0}, static_cast<uint32_t>(packs), column_packs,
+                static_cast<uint32_t>(packs), Divisor(1));
+            return static_cast<int>(cudaGetLastError());
+        };
+        const bool vectors = allows_vectors(out, ldb, 0, N) && rp % N == 0;
+        return vectors ? launch(std::integral_constant<int, N>{}) : launch(std::integral_constant<int, 1>{});
     });
 }
 

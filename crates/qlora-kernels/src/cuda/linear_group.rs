@@ -1,6 +1,7 @@
 //! [`crate::ops::linear_group`] on CUDA: augmented K, as described there.
 
 mod backward;
+mod split;
 
 use std::sync::PoisonError;
 
@@ -16,7 +17,7 @@ use crate::matrix::{Matrix, Workspace};
 use crate::ops::dropout;
 use crate::ops::linear_group::{AdapterPass, Group, LoraSlot, Member, Shrunk, margin};
 use crate::view::{View, ViewMut};
-use crate::weight::{FrozenWeight, WeightCache};
+use crate::weight::FrozenWeight;
 
 pub(crate) use backward::{backward_adapter, backward_input};
 
@@ -77,6 +78,37 @@ impl<'a> Plan<'a> {
             }
         }
         super::ops::vector(self.op, "the adapter", values, len)
+    }
+
+    /// The plan of one member alone, with the extra columns of all: `rows` are its rows of the fused weight.
+    fn of_member(&self, rows: &std::ops::Range<usize>) -> Self {
+        let mut members = self.members;
+        for member in &mut members.m[..members.count as usize] {
+            let here = member.row0 == rows.start as i64;
+            (member.row0, member.rows) = (0, if here { member.rows } else { 0 });
+        }
+        Self { n: rows.len(), members, adapted: self.adapted.clone(), ..*self }
+    }
+
+    /// `s B` of all members, `[n, rp]`, block diagonal.
+    fn columns(&self, adapter: &AdapterPass, workspace: &Workspace) -> Result<Matrix> {
+        let flat = self.flat(adapter.values.cuda(self.op)?)?;
+        let mut columns = workspace.matrix(self.n, self.rp)?;
+        let target = columns.view_mut().cuda(self.op)?;
+        // SAFETY: the target has n rows of rp columns; the slots lie in the flat buffer.
+        target.gpu().launch(self.op, |stream| unsafe {
+            ffi::qlora_lora_columns(
+                target.dtype().code(),
+                flat,
+                self.members,
+                target.ptr() as *mut _,
+                target.ld(),
+                self.n as i64,
+                self.rp as i64,
+                stream,
+            )
+        })?;
+        Ok(columns)
     }
 
     /// Writes `s B` into the extra columns and A into the extra rows of the fused weight.
@@ -152,7 +184,7 @@ pub(crate) fn forward(
     workspace: &Workspace,
 ) -> Result<Shrunk> {
     if group.split && group.members.len() > 1 {
-        return forward_split(op, group, x, adapter, residual, y, workspace);
+        return split::forward(op, group, x, adapter, residual, y, workspace);
     }
     let plan = Plan::new(op, group, adapter.is_some());
     let Plan { n, rp, .. } = plan;
@@ -264,27 +296,6 @@ pub(super) fn check_gpu<'a>(
     one_gpu(op, gpu, others.into_iter().flatten())
 }
 
-/// One member after the other.
-fn forward_split(
-    op: &'static str,
-    group: &Group,
-    mut x: ViewMut,
-    adapter: Option<&AdapterPass>,
-    residual: Option<View>,
-    mut y: ViewMut,
-    workspace: &Workspace,
-) -> Result<Shrunk> {
-    let mut shrunk = Shrunk::default();
-    for (member, columns) in parts(group) {
-        let residual = residual.map(|residual| residual.slice_cols(columns.clone()));
-        let y = y.reborrow().slice_cols(columns);
-        let one = Group { members: std::slice::from_ref(member), cache: &WeightCache::default(), split: false };
-        let mut s = forward(op, &one, x.reborrow(), adapter, residual, y, workspace)?;
-        shrunk.parts.push(s.parts.pop().flatten());
-    }
-    Ok(shrunk)
-}
-
 /// The members and their columns of the group's output.
 pub(super) fn parts<'a>(group: &Group<'a>) -> impl Iterator<Item = (&'a Member<'a>, std::ops::Range<usize>)> {
     group.members.iter().scan(0, |start, member| {
@@ -338,14 +349,6 @@ pub(crate) fn shrink(
     adapter: &AdapterPass,
     workspace: &Workspace,
 ) -> Result<Shrunk> {
-    if group.split && group.members.len() > 1 {
-        let mut shrunk = Shrunk::default();
-        for member in group.members {
-            let one = Group { members: std::slice::from_ref(member), cache: &WeightCache::default(), split: false };
-            shrunk.parts.push(shrink(op, &one, x, adapter, workspace)?.parts.pop().flatten());
-        }
-        return Ok(shrunk);
-    }
     let plan = Plan::new(op, group, true);
     let Plan { k, rp, .. } = plan;
     if rp == 0 {

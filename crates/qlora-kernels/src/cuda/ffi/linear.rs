@@ -80,6 +80,16 @@ unsafe extern "C" {
         rp: i64,
         stream: Stream,
     ) -> c_int;
+    pub(in crate::cuda) fn qlora_lora_columns(
+        dtype: c_int,
+        flat: *const f32,
+        members: Members,
+        b: PtrMut,
+        ldb: i64,
+        n: i64,
+        rp: i64,
+        stream: Stream,
+    ) -> c_int;
     pub(in crate::cuda) fn qlora_lora_accumulate(
         da: *const f32,
         db: *const f32,

@@ -1,6 +1,6 @@
 //! The backward of a group: the input's gradient, and the adapters'.
 
-use super::{Plan, check_gpu, parts, put_back, weights};
+use super::{Plan, check_gpu, put_back, split, weights};
 use crate::cuda::blas::Kind;
 use crate::cuda::ffi;
 use crate::cuda::ops;
@@ -11,7 +11,6 @@ use crate::matrix::{Matrix, Workspace};
 use crate::ops::dropout;
 use crate::ops::linear_group::{AdapterPass, Group, Shrunk};
 use crate::view::{View, ViewMut};
-use crate::weight::WeightCache;
 
 pub(crate) fn backward_input(
     op: &'static str,
@@ -23,7 +22,7 @@ pub(crate) fn backward_input(
     workspace: &Workspace,
 ) -> Result<Shrunk> {
     if group.split && group.members.len() > 1 {
-        return backward_input_split(op, group, dy, adapter, dx, workspace);
+        return split::backward_input(op, group, dy, s, adapter, dx, workspace);
     }
     let plan = Plan::new(op, group, true);
     let Plan { n, rp, .. } = plan;
@@ -45,27 +44,12 @@ pub(crate) fn backward_input(
         return Ok(Shrunk::default());
     }
     let fused = weights(&plan, group, Some(adapter), workspace)?;
-    let mut ds = workspace.matrix(dy.rows(), rp)?;
-    let mut db = None;
+    let (ds, db);
     {
         let w = fused.view().cuda(op)?;
         let b = w.slice_rows(0..n).margin(rp);
-        let dropped = adapter.drops();
-        let augmented = dy.margin_width() >= rp && !dropped;
-        if augmented {
-            let (columns, mut target) = dy.split_margin(rp);
-            let s = s.and_then(|s| s.part(0));
-            db = match s {
-                Some(s) => factors_in_one_pass(op, columns, b, s, target.reborrow(), workspace)?,
-                None => None,
-            };
-            if db.is_none() {
-                gpu.matmul(op, Kind::Nn, columns, b, target, 1.0, 0.0)?;
-            }
-            ops::cast(dy.as_view().margin(rp), ds.view_mut().cuda(op)?)?;
-        } else {
-            gpu.matmul(op, Kind::Nn, dy.as_view(), b, ds.view_mut().cuda(op)?, 1.0, 0.0)?;
-        }
+        let augmented = dy.margin_width() >= rp && !adapter.drops();
+        (ds, db) = shrink_gradient(&plan, &mut dy, b, s.and_then(|s| s.part(0)), augmented, workspace)?;
         if let Some(mut dx) = dx {
             if augmented {
                 let dy = dy.as_view().with_margin(rp);
@@ -73,23 +57,65 @@ pub(crate) fn backward_input(
             } else {
                 gpu.matmul(op, Kind::Nn, dy.as_view(), w.slice_rows(0..n), dx.reborrow(), 1.0, 0.0)?;
                 let a = w.slice_rows(n..n + rp);
-                if dropped {
-                    let mut part = workspace.matrix(dx.rows(), dx.cols())?;
-                    for (slot, _, r0) in &plan.adapted {
-                        let columns = *r0..r0 + slot.rank;
-                        let ds = ds.view().cuda(op)?.slice_cols(columns.clone());
-                        gpu.matmul(op, Kind::Nn, ds, a.slice_rows(columns), part.view_mut().cuda(op)?, 1.0, 0.0)?;
-                        let mask = adapter.dropout_of(slot).expect("the probability is positive");
-                        dropout::backward(&mask, part.view(), dx.reborrow().into())?;
-                    }
-                } else {
-                    gpu.matmul(op, Kind::Nn, ds.view().cuda(op)?, a, dx, 1.0, 1.0)?;
-                }
+                add_adapters_part(&plan, ds.view().cuda(op)?, a, adapter, dx, workspace)?;
             }
         }
     }
     put_back(group, fused);
     Ok(Shrunk { parts: vec![Some(ds)], db })
+}
+
+/// Adds `drop'(dS A)` of all members to `dx`.
+pub(super) fn add_adapters_part(
+    plan: &Plan,
+    ds: CudaView,
+    a: CudaView,
+    adapter: &AdapterPass,
+    mut dx: CudaViewMut,
+    workspace: &Workspace,
+) -> Result<()> {
+    let op = plan.op;
+    let gpu = dx.gpu();
+    if !adapter.drops() {
+        return gpu.matmul(op, Kind::Nn, ds, a, dx, 1.0, 1.0);
+    }
+    let mut part = workspace.matrix(dx.rows(), dx.cols())?;
+    for (slot, _, r0) in &plan.adapted {
+        let columns = *r0..r0 + slot.rank;
+        let ds = ds.slice_cols(columns.clone());
+        gpu.matmul(op, Kind::Nn, ds, a.slice_rows(columns), part.view_mut().cuda(op)?, 1.0, 0.0)?;
+        let mask = adapter.dropout_of(slot).expect("the probability is positive");
+        dropout::backward(&mask, part.view(), dx.reborrow().into())?;
+    }
+    Ok(())
+}
+
+/// `dS = dy B`, and `dy^T S` where one pass makes both. `b`: `s B`, `[n, rp]`. With a margin of `dy`, dS is in it as well.
+pub(super) fn shrink_gradient(
+    plan: &Plan,
+    dy: &mut CudaViewMut,
+    b: CudaView,
+    s: Option<&Matrix>,
+    augmented: bool,
+    workspace: &Workspace,
+) -> Result<(Matrix, Option<Matrix>)> {
+    let Plan { op, rp, .. } = *plan;
+    let gpu = dy.gpu();
+    let mut ds = workspace.matrix(dy.rows(), rp)?;
+    if !augmented {
+        gpu.matmul(op, Kind::Nn, dy.as_view(), b, ds.view_mut().cuda(op)?, 1.0, 0.0)?;
+        return Ok((ds, None));
+    }
+    let (columns, mut target) = dy.split_margin(rp);
+    let db = match s {
+        Some(s) => factors_in_one_pass(op, columns, b, s, target.reborrow(), workspace)?,
+        None => None,
+    };
+    if db.is_none() {
+        gpu.matmul(op, Kind::Nn, columns, b, target, 1.0, 0.0)?;
+    }
+    ops::cast(dy.as_view().margin(rp), ds.view_mut().cuda(op)?)?;
+    Ok((ds, db))
 }
 
 /// `dS = dy B`, written, and `dB = dy^T S`, returned, from one pass over `dy`: where the kernel takes the sizes and beats
@@ -142,33 +168,6 @@ fn factors_in_one_pass(
     Ok(Some(db))
 }
 
-fn backward_input_split(
-    op: &'static str,
-    group: &Group,
-    mut dy: ViewMut,
-    adapter: &AdapterPass,
-    mut dx: Option<ViewMut>,
-    workspace: &Workspace,
-) -> Result<Shrunk> {
-    let mut shrunk = Shrunk::default();
-    for (index, (member, columns)) in parts(group).enumerate() {
-        let dy = dy.reborrow().slice_cols(columns);
-        let one = Group { members: std::slice::from_ref(member), cache: &WeightCache::default(), split: false };
-        let mut ds = match (&mut dx, index) {
-            (None, _) => backward_input(op, &one, dy, None, adapter, None, workspace)?,
-            (Some(dx), 0) => backward_input(op, &one, dy, None, adapter, Some(dx.reborrow()), workspace)?,
-            (Some(dx), _) => {
-                let mut part = workspace.matrix(dx.rows(), dx.cols())?;
-                let ds = backward_input(op, &one, dy, None, adapter, Some(part.view_mut()), workspace)?;
-                ops::add(op, part.view().cuda(op)?, dx.reborrow().cuda(op)?)?;
-                ds
-            }
-        };
-        shrunk.parts.push(ds.parts.pop().flatten());
-    }
-    Ok(shrunk)
-}
-
 pub(crate) fn backward_adapter(
     op: &'static str,
     group: &Group,
@@ -180,16 +179,6 @@ pub(crate) fn backward_adapter(
     gradient: ViewMut,
     workspace: &Workspace,
 ) -> Result<()> {
-    if group.split && group.members.len() > 1 {
-        let mut gradient = gradient;
-        for (index, (member, columns)) in parts(group).enumerate().filter(|(_, (member, _))| member.lora.is_some()) {
-            let one = Group { members: std::slice::from_ref(member), cache: &WeightCache::default(), split: false };
-            let (s, ds) = (s.part(index), ds.part(index));
-            let dy = dy.slice_cols(columns);
-            adapter_gradient(op, &one, x, s, dy, (ds, None), adapter, gradient.reborrow(), workspace)?;
-        }
-        return Ok(());
-    }
     adapter_gradient(op, group, x, s.part(0), dy, (ds.part(0), ds.db.as_ref()), adapter, gradient, workspace)
 }
 
