@@ -14,20 +14,20 @@
 //! # }
 //! ```
 
+mod plan;
+
 use std::path::Path;
 
 use qlora_core::adapter::{AdapterDtype, SaveOptions};
 use qlora_core::chat::ChatTemplate;
 use qlora_core::lora::{LoraConfig, ModuleFilter, ModulePattern, TargetModules};
-#[cfg(feature = "cuda")]
-use qlora_core::model::{BatchShape, Planner};
-use qlora_core::model::{CausalLm, DeviceChoice, LoadOptions, MemoryPlan, Quantization};
+use qlora_core::model::{CausalLm, DeviceChoice, LoadOptions, Quantization};
 use qlora_core::open::{GenerationDefaults, ModelFiles, OpenOptions, open_model};
 use qlora_core::tokenizer::Tokenizer;
 use qlora_kernels::Workspace;
 use qlora_kernels::quant::{QuantConfig, QuantType};
 
-use crate::config::{self, LoraOptions, ModelOptions, Targets, TrainConfig};
+use crate::config::{self, GradientCheckpointing, LoraOptions, ModelOptions, Targets, TrainConfig};
 use crate::data::{Dataset, EncodeOptions, load_jsonl};
 use crate::encoder::ModelEncoder;
 use crate::error::{Error, Result};
@@ -75,7 +75,8 @@ impl Session {
         let workspace = workspace(config)?;
         let mut model = CausalLm::load_on(&*source, load, workspace)?;
         model.add_adapter(lora_config(&config.lora)?, config.training.seed)?;
-        model.set_gradient_checkpointing(config.training.gradient_checkpointing)?;
+        // Until `plan_memory` has seen the data.
+        model.set_gradient_checkpointing(config.training.gradient_checkpointing == GradientCheckpointing::On)?;
         Ok(Self { config: config.clone(), model, tokenizer, template, generation, name, commit })
     }
 
@@ -112,61 +113,6 @@ impl Session {
             files => Some(load_jsonl(files, &encoder, &options)?),
         };
         Ok((training, validation))
-    }
-
-    /// Chooses what each block keeps for its backward, for the memory there is, and applies it. On the CPU there is no
-    /// plan.
-    ///
-    /// # Errors
-    /// If even the leanest plan needs more memory than there is; the message says how much.
-    pub fn plan_memory(&mut self, training: &Dataset) -> Result<Option<MemoryPlan>> {
-        #[cfg(feature = "cuda")]
-        if let Some(gpu) = self.model.workspace().gpu().cloned() {
-            let options = &self.config.training;
-            let lengths = || (0..training.len()).map(|i| training.document_len(i));
-            let (longest, packing) = (lengths().max().unwrap_or(0), self.config.data.packing);
-            let longest = if packing { self.config.data.max_length } else { longest };
-            let sequences = options.per_device_train_batch_size;
-            // Sequences of one length run another attention than those of several.
-            let alike = !packing && (sequences == 1 || lengths().min() == Some(longest));
-            let uniform = BatchShape::uniform(sequences, longest);
-            let batch = BatchShape { uniform_len: uniform.uniform_len.filter(|_| alike), ..uniform };
-            let planner = Planner::on_gpu(&self.model, batch, self.optimizer_bytes())?;
-            let budget = gpu.pool().plannable(options.memory_budget.map(|budget| (budget * 1e9) as u64))?;
-            let plan = match options.gradient_checkpointing {
-                true => planner.plan_recomputing(budget)?,
-                false => planner.plan(budget)?,
-            };
-            self.model.apply_plan(&plan)?;
-            tracing::info!(%plan, "memory");
-            return Ok(Some(plan));
-        }
-        let _ = training;
-        Ok(None)
-    }
-
-    /// The longest single sequence that a step fits into the memory there is, with the leanest plan; none on the CPU.
-    ///
-    /// # Errors
-    /// If the device fails.
-    pub fn longest_sequence(&self) -> Result<Option<usize>> {
-        #[cfg(feature = "cuda")]
-        if let Some(gpu) = self.model.workspace().gpu() {
-            let options = &self.config.training;
-            let budget = gpu.pool().plannable(options.memory_budget.map(|budget| (budget * 1e9) as u64))?;
-            let state = self.optimizer_bytes();
-            let planner_of = |tokens: usize| Planner::on_gpu(&self.model, BatchShape::uniform(1, tokens), state);
-            let limit = self.model.config().max_position_embeddings;
-            return Ok(Some(Planner::longest_sequence(limit, budget, planner_of)?));
-        }
-        Ok(None)
-    }
-
-    /// Gradient and moments, which are not there yet; the adapter's values are.
-    #[cfg(feature = "cuda")]
-    fn optimizer_bytes(&self) -> u64 {
-        let trainable = self.model.adapter().map_or(0, |adapter| adapter.layout().len());
-        crate::optimizer::Optimizer::bytes_for(&self.config.training, trainable) as u64
     }
 
     /// A run over these data, planned for the memory there is.

@@ -13,9 +13,9 @@
 //! in pieces.
 
 mod cost;
-mod sizes;
-
 mod from_config;
+mod search;
+mod sizes;
 
 use std::fmt;
 
@@ -80,6 +80,8 @@ pub struct MemoryPlan {
     pub budget: u64,
     /// Bytes of pinned host memory.
     pub pinned: u64,
+    /// The same, matrix by matrix: the page-locked buffers that the largest batch needs.
+    pub host_buffers: Vec<u64>,
     /// Microseconds of a step that a plan without any saving would not take: an estimate that ranks plans, no prediction.
     pub overhead_us: u64,
 }
@@ -100,15 +102,24 @@ pub struct Planner {
 /// One way to run a step.
 #[derive(Clone, Copy, Debug)]
 struct Choice {
-    /// Blocks at the top that keep everything, then those that keep what is before the MLP; the others keep `below`.
+    /// Blocks at the top that keep everything, then those that keep what is before the MLP, then those that keep their
+    /// input on the device; the others keep `below`.
     everything: usize,
     attention: usize,
+    input: usize,
     below: Keep,
     /// Blocks that keep their dequantized weights, from the lowest on.
     cached: usize,
     shared: bool,
     split: bool,
     mlp_rows: Option<u64>,
+}
+
+impl Choice {
+    /// Every block keeps `below`, and no weight stays.
+    fn leanest_of(below: Keep) -> Self {
+        Self { everything: 0, attention: 0, input: 0, below, cached: 0, shared: false, split: false, mlp_rows: None }
+    }
 }
 
 impl fmt::Display for MemoryPlan {
@@ -207,22 +218,6 @@ impl Planner {
         Self { host: bytes, ..self }
     }
 
-    /// The fastest plan that fits `budget` bytes.
-    ///
-    /// # Errors
-    /// If none does; the message says how much the leanest one needs.
-    pub fn plan(&self, budget: u64) -> Result<MemoryPlan> {
-        self.fastest(budget, self.layers)
-    }
-
-    /// [`Self::plan`] without keeping activations on the device: every block recomputes.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn plan_recomputing(&self, budget: u64) -> Result<MemoryPlan> {
-        self.fastest(budget, 0)
-    }
-
     /// The longest single sequence, up to `limit` tokens, whose leanest plan fits `budget` bytes; 0 if none does.
     /// `planner_of` makes the planner for a length. Exact to 64 tokens.
     ///
@@ -242,75 +237,6 @@ impl Planner {
         Ok(fitting * STEP)
     }
 
-    /// The plan that needs the least memory, whatever the budget.
-    pub fn leanest(&self) -> MemoryPlan {
-        let allowed = self.handlings().filter(|choice| self.pinned(choice) <= self.host);
-        let leanest = allowed.min_by_key(|choice| self.peak(choice)).expect("there are choices");
-        self.describe(&leanest, u64::MAX)
-    }
-
-    /// The plan that keeps everything, whatever the budget.
-    pub fn richest(&self) -> MemoryPlan {
-        let (everything, cached) = (self.layers, self.layers);
-        let below = Keep::Input;
-        let choice = Choice { everything, attention: 0, below, cached, shared: false, split: false, mlp_rows: None };
-        self.describe(&choice, u64::MAX)
-    }
-
-    /// `most`: the blocks that may keep more than their input on the device.
-    fn fastest(&self, budget: u64, most: usize) -> Result<MemoryPlan> {
-        let cost = BlockCost::new(&self.sizes, self.len);
-        let fits = |choice: &Choice| self.peak(choice) <= budget && self.pinned(choice) <= self.host;
-        let mut best: Option<(f64, Choice)> = None;
-        for handling in self.handlings().filter(|choice| fits(choice)) {
-            for everything in 0..=most {
-                let choice = Choice { everything, ..handling };
-                if !fits(&choice) {
-                    break;
-                }
-                // More of either takes more memory.
-                let attention = most_that(most - everything, |attention| fits(&Choice { attention, ..choice }));
-                for attention in [0, attention] {
-                    let choice = Choice { attention, ..choice };
-                    let cached = most_that(self.layers, |cached| fits(&Choice { cached, ..choice }));
-                    let choice = Choice { cached, ..choice };
-                    let seconds = self.seconds(&cost, &choice);
-                    if best.is_none_or(|(least, _)| seconds < least) {
-                        best = Some((seconds, choice));
-                    }
-                }
-            }
-        }
-        if let Some((_, choice)) = best {
-            return Ok(self.describe(&choice, budget));
-        }
-        Err(Error::Invalid(format!(
-            "a step over {} tokens needs at least {:.2} GB of GPU memory ({:.2} GB of it for the model, its adapter \
-             and the optimizer), {:.2} GB are there: use shorter sequences, fewer at a time (with more \
-             gradient_accumulation_steps), or a smaller rank",
-            self.sizes.tokens,
-            self.leanest().peak as f64 / 1e9,
-            self.resident as f64 / 1e9,
-            budget as f64 / 1e9
-        )))
-    }
-
-    /// All choices with which blocks keep nothing but `below`.
-    fn handlings(&self) -> impl Iterator<Item = Choice> + '_ {
-        const FEWEST_ROWS: u64 = 1024;
-        let pieces = (0..8u32).map(|halvings| self.sizes.tokens.div_ceil(1 << halvings).next_multiple_of(128));
-        let pieces = pieces.skip(1).filter(|&rows| rows >= FEWEST_ROWS && rows < self.sizes.tokens).map(Some);
-        let pieces: Vec<Option<u64>> = std::iter::once(None).chain(pieces).collect();
-        let weights = [(true, false), (false, false), (false, true)];
-        [Keep::Input, Keep::Offload, Keep::OffloadAttention].into_iter().flat_map(move |below| {
-            let pieces = pieces.clone();
-            weights.into_iter().flat_map(move |(shared, split)| {
-                let choice = Choice { everything: 0, attention: 0, below, cached: 0, shared, split, mlp_rows: None };
-                pieces.clone().into_iter().map(move |mlp_rows| Choice { mlp_rows, ..choice })
-            })
-        })
-    }
-
     fn describe(&self, choice: &Choice, budget: u64) -> MemoryPlan {
         let keep: Vec<Keep> = (0..self.layers).map(|index| self.wish(index, choice)).collect();
         let recomputes = keep.iter().any(|&keep| keep != Keep::Everything);
@@ -324,6 +250,9 @@ impl Planner {
             budget,
             overhead_us: (self.seconds(&BlockCost::new(&self.sizes, self.len), choice) * 1e6) as u64,
             pinned: self.pinned(choice),
+            host_buffers: (0..self.layers)
+                .flat_map(|index| self.sizes.offloaded_matrices(self.keep(index, choice)))
+                .collect(),
             keep,
         }
     }
@@ -333,6 +262,7 @@ impl Planner {
         match self.layers - index {
             from_top if from_top <= choice.everything => Keep::Everything,
             from_top if from_top <= choice.everything + choice.attention => Keep::Attention,
+            from_top if from_top <= choice.everything + choice.attention + choice.input => Keep::Input,
             _ => choice.below,
         }
     }
@@ -374,22 +304,11 @@ impl Planner {
 }
 
 /// Bytes of host memory that can be had without swapping, where Linux says so.
-#[cfg(feature = "cuda")]
-fn available_memory() -> Option<u64> {
+pub fn available_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
-}
-
-/// The largest number up to `limit` that fits, where 0 does and less fits if more does.
-fn most_that(limit: usize, fits: impl Fn(usize) -> bool) -> usize {
-    let (mut low, mut high) = (0, limit);
-    while low < high {
-        let middle = (low + high).div_ceil(2);
-        if fits(middle) { low = middle } else { high = middle - 1 }
-    }
-    low
 }
 
 fn groups(block: &Block) -> [Vec<&Projection>; 4] {
@@ -403,6 +322,10 @@ impl CausalLm {
     /// If the plan is for another number of blocks, or a loss of this model is still alive.
     pub fn apply_plan(&mut self, plan: &MemoryPlan) -> Result<()> {
         self.set_keep(plan.keep.clone())?;
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = self.workspace().gpu() {
+            gpu.reserve_pinned(&plan.host_buffers)?;
+        }
         for (index, block) in self.stack().blocks().iter().enumerate() {
             block.policy.set_weights_kept(index < plan.cached_blocks);
             block.policy.set_weights_shared(plan.shared_weights);

@@ -5,8 +5,9 @@
 //! long done). Back: memory is taken on the compute stream, the copy waits for it, and the compute stream waits for the
 //! copy before the first use ([`Arriving::wait`]). So two matrices are in flight at a time, whatever their number.
 //!
-//! Pinned memory is expensive to get, so it goes back to a list and is used again in the next step; a batch of another length
-//! takes what is large enough. `Workspace::trim` frees what is not in use.
+//! Pinned memory is expensive to get, so it goes back to a list and is used again in the next step. A run reserves the
+//! buffers of its largest batch once ([`Gpu::reserve_pinned`]); every smaller batch finds its own among them.
+//! `Workspace::trim` frees what is not in use.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -70,20 +71,21 @@ impl Offloader {
         Ok(stream.insert(made).clone())
     }
 
-    /// A buffer of at least `bytes` bytes: one that is free and at most twice as large, or a new one.
+    /// The smallest free buffer of at least `bytes` bytes, or a new one. Where the buffers of the largest batch were
+    /// reserved, a smaller batch always finds one: its matrices are no larger, each taken from the least that serves.
     fn pinned(&self, gpu: &Arc<Gpu>, bytes: usize) -> Result<PinnedBuffer> {
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let fits = |size: usize| (bytes..=bytes.saturating_mul(2)).contains(&size);
-        let best = (0..free.len()).filter(|&index| fits(free[index].bytes())).min_by_key(|&index| free[index].bytes());
+        let mut free = self.lock();
+        let best = smallest_of_at_least(&free, bytes, PinnedBuffer::bytes);
         let buffer = best.map(|index| free.swap_remove(index));
-        // What batches of other lengths left must not pile up: as much may be idle as is in use.
+        // What shorter batches left must not pile up: as much may be idle as is in use.
         let mut surplus = Vec::new();
         let mut idle: usize = free.iter().map(PinnedBuffer::bytes).sum();
         let in_use = self.in_use.fetch_add(buffer.as_ref().map_or(bytes, PinnedBuffer::bytes), Ordering::Relaxed);
         while buffer.is_none() && idle > in_use + bytes {
-            let Some(oldest) = (!free.is_empty()).then(|| free.remove(0)) else { break };
-            idle -= oldest.bytes();
-            surplus.push(oldest);
+            let Some(smallest) = smallest_of_at_least(&free, 0, PinnedBuffer::bytes) else { break };
+            let smallest = free.swap_remove(smallest);
+            idle -= smallest.bytes();
+            surplus.push(smallest);
         }
         drop(free);
         if !surplus.is_empty() {
@@ -99,10 +101,43 @@ impl Offloader {
         }
     }
 
+    /// Makes the buffers of `sizes` that are not there yet.
+    fn reserve(&self, gpu: &Arc<Gpu>, sizes: &[u64]) -> Result<()> {
+        let mut sizes: Vec<usize> = sizes.iter().map(|&bytes| bytes as usize).collect();
+        sizes.sort_unstable();
+        let mut free = self.lock();
+        // Which of those that are there serve a size; the largest first, so that none is wasted on a small one.
+        let mut there: Vec<usize> = free.iter().map(PinnedBuffer::bytes).collect();
+        let missing: Vec<usize> = sizes
+            .into_iter()
+            .rev()
+            .filter(|&bytes| match smallest_of_at_least(&there, bytes, |&bytes| bytes) {
+                Some(index) => {
+                    there.swap_remove(index);
+                    false
+                }
+                None => true,
+            })
+            .collect();
+        for bytes in missing {
+            free.push(PinnedBuffer::new(gpu, OP, bytes)?);
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<PinnedBuffer>> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn give_back(&self, buffer: PinnedBuffer) {
         self.in_use.fetch_sub(buffer.bytes(), Ordering::Relaxed);
-        self.free.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
+        self.lock().push(buffer);
     }
+}
+
+/// The place of the smallest item of at least `bytes` bytes.
+fn smallest_of_at_least<T>(items: &[T], bytes: usize, size: impl Fn(&T) -> usize) -> Option<usize> {
+    (0..items.len()).filter(|&index| size(&items[index]) >= bytes).min_by_key(|&index| size(&items[index]))
 }
 
 impl Gpu {
@@ -130,6 +165,15 @@ impl Gpu {
 }
 
 impl Gpu {
+    /// Makes page-locked buffers of these sizes, in bytes, so that no step has to: one for each matrix that a step of the
+    /// largest batch will [offload](Self::offload). Page-locking takes about half a second a gigabyte.
+    ///
+    /// # Errors
+    /// If the host gives no more page-locked memory.
+    pub fn reserve_pinned(self: &Arc<Self>, sizes: &[u64]) -> Result<()> {
+        self.offloader().reserve(self, sizes)
+    }
+
     /// Frees the pinned memory that nothing uses.
     ///
     /// # Errors
@@ -140,7 +184,7 @@ impl Gpu {
         if let Some(stream) = stream {
             stream.synchronize().map_err(|error| cuda_error(OP, error))?;
         }
-        offloader.free.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        offloader.lock().clear();
         Ok(())
     }
 }
@@ -213,5 +257,28 @@ impl Drop for Leaving {
         // The memory is freed on the compute stream, so that stream has to wait for the copy.
         let _ = self.gpu.bind(OP);
         let _ = self.copied.hold(OP, self.gpu.stream());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::smallest_of_at_least;
+
+    #[test]
+    fn a_smaller_batch_finds_its_buffers_among_those_of_the_largest() {
+        // Two blocks of four matrices; another batch has a share of the rows, in any order.
+        let reserved: Vec<usize> = [8192, 12288, 8320, 8192].repeat(2);
+        for share in [1, 3, 7, 10] {
+            for turn in 0..8 {
+                let mut free = reserved.clone();
+                for index in 0..8 {
+                    let wanted = reserved[(index * 3 + turn) % 8] * share / 10;
+                    let place = smallest_of_at_least(&free, wanted, |&bytes| bytes);
+                    free.swap_remove(place.expect("a buffer of the largest batch serves"));
+                }
+            }
+        }
+        assert_eq!(smallest_of_at_least(&[1, 5, 3], 4, |&bytes| bytes), Some(1));
+        assert_eq!(smallest_of_at_least(&[1, 5, 3], 6, |&bytes| bytes), None);
     }
 }

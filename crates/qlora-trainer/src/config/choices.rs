@@ -36,6 +36,52 @@ impl From<ComputeDtype> for qlora_kernels::Dtype {
     }
 }
 
+/// Whether the backward recomputes activations instead of keeping them: `"auto"`, `true` or `false`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "CheckpointingValue", into = "CheckpointingValue")]
+pub enum GradientCheckpointing {
+    /// Whatever is fastest in the memory there is.
+    #[default]
+    Auto,
+    /// Every block recomputes.
+    On,
+    /// Nothing is recomputed; what does not fit is refused.
+    Off,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected \"auto\", true or false")]
+enum CheckpointingValue {
+    Flag(bool),
+    Word(CheckpointingWord),
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum CheckpointingWord {
+    Auto,
+}
+
+impl From<CheckpointingValue> for GradientCheckpointing {
+    fn from(value: CheckpointingValue) -> Self {
+        match value {
+            CheckpointingValue::Flag(true) => Self::On,
+            CheckpointingValue::Flag(false) => Self::Off,
+            CheckpointingValue::Word(CheckpointingWord::Auto) => Self::Auto,
+        }
+    }
+}
+
+impl From<GradientCheckpointing> for CheckpointingValue {
+    fn from(value: GradientCheckpointing) -> Self {
+        match value {
+            GradientCheckpointing::On => Self::Flag(true),
+            GradientCheckpointing::Off => Self::Flag(false),
+            GradientCheckpointing::Auto => Self::Word(CheckpointingWord::Auto),
+        }
+    }
+}
+
 /// The optimizer, by transformers' names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

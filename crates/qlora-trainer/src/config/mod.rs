@@ -31,7 +31,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use choices::{
-    ComputeDtype, OnOverlong, OnUntrained, Optim, Paths, QuantType, Resume, SamplingStrategy, Scheduler, Targets,
+    ComputeDtype, GradientCheckpointing, OnOverlong, OnUntrained, Optim, Paths, QuantType, Resume, SamplingStrategy,
+    Scheduler, Targets,
 };
 
 /// Everything a run needs to know.
@@ -186,9 +187,10 @@ pub struct TrainingOptions {
     /// Micro-batches in an optimizer step. The loss is normalised by the trained tokens of all of them. Default: 8,
     /// which makes 16 documents a step, as in the QLoRA paper.
     pub gradient_accumulation_steps: usize,
-    /// Recompute activations in the backward pass instead of keeping them: less memory, about a third more time, the
-    /// same gradients. On a GPU false lets the memory plan decide block by block. Default: true.
-    pub gradient_checkpointing: bool,
+    /// Recompute activations in the backward pass instead of keeping them: less memory, up to a third more time, the same
+    /// gradients. `"auto"` takes whatever is fastest in the memory there is, block by block; true recomputes every
+    /// block; false recomputes nothing, and a run that does not fit is refused. Default: auto.
+    pub gradient_checkpointing: GradientCheckpointing,
     /// The most GPU memory to use, in GB (10^9 bytes); the run is planned for it and cannot take more. Default: none,
     /// what is free.
     pub memory_budget: Option<f64>,
@@ -244,7 +246,7 @@ impl Default for TrainingOptions {
             per_device_train_batch_size: 2,
             per_device_eval_batch_size: None,
             gradient_accumulation_steps: 8,
-            gradient_checkpointing: true,
+            gradient_checkpointing: GradientCheckpointing::Auto,
             memory_budget: None,
             full_determinism: false,
             optim: Optim::AdamwTorch,

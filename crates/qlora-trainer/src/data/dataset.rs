@@ -130,6 +130,15 @@ impl Dataset {
         self.range(i).len()
     }
 
+    /// The number of tokens of a document that have a loss.
+    ///
+    /// # Panics
+    /// If there is no document `i`.
+    pub fn trained_tokens(&self, i: usize) -> usize {
+        // Nothing predicts a document's first token.
+        self.document(i).trained.iter().skip(1).filter(|&&trained| trained).count()
+    }
+
     /// Where a document came from: `train.jsonl:7`, or its place where it came from no file.
     pub fn origin(&self, i: usize) -> String {
         match self.origins.get(i).and_then(|origin| Some((self.files.get(origin.file as usize)?, origin.line))) {

@@ -11,22 +11,8 @@ use qlora_core::batch::Batch;
 use serde::{Deserialize, Serialize};
 
 use super::dataset::Dataset;
-use super::packing::best_fit_decreasing;
+use super::order::{LoaderOptions, Order};
 use crate::error::{Error, Result};
-use crate::rng::{derive_seed, permutation};
-
-/// How a [`Loader`] cuts a data set into steps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LoaderOptions {
-    /// Items in a micro-batch.
-    pub batch_size: usize,
-    /// Micro-batches in a step.
-    pub accumulation: usize,
-    /// Shuffle every epoch with this seed; `None` keeps the order of the data.
-    pub shuffle: Option<u64>,
-    /// Pack documents into bins of this many tokens; `None` makes every document an item.
-    pub packing: Option<usize>,
-}
 
 /// How far a run is in its data.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,9 +45,7 @@ impl StepBatch {
 #[derive(Clone, Debug)]
 pub struct Loader {
     dataset: Dataset,
-    options: LoaderOptions,
-    /// The documents of each item.
-    items: Vec<Vec<usize>>,
+    whole: Order,
     position: Position,
     /// The order of the items in the epoch of the position, once it was needed.
     order: Option<(u64, Vec<usize>)>,
@@ -73,26 +57,8 @@ impl Loader {
     /// # Errors
     /// If the data set is empty, a size is 0, or a document is longer than a bin.
     pub fn new(dataset: Dataset, options: LoaderOptions) -> Result<Self> {
-        if dataset.is_empty() {
-            return Err(Error::Invalid("the training data is empty".to_owned()));
-        }
-        if options.batch_size == 0 || options.accumulation == 0 {
-            return Err(Error::Invalid("batch size and accumulation must be at least 1".to_owned()));
-        }
-        let items = match options.packing {
-            None => (0..dataset.len()).map(|i| vec![i]).collect(),
-            Some(capacity) => {
-                let lengths: Vec<_> = (0..dataset.len()).map(|i| dataset.document_len(i)).collect();
-                if let Some(i) = lengths.iter().position(|&length| length > capacity) {
-                    let (origin, length) = (dataset.origin(i), lengths[i]);
-                    return Err(Error::Invalid(format!(
-                        "{origin}: {length} tokens do not fit into a bin of {capacity}"
-                    )));
-                }
-                best_fit_decreasing(&lengths, capacity)
-            }
-        };
-        Ok(Self { dataset, options, items, position: Position::default(), order: None })
+        let whole = Order::new(&dataset, options)?;
+        Ok(Self { dataset, whole, position: Position::default(), order: None })
     }
 
     /// The data set.
@@ -102,12 +68,12 @@ impl Loader {
 
     /// Items (documents or bins) in an epoch.
     pub fn items(&self) -> usize {
-        self.items.len()
+        self.whole.items()
     }
 
     /// Optimizer steps in an epoch.
     pub fn steps_per_epoch(&self) -> usize {
-        self.items.len().div_ceil(self.options.batch_size).div_ceil(self.options.accumulation)
+        self.whole.steps_per_epoch()
     }
 
     /// Where the next step begins.
@@ -137,17 +103,12 @@ impl Loader {
 
     /// The next step; after the last of an epoch comes the first of the next one.
     pub fn next_step(&mut self) -> StepBatch {
-        let window = self.options.batch_size * self.options.accumulation;
-        let start = self.position.step * window;
         let epoch = self.position.epoch;
         if self.order.as_ref().is_none_or(|(of, _)| *of != epoch) {
-            self.order = Some((epoch, self.epoch_order(epoch)));
+            self.order = Some((epoch, self.whole.epoch(epoch)));
         }
         let order = &self.order.as_ref().expect("just set").1;
-        let documents: Vec<Vec<usize>> = order[start..order.len().min(start + window)]
-            .chunks(self.options.batch_size)
-            .map(|items| items.iter().flat_map(|&item| self.items[item].iter().copied()).collect())
-            .collect();
+        let documents: Vec<Vec<usize>> = self.whole.micro_batches(order, self.position.step).collect();
         let micro_batches: Vec<_> = documents.iter().map(|documents| self.dataset.batch(documents)).collect();
         let num_items = micro_batches.iter().map(Batch::trained_tokens).sum();
 
@@ -156,13 +117,6 @@ impl Loader {
             self.position = Position { epoch: epoch + 1, step: 0 };
         }
         StepBatch { micro_batches, documents, num_items }
-    }
-
-    fn epoch_order(&self, epoch: u64) -> Vec<usize> {
-        match self.options.shuffle {
-            Some(seed) => permutation(self.items.len(), derive_seed(seed, &[epoch])),
-            None => (0..self.items.len()).collect(),
-        }
     }
 }
 

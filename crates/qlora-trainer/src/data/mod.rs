@@ -7,12 +7,14 @@
 //! | [`jsonl`] | files to a [`Dataset`], with errors that name file and line |
 //! | [`dataset`] | the documents of a run, as tokens |
 //! | [`packing`] | documents into bins of limited size |
+//! | [`order`] | which documents are computed together, and when; the largest batch of a run |
 //! | [`loader`] | whole optimizer steps, shuffled, from any position |
 
 pub mod dataset;
 pub mod encode;
 pub mod jsonl;
 pub mod loader;
+pub mod order;
 pub mod packing;
 pub mod record;
 #[cfg(test)]
@@ -21,5 +23,6 @@ mod testing;
 pub use dataset::{DataStats, Dataset, Document};
 pub use encode::{EncodeOptions, Encoded, TextEncoder};
 pub use jsonl::{load_jsonl, read_records};
-pub use loader::{Loader, LoaderOptions, Position, StepBatch};
+pub use loader::{Loader, Position, StepBatch};
+pub use order::{LargestBatch, LoaderOptions, largest_batch};
 pub use record::{Conversation, Message, Record};

@@ -14,7 +14,7 @@ use std::path::PathBuf;
 
 use crate::checkpoint::identity::RunIdentity;
 use crate::checkpoint::state::{FORMAT_VERSION, QloraState, StatefulCallbacks, TrainerState};
-use crate::config::{SamplingStrategy, TrainConfig};
+use crate::config::TrainConfig;
 use crate::data::{Dataset, Loader, LoaderOptions, Position};
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
@@ -99,16 +99,7 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
         let parameters = model.parameters();
         let masters = model.masters()?;
         check_parameters(&parameters, masters.len())?;
-        let random = options.train_sampling_strategy == SamplingStrategy::Random;
-        let loader = Loader::new(
-            training,
-            LoaderOptions {
-                batch_size: options.per_device_train_batch_size,
-                accumulation: options.gradient_accumulation_steps,
-                shuffle: random.then(|| options.resolved_data_seed()),
-                packing: config.data.packing.then_some(config.data.max_length),
-            },
-        )?;
+        let loader = Loader::new(training, LoaderOptions::from(&config))?;
         let schedule = Schedule::new(options, options.total_steps(loader.steps_per_epoch()));
         let optimizer = Optimizer::new(options, masters.len(), &model.workspace()?)?;
         let identity = RunIdentity::new(&config, &schedule, loader.dataset(), &model, &parameters);

@@ -21,7 +21,7 @@ pub(super) struct BlockCost {
     dequantize: [f64; 3],
     /// A forward, to hide copies behind.
     forward: f64,
-    /// An addition of gradients where weights are dequantized one at a time.
+    /// The sums of three parts of `dx` where weights are dequantized one at a time: read and written once more each.
     split: f64,
 }
 
@@ -41,7 +41,7 @@ impl BlockCost {
             gate_up,
             dequantize: [hidden * (q + qkv), 2.0 * hidden * mlp, hidden * mlp].map(dequantize),
             forward: attend + gate_up + product(hidden * mlp) + pass(4.0 * mlp),
-            split: 3.0 * 3.0 * pass(hidden),
+            split: 3.0 * 2.0 * pass(hidden),
         }
     }
 

@@ -90,14 +90,20 @@ impl Sizes {
 
     /// What leaves for the host where a block is offloaded.
     pub(super) fn offloaded(&self, keep: Keep) -> u64 {
+        self.offloaded_matrices(keep).iter().sum()
+    }
+
+    /// The same, matrix by matrix, in bytes: `Saved::large` of the block.
+    pub(super) fn offloaded_matrices(&self, keep: Keep) -> Vec<u64> {
         let Self { q, qkv, hidden, rp, qk_norm, .. } = *self;
-        match keep {
-            Keep::Offload => self.activation(hidden),
-            Keep::OffloadAttention => {
-                self.activation(2 * hidden + qkv + padded(q, rp[1]) + if qk_norm { qkv } else { 0 })
-            }
-            _ => 0,
-        }
+        let widths = match keep {
+            Keep::Offload => vec![hidden],
+            // x, q|k|v, attention's output, mid; q and k before their norms.
+            Keep::OffloadAttention if qk_norm => vec![hidden, qkv, padded(q, rp[1]), hidden, qkv],
+            Keep::OffloadAttention => vec![hidden, qkv, padded(q, rp[1]), hidden],
+            _ => Vec::new(),
+        };
+        widths.into_iter().map(|cols| self.activation(cols)).collect()
     }
 
     /// What [`Attended`](super::super::block) holds.
@@ -195,12 +201,12 @@ impl Sizes {
             + piece(mlp + rp3)
             + shared2
             + weight(3).max(shared3 + factors(hidden, mlp, 3) + if whole { 0 } else { piece(rp[3]) });
-        let part = if choice.split { piece(hidden) } else { 0 };
+        let factors_b = |outputs: u64, group: usize| if choice.split { outputs * rp[group] * self.size } else { 0 };
         let mlp_input = live
             + gate_up
             + piece(hidden + rp[2])
             + shared3
-            + (weight(2) + part).max(shared2 + piece(hidden) + factors(2 * mlp, hidden, 2));
+            + (weight(2) + factors_b(2 * mlp, 2)).max(shared2 + piece(hidden) + factors(2 * mlp, hidden, 2));
 
         // The first half: `mid` is gone.
         let live = held + attended - act(hidden);
@@ -208,11 +214,10 @@ impl Sizes {
         let out = live + act(q + rp[1]) + (weight(1) - shared1.min(weight(1))).max(factors(hidden, q, 1));
         let attend = live - act(rp[1]) + act(q) + act(padded(qkv, rp[0])) + self.attention.backward;
         let after = live - act(rp[1]) - act(qkv + padded(q, rp[1])) - self.statistic(heads);
-        let part = if choice.split { act(hidden) } else { 0 };
         let shared0 = if shared1 > 0 { weight(0) } else { 0 };
         let input = after
             + act(padded(qkv, rp[0]) + hidden + rp[0])
-            + (weight(0) + part - shared0).max(act(hidden) + factors(qkv, hidden, 0));
+            + (weight(0) + factors_b(qkv, 0) - shared0).max(act(hidden) + factors(qkv, hidden, 0));
         [recompute, up, down, mlp_input, out, attend, input].into_iter().max().unwrap_or(0)
     }
 

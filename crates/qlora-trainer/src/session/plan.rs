@@ -1,0 +1,81 @@
+//! What a run keeps and recomputes, chosen for its data and the memory there is.
+
+use qlora_core::model::plan::{AttentionWorkspace, available_memory};
+use qlora_core::model::{BatchShape, MemoryPlan, Planner};
+
+use super::Session;
+use crate::config::GradientCheckpointing;
+use crate::data::{Dataset, LargestBatch, LoaderOptions, largest_batch};
+use crate::error::Result;
+
+impl Session {
+    /// Chooses what each block keeps for its backward, for the largest batch of the run and the memory there is, and
+    /// applies it. On the CPU there is no plan to show: blocks keep their activations if half of the free memory holds
+    /// them.
+    ///
+    /// # Errors
+    /// If the data cannot be batched, or even the leanest plan needs more memory than there is; the message says how
+    /// much.
+    pub fn plan_memory(&mut self, training: &Dataset) -> Result<Option<MemoryPlan>> {
+        let batch = self.largest_batch(training)?;
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = self.model.workspace().gpu().cloned() {
+            let options = &self.config.training;
+            let planner = Planner::on_gpu(&self.model, batch, self.optimizer_bytes())?;
+            let budget = gpu.pool().plannable(options.memory_budget.map(|budget| (budget * 1e9) as u64))?;
+            let plan = match options.gradient_checkpointing {
+                GradientCheckpointing::Auto => planner.plan(budget)?,
+                GradientCheckpointing::On => planner.plan_recomputing(budget)?,
+                GradientCheckpointing::Off => planner.plan_keeping(budget)?,
+            };
+            self.model.apply_plan(&plan)?;
+            gpu.expect_tokens(batch.tokens);
+            tracing::info!(%plan, "memory");
+            return Ok(Some(plan));
+        }
+        let recompute = match self.config.training.gradient_checkpointing {
+            GradientCheckpointing::On => true,
+            GradientCheckpointing::Off => false,
+            GradientCheckpointing::Auto => {
+                let planner = Planner::new(&self.model, batch, AttentionWorkspace::default(), 0)?;
+                let free = available_memory().unwrap_or(0) / 2;
+                planner.plan_keeping(free).is_err()
+            }
+        };
+        self.model.set_gradient_checkpointing(recompute)?;
+        tracing::info!(recompute, "blocks on the CPU");
+        Ok(None)
+    }
+
+    /// The largest micro-batch that the configured steps over these data will have.
+    fn largest_batch(&self, training: &Dataset) -> Result<BatchShape> {
+        let options = LoaderOptions::from(&self.config);
+        let steps = |per_epoch| self.config.training.total_steps(per_epoch);
+        let LargestBatch { tokens, trained_tokens, sequences, uniform_len } = largest_batch(training, options, steps)?;
+        Ok(BatchShape { tokens, uniform_len, sequences, trained_tokens })
+    }
+
+    /// The longest single sequence that a step fits into the memory there is, with the leanest plan; none on the CPU.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn longest_sequence(&self) -> Result<Option<usize>> {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = self.model.workspace().gpu() {
+            let options = &self.config.training;
+            let budget = gpu.pool().plannable(options.memory_budget.map(|budget| (budget * 1e9) as u64))?;
+            let state = self.optimizer_bytes();
+            let planner_of = |tokens: usize| Planner::on_gpu(&self.model, BatchShape::uniform(1, tokens), state);
+            let limit = self.model.config().max_position_embeddings;
+            return Ok(Some(Planner::longest_sequence(limit, budget, planner_of)?));
+        }
+        Ok(None)
+    }
+
+    /// Gradient and moments, which are not there yet; the adapter's values are.
+    #[cfg(feature = "cuda")]
+    fn optimizer_bytes(&self) -> u64 {
+        let trainable = self.model.adapter().map_or(0, |adapter| adapter.layout().len());
+        crate::optimizer::Optimizer::bytes_for(&self.config.training, trainable) as u64
+    }
+}
