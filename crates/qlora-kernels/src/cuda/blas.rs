@@ -16,6 +16,7 @@ use candle_core::cuda_backend::cudarc::cublaslt::result::{self as lt, CublasErro
 use candle_core::cuda_backend::cudarc::cublaslt::sys;
 use candle_core::cuda_backend::cudarc::driver::CudaStream;
 
+use super::counters::count;
 use super::gpu::Gpu;
 use super::view::{CudaView, CudaViewMut};
 use crate::dtype::Dtype;
@@ -165,7 +166,7 @@ impl Blas {
             input: a.dtype(),
             output: d.dtype(),
         };
-        let plan = self.plan(op, key)?;
+        let plan = self.plan(op, key, gpu)?;
         let workspace = match plan.workspace {
             0 => None,
             bytes => Some(gpu.alloc(op, bytes)?),
@@ -201,7 +202,7 @@ impl Blas {
         )
     }
 
-    fn plan(&self, op: &'static str, key: Key) -> Result<Arc<Plan>> {
+    fn plan(&self, op: &'static str, key: Key, gpu: &Gpu) -> Result<Arc<Plan>> {
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(plan) = plans.get(&key) {
             return Ok(plan.clone());
@@ -210,6 +211,7 @@ impl Blas {
         if plans.len() >= 4096 {
             plans.clear();
         }
+        count(&gpu.counting().cublaslt);
         let plan = Arc::new(Plan::new(self.handle, &key).map_err(|error| {
             let Key { m, n, k, .. } = key;
             Error::invalid(op, format!("cuBLASLt has no algorithm for {m} x {n} x {k} ({error:?})"))
