@@ -9,7 +9,7 @@
 //!   of activations, AdamW.
 
 use anyhow::Context;
-use qlora::kernels::ops::attention::{self, AttentionConfig};
+use qlora::kernels::ops::attention::{self, AttentionConfig, LseOrder};
 use qlora::kernels::ops::matmul;
 use qlora::kernels::{Matrix, SequenceLayout, Workspace, cuda::Gpu};
 use qlora::model::policy::Keep;
@@ -84,14 +84,17 @@ impl Meter<'_> {
         let mut dqkv = self.random(tokens, q + 2 * kv)?;
         let part = |from: usize, to: usize| qkv.view().slice_cols(from..to);
         let [qv, kv_, vv] = [part(0, q), part(q, q + kv), part(q + kv, q + 2 * kv)];
+        let mut order = LseOrder::default();
         let forward = self.time(|| {
-            attention::forward(config, qv, kv_, vv, &layout, out.view_mut(), lse.view_mut(), self.workspace)
+            let (out, lse) = (out.view_mut(), lse.view_mut());
+            order = attention::forward(config, qv, kv_, vv, &layout, out, lse, self.workspace)?;
+            Ok(())
         })?;
         let backward = self.time(|| {
             let (dq, rest) = dqkv.view_mut().split_cols(q);
             let (dk, dv) = rest.split_cols(kv);
             let (out, lse, dout) = (out.view(), lse.view(), dout.view());
-            attention::backward(config, qv, kv_, vv, out, lse, dout, &layout, dq, dk, dv, self.workspace)
+            attention::backward(config, qv, kv_, vv, out, lse, order, dout, &layout, dq, dk, dv, self.workspace)
         })?;
         Ok([forward, backward])
     }

@@ -61,13 +61,16 @@ fn bench(cfg: &AttentionConfig, lengths: &[usize], ceiling: f64) {
         workspace.matrix(tokens, narrow).unwrap(),
         workspace.matrix(tokens, narrow).unwrap(),
     );
-    attention::forward(cfg, q, k, v, &layout, out.view_mut(), lse.view_mut(), &workspace).unwrap();
+    let order = attention::forward(cfg, q, k, v, &layout, out.view_mut(), lse.view_mut(), &workspace).unwrap();
     let (saved_out, saved_lse) = (out.as_slice().to_vec(), lse.as_slice().to_vec());
-    let mut forward = || attention::forward(cfg, q, k, v, &layout, out.view_mut(), lse.view_mut(), &workspace).unwrap();
+    let mut forward = || {
+        let (out, lse) = (out.view_mut(), lse.view_mut());
+        assert_eq!(attention::forward(cfg, q, k, v, &layout, out, lse, &workspace).unwrap(), order);
+    };
     let (saved_out, saved_lse) = (View::new(&saved_out, tokens, wide), View::new(&saved_lse, tokens, cfg.heads));
     let mut backward = || {
         let (dq, dk, dv) = (dq.view_mut(), dk.view_mut(), dv.view_mut());
-        attention::backward(cfg, q, k, v, saved_out, saved_lse, dout, &layout, dq, dk, dv, &workspace).unwrap();
+        attention::backward(cfg, q, k, v, saved_out, saved_lse, order, dout, &layout, dq, dk, dv, &workspace).unwrap();
     };
     let window = cfg.window.unwrap_or(usize::MAX);
     let pairs: usize = lengths.iter().map(|&n| (1..=n).map(|i| i.min(window)).sum::<usize>()).sum();

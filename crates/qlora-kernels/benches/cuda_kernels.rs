@@ -14,7 +14,7 @@ use std::io::Write;
 
 use qlora_kernels::cuda::{self, CudaWeight, Gpu};
 use qlora_kernels::ops::adamw::{self, AdamW};
-use qlora_kernels::ops::attention::{self, AttentionConfig};
+use qlora_kernels::ops::attention::{self, AttentionConfig, AttentionPath, LseOrder};
 use qlora_kernels::ops::linear_group::{AdapterPass, Group, LoraSlot, Member};
 use qlora_kernels::ops::rope::{self, RopeConfig, RopeTable};
 use qlora_kernels::ops::{matmul, rms_norm, swiglu};
@@ -270,6 +270,7 @@ fn attentions(bench: &mut Bench) -> Result<()> {
     let config = AttentionConfig { heads: 32, kv_heads: 8, head_dim: 128, scale: 128f32.powf(-0.5), window: None };
     for library in [false, true] {
         bench.gpu.attention().set_enabled(library);
+        bench.gpu.attention().set_path(library.then_some(AttentionPath::CudnnUniform));
         let name = if library { "attention (cuDNN where it serves)" } else { "attention" };
         for (sequences, len) in [(1, 2048), (4, 2048), (1, 8192)] {
             let tokens = sequences * len;
@@ -281,10 +282,13 @@ fn attentions(bench: &mut Bench) -> Result<()> {
             let mut dqkv = bench.sets(tokens, 6144)?;
             let (flops, shape) = (2.0 * (tokens * len * HIDDEN) as f64, format!("{sequences}x{len} 32/8 heads of 128"));
             let workspace = bench.workspace;
+            let mut order = LseOrder::default();
             bench.report(&format!("{name} forward"), &shape, Floor::Flops(flops), |i| {
                 let qkv = qkv[i].view();
                 let (q, k, v) = (qkv.slice_cols(0..4096), qkv.slice_cols(4096..5120), qkv.slice_cols(5120..6144));
-                attention::forward(&config, q, k, v, &layout, out[i].view_mut(), lse[i].view_mut(), workspace)
+                let (out, lse) = (out[i].view_mut(), lse[i].view_mut());
+                order = attention::forward(&config, q, k, v, &layout, out, lse, workspace)?;
+                Ok(())
             })?;
             bench.report(&format!("{name} backward"), &shape, Floor::Flops(2.5 * flops), |i| {
                 let qkv = qkv[i].view();
@@ -292,11 +296,12 @@ fn attentions(bench: &mut Bench) -> Result<()> {
                 let (dq, rest) = dqkv[i].view_mut().split_cols(4096);
                 let (dk, dv) = rest.split_cols(1024);
                 let (out, lse, dout) = (out[i].view(), lse[i].view(), dout[i].view());
-                attention::backward(&config, q, k, v, out, lse, dout, &layout, dq, dk, dv, workspace)
+                attention::backward(&config, q, k, v, out, lse, order, dout, &layout, dq, dk, dv, workspace)
             })?;
         }
     }
     println!("attention: {}", bench.gpu.attention().describe());
+    bench.gpu.attention().set_path(None);
     Ok(())
 }
 

@@ -22,6 +22,8 @@
 pub mod cuda;
 pub mod dtype;
 pub mod error;
+#[cfg(any(test, feature = "cuda"))]
+mod lru;
 pub mod mapped;
 mod math;
 pub mod matrix;

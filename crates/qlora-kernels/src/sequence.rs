@@ -6,7 +6,7 @@
 use std::ops::{Deref, Range};
 
 #[cfg(feature = "cuda")]
-use crate::cuda::{Buffer, Gpu, OnDevice};
+use crate::cuda::{AttentionBatch, Buffer, Gpu, OnDevice};
 #[cfg(feature = "cuda")]
 use crate::error::Result;
 
@@ -59,6 +59,8 @@ pub struct SequenceLayout {
     max_len: usize,
     #[cfg(feature = "cuda")]
     device: OnDevice,
+    #[cfg(feature = "cuda")]
+    attention: AttentionBatch,
 }
 
 impl PartialEq for SequenceLayout {
@@ -84,6 +86,8 @@ impl SequenceLayout {
             max_len: lengths.iter().copied().max().unwrap_or(0),
             #[cfg(feature = "cuda")]
             device: OnDevice::default(),
+            #[cfg(feature = "cuda")]
+            attention: AttentionBatch::default(),
         }
     }
 
@@ -113,6 +117,12 @@ impl SequenceLayout {
     pub(crate) fn on_device(&self, gpu: &Gpu) -> Result<&Buffer> {
         let bound = |&bound: &usize| i32::try_from(bound).unwrap_or(i32::MAX);
         self.device.get_or_make(gpu, || self.bounds.iter().map(bound).collect::<Vec<i32>>())
+    }
+
+    /// What attention on a GPU decided for this batch, and its copies there.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn attention(&self) -> &AttentionBatch {
+        &self.attention
     }
 
     /// The longest sequence.

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Shape, Tensor};
-use qlora_kernels::ops::attention::{self, AttentionConfig};
+use qlora_kernels::ops::attention::{self, AttentionConfig, LseOrder};
 use qlora_kernels::ops::dropout::Dropout;
 use qlora_kernels::ops::rope::{self, RopeTable};
 use qlora_kernels::ops::{embedding as embed, frozen_linear as frozen, linear_cross_entropy as cross_entropy};
@@ -284,7 +284,7 @@ impl CustomOp2 for SwiGlu {
 struct Attention {
     config: AttentionConfig,
     layout: Arc<SequenceLayout>,
-    lse: OnceLock<Matrix>,
+    lse: OnceLock<(Matrix, LseOrder)>,
     workspace: Workspace,
 }
 
@@ -293,9 +293,9 @@ impl Attention {
         let mut out = self.workspace.matrix(q.rows(), q.cols())?;
         let mut lse = self.workspace.matrix_f32(q.rows(), self.config.heads)?;
         let (out_view, lse_view) = (out.view_mut(), lse.view_mut());
-        attention::forward(&self.config, q, k, v, &self.layout, out_view, lse_view, &self.workspace)?;
+        let order = attention::forward(&self.config, q, k, v, &self.layout, out_view, lse_view, &self.workspace)?;
         // A second forward of the same node cannot happen; if it did, its lse would be the same.
-        let _ = self.lse.set(lse);
+        let _ = self.lse.set((lse, order));
         Ok(out)
     }
 }
@@ -317,7 +317,7 @@ impl CustomOp3 for Attention {
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let name = self.name();
         let dout = dout.contiguous()?;
-        let lse = self.lse.get().ok_or_else(|| Error::Invalid(format!("{name}: backward before forward")))?;
+        let (lse, order) = self.lse.get().ok_or_else(|| Error::Invalid(format!("{name}: backward before forward")))?;
         let matrix_like = |tensor: &Tensor| {
             let cols = tensor.dims().last().copied().unwrap_or(1);
             self.workspace.matrix(tensor.elem_count() / cols, cols)
@@ -334,6 +334,7 @@ impl CustomOp3 for Attention {
                 v.view(),
                 out.view(),
                 lse.view(),
+                *order,
                 dout.view(),
                 &self.layout,
                 dq,

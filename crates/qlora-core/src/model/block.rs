@@ -13,7 +13,7 @@
 //! reads, and gradients of those it writes, have a margin for the adapters' small factors
 //! ([`qlora_kernels::ops::linear_group`]).
 
-use qlora_kernels::ops::attention::{self, AttentionConfig};
+use qlora_kernels::ops::attention::{self, AttentionConfig, LseOrder};
 use qlora_kernels::ops::linear_group::{Group, Member, Shrunk, margin};
 use qlora_kernels::ops::rms_norm;
 use qlora_kernels::ops::rope::{self, RopeTable};
@@ -103,6 +103,7 @@ pub(super) struct Attended {
     qkv: Qkv,
     attn: Matrix,
     lse: Matrix,
+    lse_order: LseOrder,
     mid: Matrix,
     s_o: Shrunk,
 }
@@ -278,10 +279,11 @@ impl Block {
         group!(o, self, o, o);
         let mut attn = workspace.with_margin(tokens, q.cols(), pass.margin_of(o.members))?;
         let mut lse = workspace.matrix_f32(tokens, self.attention.heads)?;
-        attention::forward(&self.attention, q, k, v, layout, attn.view_mut(), lse.view_mut(), workspace)?;
+        let (out, lse_view) = (attn.view_mut(), lse.view_mut());
+        let lse_order = attention::forward(&self.attention, q, k, v, layout, out, lse_view, workspace)?;
         let mut mid = workspace.matrix(tokens, x.cols())?;
         let s_o = o.forward(attn.view_mut(), pass.adapter.as_ref(), Some(x.view()), mid.view_mut(), workspace)?;
-        Ok(Attended { x, qkv, attn, lse, mid, s_o })
+        Ok(Attended { x, qkv, attn, lse, lse_order, mid, s_o })
     }
 
     /// q, k and v, normed where the model does that, and rotated.
@@ -351,7 +353,7 @@ impl Block {
         mut gradient: ViewMut,
         needs_dx: bool,
     ) -> Result<Option<Matrix>> {
-        let Attended { x, qkv, attn, lse, mid, s_o } = saved;
+        let Attended { x, qkv, attn, lse, lse_order, mid, s_o } = saved;
         drop(mid);
         let Pass { workspace, layout, .. } = *pass;
         let adapter = pass.adapter.as_ref().expect("a backward pass has an adapter");
@@ -369,7 +371,7 @@ impl Block {
         let (dq, rest) = dqkv.view_mut().split_cols(q.cols());
         let (dk, dv) = rest.split_cols(k.cols());
         let (out, lse_view, dout) = (attn.view(), lse.view(), dattn.view());
-        attention::backward(&self.attention, q, k, v, out, lse_view, dout, layout, dq, dk, dv, workspace)?;
+        attention::backward(&self.attention, q, k, v, out, lse_view, lse_order, dout, layout, dq, dk, dv, workspace)?;
         drop((dattn, attn, lse, qkv));
         let qk_width = self.q.outputs() + self.k.outputs();
         let rotated = dqkv.view_mut().slice_cols(0..qk_width);

@@ -1,15 +1,14 @@
 //! Attention: cuDNN's where it is there and faster, our tensor-core kernels where they fit, simple ones elsewhere.
 
 use super::buffer::Buffer;
-use super::cudnn::SdpaShape;
-use super::cudnn_attention;
+use super::cudnn_attention::Task;
 use super::ffi;
 use super::gpu::Gpu;
 use super::ops::same_dtype;
 use super::view::{CudaView, CudaViewMut};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::ops::attention::AttentionConfig;
+use crate::ops::attention::{AttentionConfig, AttentionPath, LseOrder};
 use crate::sequence::SequenceLayout;
 use crate::view::{View, ViewMut};
 
@@ -19,31 +18,9 @@ fn is_fast(cfg: &AttentionConfig, windows: &[CudaView]) -> bool {
     windows.iter().all(|v| takes(cfg, v.dtype()) && aligned(v))
 }
 
-/// The call's shape, if cuDNN is to run it on `sequences` sequences of `len` tokens. The planner asks too.
-fn shape_for_cudnn(
-    gpu: &Gpu,
-    cfg: &AttentionConfig,
-    dtype: Dtype,
-    sequences: usize,
-    len: Option<usize>,
-) -> Option<SdpaShape> {
-    let len = len?;
-    if cfg.window.is_some_and(|window| window < len) || gpu.deterministic() || !takes(cfg, dtype) {
-        return None;
-    }
-    gpu.attention().shape(gpu, cfg, sequences, len, dtype)
-}
-
-/// [`shape_for_cudnn`] of a batch whose windows allow it. Forward and backward must agree, because the layout of `lse`
-/// differs: both ask with the forward's windows.
-fn shape_of_batch(
-    gpu: &Gpu,
-    cfg: &AttentionConfig,
-    layout: &SequenceLayout,
-    windows: &[CudaView; 4],
-) -> Option<SdpaShape> {
-    let (dtype, sequences) = (windows[0].dtype(), layout.sequences().len());
-    is_fast(cfg, windows).then(|| shape_for_cudnn(gpu, cfg, dtype, sequences, layout.uniform_len())).flatten()
+/// Whether cuDNN computes what `cfg` says for sequences of at most `longest` tokens, as exactly as was asked for.
+fn cudnn_computes(gpu: &Gpu, cfg: &AttentionConfig, dtype: Dtype, longest: usize) -> bool {
+    cfg.window.is_none_or(|window| window >= longest) && !gpu.deterministic() && takes(cfg, dtype)
 }
 
 /// Bytes that the backward of our own kernels takes.
@@ -54,10 +31,12 @@ fn own_workspace(gpu: &Gpu, cfg: &AttentionConfig, tokens: usize) -> u64 {
     unsafe { ffi::qlora_attention_backward_workspace(tokens, heads, head_dim, deterministic) as u64 }
 }
 
-/// Bytes of workspace that [`forward`] and [`backward`] take for a batch.
+/// Bytes of workspace that [`forward`] and [`backward`] take for the batches of a run, at most: `sequences` sequences of
+/// `uniform_len` tokens, or if there is no such length, of any lengths, `tokens` in all. (Where bins are filled with several
+/// sequences, the number of bins.)
 ///
 /// # Errors
-/// If the batch has more tokens than the kernels take.
+/// If a batch has more tokens than the kernels take.
 pub fn workspace(
     gpu: &Gpu,
     cfg: &AttentionConfig,
@@ -67,10 +46,13 @@ pub fn workspace(
     uniform_len: Option<usize>,
 ) -> Result<[u64; 2]> {
     check_tokens("attention", tokens)?;
-    match shape_for_cudnn(gpu, cfg, dtype, sequences, uniform_len) {
-        Some(shape) => cudnn_attention::workspace(gpu, &shape),
-        None => Ok([0, own_workspace(gpu, cfg, tokens)]),
+    let own = [0, own_workspace(gpu, cfg, tokens)];
+    let longest = uniform_len.unwrap_or(tokens / sequences.max(1));
+    if !cudnn_computes(gpu, cfg, dtype, longest) {
+        return Ok(own);
     }
+    let library = gpu.attention().workspace(gpu, cfg, dtype, tokens, sequences, uniform_len);
+    Ok([own[0].max(library[0]), own[1].max(library[1])])
 }
 
 /// Whether there are tensor-core kernels for this kind.
@@ -100,16 +82,27 @@ pub(crate) fn forward(
     layout: &SequenceLayout,
     out: ViewMut,
     lse: ViewMut,
-) -> Result<()> {
+) -> Result<LseOrder> {
     let (q, k, v, out, lse) = (q.cuda(op)?, k.cuda(op)?, v.cuda(op)?, out.cuda(op)?, lse.cuda(op)?);
     check_tokens(op, layout.tokens())?;
-    if let Some(shape) = shape_of_batch(out.gpu(), cfg, layout, &[q, k, v, out.as_view()]) {
-        lse_ptr(op, lse.as_view())?;
-        return cudnn_attention::forward(&shape, cfg.scale, [q, k, v], out, lse);
+    let gpu = out.gpu();
+    same_dtype(op, &[q.dtype(), k.dtype(), v.dtype(), out.dtype()])?;
+    let fast = is_fast(cfg, &[q, k, v, out.as_view()]) && cudnn_computes(gpu, cfg, q.dtype(), layout.max_len());
+    lse_ptr(op, lse.as_view())?;
+    if let Some(task) = fast.then(|| gpu.attention().task(gpu, cfg, q.dtype(), layout)).flatten() {
+        let order = match task.path() {
+            AttentionPath::CudnnUniform => LseOrder::BySequence,
+            AttentionPath::CudnnPacked | AttentionPath::Own => LseOrder::ByToken,
+        };
+        if task.forward(cfg, [q, k, v], out.as_view(), lse.as_view()) {
+            return Ok(order);
+        }
     }
-    let bounds = layout.on_device(out.gpu())?;
+    let bounds = layout.on_device(gpu)?;
     let sequences = layout.sequences().len();
-    launch_forward(op, cfg, [q, k, v], out, lse, [bounds, bounds], sequences, layout.max_len())
+    launch_forward(op, cfg, [q, k, v], out, lse, [bounds, bounds], sequences, layout.max_len())?;
+    gpu.attention().called(AttentionPath::Own);
+    Ok(LseOrder::ByToken)
 }
 
 fn launch_forward(
@@ -160,6 +153,7 @@ pub(crate) fn backward(
     op: &'static str,
     cfg: &AttentionConfig,
     [q, k, v, out, lse, dout]: [View; 6],
+    order: LseOrder,
     layout: &SequenceLayout,
     [dq, dk, dv]: [ViewMut; 3],
 ) -> Result<()> {
@@ -170,9 +164,27 @@ pub(crate) fn backward(
     let gpu = dq.gpu();
     let windows = [q, k, v, out, dout, dq.as_view(), dk.as_view(), dv.as_view()];
     let dtype = same_dtype(op, &windows.map(|v| v.dtype()))?;
-    if let Some(shape) = shape_of_batch(gpu, cfg, layout, &[q, k, v, out]) {
-        return cudnn_attention::backward(&shape, cfg.scale, [q, k, v, out, lse, dout], [dq, dk, dv]);
+    let (inputs, gradients) = ([q, k, v, out, lse, dout], [dq.as_view(), dk.as_view(), dv.as_view()]);
+    let fast = is_fast(cfg, &windows) && cudnn_computes(gpu, cfg, q.dtype(), layout.max_len());
+    let task = match order {
+        _ if !fast || !gpu.attention().enabled() => None,
+        LseOrder::BySequence => Task::after_uniform_forward(cfg, q.dtype(), layout),
+        // cuDNN for sequences of one length does not read this order.
+        LseOrder::ByToken => {
+            let task = gpu.attention().task(gpu, cfg, q.dtype(), layout);
+            task.filter(|task| task.path() == AttentionPath::CudnnPacked)
+        }
+    };
+    if let Some(task) = task {
+        lse_ptr(op, lse)?;
+        if task.backward(cfg, inputs, gradients) {
+            return Ok(());
+        }
     }
+    let by_token = match order {
+        LseOrder::ByToken => None,
+        LseOrder::BySequence => Some(lse_by_token(op, lse, layout)?),
+    };
     let bounds = layout.on_device(gpu)?;
     let deterministic = i32::from(gpu.deterministic());
     let (tokens, heads, head_dim) = (layout.tokens() as i64, cfg.heads as i64, cfg.head_dim as i64);
@@ -181,7 +193,11 @@ pub(crate) fn backward(
         false => ffi::qlora_attention_backward_simple,
     };
     let workspace = gpu.alloc(op, own_workspace(gpu, cfg, layout.tokens()) as usize)?;
-    let lse = lse_ptr(op, lse)?;
+    let lse = match &by_token {
+        Some(buffer) => buffer.as_ptr(),
+        None => lse_ptr(op, lse)?,
+    };
+    gpu.attention().called(AttentionPath::Own);
     // SAFETY: all windows are live and have the sizes that the caller checked; the workspace has the size asked for.
     gpu.launch(op, |stream| unsafe {
         launcher(
@@ -217,6 +233,20 @@ pub(crate) fn backward(
             stream,
         )
     })
+}
+
+/// A copy of `lse` in the order that our kernels read, where a forward by cuDNN wrote it by sequence.
+fn lse_by_token(op: &'static str, lse: CudaView, layout: &SequenceLayout) -> Result<Buffer> {
+    let len = layout.uniform_len().ok_or_else(|| Error::invalid(op, "lse of another batch: its lengths are one"))?;
+    let gpu = lse.gpu().arc();
+    let (from, heads) = (lse_ptr(op, lse)?, lse.cols());
+    let mut to = Buffer::new(&gpu, op, lse.rows() * heads * 4)?;
+    let to_ptr = to.as_mut_ptr();
+    // SAFETY: both hold `tokens * heads` elements; `len` divides the number of tokens.
+    gpu.launch(op, |stream| unsafe {
+        ffi::qlora_attention_lse_by_token(from, to_ptr, lse.rows() as i64, len as i64, heads as i64, stream)
+    })?;
+    Ok(to)
 }
 
 /// The last `q.rows()` positions of `k.rows()`.

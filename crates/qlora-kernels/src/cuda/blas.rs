@@ -66,6 +66,11 @@ impl Blas {
         self.algorithms.expect_rows(most);
     }
 
+    /// How often the library was asked for an algorithm.
+    pub(super) fn searches(&self) -> u64 {
+        self.algorithms.searches()
+    }
+
     /// `d = alpha * (a, b as kind says) + beta * c`, where `c` is `d` itself unless an addend is given.
     pub(crate) fn matmul(
         &self,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc::driver::{result, sys};
 
+use super::counters::count;
 use super::gpu::{Gpu, RawMemory, cuda_error};
 use crate::error::Result;
 
@@ -163,6 +164,7 @@ impl PinnedBuffer {
         gpu.bind(op)?;
         // SAFETY: freed in drop.
         let ptr = unsafe { result::malloc_host(bytes.max(1), 0) }.map_err(|error| cuda_error(op, error))?;
+        count(&gpu.counting().pinned);
         Ok(Self { ptr, bytes, gpu: gpu.clone() })
     }
 

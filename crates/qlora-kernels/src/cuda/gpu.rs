@@ -13,6 +13,7 @@ use candle_core::cuda_backend::cudarc::driver::{self, CudaStream, result, sys};
 use candle_core::cuda_backend::{CudaDevice, DeviceId};
 
 use super::blas::Blas;
+use super::counters::Counting;
 use super::cudnn_attention::AttentionLibrary;
 use super::few_tokens::Workspaces;
 use super::ffi;
@@ -39,6 +40,7 @@ pub struct Gpu {
     offloader: Offloader,
     profiler: Profiler,
     workspaces: Workspaces,
+    counting: Counting,
     this: Weak<Gpu>,
 }
 
@@ -130,6 +132,7 @@ impl Gpu {
             offloader: Offloader::default(),
             profiler: Profiler::default(),
             workspaces: Workspaces::default(),
+            counting: Counting::default(),
             this: this.clone(),
         });
         gpu.check_kernels(capability)?;
@@ -198,6 +201,10 @@ impl Gpu {
 
     pub(super) fn workspaces(&self) -> &Workspaces {
         &self.workspaces
+    }
+
+    pub(super) fn counting(&self) -> &Counting {
+        &self.counting
     }
 
     pub(super) fn profiler(&self) -> &Profiler {
@@ -310,7 +317,13 @@ impl Gpu {
             other => other,
         };
         match allocated {
-            Ok(ptr) => Ok(RawMemory { ptr, bytes, stream: self.stream.clone(), home }),
+            Ok(ptr) => {
+                // A question to the driver of some ten nanoseconds, beside an allocation of a microsecond.
+                if let Ok(reserved) = self.pool.reserved() {
+                    self.counting.pool_holds(reserved);
+                }
+                Ok(RawMemory { ptr, bytes, stream: self.stream.clone(), home })
+            }
             Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Err(self.pool.out_of_memory(op, bytes)),
             Err(error) => Err(cuda_error(op, error)),
         }

@@ -17,6 +17,7 @@ use std::sync::atomic::Ordering;
 
 use candle_core::cuda_backend::cudarc::driver::{CudaStream, sys};
 
+use super::counters::count;
 use super::ffi;
 use super::gpu::{Gpu, cuda_error, status_error};
 use crate::error::{Error, Result};
@@ -123,6 +124,9 @@ impl Gpu {
             return Ok(None);
         }
         let value = value?;
+        if exec.is_some() {
+            count(&self.counting().graphs);
+        }
         Ok(exec.map(|exec| (Graph { exec, gpu: self.clone(), moves }, value)))
     }
 }

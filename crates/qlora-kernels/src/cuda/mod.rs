@@ -9,6 +9,7 @@
 //! | [`Buffer`], [`PinnedBuffer`] | owned memory |
 //! | [`CudaView`], [`CudaViewMut`] | windows into it: the CUDA representation of [`crate::View`] |
 //! | [`AttentionLibrary`] | whether cuDNN's attention may be used |
+//! | [`Counters`] | how much of what is slow to make was made |
 //! | [`decode`] | the keys and values of a step of generation |
 //! | [`CudaWeight`] | a frozen weight on the GPU |
 //!
@@ -22,6 +23,7 @@ pub mod attention;
 mod blas;
 mod buffer;
 mod cache;
+mod counters;
 pub mod cudnn;
 mod cudnn_attention;
 pub mod decode;
@@ -49,7 +51,9 @@ mod weight;
 pub(crate) use blas::Kind;
 pub use buffer::{Buffer, PinnedBuffer};
 pub(crate) use cache::OnDevice;
-pub use cudnn_attention::AttentionLibrary;
+pub use counters::Counters;
+pub(crate) use cudnn_attention::AttentionBatch;
+pub use cudnn_attention::{AttentionCalls, AttentionLibrary};
 pub use gpu::{Gpu, device};
 pub use graph::Graph;
 pub use offload::{Arriving, Leaving, Offloaded};

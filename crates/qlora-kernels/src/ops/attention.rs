@@ -12,7 +12,7 @@
 //! |---|---|---|
 //! | `q`, `out` and their gradients | `[tokens, heads * head_dim]` | head `h` is the columns from `h * head_dim` |
 //! | `k`, `v` and their gradients | `[tokens, kv_heads * head_dim]` | |
-//! | `lse` | `[tokens, heads]` | all that the backward needs of the softmax |
+//! | `lse` | `[tokens, heads]` | all that the backward needs of the softmax; a GPU may order it otherwise: [`LseOrder`] |
 //!
 //! The score matrix never exists: a tile of queries (all heads of a group together) meets one block of keys after the
 //! other with a running maximum and sum (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022), and blocks that
@@ -30,6 +30,8 @@
 mod backward;
 mod cached;
 mod forward;
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) mod route;
 mod softmax;
 #[cfg(test)]
 mod tests;
@@ -41,6 +43,8 @@ use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterato
 pub use backward::backward;
 pub use cached::cached;
 pub use forward::forward;
+#[cfg(feature = "cuda")]
+pub use route::AttentionPath;
 
 use crate::error::{Error, Result};
 use crate::transpose::transpose;
@@ -108,6 +112,17 @@ impl AttentionConfig {
         };
         below(positions.end) - below(positions.start)
     }
+}
+
+/// How a forward ordered what it wrote to `lse`; its backward has to be told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[must_use = "the backward needs it"]
+pub enum LseOrder {
+    /// `[tokens, heads]`.
+    #[default]
+    ByToken,
+    /// `[sequences, heads, length]`: cuDNN's for sequences of one length.
+    BySequence,
 }
 
 /// The columns of a tile's scores: queries `0..queries` of the group's first head, then of the next; then zeros up to a

@@ -23,6 +23,17 @@ pub(crate) fn config((heads, kv_heads, head_dim): (usize, usize, usize), window:
 
 /// q, k and v are the columns of one matrix, as in the model; `gap` breaks or keeps alignment.
 pub(crate) fn run(side: &Side, cfg: &AttentionConfig, lengths: &[usize], gap: usize) -> Result<Vec<Output>> {
+    run_with(side, cfg, lengths, gap, &|| {})
+}
+
+/// [`run`] with something between the forward and the backward.
+pub(crate) fn run_with(
+    side: &Side,
+    cfg: &AttentionConfig,
+    lengths: &[usize],
+    gap: usize,
+    between: &dyn Fn(),
+) -> Result<Vec<Output>> {
     let layout = SequenceLayout::from_lengths(lengths);
     let (tokens, q_width, kv_width) = (layout.tokens(), cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim);
     let (q_end, k_end, v_end) = (q_width, q_width + kv_width, q_width + 2 * kv_width);
@@ -30,13 +41,14 @@ pub(crate) fn run(side: &Side, cfg: &AttentionConfig, lengths: &[usize], gap: us
     let [q, k, v] = [0..q_end, q_end..k_end, k_end..v_end].map(|columns| qkv.view().slice_cols(columns));
     let mut out = side.output(tokens, q_width, gap);
     let mut lse = side.workspace.matrix_f32(tokens, cfg.heads)?;
-    attention::forward(cfg, q, k, v, &layout, out.view_mut(), lse.view_mut(), &side.workspace)?;
+    let order = attention::forward(cfg, q, k, v, &layout, out.view_mut(), lse.view_mut(), &side.workspace)?;
+    between();
     let dout = side.input(tokens, q_width, gap);
     let mut dqkv = side.output(tokens, v_end, gap);
     let (dq, rest) = dqkv.view_mut().split_cols(q_end);
     let (dk, dv) = rest.split_cols(kv_width);
     let (out_view, lse_view) = (out.view(), lse.view());
-    attention::backward(cfg, q, k, v, out_view, lse_view, dout.view(), &layout, dq, dk, dv, &side.workspace)?;
+    attention::backward(cfg, q, k, v, out_view, lse_view, order, dout.view(), &layout, dq, dk, dv, &side.workspace)?;
     let gradient = dqkv.to_vec();
     // Where every token sees itself alone, dq and dk are 0 up to rounding: they are measured beside dout.
     let alone = cfg.window == Some(1) || layout.max_len() == 1;

@@ -22,6 +22,7 @@ mod lora_linear;
 mod matmul;
 mod memory;
 mod optimizer;
+mod packed_attention;
 mod quantization;
 mod rms_norm;
 mod sanitized;

@@ -7,7 +7,7 @@
 //! batch came first, so runs repeat their bits.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::cuda_backend::cudarc::cublas::sys::cublasOperation_t;
@@ -64,6 +64,7 @@ pub(super) struct Layouts {
 pub(super) struct Algorithms {
     known: Mutex<Known>,
     expected: AtomicUsize,
+    searches: AtomicU64,
 }
 
 #[derive(Default)]
@@ -133,6 +134,10 @@ impl Algorithms {
         self.expected.fetch_max(most, Ordering::Relaxed);
     }
 
+    pub(super) fn searches(&self) -> u64 {
+        self.searches.load(Ordering::Relaxed)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -148,40 +153,44 @@ impl Algorithms {
         let size = rounded(key.rows());
         let of_size = key.with_rows(size);
         if size == key.rows() || known.refused.contains(key) {
-            return Ok((known.choose(op, handle, *key)?, true));
+            return Ok((self.choose(&mut known, op, handle, *key)?, true));
         }
         if !known.chosen.contains_key(&of_size) {
             let expected = self.expected.load(Ordering::Relaxed);
             for size in sizes(expected) {
                 // What the library has nothing for is reported where it is needed.
-                let _ = known.choose(op, handle, key.with_rows(size));
+                let _ = self.choose(&mut known, op, handle, key.with_rows(size));
             }
         }
-        Ok((known.choose(op, handle, of_size)?, false))
+        Ok((self.choose(&mut known, op, handle, of_size)?, false))
     }
 
     /// The algorithm for exactly these rows, from now on.
     pub(super) fn exactly(&self, op: &'static str, handle: sys::cublasLtHandle_t, key: &Key) -> Result<Arc<Algorithm>> {
         let mut known = self.lock();
         known.refused.insert(*key);
-        known.choose(op, handle, *key)
+        self.choose(&mut known, op, handle, *key)
     }
-}
 
-impl Known {
-    fn choose(&mut self, op: &'static str, handle: sys::cublasLtHandle_t, key: Key) -> Result<Arc<Algorithm>> {
-        if let Some(algorithm) = self.chosen.get(&key) {
+    fn choose(
+        &self,
+        known: &mut Known,
+        op: &'static str,
+        handle: sys::cublasLtHandle_t,
+        key: Key,
+    ) -> Result<Arc<Algorithm>> {
+        if let Some(algorithm) = known.chosen.get(&key) {
             return Ok(algorithm.clone());
         }
-        if self.chosen.len() >= MOST {
-            self.chosen.clear();
-            self.refused.clear();
+        if known.chosen.len() >= MOST {
+            *known = Known::default();
         }
+        self.searches.fetch_add(1, Ordering::Relaxed);
         let algorithm = Arc::new(Algorithm::choose(handle, &key).map_err(|error| {
             let Key { m, n, k, .. } = key;
             Error::invalid(op, format!("cuBLASLt has no algorithm for {m} x {n} x {k} ({error:?})"))
         })?);
-        self.chosen.insert(key, algorithm.clone());
+        known.chosen.insert(key, algorithm.clone());
         Ok(algorithm)
     }
 }

@@ -28,9 +28,9 @@ mod search;
 pub(crate) mod self_test;
 mod shape;
 
-use std::collections::HashMap;
 use std::ffi::c_void;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use api::{Api, Handle};
@@ -38,11 +38,19 @@ use plan::{Plan, Target};
 use sdpa::Ports;
 use shape::{Strides, check_rows};
 
+use crate::lru::Lru;
+
 pub use error::{CudnnError, Result};
 pub use self_test::SelfTestDevice;
 pub use shape::{PackedLayout, Packing, Rows, SdpaBackward, SdpaForward, SdpaShape, SdpaType};
 
-/// An open cuDNN with a handle for one device, and the plans made so far.
+/// How many plans are kept. A plan is some hundred kilobytes of host memory, a forward and a backward of each shape in use.
+const PLANS: usize = 64;
+
+/// Rows behind those of packed sequences in the sums of the backward.
+pub(super) const SPARE_ROWS: i64 = 128;
+
+/// An open cuDNN with a handle for one device, and the plans that were used last.
 ///
 /// The handle belongs to the CUDA context that is current when it is made, and the same context must be current on
 /// every thread that launches. Launches of several threads follow one another.
@@ -53,7 +61,12 @@ pub struct Cudnn {
     target: Target,
     /// Compute capability of the device, e.g. 90.
     capability: u32,
-    plans: Mutex<HashMap<Key, std::result::Result<Arc<SdpaPlan>, CudnnError>>>,
+    plans: Mutex<Lru<Key, Result<Arc<SdpaPlan>>>>,
+    /// Plans that had to go; work of theirs may still be under way.
+    retired: Mutex<Vec<Arc<SdpaPlan>>>,
+    made: AtomicU64,
+    /// How packed backwards are written: see [`sdpa::backward`]. The self-test finds out.
+    padding_first: AtomicBool,
     /// Held while the stream of the handle is set and work is launched on it.
     launching: Mutex<()>,
 }
@@ -70,6 +83,7 @@ struct Key {
     shape: SdpaShape,
     strides: Strides,
     backward: bool,
+    padding_first: bool,
 }
 
 /// A plan and the names of its tensors.
@@ -105,7 +119,17 @@ impl Cudnn {
     }
 
     fn new(api: &'static Api, handle: Option<Handle>, target: Target, capability: u32) -> Self {
-        Self { api, handle, target, capability, plans: Mutex::default(), launching: Mutex::default() }
+        Self {
+            api,
+            handle,
+            target,
+            capability,
+            plans: Mutex::new(Lru::new(PLANS)),
+            retired: Mutex::default(),
+            made: AtomicU64::new(0),
+            padding_first: AtomicBool::new(false),
+            launching: Mutex::default(),
+        }
     }
 
     /// Version of the library, e.g. `9.19.0`.
@@ -118,10 +142,44 @@ impl Cudnn {
         &self.api.path
     }
 
+    /// Whether calls of this shape can be prepared at all; whether cuDNN has a plan for it, only preparing one tells.
+    pub fn check(&self, shape: &SdpaShape) -> Result<()> {
+        shape.check(self.capability, self.api.version())
+    }
+
+    /// How many plans were made so far, those included that could not be made; each takes about 0.05 s.
+    pub fn plans_made(&self) -> u64 {
+        self.made.load(Ordering::Relaxed)
+    }
+
+    /// The plans that are kept, the one used last at the end, in words.
+    pub fn plans(&self) -> Vec<String> {
+        let describe = |(key, plan): &(Key, Result<Arc<SdpaPlan>>)| {
+            let Key { shape, strides, backward, .. } = key;
+            let SdpaShape { batch, seq, heads, kv_heads, head_dim, dtype, packed, .. } = shape;
+            let kind = if *packed { "packed, up to" } else { "uniform," };
+            let pass = if *backward { "backward" } else { "forward" };
+            let result = match plan {
+                Ok(plan) => format!("engine {}, workspace {} bytes", plan.plan.engine(), plan.plan.workspace()),
+                Err(error) => error.to_string(),
+            };
+            let rows = [strides.q, strides.o, strides.d_o, strides.dq];
+            format!(
+                "{pass} {kind} {batch} x {seq}, {heads}/{kv_heads} heads of {head_dim}, {dtype:?}, rows of {rows:?}: {result}"
+            )
+        };
+        lock(&self.plans).iter().map(describe).collect()
+    }
+
+    /// Plans that were forgotten since the last call. Dropped, their kernels are unloaded: wait for the stream before.
+    pub fn take_retired(&self) -> Retired {
+        Retired(std::mem::take(&mut lock(&self.retired)))
+    }
+
     /// Prepares a forward.
     pub fn forward(&self, shape: &SdpaShape, tensors: &SdpaForward<'_>) -> Result<SdpaLaunch<'_>> {
         let shape = normal(shape, false);
-        shape.check(self.capability, self.api.version())?;
+        self.check(&shape)?;
         check_rows("q", tensors.q, shape.heads, &shape)?;
         check_rows("k", tensors.k, shape.kv_heads, &shape)?;
         check_rows("v", tensors.v, shape.kv_heads, &shape)?;
@@ -133,7 +191,7 @@ impl Cudnn {
             o: tensors.o.stride,
             ..Strides::default()
         };
-        let plan = self.plan(Key { shape, strides, backward: false })?;
+        let plan = self.plan(Key { shape, strides, backward: false, padding_first: false })?;
         let mut bound = Bound::default();
         bound.device(plan.ports.q, tensors.q.pointer);
         bound.device(plan.ports.k, tensors.k.pointer);
@@ -148,7 +206,7 @@ impl Cudnn {
     /// Prepares a backward.
     pub fn backward(&self, shape: &SdpaShape, tensors: &SdpaBackward<'_>) -> Result<SdpaLaunch<'_>> {
         let shape = normal(shape, true);
-        shape.check(self.capability, self.api.version())?;
+        self.check(&shape)?;
         let named = [
             ("q", tensors.q, shape.heads),
             ("k", tensors.k, shape.kv_heads),
@@ -172,7 +230,8 @@ impl Cudnn {
             dk: tensors.dk.stride,
             dv: tensors.dv.stride,
         };
-        let plan = self.plan(Key { shape, strides, backward: true })?;
+        let padding_first = shape.packed && self.padding_first.load(Ordering::Relaxed);
+        let plan = self.plan(Key { shape, strides, backward: true, padding_first })?;
         let ports = &plan.ports;
         let mut bound = Bound::default();
         let pairs = [
@@ -192,7 +251,8 @@ impl Cudnn {
         bound.packing(ports, tensors.packing.as_ref())?;
 
         // Behind cuDNN's own workspace lie the sums that the graph keeps in memory.
-        let rows = tensors.packing.map_or(shape.batch * shape.seq, |packing| packing.tokens);
+        // Packed ones get a tile more than there are rows, for whatever is written behind the last of them.
+        let rows = tensors.packing.map_or(shape.batch * shape.seq, |packing| packing.tokens + SPARE_ROWS);
         let dq_width = if shape.packed { tensors.dq.stride } else { shape.heads * shape.head_dim };
         let mut end = aligned(plan.plan.workspace());
         let mut carved = Vec::new();
@@ -208,24 +268,43 @@ impl Cudnn {
     /// The plan for `key`, made at its first use. Failures are remembered too: they cost as much as successes.
     fn plan(&self, key: Key) -> Result<Arc<SdpaPlan>> {
         let mut plans = lock(&self.plans);
-        plans
-            .entry(key)
-            .or_insert_with(|| {
-                let make = if key.backward { sdpa::backward } else { sdpa::forward };
-                let (graph, ports) = make(self.api, &key.shape, &key.strides)?;
-                Ok(Arc::new(SdpaPlan { plan: Plan::new(self.api, &self.target, graph)?, ports }))
-            })
-            .clone()
+        if let Some(known) = plans.get(&key) {
+            return known.clone();
+        }
+        let make = || {
+            let (graph, ports) = match key.backward {
+                true => sdpa::backward(self.api, &key.shape, &key.strides, key.padding_first)?,
+                false => sdpa::forward(self.api, &key.shape, &key.strides)?,
+            };
+            Ok(Arc::new(SdpaPlan { plan: Plan::new(self.api, &self.target, graph)?, ports }))
+        };
+        let made = make();
+        self.made.fetch_add(1, Ordering::Relaxed);
+        if let Some(Ok(forgotten)) = plans.insert(key, made.clone()) {
+            lock(&self.retired).push(forgotten);
+        }
+        made
     }
 }
 
 impl Drop for Cudnn {
     fn drop(&mut self) {
         lock(&self.plans).clear();
+        lock(&self.retired).clear();
         if let Some(handle) = self.handle {
             // SAFETY: made by us, and no plan of it is left. A failure leaves nothing to be done.
             let _ = unsafe { (self.api.destroy)(handle) };
         }
+    }
+}
+
+/// Plans that nobody finds any more.
+pub struct Retired(Vec<Arc<SdpaPlan>>);
+
+impl Retired {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 }
 

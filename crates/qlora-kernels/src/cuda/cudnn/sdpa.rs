@@ -89,8 +89,14 @@ pub(super) fn forward(api: &'static Api, shape: &SdpaShape, strides: &Strides) -
     Ok((b.graph, b.ports))
 }
 
-/// The graph of the backward.
-pub(super) fn backward(api: &'static Api, shape: &SdpaShape, strides: &Strides) -> Result<(Graph, Ports)> {
+/// The graph of the backward. `padding_first`: the mask of packed sequences comes before `L` is subtracted, as NVIDIA's own
+/// front end has it for some versions, and not after.
+pub(super) fn backward(
+    api: &'static Api,
+    shape: &SdpaShape,
+    strides: &Strides,
+    padding_first: bool,
+) -> Result<(Graph, Ports)> {
     let mut b = Builder::new(api, shape)?;
     let (dtype, lengths) = (shape.dtype.cudnn(), b.ports.lengths);
     let (heads, kv_heads) = (shape.heads, shape.kv_heads);
@@ -118,9 +124,14 @@ pub(super) fn backward(api: &'static Api, shape: &SdpaShape, strides: &Strides) 
     b.graph.pointwise_into(Pointwise::Mul, DataType::Float, &[sum, one], row_sum, None)?;
 
     // P = exp(S - L); the masks come after the subtraction
-    let scores = b.scores(q, k_transposed, scale)?;
-    let scores = b.graph.pointwise(Pointwise::Sub, &[scores, stats])?;
-    let scores = b.padding_mask(scores)?;
+    let mut scores = b.scores(q, k_transposed, scale)?;
+    if padding_first {
+        scores = b.padding_mask(scores)?;
+    }
+    scores = b.graph.pointwise(Pointwise::Sub, &[scores, stats])?;
+    if !padding_first {
+        scores = b.padding_mask(scores)?;
+    }
     let scores = b.causal_mask(scores)?;
     let weights = b.graph.pointwise(Pointwise::Exp, &[scores])?;
 

@@ -148,9 +148,9 @@ impl Packing<'_> {
 
 /// The host's side of a [`Packing`]: what is to be uploaded, once for each batch.
 ///
-/// Building the two plans of a new shape takes about a tenth of a second. So that few plans serve many batches, the
-/// number of sequences and the bound of their lengths are rounded up; the sequences that do not exist have length
-/// zero. That costs no time, but the workspace of the backward grows with `batch * seq`.
+/// Building the two plans of a new shape takes about a tenth of a second. So that few plans serve many batches, shapes have
+/// room for more and longer sequences than a batch has; the sequences that do not exist have length zero. That costs hardly
+/// any time, but the workspace of the backward grows with `batch * seq`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PackedLayout {
     /// [`SdpaShape::batch`].
@@ -165,16 +165,8 @@ pub struct PackedLayout {
 }
 
 impl PackedLayout {
-    /// Sequences of these lengths, one after the other, with rounded bounds.
-    pub fn new(lengths: &[usize]) -> Self {
-        let longest = lengths.iter().copied().max().unwrap_or(0).max(128);
-        let step = (longest.next_power_of_two() / 4).max(128);
-        let power = lengths.len().max(1).next_power_of_two();
-        let batch = if lengths.len() <= power / 4 * 3 { power / 4 * 3 } else { power };
-        Self::with_bounds(lengths, batch as i64, longest.next_multiple_of(step) as i64)
-    }
-
-    /// The same with given bounds, which must be large enough.
+    /// Sequences of these lengths, one after the other, in a shape of `batch` sequences of at most `seq` tokens; more of them,
+    /// or longer ones, than that must not be given.
     pub fn with_bounds(lengths: &[usize], batch: i64, seq: i64) -> Self {
         let mut padded: Vec<i32> = lengths.iter().map(|length| *length as i32).collect();
         padded.resize((batch as usize).max(lengths.len()), 0);
@@ -223,17 +215,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn few_shapes_serve_many_batches() {
-        let layout = PackedLayout::new(&[1500, 3, 700, 7]);
-        assert_eq!((layout.batch, layout.seq, layout.tokens), (4, 1536, 2210));
-        assert_eq!(layout.lengths, [1500, 3, 700, 7]);
+    fn sequences_that_do_not_exist_are_empty() {
         let layout = PackedLayout::with_bounds(&[1500, 3, 700], 4, 2048);
+        assert_eq!((layout.batch, layout.seq, layout.tokens), (4, 2048, 2203));
         assert_eq!(layout.lengths, [1500, 3, 700, 0]);
         assert_eq!(layout.offsets(10), [0, 15_000, 15_030, 22_030, 22_030]);
-        assert_eq!(PackedLayout::new(&[1, 2]).seq, 128);
-        assert_eq!(PackedLayout::new(&[129]).seq, 256);
-        let batches: Vec<i64> = (1..=13).map(|count| PackedLayout::new(&vec![100; count]).batch).collect();
-        assert_eq!(batches, [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16]);
     }
 
     #[test]

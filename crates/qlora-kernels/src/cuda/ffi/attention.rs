@@ -51,6 +51,14 @@ unsafe extern "C" {
         window: i64,
         stream: Stream,
     ) -> c_int;
+    pub(in crate::cuda) fn qlora_attention_lse_by_token(
+        from: *const f32,
+        to: *mut f32,
+        tokens: i64,
+        len: i64,
+        heads: i64,
+        stream: Stream,
+    ) -> c_int;
     pub(in crate::cuda) fn qlora_attention_backward_workspace(
         tokens: i64,
         heads: i64,

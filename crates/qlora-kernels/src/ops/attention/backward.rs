@@ -7,8 +7,8 @@
 
 use std::ops::Range;
 
-use super::{AttentionConfig, Columns, map, softmax, split_heads, take};
-use crate::error::Result;
+use super::{AttentionConfig, Columns, LseOrder, map, softmax, split_heads, take};
+use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Workspace};
 use crate::ops::matmul::{nn_serial, tn_serial};
 use crate::sequence::SequenceLayout;
@@ -22,10 +22,10 @@ const KEY_BLOCK: usize = 192;
 const MAX_PARTS: usize = 8;
 
 /// Overwrites `dq`, `dk` and `dv` with the gradients of the loss, given its gradient `dout` and what
-/// [`forward`](super::forward) wrote.
+/// [`forward`](super::forward) wrote; `order` is what it returned.
 ///
 /// # Errors
-/// If a shape does not fit, or `cfg` describes no attention.
+/// If a shape does not fit, `cfg` describes no attention, or `lse` is in an order that only a GPU writes.
 pub fn backward(
     cfg: &AttentionConfig,
     q: View,
@@ -33,6 +33,7 @@ pub fn backward(
     v: View,
     out: View,
     lse: View,
+    order: LseOrder,
     dout: View,
     layout: &SequenceLayout,
     dq: ViewMut,
@@ -52,7 +53,10 @@ pub fn backward(
     lse.expect(OP, "lse", tokens, cfg.heads)?;
     #[cfg(feature = "cuda")]
     if dq.gpu().is_some() {
-        return crate::cuda::attention::backward(OP, cfg, [q, k, v, out, lse, dout], layout, [dq, dk, dv]);
+        return crate::cuda::attention::backward(OP, cfg, [q, k, v, out, lse, dout], order, layout, [dq, dk, dv]);
+    }
+    if order != LseOrder::ByToken {
+        return Err(Error::invalid(OP, "lse comes from a forward on a GPU"));
     }
     let inputs = Inputs {
         q: q.host(OP)?,

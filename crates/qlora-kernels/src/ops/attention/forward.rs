@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{AttentionConfig, Columns, map, softmax, split_heads, take};
+use super::{AttentionConfig, Columns, LseOrder, map, softmax, split_heads, take};
 use crate::error::Result;
 use crate::matrix::Workspace;
 use crate::ops::matmul::{nn_serial, tn_serial};
@@ -12,7 +12,7 @@ use crate::view::{HostView, HostViewMut, View, ViewMut};
 /// Keys to a block.
 const KEY_BLOCK: usize = 192;
 
-/// Writes `out` and `lse`.
+/// Writes `out` and `lse`; says in which order `lse` is.
 ///
 /// # Errors
 /// If a shape does not fit, or `cfg` describes no attention.
@@ -25,7 +25,7 @@ pub fn forward(
     out: ViewMut,
     lse: ViewMut,
     workspace: &Workspace,
-) -> Result<()> {
+) -> Result<LseOrder> {
     const OP: &str = "attention_forward";
     cfg.check(OP)?;
     let (tokens, q_cols, kv_cols) = (layout.tokens(), cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim);
@@ -58,7 +58,7 @@ pub fn forward(
         }
     }
     map(tiles, pairs * cfg.heads * 2 * cfg.head_dim, |tile| tile.run(cfg, workspace));
-    Ok(())
+    Ok(LseOrder::ByToken)
 }
 
 /// The queries of one group at consecutive positions, and the keys and values that any of them sees: the last key is at

@@ -49,7 +49,8 @@ impl Case {
         let (mut out, mut lse) = (workspace.matrix(q[0], q[1]).unwrap(), workspace.matrix(lse[0], lse[1]).unwrap());
         let [q, k, v] = self.views();
         let layout = SequenceLayout::from_lengths(&self.lengths);
-        forward(&self.cfg, q, k, v, &layout, out.view_mut(), lse.view_mut(), workspace).unwrap();
+        let order = forward(&self.cfg, q, k, v, &layout, out.view_mut(), lse.view_mut(), workspace).unwrap();
+        assert_eq!(order, LseOrder::ByToken);
         (out, lse)
     }
 
@@ -67,6 +68,7 @@ impl Case {
             v,
             out.view(),
             lse.view(),
+            LseOrder::ByToken,
             View::new(&self.dout, q_shape[0], q_shape[1]),
             &SequenceLayout::from_lengths(&self.lengths),
             dq.view_mut(),
@@ -271,7 +273,7 @@ fn windows_of_wider_buffers_are_read_and_written() {
     let mut out = vec![7.0; tokens * 100];
     let workspace = Workspace::poisoned();
     let mut lse = workspace.matrix(tokens, 6).unwrap();
-    forward(
+    let order = forward(
         &case.cfg,
         qkv.slice_cols(0..96),
         qkv.slice_cols(96..128),
@@ -282,6 +284,7 @@ fn windows_of_wider_buffers_are_read_and_written() {
         &workspace,
     )
     .unwrap();
+    assert_eq!(order, LseOrder::ByToken);
     let (want, want_lse) = case.forward(&workspace);
     assert!(lse.as_slice() == want_lse.as_slice());
     for (row, want) in out.chunks_exact(100).zip(want.as_slice().chunks_exact(96)) {
