@@ -16,9 +16,9 @@ Cases:
 
 tok_s counts every token of the batches, from metrics.jsonl: the tokens over the seconds of steps 11 to 40 (--steps), with
 a budget 5 to 24 (--budget-steps). Those seconds are a step's from its data to its loss on the host; the run is stopped
-after the last step that counts. peak_gb is the GPU pool's counter from metrics.jsonl, predicted_gb what the memory plan
-says, trained_tokens those with a loss in the counted steps; GB are 10^9 bytes. For generate256, tok_s is what the program prints: new tokens
-over the whole time after loading, prompts included; for benches/decode without the prompts.
+after the last step that counts. peak_gb is the GPU pool's counter from metrics.jsonl, predicted_gb what the printed memory
+plan says, trained_tokens those with a loss in the counted steps; GB are 10^9 bytes. For generate256, tok_s is what the
+program prints: new tokens over the whole time after loading, prompts included; for benches/decode without the prompts.
 
 Printed besides: the slowest step after the third as a share of the median (tokens/s), and the seconds from the start of
 the process to the first loss on its screen. Each run's figures also go to WORK/runs.jsonl, each run's output and metrics
@@ -110,7 +110,8 @@ class Process:
 
     def last_words(self) -> str:
         said = [line for line in self.lines if line.strip()]
-        return " | ".join(said[-3:])[-600:] or "it said nothing"
+        begin = next((i for i, line in enumerate(said) if line.startswith("Error")), max(len(said) - 3, 0))
+        return " | ".join(said[begin : begin + 5])[:600] or "it said nothing"
 
 
 def read_metrics(path: pathlib.Path) -> list[dict]:
@@ -132,15 +133,16 @@ def figures(metrics: list[dict], first: int, last: int) -> dict:
         raise Failure(f"there are {len(metrics)} steps: none counts")
     tokens = sum(entry["tokens"] for entry in counted)
     seconds = sum(entry["tokens"] / entry["tokens_per_second"] for entry in counted)
-    warm = [entry["tokens_per_second"] for entry in metrics if entry["step"] > 3] or [0.0]
+    warm = [entry["tokens_per_second"] for entry in metrics if entry["step"] > 3]
     found = {
         "tok_s": round(tokens / seconds, 1),
         "trained_tokens": sum(entry["trained_tokens"] for entry in counted),
         "tokens": tokens,
         "steps": len(counted),
-        "loss": metrics[-1]["loss"],
-        "slowest_share": round(min(warm) / max(statistics.median(warm), 1e-9), 3),
+        "loss": counted[-1]["loss"],
     }
+    if warm:
+        found["slowest_share"] = round(min(warm) / statistics.median(warm), 3)
     peak = max((entry.get("gpu_peak_memory") or 0 for entry in metrics), default=0)
     return found | ({"peak_gb": round(peak / 1e9, 3)} if peak else {})
 
@@ -173,22 +175,24 @@ class Bench:
             (folder / file).symlink_to(self.work / file)
         return folder
 
-    def train(self, name: str, command: list, steps: tuple[int, int]) -> dict:
-        """Runs a training program up to the last step that counts."""
+    def train(self, name: str, command: list, steps: tuple[int, int], total: int = 0) -> dict:
+        """Runs a training program up to the last step that counts, or to its end where it has no more than that."""
         deadline, folder = self.deadline(), self.folder(name)
         metrics = folder / "output" / "metrics.jsonl"
         process = Process(command, folder, self.logs / f"{name}.txt", r"\bloss[ =:]+[\d.]+")
-        seen = {"size": 0, "step": 0}
+        seen = {"size": 0, "step": 0, "first": None}
 
         def done() -> bool:
             size = metrics.stat().st_size if metrics.exists() else 0
             if size != seen["size"]:
                 seen["size"] = size
                 seen["step"] = max((entry["step"] for entry in read_metrics(metrics)), default=0)
+                if seen["step"] and seen["first"] is None:
+                    seen["first"] = time.monotonic() - process.start
             return seen["step"] >= steps[1]
 
         try:
-            status = process.wait(deadline, done)
+            status = process.wait(deadline, None if total and total <= steps[1] else done)
             if status != 0:
                 raise Failure(f"exit status {status}: {process.last_words()}")
             found = figures(read_metrics(metrics), *steps)
@@ -200,26 +204,32 @@ class Bench:
         plan = process.first(r"memory plan: (peak ([\d.]+) GB.*)")
         if plan:
             found |= {"predicted_gb": float(plan[2]), "plan": plan[1]}
-        if process.matched is not None:
-            found["first_loss_s"] = round(process.matched, 2)
+        # A program that prints no steps: when the first one was in metrics.jsonl.
+        first = process.matched or seen["first"]
+        if first:
+            found["first_loss_s"] = round(first, 2)
         return found
 
     def finetune(self, case: str, settings: str, budget: str) -> dict:
-        command = [self.args.finetune, HERE / f"{case}.toml"]
+        command = [self.args.finetune, HERE / f"{case}.toml", *self.args.extra.split()]
         changes = [] if settings == "default" else settings.split(",")
         for change in changes + (["model.device=cpu"] if self.args.cpu else []):
             command += ["--set", change]
         if budget:
             command += ["--memory-budget", budget]
         name = "-".join([case, re.sub(r"[^\w.]+", "_", settings), budget or "none"])
-        return self.train(name, command, self.args.budget_steps if budget else self.args.steps)
+        total = re.search(r"^max_steps = (\d+)", (HERE / f"{case}.toml").read_text(), re.MULTILINE)
+        steps = self.args.budget_steps if budget else self.args.steps
+        return self.train(name, command, steps, int(total[1]) if total else 0)
 
     def fresh_adapter(self) -> pathlib.Path:
         """An adapter that changes nothing yet, so that no answer ends before it has all its tokens."""
         if self.adapter is None:
             folder = self.folder("adapter")
-            command = [self.args.finetune, HERE / "docs8.toml", "--set", "training.max_steps=1"]
-            command += ["--set", "training.learning_rate=1e-12"] + (["--set", "model.device=cpu"] if self.args.cpu else [])
+            command = [self.args.finetune, HERE / "docs8.toml"]
+            changes = ["training.max_steps=1", "training.warmup_steps=0", "training.learning_rate=1e-12"]
+            for change in changes + (["model.device=cpu"] if self.args.cpu else []):
+                command += ["--set", change]
             process = Process(command, folder, self.logs / "adapter.txt")
             if process.wait(self.deadline()) != 0:
                 raise Failure(f"no adapter: {process.last_words()}")
@@ -229,7 +239,8 @@ class Bench:
     def generate(self) -> dict:
         adapter, folder = self.fresh_adapter(), self.folder("generate256")
         command = [self.args.generate, "--model", "model", "--adapter", adapter, "--raw"]
-        command += ["--batch", "prompts.jsonl", "--output", "answers.jsonl"] + (["--device", "cpu"] if self.args.cpu else [])
+        command += ["--batch", "prompts.jsonl", "--output", "answers.jsonl"]
+        command += ["--device", "cpu"] if self.args.cpu else []
         command += ["--max-new-tokens", str(self.args.new)] if self.args.new != 256 else []
         process = Process(command, folder, self.logs / "generate256.txt")
         if process.wait(self.deadline()) != 0:
@@ -254,7 +265,8 @@ class Bench:
         """benches/decode at this batch, with prompts of the mean length."""
         prompts = [json.loads(line)["prompt"] for line in (self.work / "prompts.jsonl").read_text().splitlines()]
         mean = round(statistics.mean(len(prompt.split()) for prompt in prompts))
-        command = [self.args.decode, "--bench", "--batch", batch, "--prompt", mean, "--new", self.args.new, "--prefill", 256]
+        command = [self.args.decode, "--bench", "--batch", batch, "--prompt", mean, "--new", self.args.new]
+        command += ["--prefill", 256]
         process = Process(command, self.work, self.logs / "decode.txt")
         if process.wait(self.deadline()) != 0:
             raise Failure(process.last_words())
@@ -308,14 +320,14 @@ class Bench:
             peak, predicted = row.get("peak_gb"), row.get("predicted_gb")
             shown = [row["case"], row["settings"], row["budget_gb"] or "none"]
             if "error" in row:
-                lines.append([*shown, row["error"][:60], *[""] * 6])
+                lines.append([*shown, *[""] * 7, row["error"][:90]])
                 continue
             off = f"{100 * (predicted / peak - 1):+.1f}%" if peak and predicted else ""
             figures = [f"{row['tok_s']:,.0f}", peak, predicted, off]
             figures += [row.get("trained_tokens"), row.get("slowest_share"), row.get("first_loss_s")]
-            lines.append(shown + ["" if figure is None else str(figure) for figure in figures])
-        header = ["case", "settings", "budget", "tok/s", "GB", "plan", "off", "trained", "slowest/median", "first loss s"]
-        return results.table(header, lines)
+            lines.append(shown + ["" if figure is None else str(figure) for figure in figures] + [""])
+        header = "case,settings,budget,tok/s,GB,planned,off,trained,slowest/median,first loss s,"
+        return results.table(header.split(","), lines)
 
 
 def arguments():
@@ -333,9 +345,10 @@ def arguments():
     parser.add_argument("--out", type=pathlib.Path, help="CSV file to append to")
     parser.add_argument("--cases", default="packed4x2048,docs8", type=lambda text: text.split(","))
     parser.add_argument("--budgets", default="none", type=lambda text: text.split(","), help="GB, or none")
-    parser.add_argument("--set", action="append", default=[], help="a setting to measure beside the defaults: key=value,...")
+    parser.add_argument("--set", action="append", default=[], help="measured beside the defaults: key=value,...")
     parser.add_argument("--steps", type=span, default=(11, 40), help="steps that count, 11:40")
     parser.add_argument("--budget-steps", type=span, default=(5, 24), help="the same with a budget, 5:24")
+    parser.add_argument("--extra", default="", help="further arguments for finetune, such as --extra=-v")
     parser.add_argument("--new", type=int, default=256, help="new tokens of an answer")
     parser.add_argument("--generate-batch", type=int, help="what benches/decode takes, if the program does not say it")
     parser.add_argument("--limit", type=float, default=150, help="seconds of one run")

@@ -11,7 +11,8 @@ rank 16 on all linear layers (alpha 32, no dropout), bf16, fused AdamW, no accum
   packed4x2048  4 bins of 2,048   16 documents (as many as 4 bins hold)
   docs8         2 bins of 2,048   8 documents
 
-Each variant of VARIANTS runs in a process of its own, the most promising first; --top takes so many of each. tok_s counts
+Each variant of VARIANTS runs in a process of its own, the most promising first; --top ends after so many that
+work. tok_s counts
 real tokens (no padding) over the seconds from the end of step 10 to the end of step 40. A variant that is 15% behind the
 best of its system halfway stops there. A system's row in the CSV file is its best variant; every variant, also one that
 fails and why, is a line of WORK/peers.jsonl, its output in WORK/logs.
@@ -44,8 +45,8 @@ LENGTH = 2048
 TRL = [
     ("packing", "varlen", "off", "liger"),
     ("padding-free", "varlen", "off", "liger"),
-    ("padded", "sdpa", "off", "liger"),
     ("packing", "varlen", "off", ""),
+    ("padded", "sdpa", "off", "liger"),
     ("packing", "sdpa", "off", "liger"),
     ("packing", "flex_attention", "off", "liger"),
     ("packing", "varlen", "on", "liger"),
@@ -53,8 +54,8 @@ TRL = [
 UNSLOTH = [
     ("packing", "xformers", "off", ""),
     ("padding-free", "xformers", "off", ""),
-    ("packing", "sdpa", "off", ""),
     ("padded", "xformers", "off", ""),
+    ("packing", "sdpa", "off", ""),
     ("padded", "sdpa", "off", ""),
     ("packing", "xformers", "unsloth", ""),
 ]
@@ -288,9 +289,13 @@ def environment(job: dict) -> dict:
         "PYTHONWARNINGS": "ignore",
     }
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    libraries = os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
     if job["variant"][1] == "xformers":
-        paths += [f"{path}/with_xformers" for path in paths if pathlib.Path(path, "with_xformers").is_dir()]
-    return variables | {"PYTHONPATH": os.pathsep.join(paths)}
+        more = [f"{path}/with_xformers" for path in paths if pathlib.Path(path, "with_xformers").is_dir()]
+        paths += more
+        libraries = [f"{path}/lib" for path in more] + libraries
+    paths, libraries = (os.pathsep.join(filter(None, names)) for names in (paths, libraries))
+    return variables | {"PYTHONPATH": paths, "LD_LIBRARY_PATH": libraries}
 
 
 def measure(job: dict, log: pathlib.Path, limit: float) -> dict:
@@ -368,12 +373,16 @@ class Peers:
     def run(self) -> None:
         for case in self.args.cases:
             for system in self.args.systems:
-                best: dict | None = None
-                for variant in VARIANTS[system][: self.args.top]:
-                    if self.args.only and not any(text in words(variant) for text in self.args.only):
+                best, measured = None, 0
+                for variant in VARIANTS[system]:
+                    only = self.args.only
+                    if measured == self.args.top or only and not any(text in words(variant) for text in only):
                         continue
                     row = self.variant(system, case, variant, best["tok_s"] if best else 0.0)
-                    if "error" not in row and (best is None or row["tok_s"] > best["tok_s"]):
+                    if "error" in row:
+                        continue
+                    measured += 1
+                    if best is None or row["tok_s"] > best["tok_s"]:
                         best = row
                 if best and self.args.out:
                     results.append(self.args.out, best)
@@ -412,7 +421,7 @@ def arguments():
     parser.add_argument("--out", type=pathlib.Path, help="CSV file to append to")
     parser.add_argument("--systems", type=names(VARIANTS), default=["unsloth", "trl"])
     parser.add_argument("--cases", type=names(DOCUMENTS), default=list(DOCUMENTS))
-    parser.add_argument("--top", type=int, default=100, help="so many variants of each system")
+    parser.add_argument("--top", type=int, default=100, help="so many variants of each system and case")
     parser.add_argument("--only", action="append", help="variants whose settings contain this text")
     parser.add_argument("--steps", type=span, default=(11, 40), help="steps that count")
     parser.add_argument("--limit", type=float, default=150, help="seconds of one variant")

@@ -6,8 +6,8 @@
 #
 # For Python 3.12 on x86-64 Linux with torch 2.11 (CUDA 13.0), triton 3.6, transformers 5.17, peft 0.21, accelerate 1.15,
 # pyarrow, pandas, tokenizers and huggingface_hub, which have to be there: the versions below are the newest that go with
-# them. xformers goes to a folder of its own, so that it can be left out. Left out of the wheels: libraries of other CUDA
-# versions, Unsloth's studio and command line, tests.
+# them. xformers goes to a folder of its own, so that it can be left out, with the CUDA 12 runtime that its wheel is linked
+# against. Left out of the wheels: libraries of other CUDA versions, Unsloth's studio and command line, tests.
 set -euo pipefail
 [ $# = 1 ] || { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0" && exit 2; }
 
@@ -36,6 +36,9 @@ get() {
 }
 get "$work/site" "${packages[@]}"
 get "$work/xformers" xformers==0.0.35
+get "$work/cudart" nvidia-cuda-runtime-cu12==12.8.90
+mkdir "$work/xformers/lib"
+cp "$work/cudart"/nvidia/cuda_runtime/lib/libcudart.so.12 "$work/xformers/lib/"
 mv "$work/xformers" "$work/site/with_xformers"
 
 cd "$work/site"
