@@ -8,8 +8,8 @@
 MODEL is a folder made by model.py. The rows (rows.py) are made on the way. Standard library only.
 
 Cases:
-  packed4x2048, docs8   the TOML of that name; every combination of --budgets with the settings `default` and every --set
-                        (one --set may hold several keys, separated by commas)
+  packed4x2048, docs8   the TOML of that name with each of --budgets: the defaults, and the best of the settings given by
+                        --set (one --set may hold several keys, separated by commas)
   untouched             a TOML with model and file only
   minimal               examples/minimal_train.rs, a program with `TrainConfig::default()`, on the same
   generate256           `generate` with an adapter and 256 prompts, defaults; beside it benches/decode at its batch
@@ -275,9 +275,9 @@ class Bench:
             raise Failure(f"no figures: {process.last_words()}")
         return {"tok_s": float(found[1]), "batch": batch}
 
-    def note(self, case: str, settings: str, budget: str, measure) -> dict | None:
-        """Measures one row and writes it down; a failure is printed and kept in runs.jsonl."""
-        row = {"system": results.OURS, "case": case, "settings": settings, "budget_gb": budget}
+    def note(self, case: str, settings: str, budget: str, measure, keep: bool = True) -> dict | None:
+        """Measures one row and writes it down; a failure is printed and kept in runs.jsonl only, so is what not to keep."""
+        row = {"system": results.OURS, "case": case, "settings": settings.replace(",", " "), "budget_gb": budget}
         try:
             row |= measure()
         except (Failure, OSError, subprocess.SubprocessError) as error:
@@ -286,11 +286,25 @@ class Bench:
         self.runs.append(row)
         with (self.work / "runs.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-        if "error" not in row and self.args.out:
-            results.append(self.args.out, row)
+        if keep and "error" not in row:
+            self.keep(row)
         outcome = row.get("error") or f"{row['tok_s']:,.0f} tok/s"
         print(f"{case}, {settings}, budget {budget or 'none'}: {outcome}", flush=True)
         return None if "error" in row else row
+
+    def keep(self, row: dict) -> None:
+        if self.args.out:
+            results.append(self.args.out, row)
+
+    def settings(self, case: str, budget: str) -> None:
+        """The defaults' row, and beside it the best of those with settings."""
+        self.note(case, "default", budget, lambda: self.finetune(case, "default", budget))
+        explicit = []
+        for settings in self.args.set:
+            explicit.append(self.note(case, settings, budget, lambda: self.finetune(case, settings, budget), False))
+        best = max(filter(None, explicit), key=lambda row: row["tok_s"], default=None)
+        if best:
+            self.keep(best)
 
     def run(self) -> None:
         args = self.args
@@ -311,8 +325,7 @@ class Bench:
                 self.note(case, "default", "", lambda: self.finetune(case, "default", ""))
             else:
                 for budget in args.budgets:
-                    for settings in ["default", *args.set]:
-                        self.note(case, settings, budget, lambda: self.finetune(case, settings, budget))
+                    self.settings(case, budget)
 
     def table(self) -> str:
         lines = []
