@@ -71,7 +71,7 @@ def settings(layers: int) -> dict:
 
 
 def random_weight(shape, generator) -> torch.Tensor:
-    return torch.empty(*shape, dtype=torch.bfloat16, device=DEVICE).normal_(0.0, 0.02, generator=generator)
+    return torch.empty(*shape, dtype=torch.bfloat16, device=generator.device).normal_(0.0, 0.02, generator=generator)
 
 
 def random_model(layers: int, generator):
@@ -129,14 +129,16 @@ def peft_model(args, generator):
     return get_peft_model(model, config)
 
 
-def write_checkpoint(folder: pathlib.Path, layers: int, generator) -> None:
-    """A checkpoint as transformers saves a model quantized by bitsandbytes, with a tokenizer of a few tokens."""
+def write_checkpoint(folder: pathlib.Path, layers: int, generator, shape: dict | None = None) -> None:
+    """A checkpoint as transformers saves a model quantized by bitsandbytes, with a tokenizer of a few tokens.
+
+    `shape` replaces values of the configuration."""
     from bitsandbytes.functional import quantize_4bit
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = settings(layers)
+    config = settings(layers) | (shape or {})
     hidden, mlp, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     shapes = {"q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, hidden)}
@@ -161,7 +163,7 @@ def write_checkpoint(folder: pathlib.Path, layers: int, generator) -> None:
         "model_type": "llama",
         "hidden_act": "silu",
         "head_dim": hidden // config["num_attention_heads"],
-        "pad_token_id": 128004,
+        "pad_token_id": vocab - 252,
         "torch_dtype": "bfloat16",
         "quantization_config": {
             "quant_method": "bitsandbytes",

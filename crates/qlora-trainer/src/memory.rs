@@ -1,4 +1,6 @@
-//! How much memory the process uses, from `/proc/self/status` (Linux; `None` elsewhere).
+//! How much memory the process uses: of the host from `/proc/self/status` (Linux; `None` elsewhere), of a GPU from its pool.
+
+use qlora_kernels::Workspace;
 
 /// The largest resident set the process ever had (`VmHWM`), in bytes. Pages of memory-mapped files count while resident.
 pub fn peak_resident() -> Option<u64> {
@@ -9,6 +11,16 @@ pub fn peak_resident() -> Option<u64> {
 /// left out.
 pub fn anonymous_resident() -> Option<u64> {
     status_field("RssAnon")
+}
+
+/// The most memory of the workspace's GPU in use at one time since the process began, in bytes; `None` on the CPU.
+pub fn gpu_peak(workspace: &Workspace) -> Option<u64> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = workspace.gpu() {
+        return gpu.pool().peak().ok();
+    }
+    let _ = workspace;
+    None
 }
 
 fn status_field(name: &str) -> Option<u64> {
@@ -32,6 +44,11 @@ mod tests {
         assert_eq!(parse_field(status, "RssAnon"), Some(7 * 1024));
         assert_eq!(parse_field(status, "VmRSS"), None);
         assert_eq!(parse_field(status, "Threads"), None);
+    }
+
+    #[test]
+    fn the_cpu_has_no_gpu_memory() {
+        assert_eq!(gpu_peak(&Workspace::cpu()), None);
     }
 
     #[test]

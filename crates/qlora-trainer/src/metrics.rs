@@ -54,6 +54,10 @@ pub struct TrainLog {
     pub peak_memory: Option<u64>,
     /// Anonymous memory of the process now, in bytes.
     pub anonymous_memory: Option<u64>,
+    /// The most GPU memory in use at one time since the process began, in bytes, the base and its loading included. Not
+    /// there on the CPU, nor in logs of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu_peak_memory: Option<u64>,
 }
 
 /// An evaluation.
@@ -132,6 +136,7 @@ mod tests {
             tokens_per_second: 123.456,
             peak_memory: Some(1 << 40),
             anonymous_memory: None,
+            gpu_peak_memory: Some(9_705_000_000),
         })
     }
 
@@ -146,6 +151,15 @@ mod tests {
             assert_eq!(back, entry);
             assert_eq!(line(&back), line(&entry));
         }
+    }
+
+    #[test]
+    fn a_line_without_a_gpus_memory_is_read_and_written_so() {
+        let LogEntry::Train(entry) = train(3) else { panic!("not a step") };
+        let on_cpu = LogEntry::Train(TrainLog { gpu_peak_memory: None, ..entry });
+        assert!(!line(&on_cpu).contains("gpu_peak_memory"));
+        let back: LogEntry = serde_json::from_str(&line(&on_cpu)).unwrap();
+        assert_eq!(back, on_cpu);
     }
 
     #[test]

@@ -127,6 +127,7 @@ mod tests {
                 num_tokens: 0,
                 tokens_per_second: 0.0,
                 peak_memory: None,
+                gpu_peak_memory: None,
                 anonymous_memory: None,
             }));
             if step.is_multiple_of(50) {

@@ -136,6 +136,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
             tokens_per_second: window.tokens as f64 / window.seconds.max(f64::MIN_POSITIVE),
             peak_memory: memory::peak_resident(),
             anonymous_memory: memory::anonymous_resident(),
+            gpu_peak_memory: self.model.workspace().ok().and_then(|workspace| memory::gpu_peak(&workspace)),
         })
     }
 

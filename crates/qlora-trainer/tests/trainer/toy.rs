@@ -278,7 +278,8 @@ fn without_times(json: &str) -> String {
     fn strip(value: &mut Value) {
         match value {
             Value::Object(map) => {
-                for key in ["tokens_per_second", "peak_memory", "anonymous_memory", "eval_runtime", "seconds"] {
+                let memory = ["peak_memory", "anonymous_memory", "gpu_peak_memory"];
+                for key in ["tokens_per_second", "eval_runtime", "seconds"].into_iter().chain(memory) {
                     map.shift_remove(key);
                 }
                 map.values_mut().for_each(strip);
