@@ -29,11 +29,15 @@ struct Args {
     /// Load the model, print the memory plan, and stop.
     #[arg(long)]
     dry_run: bool,
+    /// Log more: -v what the run made of memory and plans, -vv in which steps.
+    #[arg(short, action = clap::ArgAction::Count)]
+    verbose: u8,
 }
 
 fn main() -> anyhow::Result<()> {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(tracing::Level::WARN).init();
     let args = Args::parse();
+    let level = [tracing::Level::WARN, tracing::Level::INFO, tracing::Level::DEBUG][usize::from(args.verbose.min(2))];
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(level).init();
     let mut config = TrainConfig::from_toml_file(&args.config)?;
     for change in &args.set {
         let (key, value) = change.split_once('=').context("--set takes section.key=value")?;

@@ -52,6 +52,8 @@ impl Session {
         let options = LoaderOptions::from(&self.config);
         let steps = |per_epoch| self.config.training.total_steps(per_epoch);
         let LargestBatch { tokens, trained_tokens, sequences, uniform_len } = largest_batch(training, options, steps)?;
+        // Of packed documents the bins count: those of other batches are filled in other ways.
+        let sequences = options.packing.map_or(sequences, |_| options.batch_size);
         Ok(BatchShape { tokens, uniform_len, sequences, trained_tokens })
     }
 

@@ -66,6 +66,9 @@ pub struct Trainer<'a, M> {
     /// Whether the observers know that somebody asked to stop.
     interrupt_announced: bool,
     progress: Progress,
+    /// What the GPU had made up to the last step.
+    #[cfg(feature = "cuda")]
+    made: qlora_kernels::cuda::Counters,
 }
 
 /// What changes from step to step besides model, optimizer and loader.
@@ -118,6 +121,8 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
             schedule,
             optimizer,
             identity,
+            #[cfg(feature = "cuda")]
+            made: qlora_kernels::cuda::Counters::default(),
         })
     }
 

@@ -29,6 +29,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
 
         self.interrupt_announced = false;
         let outcome = self.run_loop(output.path(), &mut metrics)?;
+        self.report_what_was_made();
         let adapter = match outcome {
             Outcome::Finished => {
                 self.model.save_adapter(output.path())?;
@@ -68,11 +69,33 @@ impl<M: TrainableModel> Trainer<'_, M> {
                 return Ok(Outcome::Interrupted);
             }
             let info = self.step()?;
+            self.count_what_was_made(info.step);
             self.notify(&Event::Step(&info));
             if info.step.is_multiple_of(self.config.training.logging_steps) || info.step == info.total_steps {
                 let entry = self.log_entry(&info);
                 self.log(entry, metrics)?;
             }
+        }
+    }
+
+    /// On a GPU: says in which steps memory, plans or graphs were made. Warm steps make none.
+    fn count_what_was_made(&mut self, step: u64) {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = self.model.workspace().ok().as_ref().and_then(|workspace| workspace.gpu()) {
+            let counters = gpu.counters();
+            if counters != self.made {
+                let new = counters.since(std::mem::replace(&mut self.made, counters));
+                tracing::debug!(step, made = %new, "made in this step");
+            }
+        }
+        let _ = step;
+    }
+
+    /// The same of the whole run.
+    fn report_what_was_made(&self) {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = self.model.workspace().ok().as_ref().and_then(|workspace| workspace.gpu()) {
+            tracing::info!(made = %gpu.counters(), attention = gpu.attention().describe(), "made in this run");
         }
     }
 
