@@ -47,8 +47,11 @@ impl Bench<'_> {
     fn median(&self, mut call: impl FnMut(usize) -> Result<()>) -> Result<f64> {
         const CALLS: usize = 4 * SETS;
         (0..SETS).try_for_each(&mut call)?;
-        let times = (0..15).map(|_| Ok(self.gpu.time(|| (0..CALLS).try_for_each(|i| call(i % SETS)))? / CALLS as f64));
-        let mut times = times.collect::<Result<Vec<f64>>>()?;
+        let round = |_| -> Result<f64> {
+            let ms = self.gpu.time(|| (0..CALLS).try_for_each(|i| call(i % SETS)))?;
+            Ok(ms / CALLS as f64)
+        };
+        let mut times = (0..15).map(round).collect::<Result<Vec<f64>>>()?;
         times.sort_by(f64::total_cmp);
         Ok(times[times.len() / 2])
     }

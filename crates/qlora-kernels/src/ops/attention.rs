@@ -43,7 +43,7 @@ use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterato
 pub use backward::backward;
 pub use cached::cached;
 pub use forward::forward;
-#[cfg(feature = "cuda")]
+#[cfg(any(test, feature = "cuda"))]
 pub use route::AttentionPath;
 
 use crate::error::{Error, Result};

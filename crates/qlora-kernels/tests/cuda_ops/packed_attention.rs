@@ -104,9 +104,8 @@ fn plans_do_not_grow_with_the_lengths_of_documents() {
             for (got, want) in got.iter().zip(&results(&device, dtype, step, heads, &lengths)) {
                 // `lse` of cuDNN for sequences of one length has another order.
                 let comparable = got.name() != "lse" || SequenceLayout::from_lengths(&lengths).uniform_len().is_none();
-                let [got_values, want] = [got, want].map(|output| output.to_f32().into_iter().map(f64::from).collect());
-                let (got_values, want): (Vec<f64>, Vec<f64>) = (got_values, want);
-                let error = relative_error(&got_values, &want);
+                let values = |output: &Output| output.to_f32().into_iter().map(f64::from).collect::<Vec<f64>>();
+                let error = relative_error(&values(got), &values(want));
                 let what = format!("{} is off by {error:.2e}", got.name());
                 report.check(dtype, &format!("{lengths:?}"), !comparable || error <= 2.0 * tolerance(dtype), &what);
             }

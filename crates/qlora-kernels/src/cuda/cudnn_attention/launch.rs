@@ -1,7 +1,9 @@
 //! Calls of cuDNN's attention with the windows of a batch.
 
 use super::{OP, PackedBatch};
-use crate::cuda::cudnn::{Cudnn, CudnnError, Packing, Rows, SdpaBackward, SdpaForward, SdpaLaunch, SdpaShape};
+use crate::cuda::cudnn::{
+    Cudnn, CudnnError, Packing, Rows, SPARE_ROWS, SdpaBackward, SdpaForward, SdpaLaunch, SdpaShape,
+};
 use crate::cuda::gpu::Gpu;
 use crate::cuda::view::CudaView;
 use crate::error::{Error, Result};
@@ -56,7 +58,7 @@ fn invalid(error: CudnnError) -> Error {
 /// The backward keeps `dQ` and the row sums in f32 for every token, and for grouped heads `dK` and `dV` of every query head for
 /// every row of the bounds (the engine cannot know how few of them are tokens).
 pub(super) fn packed_workspace(cfg: &AttentionConfig, rows: usize, tokens: usize, dq_stride: usize) -> [u64; 2] {
-    let sums = (tokens as u64 + 128) * (cfg.heads + dq_stride) as u64 * 4;
+    let sums = (tokens as u64 + SPARE_ROWS as u64) * (cfg.heads + dq_stride) as u64 * 4;
     let by_head = match cfg.heads == cfg.kv_heads {
         true => 0,
         false => 2 * rows as u64 * (cfg.heads * cfg.head_dim) as u64 * 2,
