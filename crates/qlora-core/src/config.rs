@@ -10,6 +10,7 @@ mod rope;
 mod tensors;
 mod write;
 
+use qlora_kernels::ops::attention::AttentionConfig;
 use qlora_kernels::ops::rope::RopeConfig;
 
 pub(crate) use limits::MAX_LAYERS;
@@ -70,4 +71,17 @@ pub struct ModelConfig {
     pub bos_token_id: Option<u32>,
     /// Tokens that end a generation.
     pub eos_token_ids: Vec<u32>,
+}
+
+impl ModelConfig {
+    /// The attention of a layer.
+    pub fn attention(&self, layer: usize) -> AttentionConfig {
+        AttentionConfig {
+            heads: self.num_attention_heads,
+            kv_heads: self.num_key_value_heads,
+            head_dim: self.head_dim,
+            scale: 1.0 / (self.head_dim as f32).sqrt(),
+            window: self.sliding_window.get(layer).copied().flatten(),
+        }
+    }
 }

@@ -73,6 +73,8 @@ impl Session {
             progress: Some(&mut progress),
         };
         let workspace = workspace(config)?;
+        #[cfg(feature = "cuda")]
+        prepare_attention(&workspace, source.config());
         let mut model = CausalLm::load_on(&*source, load, workspace)?;
         model.add_adapter(lora_config(&config.lora)?, config.training.seed)?;
         // Until `plan_memory` has seen the data.
@@ -156,6 +158,15 @@ fn workspace(config: &TrainConfig) -> Result<Workspace> {
         gpu.set_deterministic(config.training.full_determinism);
     }
     Ok(workspace)
+}
+
+/// Opens and tests cuDNN's attention while the model is loaded.
+#[cfg(feature = "cuda")]
+fn prepare_attention(workspace: &Workspace, config: &qlora_core::config::ModelConfig) {
+    let Some(gpu) = workspace.gpu().cloned() else { return };
+    let attention = config.attention(0);
+    let dtype = workspace.dtype();
+    std::thread::spawn(move || gpu.attention().prepare(&gpu, &attention, dtype));
 }
 
 /// How the configured base is held in memory.

@@ -10,7 +10,6 @@ mod threads;
 
 use std::sync::Arc;
 
-use qlora_kernels::ops::attention::AttentionConfig;
 use qlora_kernels::quant::{IntConfig, QuantConfig};
 use qlora_kernels::weight::FrozenWeight;
 use qlora_kernels::{Matrix, Workspace};
@@ -131,16 +130,9 @@ impl Assembly<'_> {
 
     fn block(&mut self, layer: usize) -> Result<Block> {
         let config = self.config;
-        let head_dim = config.head_dim;
         let prefix = format!("model.layers.{layer}");
         let name = |part: &str| format!("{prefix}.{part}");
-        let attention = AttentionConfig {
-            heads: config.num_attention_heads,
-            kv_heads: config.num_key_value_heads,
-            head_dim,
-            scale: 1.0 / (head_dim as f32).sqrt(),
-            window: config.sliding_window.get(layer).copied().flatten(),
-        };
+        let attention = config.attention(layer);
         let qk_norm = match config.qk_norm {
             true => {
                 Some((self.vector(&name("self_attn.q_norm.weight"))?, self.vector(&name("self_attn.k_norm.weight"))?))

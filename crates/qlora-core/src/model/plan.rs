@@ -212,6 +212,11 @@ impl Planner {
         })
     }
 
+    /// Microseconds of a step that our own attention takes longer than cuDNN's: an estimate that ranks plans.
+    pub fn own_attention_us(&self) -> u64 {
+        (BlockCost::own_attention(&self.sizes, self.len) * self.layers as f64 * 1e6) as u64
+    }
+
     /// The same planner for a machine that can give at most so many bytes of pinned host memory. `on_gpu` takes half of
     /// what Linux says is available.
     pub fn with_host_memory(self, bytes: u64) -> Self {
@@ -316,15 +321,18 @@ fn groups(block: &Block) -> [Vec<&Projection>; 4] {
 }
 
 impl CausalLm {
-    /// Runs later steps as a plan says.
+    /// Runs later steps as a plan says. On a GPU the memory of the plan's peak is taken from the system at once, if it is
+    /// there, so that no step has to.
     ///
     /// # Errors
-    /// If the plan is for another number of blocks, or a loss of this model is still alive.
+    /// If the plan is for another number of blocks, a loss of this model is still alive, or the host gives no page-locked
+    /// memory.
     pub fn apply_plan(&mut self, plan: &MemoryPlan) -> Result<()> {
         self.set_keep(plan.keep.clone())?;
         #[cfg(feature = "cuda")]
         if let Some(gpu) = self.workspace().gpu() {
             gpu.reserve_pinned(&plan.host_buffers)?;
+            gpu.reserve(plan.peak.saturating_sub(gpu.pool().used()?));
         }
         for (index, block) in self.stack().blocks().iter().enumerate() {
             block.policy.set_weights_kept(index < plan.cached_blocks);

@@ -243,6 +243,19 @@ impl AttentionLibrary {
         }
     }
 
+    /// Opens the library and tests what a run over this kind of attention may need, so that nothing waits for it later: about
+    /// two seconds, which a thread can spend while the model is loaded.
+    pub fn prepare(&self, gpu: &Gpu, cfg: &AttentionConfig, dtype: Dtype) {
+        if !self.enabled() || gpu.deterministic() || !super::attention::takes(cfg, dtype) {
+            return;
+        }
+        let packed = packed_shape(cfg, dtype, Bounds::around(1, 128));
+        let uniform = uniform_shape(cfg, dtype, 1, route::UNIFORM_FROM as usize);
+        for shape in [packed, uniform].into_iter().flatten() {
+            self.usable(&mut self.state(), gpu, &shape);
+        }
+    }
+
     /// Bytes of workspace that cuDNN takes for batches of at most so many tokens, where it may run: of sequences that all
     /// have `uniform_len` tokens, or of any. Announces them, too.
     pub(super) fn workspace(

@@ -27,6 +27,15 @@ pub struct Pool {
 /// The limits of the pools that were made with one, by address; they live as long as the process.
 static LIMITS: Mutex<Vec<(usize, u64)>> = Mutex::new(Vec::new());
 
+impl super::gpu::Gpu {
+    /// Lets the pool take so many bytes more from the system now instead of during a step, if they are there: a run whose
+    /// peak is known then takes none anew, whatever batches come.
+    pub fn reserve(&self, bytes: u64) {
+        // Freed at once: the pool keeps it. Without so much in one piece, steps take what they need.
+        let _ = self.alloc(OP, bytes as usize);
+    }
+}
+
 impl Pool {
     /// The GPU's pool as it is, or with a limit a new one that takes its place for the whole process.
     pub(super) fn open(context: Arc<CudaContext>, limit: Option<u64>) -> Result<Self> {

@@ -81,7 +81,8 @@ fn plans_do_not_grow_with_the_lengths_of_documents() {
     let gpu = Gpu::of(&device).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(7);
     let mut report = Report::with_tolerance("documents of any length", tolerance);
-    let (heads, dtype) = ((8, 2, 128), Dtype::Bf16);
+    // Small heads: most of the time is spent on random inputs.
+    let (heads, dtype) = ((2, 1, 64), Dtype::Bf16);
     for kind in ["documents", "bins", "single documents"] {
         let before = gpu.attention().calls();
         let mut warm = gpu.counters();

@@ -2,6 +2,8 @@
 
 use qlora_core::model::plan::{AttentionWorkspace, available_memory};
 use qlora_core::model::{BatchShape, MemoryPlan, Planner};
+#[cfg(feature = "cuda")]
+use qlora_kernels::cuda::Gpu;
 
 use super::Session;
 use crate::config::GradientCheckpointing;
@@ -20,17 +22,10 @@ impl Session {
         let batch = self.largest_batch(training)?;
         #[cfg(feature = "cuda")]
         if let Some(gpu) = self.model.workspace().gpu().cloned() {
-            let options = &self.config.training;
-            let planner = Planner::on_gpu(&self.model, batch, self.optimizer_bytes())?;
-            let budget = gpu.pool().plannable(options.memory_budget.map(|budget| (budget * 1e9) as u64))?;
-            let plan = match options.gradient_checkpointing {
-                GradientCheckpointing::Auto => planner.plan(budget)?,
-                GradientCheckpointing::On => planner.plan_recomputing(budget)?,
-                GradientCheckpointing::Off => planner.plan_keeping(budget)?,
-            };
+            let plan = self.fastest_on(&gpu, batch)?;
             self.model.apply_plan(&plan)?;
             gpu.expect_tokens(batch.tokens);
-            tracing::info!(%plan, "memory");
+            tracing::debug!(%plan, "memory");
             return Ok(Some(plan));
         }
         let recompute = match self.config.training.gradient_checkpointing {
@@ -45,6 +40,34 @@ impl Session {
         self.model.set_gradient_checkpointing(recompute)?;
         tracing::info!(recompute, "blocks on the CPU");
         Ok(None)
+    }
+
+    /// The fastest plan, with cuDNN's attention or, where its workspace costs more than it gains, without.
+    #[cfg(feature = "cuda")]
+    fn fastest_on(&self, gpu: &Gpu, batch: BatchShape) -> Result<MemoryPlan> {
+        let options = &self.config.training;
+        let budget = gpu.pool().plannable(options.memory_budget.map(|budget| (budget * 1e9) as u64))?;
+        let plan = |planner: &Planner| match options.gradient_checkpointing {
+            GradientCheckpointing::Auto => planner.plan(budget),
+            GradientCheckpointing::On => planner.plan_recomputing(budget),
+            GradientCheckpointing::Off => planner.plan_keeping(budget),
+        };
+        let planner = || Planner::on_gpu(&self.model, batch, self.optimizer_bytes());
+        let library = gpu.attention();
+        if !library.enabled() {
+            return Ok(plan(&planner()?)?);
+        }
+        let with = plan(&planner()?);
+        library.set_enabled(false);
+        let own = planner()?;
+        let without = plan(&own);
+        let prefers_own = match (&with, &without) {
+            (Ok(with), Ok(without)) => without.overhead_us + own.own_attention_us() < with.overhead_us,
+            (Err(_), _) => true,
+            (Ok(_), Err(_)) => false,
+        };
+        library.set_enabled(!prefers_own);
+        Ok(if prefers_own { without? } else { with? })
     }
 
     /// The largest micro-batch that the configured steps over these data will have.

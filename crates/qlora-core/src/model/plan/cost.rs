@@ -45,6 +45,13 @@ impl BlockCost {
         }
     }
 
+    /// Seconds of one block's forward and backward that our own attention takes longer than cuDNN's: about a third (measured
+    /// on an H100 at 4 x 2048 tokens, `benches/results/kernels.csv`). A backward is two and a half forwards.
+    pub(super) fn own_attention(sizes: &Sizes, len: u64) -> f64 {
+        let [tokens, q, len] = [sizes.tokens, sizes.q, len].map(|x| x as f64);
+        0.35 * 3.5 * 2.0 * tokens * len * q / ATTENTION
+    }
+
     /// Seconds that one block takes beyond what every choice needs.
     pub(super) fn block(&self, keep: Keep, choice: &Choice, cached: bool, sizes: &Sizes) -> f64 {
         if keep == Keep::Nothing {

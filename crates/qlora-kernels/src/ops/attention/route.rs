@@ -12,16 +12,22 @@
 
 use crate::sequence::SequenceLayout;
 
-/// Sequences of one length are left to our own kernels below so many tokens. Measured on an H100 with 32/8 heads of 128: at
-/// 1,024 cuDNN is as fast, at 2,048 it takes three quarters of the time.
-pub(crate) const UNIFORM_FROM: f64 = 1024.0;
+/// Sequences of one length are left to our own kernels below so many tokens. Measured on an H200 with 32/8 heads of 128
+/// (`benches/attention_paths.rs`): at 512 cuDNN takes 5% less time, at 2,048 a quarter.
+pub(crate) const UNIFORM_FROM: f64 = 512.0;
 
-/// Packed batches are left to our own kernels below so many tokens of a typical sequence ([`BatchFacts::typical_len`]).
-pub(crate) const PACKED_FROM: f64 = 640.0;
+/// Packed batches are left to our own kernels below so many tokens of a typical sequence ([`BatchFacts::typical_len`]), if the
+/// batch is large: cuDNN takes 7 to 20% less time from 340 on in batches of 3,000 to 8,000 tokens.
+pub(crate) const PACKED_FROM: f64 = 320.0;
+const PACKED_LARGE: usize = 2048;
+
+/// The same for smaller batches: its packed kernels are the slower ones for a document of 700 or 1,024 tokens alone, and the
+/// faster ones (by a sixth) for one of 1,111.
+const PACKED_ALONE_FROM: f64 = 1088.0;
 
 /// The most rows that [`Bounds`] may have, by the tokens of the largest batch. cuDNN's backward wants memory for every row of
 /// the bounds; a batch of a long sequence and many short ones would want far more of them than it has tokens.
-pub(crate) const ROWS_PER_TOKEN: f64 = 2.5;
+pub(crate) const ROWS_PER_TOKEN: f64 = 3.0;
 
 /// So many rows are always allowed.
 const FEW_ROWS: usize = 2048;
@@ -83,9 +89,14 @@ pub(crate) fn choose(facts: &BatchFacts, offers: Offers, asked: Option<Attention
         Some(AttentionPath::CudnnPacked) if offers.packed => AttentionPath::CudnnPacked,
         Some(_) => AttentionPath::Own,
         None if uniform && facts.longest as f64 >= UNIFORM_FROM => AttentionPath::CudnnUniform,
-        None if offers.packed && facts.typical_len >= PACKED_FROM => AttentionPath::CudnnPacked,
+        None if offers.packed && facts.typical_len >= packed_from(facts.tokens) => AttentionPath::CudnnPacked,
         None => AttentionPath::Own,
     }
+}
+
+/// The typical length from which on a batch of so many tokens goes to cuDNN's packed kernels.
+fn packed_from(tokens: usize) -> f64 {
+    if tokens >= PACKED_LARGE { PACKED_FROM } else { PACKED_ALONE_FROM }
 }
 
 /// Room for sequences: what a packed plan is made for.
@@ -233,15 +244,16 @@ mod tests {
         let (no_packed, nothing) = (Offers { packed: false, ..ALL }, Offers { uniform: false, packed: false });
         for (lengths, with_all, without_packed) in [
             (&[2048; 4][..], CudnnUniform, CudnnUniform),
-            (&[1024][..], CudnnUniform, CudnnUniform),
-            (&[1023][..], CudnnPacked, Own),
-            (&[768; 8][..], CudnnPacked, Own),
-            (&[512; 8][..], Own, Own),
+            (&[512; 8][..], CudnnUniform, CudnnUniform),
+            (&[511][..], Own, Own),
+            (&[768, 767, 766][..], CudnnPacked, Own),
+            (&[300; 8][..], Own, Own),
             (&[1, 17][..], Own, Own),
             (&[2000, 48][..], CudnnPacked, Own),
             // Many short ones beside a long one: most of the work is the long one's.
             (&[1500, 100, 100, 100, 100][..], CudnnPacked, Own),
-            (&[600, 300, 300, 300, 300, 248][..], Own, Own),
+            (&[600, 300, 300, 300, 300, 248][..], CudnnPacked, Own),
+            (&[600, 300, 300, 248][..], Own, Own),
         ] {
             assert_eq!(automatic(lengths, ALL), with_all, "{lengths:?}");
             assert_eq!(automatic(lengths, no_packed), without_packed, "{lengths:?}");
@@ -293,8 +305,8 @@ mod tests {
         assert_eq!(pick(&[700; 4]), Some([14, 1024]));
         assert_eq!(pick(&[700; 2]), Some([3, 1024]));
         assert_eq!(pick(&[600; 16]), Some([24, 768]));
-        // The largest batch had 9,600 tokens: 24,000 rows. 25 sequences of at most 1,024 would be more.
-        let mut lengths = [100; 25];
+        // The largest batch had 9,600 tokens: 28,800 rows. 29 sequences of at most 1,024 would be more.
+        let mut lengths = [100; 29];
         lengths[3] = 1000;
         assert_eq!(pick(&lengths), None);
     }
