@@ -55,15 +55,15 @@ fn invalid(error: CudnnError) -> Error {
 /// The most bytes of workspace that a packed forward and backward may take, for bounds of so many rows: a plan that wants more
 /// is not used, so that memory can be planned before any batch is there.
 ///
-/// The backward keeps `dQ` and the row sums in f32 for every token, and for grouped heads `dK` and `dV` of every query head for
-/// every row of the bounds (the engine cannot know how few of them are tokens).
+/// For grouped heads the backward keeps `dK` and `dV` of every query head for every row of the bounds (the engine cannot know
+/// how few of them are tokens), and nothing else: measured with cuDNN 9.19 on an H200, for uniform and packed batches. Where
+/// every head has its own keys, `dQ` and the row sums in f32 for every token are allowed for.
 pub(super) fn packed_workspace(cfg: &AttentionConfig, rows: usize, tokens: usize, dq_stride: usize) -> [u64; 2] {
-    let sums = (tokens as u64 + SPARE_ROWS as u64) * (cfg.heads + dq_stride) as u64 * 4;
-    let by_head = match cfg.heads == cfg.kv_heads {
-        true => 0,
+    let bytes = match cfg.heads == cfg.kv_heads {
+        true => (tokens as u64 + 128) * (cfg.heads + dq_stride) as u64 * 4,
         false => 2 * rows as u64 * (cfg.heads * cfg.head_dim) as u64 * 2,
     };
-    [SLACK, SLACK + sums + by_head]
+    [SLACK, SLACK + bytes]
 }
 
 /// Runs a launch on the GPU's stream.
