@@ -68,7 +68,7 @@ impl Gguf {
                     ),
                 ));
             };
-            if ignorable(&config, &name) {
+            if ignorable(&name) {
                 continue;
             }
             if !tensor.kind.is_supported() {
@@ -122,6 +122,25 @@ impl WeightSource for Gguf {
 
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
         self.tensors.get(name).map(|&index| self.header.tensors[index].shape.clone())
+    }
+
+    fn block_type(&self) -> Option<&'static str> {
+        let linear = crate::lora::linear_modules(&self.config);
+        let kinds = linear.iter().filter_map(|module| self.tensors.get(&format!("{}.weight", module.name)));
+        let mut counts: BTreeMap<&'static str, usize> = BTreeMap::new();
+        let (mut few, mut all) = (0, 0);
+        for &index in kinds {
+            let kind = self.header.tensors[index].kind;
+            let (elements, bytes) = kind.block();
+            all += 1;
+            // Q8_0 has 8.5 bits a weight: what it rounds away does not matter beside 4 bits.
+            if bytes < elements {
+                few += 1;
+                *counts.entry(kind.name()).or_default() += 1;
+            }
+        }
+        let most = counts.into_iter().max_by_key(|(_, count)| *count).map(|(name, _)| name);
+        most.filter(|_| 2 * few > all)
     }
 
     fn stored_bytes(&self, name: &str) -> u64 {

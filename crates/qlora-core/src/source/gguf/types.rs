@@ -107,9 +107,16 @@ impl GgmlType {
     }
 }
 
+impl GgmlType {
+    /// ggml's name of the type.
+    pub(super) fn name(self) -> &'static str {
+        self.row().1
+    }
+}
+
 impl fmt::Display for GgmlType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.row().1)
+        f.write_str(self.name())
     }
 }
 
