@@ -19,7 +19,9 @@ use qlora::adapter::{self, PeftAdapter, TrainedOver};
 use qlora::gguf_write::{self, GgufOptions, GgufType};
 use qlora::kernels::Dtype;
 use qlora::kernels::quant::{QuantConfig, QuantType};
-use qlora::merge::{Companions, FolderOptions, MergeInto, MergedSource, PeftUpdate, Rounding, gap, write_folder};
+use qlora::merge::{
+    Companions, FolderOptions, MergeChoice, MergeInto, MergedSource, PeftUpdate, Rounding, gap, write_folder,
+};
 use qlora::model::{CausalLm, LoadOptions, Quantization};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
 use qlora::source::{Gguf, HfDirectory, WeightSource};
@@ -121,7 +123,10 @@ fn main() -> anyhow::Result<()> {
     })?;
     let adapter = adapter::open_folder(&args.adapter, files.source.config())?;
     let files = files.with_vocabulary_of(&adapter)?;
-    let (into, quantization) = merge_into(&args, &files)?;
+    let MergeChoice { into, quantization, remark, .. } = merge_into(&args, &files)?;
+    if let Some(remark) = remark {
+        eprintln!("{remark}");
+    }
     let rounding = match (format, args.outtype) {
         // Straight from f32 to the GGUF type: one rounding less.
         (Format::Gguf, _) => Rounding::None,
@@ -161,7 +166,7 @@ fn format_of(args: &Args) -> anyhow::Result<Format> {
 }
 
 /// Which weights the adapter is added to, and what the base is held in where the two are compared: what it was trained over.
-fn merge_into(args: &Args, files: &ModelFiles) -> anyhow::Result<(MergeInto, Quantization)> {
+fn merge_into(args: &Args, files: &ModelFiles) -> anyhow::Result<MergeChoice> {
     let given = args.quant_type.is_some() || args.blocksize.is_some() || args.no_double_quant;
     let default = QuantConfig::default();
     let config = QuantConfig {
@@ -174,34 +179,11 @@ fn merge_into(args: &Args, files: &ModelFiles) -> anyhow::Result<(MergeInto, Qua
         (false, true) => Some(TrainedOver::Bits4 { config, stored: false }),
         (false, false) => TrainedOver::read(&args.adapter)?,
     };
-    if let Some(stored) = files.source.quantization() {
-        println!("the base is stored in {stored}: merging into the weights that this stands for");
-        return Ok((MergeInto::Original, Quantization::None));
-    }
-    Ok(match (args.into, trained_over) {
-        (into, Some(TrainedOver::Bits4 { config, .. })) => {
-            let into = if into == Some(Into::Original) { MergeInto::Original } else { MergeInto::Dequantized(config) };
-            (into, Quantization::Bits4(config))
-        }
-        (Some(Into::Dequantized), Some(over)) => {
-            bail!("--into dequantized, but the adapter was trained over {over}; --quant-type nf4 says otherwise")
-        }
-        (Some(Into::Dequantized), None) => (MergeInto::Dequantized(config), Quantization::Bits4(config)),
-        (_, Some(TrainedOver::Plain)) => (MergeInto::Original, Quantization::None),
-        (_, Some(over)) => {
-            println!(
-                "the adapter was trained over {over}, which this base does not hold: merging into its weights as stored"
-            );
-            (MergeInto::Original, Quantization::None)
-        }
-        (_, None) => {
-            println!(
-                "nothing in {} says what the adapter was trained over: merging into the weights as stored; if they were \
-                 quantized in training, give --quant-type nf4 (or fp4)",
-                args.adapter.display()
-            );
-            (MergeInto::Original, Quantization::None)
-        }
+    let choice = MergeChoice::new(&*files.source, trained_over.as_ref());
+    Ok(match args.into {
+        None => choice,
+        Some(Into::Original) => choice.into_original(),
+        Some(Into::Dequantized) => choice.into_dequantized(&*files.source, trained_over.as_ref(), config)?,
     })
 }
 

@@ -17,6 +17,7 @@ use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::licence::is_licence;
 use crate::open::OpenOptions;
+use crate::source::gguf::split::part_names;
 use crate::source::hf::{INDEX, SINGLE, read_index};
 
 use settings::Settings;
@@ -135,6 +136,11 @@ fn adapter_files(subfolder: Option<&str>) -> [String; 2] {
     [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE].map(|name| format!("{prefix}{name}"))
 }
 
+/// A file, and the other parts of the GGUF model that it is a part of.
+fn parts_of(file: &str) -> Vec<String> {
+    part_names(file).unwrap_or_else(|| vec![file.to_owned()])
+}
+
 impl Request<'_> {
     fn repo(&self, revision: &str) -> Repo {
         Repo::with_revision(self.id.to_owned(), RepoType::Model, revision.to_owned())
@@ -162,7 +168,7 @@ impl Request<'_> {
         let folder = self.folder(&commit);
         let need = |name: &str| if folder.join(name).is_file() { Ok(()) } else { Err(format!("{name} is missing")) };
         match self.wanted {
-            Wanted::File(file) => need(file)?,
+            Wanted::File(file) => parts_of(file).iter().try_for_each(|file| need(file))?,
             Wanted::Adapter(subfolder) => adapter_files(subfolder).iter().try_for_each(|file| need(file))?,
             Wanted::Tokenizer => need(TOKENIZER)?,
             Wanted::Model { tokenizer } => {
@@ -197,8 +203,13 @@ impl Request<'_> {
         let snapshot = Snapshot { folder: self.folder(&info.sha), commit: info.sha.clone() };
         let get = Downloads { repo: api.repo(self.repo(&info.sha)), folder: &snapshot.folder, explain: &explain };
         match self.wanted {
-            Wanted::File(file) if files.contains(&file) => get.file(file)?,
-            Wanted::File(file) => return Err(self.lacks(&files, file)),
+            Wanted::File(file) => {
+                let parts = parts_of(file);
+                if let Some(missing) = parts.iter().find(|part| !files.contains(&part.as_str())) {
+                    return Err(self.lacks(&files, missing));
+                }
+                parts.iter().try_for_each(|part| get.file(part))?;
+            }
             Wanted::Adapter(subfolder) => {
                 let wanted = adapter_files(subfolder);
                 if let Some(missing) = wanted.iter().find(|file| !files.contains(&file.as_str())) {

@@ -10,6 +10,7 @@ use crate::chat::ChatTemplate;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::file::{self, SMALL};
+use crate::source::gguf::split;
 use crate::source::{Gguf, HfDirectory, WeightSource};
 use crate::tokenizer::Tokenizer;
 
@@ -278,6 +279,8 @@ fn gguf_files(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
     let mut files: Vec<PathBuf> =
         entries.filter(|path| path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf"))).collect();
+    // Of a split model the first part.
+    files.retain(|path| !path.file_name().and_then(|name| name.to_str()).is_some_and(split::is_later_part));
     files.sort();
     files
 }
