@@ -56,7 +56,7 @@ fn random_adapter(model: &CausalLm, rank: usize, dora: bool, seed: u64) -> PeftA
         modules,
         tokens: Vec::new(),
         replaced: Vec::new(),
-        vocab_size: model.config().vocab_size,
+        vocab_size: None,
     }
 }
 

@@ -50,7 +50,7 @@ fn main() -> anyhow::Result<()> {
 fn quantize(args: &Args, out: &Path) -> anyhow::Result<()> {
     let options = OpenOptions { progress: true, tokenizer: args.tokenizer.clone(), ..OpenOptions::default() };
     let files = open_model(&args.model, &options)?;
-    let config = std::fs::read_to_string(Path::new(&args.model).join("config.json"))
+    let config = std::fs::read_to_string(files.source.path().join("config.json"))
         .unwrap_or_else(|_| files.source.config().to_json());
     let quantization =
         QuantConfig { quant_type: args.quant_type, blocksize: args.blocksize, double_quant: !args.no_double_quant };

@@ -125,7 +125,7 @@ fn case_32_resized_vocab_adapter() {
     for (name, base, vocab) in [("larger", "base", 27), ("smaller", "base", 20), ("tied-larger", "tied", 27)] {
         let (files, _folder) = resized_base(base);
         let adapter = adapter::open_folder(case.join(name), files.source.config()).unwrap();
-        assert_eq!(adapter.vocab_size, vocab, "{name}");
+        assert_eq!(adapter.vocab_size, Some(vocab), "{name}");
         let tokens = ids(&expected, &format!("{name}.input_ids"));
         // The tokens of `smaller` may be beyond its vocabulary only in the base.
         let expected = floats(&expected, name);
@@ -182,6 +182,16 @@ fn resized_vocabularies_go_over_four_bits_and_are_checked() {
     let bits4 = Quantization::Bits4(QuantConfig::default());
     let expected = logits(&with_adapter(&*files.source, &adapter, bits4), &tokens);
     assert_eq!(logits(&with_adapter(&*stored.source, &adapter, Quantization::None), &tokens), expected);
+
+    // One without tables goes over either.
+    let mut plain = read_tensors(&case.join("larger/adapter_model.safetensors"));
+    plain.retain(|name, _| name.contains("lora_"));
+    let without = temporary.path().join("without");
+    adapter_with(&case.join("larger"), &without, &plain);
+    let without = adapter::open_folder(&without, &config).unwrap();
+    assert_eq!(without.vocab_size, None);
+    with_adapter(&*files.source, &without, Quantization::None);
+    with_adapter(&source, &without, Quantization::None);
 
     // Two adapters of different vocabularies are not beside each other.
     let smaller = adapter::open_folder(case.join("smaller"), &config).unwrap();

@@ -22,6 +22,7 @@ use qlora::kernels::quant::QuantConfig;
 use qlora::lora::{AdapterLayout, LoraConfig};
 use qlora::merge::{Companions, FolderOptions, LoraUpdate, MergeInto, MergedSource, Rounding, write_folder};
 use qlora::model::{CausalLm, LoadOptions, Quantization};
+use qlora::open::{OpenOptions, open_model};
 use qlora::quantized_checkpoint;
 use qlora::source::{Gguf, HfDirectory, WeightSource};
 use qlora::tokenizer::Tokenizer;
@@ -353,6 +354,34 @@ fn a_run_says_beside_its_adapter_what_it_was_trained_over() {
         assert_eq!(TrainedOver::read(&folder).unwrap(), Some(expected));
         let read = adapter::read_config(&folder).unwrap();
         assert_eq!(read.lora.r, 2);
+    }
+}
+
+#[test]
+fn a_tokenizer_can_be_given_by_hand() {
+    let temporary = tempfile::tempdir().unwrap();
+    let tokenizer_folder = temporary.path().join("tokenizer");
+    fs::create_dir(&tokenizer_folder).unwrap();
+    write_tokenizer(&tokenizer_folder, 24);
+    let tokenizer = Tokenizer::from_folder(&tokenizer_folder).unwrap();
+    let source = HfDirectory::open(case("34-tied-different-head/own")).unwrap();
+    let options = GgufOptions { kind: GgufType::F32, name: None, chat_template: None, eos_token_ids: &[2] };
+    let gguf = temporary.path().join("model.gguf");
+    gguf_write::write(&source, &tokenizer, &gguf, &options, |_, _| ()).unwrap();
+    // A way of splitting text that nobody knows.
+    let mut bytes = fs::read(&gguf).unwrap();
+    let at = bytes.windows(5).position(|window| window == b"gpt-2").unwrap();
+    bytes[at..at + 5].copy_from_slice(b"new-1");
+    fs::write(&gguf, bytes).unwrap();
+    let folder = temporary.path().join("folder");
+    Checkpoint::read(&case("34-tied-different-head/own")).write(&folder);
+    for model in [&gguf, &folder] {
+        let spec = model.to_str().unwrap();
+        let error = open_model(spec, &OpenOptions::default()).unwrap_err().to_string();
+        assert!(error.contains("--tokenizer") && error.contains("tokenizer_name_or_path"), "{error}");
+        let options = OpenOptions { tokenizer: Some(tokenizer_folder.clone()), ..OpenOptions::default() };
+        let files = open_model(spec, &options).unwrap();
+        assert_eq!(files.tokenizer.encode("abc", false).unwrap(), [3, 6]);
     }
 }
 

@@ -363,7 +363,6 @@ fn wide_adapters(template: &PeftAdapter) -> Vec<(&'static str, PeftAdapter)> {
         modules,
         tokens,
         replaced,
-        vocab_size: vocab,
         ..template.clone()
     };
     vec![

@@ -44,10 +44,9 @@ pub struct PeftAdapter {
     pub tokens: Vec<TokenRows>,
     /// Tensors in place of the base's.
     pub replaced: Vec<Replaced>,
-    /// Rows of the embedding of the model that it was trained on. Where they are not as many as its base has, tokens were added (or
-    /// taken away), and the adapter brings both tables along: [`ModelFiles::with_vocabulary_of`](crate::open::ModelFiles::with_vocabulary_of)
-    /// gives the base as many.
-    pub vocab_size: usize,
+    /// Rows of the tables that it brings along, where they are not as many as its base has: tokens were added (or taken away) before
+    /// it was trained. [`ModelFiles::with_vocabulary_of`](crate::open::ModelFiles::with_vocabulary_of) gives the base as many.
+    pub vocab_size: Option<usize>,
 }
 
 /// A, B and what goes with them for one module.
@@ -122,7 +121,8 @@ pub(super) fn assemble(
     model: &ModelConfig,
 ) -> Result<PeftAdapter> {
     let file = AdapterFile::parse(path, file)?;
-    let resized = vocabulary(&file, &kinds, model).map(|vocab_size| ModelConfig { vocab_size, ..model.clone() });
+    let vocab_size = vocabulary(&file, &kinds, model);
+    let resized = vocab_size.map(|vocab_size| ModelConfig { vocab_size, ..model.clone() });
     let model = resized.as_ref().unwrap_or(model);
     let expected = Expected::new(path, &config, &kinds, model)?;
     expected.check(path, &file)?;
@@ -159,7 +159,7 @@ pub(super) fn assemble(
             replaced.push(Replaced { name, data, shape: tensor.shape.clone(), is_base });
         }
     }
-    Ok(PeftAdapter { config, kinds, modules, tokens, replaced, vocab_size: model.vocab_size })
+    Ok(PeftAdapter { config, kinds, modules, tokens, replaced, vocab_size })
 }
 
 /// The rows of the tables in the file, where they are others than the model's: PEFT saves both tables once the vocabulary was

@@ -21,10 +21,8 @@ use crate::{Error, Result};
 /// If the adapter does not bring the rows that the base lacks.
 pub(crate) fn resize(base: Box<dyn WeightSource>, adapter: &PeftAdapter) -> Result<Box<dyn WeightSource>> {
     let own = base.config();
-    if own.vocab_size == adapter.vocab_size {
-        return Ok(base);
-    }
-    let config = ModelConfig { vocab_size: adapter.vocab_size, ..own.clone() };
+    let Some(vocab_size) = adapter.vocab_size.filter(|size| *size != own.vocab_size) else { return Ok(base) };
+    let config = ModelConfig { vocab_size, ..own.clone() };
     let modules: &[&str] = if own.tie_word_embeddings { &[EMBEDDING] } else { &[EMBEDDING, HEAD] };
     let mut tables = Vec::new();
     for module in modules {

@@ -36,8 +36,8 @@ pub struct PeftUpdate<'a> {
     embedding: Option<(Vec<f32>, Option<Vec<f32>>)>,
     /// Whether a tied head becomes one of its own.
     unties: bool,
-    /// Rows of the merged model's tables.
-    vocab_size: usize,
+    /// Rows of the merged model's tables, if others than the base's.
+    vocab_size: Option<usize>,
 }
 
 impl<'a> PeftUpdate<'a> {
@@ -200,6 +200,7 @@ impl WeightUpdate for PeftUpdate<'_> {
 
     fn config(&self, base: &ModelConfig) -> ModelConfig {
         let tie_word_embeddings = base.tie_word_embeddings && !self.unties;
-        ModelConfig { vocab_size: self.vocab_size, tie_word_embeddings, ..base.clone() }
+        let vocab_size = self.vocab_size.unwrap_or(base.vocab_size);
+        ModelConfig { vocab_size, tie_word_embeddings, ..base.clone() }
     }
 }
