@@ -14,7 +14,9 @@ mod files;
 use std::fs;
 use std::path::Path;
 
-use files::{Checkpoint, Raw, fixtures, floats, ids, largest, logits, logits_of, write_tensors, write_tokenizer};
+use files::{
+    Checkpoint, Raw, Tensors, fixtures, floats, ids, largest, logits, logits_of, write_tensors, write_tokenizer,
+};
 use qlora::adapter::{self, TrainedOver};
 use qlora::batch::Batch;
 use qlora::gguf_write::{self, GgufOptions, GgufType};
@@ -46,7 +48,7 @@ fn sharded(checkpoint: &Checkpoint, also_listed: &[(&str, usize)], unlisted: &[&
     let mut map = serde_json::Map::new();
     for (number, file) in files.iter().enumerate() {
         let here = checkpoint.tensors.iter().enumerate().filter(|(i, _)| (i / half).min(1) == number);
-        let tensors = here.map(|(_, (name, raw))| (name.clone(), raw.clone())).collect();
+        let tensors: Tensors = here.map(|(_, (name, raw))| (name.clone(), raw.clone())).collect();
         write_tensors(&folder.path().join(file), &tensors);
         let listed = tensors.keys().filter(|name| !unlisted.contains(&name.as_str()));
         map.extend(listed.map(|name| (name.clone(), json!(file))));

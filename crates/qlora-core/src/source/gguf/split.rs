@@ -10,8 +10,7 @@ use crate::error::{Error, Result};
 
 /// The names of all parts of a model, by that of the first or any other; none if a name is not that of a part.
 pub(crate) fn part_names(name: &str) -> Option<Vec<String>> {
-    let (stem, number, count) = part(name)?;
-    let _ = number;
+    let (stem, _, count) = part(name)?;
     // Nobody splits a model into more; a count from a name is nothing to trust.
     (count <= 9999).then(|| (1..=count).map(|number| format!("{stem}-{number:05}-of-{count:05}.gguf")).collect())
 }
