@@ -360,6 +360,31 @@ fn a_run_says_beside_its_adapter_what_it_was_trained_over() {
 }
 
 #[test]
+fn a_gguf_of_few_bits_says_what_it_is_stored_in() {
+    let temporary = tempfile::tempdir().unwrap();
+    let source = HfDirectory::open(fixtures().join("models/llama_wide")).unwrap();
+    write_tokenizer(temporary.path(), 80);
+    let tokenizer = Tokenizer::from_folder(temporary.path()).unwrap();
+    for (kind, expected) in [(GgufType::Q4_0, Some("Q4_0")), (GgufType::Q8_0, None), (GgufType::F16, None)] {
+        let options = GgufOptions { kind, name: None, chat_template: None, eos_token_ids: &[2] };
+        let path = temporary.path().join(format!("{kind}.gguf"));
+        gguf_write::write(&source, &tokenizer, &path, &options, |_, _| ()).unwrap();
+        let gguf = Gguf::open(&path).unwrap();
+        assert_eq!(gguf.block_type(), expected, "{kind}");
+        // Merging keeps it: what is written in few bits again is rounded twice.
+        let lora = LoraConfig { r: 2, ..LoraConfig::default() };
+        let layout = AdapterLayout::for_model(&lora, gguf.config()).unwrap();
+        let weights = vec![0.0; layout.len()];
+        let config = adapter::AdapterConfig { lora, base_model_name_or_path: None, revision: None };
+        let nothing = adapter::Adapter { config, layout, weights };
+        let update = LoraUpdate::new(&nothing).unwrap();
+        let merged = MergedSource::new(&gguf, &update, MergeInto::Original, Rounding::None).unwrap();
+        assert_eq!(merged.block_type(), expected, "{kind}");
+    }
+    assert_eq!(source.block_type(), None);
+}
+
+#[test]
 fn a_tokenizer_can_be_given_by_hand() {
     let temporary = tempfile::tempdir().unwrap();
     let tokenizer_folder = temporary.path().join("tokenizer");

@@ -96,7 +96,7 @@ pub(crate) fn largest(got: &[f32], expected: &[f32]) -> f32 {
     got.iter().zip(expected).fold(0f32, |max, (a, b)| if (a - b).is_nan() { f32::NAN } else { max.max((a - b).abs()) })
 }
 
-/// A `tokenizer.json` of `count` tokens (at most 28): `<unk>`, `<s>`, `</s>`, and letters.
+/// A `tokenizer.json` of `count` tokens (at most 150): `<unk>`, `<s>`, `</s>`, and characters from `a` on.
 pub(crate) fn tokenizer_json(count: usize) -> String {
     let token = |id: usize| match id {
         0 => "<unk>".to_owned(),
