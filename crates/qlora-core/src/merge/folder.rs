@@ -6,7 +6,7 @@
 use std::fs;
 use std::path::Path;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, json};
 
 use super::companions::Companions;
 use super::source::dtype_of;
