@@ -50,7 +50,14 @@ fn random_adapter(model: &CausalLm, rank: usize, dora: bool, seed: u64) -> PeftA
         revision: None,
     };
     let modules = modules.collect();
-    PeftAdapter { config, kinds: AdapterKinds::default(), modules, tokens: Vec::new(), replaced: Vec::new() }
+    PeftAdapter {
+        config,
+        kinds: AdapterKinds::default(),
+        modules,
+        tokens: Vec::new(),
+        replaced: Vec::new(),
+        vocab_size: None,
+    }
 }
 
 fn main() -> anyhow::Result<()> {

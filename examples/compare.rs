@@ -75,6 +75,7 @@ struct Row {
 }
 
 fn main() -> anyhow::Result<()> {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(tracing::Level::WARN).init();
     let args = Args::parse();
     let files = open_model(&args.model, &OpenOptions { progress: true, ..OpenOptions::default() })?;
     let text = match &args.text {

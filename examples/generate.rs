@@ -25,9 +25,12 @@ use qlora::sampling::GenerationConfig;
 /// Generates text.
 #[derive(Parser)]
 struct Args {
-    /// A folder, a GGUF file or a hub id.
+    /// A folder, a GGUF file or a hub id; if not given, what the first adapter names as its base.
+    #[arg(long, required_unless_present = "adapter")]
+    model: Option<String>,
+    /// A folder or hub id whose tokenizer and chat template are taken instead of the model's own.
     #[arg(long)]
-    model: String,
+    tokenizer: Option<PathBuf>,
     /// A PEFT adapter: a folder or a hub id; as NAME=ADAPTER it has a name. May be given several times.
     #[arg(long)]
     adapter: Vec<String>,
@@ -84,8 +87,17 @@ struct Args {
 }
 
 fn main() -> anyhow::Result<()> {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(tracing::Level::WARN).init();
     let args = Args::parse();
-    let files = open_model(&args.model, &OpenOptions { progress: true, ..OpenOptions::default() })?;
+    let options = OpenOptions { progress: true, tokenizer: args.tokenizer.clone(), ..OpenOptions::default() };
+    let mut files = open_model(&base(&args)?, &options)?;
+    let mut adapters = Vec::new();
+    for adapter in &args.adapter {
+        let (name, spec) = adapter.split_once('=').unwrap_or((adapter, adapter));
+        let adapter = qlora::adapter::open(spec, None, &options, files.source.config())?;
+        files = files.with_vocabulary_of(&adapter)?;
+        adapters.push((name, adapter));
+    }
     // A checkpoint that is stored quantized stays as it is.
     let quantization = match args.no_quantization || files.source.quantization().is_some() {
         true => Quantization::None,
@@ -101,11 +113,9 @@ fn main() -> anyhow::Result<()> {
     let options = LoadOptions { quantization, progress: Some(&mut progress), ..LoadOptions::default() };
     let mut model = CausalLm::load_on(&*files.source, options, workspace)?;
     bar.finish_and_clear();
-    let options = OpenOptions { progress: true, ..OpenOptions::default() };
     let mut names = Vec::new();
-    for adapter in &args.adapter {
-        let (name, spec) = adapter.split_once('=').unwrap_or((adapter, adapter));
-        model.load_adapter(name, &qlora::adapter::open(spec, None, &options, model.config())?)?;
+    for (name, adapter) in adapters {
+        model.load_adapter(name, &adapter).with_context(|| name.to_owned())?;
         names.push(name);
     }
     match args.with.as_deref() {
@@ -148,6 +158,20 @@ fn main() -> anyhow::Result<()> {
     }
 
     talk.stream(&prompt).map(drop)
+}
+
+/// The model, or what the first adapter names as its base.
+fn base(args: &Args) -> anyhow::Result<String> {
+    if let Some(model) = &args.model {
+        return Ok(model.clone());
+    }
+    let adapter = args.adapter.first().context("give --model or --adapter")?;
+    let folder = Path::new(adapter.split_once('=').map_or(adapter.as_str(), |(_, spec)| spec));
+    if !folder.is_dir() {
+        bail!("{adapter} is not a folder: give the base of an adapter from the hub as --model");
+    }
+    let (config, _) = qlora::adapter::read_any_config(folder)?;
+    config.base_model_name_or_path.with_context(|| format!("{adapter} names no base model: give --model"))
 }
 
 /// The device that a model is on.

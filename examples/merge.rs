@@ -15,11 +15,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use qlora::adapter::{self, PeftAdapter};
+use qlora::adapter::{self, PeftAdapter, TrainedOver};
 use qlora::gguf_write::{self, GgufOptions, GgufType};
 use qlora::kernels::Dtype;
 use qlora::kernels::quant::{QuantConfig, QuantType};
-use qlora::merge::{Companions, FolderOptions, MergeInto, MergedSource, PeftUpdate, Rounding, gap, write_folder};
+use qlora::merge::{
+    Companions, FolderOptions, MergeChoice, MergeInto, MergedSource, PeftUpdate, Rounding, gap, write_folder,
+};
 use qlora::model::{CausalLm, LoadOptions, Quantization};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
 use qlora::source::{Gguf, HfDirectory, WeightSource};
@@ -38,32 +40,35 @@ struct Args {
     /// A folder with a PEFT adapter.
     #[arg(long)]
     adapter: PathBuf,
+    /// A folder or hub id whose tokenizer and chat template are taken instead of the base's own.
+    #[arg(long)]
+    tokenizer: Option<PathBuf>,
     /// The folder or GGUF file to write.
     #[arg(long, required_unless_present = "heldout")]
     out: Option<PathBuf>,
-    /// Which weights the adapter is added to.
-    #[arg(long, value_enum, default_value_t = Into::Dequantized)]
-    into: Into,
-    /// What is written.
-    #[arg(long, value_enum, default_value_t = Format::Hf)]
-    format: Format,
+    /// Which weights the adapter is added to; if not given, those that it was trained over, as its folder says.
+    #[arg(long, value_enum)]
+    into: Option<Into>,
+    /// What is written; if not given, GGUF where the name of --out ends with .gguf.
+    #[arg(long, value_enum)]
+    format: Option<Format>,
     /// Precision: for folders f32, bf16 or f16 (as the base is stored, if not given); for GGUF f32, f16, bf16, q8_0 or q4_0.
     #[arg(long)]
     outtype: Option<GgufType>,
     /// Most gigabytes of one weight file of a folder.
     #[arg(long, default_value_t = 5.0)]
     max_shard_size: f64,
-    /// How the base was quantized in training: nf4 or fp4.
-    #[arg(long, default_value = "nf4")]
-    quant_type: QuantType,
-    /// Elements that shared a scale in training.
-    #[arg(long, default_value_t = 64)]
-    blocksize: usize,
+    /// How the base was quantized in training (nf4 or fp4), where the adapter's folder does not say it.
+    #[arg(long)]
+    quant_type: Option<QuantType>,
+    /// Elements that shared a scale in training (64).
+    #[arg(long)]
+    blocksize: Option<usize>,
     /// The scales were kept in f32 in training.
     #[arg(long)]
     no_double_quant: bool,
     /// The base was not quantized in training (LoRA).
-    #[arg(long, conflicts_with_all = ["no_double_quant"])]
+    #[arg(long, conflicts_with_all = ["no_double_quant", "quant_type", "blocksize"])]
     no_quantization: bool,
     /// A text file to measure the gap on, instead of the built-in text.
     #[arg(long)]
@@ -98,47 +103,50 @@ const TEXT: &str = include_str!("../README.md");
 const NEW_TOKENS: usize = 48;
 
 fn main() -> anyhow::Result<()> {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(tracing::Level::WARN).init();
     let args = Args::parse();
     if let Some(out) = args.out.as_deref().filter(|out| out.exists()) {
         bail!("{} exists already; choose another name or delete it", out.display());
     }
-    let base = match &args.base {
-        Some(base) => base.clone(),
-        None => adapter::read_config(&args.adapter)?
-            .base_model_name_or_path
-            .context("the adapter names no base model: give --base")?,
+    let format = format_of(&args)?;
+    let (base, revision) = match &args.base {
+        Some(base) => (base.clone(), None),
+        None => {
+            let (config, _) = adapter::read_any_config(&args.adapter)?;
+            (config.base_model_name_or_path.context("the adapter names no base model: give --base")?, config.revision)
+        }
     };
-    let files = open_model(&base, &OpenOptions { progress: true, ..OpenOptions::default() })?;
+    let options = OpenOptions { progress: true, tokenizer: args.tokenizer.clone(), revision, ..OpenOptions::default() };
+    let files = open_model(&base, &options).with_context(|| match args.base {
+        Some(_) => "the base".to_owned(),
+        None => format!("{base}, which the adapter names as its base; --base takes another place of it"),
+    })?;
     let adapter = adapter::open_folder(&args.adapter, files.source.config())?;
-    let config =
-        QuantConfig { quant_type: args.quant_type, blocksize: args.blocksize, double_quant: !args.no_double_quant };
-    let into = match args.into {
-        Into::Original => MergeInto::Original,
-        Into::Dequantized if args.no_quantization => MergeInto::Original,
-        Into::Dequantized => MergeInto::Dequantized(config),
-    };
-    let rounding = match (args.format, args.outtype) {
+    let files = files.with_vocabulary_of(&adapter)?;
+    let MergeChoice { into, quantization, remark, .. } = merge_into(&args, &files)?;
+    if let Some(remark) = remark {
+        eprintln!("{remark}");
+    }
+    let rounding = match (format, args.outtype) {
         // Straight from f32 to the GGUF type: one rounding less.
         (Format::Gguf, _) => Rounding::None,
         (Format::Hf, None) => Rounding::Stored,
         (Format::Hf, Some(GgufType::F32)) => Rounding::To(Dtype::F32),
         (Format::Hf, Some(GgufType::F16)) => Rounding::To(Dtype::F16),
         (Format::Hf, Some(GgufType::Bf16)) => Rounding::To(Dtype::Bf16),
-        (Format::Hf, Some(other)) => bail!("--outtype {other} is for --format gguf; folders are f32, f16 or bf16"),
+        (Format::Hf, Some(other)) => {
+            bail!("--outtype {other} is for GGUF files (--out NAME.gguf); folders are f32, f16 or bf16")
+        }
     };
 
-    let quantization = match args.no_quantization {
-        true => Quantization::None,
-        false => Quantization::Bits4(config),
-    };
     if let Some(out) = &args.out {
-        write(&args, out, &files, &adapter, into, rounding)?;
+        write(&args, format, out, &files, &adapter, into, rounding)?;
         if args.gap_tokens > 0 {
-            print_gap(&args, out, &files, &adapter, quantization)?;
+            print_gap(&args, format, out, &files, &adapter, quantization)?;
         }
     }
     if let Some(heldout) = &args.heldout {
-        print_exact(&args, heldout, &files, &adapter, quantization, rounding)?;
+        print_exact(&args, format, heldout, &files, &adapter, quantization, rounding)?;
     }
     if let Some(peak) = memory::peak_resident() {
         println!("peak memory {:.2} GB", peak as f64 / 1e9);
@@ -146,9 +154,43 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What is written: --format, else what the name of --out says.
+fn format_of(args: &Args) -> anyhow::Result<Format> {
+    let named =
+        args.out.as_deref().is_some_and(|out| out.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf")));
+    match args.format {
+        Some(Format::Hf) if named => bail!("--format hf writes a folder, but --out is the name of a GGUF file"),
+        Some(format) => Ok(format),
+        None => Ok(if named { Format::Gguf } else { Format::Hf }),
+    }
+}
+
+/// Which weights the adapter is added to, and what the base is held in where the two are compared: what it was trained over.
+fn merge_into(args: &Args, files: &ModelFiles) -> anyhow::Result<MergeChoice> {
+    let given = args.quant_type.is_some() || args.blocksize.is_some() || args.no_double_quant;
+    let default = QuantConfig::default();
+    let config = QuantConfig {
+        quant_type: args.quant_type.unwrap_or(default.quant_type),
+        blocksize: args.blocksize.unwrap_or(default.blocksize),
+        double_quant: !args.no_double_quant,
+    };
+    let trained_over = match (args.no_quantization, given) {
+        (true, _) => Some(TrainedOver::Plain),
+        (false, true) => Some(TrainedOver::Bits4 { config, stored: false }),
+        (false, false) => TrainedOver::read(&args.adapter)?,
+    };
+    let choice = MergeChoice::new(&*files.source, trained_over.as_ref());
+    Ok(match args.into {
+        None => choice,
+        Some(Into::Original) => choice.into_original(),
+        Some(Into::Dequantized) => choice.into_dequantized(&*files.source, trained_over.as_ref(), config)?,
+    })
+}
+
 /// Writes the merged model, and prints what merging changed.
 fn write(
     args: &Args,
+    format: Format,
     out: &Path,
     files: &ModelFiles,
     adapter: &PeftAdapter,
@@ -163,9 +205,12 @@ fn write(
         bar.set_position(done as u64);
     };
     let own_tokenizer = args.adapter.join("tokenizer.json").is_file();
-    let bytes = match args.format {
+    let bytes = match format {
         Format::Hf => {
             let mut companions = Companions::of(files)?;
+            if let Some(folder) = args.tokenizer.as_ref().filter(|folder| folder.is_dir()) {
+                companions.take_tokenizer(folder, files.source.config().vocab_size)?;
+            }
             if own_tokenizer {
                 companions.take_tokenizer(&args.adapter, files.source.config().vocab_size)?;
             }
@@ -218,6 +263,7 @@ fn write_gguf(
 
 fn print_gap(
     args: &Args,
+    format: Format,
     out: &Path,
     files: &ModelFiles,
     adapter: &PeftAdapter,
@@ -249,14 +295,14 @@ fn print_gap(
         );
     };
     gaps.iter().for_each(|(into, gap)| row(&into.to_string(), gap));
-    let written = CausalLm::load(&*written(args, out)?, LoadOptions::default())?;
+    let written = CausalLm::load(&*written(format, out)?, LoadOptions::default())?;
     row("as written", &reference.gap(&written)?);
     Ok(())
 }
 
 /// What was written.
-fn written(args: &Args, out: &Path) -> anyhow::Result<Box<dyn WeightSource>> {
-    Ok(match args.format {
+fn written(format: Format, out: &Path) -> anyhow::Result<Box<dyn WeightSource>> {
+    Ok(match format {
         Format::Hf => Box::new(HfDirectory::open(out)?),
         Format::Gguf => Box::new(Gguf::open(out)?),
     })
@@ -265,6 +311,7 @@ fn written(args: &Args, out: &Path) -> anyhow::Result<Box<dyn WeightSource>> {
 /// Exact answers of base and adapter, of both merged models, and of what was written.
 fn print_exact(
     args: &Args,
+    format: Format,
     heldout: &Path,
     files: &ModelFiles,
     adapter: &PeftAdapter,
@@ -280,7 +327,7 @@ fn print_exact(
     };
     let mut figures = merge_match(files, adapter, quantization, rounding, &records, NEW_TOKENS, progress)?.to_string();
     if let Some(out) = &args.out {
-        let model = CausalLm::load(&*written(args, out)?, LoadOptions::default())?;
+        let model = CausalLm::load(&*written(format, out)?, LoadOptions::default())?;
         let ends = &files.generation.eos_token_ids;
         let encoder = ModelEncoder::new(&files.tokenizer, files.chat_template.as_ref(), ends);
         let progress = |done| progress("as written", done);

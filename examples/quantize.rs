@@ -33,9 +33,13 @@ struct Args {
     /// Keep the scales in f32.
     #[arg(long)]
     no_double_quant: bool,
+    /// A folder or hub id whose tokenizer and chat template are taken instead of the model's own.
+    #[arg(long)]
+    tokenizer: Option<PathBuf>,
 }
 
 fn main() -> anyhow::Result<()> {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(tracing::Level::WARN).init();
     let args = Args::parse();
     match &args.out {
         Some(out) if !args.inspect => quantize(&args, out),
@@ -44,8 +48,9 @@ fn main() -> anyhow::Result<()> {
 }
 
 fn quantize(args: &Args, out: &Path) -> anyhow::Result<()> {
-    let files = open_model(&args.model, &OpenOptions { progress: true, ..OpenOptions::default() })?;
-    let config = std::fs::read_to_string(Path::new(&args.model).join("config.json"))
+    let options = OpenOptions { progress: true, tokenizer: args.tokenizer.clone(), ..OpenOptions::default() };
+    let files = open_model(&args.model, &options)?;
+    let config = std::fs::read_to_string(files.source.path().join("config.json"))
         .unwrap_or_else(|_| files.source.config().to_json());
     let quantization =
         QuantConfig { quant_type: args.quant_type, blocksize: args.blocksize, double_quant: !args.no_double_quant };

@@ -15,7 +15,9 @@ use hf_hub::{Cache, Repo, RepoType};
 use crate::adapter;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::licence::is_licence;
 use crate::open::OpenOptions;
+use crate::source::gguf::split::part_names;
 use crate::source::hf::{INDEX, SINGLE, read_index};
 
 use settings::Settings;
@@ -30,10 +32,10 @@ pub struct Snapshot {
 }
 
 /// Files that are taken if the repository has them.
-const OPTIONAL: [&str; 4] =
-    ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"];
+const OPTIONAL: [&str; 4] = ["tokenizer_config.json", "special_tokens_map.json", GENERATION, "chat_template.jinja"];
 const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
+const GENERATION: &str = "generation_config.json";
 
 /// Makes sure that the needed files of `id` (`org/name`) are in the cache: configuration, tokenizer, chat template and
 /// safetensors, or the one `file` that is named (a GGUF file, or `config.json` alone). Files that are there are not downloaded again.
@@ -45,7 +47,8 @@ const TOKENIZER: &str = "tokenizer.json";
 /// cannot be reached, or the model is not supported; offline, if files are missing in the cache.
 pub fn snapshot(id: &str, file: Option<&str>, options: &OpenOptions) -> Result<Snapshot> {
     let settings = Settings::new(options, |name| std::env::var(name).ok().filter(|value| !value.is_empty()))?;
-    snapshot_with(id, file, &settings)
+    let wanted = file.map_or(Wanted::Model { tokenizer: options.tokenizer.is_none() }, Wanted::File);
+    request(&Request { id, wanted, settings: &settings })
 }
 
 /// Makes sure that the two files of the adapter `id` (`org/name`), in a folder of the repository if one is named, are in the
@@ -56,6 +59,15 @@ pub fn snapshot(id: &str, file: Option<&str>, options: &OpenOptions) -> Result<S
 pub fn adapter_snapshot(id: &str, subfolder: Option<&str>, options: &OpenOptions) -> Result<Snapshot> {
     let settings = Settings::new(options, |name| std::env::var(name).ok().filter(|value| !value.is_empty()))?;
     adapter_snapshot_with(id, subfolder, &settings)
+}
+
+/// Makes sure that the tokenizer of `id` (`org/name`) is in the cache.
+///
+/// # Errors
+/// As [`snapshot`].
+pub fn tokenizer_snapshot(id: &str, options: &OpenOptions) -> Result<Snapshot> {
+    let settings = Settings::new(options, |name| std::env::var(name).ok().filter(|value| !value.is_empty()))?;
+    request(&Request { id, wanted: Wanted::Tokenizer, settings: &settings })
 }
 
 fn adapter_snapshot_with(id: &str, subfolder: Option<&str>, settings: &Settings) -> Result<Snapshot> {
@@ -70,8 +82,9 @@ fn adapter_snapshot_with(id: &str, subfolder: Option<&str>, settings: &Settings)
     Ok(snapshot)
 }
 
+#[cfg(test)]
 fn snapshot_with(id: &str, file: Option<&str>, settings: &Settings) -> Result<Snapshot> {
-    request(&Request { id, wanted: file.map_or(Wanted::Model, Wanted::File), settings })
+    request(&Request { id, wanted: file.map_or(Wanted::Model { tokenizer: true }, Wanted::File), settings })
 }
 
 fn request(request: &Request<'_>) -> Result<Snapshot> {
@@ -107,18 +120,25 @@ struct Request<'a> {
 /// Which files of a repository.
 #[derive(Clone, Copy)]
 enum Wanted<'a> {
-    /// A model in Hugging Face's layout.
-    Model,
+    /// A model in Hugging Face's layout, with its tokenizer or with another one.
+    Model { tokenizer: bool },
     /// One file: a GGUF file, or the configuration alone.
     File(&'a str),
     /// An adapter, possibly in a folder.
     Adapter(Option<&'a str>),
+    /// A tokenizer alone.
+    Tokenizer,
 }
 
 /// The files of an adapter.
 fn adapter_files(subfolder: Option<&str>) -> [String; 2] {
     let prefix = subfolder.map_or_else(String::new, |folder| format!("{folder}/"));
     [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE].map(|name| format!("{prefix}{name}"))
+}
+
+/// A file, and the other parts of the GGUF model that it is a part of.
+fn parts_of(file: &str) -> Vec<String> {
+    part_names(file).unwrap_or_else(|| vec![file.to_owned()])
 }
 
 impl Request<'_> {
@@ -148,11 +168,14 @@ impl Request<'_> {
         let folder = self.folder(&commit);
         let need = |name: &str| if folder.join(name).is_file() { Ok(()) } else { Err(format!("{name} is missing")) };
         match self.wanted {
-            Wanted::File(file) => need(file)?,
+            Wanted::File(file) => parts_of(file).iter().try_for_each(|file| need(file))?,
             Wanted::Adapter(subfolder) => adapter_files(subfolder).iter().try_for_each(|file| need(file))?,
-            Wanted::Model => {
+            Wanted::Tokenizer => need(TOKENIZER)?,
+            Wanted::Model { tokenizer } => {
                 need(CONFIG)?;
-                need(TOKENIZER)?;
+                if tokenizer {
+                    need(TOKENIZER)?;
+                }
                 if need(SINGLE).is_err() {
                     need(INDEX).map_err(|_| format!("{SINGLE} and {INDEX} are missing"))?;
                     let index = read_index(&folder.join(INDEX)).map_err(|error| error.to_string())?;
@@ -180,8 +203,13 @@ impl Request<'_> {
         let snapshot = Snapshot { folder: self.folder(&info.sha), commit: info.sha.clone() };
         let get = Downloads { repo: api.repo(self.repo(&info.sha)), folder: &snapshot.folder, explain: &explain };
         match self.wanted {
-            Wanted::File(file) if files.contains(&file) => get.file(file)?,
-            Wanted::File(file) => return Err(self.lacks(&files, file)),
+            Wanted::File(file) => {
+                let parts = parts_of(file);
+                if let Some(missing) = parts.iter().find(|part| !files.contains(&part.as_str())) {
+                    return Err(self.lacks(&files, missing));
+                }
+                parts.iter().try_for_each(|part| get.file(part))?;
+            }
             Wanted::Adapter(subfolder) => {
                 let wanted = adapter_files(subfolder);
                 if let Some(missing) = wanted.iter().find(|file| !files.contains(&file.as_str())) {
@@ -189,7 +217,8 @@ impl Request<'_> {
                 }
                 wanted.iter().try_for_each(|file| get.file(file))?;
             }
-            Wanted::Model => self.download_folder(&files, &get)?,
+            Wanted::Tokenizer => self.download_tokenizer(&files, &get)?,
+            Wanted::Model { tokenizer } => self.download_folder(&files, &get, tokenizer)?,
         }
         if settings.revision != info.sha {
             let cache = Cache::new(settings.cache.clone()).repo(self.repo(&settings.revision));
@@ -199,9 +228,10 @@ impl Request<'_> {
     }
 
     /// Small files first: a model that is not supported is refused before its weights are downloaded.
-    fn download_folder(&self, files: &[&str], get: &Downloads<'_>) -> Result<()> {
+    fn download_folder(&self, files: &[&str], get: &Downloads<'_>, tokenizer: bool) -> Result<()> {
         let has = |name: &str| files.contains(&name);
-        if let Some(missing) = [CONFIG, TOKENIZER].into_iter().find(|name| !has(name)) {
+        let needed = [Some(CONFIG), tokenizer.then_some(TOKENIZER)];
+        if let Some(missing) = needed.into_iter().flatten().find(|name| !has(name)) {
             return Err(self.lacks(files, missing));
         }
         if !has(SINGLE) && !has(INDEX) {
@@ -209,8 +239,12 @@ impl Request<'_> {
         }
         get.file(CONFIG)?;
         ModelConfig::from_json_file(get.folder.join(CONFIG))?;
-        get.file(TOKENIZER)?;
-        for name in OPTIONAL.into_iter().filter(|name| has(name)) {
+        if tokenizer {
+            self.download_tokenizer(files, get)?;
+        } else if has(GENERATION) {
+            get.file(GENERATION)?;
+        }
+        for name in files.iter().filter(|name| is_licence(name)) {
             get.file(name)?;
         }
         if has(SINGLE) {
@@ -228,6 +262,14 @@ impl Request<'_> {
             get.file(shard)?;
         }
         Ok(())
+    }
+
+    fn download_tokenizer(&self, files: &[&str], get: &Downloads<'_>) -> Result<()> {
+        if !files.contains(&TOKENIZER) {
+            return Err(self.lacks(files, TOKENIZER));
+        }
+        get.file(TOKENIZER)?;
+        OPTIONAL.into_iter().filter(|name| files.contains(name)).try_for_each(|name| get.file(name))
     }
 
     /// The error for a repository without a file, and what it has instead.

@@ -15,6 +15,7 @@ pub mod gguf_write;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod inspect;
+mod licence;
 pub mod lora;
 pub mod merge;
 pub mod model;

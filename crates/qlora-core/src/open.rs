@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use crate::adapter::{self, PeftAdapter};
 use crate::chat::ChatTemplate;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::file::{self, SMALL};
+use crate::source::gguf::split;
 use crate::source::{Gguf, HfDirectory, WeightSource};
 use crate::tokenizer::Tokenizer;
 
@@ -27,8 +29,8 @@ pub struct OpenOptions {
     pub endpoint: Option<String>,
     /// Show hf-hub's progress bars (on standard error) while downloading.
     pub progress: bool,
-    /// A folder whose `tokenizer.json`, `tokenizer_config.json` and chat template are taken instead of the model's own. The
-    /// model's chat template stays if the folder has none.
+    /// A folder or a hub id whose `tokenizer.json`, `tokenizer_config.json` and chat template are taken instead of the model's own. The
+    /// model's chat template stays if there is none. With it, models open whose own tokenizer is not read or not there.
     pub tokenizer: Option<PathBuf>,
     /// Which chat template to take where a model has several ("default").
     pub chat_template: Option<String>,
@@ -89,6 +91,7 @@ pub struct GenerationDefaults {
 /// # Errors
 /// If there is no such model, it cannot be downloaded, or it is damaged or not supported. The message says what to do.
 pub fn open_model(spec: &str, options: &OpenOptions) -> Result<ModelFiles> {
+    let options = &with_tokenizer_folder(options)?;
     match Spec::parse(spec)? {
         Spec::Folder(folder) => open_folder(&folder, spec, options),
         Spec::Gguf(path) => open_gguf(&path, spec, options),
@@ -231,6 +234,29 @@ fn other_template(options: &OpenOptions) -> Result<Option<ChatTemplate>> {
     }
 }
 
+/// The options with a folder for a tokenizer that was asked for by its hub id.
+fn with_tokenizer_folder(options: &OpenOptions) -> Result<OpenOptions> {
+    let mut options = options.clone();
+    if let Some(spec) = &options.tokenizer
+        && let Some(text) = spec.to_str().filter(|_| !spec.exists())
+        && matches!(Spec::parse(text), Ok(Spec::Hub { file: None, .. }))
+    {
+        options.tokenizer = Some(hub_tokenizer(text, &options)?);
+    }
+    Ok(options)
+}
+
+#[cfg(feature = "hub")]
+fn hub_tokenizer(id: &str, options: &OpenOptions) -> Result<PathBuf> {
+    // The revision is the model's.
+    Ok(crate::hub::tokenizer_snapshot(id, &OpenOptions { revision: None, ..options.clone() })?.folder)
+}
+
+#[cfg(not(feature = "hub"))]
+fn hub_tokenizer(id: &str, _options: &OpenOptions) -> Result<PathBuf> {
+    Err(Error::Unsupported(format!("{id} as a hub id: this build has no access to the hub (feature `hub`)")))
+}
+
 #[cfg(feature = "hub")]
 fn open_hub(id: &str, file: Option<&str>, options: &OpenOptions) -> Result<ModelFiles> {
     let snapshot = crate::hub::snapshot(id, file, options)?;
@@ -253,6 +279,8 @@ fn gguf_files(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
     let mut files: Vec<PathBuf> =
         entries.filter(|path| path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf"))).collect();
+    // Of a split model the first part.
+    files.retain(|path| !path.file_name().and_then(|name| name.to_str()).is_some_and(split::is_later_part));
     files.sort();
     files
 }
@@ -281,6 +309,16 @@ impl ModelFiles {
             generation.eos_token_ids.extend(tokenizer.eos_token_id());
         }
         Self { source, tokenizer, chat_template, generation, name: name.to_owned(), commit: None }
+    }
+
+    /// The same model with as many tokens as the one that `adapter` was trained on, where tokens were added to that one (or taken
+    /// away) and the adapter brings its tables along: what PEFT's `AutoPeftModel` does before it loads such an adapter. The base
+    /// keeps its rows and gets the adapter's for the tokens that it lacks.
+    ///
+    /// # Errors
+    /// If the adapter does not bring the rows that are missing.
+    pub fn with_vocabulary_of(self, adapter: &PeftAdapter) -> Result<Self> {
+        Ok(Self { source: adapter::resize(self.source, adapter)?, ..self })
     }
 }
 

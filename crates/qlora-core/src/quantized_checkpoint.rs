@@ -12,7 +12,7 @@ use std::path::Path;
 
 use qlora_kernels::quant::{Absmax, QuantConfig, Quantized4bit};
 use qlora_kernels::weight::PlainData;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::atomic::replace_directory;
 use crate::error::{Error, Result};
@@ -51,7 +51,10 @@ pub fn write(
             "{path}: the weights are stored in {stored} already; start from the original bf16, f16 or f32 weights"
         )));
     }
-    let config = config_with_quantization(config_json, quantization)?;
+    let config = config_with_quantization(source, config_json, quantization)?;
+    if let Some(remark) = crate::source::again(source, quantization.quant_type.name()) {
+        tracing::warn!("{remark}");
+    }
     let names = source.names();
     let quantized: std::collections::HashSet<String> =
         linear_modules(source.config()).into_iter().map(|module| format!("{}.weight", module.name)).collect();
@@ -81,9 +84,8 @@ pub fn write(
 }
 
 /// The model's configuration with what transformers needs to load the checkpoint.
-fn config_with_quantization(config: &str, quantization: &QuantConfig) -> Result<String> {
-    let invalid = |message: String| Error::Invalid(format!("config.json: {message}"));
-    let mut config: Map<String, Value> = serde_json::from_str(config).map_err(|error| invalid(error.to_string()))?;
+fn config_with_quantization(source: &dyn WeightSource, config: &str, quantization: &QuantConfig) -> Result<String> {
+    let mut config = source.config().rewrite(Some(config))?;
     let dtype = config.get("torch_dtype").or_else(|| config.get("dtype")).and_then(Value::as_str);
     let compute = dtype.unwrap_or("bfloat16").to_owned();
     config.insert(
@@ -104,7 +106,7 @@ fn config_with_quantization(config: &str, quantization: &QuantConfig) -> Result<
             "quant_method": "bitsandbytes",
         }),
     );
-    serde_json::to_string_pretty(&config).map_err(|error| invalid(error.to_string()))
+    serde_json::to_string_pretty(&config).map_err(|error| Error::Invalid(format!("config.json: {error}")))
 }
 
 /// Writes the parts of quantized weights.

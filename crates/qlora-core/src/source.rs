@@ -6,6 +6,7 @@
 
 pub mod gguf;
 pub(crate) mod hf;
+mod leftovers;
 mod packed;
 mod shard;
 
@@ -97,7 +98,8 @@ pub struct StoredTensor<'a> {
 /// The weights of one model.
 ///
 /// A source that was opened holds exactly the tensors of its configuration ([`ModelConfig::tensor_shapes`]), each with
-/// the shape listed there; a head that is tied to the embedding is left out.
+/// the shape listed there; a head that is tied to the embedding is left out. Where the files hold a head of their own although
+/// their configuration says that it is tied, [`Self::config`] says that it is not.
 pub trait WeightSource: Send + Sync + fmt::Debug {
     /// The model's parts and sizes.
     fn config(&self) -> &ModelConfig;
@@ -116,6 +118,17 @@ pub trait WeightSource: Send + Sync + fmt::Debug {
 
     /// How the linear layers are stored, if they are stored quantized. Not all of them need be: see [`Self::is_packed`].
     fn quantization(&self) -> Option<&CheckpointQuantization> {
+        None
+    }
+
+    /// What the files hold otherwise than their configuration says, and what was made of it, in whole sentences.
+    fn remarks(&self) -> &[String] {
+        &[]
+    }
+
+    /// The type of most linear layers, if they are stored in blocks of fewer than 8 bits a weight and are dequantized when they
+    /// are read: quantizing them rounds a second time.
+    fn block_type(&self) -> Option<&'static str> {
         None
     }
 
@@ -176,16 +189,25 @@ pub trait WeightSource: Send + Sync + fmt::Debug {
     }
 }
 
+/// What there is to say before weights that are stored in few bits are quantized to `target`.
+pub(crate) fn again(source: &dyn WeightSource, target: &str) -> Option<String> {
+    source.block_type().map(|stored| {
+        format!(
+            "{}: the weights are stored in {stored} blocks, and quantizing them again to {target} rounds them a second time: the \
+             original bf16, f16 or f32 weights give a better model",
+            source.path().display()
+        )
+    })
+}
+
 /// The error for a name that a source does not have.
 fn unknown_tensor(source: &dyn WeightSource, name: &str) -> Error {
     Error::tensor(name, format!("not in {}", source.path().display()))
 }
 
 /// Tensors that old checkpoints carry and no model needs.
-fn ignorable(config: &ModelConfig, name: &str) -> bool {
-    (config.tie_word_embeddings && name == "lm_head.weight")
-        || name.ends_with(".rotary_emb.inv_freq")
-        || name.ends_with(".self_attn.masked_bias")
+fn ignorable(name: &str) -> bool {
+    name.ends_with("rotary_emb.inv_freq") || name.ends_with(".self_attn.masked_bias")
 }
 
 /// Checks that a source holds the tensors of its configuration with the right shapes, and no others.

@@ -43,6 +43,10 @@ pub struct Piece {
     pub bytes: Range<usize>,
 }
 
+/// What helps where a model's own tokenizer is missing or not known.
+const BY_HAND: &str = "; another folder or hub id with the model's tokenizer.json can be given (`--tokenizer`, or \
+                       `tokenizer_name_or_path` in [model])";
+
 impl Tokenizer {
     /// Reads `tokenizer.json` of a model folder, and the special tokens from `tokenizer_config.json` or
     /// `special_tokens_map.json`.
@@ -58,7 +62,7 @@ impl Tokenizer {
             } else {
                 ""
             };
-            return Err(Error::format(folder, format!("tokenizer.json is missing{hint}")));
+            return Err(Error::format(folder, format!("tokenizer.json is missing{hint}{BY_HAND}")));
         }
         let mut tokenizer = Self::from_file(&path)?;
         for name in ["special_tokens_map.json", "tokenizer_config.json"] {
@@ -87,9 +91,12 @@ impl Tokenizer {
     /// If the file has none, it is damaged, or its kind is not supported.
     pub fn from_gguf(model: &Gguf) -> Result<Self> {
         use crate::source::WeightSource;
-        gguf::build(&model.vocabulary()?)
-            .map(|(inner, special)| Self::new(inner, special))
-            .map_err(|message| Error::format(model.path(), message))
+        let damaged = |message: String| Error::format(model.path(), message);
+        let built = model.vocabulary().and_then(|vocabulary| gguf::build(&vocabulary).map_err(damaged));
+        built.map(|(inner, special)| Self::new(inner, special)).map_err(|error| match error {
+            Error::Format { path, message } => Error::format(path, format!("{message}{BY_HAND}")),
+            other => other,
+        })
     }
 
     /// As [`Tokenizer::from_gguf`], from a file that need not hold a model (a "vocab-only" file).

@@ -18,7 +18,7 @@ mod plan;
 
 use std::path::Path;
 
-use qlora_core::adapter::{AdapterDtype, SaveOptions};
+use qlora_core::adapter::{AdapterDtype, SaveOptions, TrainedOver};
 use qlora_core::chat::ChatTemplate;
 use qlora_core::lora::{LoraConfig, ModuleFilter, ModulePattern, TargetModules};
 use qlora_core::model::{CausalLm, DeviceChoice, LoadOptions, Quantization};
@@ -44,6 +44,7 @@ pub struct Session {
     generation: GenerationDefaults,
     name: String,
     commit: Option<String>,
+    trained_over: TrainedOver,
 }
 
 impl Session {
@@ -58,6 +59,7 @@ impl Session {
             revision: config.model.revision.clone(),
             cache_dir: config.model.cache_dir.clone(),
             offline: config.model.local_files_only,
+            tokenizer: config.model.tokenizer_name_or_path.clone(),
             progress: true,
             ..OpenOptions::default()
         };
@@ -67,8 +69,10 @@ impl Session {
             Some(path) => Some(template_from_file(path, &tokenizer)?),
             None => chat_template,
         };
+        let quantization = quantization(&config.model);
+        let trained_over = TrainedOver::of(&*source, quantization)?;
         let load = LoadOptions {
-            quantization: quantization(&config.model),
+            quantization,
             offload_embedding: config.model.offload_embedding,
             progress: Some(&mut progress),
         };
@@ -79,7 +83,7 @@ impl Session {
         model.add_adapter(lora_config(&config.lora)?, config.training.seed)?;
         // Until `plan_memory` has seen the data.
         model.set_gradient_checkpointing(config.training.gradient_checkpointing == GradientCheckpointing::On)?;
-        Ok(Self { config: config.clone(), model, tokenizer, template, generation, name, commit })
+        Ok(Self { config: config.clone(), model, tokenizer, template, generation, name, commit, trained_over })
     }
 
     /// The configuration.
@@ -140,6 +144,7 @@ impl Session {
             dtype: AdapterDtype::F32,
             base_model_name_or_path: Some(self.name.clone()),
             revision: self.config.model.revision.clone(),
+            trained_over: Some(self.trained_over),
             ..SaveOptions::default()
         };
         let mut identity = vec![("model".to_owned(), self.name)];

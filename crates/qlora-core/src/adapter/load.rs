@@ -1,12 +1,14 @@
 //! Reads an adapter folder, strictly.
 
 use super::config_file::{self, AdapterConfig};
+use super::keys::{AdapterFile, foreign_prefix, wrong_shape};
+use super::kinds::AdapterKinds;
 use super::{CONFIG_FILE, WEIGHTS_FILE};
 use crate::config::ModelConfig;
 use crate::lora::{AdapterLayout, Entry, LoraConfig, ModuleFilter, TargetModules};
 use crate::{Error, Result};
 use half::{bf16, f16};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -66,13 +68,23 @@ pub fn load_into(dir: impl AsRef<Path>, config: &LoraConfig, layout: &AdapterLay
     fill(&path, &read_file(&path)?, layout, flat)
 }
 
-/// Reads the options of the adapter in the folder `dir`, and which base model it names.
+/// Reads the options of the adapter in the folder `dir`, and which base model it names, for training; [`read_any_config`] reads
+/// those of every kind.
 ///
 /// # Errors
 /// If the file is missing or broken, or if an option is not supported.
 pub fn read_config(dir: impl AsRef<Path>) -> Result<AdapterConfig> {
     let path = dir.as_ref().join(CONFIG_FILE);
     config_file::parse(&path, &read_file(&path)?)
+}
+
+/// [`read_config`] of an adapter of any kind, with what makes it more than A and B of one rank.
+///
+/// # Errors
+/// As there.
+pub fn read_any_config(dir: impl AsRef<Path>) -> Result<(AdapterConfig, AdapterKinds)> {
+    let path = dir.as_ref().join(CONFIG_FILE);
+    config_file::parse_any(&path, &read_file(&path)?)
 }
 
 /// PEFT takes lists of which some entries match nothing, and publishes adapters with them. The check of the tensors'
@@ -119,8 +131,7 @@ pub(super) fn missing(path: &Path, error: io::Error) -> Error {
 
 /// Fills `flat` from the bytes of the tensor file at `path`; unchanged if anything is wrong.
 fn fill(path: &Path, bytes: &[u8], layout: &AdapterLayout, flat: &mut [f32]) -> Result<()> {
-    let file = SafeTensors::deserialize(bytes)
-        .map_err(|error| Error::format(path, format!("broken or truncated safetensors file: {error}")))?;
+    let file = AdapterFile::parse(path, bytes)?;
     check_names(path, &file, layout)?;
     for entry in layout.entries() {
         let values = Values::of(path, &file, entry)?;
@@ -136,11 +147,11 @@ fn fill(path: &Path, bytes: &[u8], layout: &AdapterLayout, flat: &mut [f32]) -> 
     Ok(())
 }
 
-fn check_names(path: &Path, file: &SafeTensors, layout: &AdapterLayout) -> Result<()> {
+fn check_names(path: &Path, file: &AdapterFile, layout: &AdapterLayout) -> Result<()> {
     let expected: std::collections::BTreeSet<String> = layout.entries().iter().map(Entry::tensor_name).collect();
-    let mut unexpected: Vec<&str> = file.names().into_iter().filter(|name| !expected.contains(*name)).collect();
-    unexpected.sort_unstable();
-    let missing: Vec<&str> = expected.iter().map(String::as_str).filter(|name| file.tensor(name).is_err()).collect();
+    let unexpected: Vec<&str> =
+        file.names().filter(|name| !expected.contains(*name)).map(|name| file.stored_name(name)).collect();
+    let missing: Vec<&str> = expected.iter().map(String::as_str).filter(|name| file.tensor(name).is_none()).collect();
     if missing.is_empty() && unexpected.is_empty() {
         return Ok(());
     }
@@ -156,7 +167,22 @@ pub(super) fn difference(path: &Path, missing: &[&str], unexpected: &[&str], exp
             parts.push(format!("{} {what} tensors: {}{more}", names.len(), names[..names.len().min(8)].join(", ")));
         }
     }
-    let hint = if missing.len() == expected { " (was it made for another model?)" } else { "" };
+    let table = |name: &&str| name.ends_with("embed_tokens.weight") || name.ends_with("lm_head.weight");
+    let hint = if let Some(prefix) = foreign_prefix(unexpected) {
+        format!(
+            "; the unexpected ones begin with {prefix:?} where PEFT's for this model begin with \"base_model.model.\": the adapter was \
+             saved of another class or through a wrapper. Save it again with PEFT's save_pretrained of the model alone, or rename \
+             its tensors"
+        )
+    } else if missing.is_empty() && unexpected.iter().all(table) {
+        "; the adapter was saved with the base's tables, as PEFT does after the vocabulary was resized: merge it into its base, and \
+         train on from the merged model"
+            .to_owned()
+    } else if missing.len() == expected {
+        " (was it made for another model?)".to_owned()
+    } else {
+        String::new()
+    };
     Error::format(
         path,
         format!("the tensors are not those of adapter_config.json and the model: {}{hint}", parts.join("; ")),
@@ -174,12 +200,12 @@ struct Values<'a> {
 }
 
 impl<'a> Values<'a> {
-    fn of(path: &Path, file: &SafeTensors<'a>, entry: &Entry) -> Result<Self> {
-        let tensor = file.tensor(&entry.tensor_name()).map_err(|error| in_file(path, entry, error.to_string()))?;
+    fn of(path: &Path, file: &AdapterFile<'a>, entry: &Entry) -> Result<Self> {
+        let tensor = file.tensor(&entry.tensor_name());
+        let tensor = tensor.ok_or_else(|| in_file(path, entry, "is missing".to_owned()))?;
         let (shape, expected) = (tensor.shape(), [entry.rows, entry.cols]);
         if shape != expected {
-            let message = format!("has shape {shape:?}, but the model and adapter_config.json give {expected:?}");
-            return Err(in_file(path, entry, message));
+            return Err(in_file(path, entry, wrong_shape(shape, &expected)));
         }
         let dtype = tensor.dtype();
         if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {

@@ -12,6 +12,7 @@
 
 mod card;
 mod config_file;
+mod keys;
 pub(crate) mod kinds;
 mod load;
 mod open;
@@ -19,20 +20,26 @@ mod peft;
 mod peft_save;
 #[cfg(test)]
 mod peft_tests;
+mod resized;
 mod save;
 #[cfg(test)]
 mod tests;
+mod trained_over;
 
 pub use config_file::AdapterConfig;
 pub use kinds::{AdapterKinds, TrainedBias};
-pub use load::{Adapter, load, load_into, read_config};
+pub use load::{Adapter, load, load_into, read_any_config, read_config};
 pub use open::open;
 pub use peft::{LoraModule, PeftAdapter, Replaced, TokenRows, open_folder};
+pub(crate) use resized::resize;
 pub use save::{AdapterDtype, SaveOptions, save};
+pub use trained_over::TrainedOver;
 
 /// The name of the file with the options.
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// The name of the file with the tensors.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+/// The name of the file that says what the base was held in while the adapter was trained ([`TrainedOver`]).
+pub const TRAINED_OVER_FILE: &str = "base_quantization.json";
 /// The name of the model card.
 pub const CARD_FILE: &str = "README.md";

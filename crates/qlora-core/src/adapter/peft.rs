@@ -20,9 +20,10 @@ use std::path::Path;
 use half::{bf16, f16};
 use qlora_kernels::mapped::MappedFile;
 use qlora_kernels::weight::PlainData;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
 
 use super::config_file::{self, AdapterConfig};
+use super::keys::{AdapterFile, wrong_shape};
 use super::kinds::{AdapterKinds, EMBEDDING, HEAD, TrainedBias};
 use super::load::{difference, missing, read_file};
 use super::{CONFIG_FILE, WEIGHTS_FILE};
@@ -43,6 +44,9 @@ pub struct PeftAdapter {
     pub tokens: Vec<TokenRows>,
     /// Tensors in place of the base's.
     pub replaced: Vec<Replaced>,
+    /// Rows of the tables that it brings along, where they are not as many as its base has: tokens were added (or taken away) before
+    /// it was trained. [`ModelFiles::with_vocabulary_of`](crate::open::ModelFiles::with_vocabulary_of) gives the base as many.
+    pub vocab_size: Option<usize>,
 }
 
 /// A, B and what goes with them for one module.
@@ -116,9 +120,11 @@ pub(super) fn assemble(
     file: &[u8],
     model: &ModelConfig,
 ) -> Result<PeftAdapter> {
+    let file = AdapterFile::parse(path, file)?;
+    let vocab_size = vocabulary(&file, &kinds, model);
+    let resized = vocab_size.map(|vocab_size| ModelConfig { vocab_size, ..model.clone() });
+    let model = resized.as_ref().unwrap_or(model);
     let expected = Expected::new(path, &config, &kinds, model)?;
-    let file = SafeTensors::deserialize(file)
-        .map_err(|error| Error::format(path, format!("broken or truncated safetensors file: {error}")))?;
     expected.check(path, &file)?;
     let reader = Reader { path, file: &file };
 
@@ -127,7 +133,7 @@ pub(super) fn assemble(
         let key = |end: &str| format!("{PREFIX}{}.{end}", module.name);
         let (rank, scaling) = kinds.rank_and_scaling(&config, &module.name);
         let [a, b] = factor_names(&module.name);
-        if !expected.tensors[&key(a)].required && file.tensor(&key(a)).is_err() {
+        if !expected.tensors[&key(a)].required && file.tensor(&key(a)).is_none() {
             continue;
         }
         let [a, b] = [a, b].map(|end| reader.f32(&key(end)));
@@ -153,7 +159,27 @@ pub(super) fn assemble(
             replaced.push(Replaced { name, data, shape: tensor.shape.clone(), is_base });
         }
     }
-    Ok(PeftAdapter { config, kinds, modules, tokens, replaced })
+    Ok(PeftAdapter { config, kinds, modules, tokens, replaced, vocab_size })
+}
+
+/// The rows of the tables in the file, where they are others than the model's: PEFT saves both tables once the vocabulary was
+/// resized, and of a tied model at least the embedding.
+fn vocabulary(file: &AdapterFile, kinds: &AdapterKinds, model: &ModelConfig) -> Option<usize> {
+    let rows = |module: &str| {
+        let table =
+            ["weight", "base_layer.weight"].iter().find_map(|end| file.tensor(&format!("{PREFIX}{module}.{end}")))?;
+        match *table.shape() {
+            [rows, cols] if cols == model.hidden_size => Some(rows),
+            _ => None,
+        }
+    };
+    let follows = model.tie_word_embeddings && (kinds.ensure_weight_tying || !kinds.saves(EMBEDDING));
+    let found = match (rows(EMBEDDING)?, rows(HEAD)) {
+        (embedding, Some(head)) if embedding == head => embedding,
+        (embedding, None) if follows => embedding,
+        _ => return None,
+    };
+    (found != model.vocab_size && found > 0).then_some(found)
 }
 
 pub(super) const PREFIX: &str = "base_model.model.";
@@ -299,36 +325,33 @@ impl Expected {
     }
 
     /// Names first, then shapes and dtypes, then numbers.
-    fn check(&self, path: &Path, file: &SafeTensors) -> Result<()> {
-        let names = file.names();
-        let mut unexpected: Vec<&str> =
-            names.iter().copied().filter(|name| !self.tensors.contains_key(*name)).collect();
-        unexpected.sort_unstable();
+    fn check(&self, path: &Path, file: &AdapterFile) -> Result<()> {
+        let unexpected: Vec<&str> = file.names().filter(|name| !self.tensors.contains_key(*name)).collect();
+        let unexpected: Vec<&str> = unexpected.into_iter().map(|name| file.stored_name(name)).collect();
         let required = || self.tensors.iter().filter(|(_, tensor)| tensor.required).map(|(name, _)| name.as_str());
-        let missing: Vec<&str> = required().filter(|name| file.tensor(name).is_err()).collect();
+        let missing: Vec<&str> = required().filter(|name| file.tensor(name).is_none()).collect();
         if !missing.is_empty() || !unexpected.is_empty() {
             return Err(difference(path, &missing, &unexpected, required().count()));
         }
         let [a, b] = factor_names(HEAD).map(|end| format!("{PREFIX}{HEAD}.{end}"));
-        if self.tensors.contains_key(&a) && file.tensor(&a).is_ok() != file.tensor(&b).is_ok() {
-            let missing = if file.tensor(&a).is_ok() { &b } else { &a };
+        if self.tensors.contains_key(&a) && file.tensor(&a).is_some() != file.tensor(&b).is_some() {
+            let missing = if file.tensor(&a).is_some() { &b } else { &a };
             return Err(difference(path, &[missing], &[], 0));
         }
         for (name, tensor) in &self.tensors {
-            let Ok(view) = file.tensor(name) else { continue };
-            let error = |message: String| Error::tensor(name, format!("{message} (in {})", path.display()));
+            let Some(view) = file.tensor(name) else { continue };
+            let error =
+                |message: String| Error::tensor(file.stored_name(name), format!("{message} (in {})", path.display()));
             if view.shape() != tensor.shape {
                 let (shape, want) = (view.shape(), &tensor.shape);
                 let whole = name.ends_with("weight") && tensor.replaces.is_some();
                 let hint = if whole && shape.len() == 2 && shape[1] == want[1] && shape[0] != want[0] {
-                    "; adapters that resize the vocabulary are not run over their base: merge them into it with PEFT \
-                     (merge_and_unload) and load the merged model"
+                    "; an adapter that resizes the vocabulary needs both tables with as many rows, as PEFT saves them \
+                     (save_embedding_layers): save it again so, or merge it into its base with PEFT (merge_and_unload)"
                 } else {
                     ""
                 };
-                return Err(error(format!(
-                    "has shape {shape:?}, but the model and adapter_config.json give {want:?}{hint}"
-                )));
+                return Err(error(format!("{}{hint}", wrong_shape(shape, want))));
             }
             if !matches!(view.dtype(), Dtype::F32 | Dtype::F16 | Dtype::BF16) {
                 return Err(error(format!("has dtype {:?}; adapters are F32, F16 or BF16", view.dtype())));
@@ -347,12 +370,12 @@ impl Expected {
 /// Reads checked tensors.
 struct Reader<'a> {
     path: &'a Path,
-    file: &'a SafeTensors<'a>,
+    file: &'a AdapterFile<'a>,
 }
 
 impl Reader<'_> {
     fn plain(&self, name: &str) -> Result<Option<PlainData>> {
-        Ok(self.file.tensor(name).ok().map(|view| plain(view.dtype(), view.data())))
+        Ok(self.file.tensor(name).map(|view| plain(view.dtype(), view.data())))
     }
 
     fn f32(&self, name: &str) -> Result<Vec<f32>> {

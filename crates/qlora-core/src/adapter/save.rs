@@ -3,7 +3,7 @@
 //! All files are complete and on the disk under temporary names before the first one gets its own; a folder that does
 //! not exist yet appears as a whole.
 
-use super::{CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, card, config_file};
+use super::{CARD_FILE, CONFIG_FILE, TRAINED_OVER_FILE, TrainedOver, WEIGHTS_FILE, card, config_file};
 use crate::atomic::{PendingFile, cannot_write, replace_directory};
 use crate::lora::{AdapterLayout, Entry, LoraConfig};
 use crate::safetensors_file::write_safetensors;
@@ -60,13 +60,21 @@ pub struct SaveOptions {
     pub base_model_name_or_path: Option<String>,
     /// The base model's revision.
     pub revision: Option<String>,
+    /// What the base was held in during training, which is written beside the adapter; merging reads it.
+    pub trained_over: Option<TrainedOver>,
     /// Whether to write a model card. A `README.md` that is not one of ours is never replaced.
     pub model_card: bool,
 }
 
 impl Default for SaveOptions {
     fn default() -> Self {
-        Self { dtype: AdapterDtype::F32, base_model_name_or_path: None, revision: None, model_card: true }
+        Self {
+            dtype: AdapterDtype::F32,
+            base_model_name_or_path: None,
+            revision: None,
+            trained_over: None,
+            model_card: true,
+        }
     }
 }
 
@@ -144,6 +152,11 @@ fn write_files(
     files[0].write_with(|writer| write_safetensors(writer, tensors, Some(metadata)))?;
     let json = config_file::to_json(config, layout, options)?;
     files[1].write_with(|writer| writer.write_all(json.as_bytes()))?;
+    if let Some(over) = &options.trained_over {
+        let mut file = PendingFile::create(dir.join(TRAINED_OVER_FILE))?;
+        file.write_with(|writer| writer.write_all(over.to_json().as_bytes()))?;
+        files.push(file);
+    }
     let card = dir.join(CARD_FILE);
     if options.model_card && fs::read_to_string(&card).map_or(!card.exists(), |text| card::is_ours(&text)) {
         let mut file = PendingFile::create(&card)?;

@@ -167,8 +167,10 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
     };
     let by_name = match listed {
         None => None,
-        Some(name) => match ARCHITECTURES.iter().find(|(known, ..)| name.as_str() == Some(known)) {
+        Some(name) => match ARCHITECTURES.iter().find(|(known, ..)| is_class(name.as_str().unwrap_or_default(), known))
+        {
             Some((.., architecture)) => Some(*architecture),
+            None if by_type.is_some() && WRAPPERS.iter().any(|wrapper| name == wrapper) => None,
             None => return Err(fields.unsupported(&format!("architecture {name} (supported: {})", supported()))),
         },
     };
@@ -177,6 +179,17 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
         (Some(architecture), _) | (None, Some(architecture)) => Ok(architecture),
         (None, None) => Err(fields.invalid("neither architectures nor model_type says what model this is")),
     }
+}
+
+/// Classes around a model whose name some programs write; `model_type` then says what the model is.
+const WRAPPERS: [&str; 4] =
+    ["PeftModelForCausalLM", "OptimizedModule", "FullyShardedDataParallel", "DistributedDataParallel"];
+
+/// Whether a name is that of a class, as it is now or as the first conversions wrote it (`LLaMAForCausalLM`), or that of the same
+/// model without its head (`LlamaModel`).
+fn is_class(name: &str, class: &str) -> bool {
+    let family = class.trim_end_matches("ForCausalLM");
+    name.eq_ignore_ascii_case(class) || name.strip_suffix("Model") == Some(family)
 }
 
 /// Errors for options that would make the result wrong if they were ignored.

@@ -56,6 +56,28 @@ fn options_are_read() {
 }
 
 #[test]
+fn class_names_of_old_files_and_of_wrappers_are_known() {
+    for (model, name) in [
+        ("llama", "LLaMAForCausalLM"),
+        ("llama", "LlamaModel"),
+        ("mistral", "MistralModel"),
+        ("qwen2", "Qwen2Model"),
+        ("qwen3", "PeftModelForCausalLM"),
+        ("llama", "OptimizedModule"),
+    ] {
+        let options = format!(r#", "num_key_value_heads": 8, "architectures": ["{name}"]"#);
+        let named = config(model, &options).unwrap();
+        assert_eq!(named, config(model, r#", "num_key_value_heads": 8"#).unwrap(), "{name}");
+    }
+    for name in ["LlamaRewardModel", "MixtralForCausalLM", "LlamaForTokenClassification", "llama", "Model", ""] {
+        assert!(config("llama", &format!(r#", "architectures": ["{name}"]"#)).is_err(), "{name}");
+    }
+    let old = r#"{"architectures": ["LLaMAForCausalLM"], "vocab_size": 64, "hidden_size": 16, "intermediate_size": 8,
+        "num_hidden_layers": 4, "num_attention_heads": 8}"#;
+    assert_eq!(parse(old, Path::new("x")).unwrap().architecture, Architecture::Llama);
+}
+
+#[test]
 fn what_is_not_supported_is_named() {
     for (model, options, message) in [
         ("gemma2", "", "model_type \"gemma2\""),

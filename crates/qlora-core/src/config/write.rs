@@ -4,16 +4,12 @@ use qlora_kernels::ops::rope::RopeScaling;
 use serde_json::{Map, Value, json};
 
 use super::{Architecture, ModelConfig};
+use crate::error::{Error, Result};
 
 impl ModelConfig {
     /// The text of a `config.json` that transformers and [`ModelConfig::from_json_file`] read as this model.
     pub fn to_json(&self) -> String {
-        let (class, model_type) = match self.architecture {
-            Architecture::Llama => ("LlamaForCausalLM", "llama"),
-            Architecture::Mistral => ("MistralForCausalLM", "mistral"),
-            Architecture::Qwen2 => ("Qwen2ForCausalLM", "qwen2"),
-            Architecture::Qwen3 => ("Qwen3ForCausalLM", "qwen3"),
-        };
+        let (class, model_type) = self.class();
         let mut config = Map::new();
         let mut set = |key: &str, value: Value| drop(config.insert(key.to_owned(), value));
         set("architectures", json!([class]));
@@ -53,6 +49,36 @@ impl ModelConfig {
         set("bos_token_id", json!(self.bos_token_id));
         set("eos_token_id", if let [one] = self.eos_token_ids[..] { json!(one) } else { json!(self.eos_token_ids) });
         serde_json::to_string_pretty(&config).expect("a map of plain values is JSON")
+    }
+
+    /// The class in transformers, and its `model_type`.
+    fn class(&self) -> (&'static str, &'static str) {
+        match self.architecture {
+            Architecture::Llama => ("LlamaForCausalLM", "llama"),
+            Architecture::Mistral => ("MistralForCausalLM", "mistral"),
+            Architecture::Qwen2 => ("Qwen2ForCausalLM", "qwen2"),
+            Architecture::Qwen3 => ("Qwen3ForCausalLM", "qwen3"),
+        }
+    }
+
+    /// The `config.json` of a model that is written anew: `original` (without one, [`Self::to_json`]) with what can have become
+    /// another one, and without `quantization_config`.
+    ///
+    /// # Errors
+    /// If `original` is not a JSON object.
+    pub(crate) fn rewrite(&self, original: Option<&str>) -> Result<Map<String, Value>> {
+        let invalid = |error: serde_json::Error| Error::Invalid(format!("config.json of the base: {error}"));
+        let written = self.to_json();
+        let mut map: Map<String, Value> = serde_json::from_str(original.unwrap_or(&written)).map_err(invalid)?;
+        map.shift_remove("quantization_config");
+        map.insert("vocab_size".to_owned(), json!(self.vocab_size));
+        // The names in the file are those of the class with a head.
+        map.insert("architectures".to_owned(), json!([self.class().0]));
+        // Absent, it means false in all classes that are supported.
+        if self.tie_word_embeddings || map.contains_key("tie_word_embeddings") {
+            map.insert("tie_word_embeddings".to_owned(), json!(self.tie_word_embeddings));
+        }
+        Ok(map)
     }
 }
 

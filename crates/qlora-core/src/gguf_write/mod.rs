@@ -37,7 +37,7 @@ use crate::error::{Error, Result};
 use crate::merge::require_space;
 use crate::safetensors_stream::disk;
 use crate::source::gguf::names;
-use crate::source::{PlainTensor, WeightSource};
+use crate::source::{PlainTensor, WeightSource, again};
 use crate::tokenizer::Tokenizer;
 
 /// The type of a GGUF file's matrices.
@@ -181,6 +181,9 @@ pub fn write(
     options: &GgufOptions<'_>,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<WrittenGguf> {
+    if let (GgufType::Q4_0, Some(remark)) = (options.kind, again(source, options.kind.name())) {
+        tracing::warn!("{remark}");
+    }
     let config = source.config();
     let mut metadata = Metadata::default();
     model::describe(config, options, &mut metadata)?;

@@ -186,6 +186,37 @@ fn only_the_needed_files_are_downloaded_once() {
 }
 
 #[test]
+fn licences_come_along_and_a_tokenizer_is_downloaded_alone() {
+    let mut hub = model();
+    for name in ["LICENSE.txt", "USE_POLICY.md", "original/LICENSE"] {
+        hub.files.insert(name.to_owned(), b"terms".to_vec());
+    }
+    let server = Server::start(hub);
+    let cache = tempfile::tempdir().unwrap();
+    let options = OpenOptions {
+        endpoint: Some(server.endpoint.clone()),
+        cache_dir: Some(cache.path().to_owned()),
+        ..OpenOptions::default()
+    };
+    let files = crate::open::open_model("org/name", &options).unwrap();
+    let companions = crate::merge::Companions::of(&files).unwrap();
+    for name in ["LICENSE.txt", "USE_POLICY.md"] {
+        assert_eq!(companions.get(name), Some(&b"terms"[..]), "{name}");
+    }
+    assert!(!companions.names().any(|name| name.contains("original") || name == "README.md"));
+
+    // A GGUF file without a tokenizer, with the one of a repository.
+    let other = tempfile::tempdir().unwrap();
+    let gguf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/loading/llama.gguf");
+    let options =
+        OpenOptions { tokenizer: Some("org/name".into()), cache_dir: Some(other.path().to_owned()), ..options };
+    let before = server.requests().len();
+    let files = crate::open::open_model(gguf.to_str().unwrap(), &options).unwrap();
+    assert!(files.tokenizer.vocab_size() > 100);
+    assert!(!server.requests()[before..].iter().any(|path| path.contains("safetensors")), "{:?}", server.requests());
+}
+
+#[test]
 fn a_model_is_opened_by_its_id() {
     let cache = tempfile::tempdir().unwrap();
     let server = Server::start(model());

@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 use crate::file::LARGE;
+use crate::licence::is_licence;
 use crate::open::ModelFiles;
 use crate::tokenizer::Tokenizer;
 
@@ -23,7 +24,7 @@ const TOKENIZER: [&str; 7] = [
 ];
 const TEMPLATE: &str = "chat_template.jinja";
 const TEMPLATES: &str = "additional_chat_templates";
-const OTHERS: [&str; 6] = ["generation_config.json", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md"];
+const OTHERS: [&str; 1] = ["generation_config.json"];
 
 /// Files by their path inside a model folder.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -42,6 +43,7 @@ impl Companions {
         if path.is_dir() {
             companions.take(path, &TOKENIZER)?;
             companions.take(path, &OTHERS)?;
+            companions.take_licences(path)?;
             companions.take_templates(path)?;
         } else {
             companions.describe(model)?;
@@ -127,6 +129,15 @@ impl Companions {
         }
         let bytes = fs::read(&path).map_err(|error| Error::io(&path, error))?;
         self.files.insert(name.to_owned(), bytes);
+        Ok(())
+    }
+
+    fn take_licences(&mut self, folder: &Path) -> Result<()> {
+        for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+            if let Some(name) = entry.file_name().to_str().filter(|name| is_licence(name)) {
+                self.take_file(folder, name)?;
+            }
+        }
         Ok(())
     }
 

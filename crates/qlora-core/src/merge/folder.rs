@@ -6,7 +6,7 @@
 use std::fs;
 use std::path::Path;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, json};
 
 use super::companions::Companions;
 use super::source::dtype_of;
@@ -84,18 +84,10 @@ pub fn write_folder(
 
 /// The merged model's `config.json`: the base's without its quantization, with what merging can change.
 fn config_json(original: Option<&str>, config: &ModelConfig, dtype: &str) -> Result<String> {
-    let invalid = |error: serde_json::Error| Error::Invalid(format!("config.json of the base: {error}"));
-    let written = config.to_json();
-    let mut map: Map<String, Value> = serde_json::from_str(original.unwrap_or(&written)).map_err(invalid)?;
-    map.shift_remove("quantization_config");
-    map.insert("vocab_size".to_owned(), json!(config.vocab_size));
-    // Absent, it means false in all classes that are supported.
-    if config.tie_word_embeddings || map.contains_key("tie_word_embeddings") {
-        map.insert("tie_word_embeddings".to_owned(), json!(config.tie_word_embeddings));
-    }
+    let mut map = config.rewrite(original)?;
     let key = if map.contains_key("dtype") { "dtype" } else { "torch_dtype" };
     map.insert(key.to_owned(), json!(dtype));
-    serde_json::to_string_pretty(&map).map_err(invalid)
+    serde_json::to_string_pretty(&map).map_err(|error| Error::Invalid(format!("config.json: {error}")))
 }
 
 /// Says that a disk is too small before the first tensor is read. The elements are counted with 16 bits.

@@ -8,6 +8,8 @@
 //! weight, or what is left of it after quantization ([`MergeInto`]): an adapter that was trained over a 4-bit base has
 //! learned with that base's errors. Peers disagree on which is better; [`gap::measure`] says it for a text.
 //!
+//! - [`MergeChoice`] says which weights an adapter belongs into, from what its folder says about its training
+//!   ([`TrainedOver`](crate::adapter::TrainedOver)).
 //! - [`MergedSource`] is a [`WeightSource`](crate::source::WeightSource): it can be loaded, written as a folder
 //!   ([`write_folder`]) or as GGUF ([`crate::gguf_write`]), one tensor at a time.
 //! - [`WeightUpdate`] is what an adapter does to a base's weights; [`LoraUpdate`] is LoRA's, [`PeftUpdate`] that of any
@@ -17,6 +19,7 @@
 //!
 //! Never requantized: a 4-bit base is dequantized, merged and written in 16 or 32 bits.
 
+mod choice;
 mod companions;
 mod folder;
 pub mod gap;
@@ -26,6 +29,7 @@ mod source;
 mod tests;
 mod update;
 
+pub use choice::MergeChoice;
 pub use companions::Companions;
 pub(crate) use folder::require_space;
 pub use folder::{FolderOptions, WrittenFolder, write_folder};

@@ -36,6 +36,8 @@ pub struct PeftUpdate<'a> {
     embedding: Option<(Vec<f32>, Option<Vec<f32>>)>,
     /// Whether a tied head becomes one of its own.
     unties: bool,
+    /// Rows of the merged model's tables, if others than the base's.
+    vocab_size: Option<usize>,
 }
 
 impl<'a> PeftUpdate<'a> {
@@ -100,7 +102,7 @@ impl<'a> PeftUpdate<'a> {
             None => None,
             Some(module) => Some(embedding_factors(module, replaced.get(&table), base, &table)?),
         };
-        Ok(Self { modules, tokens, replaced, embedding, unties })
+        Ok(Self { modules, tokens, replaced, embedding, unties, vocab_size: adapter.vocab_size })
     }
 
     fn add_lora(&self, module: &LoraModule, rows: Range<usize>, cols: usize, weight: &mut [f32]) -> Result<()> {
@@ -197,6 +199,8 @@ impl WeightUpdate for PeftUpdate<'_> {
     }
 
     fn config(&self, base: &ModelConfig) -> ModelConfig {
-        ModelConfig { tie_word_embeddings: base.tie_word_embeddings && !self.unties, ..base.clone() }
+        let tie_word_embeddings = base.tie_word_embeddings && !self.unties;
+        let vocab_size = self.vocab_size.unwrap_or(base.vocab_size);
+        ModelConfig { vocab_size, tie_word_embeddings, ..base.clone() }
     }
 }

@@ -20,12 +20,13 @@ use super::update::WeightUpdate;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::lora::linear_modules;
-use crate::source::{PlainTensor, WeightSource};
+use crate::source::{PlainTensor, SourceWeight, WeightSource};
 
 /// Elements of a piece that a thread merges at a time.
 const PIECE: usize = 1 << 20;
 
-/// Which weights an adapter is added to.
+/// Which weights an adapter is added to. Of a base that is stored quantized these are in any case the ones that its layers stand
+/// for, and layers that it stores plain stay as they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MergeInto {
     /// The weights as they are stored.
@@ -47,7 +48,7 @@ impl fmt::Display for MergeInto {
 /// The precision of a merged model's tensors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Rounding {
-    /// Each tensor's own (blocks of a GGUF file become f32).
+    /// Each tensor's own (blocks of a GGUF file become f32; of a layer that is stored in 4 bits, what it was before).
     #[default]
     Stored,
     /// One for all tensors.
@@ -153,22 +154,36 @@ impl<'a> MergedSource<'a> {
         figures
     }
 
-    fn merge(&self, name: &str, tensor: PlainTensor) -> Result<PlainTensor> {
-        let [rows, cols] = *tensor.shape else {
-            return Err(Error::tensor(name, format!("has shape {:?}; only matrices can be merged", tensor.shape)));
+    /// Whether a plain weight was quantized for training: the plain layers of a base that is stored quantized were not.
+    fn quantized(&self, name: &str) -> bool {
+        self.linear.contains(name) && self.base.quantization().is_none()
+    }
+
+    fn merge(&self, name: &str, weight: SourceWeight) -> Result<PlainTensor> {
+        let shape = weight.shape();
+        let [rows, cols] = *shape else {
+            return Err(Error::tensor(name, format!("has shape {shape:?}; only matrices can be merged")));
         };
-        let dtype = match self.rounding {
-            Rounding::Stored => dtype_of(&tensor.data),
-            Rounding::To(dtype) => dtype,
-            Rounding::None => Dtype::F32,
+        let dtype = match (self.rounding, &weight) {
+            (Rounding::To(dtype), _) => dtype,
+            (Rounding::None, _) => Dtype::F32,
+            (Rounding::Stored, SourceWeight::Plain(tensor)) => dtype_of(&tensor.data),
+            // What the weight was before it was quantized.
+            (Rounding::Stored, SourceWeight::FourBit(weight)) => weight.source_dtype(),
+            // Integers do not say what they were; the tables beside them do.
+            (Rounding::Stored, SourceWeight::Int(_)) => {
+                self.base.stored("model.embed_tokens.weight").map_or(Dtype::F32, |stored| stored.dtype)
+            }
         };
-        let weight: Box<dyn FrozenWeight> = match self.into {
-            MergeInto::Dequantized(config) if self.linear.contains(name) => {
+        let weight: Box<dyn FrozenWeight> = match (weight, self.into) {
+            (SourceWeight::Plain(tensor), MergeInto::Dequantized(config)) if self.quantized(name) => {
                 let quantized = Quantized4bit::quantize(&tensor.data, rows, cols, &config);
                 drop(tensor);
                 Box::new(quantized.map_err(|error| Error::tensor(name, error.to_string()))?)
             }
-            _ => Box::new(PlainWeight::new(tensor.data, rows, cols)),
+            (SourceWeight::Plain(tensor), _) => Box::new(PlainWeight::new(tensor.data, rows, cols)),
+            (SourceWeight::FourBit(weight), _) => Box::new(weight),
+            (SourceWeight::Int(weight), _) => Box::new(weight),
         };
         let job = Job { name, weight: &*weight, update: self.targets.contains(name).then_some(self.update) };
         let (data, change) = match dtype {
@@ -208,6 +223,10 @@ impl WeightSource for MergedSource<'_> {
         self.shapes.get(name).cloned()
     }
 
+    fn block_type(&self) -> Option<&'static str> {
+        self.base.block_type()
+    }
+
     /// As the base's, merged; values that are not finite are an error.
     fn read(&self, name: &str) -> Result<PlainTensor> {
         if !self.shapes.contains_key(name) {
@@ -215,11 +234,12 @@ impl WeightSource for MergedSource<'_> {
         }
         let tensor = match self.update.replacement(name) {
             Some(tensor) => tensor,
+            None if self.base.is_packed(name) => return self.merge(name, self.base.read_weight(name)?),
             None => self.base.read_finite(name)?,
         };
-        let dequantized = matches!(self.into, MergeInto::Dequantized(_)) && self.linear.contains(name);
+        let dequantized = matches!(self.into, MergeInto::Dequantized(_)) && self.quantized(name);
         if self.targets.contains(name) || dequantized {
-            return self.merge(name, tensor);
+            return self.merge(name, SourceWeight::Plain(tensor));
         }
         match self.rounding {
             Rounding::To(dtype) if dtype != dtype_of(&tensor.data) => convert(name, tensor, dtype),

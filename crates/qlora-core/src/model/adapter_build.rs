@@ -27,6 +27,13 @@ const CHUNK: usize = 1 << 20;
 
 /// The adapter as `model` runs it.
 pub(super) fn build(model: &CausalLm, adapter: &PeftAdapter) -> Result<LoadedAdapter> {
+    let own = model.config().vocab_size;
+    if let Some(got) = adapter.vocab_size.filter(|size| *size != own) {
+        return Err(Error::Invalid(format!(
+            "the adapter was trained on a model of {got} tokens and brings its tables along, the base has {own}: load the base as \
+             ModelFiles::with_vocabulary_of(adapter) gives it (an adapter of another vocabulary cannot be beside it)"
+        )));
+    }
     let tied = model.config().tie_word_embeddings;
     let projections: HashMap<&str, &Projection> = model
         .stack()

@@ -22,7 +22,7 @@ use super::projection::Projection;
 use super::stack::Stack;
 use crate::config::{CheckpointQuantization, ModelConfig};
 use crate::error::{Error, Result};
-use crate::source::WeightSource;
+use crate::source::{WeightSource, again};
 
 /// How the frozen projections are held. A checkpoint that is stored quantized is always held as it is stored, its plain
 /// layers too: with one, [`Quantization::None`] or what it is stored in are the only values that are not refused.
@@ -70,6 +70,14 @@ impl CausalLm {
         if let Some(stored) = source.quantization() {
             check_quantization(quantization, stored, source)?;
             quantization = Quantization::None;
+        }
+        let target = match quantization {
+            Quantization::Bits4(config) => Some(config.quant_type.to_string()),
+            Quantization::Int(config) => Some(format!("{}-bit integers", config.bits.bits())),
+            Quantization::None | Quantization::Int8 => None,
+        };
+        if let Some(remark) = target.and_then(|target| again(source, &target)) {
+            tracing::warn!("{remark}");
         }
         let config = source.config();
         let jobs = jobs(config, offload_embedding);

@@ -1,12 +1,14 @@
 //! Llama-style models in GGUF files (llama.cpp).
 //!
 //! Read are the architectures `llama` (which is also how Mistral models are written), `qwen2` and `qwen3`, with weights
-//! of the types that candle dequantizes. Tensors are named and ordered as Hugging Face's; the configuration, tokenizer
+//! of the types that candle dequantizes, and IQ4_NL and IQ4_XS. Tensors are named and ordered as Hugging Face's; the configuration, tokenizer
 //! and chat template come from the metadata.
 
 mod config;
 mod header;
+mod iq4;
 pub(crate) mod names;
+pub(crate) mod split;
 mod types;
 mod vocabulary;
 
@@ -16,6 +18,7 @@ use std::path::{Path, PathBuf};
 use qlora_kernels::MappedFile;
 
 use self::header::Header;
+use self::split::Part;
 use self::types::GgmlType;
 pub(crate) use self::vocabulary::{Vocabulary, VocabularyKind, token_type};
 use super::{PlainTensor, WeightSource, check_tensors, ignorable, unknown_tensor};
@@ -37,6 +40,8 @@ pub(crate) fn read_vocabulary<T>(
 pub struct Gguf {
     path: PathBuf,
     file: MappedFile,
+    // The other parts of a split model, whose tensors are in the header too.
+    rest: Vec<Part>,
     header: Header,
     config: ModelConfig,
     // Hugging Face's name to the index in `header.tensors`.
@@ -44,7 +49,8 @@ pub struct Gguf {
 }
 
 impl Gguf {
-    /// Maps the file, checks its header against its length and its tensors against its configuration.
+    /// Maps the file (and the other parts of a split model, of which the first is given), checks its header against its length and
+    /// its tensors against its configuration.
     ///
     /// # Errors
     /// If the file is damaged, cut short, or of an architecture, type or option that is not supported; the message names
@@ -52,8 +58,9 @@ impl Gguf {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_owned();
         let file = MappedFile::open(&path).map_err(|e| Error::io(&path, e))?;
-        let header = Header::parse(&file).map_err(|e| Error::format(&path, e))?;
-        let config = config::model_config(&header, &file, &path)?;
+        let mut header = Header::parse(&file).map_err(|e| Error::format(&path, e))?;
+        let rest = split::open_rest(&path, &mut header)?;
+        let config = config::model_config(&header, &file, &rest, &path)?;
         let mut tensors = BTreeMap::new();
         for (index, tensor) in header.tensors.iter().enumerate() {
             if config::is_rope_table(&tensor.name) {
@@ -68,7 +75,7 @@ impl Gguf {
                     ),
                 ));
             };
-            if ignorable(&config, &name) {
+            if ignorable(&name) {
                 continue;
             }
             if !tensor.kind.is_supported() {
@@ -79,7 +86,7 @@ impl Gguf {
             }
             tensors.insert(name, index);
         }
-        let source = Self { path, file, header, config, tensors };
+        let source = Self { path, file, rest, header, config, tensors };
         check_tensors(&source)?;
         Ok(source)
     }
@@ -112,8 +119,9 @@ impl WeightSource for Gguf {
         &self.path
     }
 
-    fn file_of(&self, _name: &str) -> Option<&Path> {
-        Some(&self.path)
+    fn file_of(&self, name: &str) -> Option<&Path> {
+        let part = self.tensors.get(name).map_or(0, |&index| self.header.tensors[index].part);
+        Some(if part == 0 { &self.path } else { &self.rest[part - 1].path })
     }
 
     fn names(&self) -> Vec<String> {
@@ -124,6 +132,25 @@ impl WeightSource for Gguf {
         self.tensors.get(name).map(|&index| self.header.tensors[index].shape.clone())
     }
 
+    fn block_type(&self) -> Option<&'static str> {
+        let linear = crate::lora::linear_modules(&self.config);
+        let kinds = linear.iter().filter_map(|module| self.tensors.get(&format!("{}.weight", module.name)));
+        let mut counts: BTreeMap<&'static str, usize> = BTreeMap::new();
+        let (mut few, mut all) = (0, 0);
+        for &index in kinds {
+            let kind = self.header.tensors[index].kind;
+            let (elements, bytes) = kind.block();
+            all += 1;
+            // Q8_0 has 8.5 bits a weight: what it rounds away does not matter beside 4 bits.
+            if bytes < elements {
+                few += 1;
+                *counts.entry(kind.name()).or_default() += 1;
+            }
+        }
+        let most = counts.into_iter().max_by_key(|(_, count)| *count).map(|(name, _)| name);
+        most.filter(|_| 2 * few > all)
+    }
+
     fn stored_bytes(&self, name: &str) -> u64 {
         self.tensors.get(name).map_or(0, |&index| self.header.tensors[index].bytes.len() as u64)
     }
@@ -131,8 +158,9 @@ impl WeightSource for Gguf {
     fn read(&self, name: &str) -> Result<PlainTensor> {
         let index = *self.tensors.get(name).ok_or_else(|| unknown_tensor(self, name))?;
         let info = &self.header.tensors[index];
-        let mut data = info.kind.decode(&self.file[info.bytes.clone()])?;
-        self.file.forget(info.bytes.clone());
+        let file = if info.part == 0 { &self.file } else { &self.rest[info.part - 1].file };
+        let mut data = info.kind.decode(&file[info.bytes.clone()])?;
+        file.forget(info.bytes.clone());
         if let Some(heads) = names::permuted_heads(name, &self.config) {
             names::unpermute(&mut data, heads, self.config.head_dim);
         }

@@ -9,7 +9,9 @@ use serde_json::Value;
 
 use super::packed::{self, Packed, Raw};
 use super::shard::{Shard, unsupported_dtype};
-use super::{PlainTensor, SourceWeight, StoredTensor, WeightSource, check_tensors, ignorable, unknown_tensor};
+use super::{
+    PlainTensor, SourceWeight, StoredTensor, WeightSource, check_tensors, ignorable, leftovers, unknown_tensor,
+};
 use crate::config::{CheckpointQuantization, ModelConfig};
 use crate::error::{Error, Result};
 use crate::file::{self, LARGE, SMALL};
@@ -18,6 +20,8 @@ use crate::file::{self, LARGE, SMALL};
 pub(crate) const SINGLE: &str = "model.safetensors";
 /// The file that says which shard holds which tensor.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
+
+const HEAD: &str = "lm_head.weight";
 
 /// A model folder in Hugging Face's layout, in bf16, f16 or f32, or quantized by one of the methods of
 /// [`CheckpointQuantization`].
@@ -33,6 +37,7 @@ pub struct HfDirectory {
     packed: BTreeMap<String, Packed>,
     // The tensors that the quantized layers consist of.
     parts: BTreeMap<String, usize>,
+    remarks: Vec<String>,
 }
 
 impl HfDirectory {
@@ -46,25 +51,27 @@ impl HfDirectory {
         let folder = folder.as_ref().to_owned();
         let path = folder.join("config.json");
         let text = file::read_text(&path, SMALL)?;
-        let config = ModelConfig::from_json(&text, &path)?;
-        let quantization = CheckpointQuantization::from_json(&text, &path)?;
+        let mut map = file::parse_object(&text, &path)?;
+        let quantization = CheckpointQuantization::from_json(&text, &path);
+        let options = map.shift_remove("quantization_config").unwrap_or_default();
+        // How weights are stored is said by the tensors: see below.
+        let config = match &quantization {
+            Err(_) if options.is_object() => ModelConfig::from_json(&Value::Object(map).to_string(), &path)?,
+            _ => ModelConfig::from_json(&text, &path)?,
+        };
         let (index, files) = weight_files(&folder)?;
         let shards: Vec<Shard> = files.iter().map(|name| Shard::open(folder.join(name))).collect::<Result<_>>()?;
         let mut tensors = BTreeMap::new();
+        let mut unlisted = Vec::new();
         for (number, shard) in shards.iter().enumerate() {
-            for name in shard.names() {
+            for name in shard.stored_names().filter(|name| !ignorable(name)) {
                 if let Some(mapped) = &index {
                     match mapped.get(&name) {
                         Some(file) if *file == files[number] => {}
                         Some(file) => return Err(twice(&name, &folder.join(file), shard.path())),
-                        None => {
-                            let place = shard.path().display();
-                            return Err(Error::tensor(name, format!("in {place}, but not in {INDEX}")));
-                        }
+                        None if config.tie_word_embeddings && name == HEAD => {}
+                        None => unlisted.push((name.clone(), number)),
                     }
-                }
-                if ignorable(&config, &name) {
-                    continue;
                 }
                 if let Some(first) = tensors.insert(name.clone(), number) {
                     return Err(twice(&name, shards[first].path(), shard.path()));
@@ -72,27 +79,63 @@ impl HfDirectory {
             }
         }
         if let Some(mapped) = &index {
-            for (name, file) in mapped {
-                let number = files.binary_search(file).expect("every file of the index was opened");
-                if shards[number].shape(name).is_none() {
-                    let message = format!("missing in {}, where {INDEX} says it is", shards[number].path().display());
-                    return Err(Error::tensor(name, message));
+            check_index(mapped, &files, &shards, &unlisted, config.tie_word_embeddings)?;
+        }
+        Self {
+            folder,
+            config,
+            shards,
+            tensors,
+            packed: BTreeMap::new(),
+            parts: BTreeMap::new(),
+            quantization: None,
+            remarks: Vec::new(),
+        }
+        .settle(quantization, &options)
+    }
+
+    /// Finds out which of the tensors are which part of the model.
+    fn settle(mut self, quantization: Result<Option<CheckpointQuantization>>, options: &Value) -> Result<Self> {
+        leftovers::name_as_with_a_head(&mut self.shards, &mut self.tensors);
+        let head = leftovers::settle_head(&mut self.config, &mut self.tensors, &mut self.shards)?;
+        self.remarks.extend(head);
+        if let Ok(Some(stored)) = &quantization {
+            let raw = Raw { folder: &self.folder, shards: &self.shards, tensors: &self.tensors };
+            let (packed, names) = packed::find(&raw, &self.config, stored)?;
+            self.packed = packed;
+            self.parts.extend(names.into_iter().filter_map(|name| self.tensors.remove_entry(&name)));
+        }
+        let plain = || {
+            let known = quantization.as_ref().ok().and_then(Option::as_ref);
+            self.tensors.iter().try_for_each(|(name, &number)| refuse_quantized(&self.shards[number], name, known))?;
+            check_tensors(&self)
+        };
+        match (plain(), quantization) {
+            (Ok(()), Ok(None)) => {}
+            (Ok(()), Ok(Some(stored))) => {
+                let without =
+                    leftovers::plain_without_reason(&self.config, options, |name| self.packed.contains_key(name));
+                let bitsandbytes =
+                    matches!(stored, CheckpointQuantization::Bnb4bit | CheckpointQuantization::Bnb8bit { .. });
+                if self.packed.is_empty() && !without.is_empty() {
+                    self.remarks.push(leftovers::left_over(&stored.to_string()));
+                } else {
+                    self.quantization = Some(stored);
+                    // Other methods' options say in too many ways which layers are quantized.
+                    if bitsandbytes && !without.is_empty() {
+                        self.remarks.push(leftovers::partly(&stored.to_string(), &without));
+                    }
                 }
             }
+            // A method that is not read is no obstacle where nothing is stored so.
+            (Ok(()), Err(_)) if options.is_object() => {
+                let method = options["quant_method"].as_str().unwrap_or("of an unknown method");
+                self.remarks.push(leftovers::left_over(&file::shown(&method.into())));
+            }
+            (_, Err(error)) | (Err(error), Ok(_)) => return Err(error),
         }
-        let (mut packed, mut parts) = (BTreeMap::new(), BTreeMap::new());
-        if let Some(quantization) = &quantization {
-            let raw = Raw { folder: &folder, shards: &shards, tensors: &tensors };
-            let names;
-            (packed, names) = packed::find(&raw, &config, quantization)?;
-            parts.extend(names.into_iter().filter_map(|name| tensors.remove_entry(&name)));
-        }
-        for (name, &number) in &tensors {
-            refuse_quantized(&shards[number], name, quantization.as_ref())?;
-        }
-        let source = Self { folder, config, shards, tensors, quantization, packed, parts };
-        check_tensors(&source)?;
-        Ok(source)
+        self.remarks.iter().for_each(|remark| tracing::warn!("{}: {remark}", self.folder.display()));
+        Ok(self)
     }
 
     fn shard(&self, name: &str) -> Option<&Shard> {
@@ -129,6 +172,10 @@ impl WeightSource for HfDirectory {
 
     fn quantization(&self) -> Option<&CheckpointQuantization> {
         self.quantization.as_ref()
+    }
+
+    fn remarks(&self) -> &[String] {
+        &self.remarks
     }
 
     fn is_packed(&self, name: &str) -> bool {
@@ -211,6 +258,30 @@ fn is_plain_file_name(name: &str) -> bool {
         && name.ends_with(".safetensors")
         && !name.starts_with('.')
         && !name.contains(['/', '\\', ':', '\0'])
+}
+
+/// Errors where the index and the shards are not of one model. A tensor that no model needs may be listed or not; programs that
+/// save models anew often list a tied head that they do not store.
+fn check_index(
+    mapped: &BTreeMap<String, String>,
+    files: &[String],
+    shards: &[Shard],
+    unlisted: &[(String, usize)],
+    tied: bool,
+) -> Result<()> {
+    if let Some((name, number)) = unlisted.first() {
+        let place = shards[*number].path().display();
+        return Err(Error::tensor(name, format!("in {place}, but not in {INDEX}")));
+    }
+    for (name, file) in mapped {
+        let number = files.binary_search(file).expect("every file of the index was opened");
+        let unneeded = ignorable(name) || (tied && name == HEAD);
+        if shards[number].shape(name).is_none() && !unneeded {
+            let message = format!("missing in {}, where {INDEX} says it is", shards[number].path().display());
+            return Err(Error::tensor(name, message));
+        }
+    }
+    Ok(())
 }
 
 fn twice(name: &str, first: &Path, second: &Path) -> Error {

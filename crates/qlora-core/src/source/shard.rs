@@ -3,6 +3,7 @@
 //! Layout: `u64` little-endian header length, a JSON header (name -> dtype, shape, byte range), then the tensors without
 //! gaps. Everything the header says is checked against the file's length before a tensor is read.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use bytemuck::Pod;
@@ -10,7 +11,7 @@ use half::{bf16, f16};
 use qlora_kernels::weight::PlainData;
 use qlora_kernels::{Dtype as Float, FileBytes, MappedFile};
 use safetensors::Dtype;
-use safetensors::tensor::Metadata;
+use safetensors::tensor::{Metadata, TensorInfo};
 
 use super::{PlainTensor, StoredTensor};
 use crate::error::{Error, Result};
@@ -25,6 +26,8 @@ pub(super) struct Shard {
     file: MappedFile,
     header: Metadata,
     data_start: usize,
+    /// Names that tensors go by, where the file calls them otherwise.
+    renamed: HashMap<String, String>,
 }
 
 impl Shard {
@@ -32,43 +35,55 @@ impl Shard {
     pub(super) fn open(path: PathBuf) -> Result<Self> {
         let file = MappedFile::open(&path).map_err(|e| Error::io(&path, e))?;
         let (header, data_start) = parse_header(&file).map_err(|message| Error::format(&path, message))?;
-        Ok(Self { path, file, header, data_start })
+        Ok(Self { path, file, header, data_start, renamed: HashMap::new() })
+    }
+
+    /// Lets the tensor that the file calls `stored` go by `name`; a name that was given before is replaced.
+    pub(super) fn rename(&mut self, stored: &str, name: &str) {
+        self.renamed.retain(|_, other| other != stored);
+        self.renamed.insert(name.to_owned(), stored.to_owned());
+    }
+
+    fn info(&self, name: &str) -> Option<&TensorInfo> {
+        match self.renamed.get(name) {
+            Some(stored) => self.header.info(stored),
+            None => self.header.info(name),
+        }
     }
 
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The tensors' names, in no particular order.
-    pub(super) fn names(&self) -> impl Iterator<Item = String> {
+    /// The tensors' names in the file, in no particular order.
+    pub(super) fn stored_names(&self) -> impl Iterator<Item = String> {
         self.header.tensors().into_keys()
     }
 
     pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.header.info(name).map(|info| info.shape.as_slice())
+        self.info(name).map(|info| info.shape.as_slice())
     }
 
     pub(super) fn dtype(&self, name: &str) -> Option<Dtype> {
-        self.header.info(name).map(|info| info.dtype)
+        self.info(name).map(|info| info.dtype)
     }
 
     /// The bytes of one tensor.
     pub(super) fn bytes(&self, name: &str) -> Option<&[u8]> {
-        let (start, end) = self.header.info(name)?.data_offsets;
+        let (start, end) = self.info(name)?.data_offsets;
         Some(&self.file[self.data_start + start..self.data_start + end])
     }
 
     /// A plain tensor's place in the file.
     pub(super) fn stored(&self, name: &str) -> Option<StoredTensor<'_>> {
         let dtype = float(self.dtype(name)?)?;
-        let (start, end) = self.header.info(name)?.data_offsets;
+        let (start, end) = self.info(name)?.data_offsets;
         Some(StoredTensor { bytes: self.file.bytes(self.data_start + start..self.data_start + end), dtype })
     }
 
     /// Copies one tensor out of the file.
     pub(super) fn read(&self, name: &str) -> Result<PlainTensor> {
-        let info =
-            self.header.info(name).ok_or_else(|| Error::tensor(name, format!("not in {}", self.path.display())))?;
+        let info = self.info(name).ok_or_else(|| Error::tensor(name, format!("not in {}", self.path.display())))?;
         let Some(StoredTensor { bytes, dtype }) = self.stored(name) else {
             return Err(unsupported_dtype(name, info.dtype, &self.path));
         };

@@ -87,7 +87,7 @@ fn byte_level(vocabulary: &Vocabulary<'_>) -> Result<Tokenizer, String> {
         "default" | "gpt-2" | "gpt2" => (PreTokenizer::Gpt2, false, false),
         "smollm" => (PreTokenizer::DigitsThenGpt2, false, false),
         "llama-bpe" | "llama3" | "llama-v3" => (PreTokenizer::Split(LLAMA3), false, true),
-        "qwen2" => (PreTokenizer::Split(QWEN2), true, false),
+        "qwen2" | "deepseek-r1-qwen" => (PreTokenizer::Split(QWEN2), true, false),
         "tekken" => (PreTokenizer::Split(TEKKEN), false, true),
         other => {
             return Err(format!(

@@ -55,6 +55,9 @@ pub struct TrainConfig {
 pub struct ModelOptions {
     /// A folder with a Hugging Face model, a GGUF file, or a hub id. Must be given.
     pub model_name_or_path: String,
+    /// A folder or hub id whose tokenizer and chat template are taken instead of the model's own, such as that of a GGUF file whose
+    /// tokenizer is not known. Default: none.
+    pub tokenizer_name_or_path: Option<PathBuf>,
     /// Branch, tag or commit on the hub. Default: none, the main branch.
     pub revision: Option<String>,
     /// Where downloads are kept. Default: none, the hub's own cache folder.
@@ -83,6 +86,7 @@ impl Default for ModelOptions {
     fn default() -> Self {
         Self {
             model_name_or_path: String::new(),
+            tokenizer_name_or_path: None,
             revision: None,
             cache_dir: None,
             local_files_only: false,

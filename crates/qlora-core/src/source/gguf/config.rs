@@ -5,6 +5,7 @@ use std::path::Path;
 use qlora_kernels::ops::rope::{RopeConfig, RopeScaling};
 
 use super::header::{Header, Parse, TensorInfo};
+use super::split::Part;
 use super::types::GgmlType;
 use crate::config::{Architecture, MAX_LAYERS, ModelConfig};
 use crate::error::{Error, Result};
@@ -36,7 +37,7 @@ pub(super) fn is_rope_table(name: &str) -> bool {
     name == "rope_freqs.weight" || name.ends_with(".attn_rot_embd.weight")
 }
 
-pub(super) fn model_config(header: &Header, file: &[u8], path: &Path) -> Result<ModelConfig> {
+pub(super) fn model_config(header: &Header, file: &[u8], rest: &[Part], path: &Path) -> Result<ModelConfig> {
     let format = |message: String| Error::format(path, message);
     let prefix = header.str("general.architecture", file).map_err(format)?;
     let prefix = prefix.ok_or_else(|| format("metadata general.architecture is missing".to_owned()))?;
@@ -49,18 +50,11 @@ pub(super) fn model_config(header: &Header, file: &[u8], path: &Path) -> Result<
             return Err(Error::Unsupported(message));
         }
     };
-    let meta = Meta { header, prefix };
+    let meta = Meta { header, rest, prefix };
     for key in UNSUPPORTED {
         if meta.is_set(key) {
             return Err(Error::Unsupported(format!("metadata {prefix}.{key}, in {}", path.display())));
         }
-    }
-    if header.u64("split.count").map_err(format)?.is_some_and(|count| count > 1) {
-        let message = format!(
-            "{} is one part of a split GGUF file; merge the parts first (llama-gguf-split --merge)",
-            path.display()
-        );
-        return Err(Error::Unsupported(message));
     }
     let config = meta.build(architecture, file).map_err(|problem| match problem {
         Problem::Format(message) => format(message),
@@ -83,6 +77,7 @@ impl From<String> for Problem {
 
 struct Meta<'a> {
     header: &'a Header,
+    rest: &'a [Part],
     prefix: &'a str,
 }
 
@@ -236,6 +231,7 @@ impl Meta<'_> {
             }
         };
         if let Some(table) = self.tensor("rope_freqs.weight") {
+            let file = if table.part == 0 { file } else { &self.rest[table.part - 1].file };
             let llama3 = llama3(table, file, theta, head_dim)?;
             if scaling.is_some() && llama3.is_some() {
                 return Err(Problem::Unsupported("tensor rope_freqs.weight together with rope scaling".to_owned()));

@@ -45,6 +45,8 @@ pub(super) struct TensorInfo {
     pub(super) kind: GgmlType,
     /// Where its bytes are in the file.
     pub(super) bytes: Range<usize>,
+    /// Which part of a split model that file is; 0 is the first, as the only one of others.
+    pub(super) part: usize,
 }
 
 /// A parsed header. It refers into the bytes it was parsed from.
@@ -221,7 +223,7 @@ fn place(descriptions: Vec<Description>, data_start: u64, alignment: u64, file_l
                  bytes); the file is cut short or damaged"
             ));
         };
-        tensors.push(TensorInfo { name, shape, kind, bytes: range.start as usize..range.end as usize });
+        tensors.push(TensorInfo { name, shape, kind, bytes: range.start as usize..range.end as usize, part: 0 });
     }
     let mut order: Vec<&TensorInfo> = tensors.iter().collect();
     order.sort_by_key(|tensor| tensor.bytes.start);

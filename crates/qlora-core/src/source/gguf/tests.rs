@@ -93,6 +93,11 @@ impl Model {
     fn open(&self) -> Result<Gguf> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model.gguf");
+        self.write(&path);
+        Gguf::open(path)
+    }
+
+    fn write(&self, path: &Path) {
         let tensors: Vec<(&str, QTensor)> = self
             .tensors
             .iter()
@@ -100,8 +105,7 @@ impl Model {
             .collect();
         let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
         let meta: Vec<(&str, &Meta)> = self.meta.iter().map(|(key, value)| (key.as_str(), value)).collect();
-        gguf_file::write(&mut File::create(&path).unwrap(), &meta, &tensors).unwrap();
-        Gguf::open(path)
+        gguf_file::write(&mut File::create(path).unwrap(), &meta, &tensors).unwrap();
     }
 
     fn refused(&self) -> String {
@@ -233,6 +237,47 @@ fn llama3_scaling_is_recognised_by_its_divisors() {
     assert!(model.refused().contains("rope_freqs.weight"));
     model.put("rope_freqs.weight", divisors(32.0, 1.0)).set("rope.scale_linear", Meta::F32(2.0));
     assert!(model.refused().contains("together with rope scaling"));
+}
+
+#[test]
+fn the_parts_of_a_split_model_are_one_model() {
+    let whole = Model::new("llama");
+    let folder = tempfile::tempdir().unwrap();
+    let path = |number: usize| folder.path().join(format!("m-{number:05}-of-00003.gguf"));
+    // As llama-gguf-split does it: the first part has the metadata (and may have no tensor).
+    let write = |number: usize, count: u16, take: &dyn Fn(usize) -> bool| {
+        let mut part =
+            if number == 1 { Model::new("llama") } else { Model { meta: Vec::new(), ..Model::new("llama") } };
+        part.set("split.no", Meta::U16(number as u16 - 1)).set("split.count", Meta::U16(count));
+        let mut index = 0;
+        part.tensors.retain(|_| {
+            index += 1;
+            take(index - 1)
+        });
+        part.write(&path(number));
+    };
+    let shares: [&dyn Fn(usize) -> bool; 3] = [&|_| false, &|i| i < 5, &|i| i >= 5];
+    (0..3).for_each(|i| write(i + 1, 3, shares[i]));
+    let (split, one) = (Gguf::open(path(1)).unwrap(), whole.open().unwrap());
+    assert_eq!((split.config(), split.names()), (one.config(), one.names()));
+    for name in one.names() {
+        assert_eq!(split.read(&name).unwrap().into_f32(), one.read(&name).unwrap().into_f32(), "{name}");
+    }
+    assert_eq!(split.file_of("model.norm.weight").unwrap(), path(2));
+    let refused = |what: &[&str]| {
+        let error = Gguf::open(path(1)).unwrap_err().to_string();
+        assert!(what.iter().all(|what| error.contains(what)), "{what:?}: {error}");
+    };
+    let error = Gguf::open(path(2)).unwrap_err().to_string();
+    assert!(error.contains("give the first, m-00001-of-00003.gguf"), "{error}");
+    write(3, 3, &|i| i >= 4);
+    refused(&["is in two parts"]);
+    write(3, 4, shares[2]);
+    refused(&["is not part 3 of 3"]);
+    write(3, 3, &|i| i > 5);
+    refused(&["missing"]);
+    std::fs::remove_file(path(3)).unwrap();
+    refused(&["m-00003-of-00003.gguf"]);
 }
 
 #[test]

@@ -11,6 +11,7 @@ use qlora_kernels::weight::PlainData;
 use rayon::iter::{IndexedParallelIterator, ParallelIterator};
 use rayon::slice::{ParallelSlice, ParallelSliceMut};
 
+use super::iq4;
 use crate::error::{Error, Result};
 
 /// A tensor type by its number in the file.
@@ -77,12 +78,21 @@ impl GgmlType {
 
     /// Whether [`GgmlType::decode`] knows the type.
     pub(super) fn is_supported(self) -> bool {
-        self.row().4.is_some()
+        self.row().4.is_some() || self.own().is_some()
+    }
+
+    /// Dequantizes whole blocks of a type that candle does not know.
+    fn own(self) -> Option<fn(&[u8], &mut [f32])> {
+        match self.name() {
+            "IQ4_NL" => Some(iq4::nl),
+            "IQ4_XS" => Some(iq4::xs),
+            _ => None,
+        }
     }
 
     /// The names of the types that [`GgmlType::decode`] knows.
     pub(super) fn supported() -> String {
-        let names: Vec<&str> = TYPES.iter().filter(|row| row.4.is_some()).map(|row| row.1).collect();
+        let names: Vec<&str> = TYPES.iter().filter(|row| GgmlType(row.0).is_supported()).map(|row| row.1).collect();
         names.join(", ")
     }
 
@@ -95,21 +105,33 @@ impl GgmlType {
             Some(GgmlDType::F32) => Ok(PlainData::F32(from_chunks(bytes, f32::from_le_bytes))),
             Some(GgmlDType::F16) => Ok(PlainData::F16(from_chunks(bytes, f16::from_le_bytes))),
             Some(GgmlDType::BF16) => Ok(PlainData::Bf16(from_chunks(bytes, bf16::from_le_bytes))),
-            Some(dtype) => {
+            dtype => {
                 let mut out = vec![0f32; elements];
-                out.par_chunks_mut(CHUNK)
-                    .zip(bytes.par_chunks(CHUNK / block as usize * block_bytes as usize))
-                    .try_for_each(|(out, bytes)| dequantize(dtype, bytes, out))?;
+                let chunks =
+                    out.par_chunks_mut(CHUNK).zip(bytes.par_chunks(CHUNK / block as usize * block_bytes as usize));
+                match (dtype, self.own()) {
+                    (Some(dtype), _) => chunks.try_for_each(|(out, bytes)| dequantize(dtype, bytes, out))?,
+                    (None, Some(own)) => chunks.for_each(|(out, bytes)| own(bytes, out)),
+                    (None, None) => {
+                        return Err(Error::Unsupported(format!("ggml type {self} (supported: {})", Self::supported())));
+                    }
+                }
                 Ok(PlainData::F32(out))
             }
-            None => Err(Error::Unsupported(format!("ggml type {self} (supported: {})", Self::supported()))),
         }
+    }
+}
+
+impl GgmlType {
+    /// ggml's name of the type.
+    pub(super) fn name(self) -> &'static str {
+        self.row().1
     }
 }
 
 impl fmt::Display for GgmlType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.row().1)
+        f.write_str(self.name())
     }
 }
 
