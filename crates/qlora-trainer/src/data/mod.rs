@@ -20,6 +20,6 @@ mod testing;
 
 pub use dataset::{DataStats, Dataset, Document};
 pub use encode::{EncodeOptions, Encoded, TextEncoder};
-pub use jsonl::{load_jsonl, read_records};
+pub use jsonl::{check_jsonl, load_jsonl, read_records};
 pub use loader::{Loader, LoaderOptions, Position, StepBatch};
 pub use record::{Conversation, Message, Record};
