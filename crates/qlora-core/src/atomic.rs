@@ -45,11 +45,10 @@ impl PendingFile {
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_owned();
         let (folder, prefix) = temporary_place(&path)?;
-        let make = || {
+        let file = claimed(folder, &prefix, || {
             let file = builder(&prefix, 0o666).tempfile_in(folder).map_err(|error| cannot_write(folder, error))?;
             Ok((leftovers::claim(file.path(), file.as_file()), file))
-        };
-        let file = claimed(folder, &prefix, make)?;
+        })?;
         Ok(Self { writer: BufWriter::with_capacity(1 << 20, file), path })
     }
 

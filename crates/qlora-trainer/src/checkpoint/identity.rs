@@ -136,7 +136,8 @@ impl RunIdentity {
             let difference = format!("{name}: {then} in the checkpoint, {now} now");
             let can_be_overridden = OVERRIDABLE.contains(&name.as_str());
             fixed += usize::from(!can_be_overridden);
-            if can_be_overridden && overridden { &mut allowed } else { &mut refused }.push(difference);
+            let list = if can_be_overridden && overridden { &mut allowed } else { &mut refused };
+            list.push(difference);
         }
         if refused.is_empty() {
             return Ok(allowed);
