@@ -49,7 +49,8 @@ fn main() -> anyhow::Result<()> {
         bar.set_length(total);
         bar.set_position(done);
     };
-    let mut session = if args.dry_run { Session::open_dry_run(&config, progress)? } else { Session::open(&config, progress)? };
+    let mut session =
+        if args.dry_run { Session::open_dry_run(&config, progress)? } else { Session::open(&config, progress)? };
     bar.finish_and_clear();
     let memory = session.model().memory();
     eprintln!(

@@ -46,7 +46,8 @@ fn weights(seed: u64) -> Vec<u8> {
         ("lm_head.weight".to_owned(), vec![VOCABULARY, HIDDEN]),
     ];
     for layer in 0..LAYERS {
-        let mut add = |name: &str, shape: &[usize]| shapes.push((format!("model.layers.{layer}.{name}.weight"), shape.to_vec()));
+        let mut add =
+            |name: &str, shape: &[usize]| shapes.push((format!("model.layers.{layer}.{name}.weight"), shape.to_vec()));
         add("input_layernorm", &[HIDDEN]);
         add("post_attention_layernorm", &[HIDDEN]);
         for (name, rows) in [("q", 32), ("k", 16), ("v", 16), ("o", 32)] {
@@ -94,7 +95,8 @@ fn tokenizer() -> Value {
 /// A JSONL file of one question with these answers.
 pub(crate) fn write_rows(path: &Path, answers: &[&str]) {
     let row = |answer: &&str| {
-        let row = json!({ "messages": [{ "role": "user", "content": "Hi" }, { "role": "assistant", "content": answer }] });
+        let row =
+            json!({ "messages": [{ "role": "user", "content": "Hi" }, { "role": "assistant", "content": answer }] });
         format!("{row}\n")
     };
     fs::write(path, answers.iter().map(row).collect::<String>()).unwrap();

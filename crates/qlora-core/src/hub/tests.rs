@@ -93,7 +93,9 @@ fn answer(hub: &Hub, path: &str, token: Option<&str>, range: Option<&str>) -> (u
     let start: usize = start.parse().unwrap();
     let end = end.parse().map_or(data.len(), |end: usize| end + 1).min(data.len());
     // As on the hub, the name of the content.
-    let etag = data.iter().fold(0xcbf2_9ce4_8422_2325u64, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    let etag = data
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325u64, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
     let headers = format!(
         "ETag: \"{etag:016x}\"\r\nX-Repo-Commit: {}\r\nContent-Range: bytes {start}-{}/{}\r\n",
         hub.commit.unwrap_or(COMMIT),

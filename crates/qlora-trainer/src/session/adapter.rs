@@ -78,7 +78,8 @@ impl Beginning {
 /// Whether what was asked for, where it is not the default, is what the adapter has; else what is not.
 fn agree(asked: &LoraOptions, trained: &adapter::Adapter, model: &ModelConfig) -> std::result::Result<(), String> {
     let (default, has) = (LoraOptions::default(), &trained.config.lora);
-    let differs = |name: &str, asked: String, has: String| Err(format!("the adapter has {name} = {has}, not {asked} as"));
+    let differs =
+        |name: &str, asked: String, has: String| Err(format!("the adapter has {name} = {has}, not {asked} as"));
     if asked.r != has.r && asked.r != default.r {
         return differs("r", asked.r.to_string(), has.r.to_string());
     }
@@ -90,9 +91,9 @@ fn agree(asked: &LoraOptions, trained: &adapter::Adapter, model: &ModelConfig) -
     }
     if asked.target_modules != default.target_modules {
         let options = LoraOptions { r: has.r, ..asked.clone() };
-        let layout = lora_config(&options).map_err(|error| error.to_string()).and_then(|lora| {
-            AdapterLayout::for_model(&lora, model).map_err(|error| error.to_string())
-        })?;
+        let layout = lora_config(&options)
+            .map_err(|error| error.to_string())
+            .and_then(|lora| AdapterLayout::for_model(&lora, model).map_err(|error| error.to_string()))?;
         if layout != trained.layout {
             let count = |layout: &AdapterLayout| format!("{} layers", layout.entries().len() / 2);
             return Err(format!(

@@ -6,7 +6,7 @@ use qlora_core::open::{ModelFiles, OpenOptions, open_model};
 use qlora_kernels::Workspace;
 
 use super::adapter::Beginning;
-use super::{Session, template_from_file, weights};
+use super::{template_from_file, weights};
 use crate::config::TrainConfig;
 use crate::data::{Dataset, EncodeOptions, check_jsonl, load_jsonl};
 use crate::encoder::ModelEncoder;
@@ -87,7 +87,9 @@ pub(super) fn encoder(files: &ModelFiles) -> ModelEncoder<'_> {
 
 /// A template that asks for the time gets that of the run's first start, so that the data is the same on every day.
 fn stop_clock(files: &mut ModelFiles, start: Option<&Start>) -> Result<Option<String>> {
-    let Some(template) = files.chat_template.as_mut().filter(|template| template.reads_clock()) else { return Ok(None) };
+    let Some(template) = files.chat_template.as_mut().filter(|template| template.reads_clock()) else {
+        return Ok(None);
+    };
     let resumed = start.and_then(|start| start.resumed.as_ref());
     let saved = resumed.and_then(|resumed| resumed.checkpoint.state.stateful_callbacks.qlora.template_time.as_deref());
     let time = saved.map_or_else(|| Ok(TemplateTime::now()), str::parse)?;
@@ -111,7 +113,12 @@ fn identity(config: &TrainConfig, files: &ModelFiles, workspace: &Workspace) -> 
 }
 
 /// Checks what [`Trainer::new`](crate::Trainer::new) and resuming check later on, and gives the data back.
-fn check(config: &TrainConfig, facts: &ModelFacts, start: Option<&Start>, (training, validation): Data) -> Result<Data> {
+fn check(
+    config: &TrainConfig,
+    facts: &ModelFacts,
+    start: Option<&Start>,
+    (training, validation): Data,
+) -> Result<Data> {
     let blueprint = Blueprint::new(config, facts, training, validation.as_ref())?;
     if let Some(resumed) = start.and_then(|start| start.resumed.as_ref()) {
         blueprint.check_resumed(config, resumed)?;

@@ -99,7 +99,10 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
         check_parameters(&facts.parameters, masters.len())?;
         if blueprint.schedule.is_all_warmup() {
             let steps = blueprint.schedule.total_steps;
-            tracing::warn!("all {steps} steps are warmup steps: the learning rate does not reach {}", config.training.learning_rate);
+            tracing::warn!(
+                "all {steps} steps are warmup steps: the learning rate does not reach {}",
+                config.training.learning_rate
+            );
         }
         let parameters = facts.parameters;
         let optimizer = Optimizer::new(&config.training, masters.len(), &model.workspace()?)?;
@@ -190,7 +193,11 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
             logging_steps: options.logging_steps,
             max_steps: self.blueprint.schedule.total_steps,
             num_input_tokens_seen: progress.tokens_seen,
-            num_train_epochs: self.blueprint.schedule.total_steps.div_ceil(self.blueprint.loader.steps_per_epoch() as u64),
+            num_train_epochs: self
+                .blueprint
+                .schedule
+                .total_steps
+                .div_ceil(self.blueprint.loader.steps_per_epoch() as u64),
             save_steps: options.save_steps,
             stateful_callbacks: StatefulCallbacks {
                 qlora: QloraState {

@@ -191,7 +191,10 @@ impl<M: TrainableModel> Trainer<'_, M> {
         let options = &self.config.training;
         let here = match step {
             0 => options.eval_on_start,
-            _ => step == self.blueprint.schedule.total_steps || options.eval_steps.is_some_and(|n| step.is_multiple_of(n)),
+            _ => {
+                step == self.blueprint.schedule.total_steps
+                    || options.eval_steps.is_some_and(|n| step.is_multiple_of(n))
+            }
         };
         let is_done = |entry: &LogEntry| matches!(entry, LogEntry::Eval(entry) if entry.step == step);
         here && self.validation.is_some() && !self.progress.history.iter().rev().take(2).any(is_done)

@@ -68,7 +68,10 @@ fn check_is_checkpoint(path: &Path) -> Result<()> {
     }
     if let Some(newest) = folder::latest(path)? {
         let newest = newest.display();
-        return Err(Error::checkpoint(path, format!("this is an output folder; name one of its checkpoints: {newest}")));
+        return Err(Error::checkpoint(
+            path,
+            format!("this is an output folder; name one of its checkpoints: {newest}"),
+        ));
     }
     if has(qlora_core::adapter::CONFIG_FILE) {
         return Err(Error::checkpoint(
