@@ -3,8 +3,8 @@
 //!     cargo run --release --example finetune -- examples/finetune.toml
 //!     cargo run --release --example finetune -- my.toml --set training.learning_rate=1e-4 --set lora.r=32
 //!
-//! `examples/finetune.toml` lists every key. Ctrl-C saves a checkpoint and stops; `resume_from_checkpoint = true` goes on
-//! from it, bit for bit.
+//! `examples/finetune.toml` lists every key. Ctrl-C, SIGTERM and SIGHUP save a checkpoint and stop with exit code 130, 143 or 129;
+//! `resume_from_checkpoint = true` goes on from it, bit for bit.
 
 use std::path::PathBuf;
 
@@ -46,14 +46,15 @@ fn main() -> anyhow::Result<()> {
     if let Some(budget) = args.memory_budget {
         config.set("training.memory_budget", &format!("{budget:?}"))?;
     }
-    let interrupt = Interrupt::on_ctrl_c()?;
 
     eprintln!("loading {}", config.model.model_name_or_path);
     let bar = Bar::new(0).with_style(ProgressStyle::with_template("{bar:24} {bytes} of {total_bytes}, {eta} left")?);
-    let mut session = Session::open(&config, |done, total| {
+    let progress = |done, total| {
         bar.set_length(total);
         bar.set_position(done);
-    })?;
+    };
+    let mut session =
+        if args.dry_run { Session::open_dry_run(&config, progress)? } else { Session::open(&config, progress)? };
     bar.finish_and_clear();
     let memory = session.model().memory();
     eprintln!(
@@ -76,17 +77,20 @@ fn main() -> anyhow::Result<()> {
         return Ok(());
     }
     let output = config.training.output_dir.clone();
+    // Only now is there something to save; until here signals end the program at once.
+    let interrupt = Interrupt::on_ctrl_c()?;
     let summary = session
         .into_trainer(training, validation)?
-        .with_interrupt(interrupt)
+        .with_interrupt(interrupt.clone())
         .with_observer(ProgressBar::new())
         .with_observer(LossPlot::new(output.join("loss.svg"), "training loss"))
         .run()?;
 
-    match (summary.outcome, summary.adapter) {
-        (Outcome::Finished, Some(adapter)) => println!("adapter: {}", adapter.display()),
-        _ => println!("stopped after step {}; the checkpoint is in {}", summary.steps, output.display()),
+    if summary.outcome == Outcome::Interrupted {
+        // The progress bar has said so; after SIGHUP there is nobody to tell.
+        std::process::exit(interrupt.exit_code());
     }
+    println!("adapter: {}", output.display());
     println!("loss plot: {}", output.join("loss.svg").display());
     Ok(())
 }

@@ -51,15 +51,15 @@ fn main() -> anyhow::Result<()> {
 
     let output = config.training.output_dir.clone();
     let plot = output.join("loss.svg");
+    let interrupt = Interrupt::on_ctrl_c()?;
     let mut trainer = session
         .into_trainer(training, validation)?
-        .with_interrupt(Interrupt::on_ctrl_c()?)
+        .with_interrupt(interrupt.clone())
         .with_observer(ProgressBar::new())
         .with_observer(LossPlot::new(&plot, "demo task: training loss"));
     let summary = trainer.run()?;
     if summary.outcome == Outcome::Interrupted {
-        println!("stopped after step {}", summary.steps);
-        return Ok(());
+        std::process::exit(interrupt.exit_code());
     }
     let model = trainer.into_model();
     let after = measure("after", model.model(), &files.tokenizer, &encoder, &heldout)?;

@@ -3,12 +3,14 @@
 //! A file is written under a temporary name in the same folder (`name.tmp-...`), flushed to the disk, and then renamed
 //! over its final name; a folder likewise. A reader, or the next run after a crash, never sees half of it. If writing
 //! fails the temporary file is removed and the old one is untouched; only a killed process leaves a `.tmp-` behind,
-//! which can be deleted.
+//! which the next one that writes the same file or folder removes (see [`leftovers`]).
 //!
 //! - [`write_atomically`]: one file.
 //! - [`PendingFile`]: several files that become visible together, as near as a file system allows: write all, then
 //!   commit all.
 //! - [`replace_directory`]: a folder with everything in it. On Linux the exchange of old and new is one system call.
+
+pub mod leftovers;
 
 use crate::{Error, Result};
 use std::fs::{self, File};
@@ -43,7 +45,10 @@ impl PendingFile {
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_owned();
         let (folder, prefix) = temporary_place(&path)?;
-        let file = builder(&prefix, 0o666).tempfile_in(folder).map_err(|error| cannot_write(folder, error))?;
+        let file = claimed(folder, &prefix, || {
+            let file = builder(&prefix, 0o666).tempfile_in(folder).map_err(|error| cannot_write(folder, error))?;
+            Ok((leftovers::claim(file.path(), file.as_file()), file))
+        })?;
         Ok(Self { writer: BufWriter::with_capacity(1 << 20, file), path })
     }
 
@@ -91,7 +96,13 @@ pub fn replace_directory<T>(path: impl AsRef<Path>, fill: impl FnOnce(&Path) -> 
     let path = path.as_ref();
     let (folder, prefix) = temporary_place(path)?;
     fs::create_dir_all(folder).map_err(|error| cannot_write(folder, error))?;
-    let temporary = builder(&prefix, 0o777).tempdir_in(folder).map_err(|error| cannot_write(folder, error))?;
+    let (temporary, _lock) = claimed(folder, &prefix, || {
+        let temporary = builder(&prefix, 0o777).tempdir_in(folder).map_err(|error| cannot_write(folder, error))?;
+        // Where a folder cannot be opened as a file it has no lock, and cannot be taken for a leftover either.
+        let lock = File::open(temporary.path()).ok();
+        let claimed = lock.as_ref().is_none_or(|lock| leftovers::claim(temporary.path(), lock));
+        Ok((claimed, (temporary, lock)))
+    })?;
     let value = fill(temporary.path())?;
     sync_tree(temporary.path())?;
     match fs::symlink_metadata(path) {
@@ -111,7 +122,22 @@ fn temporary_place(path: &Path) -> Result<(&Path, String)> {
         Error::io(path, io::Error::new(io::ErrorKind::InvalidInput, "does not end in the name of a file or folder"))
     })?;
     let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    Ok((folder, format!("{}.tmp-", name.to_string_lossy())))
+    Ok((folder, format!("{}{}", name.to_string_lossy(), leftovers::MARK)))
+}
+
+/// A new temporary file or folder, after what killed processes left of earlier ones is gone. `make` also says whether it could
+/// be claimed: somebody who removes leftovers may have come in between.
+fn claimed<T>(folder: &Path, prefix: &str, make: impl Fn() -> Result<(bool, T)>) -> Result<T> {
+    const ATTEMPTS: usize = 8;
+    leftovers::sweep(folder, prefix.strip_suffix(leftovers::MARK).unwrap_or(prefix));
+    let mut made = make()?;
+    for _ in 1..ATTEMPTS {
+        if made.0 {
+            break;
+        }
+        made = make()?;
+    }
+    Ok(made.1)
 }
 
 /// Temporary files are private by default; these get the rights that any new file or folder gets.
@@ -205,6 +231,36 @@ mod tests {
         let value = write_atomically(&path, |file| file.write_all(b"new").map(|()| 5)).unwrap();
         assert_eq!((value, fs::read_to_string(&path).unwrap().as_str()), (5, "new"));
         assert_eq!(names(folder.path()), ["a.json"]);
+    }
+
+    #[test]
+    fn what_a_killed_process_left_goes_and_what_is_being_written_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.json");
+        for left in ["a.json.tmp-Dead01", "b.json.tmp-Dead02", "a.json.tmp-notes", "a.json.old-Dead01"] {
+            fs::write(folder.path().join(left), "half").unwrap();
+        }
+        fs::create_dir_all(folder.path().join("run.tmp-Dead03/inner")).unwrap();
+        let mut other = PendingFile::create(&path).unwrap();
+        other.write_with(|file| file.write_all(b"other")).unwrap();
+        write_atomically(&path, |file| file.write_all(b"new")).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "new");
+        other.commit().unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "other");
+        replace_directory(folder.path().join("run"), |temporary| {
+            // A second writer of the same folder does not disturb the first.
+            replace_directory(folder.path().join("run"), |_| Ok(()))?;
+            fs::write(temporary.join("file"), "").map_err(|error| Error::io(temporary, error))
+        })
+        .unwrap();
+        assert_eq!(names(&folder.path().join("run")), ["file"]);
+        let rest = ["a.json", "a.json.old-Dead01", "a.json.tmp-notes", "b.json.tmp-Dead02", "run"];
+        assert_eq!(names(folder.path()), rest);
+        let writing = PendingFile::create(&path).unwrap();
+        leftovers::remove_leftovers(folder.path()).unwrap();
+        assert_eq!(names(folder.path()).len(), rest.len(), "one left, one being written");
+        drop(writing);
+        assert_eq!(names(folder.path()), ["a.json", "a.json.old-Dead01", "a.json.tmp-notes", "run"]);
     }
 
     #[test]

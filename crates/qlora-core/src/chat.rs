@@ -4,6 +4,7 @@
 //! transformers renders it (`apply_chat_template`). Templates are programs from the network: they get a limited number
 //! of steps and a limited output, and no access to anything but their arguments.
 
+mod clock;
 mod environment;
 mod limits;
 mod message;
@@ -23,6 +24,7 @@ use crate::file::{self, SMALL};
 use crate::source::{Gguf, WeightSource};
 use crate::tokenizer::Tokenizer;
 
+pub use clock::TemplateTime;
 pub use message::Message;
 
 /// Further arguments of a template by name, such as `tools`, `enable_thinking` or `date_string`.
@@ -134,6 +136,16 @@ impl ChatTemplate {
     /// The template's text.
     pub fn source(&self) -> &str {
         &self.source
+    }
+
+    /// Whether the template asks for the time (`strftime_now`): what it writes then differs from day to day.
+    pub fn reads_clock(&self) -> bool {
+        self.source.contains("strftime_now")
+    }
+
+    /// Stops the template's clock at `time`: everything is rendered as if it were then.
+    pub fn set_time(&mut self, time: TemplateTime) {
+        environment::set_time(&mut self.environment, time);
     }
 
     /// Renders a conversation. With `add_generation_prompt` the text ends where the assistant's next answer begins.

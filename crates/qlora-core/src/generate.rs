@@ -43,12 +43,13 @@ pub fn generate(
     config: &GenerationConfig,
     mut on_token: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Generation> {
-    let mut answers = run(model, &[prompt], config, &[AdapterChoice::Active], |_, token| on_token(token))?;
+    let mut answers = run(model, &[prompt], config, &[AdapterChoice::Active], 0, |_, token| on_token(token))?;
     Ok(answers.swap_remove(0))
 }
 
 /// Continues several prompts together: every weight is read once for all of them. The answer of each is what
-/// [`generate`] gives for it alone up to rounding; with sampling, each draws from a seed of its own.
+/// [`generate`] gives for it alone up to rounding; with sampling, each draws from a seed of its own
+/// ([`GenerationConfig::seed_of_row`]).
 ///
 /// # Errors
 /// As [`generate`].
@@ -66,7 +67,7 @@ pub fn generate_batch_with(
     config: &GenerationConfig,
     adapters: &[AdapterChoice],
 ) -> Result<Vec<Generation>> {
-    run(model, prompts, config, adapters, |_, _| ControlFlow::Continue(()))
+    run(model, prompts, config, adapters, 0, |_, _| ControlFlow::Continue(()))
 }
 
 /// The next token of each sequence.
@@ -118,9 +119,9 @@ struct Sequence {
 }
 
 impl Sequence {
-    fn new(model: &CausalLm, prompt: &[u32], config: &GenerationConfig, index: usize) -> Result<Self> {
+    fn new(model: &CausalLm, prompt: &[u32], config: &GenerationConfig, row: u64) -> Result<Self> {
         let capacity = capacity(model, prompt.len(), config)?;
-        let config = GenerationConfig { seed: config.seed.wrapping_add(index as u64), ..config.clone() };
+        let config = GenerationConfig { seed: config.seed_of_row(row), ..config.clone() };
         Ok(Self {
             cache: model.new_cache(capacity),
             sampler: Sampler::new(&config)?,
@@ -136,11 +137,13 @@ impl Sequence {
     }
 }
 
+/// `first_row` is the place of the first prompt among all those that are answered with this configuration.
 fn run(
     model: &CausalLm,
     prompts: &[&[u32]],
     config: &GenerationConfig,
     adapters: &[AdapterChoice],
+    first_row: u64,
     mut on_token: impl FnMut(usize, u32) -> ControlFlow<()>,
 ) -> Result<Vec<Generation>> {
     config.validate()?;
@@ -149,7 +152,7 @@ fn run(
         return Err(Error::Invalid(format!("{expected} prompts need as many choices of an adapter, {got} were given")));
     }
     let limit = model.config().max_position_embeddings;
-    let new = |(index, prompt): (usize, &&[u32])| Sequence::new(model, prompt, config, index);
+    let new = |(index, prompt): (usize, &&[u32])| Sequence::new(model, prompt, config, first_row + index as u64);
     let mut sequences = prompts.iter().enumerate().map(new).collect::<Result<Vec<_>>>()?;
     let chunk = config.prefill_chunk_size.unwrap_or(GenerationConfig::PREFILL_CHUNK);
     for (sequence, &adapter) in sequences.iter_mut().zip(adapters).filter(|(sequence, _)| sequence.stop.is_none()) {

@@ -3,13 +3,15 @@
 //! A snapshot is pinned to a commit: the file list of a revision gives the commit, and every file is taken from there, so
 //! that a push in between cannot mix two states.
 
+mod blobs;
 mod errors;
 mod settings;
 
+use std::cell::Cell;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
+use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
 use crate::adapter;
@@ -38,9 +40,11 @@ const TOKENIZER: &str = "tokenizer.json";
 const GENERATION: &str = "generation_config.json";
 
 /// Makes sure that the needed files of `id` (`org/name`) are in the cache: configuration, tokenizer, chat template and
-/// safetensors, or the one `file` that is named (a GGUF file, or `config.json` alone). Files that are there are not downloaded again.
+/// safetensors, or the one `file` that is named (a GGUF file, or `config.json` alone). Files that are there are not downloaded
+/// again, whatever commit they came with.
 ///
-/// If the hub cannot be reached and the cache has all files of the revision, those are used, with a warning.
+/// If the hub cannot be reached, has a problem (429, 5xx) or no longer takes the token, and the cache has all files of the
+/// revision, those are used, with a warning.
 ///
 /// # Errors
 /// If the hub refuses (which token to set, where to ask for access), does not have the repository, revision or file,
@@ -92,8 +96,9 @@ fn request(request: &Request<'_>) -> Result<Snapshot> {
     if settings.offline {
         return request.cached().map_err(|missing| {
             Error::Invalid(format!(
-                "{id}: offline, and the cache in {} has not all files of revision {}: {missing}. Download it once while online, or \
+                "{}: offline, and the cache in {} has not all files of revision {}: {missing}. Download it once while online, or \
                  give the path of a folder",
+                errors::named(id),
                 settings.cache.display(),
                 settings.revision
             ))
@@ -108,7 +113,14 @@ fn request(request: &Request<'_>) -> Result<Snapshot> {
             Err(_) => Err(errors::unreachable(id, settings, &reason)),
         };
     }
-    request.download()
+    let outage = Cell::new(false);
+    let error = match request.download(&outage) {
+        Err(error) if outage.get() => error,
+        result => return result,
+    };
+    let Ok(snapshot) = request.cached() else { return Err(error) };
+    tracing::warn!("{error}; using {id} from the cache, as of commit {}", snapshot.commit);
+    Ok(snapshot)
 }
 
 struct Request<'a> {
@@ -186,9 +198,13 @@ impl Request<'_> {
         Ok(Snapshot { folder, commit })
     }
 
-    fn download(&self) -> Result<Snapshot> {
+    /// `outage` is set if it fails for a reason that says nothing about the model: it may work again later.
+    fn download(&self, outage: &Cell<bool>) -> Result<Snapshot> {
         let settings = self.settings;
-        let explain = |error: ApiError, what: &str| errors::explain(&error, self.id, what, settings);
+        let explain = |error: ApiError, what: &str| {
+            outage.set(errors::is_outage(&error, settings));
+            errors::explain(&error, self.id, what, settings)
+        };
         let api = ApiBuilder::from_cache(Cache::new(settings.cache.clone()))
             .with_endpoint(settings.endpoint.clone())
             .with_token(settings.token.clone())
@@ -201,7 +217,8 @@ impl Request<'_> {
         }
         let files: Vec<&str> = info.siblings.iter().map(|sibling| sibling.rfilename.as_str()).collect();
         let snapshot = Snapshot { folder: self.folder(&info.sha), commit: info.sha.clone() };
-        let get = Downloads { repo: api.repo(self.repo(&info.sha)), folder: &snapshot.folder, explain: &explain };
+        let repo = api.repo(self.repo(&info.sha));
+        let get = Downloads { api: &api, repo, folder: &snapshot.folder, explain: &explain };
         match self.wanted {
             Wanted::File(file) => {
                 let parts = parts_of(file);
@@ -305,6 +322,7 @@ impl Request<'_> {
 
 /// The files of one commit.
 struct Downloads<'a> {
+    api: &'a Api,
     repo: ApiRepo,
     folder: &'a Path,
     explain: &'a dyn Fn(ApiError, &str) -> Error,
@@ -315,7 +333,12 @@ impl Downloads<'_> {
         if self.folder.join(name).is_file() {
             return Ok(());
         }
-        tracing::info!("downloading {}", self.repo.url(name));
+        let url = self.repo.url(name);
+        let explain = |error| (self.explain)(error, name);
+        if blobs::link(self.api, &url, self.folder, name).map_err(explain)? {
+            return Ok(());
+        }
+        tracing::info!("downloading {url}");
         self.repo.download(name).map(drop).map_err(|error| (self.explain)(error, name))
     }
 }

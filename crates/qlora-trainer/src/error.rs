@@ -44,18 +44,21 @@ pub enum Error {
     },
 
     /// A checkpoint belongs to another run.
-    #[error("{path} belongs to a different run:\n  {}", differences.join("\n  "))]
+    #[error("{path} belongs to a different run:\n  {}\n{}", differences.join("\n  "), instead_of_resuming(path, *overridable))]
     Mismatch {
         /// The checkpoint's folder.
         path: PathBuf,
         /// What differs: name, value in the checkpoint, value now.
         differences: Vec<String>,
+        /// Whether the run could go on all the same, if its configuration said so.
+        overridable: bool,
     },
 
     /// A loss or gradient is NaN or infinite. Nothing was saved; the last checkpoint is from before this step.
     #[error(
         "step {step}, micro-batch {micro_batch}: {what}; the micro-batch holds {documents}. The last checkpoint is \
-         untouched. Usual causes: a learning rate that is too high, or NaN in the base weights"
+         untouched. Usual causes: a learning rate that is too high, or NaN in the base weights. To go on with a lower one, \
+         resume with a new learning_rate and override_opt_param_scheduler = true in [training]"
     )]
     NonFinite {
         /// The optimizer step, from 1.
@@ -146,6 +149,17 @@ impl fmt::Display for ProblemList<'_> {
         }
         Ok(())
     }
+}
+
+/// What to do with a checkpoint that cannot be resumed as it is.
+fn instead_of_resuming(path: &Path, overridable: bool) -> String {
+    let go_on = "To go on from it with the values given now, set override_opt_param_scheduler = true in [training]. ";
+    format!(
+        "{}To train its adapter further, with other data or for more steps, begin a new run from it: set \
+         adapter_name_or_path = {path:?} in [lora] and another output_dir, and leave resume_from_checkpoint out. That has a fresh \
+         optimizer and learning rate schedule",
+        if overridable { go_on } else { "" }
+    )
 }
 
 /// The first names of a list that may be long.

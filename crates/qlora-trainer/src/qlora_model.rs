@@ -4,7 +4,7 @@ use std::path::Path;
 
 use qlora_core::adapter::{self, SaveOptions};
 use qlora_core::batch::Batch;
-use qlora_core::lora::Which;
+use qlora_core::lora::{AdapterLayout, Entry, Which};
 use qlora_core::model::{CausalLm, TrainPass};
 use qlora_core::{Error, Result};
 use qlora_kernels::ops::linear_cross_entropy::LossSum;
@@ -47,17 +47,22 @@ impl QLoraModel {
     }
 }
 
+/// The trainable tensors of an adapter.
+pub(crate) fn parameters_of(layout: &AdapterLayout) -> Vec<Parameter> {
+    let entries = layout.entries();
+    let partner = |module: &str| entries.iter().position(|e| e.module == module && e.which == Which::B);
+    let parameter = |entry: &Entry| Parameter {
+        name: entry.tensor_name(),
+        range: entry.range(),
+        shape: vec![entry.rows, entry.cols],
+        silenced_by: if entry.which == Which::A { partner(&entry.module) } else { None },
+    };
+    entries.iter().map(parameter).collect()
+}
+
 impl TrainableModel for QLoraModel {
     fn parameters(&self) -> Vec<Parameter> {
-        let entries = self.adapter().layout().entries();
-        let partner = |module: &str| entries.iter().position(|e| e.module == module && e.which == Which::B);
-        let parameter = |entry: &qlora_core::lora::Entry| Parameter {
-            name: entry.tensor_name(),
-            range: entry.range(),
-            shape: vec![entry.rows, entry.cols],
-            silenced_by: if entry.which == Which::A { partner(&entry.module) } else { None },
-        };
-        entries.iter().map(parameter).collect()
+        parameters_of(self.adapter().layout())
     }
 
     fn workspace(&self) -> Result<Workspace> {

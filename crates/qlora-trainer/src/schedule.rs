@@ -39,6 +39,16 @@ impl Schedule {
         self.learning_rate * self.factor(step)
     }
 
+    /// Whether the learning rate is zero in every step: a warmup that is as long as a run of one step. Nothing would be trained.
+    pub fn trains_nothing(&self) -> bool {
+        self.total_steps <= 1 && self.at(0) == 0.0
+    }
+
+    /// Whether the run ends before the warmup does.
+    pub fn is_all_warmup(&self) -> bool {
+        self.kind != Scheduler::Constant && self.warmup_steps > 0 && self.warmup_steps >= self.total_steps
+    }
+
     fn factor(&self, step: u64) -> f64 {
         if self.kind == Scheduler::Constant {
             return 1.0;

@@ -14,27 +14,33 @@
 //! # }
 //! ```
 
+mod adapter;
 mod plan;
+mod prepare;
+mod weights;
 
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use qlora_core::adapter::{AdapterDtype, SaveOptions, TrainedOver};
 use qlora_core::chat::ChatTemplate;
 use qlora_core::lora::{LoraConfig, ModuleFilter, ModulePattern, TargetModules};
 use qlora_core::model::{CausalLm, DeviceChoice, LoadOptions, Quantization};
-use qlora_core::open::{GenerationDefaults, ModelFiles, OpenOptions, open_model};
+use qlora_core::open::{GenerationDefaults, ModelFiles};
 use qlora_core::tokenizer::Tokenizer;
 use qlora_kernels::Workspace;
 use qlora_kernels::quant::{QuantConfig, QuantType};
 
 use crate::config::{self, GradientCheckpointing, LoraOptions, ModelOptions, Targets, TrainConfig};
-use crate::data::{Dataset, EncodeOptions, load_jsonl};
+use crate::data::Dataset;
 use crate::encoder::ModelEncoder;
 use crate::error::{Error, Result};
 use crate::qlora_model::QLoraModel;
 use crate::trainer::Trainer;
+use crate::trainer::start::Start;
+use prepare::{Data, Prepared};
 
-/// A loaded model with a fresh adapter, its tokenizer and its chat template, under a configuration.
+/// A loaded model with its adapter, its tokenizer and its chat template, under a configuration.
 #[derive(Debug)]
 pub struct Session {
     config: TrainConfig,
@@ -43,32 +49,37 @@ pub struct Session {
     template: Option<ChatTemplate>,
     generation: GenerationDefaults,
     name: String,
-    commit: Option<String>,
     trained_over: TrainedOver,
+    start: Option<Start>,
+    template_time: Option<String>,
+    identity: Vec<(String, String)>,
+    /// Until somebody asks for it.
+    data: Mutex<Option<Data>>,
 }
 
 impl Session {
-    /// Opens the base model, quantizes it as configured and adds the adapter. `progress` is called with the bytes of
-    /// weights that were read, and their total.
+    /// Opens a run: makes and locks the output folder, reads the checkpoint to go on from and the data, and only when all that
+    /// is as it should be the base model, which is quantized as configured and gets its adapter. `progress` is called with the
+    /// bytes of weights that were read, and their total.
     ///
     /// # Errors
-    /// If the configuration is not valid, or the model cannot be found or read; the message names the file or the tensor.
-    pub fn open(config: &TrainConfig, mut progress: impl FnMut(u64, u64)) -> Result<Self> {
-        config.validate()?;
-        let options = OpenOptions {
-            revision: config.model.revision.clone(),
-            cache_dir: config.model.cache_dir.clone(),
-            offline: config.model.local_files_only,
-            tokenizer: config.model.tokenizer_name_or_path.clone(),
-            progress: true,
-            ..OpenOptions::default()
-        };
-        let ModelFiles { source, tokenizer, chat_template, generation, name, commit } =
-            open_model(&config.model.model_name_or_path, &options)?;
-        let template = match &config.data.chat_template_path {
-            Some(path) => Some(template_from_file(path, &tokenizer)?),
-            None => chat_template,
-        };
+    /// If the configuration is not valid, the output folder, the checkpoint or the data cannot be used, or the model cannot be
+    /// found or read; the message names the file, the line or the tensor.
+    pub fn open(config: &TrainConfig, progress: impl FnMut(u64, u64)) -> Result<Self> {
+        Self::load(Prepared::new(config, true)?, progress)
+    }
+
+    /// As [`Session::open`] to plan a run only: no output folder is made or locked, no checkpoint read.
+    ///
+    /// # Errors
+    /// As [`Session::open`].
+    pub fn open_dry_run(config: &TrainConfig, progress: impl FnMut(u64, u64)) -> Result<Self> {
+        Self::load(Prepared::new(config, false)?, progress)
+    }
+
+    fn load(prepared: Prepared, mut progress: impl FnMut(u64, u64)) -> Result<Self> {
+        let Prepared { config, start, files, template_time, beginning, workspace, identity, data } = prepared;
+        let ModelFiles { source, tokenizer, chat_template: template, generation, name, .. } = files;
         let quantization = quantization(&config.model);
         let trained_over = TrainedOver::of(&*source, quantization)?;
         let load = LoadOptions {
@@ -76,14 +87,24 @@ impl Session {
             offload_embedding: config.model.offload_embedding,
             progress: Some(&mut progress),
         };
-        let workspace = workspace(config)?;
-        #[cfg(feature = "cuda")]
-        prepare_attention(&workspace, source.config());
         let mut model = CausalLm::load_on(&*source, load, workspace)?;
-        model.add_adapter(lora_config(&config.lora)?, config.training.seed)?;
+        beginning.add_to(&mut model, config.training.seed)?;
         // Until `plan_memory` has seen the data.
         model.set_gradient_checkpointing(config.training.gradient_checkpointing == GradientCheckpointing::On)?;
-        Ok(Self { config: config.clone(), model, tokenizer, template, generation, name, commit, trained_over })
+        let data = Mutex::new(Some(data));
+        Ok(Self {
+            config,
+            model,
+            tokenizer,
+            template,
+            generation,
+            name,
+            trained_over,
+            start,
+            template_time,
+            identity,
+            data,
+        })
     }
 
     /// The configuration.
@@ -106,19 +127,14 @@ impl Session {
         ModelEncoder::new(&self.tokenizer, self.template.as_ref(), &self.generation.eos_token_ids)
     }
 
-    /// Reads the configured training data and, if there is any, validation data.
+    /// The configured training data and, if there is any, validation data. It was read when the session was opened; a second
+    /// call reads it again.
     ///
     /// # Errors
     /// If a file cannot be read or a row is not usable; the message names file and line.
     pub fn datasets(&self) -> Result<(Dataset, Option<Dataset>)> {
-        let options = EncodeOptions::from(&self.config.data);
-        let encoder = self.encoder();
-        let training = load_jsonl(self.config.data.train_file.as_slice(), &encoder, &options)?;
-        let validation = match self.config.data.validation_file.as_slice() {
-            [] => None,
-            files => Some(load_jsonl(files, &encoder, &options)?),
-        };
-        Ok((training, validation))
+        let read = self.data.lock().unwrap_or_else(PoisonError::into_inner).take();
+        read.map_or_else(|| prepare::load(&self.config, &self.encoder()), Ok)
     }
 
     /// A run over these data, planned for the memory there is.
@@ -131,8 +147,9 @@ impl Session {
         validation: Option<Dataset>,
     ) -> Result<Trainer<'a, QLoraModel>> {
         self.plan_memory(&training)?;
+        let (start, template_time) = (self.start.take(), self.template_time.take());
         let (model, config) = self.into_model()?;
-        Trainer::new(config, model, training, validation)
+        Ok(Trainer::new(config, model, training, validation)?.with_start(start, template_time))
     }
 
     /// The model as the training loop drives it, and the configuration.
@@ -142,14 +159,12 @@ impl Session {
     pub fn into_model(self) -> Result<(QLoraModel, TrainConfig)> {
         let save = SaveOptions {
             dtype: AdapterDtype::F32,
-            base_model_name_or_path: Some(self.name.clone()),
+            base_model_name_or_path: Some(self.name),
             revision: self.config.model.revision.clone(),
             trained_over: Some(self.trained_over),
             ..SaveOptions::default()
         };
-        let mut identity = vec![("model".to_owned(), self.name)];
-        identity.extend(self.commit.map(|commit| ("commit".to_owned(), commit)));
-        Ok((QLoraModel::new(self.model, save, identity)?, self.config))
+        Ok((QLoraModel::new(self.model, save, self.identity)?, self.config))
     }
 }
 

@@ -29,7 +29,7 @@ mod trained_over;
 pub use config_file::AdapterConfig;
 pub use kinds::{AdapterKinds, TrainedBias};
 pub use load::{Adapter, load, load_into, read_any_config, read_config};
-pub use open::open;
+pub use open::{locate, open};
 pub use peft::{LoraModule, PeftAdapter, Replaced, TokenRows, open_folder};
 pub(crate) use resized::resize;
 pub use save::{AdapterDtype, SaveOptions, save};

@@ -3,13 +3,13 @@
 use std::fmt::Write as _;
 use std::io;
 
-use chrono::Local;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Kwargs;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, UndefinedBehavior, Value};
 use minijinja_contrib::pycompat;
 use regex::Regex;
 
+use super::clock::TemplateTime;
 use super::{limits, python};
 
 /// The template as it is.
@@ -68,7 +68,7 @@ fn compile_here(source: &str) -> Result<(Environment<'static>, bool), Error> {
     environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
     });
-    environment.add_function("strftime_now", strftime_now);
+    environment.add_function("strftime_now", |format: &str| TemplateTime::now().format(format));
     environment.add_function("__generation", |state: &mut State, arguments: Kwargs| body(state, &arguments));
     environment.add_function("__marked_generation", |state: &mut State, arguments: Kwargs| -> Result<Value, Error> {
         let body = body(state, &arguments)?;
@@ -90,6 +90,11 @@ fn compile_here(source: &str) -> Result<(Environment<'static>, bool), Error> {
     Ok((environment, marks_answers))
 }
 
+/// Makes `strftime_now` write this time from now on.
+pub(super) fn set_time(environment: &mut Environment<'_>, time: TemplateTime) {
+    environment.add_function("strftime_now", move |format: &str| time.format(format));
+}
+
 /// Renders one of the two forms of a compiled template.
 pub(super) fn render(environment: &Environment<'_>, template: &str, context: Value) -> Result<String, Error> {
     let mut output = Limited(Vec::new());
@@ -100,14 +105,6 @@ pub(super) fn render(environment: &Environment<'_>, template: &str, context: Val
 /// The text of a call block.
 fn body(state: &mut State, arguments: &Kwargs) -> Result<Value, Error> {
     arguments.get::<Value>("caller")?.call(state, &[])
-}
-
-fn strftime_now(format: &str) -> Result<String, Error> {
-    let mut text = String::new();
-    match write!(text, "{}", Local::now().format(format)) {
-        Ok(()) => Ok(text),
-        Err(_) => Err(Error::new(ErrorKind::InvalidOperation, format!("strftime_now: unknown date format {format:?}"))),
-    }
 }
 
 /// Python's methods: those of pycompat, and a few more that templates use.

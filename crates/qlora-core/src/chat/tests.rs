@@ -167,6 +167,22 @@ fn the_date_is_todays() {
 }
 
 #[test]
+fn the_clock_can_be_stopped() {
+    let mut clock = template("{{ strftime_now('%d %b %Y %H:%M') }}");
+    assert!(clock.reads_clock() && !template("{{ messages }}").reads_clock());
+    let time: TemplateTime = "2024-02-29T23:59:58+14:00".parse().unwrap();
+    clock.set_time(time);
+    assert_eq!(clock.render(&[], false, &Map::new()).unwrap(), "29 Feb 2024 23:59");
+    assert_eq!(time.to_string().parse::<TemplateTime>().unwrap(), time);
+    assert_eq!(time.to_string(), "2024-02-29T23:59:58+14:00");
+    let now = TemplateTime::now();
+    assert_eq!(now.to_string().parse::<TemplateTime>().unwrap().to_string(), now.to_string());
+    for wrong in ["", "yesterday", "2024-02-30T00:00:00Z"] {
+        assert!(wrong.parse::<TemplateTime>().unwrap_err().to_string().contains("not a time"), "{wrong}");
+    }
+}
+
+#[test]
 fn templates_are_found_in_a_folder() {
     let folder = tempfile::tempdir().unwrap();
     let write = |name: &str, text: &str| {

@@ -72,11 +72,10 @@ pub fn answer_all(
     let size = batch_size.max(1);
     for (number, prompts) in prompts.chunks(size).enumerate() {
         let first = number * size;
-        let config = GenerationConfig { seed: config.seed.wrapping_add(first as u64), ..config.clone() };
-        let mut texts: Vec<_> = prompts.iter().map(|_| (AnswerText::new(tokenizer, &config), String::new())).collect();
+        let mut texts: Vec<_> = prompts.iter().map(|_| (AnswerText::new(tokenizer, config), String::new())).collect();
         let mut failure = None;
         let choices = vec![AdapterChoice::Active; prompts.len()];
-        let generations = run(model, prompts, &config, &choices, |index, token| {
+        let generations = run(model, prompts, config, &choices, first as u64, |index, token| {
             let (text, whole) = &mut texts[index];
             match text.push(token) {
                 Ok(piece) => whole.push_str(&piece),

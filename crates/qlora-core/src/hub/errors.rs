@@ -1,9 +1,44 @@
 //! What the hub answered, in words that say what to do.
 
+use std::io::ErrorKind;
+use std::path::Path;
+
 use hf_hub::api::sync::ApiError;
 
 use super::settings::Settings;
 use crate::error::Error;
+
+/// Whether a request failed for a reason that passes: the hub limits requests or has a problem, the connection broke, or it no
+/// longer takes the token (an expired one is refused even for public repositories).
+pub(super) fn is_outage(error: &ApiError, settings: &Settings) -> bool {
+    match error {
+        ApiError::TooManyRetries(inner) => is_outage(inner, settings),
+        ApiError::RequestError(request) => match &**request {
+            ureq::Error::StatusCode(401) => settings.token.is_some(),
+            ureq::Error::StatusCode(status) => *status == 429 || *status >= 500,
+            ureq::Error::Io(_)
+            | ureq::Error::HostNotFound
+            | ureq::Error::ConnectionFailed
+            | ureq::Error::Timeout(_)
+            | ureq::Error::Tls(_) => true,
+            _ => false,
+        },
+        // A body that ends early.
+        ApiError::IoError(io) => matches!(
+            io.kind(),
+            ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::ConnectionAborted | ErrorKind::TimedOut
+        ),
+        _ => false,
+    }
+}
+
+/// An id for messages about a repository that may not exist: what was meant may have been a folder.
+pub(super) fn named(id: &str) -> String {
+    match Path::new(id).exists() {
+        true => id.to_owned(),
+        false => format!("{id}: there is no such folder here; taken as the id of a repository on the hub"),
+    }
+}
 
 /// The error for a request about `id`: for one of its files, or with an empty `what` for the repository itself.
 pub(super) fn explain(error: &ApiError, id: &str, what: &str, settings: &Settings) -> Error {
@@ -56,14 +91,19 @@ pub(super) fn explain(error: &ApiError, id: &str, what: &str, settings: &Setting
         | ureq::Error::Tls(_) => return unreachable(id, settings, &format!("{request}{}", at(what))),
         other => format!("{other}{}", at(what)),
     };
+    let id = match request {
+        ureq::Error::StatusCode(401 | 404) if what.is_empty() => named(id),
+        _ => id.to_owned(),
+    };
     Error::Invalid(format!("{id}: {message}"))
 }
 
 /// The error for a hub that cannot be reached.
 pub(super) fn unreachable(id: &str, settings: &Settings, reason: &str) -> Error {
     Error::Invalid(format!(
-        "{id}: cannot reach {} ({reason}). If the model was downloaded before, set HF_HUB_OFFLINE=1 to use the cache in {}; else \
+        "{}: cannot reach {} ({reason}). If the model was downloaded before, set HF_HUB_OFFLINE=1 to use the cache in {}; else \
          download it where there is a network and give the path of its folder",
+        named(id),
         settings.endpoint,
         settings.cache.display()
     ))

@@ -92,9 +92,13 @@ fn answer(hub: &Hub, path: &str, token: Option<&str>, range: Option<&str>) -> (u
     let (start, end) = range.and_then(|range| range.split_once('-')).unwrap_or(("0", ""));
     let start: usize = start.parse().unwrap();
     let end = end.parse().map_or(data.len(), |end: usize| end + 1).min(data.len());
-    let etag = path.replace('/', "_");
+    // As on the hub, the name of the content.
+    let etag = data
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325u64, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
     let headers = format!(
-        "ETag: \"{etag}\"\r\nX-Repo-Commit: {COMMIT}\r\nContent-Range: bytes {start}-{}/{}\r\n",
+        "ETag: \"{etag:016x}\"\r\nX-Repo-Commit: {}\r\nContent-Range: bytes {start}-{}/{}\r\n",
+        hub.commit.unwrap_or(COMMIT),
         end - 1,
         data.len()
     );
@@ -325,6 +329,99 @@ fn offline_says_what_is_missing() {
     let pinned = Settings { revision: COMMIT.to_owned(), ..offline };
     let error = snapshot_with("org/name", None, &pinned).unwrap_err().to_string();
     assert!(error.contains("model-00003-of-00003.safetensors is missing"), "{error}");
+}
+
+/// Another commit.
+const NEXT: &str = "89abcdef0123456789abcdef0123456789abcdef";
+
+#[test]
+fn a_new_commit_with_the_same_files_downloads_nothing_again() {
+    let cache = tempfile::tempdir().unwrap();
+    let old = Server::start(model());
+    snapshot_with("org/name", None, &settings(&old.endpoint, cache.path(), None)).unwrap();
+    let mut hub = Hub { commit: Some(NEXT), ..model() };
+    hub.files.insert("tokenizer_config.json".to_owned(), b"{}".to_vec());
+    hub.files.insert("q/tiny.gguf".to_owned(), hub.files["model-00001-of-00003.safetensors"].clone());
+    let server = Server::start(hub.clone());
+    let online = settings(&server.endpoint, cache.path(), None);
+    let snapshot = snapshot_with("org/name", None, &online).unwrap();
+    assert_eq!(snapshot.commit, NEXT);
+    assert!(snapshot.folder.ends_with(NEXT));
+    // The changed file has a second request for its content; of the others only the headers were asked for.
+    let requests = server.requests();
+    let count = |name: &str| requests.iter().filter(|path| path.ends_with(name)).count();
+    let changed = count("tokenizer_config.json");
+    for name in fs::read_dir(&snapshot.folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()) {
+        assert_eq!(fs::read(snapshot.folder.join(&name)).unwrap(), hub.files[&name], "{name}");
+        assert!(name == "tokenizer_config.json" || count(&name) == 1 && changed > 1, "{name}: {requests:?}");
+    }
+    // Nested, and the content of another file.
+    let nested = snapshot_with("org/name", Some("q/tiny.gguf"), &online).unwrap();
+    assert_eq!(fs::read(nested.folder.join("q/tiny.gguf")).unwrap(), hub.files["q/tiny.gguf"]);
+    assert_eq!(server.requests().iter().filter(|path| path.ends_with("tiny.gguf")).count(), 1);
+    // Both commits are whole, and a content of another length is not taken.
+    let offline = Settings { offline: true, revision: COMMIT.to_owned(), ..online };
+    snapshot_with("org/name", None, &offline).unwrap();
+    let content = fs::canonicalize(snapshot.folder.join("config.json")).unwrap();
+    fs::write(&content, "short").unwrap();
+    let third = "f".repeat(40);
+    let server = Server::start(Hub { commit: Some(Box::leak(third.into_boxed_str())), ..model() });
+    let snapshot = snapshot_with("org/name", None, &settings(&server.endpoint, cache.path(), None)).unwrap();
+    assert_eq!(fs::read(snapshot.folder.join("config.json")).unwrap(), model().files["config.json"]);
+}
+
+#[test]
+fn a_hub_with_a_problem_is_no_obstacle_to_a_model_that_is_there() {
+    let cache = tempfile::tempdir().unwrap();
+    let well = Server::start(model());
+    let known = snapshot_with("org/name", None, &settings(&well.endpoint, cache.path(), None)).unwrap();
+    for status in [429, 500, 502, 503, 504] {
+        let server = Server::start(Hub { statuses: vec![("revision/main", status)], ..model() });
+        let online = settings(&server.endpoint, cache.path(), None);
+        assert_eq!(snapshot_with("org/name", None, &online).unwrap(), known, "{status}");
+        // Without a cache it is an error that says so.
+        let error = refused(Hub { statuses: vec![("revision/main", status)], ..model() }, None);
+        assert!(error.contains(&status.to_string()), "{error}");
+    }
+    // An expired token; without a token a 401 is about the repository.
+    let strict = || Hub { token: Some("right"), ..model() };
+    let of = |hub: Hub, token: Option<&str>| {
+        let server = Server::start(hub);
+        snapshot_with("org/name", None, &settings(&server.endpoint, cache.path(), token))
+    };
+    assert_eq!(of(strict(), Some("expired")).unwrap(), known);
+    assert!(of(strict(), None).unwrap_err().to_string().contains("401"));
+    for status in [403, 404] {
+        assert!(of(Hub { statuses: vec![("revision/main", status)], ..model() }, Some("t")).is_err(), "{status}");
+    }
+    // In the middle of a new commit, whose first files are there by then: the last whole one is used.
+    let mut hub = Hub { commit: Some(NEXT), statuses: vec![("model-00002-of-00003.safetensors", 503)], ..model() };
+    hub.files.insert("config.json".to_owned(), [&hub.files["config.json"][..], b"\n"].concat());
+    assert_eq!(of(hub, None).unwrap(), known);
+    // The adapter of a model that is there is not.
+    let server = Server::start(Hub { statuses: vec![("revision/main", 503)], ..model() });
+    let online = settings(&server.endpoint, cache.path(), None);
+    assert!(adapter_snapshot_with("org/name", None, &online).unwrap_err().to_string().contains("503"));
+}
+
+#[test]
+fn a_mistyped_folder_is_told_apart_from_an_id() {
+    let both = "org/name: there is no such folder here; taken as the id of a repository on the hub: ";
+    for hub in [Hub { statuses: vec![("revision/main", 404)], ..model() }, Hub { token: Some("x"), ..model() }] {
+        let error = refused(hub, None);
+        assert!(error.starts_with(both), "{error}");
+    }
+    let cache = tempfile::tempdir().unwrap();
+    let online = settings("http://127.0.0.1:1", cache.path(), None);
+    for settings in [Settings { offline: true, ..online.clone() }, online] {
+        let error = snapshot_with("org/name", None, &settings).unwrap_err().to_string();
+        assert!(error.starts_with(both), "{error}");
+        let error = adapter_snapshot_with("org/name", None, &settings).unwrap_err().to_string();
+        assert!(error.starts_with(both), "{error}");
+    }
+    // What is known to be a repository is not.
+    let error = refused(Hub { statuses: vec![("/config.json", 404)], ..model() }, None);
+    assert!(!error.contains("no such folder"), "{error}");
 }
 
 #[test]

@@ -101,6 +101,22 @@ impl GenerationConfig {
         self.stop_tokens.contains(&token)
     }
 
+    /// The seed that the prompt in place `row` (from 0) of a batch or file draws from: for the first one the seed itself, for
+    /// the others a mix of both numbers (SplitMix64's finalizer), so that no row of one seed repeats the draws of any row of
+    /// another, as it would with `seed + row`.
+    pub fn seed_of_row(&self, row: u64) -> u64 {
+        fn mix(mut z: u64) -> u64 {
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            z ^ (z >> 31)
+        }
+        const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+        match row {
+            0 => self.seed,
+            _ => mix(mix(self.seed.wrapping_add(GOLDEN)).wrapping_add(row.wrapping_mul(GOLDEN))),
+        }
+    }
+
     /// The defaults of a model: what the `generation_config.json` at `file` says, if there is one, and as stop tokens
     /// the end tokens of that file, or else those of the model's own configuration.
     ///
@@ -229,6 +245,19 @@ fn token_ids(keys: &Map<String, Value>, key: &str) -> Result<Vec<u32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_row_of_a_seed_draws_as_a_row_of_another() {
+        let seeds = (0..200).chain([u64::MAX - 1, u64::MAX, 1 << 40]);
+        let mut all: Vec<u64> = seeds
+            .flat_map(|seed| (0..300).map(move |row| GenerationConfig { seed, ..Default::default() }.seed_of_row(row)))
+            .collect();
+        let count = all.len();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), count);
+        assert_eq!(GenerationConfig { seed: 7, ..Default::default() }.seed_of_row(0), 7);
+    }
 
     #[test]
     fn a_file_that_samples_gives_its_options() {

@@ -24,8 +24,7 @@
 //! backward's products only those made from the tile's queries need another layout: keys and values are read where
 //! they lie.
 //!
-//! Everything is f32. The results do not depend on the number of threads in the forward, and in the backward only through
-//! the number of pieces that `dk` and `dv` are added up from; they are the same for every run with as many threads.
+//! Everything is f32. The results do not depend on the number of threads.
 
 mod backward;
 mod cached;

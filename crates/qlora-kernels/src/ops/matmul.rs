@@ -212,7 +212,8 @@ mod tests {
     #[test]
     fn serial_products_give_the_bits_of_the_parallel_ones() {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(2);
-        for (m, n, k) in [(1, 1, 1), (5, 3, 9), (130, 70, 200), (192, 160, 300)] {
+        let narrow = [(1, 1500, 400), (1500, 1, 400), (16, 900, 64), (900, 16, 64), (300, 8, 2000)];
+        for (m, n, k) in [(1, 1, 1), (5, 3, 9), (130, 70, 200), (192, 160, 300)].into_iter().chain(narrow) {
             let (a, b) = (random(&mut rng, m * k), random(&mut rng, k * n));
             type Parallel = fn(View, View, ViewMut, f32, f32) -> Result<()>;
             type Serial = fn(HostView, HostView, HostViewMut, f32, f32);
@@ -221,9 +222,12 @@ mod tests {
             for (parallel, serial, sa, sb) in cases {
                 let (mut c, mut d) = (vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
                 let (a, b) = (View::new(&a, sa[0], sa[1]), View::new(&b, sb[0], sb[1]));
-                parallel(a, b, ViewMut::new(&mut c, m, n), 0.5, 0.0).unwrap();
                 serial(a.host("t").unwrap(), b.host("t").unwrap(), HostViewMut::new(&mut d, m, n), 0.5, 0.0);
-                assert_eq!(c, d, "{m} {n} {k}");
+                for threads in [2, 3, 7, 19] {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                    pool.install(|| parallel(a, b, ViewMut::new(&mut c, m, n), 0.5, 0.0).unwrap());
+                    assert!(c == d, "{m} {n} {k}, {threads} threads");
+                }
             }
         }
     }

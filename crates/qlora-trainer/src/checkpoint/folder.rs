@@ -3,6 +3,8 @@
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
+use qlora_core::atomic::leftovers::remove_leftovers;
+
 use crate::error::{Error, Result};
 
 const PREFIX: &str = "checkpoint-";
@@ -67,6 +69,19 @@ pub fn remove(path: &Path) -> Result<()> {
     fs::remove_dir_all(&trash).map_err(|error| Error::io(&trash, error))
 }
 
+/// Gives a checkpoint a name that no run takes for one, and returns its new path: `superseded-checkpoint-<step>`.
+///
+/// # Errors
+/// If it cannot be renamed.
+pub fn set_aside(path: &Path) -> Result<PathBuf> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let free = |suffix: &str| path.with_file_name(format!("superseded-{name}{suffix}"));
+    let numbered = (2..).map(|number| free(&format!(".{number}")));
+    let aside = std::iter::once(free("")).chain(numbered).find(|path| !path.exists()).expect("numbers do not end");
+    fs::rename(path, &aside).map_err(|error| Error::io(path, error))?;
+    Ok(aside)
+}
+
 /// A run's output folder, locked: a second run in the same folder is refused.
 #[derive(Debug)]
 pub struct OutputFolder {
@@ -108,9 +123,10 @@ impl OutputFolder {
     }
 }
 
-/// Removes `checkpoint-<step>.tmp-*`, and `checkpoint-<step>.old-*` where the checkpoint that was to replace it is there;
+/// Removes what killed runs left under temporary names: `checkpoint-<step>.tmp-*` and files. Also `checkpoint-<step>.old-*` where the checkpoint that was to replace it is there;
 /// where it is not, the old one gets its name back.
 fn clean(output_dir: &Path) -> Result<()> {
+    remove_leftovers(output_dir)?;
     for (name, path) in entries(output_dir)? {
         if !name.starts_with(PREFIX) {
             continue;

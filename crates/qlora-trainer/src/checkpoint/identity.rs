@@ -1,7 +1,10 @@
 //! What must be the same for a run to go on from a checkpoint: data, model, and every option that changes the numbers.
 //!
 //! Options that change none (logging, saving, evaluating, gradient checkpointing, paths) may differ. The number of steps
-//! may differ where the learning rate does not depend on it (constant schedules).
+//! may differ where the learning rate does not depend on it (constant schedules). Where a model lies and what it is called is
+//! no part of it, its weights are; on the CPU the number of threads is none, because it changes no bit.
+//!
+//! What only says how the optimizer goes on from here ([`OVERRIDABLE`]) may differ if the configuration says so.
 
 use std::path::Path;
 
@@ -12,7 +15,7 @@ use crate::config::{SamplingStrategy, Scheduler, TrainConfig};
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
-use crate::model::{Parameter, TrainableModel};
+use crate::model::Parameter;
 use crate::schedule::Schedule;
 
 /// Options by section that change the numbers, besides those that need more thought (see [`RunIdentity::new`]).
@@ -39,18 +42,38 @@ const OPTIONS: &[(&str, &[&str])] = &[
     ),
 ];
 
+/// What may differ with `override_opt_param_scheduler`: it takes effect from the next step on.
+pub const OVERRIDABLE: [&str; 6] = [
+    "number of steps",
+    "training.learning_rate",
+    "training.lr_scheduler_type",
+    "training.max_grad_norm",
+    "training.warmup_steps",
+    "training.weight_decay",
+];
+
+/// The names of the layers, which may be written in several ways: what they select counts.
+const LAYERS: &str = "lora.target_modules";
+/// The layers, as they were found in the model.
+const PARAMETERS: &str = "trainable parameters";
+
+/// What earlier versions wrote and is no part of an identity any more, and what they did not write yet.
+const NO_LONGER: [&str; 2] = ["model: model", "model: commit"];
+const NOT_YET: [&str; 4] = ["model: weights", "model: device", "model: compute type", "model: full_determinism"];
+
 /// Names and values.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct RunIdentity(Map<String, Value>);
 
 impl RunIdentity {
-    /// The identity of a run.
-    pub fn new<M: TrainableModel + ?Sized>(
+    /// The identity of a run, with what a model says of itself
+    /// ([`TrainableModel::identity`](crate::model::TrainableModel::identity)).
+    pub fn new(
         config: &TrainConfig,
         schedule: &Schedule,
         dataset: &Dataset,
-        model: &M,
+        model: &[(String, String)],
         parameters: &[Parameter],
     ) -> Self {
         let options = serde_json::to_value(config).expect("plain values have a JSON form");
@@ -79,33 +102,47 @@ impl RunIdentity {
             "training data".to_owned(),
             format!("{documents} documents, {tokens} tokens, fingerprint {fingerprint}").into(),
         );
-        map.insert("trainable parameters".to_owned(), describe(parameters).into());
-        for (name, value) in model.identity() {
-            map.insert(format!("model: {name}"), value.into());
+        map.insert(PARAMETERS.to_owned(), describe(parameters).into());
+        for (name, value) in model {
+            map.insert(format!("model: {name}"), value.as_str().into());
         }
         Self(map)
     }
 
-    /// Checks that `self`, of the checkpoint at `path`, is the same as that of the run.
+    /// Checks that `self`, of the checkpoint at `path`, is the same as that of the run. With `overridden`, what is
+    /// [`OVERRIDABLE`] may differ; those differences are returned.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] with every difference.
-    pub fn check(&self, path: &Path, run: &Self) -> Result<()> {
+    /// [`Error::Mismatch`] with every difference, and what to do.
+    pub fn check(&self, path: &Path, run: &Self, overridden: bool) -> Result<Vec<String>> {
         let names = self.0.keys().chain(run.0.keys().filter(|name| !self.0.contains_key(*name)));
-        let shown = |value: Option<&Value>| value.map_or("nothing".to_owned(), Value::to_string);
-        let difference = |name: &String| {
-            let (then, now) = (self.0.get(name), run.0.get(name));
-            // Checkpoints without the key are from before there was a choice.
-            if then.is_none() && name == "training.optim" && now.is_some_and(|now| now == "adamw_torch") {
-                return None;
-            }
-            (then != now).then(|| format!("{name}: {} in the checkpoint, {} now", shown(then), shown(now)))
+        let same_layers = self.0.get(PARAMETERS) == run.0.get(PARAMETERS);
+        let differs = |name: &&String| {
+            let (then, now) = (self.0.get(*name), run.0.get(*name));
+            let name = name.as_str();
+            let old = match (then, now) {
+                // Checkpoints without the key are from before there was a choice.
+                (None, Some(now)) if name == "training.optim" => now == "adamw_torch",
+                (None, Some(_)) => NOT_YET.contains(&name),
+                (Some(_), None) => NO_LONGER.contains(&name),
+                _ => false,
+            };
+            then != now && !old && !(name == LAYERS && same_layers)
         };
-        let differences: Vec<_> = names.filter_map(difference).collect();
-        if differences.is_empty() {
-            return Ok(());
+        let shown = |value: Option<&Value>| value.map_or("nothing".to_owned(), Value::to_string);
+        let (mut allowed, mut refused, mut fixed) = (Vec::new(), Vec::new(), 0);
+        for name in names.filter(differs) {
+            let (then, now) = (shown(self.0.get(name)), shown(run.0.get(name)));
+            let difference = format!("{name}: {then} in the checkpoint, {now} now");
+            let can_be_overridden = OVERRIDABLE.contains(&name.as_str());
+            fixed += usize::from(!can_be_overridden);
+            let list = if can_be_overridden && overridden { &mut allowed } else { &mut refused };
+            list.push(difference);
         }
-        Err(Error::Mismatch { path: path.to_owned(), differences })
+        if refused.is_empty() {
+            return Ok(allowed);
+        }
+        Err(Error::Mismatch { path: path.to_owned(), differences: refused, overridable: fixed == 0 })
     }
 }
 

@@ -35,8 +35,8 @@ use qlora_core::atomic::replace_directory;
 use state::TrainerState;
 use tensors::OptimizerTensors;
 
-const STATE: &str = "trainer_state.json";
-const OPTIMIZER: &str = "optimizer.safetensors";
+pub(crate) const STATE: &str = "trainer_state.json";
+pub(crate) const OPTIMIZER: &str = "optimizer.safetensors";
 const CONFIG: &str = "config.toml";
 
 /// What a checkpoint holds besides the adapter.

@@ -82,6 +82,9 @@ pub struct QloraState {
     pub data_seed: u64,
     /// Stands for the parameters before the first step: equal for runs that began equally.
     pub initial_parameters: String,
+    /// What the chat template took for now (RFC 3339) when the data was rendered, if it asks for the time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template_time: Option<String>,
     /// Stands for `optimizer.safetensors`.
     pub optimizer_fingerprint: String,
     /// What must be the same for a run to go on.

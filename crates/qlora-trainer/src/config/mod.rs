@@ -116,6 +116,10 @@ pub struct LoraOptions {
     pub target_modules: Targets,
     /// Divide `lora_alpha` by the square root of `r` instead of `r`. Default: false.
     pub use_rslora: bool,
+    /// Begin from this trained adapter (a folder, such as the output or a checkpoint of another run, or a hub id) instead of a
+    /// fresh one, with a fresh optimizer and learning rate schedule; PEFT's `is_trainable = True`. Its `r`, `lora_alpha`,
+    /// `use_rslora` and layers are taken; `lora_dropout` is this configuration's. Default: none.
+    pub adapter_name_or_path: Option<String>,
 }
 
 impl Default for LoraOptions {
@@ -126,6 +130,7 @@ impl Default for LoraOptions {
             lora_dropout: 0.0,
             target_modules: Targets::List(["q_proj", "k_proj", "v_proj", "o_proj"].map(String::from).to_vec()),
             use_rslora: false,
+            adapter_name_or_path: None,
         }
     }
 }
@@ -178,8 +183,12 @@ pub struct TrainingOptions {
     pub output_dir: PathBuf,
     /// Delete the checkpoints of an earlier run that lie in `output_dir`. Default: false, such a folder is refused.
     pub overwrite_output_dir: bool,
-    /// Go on from a checkpoint: true for the latest in `output_dir`, or a path. Default: false.
+    /// Go on from a checkpoint: true for the latest in `output_dir` (a run without one begins), or a path. Default: false.
     pub resume_from_checkpoint: Resume,
+    /// Go on from a checkpoint with what this configuration says about learning rate, scheduler, warmup, number of steps, weight
+    /// decay and clipping, where the checkpoint's run had it otherwise (Megatron's name). Default: false, such a checkpoint is
+    /// refused.
+    pub override_opt_param_scheduler: bool,
     /// Passes over the data; may be fractional. Default: 3.
     pub num_train_epochs: f64,
     /// The number of optimizer steps, if positive: it replaces `num_train_epochs`. Default: -1.
@@ -209,7 +218,7 @@ pub struct TrainingOptions {
     /// Steps in which the learning rate rises from zero; below 1 it is a share of all steps. Default: none.
     pub warmup_steps: Option<f64>,
     /// The same as a share of all steps. Default: none, which means 0.03 (the QLoRA paper's) without `warmup_steps`,
-    /// and no warmup for the scheduler `constant`.
+    /// and no warmup for the scheduler `constant`. A share below 1 leaves at least one step after the warmup.
     pub warmup_ratio: Option<f64>,
     /// Gradients with a larger norm are scaled down to it; 0 turns that off. Default: 1.
     pub max_grad_norm: f64,
@@ -245,6 +254,7 @@ impl Default for TrainingOptions {
             output_dir: PathBuf::from("output"),
             overwrite_output_dir: false,
             resume_from_checkpoint: Resume::No,
+            override_opt_param_scheduler: false,
             num_train_epochs: 3.0,
             max_steps: -1,
             per_device_train_batch_size: 2,
@@ -284,10 +294,14 @@ impl TrainingOptions {
         }
     }
 
-    /// The number of warmup steps out of `total_steps`.
+    /// The number of warmup steps out of `total_steps`. A share is rounded up as in transformers, but not to all steps: the
+    /// first step of a warmup has a learning rate of zero, and a run of one step would train nothing.
     pub fn resolved_warmup_steps(&self, total_steps: u64) -> u64 {
         const DEFAULT_RATIO: f64 = 0.03;
-        let of_ratio = |ratio: f64| (ratio * total_steps as f64).ceil() as u64;
+        let of_ratio = |ratio: f64| {
+            let steps = (ratio * total_steps as f64).ceil() as u64;
+            if ratio < 1.0 { steps.min(total_steps.saturating_sub(1)) } else { steps }
+        };
         match (self.warmup_steps, self.warmup_ratio) {
             (Some(steps), _) if steps >= 1.0 => steps as u64,
             (Some(ratio), _) | (None, Some(ratio)) => of_ratio(ratio),
@@ -323,6 +337,13 @@ mod tests {
         assert_eq!(options.resolved_warmup_steps(101), 10);
         (options.warmup_steps, options.warmup_ratio) = (None, Some(0.5));
         assert_eq!(options.resolved_warmup_steps(101), 51);
+        options.warmup_ratio = Some(1.0);
+        assert_eq!(options.resolved_warmup_steps(1), 1);
+        for share in [None, Some(0.03), Some(0.99)] {
+            options.warmup_ratio = share;
+            assert_eq!((options.resolved_warmup_steps(1), options.resolved_warmup_steps(0)), (0, 0));
+            assert!((1..20).all(|steps| options.resolved_warmup_steps(steps) < steps));
+        }
         (options.warmup_ratio, options.lr_scheduler_type) = (None, Scheduler::Constant);
         assert_eq!(options.resolved_warmup_steps(101), 0);
     }

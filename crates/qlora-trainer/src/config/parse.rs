@@ -13,12 +13,15 @@ use crate::error::{Error, Problem, Result};
 
 /// What other trainers call a key, and where ours stands.
 const FOREIGN_NAMES: &[(&str, &str)] = &[
+    ("adapter_path", "`adapter_name_or_path` in [lora]"),
     ("base_model", "`model_name_or_path` in [model]"),
     ("batch_size", "`per_device_train_batch_size` in [training]"),
     ("cutoff_len", "`max_length` in [data]"),
     ("dataset_name", "`train_file` in [data]"),
     ("double_quantization", "`bnb_4bit_use_double_quant` in [model]"),
     ("eval_file", "`validation_file` in [data]"),
+    ("init_from_adapter", "`adapter_name_or_path` in [lora]"),
+    ("lora_model_dir", "`adapter_name_or_path` in [lora]"),
     ("lora_r", "`r` in [lora]"),
     ("lora_rank", "`r` in [lora]"),
     ("lora_target", "`target_modules` in [lora]"),
@@ -28,6 +31,7 @@ const FOREIGN_NAMES: &[(&str, &str)] = &[
     ("max_seq_length", "`max_length` in [data]"),
     ("micro_batch_size", "`per_device_train_batch_size` in [training]"),
     ("num_epochs", "`num_train_epochs` in [training]"),
+    ("resume_adapter_file", "`adapter_name_or_path` in [lora]"),
     ("sample_packing", "`packing` in [data]"),
     ("sequence_len", "`max_length` in [data]"),
     ("test_file", "`validation_file` in [data]"),

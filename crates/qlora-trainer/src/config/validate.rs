@@ -64,6 +64,12 @@ impl TrainConfig {
             Targets::List(names) => !names.is_empty() && names.iter().all(|name| !name.is_empty()),
         };
         check.that(named, "lora.target_modules", "must name at least one module, and no empty name");
+        let adapter = lora.adapter_name_or_path.as_deref();
+        check.that(
+            adapter.is_none_or(|adapter| !adapter.trim().is_empty()),
+            "lora.adapter_name_or_path",
+            "must not be empty: the folder or hub id of an adapter",
+        );
     }
 
     fn check_data(&self, check: &mut Checker) {
@@ -192,6 +198,7 @@ mod tests {
             ("lora.lora_dropout", "1.0"),
             ("lora.target_modules", "[]"),
             ("lora.target_modules", "[\"\"]"),
+            ("lora.adapter_name_or_path", "\"\""),
             ("data.train_file", "[]"),
             ("data.max_length", "1"),
             ("training.output_dir", "\"\""),

@@ -63,6 +63,28 @@ pub fn read_records(path: &Path) -> Result<Vec<Record>> {
     Ok(records)
 }
 
+/// Checks that a JSONL file can be read and every row is in a known format. Keeps nothing.
+///
+/// # Errors
+/// As [`read_records`].
+pub fn check_jsonl(path: &Path) -> Result<()> {
+    let mut reader = BufReader::new(File::open(path).map_err(|error| Error::io(path, error))?);
+    let (mut number, mut rows) = (0, 0);
+    loop {
+        let lines = read_lines(path, &mut reader, &mut number)?;
+        if lines.is_empty() {
+            break;
+        }
+        let parsed: Vec<Result<()>> = lines.par_iter().map(|line| parse_line(path, line).map(drop)).collect();
+        rows += parsed.len();
+        parsed.into_iter().collect::<Result<()>>()?;
+    }
+    if rows == 0 {
+        return Err(Error::data(path, None, "the file has no rows"));
+    }
+    Ok(())
+}
+
 fn read_file(path: &Path, encoder: &dyn TextEncoder, options: &EncodeOptions, dataset: &mut Dataset) -> Result<()> {
     let file = File::open(path).map_err(|error| Error::io(path, error))?;
     let mut reader = BufReader::new(file);

@@ -66,6 +66,11 @@ impl Loader {
         &self.dataset
     }
 
+    /// The data set, to keep.
+    pub fn into_dataset(self) -> Dataset {
+        self.dataset
+    }
+
     /// Items (documents or bins) in an epoch.
     pub fn items(&self) -> usize {
         self.whole.items()

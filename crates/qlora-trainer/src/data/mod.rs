@@ -22,7 +22,7 @@ mod testing;
 
 pub use dataset::{DataStats, Dataset, Document};
 pub use encode::{EncodeOptions, Encoded, TextEncoder};
-pub use jsonl::{load_jsonl, read_records};
+pub use jsonl::{check_jsonl, load_jsonl, read_records};
 pub use loader::{Loader, Position, StepBatch};
 pub use order::{LargestBatch, LoaderOptions, largest_batch};
 pub use record::{Conversation, Message, Record};

@@ -7,15 +7,19 @@
 //! After a step, in this order and where due: a line in the log, an evaluation, a checkpoint. A run that was interrupted
 //! or killed at any point goes on from its last checkpoint with the same bits and the same log as one that was not.
 
+pub(crate) mod blueprint;
 mod run;
+pub(crate) mod start;
 mod step;
 
 use std::path::PathBuf;
 
-use crate::checkpoint::identity::RunIdentity;
+use blueprint::{Blueprint, ModelFacts};
+use start::Start;
+
 use crate::checkpoint::state::{FORMAT_VERSION, QloraState, StatefulCallbacks, TrainerState};
 use crate::config::TrainConfig;
-use crate::data::{Dataset, Loader, LoaderOptions, Position};
+use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
 use crate::guard::GradientGuard;
@@ -24,7 +28,6 @@ use crate::metrics::{LogEntry, LogWindow};
 use crate::model::{Parameter, TrainableModel};
 use crate::optimizer::Optimizer;
 use crate::progress::{Event, Observer};
-use crate::schedule::Schedule;
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,12 +58,14 @@ pub struct Trainer<'a, M> {
     config: TrainConfig,
     model: M,
     parameters: Vec<Parameter>,
-    loader: Loader,
+    blueprint: Blueprint,
     validation: Option<Dataset>,
-    schedule: Schedule,
     optimizer: Optimizer,
     guard: GradientGuard,
-    identity: RunIdentity,
+    /// Output folder and checkpoint, where they were opened before the model.
+    start: Option<Start>,
+    /// What the chat template took for now when the data was rendered, if it asks.
+    template_time: Option<String>,
     observers: Vec<Box<dyn Observer + 'a>>,
     interrupt: Interrupt,
     /// Whether the observers know that somebody asked to stop.
@@ -91,21 +96,19 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
     /// longer than the model can take, or the model's parameters do not cover its buffer.
     pub fn new(config: TrainConfig, model: M, training: Dataset, validation: Option<Dataset>) -> Result<Self> {
         config.validate()?;
-        let options = &config.training;
-        check_data(&model, &training)?;
-        if let Some(data) = &validation {
-            check_data(&model, data)?;
-            if data.is_empty() {
-                return Err(Error::Invalid("the validation data is empty".to_owned()));
-            }
-        }
-        let parameters = model.parameters();
+        let facts = ModelFacts::of(&model);
         let masters = model.masters()?;
-        check_parameters(&parameters, masters.len())?;
-        let loader = Loader::new(training, LoaderOptions::from(&config))?;
-        let schedule = Schedule::new(options, options.total_steps(loader.steps_per_epoch()));
-        let optimizer = Optimizer::new(options, masters.len(), &model.workspace()?)?;
-        let identity = RunIdentity::new(&config, &schedule, loader.dataset(), &model, &parameters);
+        let blueprint = Blueprint::new(&config, &facts, training, validation.as_ref())?;
+        check_parameters(&facts.parameters, masters.len())?;
+        if blueprint.schedule.is_all_warmup() {
+            let steps = blueprint.schedule.total_steps;
+            tracing::warn!(
+                "all {steps} steps are warmup steps: the learning rate does not reach {}",
+                config.training.learning_rate
+            );
+        }
+        let parameters = facts.parameters;
+        let optimizer = Optimizer::new(&config.training, masters.len(), &model.workspace()?)?;
         let initial_parameters = Fingerprint::new().floats(&masters).to_string();
         Ok(Self {
             guard: GradientGuard::new(&parameters),
@@ -113,17 +116,23 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
             observers: Vec::new(),
             interrupt: Interrupt::new(),
             interrupt_announced: false,
+            start: None,
+            template_time: None,
             config,
             model,
             parameters,
-            loader,
+            blueprint,
             validation,
-            schedule,
             optimizer,
-            identity,
             #[cfg(feature = "cuda")]
             made: qlora_kernels::cuda::Counters::default(),
         })
+    }
+
+    /// Begins from what was opened before there was a model.
+    pub(crate) fn with_start(mut self, start: Option<Start>, template_time: Option<String>) -> Self {
+        (self.start, self.template_time) = (start, template_time);
+        self
     }
 
     /// Adds somebody who is told what happens.
@@ -142,7 +151,7 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
 
     /// Optimizer steps of the whole run.
     pub fn total_steps(&self) -> u64 {
-        self.schedule.total_steps
+        self.blueprint.schedule.total_steps
     }
 
     /// The log so far.
@@ -179,7 +188,7 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
             best_global_step: None,
             best_metric: None,
             best_model_checkpoint: None,
-            epoch: self.loader.epochs(),
+            epoch: self.blueprint.loader.epochs(),
             eval_steps: options.eval_steps.unwrap_or(0),
             global_step: progress.global_step,
             is_hyper_param_search: false,
@@ -187,21 +196,26 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
             is_world_process_zero: true,
             log_history: progress.history.clone(),
             logging_steps: options.logging_steps,
-            max_steps: self.schedule.total_steps,
+            max_steps: self.blueprint.schedule.total_steps,
             num_input_tokens_seen: progress.tokens_seen,
-            num_train_epochs: self.schedule.total_steps.div_ceil(self.loader.steps_per_epoch() as u64),
+            num_train_epochs: self
+                .blueprint
+                .schedule
+                .total_steps
+                .div_ceil(self.blueprint.loader.steps_per_epoch() as u64),
             save_steps: options.save_steps,
             stateful_callbacks: StatefulCallbacks {
                 qlora: QloraState {
                     format_version: FORMAT_VERSION,
                     qlora_version: env!("CARGO_PKG_VERSION").to_owned(),
-                    position: self.loader.position(),
+                    position: self.blueprint.loader.position(),
                     window: progress.window,
                     seed: options.seed,
                     data_seed: options.resolved_data_seed(),
                     initial_parameters: progress.initial_parameters.clone(),
+                    template_time: self.template_time.clone(),
                     optimizer_fingerprint: String::new(),
-                    identity: self.identity.clone(),
+                    identity: self.blueprint.identity.clone(),
                 },
             },
             total_flos: 0.0,
@@ -210,32 +224,6 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
             trial_params: None,
         }
     }
-
-    /// Where the loader is after `steps` optimizer steps.
-    fn position_after(&self, steps: u64) -> Position {
-        let per_epoch = self.loader.steps_per_epoch() as u64;
-        Position { epoch: steps / per_epoch, step: (steps % per_epoch) as usize }
-    }
-}
-
-fn check_data<M: TrainableModel>(model: &M, dataset: &Dataset) -> Result<()> {
-    if let (Some(size), Some(largest)) = (model.vocab_size(), dataset.largest_token())
-        && largest as usize >= size
-    {
-        let origin = dataset.first_with_token(largest).map(|i| dataset.origin(i)).unwrap_or_default();
-        return Err(Error::Invalid(format!(
-            "{origin}: token id {largest}, but the model has only {size}; the tokenizer belongs to another model"
-        )));
-    }
-    if let Some(limit) = model.max_positions()
-        && let Some(i) = (0..dataset.len()).find(|&i| dataset.document_len(i) > limit)
-    {
-        let (origin, length) = (dataset.origin(i), dataset.document_len(i));
-        return Err(Error::Invalid(format!(
-            "{origin}: {length} tokens, but the model has only {limit} positions; set data.max_length to at most {limit}"
-        )));
-    }
-    Ok(())
 }
 
 fn check_parameters(parameters: &[Parameter], len: usize) -> Result<()> {

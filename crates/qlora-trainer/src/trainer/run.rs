@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::start::{Resumed, Start};
 use super::{Outcome, Summary, Trainer};
 use crate::checkpoint::folder::{self, OutputFolder};
 use crate::checkpoint::tensors::OptimizerTensors;
@@ -22,8 +23,15 @@ impl<M: TrainableModel> Trainer<'_, M> {
     /// If the output folder cannot be used, a checkpoint cannot be resumed or written, the model fails, or a loss or
     /// gradient is not finite. The checkpoints that were written before stay.
     pub fn run(&mut self) -> Result<Summary> {
-        let output = OutputFolder::open(&self.config.training.output_dir)?;
-        let resumed_from = if self.progress.global_step == 0 { self.begin(output.path())? } else { None };
+        let (output, resumed_from) = if self.progress.global_step == 0 {
+            let start = match self.start.take() {
+                Some(start) => start,
+                None => Start::open(&self.config.training)?,
+            };
+            self.begin(start)?
+        } else {
+            (OutputFolder::open(&self.config.training.output_dir)?, None)
+        };
         let mut metrics = MetricsFile::open(output.path(), &self.progress.history)?;
         self.announce(resumed_from.as_deref());
 
@@ -57,7 +65,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
                 // A checkpoint of this step was written before the evaluation, which had been interrupted.
                 self.progress.checkpoint.take_if(|(of, _)| *of == step);
             }
-            let complete = step == self.schedule.total_steps && !self.eval_is_due(step);
+            let complete = step == self.blueprint.schedule.total_steps && !self.eval_is_due(step);
             let stop = self.interrupt.requested() && !complete;
             if self.save_is_due(step) || stop {
                 self.save(output)?;
@@ -99,62 +107,50 @@ impl<M: TrainableModel> Trainer<'_, M> {
         }
     }
 
-    /// Prepares a run that has not made a step: resumes, or checks that the folder holds no other run.
-    fn begin(&mut self, output: &Path) -> Result<Option<PathBuf>> {
-        let options = &self.config.training;
-        let from = match &options.resume_from_checkpoint {
-            Resume::No => None,
-            Resume::From(path) => Some(path.clone()),
-            Resume::Latest => Some(folder::latest(output)?.ok_or_else(|| {
-                Error::checkpoint(output, "there is no checkpoint to resume from; leave resume_from_checkpoint out")
-            })?),
+    /// Prepares a run that has not made a step: resumes, or makes room for a new one. Returns the output folder, and the
+    /// checkpoint that was resumed.
+    fn begin(&mut self, start: Start) -> Result<(OutputFolder, Option<PathBuf>)> {
+        let goes_on_inside = start.goes_on_inside();
+        let Start { output, resumed } = start;
+        let Some(resumed) = resumed else {
+            if self.config.training.resume_from_checkpoint == Resume::Latest {
+                let text = format!("{} holds no checkpoint: the run begins", output.path().display());
+                self.notify(&Event::Message(&text));
+            }
+            folder::list(output.path())?.iter().try_for_each(|(_, path)| folder::remove(path))?;
+            return Ok((output, None));
         };
-        let is_inside = from.as_ref().is_some_and(|path| is_in(path, output));
-        // Loaded before anything is deleted: it may be the folder's own.
-        let checkpoint = from.as_deref().map(checkpoint::load).transpose()?;
-        if !is_inside {
-            self.make_room(output)?;
+        let changes = self.blueprint.check_resumed(&self.config, &resumed)?;
+        if !goes_on_inside {
+            folder::list(output.path())?.iter().try_for_each(|(_, path)| folder::remove(path))?;
         }
-        if let (Some(path), Some(checkpoint)) = (&from, checkpoint) {
-            self.restore(path, checkpoint)?;
-            if is_inside {
-                self.progress.checkpoint = Some((self.progress.global_step, path.clone()));
+        let path = resumed.path.clone();
+        self.restore(resumed)?;
+        if goes_on_inside {
+            self.progress.checkpoint = Some((self.progress.global_step, path.clone()));
+        }
+        if !changes.is_empty() {
+            self.notify(&Event::Message(&format!("from here on {}", changes.join("; "))));
+            // The checkpoints behind this one are of a run that this one is no longer.
+            for (step, later) in folder::list(output.path())? {
+                if step > self.progress.global_step {
+                    let aside = folder::set_aside(&later)?;
+                    self.notify(&Event::Message(&format!("{} is now {}", later.display(), aside.display())));
+                }
             }
         }
-        Ok(from)
+        Ok((output, Some(path)))
     }
 
-    /// An output folder with the checkpoints of another run is refused, or emptied if the options say so.
-    fn make_room(&self, output: &Path) -> Result<()> {
-        let old = folder::list(output)?;
-        let Some((_, newest)) = old.last() else { return Ok(()) };
-        if !self.config.training.overwrite_output_dir {
-            return Err(Error::checkpoint(
-                newest,
-                "the output folder holds an earlier run; set resume_from_checkpoint = true to go on with it, \
-                 overwrite_output_dir = true to delete its checkpoints, or another output_dir",
-            ));
-        }
-        old.iter().try_for_each(|(_, path)| folder::remove(path))
-    }
-
-    fn restore(&mut self, path: &Path, checkpoint: Checkpoint) -> Result<()> {
-        let Checkpoint { state, tensors } = checkpoint;
-        let ours = state.stateful_callbacks.qlora;
-        ours.identity.check(path, &self.identity)?;
-        let (len, total) = (self.trainable_parameters(), self.schedule.total_steps);
+    fn restore(&mut self, resumed: Resumed) -> Result<()> {
+        let Resumed { path, checkpoint: Checkpoint { state, tensors } } = resumed;
+        let len = self.trainable_parameters();
         if tensors.master.len() != len {
             let found = tensors.master.len();
             return Err(Error::checkpoint(path, format!("it has {found} parameters, the model {len}")));
         }
-        if state.global_step > total {
-            let step = state.global_step;
-            return Err(Error::checkpoint(path, format!("it is at step {step}, but the run has only {total} steps")));
-        }
-        if ours.position != self.position_after(state.global_step) {
-            return Err(Error::checkpoint(path, "step and position in the data do not belong together"));
-        }
-        self.loader.seek(ours.position)?;
+        let ours = state.stateful_callbacks.qlora;
+        self.blueprint.loader.seek(ours.position)?;
         self.model.update_masters(&mut |masters| masters.copy_from(View::vector(&tensors.master)))?;
         self.optimizer
             .set_moments(tensors.moments, &self.model.workspace()?)
@@ -165,6 +161,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
         progress.history = state.log_history;
         progress.window = ours.window;
         progress.initial_parameters = ours.initial_parameters;
+        self.template_time = ours.template_time.or_else(|| self.template_time.take());
         Ok(())
     }
 
@@ -172,9 +169,9 @@ impl<M: TrainableModel> Trainer<'_, M> {
         let (history, initial) = (self.progress.history.clone(), self.progress.initial_parameters.clone());
         let info = StartInfo {
             first_step: self.progress.global_step,
-            total_steps: self.schedule.total_steps,
-            steps_per_epoch: self.loader.steps_per_epoch(),
-            documents: self.loader.dataset().len(),
+            total_steps: self.blueprint.schedule.total_steps,
+            steps_per_epoch: self.blueprint.loader.steps_per_epoch(),
+            documents: self.blueprint.loader.dataset().len(),
             trainable_parameters: self.trainable_parameters(),
             initial_parameters: &initial,
             resumed_from,
@@ -217,7 +214,10 @@ impl<M: TrainableModel> Trainer<'_, M> {
         let options = &self.config.training;
         let here = match step {
             0 => options.eval_on_start,
-            _ => step == self.schedule.total_steps || options.eval_steps.is_some_and(|n| step.is_multiple_of(n)),
+            _ => {
+                step == self.blueprint.schedule.total_steps
+                    || options.eval_steps.is_some_and(|n| step.is_multiple_of(n))
+            }
         };
         let is_done = |entry: &LogEntry| matches!(entry, LogEntry::Eval(entry) if entry.step == step);
         here && self.validation.is_some() && !self.progress.history.iter().rev().take(2).any(is_done)
@@ -225,13 +225,6 @@ impl<M: TrainableModel> Trainer<'_, M> {
 
     fn save_is_due(&self, step: u64) -> bool {
         let every = self.config.training.save_steps;
-        step == self.schedule.total_steps || (every > 0 && step.is_multiple_of(every))
-    }
-}
-
-fn is_in(path: &Path, folder: &Path) -> bool {
-    match (path.canonicalize(), folder.canonicalize()) {
-        (Ok(path), Ok(folder)) => path.parent() == Some(&folder),
-        _ => false,
+        step == self.blueprint.schedule.total_steps || (every > 0 && step.is_multiple_of(every))
     }
 }

@@ -16,15 +16,15 @@ impl<M: TrainableModel> Trainer<'_, M> {
     /// Makes the next optimizer step. On an error neither parameters nor moments have changed.
     pub(super) fn step(&mut self) -> Result<StepInfo> {
         let started = Instant::now();
-        let position = self.loader.position();
-        let batch = self.loader.next_step();
+        let position = self.blueprint.loader.position();
+        let batch = self.blueprint.loader.next_step();
         let step = self.progress.global_step + 1;
         let made = self.gradient_and_update(step, &batch);
         let (loss, learning_rate, grad_norm) = match made {
             Ok(numbers) => numbers,
             Err(error) => {
                 // A caller may try again; the data must not move on without the model.
-                self.loader.seek(position)?;
+                self.blueprint.loader.seek(position)?;
                 return Err(error);
             }
         };
@@ -32,8 +32,8 @@ impl<M: TrainableModel> Trainer<'_, M> {
         self.progress.tokens_seen += batch.tokens() as u64;
         let info = StepInfo {
             step,
-            total_steps: self.schedule.total_steps,
-            epoch: self.loader.epochs(),
+            total_steps: self.blueprint.schedule.total_steps,
+            epoch: self.blueprint.loader.epochs(),
             loss,
             learning_rate,
             grad_norm,
@@ -70,7 +70,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
             let (masters, grad) = (self.model.masters()?, self.optimizer.grad.to_vec()?);
             self.guard.check(step, &self.parameters, &masters, &grad)?;
         }
-        let learning_rate = self.schedule.at(step - 1);
+        let learning_rate = self.blueprint.schedule.at(step - 1);
         let optimizer = &mut self.optimizer;
         self.model.update_masters(&mut |masters| optimizer.update(step, learning_rate, norm, masters))?;
         Ok((loss_sum / batch.num_items as f64, learning_rate, norm))
@@ -114,7 +114,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
     fn non_finite(&self, step: u64, batch: &StepBatch, micro_batch: usize, what: &str) -> Error {
         const SHOWN: usize = 4;
         let documents = &batch.documents[micro_batch];
-        let named: Vec<_> = documents.iter().take(SHOWN).map(|&i| self.loader.dataset().origin(i)).collect();
+        let named: Vec<_> = documents.iter().take(SHOWN).map(|&i| self.blueprint.loader.dataset().origin(i)).collect();
         let more = documents.len().saturating_sub(SHOWN);
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
         let documents = format!("{}{more}", named.join(", "));
@@ -165,7 +165,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
         }
         Ok(Some(EvalLog {
             step: self.progress.global_step,
-            epoch: self.loader.epochs(),
+            epoch: self.blueprint.loader.epochs(),
             eval_loss,
             eval_trained_tokens: loss.trained_tokens as u64,
             eval_runtime: started.elapsed().as_secs_f64(),

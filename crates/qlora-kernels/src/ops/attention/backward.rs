@@ -21,6 +21,10 @@ const KEY_BLOCK: usize = 192;
 /// memory of `dk` and `dv`.
 const MAX_PARTS: usize = 8;
 
+/// About how many tasks the work is cut into: three for each of 16 threads even out. Not of the threads that there are: how the
+/// sums over queries are grouped decides their rounding, and a run that goes on elsewhere must end with the same bits.
+const TASKS: usize = 48;
+
 /// Overwrites `dq`, `dk` and `dv` with the gradients of the loss, given its gradient `dout` and what
 /// [`forward`](super::forward) wrote; `order` is what it returned.
 ///
@@ -69,8 +73,7 @@ pub fn backward(
     let (mut dq, mut dk, mut dv) = (dq.host(OP)?, dk.host(OP)?, dv.host(OP)?);
 
     let pairs: usize = layout.sequences().map(|sequence| cfg.pairs(0..sequence.len())).sum();
-    // Three tasks to a thread even out; more would only add sums.
-    let share = (pairs * cfg.kv_heads).div_ceil(3 * rayon::current_num_threads());
+    let share = (pairs * cfg.kv_heads).div_ceil(TASKS);
     let mut units = Vec::new();
     for sequence in layout.sequences() {
         let (dk_rows, dv_rows, dq_rows);

@@ -1,0 +1,107 @@
+//! The adapter that a run begins with: a fresh one, or one that was trained before.
+
+use std::path::PathBuf;
+
+use qlora_core::adapter;
+use qlora_core::config::ModelConfig;
+use qlora_core::lora::{AdapterLayout, LoraConfig};
+use qlora_core::model::CausalLm;
+use qlora_core::open::OpenOptions;
+
+use super::lora_config;
+use crate::config::{LoraOptions, TrainConfig};
+use crate::error::{Error, Result};
+use crate::trainer::start::Start;
+
+/// What an adapter is before there is a model.
+pub(super) enum Beginning {
+    /// Not there yet.
+    Fresh(LoraConfig, AdapterLayout),
+    /// Read from a folder.
+    Trained(Box<adapter::Adapter>),
+}
+
+impl Beginning {
+    /// The adapter that `config` asks for. Where it names a trained one, `config` gets that one's options; a run that is resumed
+    /// takes its checkpoint's instead, and needs the trained one no more.
+    ///
+    /// # Errors
+    /// If the adapter cannot be found or read, is not one that can be trained, does not fit the model, or `config` asks for
+    /// another rank, scale or other layers.
+    pub(super) fn of(
+        config: &mut TrainConfig,
+        model: &ModelConfig,
+        start: Option<&Start>,
+        options: &OpenOptions,
+    ) -> Result<Self> {
+        let Some(spec) = config.lora.adapter_name_or_path.clone() else {
+            let lora = lora_config(&config.lora)?;
+            let layout = AdapterLayout::for_model(&lora, model)?;
+            return Ok(Self::Fresh(lora, layout));
+        };
+        let folder: PathBuf = match start.and_then(|start| start.resumed.as_ref()) {
+            Some(resumed) => resumed.path.clone(),
+            None => adapter::locate(&spec, None, options)?,
+        };
+        let mut trained = adapter::load(&folder, model)?;
+        agree(&config.lora, &trained, model).map_err(|difference| {
+            Error::Invalid(format!(
+                "{}: {difference} in [lora]: leave it out, a run that begins from an adapter has that adapter's",
+                folder.display()
+            ))
+        })?;
+        trained.config.lora.lora_dropout = config.lora.lora_dropout;
+        let LoraConfig { r, lora_alpha, use_rslora, .. } = trained.config.lora;
+        (config.lora.r, config.lora.lora_alpha, config.lora.use_rslora) = (r, lora_alpha, use_rslora);
+        Ok(Self::Trained(Box::new(trained)))
+    }
+
+    pub(super) fn layout(&self) -> &AdapterLayout {
+        match self {
+            Self::Fresh(_, layout) => layout,
+            Self::Trained(adapter) => &adapter.layout,
+        }
+    }
+
+    /// Puts the adapter into the model.
+    ///
+    /// # Errors
+    /// If it does not fit.
+    pub(super) fn add_to(self, model: &mut CausalLm, seed: u64) -> qlora_core::Result<()> {
+        match self {
+            Self::Fresh(lora, _) => model.add_adapter(lora, seed),
+            Self::Trained(adapter) => model.set_adapter(adapter.config.lora, adapter.layout, adapter.weights),
+        }
+    }
+}
+
+/// Whether what was asked for, where it is not the default, is what the adapter has; else what is not.
+fn agree(asked: &LoraOptions, trained: &adapter::Adapter, model: &ModelConfig) -> std::result::Result<(), String> {
+    let (default, has) = (LoraOptions::default(), &trained.config.lora);
+    let differs =
+        |name: &str, asked: String, has: String| Err(format!("the adapter has {name} = {has}, not {asked} as"));
+    if asked.r != has.r && asked.r != default.r {
+        return differs("r", asked.r.to_string(), has.r.to_string());
+    }
+    if asked.lora_alpha != has.lora_alpha && asked.lora_alpha != default.lora_alpha {
+        return differs("lora_alpha", asked.lora_alpha.to_string(), has.lora_alpha.to_string());
+    }
+    if asked.use_rslora && !has.use_rslora {
+        return differs("use_rslora", "true".to_owned(), "false".to_owned());
+    }
+    if asked.target_modules != default.target_modules {
+        let options = LoraOptions { r: has.r, ..asked.clone() };
+        let layout = lora_config(&options)
+            .map_err(|error| error.to_string())
+            .and_then(|lora| AdapterLayout::for_model(&lora, model).map_err(|error| error.to_string()))?;
+        if layout != trained.layout {
+            let count = |layout: &AdapterLayout| format!("{} layers", layout.entries().len() / 2);
+            return Err(format!(
+                "the adapter is on {}, not on the {} of target_modules",
+                count(&trained.layout),
+                count(&layout)
+            ));
+        }
+    }
+    Ok(())
+}

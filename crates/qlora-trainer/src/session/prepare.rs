@@ -1,0 +1,130 @@
+//! Everything of a run that needs no weights, in the order in which it is cheap: options, output folder, lock, checkpoint, data
+//! files, the model's description, its tokenizer, the data as tokens, whether the checkpoint belongs to it.
+
+use qlora_core::chat::TemplateTime;
+use qlora_core::open::{ModelFiles, OpenOptions, open_model};
+use qlora_kernels::Workspace;
+
+use super::adapter::Beginning;
+use super::{template_from_file, weights};
+use crate::config::TrainConfig;
+use crate::data::{Dataset, EncodeOptions, check_jsonl, load_jsonl};
+use crate::encoder::ModelEncoder;
+use crate::error::Result;
+use crate::qlora_model::parameters_of;
+use crate::trainer::blueprint::{Blueprint, ModelFacts};
+use crate::trainer::start::Start;
+
+/// Training data, and validation data if there is any.
+pub(super) type Data = (Dataset, Option<Dataset>);
+
+/// A run without its weights.
+pub(super) struct Prepared {
+    /// What was asked for, with the options of an adapter that is trained further.
+    pub(super) config: TrainConfig,
+    pub(super) start: Option<Start>,
+    /// The template is the configured one, at the run's time.
+    pub(super) files: ModelFiles,
+    pub(super) template_time: Option<String>,
+    pub(super) beginning: Beginning,
+    pub(super) workspace: Workspace,
+    pub(super) identity: Vec<(String, String)>,
+    pub(super) data: Data,
+}
+
+impl Prepared {
+    /// `writes` opens the output folder and the checkpoint.
+    pub(super) fn new(config: &TrainConfig, writes: bool) -> Result<Self> {
+        config.validate()?;
+        let mut config = config.clone();
+        let start = if writes { Some(Start::open(&config.training)?) } else { None };
+        // A model that has to be downloaded first may take an hour.
+        if !std::path::Path::new(&config.model.model_name_or_path).exists() {
+            let files = [&config.data.train_file, &config.data.validation_file];
+            files.iter().flat_map(|paths| paths.as_slice()).try_for_each(|path| check_jsonl(path))?;
+        }
+        let workspace = super::workspace(&config)?;
+        let options = OpenOptions {
+            revision: config.model.revision.clone(),
+            cache_dir: config.model.cache_dir.clone(),
+            offline: config.model.local_files_only,
+            tokenizer: config.model.tokenizer_name_or_path.clone(),
+            progress: true,
+            ..OpenOptions::default()
+        };
+        let mut files = open_model(&config.model.model_name_or_path, &options)?;
+        if let Some(path) = &config.data.chat_template_path {
+            files.chat_template = Some(template_from_file(path, &files.tokenizer)?);
+        }
+        let template_time = stop_clock(&mut files, start.as_ref())?;
+        let model = files.source.config();
+        #[cfg(feature = "cuda")]
+        super::prepare_attention(&workspace, model);
+        let beginning = Beginning::of(&mut config, model, start.as_ref(), &options)?;
+        let facts = ModelFacts {
+            parameters: parameters_of(beginning.layout()),
+            identity: identity(&config, &files, &workspace),
+            vocab_size: Some(model.vocab_size),
+            max_positions: Some(model.max_position_embeddings),
+        };
+        let data = load(&config, &encoder(&files))?;
+        let data = check(&config, &facts, start.as_ref(), data)?;
+        Ok(Self { config, start, files, template_time, beginning, workspace, identity: facts.identity, data })
+    }
+}
+
+/// The data of a configuration, as tokens.
+pub(super) fn load(config: &TrainConfig, encoder: &ModelEncoder<'_>) -> Result<Data> {
+    let options = EncodeOptions::from(&config.data);
+    let training = load_jsonl(config.data.train_file.as_slice(), encoder, &options)?;
+    let validation = match config.data.validation_file.as_slice() {
+        [] => None,
+        files => Some(load_jsonl(files, encoder, &options)?),
+    };
+    Ok((training, validation))
+}
+
+pub(super) fn encoder(files: &ModelFiles) -> ModelEncoder<'_> {
+    ModelEncoder::new(&files.tokenizer, files.chat_template.as_ref(), &files.generation.eos_token_ids)
+}
+
+/// A template that asks for the time gets that of the run's first start, so that the data is the same on every day.
+fn stop_clock(files: &mut ModelFiles, start: Option<&Start>) -> Result<Option<String>> {
+    let Some(template) = files.chat_template.as_mut().filter(|template| template.reads_clock()) else {
+        return Ok(None);
+    };
+    let resumed = start.and_then(|start| start.resumed.as_ref());
+    let saved = resumed.and_then(|resumed| resumed.checkpoint.state.stateful_callbacks.qlora.template_time.as_deref());
+    let time = saved.map_or_else(|| Ok(TemplateTime::now()), str::parse)?;
+    template.set_time(time);
+    Ok(Some(time.to_string()))
+}
+
+/// What makes a model another one: its weights, and what computes with them how.
+fn identity(config: &TrainConfig, files: &ModelFiles, workspace: &Workspace) -> Vec<(String, String)> {
+    let on_cpu = workspace.device().is_cpu();
+    let mut identity = vec![
+        ("weights".to_owned(), weights::fingerprint(&*files.source)),
+        ("device".to_owned(), if on_cpu { "cpu" } else { "cuda" }.to_owned()),
+    ];
+    if !on_cpu {
+        // The CPU computes in float32, with the same bits every time.
+        identity.push(("compute type".to_owned(), format!("{:?}", config.model.bnb_4bit_compute_dtype).to_lowercase()));
+        identity.push(("full_determinism".to_owned(), config.training.full_determinism.to_string()));
+    }
+    identity
+}
+
+/// Checks what [`Trainer::new`](crate::Trainer::new) and resuming check later on, and gives the data back.
+fn check(
+    config: &TrainConfig,
+    facts: &ModelFacts,
+    start: Option<&Start>,
+    (training, validation): Data,
+) -> Result<Data> {
+    let blueprint = Blueprint::new(config, facts, training, validation.as_ref())?;
+    if let Some(resumed) = start.and_then(|start| start.resumed.as_ref()) {
+        blueprint.check_resumed(config, resumed)?;
+    }
+    Ok((blueprint.loader.into_dataset(), validation))
+}
