@@ -23,7 +23,6 @@ use qlora::merge::{Companions, FolderOptions, MergeInto, MergedSource, PeftUpdat
 use qlora::model::{CausalLm, LoadOptions, Quantization};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
 use qlora::source::{Gguf, HfDirectory, WeightSource};
-use qlora::tokenizer::Tokenizer;
 use qlora::trainer::data::read_records;
 use qlora::trainer::encoder::ModelEncoder;
 use qlora::trainer::exact_match::{answers, merge_match};
@@ -65,6 +64,9 @@ struct Args {
     /// The base was not quantized in training (LoRA).
     #[arg(long, conflicts_with_all = ["no_double_quant"])]
     no_quantization: bool,
+    /// A file with the chat template to write, instead of the adapter's or the base's.
+    #[arg(long, value_name = "FILE")]
+    chat_template: Option<PathBuf>,
     /// A text file to measure the gap on, instead of the built-in text.
     #[arg(long)]
     text: Option<PathBuf>,
@@ -98,6 +100,7 @@ const TEXT: &str = include_str!("../README.md");
 const NEW_TOKENS: usize = 48;
 
 fn main() -> anyhow::Result<()> {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(tracing::Level::WARN).init();
     let args = Args::parse();
     if let Some(out) = args.out.as_deref().filter(|out| out.exists()) {
         bail!("{} exists already; choose another name or delete it", out.display());
@@ -108,7 +111,14 @@ fn main() -> anyhow::Result<()> {
             .base_model_name_or_path
             .context("the adapter names no base model: give --base")?,
     };
-    let files = open_model(&base, &OpenOptions { progress: true, ..OpenOptions::default() })?;
+    // With the tokenizer and the chat template that the adapter was trained with, where it has them.
+    let options = OpenOptions {
+        progress: true,
+        adapter: Some(args.adapter.clone()),
+        chat_template_path: args.chat_template.clone(),
+        ..OpenOptions::default()
+    };
+    let files = open_model(&base, &options)?;
     let adapter = adapter::open_folder(&args.adapter, files.source.config())?;
     let config =
         QuantConfig { quant_type: args.quant_type, blocksize: args.blocksize, double_quant: !args.no_double_quant };
@@ -162,19 +172,16 @@ fn write(
         bar.set_length(total as u64);
         bar.set_position(done as u64);
     };
-    let own_tokenizer = args.adapter.join("tokenizer.json").is_file();
+    files.check_vocabulary(merged.config().vocab_size)?;
     let bytes = match args.format {
         Format::Hf => {
-            let mut companions = Companions::of(files)?;
-            if own_tokenizer {
-                companions.take_tokenizer(&args.adapter, files.source.config().vocab_size)?;
-            }
+            let companions = Companions::of(files)?;
             let config_json = std::fs::read_to_string(files.source.path().join("config.json")).ok();
             let max_shard_bytes = (args.max_shard_size * 1e9) as u64;
             let options = FolderOptions { config_json, max_shard_bytes };
             write_folder(&merged, &companions, out, &options, progress)?.bytes
         }
-        Format::Gguf => write_gguf(args, out, files, &merged, own_tokenizer, progress)?,
+        Format::Gguf => write_gguf(args, out, files, &merged, progress)?,
     };
     bar.finish_and_clear();
 
@@ -199,21 +206,15 @@ fn write_gguf(
     out: &Path,
     files: &ModelFiles,
     merged: &MergedSource<'_>,
-    own_tokenizer: bool,
     progress: impl FnMut(usize, usize),
 ) -> anyhow::Result<u64> {
-    let own = own_tokenizer.then(|| Tokenizer::from_folder(&args.adapter)).transpose()?;
-    let own_template =
-        own_tokenizer.then(|| qlora::chat::ChatTemplate::from_folder(&args.adapter, None)).transpose()?.flatten();
-    let template = own_template.as_ref().or(files.chat_template.as_ref());
     let options = GgufOptions {
         kind: args.outtype.unwrap_or(GgufType::F16),
         name: out.file_stem().and_then(|name| name.to_str()),
-        chat_template: template.map(|template| template.source()),
+        chat_template: files.chat_template.as_ref().map(|template| template.source()),
         eos_token_ids: &files.generation.eos_token_ids,
     };
-    let tokenizer = own.as_ref().unwrap_or(&files.tokenizer);
-    Ok(gguf_write::write(merged, tokenizer, out, &options, progress)?.bytes)
+    Ok(gguf_write::write(merged, &files.tokenizer, out, &options, progress)?.bytes)
 }
 
 fn print_gap(

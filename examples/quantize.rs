@@ -1,4 +1,5 @@
-//! Writes a model as a 4-bit checkpoint in bitsandbytes' layout, and shows what a checkpoint holds.
+//! Writes a model as a 4-bit checkpoint in bitsandbytes' layout, and shows what a checkpoint holds. Tokenizer, chat template,
+//! generation configuration and licence come along.
 //!
 //!     cargo run --release --example quantize -- MODEL OUT
 //!     cargo run --release --example quantize -- --inspect OUT
@@ -33,9 +34,13 @@ struct Args {
     /// Keep the scales in f32.
     #[arg(long)]
     no_double_quant: bool,
+    /// A file with the chat template to write instead of the model's own.
+    #[arg(long, value_name = "FILE")]
+    chat_template: Option<PathBuf>,
 }
 
 fn main() -> anyhow::Result<()> {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(tracing::Level::WARN).init();
     let args = Args::parse();
     match &args.out {
         Some(out) if !args.inspect => quantize(&args, out),
@@ -44,21 +49,16 @@ fn main() -> anyhow::Result<()> {
 }
 
 fn quantize(args: &Args, out: &Path) -> anyhow::Result<()> {
-    let files = open_model(&args.model, &OpenOptions { progress: true, ..OpenOptions::default() })?;
-    let config = std::fs::read_to_string(Path::new(&args.model).join("config.json"))
-        .unwrap_or_else(|_| files.source.config().to_json());
+    let chat_template_path = args.chat_template.clone();
+    let files = open_model(&args.model, &OpenOptions { progress: true, chat_template_path, ..OpenOptions::default() })?;
     let quantization =
         QuantConfig { quant_type: args.quant_type, blocksize: args.blocksize, double_quant: !args.no_double_quant };
     let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template("{bar:24} {pos}/{len} tensors, {eta} left")?);
-    let size = quantized_checkpoint::write(&*files.source, &config, &quantization, out, |done, total| {
+    let size = quantized_checkpoint::write_model(&files, &quantization, out, |done, total| {
         bar.set_length(total as u64);
         bar.set_position(done as u64);
     })?;
     bar.finish_and_clear();
-    files.tokenizer.save(out.join("tokenizer.json"))?;
-    if let Some(template) = &files.chat_template {
-        std::fs::write(out.join("chat_template.jinja"), template.source())?;
-    }
     let megabytes = |bytes: u64| bytes as f64 / 1e6;
     println!("{}: {:.1} MB, from {:.1} MB", out.display(), megabytes(size.after), megabytes(size.before));
     if let Some(peak) = memory::peak_resident() {

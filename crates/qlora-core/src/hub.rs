@@ -13,6 +13,7 @@ use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
 use crate::adapter;
+use crate::companions::is_companion;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::open::OpenOptions;
@@ -29,9 +30,6 @@ pub struct Snapshot {
     pub commit: String,
 }
 
-/// Files that are taken if the repository has them.
-const OPTIONAL: [&str; 4] =
-    ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"];
 const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
 
@@ -49,7 +47,7 @@ pub fn snapshot(id: &str, file: Option<&str>, options: &OpenOptions) -> Result<S
 }
 
 /// Makes sure that the two files of the adapter `id` (`org/name`), in a folder of the repository if one is named, are in the
-/// cache. The snapshot's folder is the adapter's.
+/// cache, with the tokenizer and chat template beside them where there are some. The snapshot's folder is the adapter's.
 ///
 /// # Errors
 /// As [`snapshot`]; also if the folder's name is not one, or the adapter is a Python pickle.
@@ -188,6 +186,10 @@ impl Request<'_> {
                     return Err(self.lacks(&files, missing));
                 }
                 wanted.iter().try_for_each(|file| get.file(file))?;
+                // What the adapter was trained with.
+                let folder = subfolder.map_or_else(String::new, |folder| format!("{folder}/"));
+                let beside = |name: &&&str| name.strip_prefix(&folder).is_some_and(is_companion);
+                files.iter().filter(beside).try_for_each(|name| get.file(name))?;
             }
             Wanted::Model => self.download_folder(&files, &get)?,
         }
@@ -210,9 +212,8 @@ impl Request<'_> {
         get.file(CONFIG)?;
         ModelConfig::from_json_file(get.folder.join(CONFIG))?;
         get.file(TOKENIZER)?;
-        for name in OPTIONAL.into_iter().filter(|name| has(name)) {
-            get.file(name)?;
-        }
+        // What goes along wherever the model goes, licences included.
+        files.iter().filter(|name| is_companion(name)).try_for_each(|name| get.file(name))?;
         if has(SINGLE) {
             return get.file(SINGLE);
         }

@@ -16,10 +16,9 @@
 
 mod plan;
 
-use std::path::Path;
-
 use qlora_core::adapter::{AdapterDtype, SaveOptions};
 use qlora_core::chat::ChatTemplate;
+use qlora_core::companions::Companions;
 use qlora_core::lora::{LoraConfig, ModuleFilter, ModulePattern, TargetModules};
 use qlora_core::model::{CausalLm, DeviceChoice, LoadOptions, Quantization};
 use qlora_core::open::{GenerationDefaults, ModelFiles, OpenOptions, open_model};
@@ -30,7 +29,7 @@ use qlora_kernels::quant::{QuantConfig, QuantType};
 use crate::config::{self, GradientCheckpointing, LoraOptions, ModelOptions, Targets, TrainConfig};
 use crate::data::{Dataset, EncodeOptions, load_jsonl};
 use crate::encoder::ModelEncoder;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::qlora_model::QLoraModel;
 use crate::trainer::Trainer;
 
@@ -42,6 +41,7 @@ pub struct Session {
     tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
     generation: GenerationDefaults,
+    companions: Companions,
     name: String,
     commit: Option<String>,
 }
@@ -58,15 +58,13 @@ impl Session {
             revision: config.model.revision.clone(),
             cache_dir: config.model.cache_dir.clone(),
             offline: config.model.local_files_only,
+            chat_template_path: config.data.chat_template_path.clone(),
             progress: true,
             ..OpenOptions::default()
         };
-        let ModelFiles { source, tokenizer, chat_template, generation, name, commit } =
-            open_model(&config.model.model_name_or_path, &options)?;
-        let template = match &config.data.chat_template_path {
-            Some(path) => Some(template_from_file(path, &tokenizer)?),
-            None => chat_template,
-        };
+        let files = open_model(&config.model.model_name_or_path, &options)?;
+        let companions = Companions::of_adapter(&files)?;
+        let ModelFiles { source, tokenizer, chat_template, generation, name, commit, .. } = files;
         let load = LoadOptions {
             quantization: quantization(&config.model),
             offload_embedding: config.model.offload_embedding,
@@ -77,7 +75,8 @@ impl Session {
         model.add_adapter(lora_config(&config.lora)?, config.training.seed)?;
         // Until `plan_memory` has seen the data.
         model.set_gradient_checkpointing(config.training.gradient_checkpointing == GradientCheckpointing::On)?;
-        Ok(Self { config: config.clone(), model, tokenizer, template, generation, name, commit })
+        let config = config.clone();
+        Ok(Self { config, model, tokenizer, template: chat_template, generation, companions, name, commit })
     }
 
     /// The configuration.
@@ -138,6 +137,7 @@ impl Session {
             dtype: AdapterDtype::F32,
             base_model_name_or_path: Some(self.name.clone()),
             revision: self.config.model.revision.clone(),
+            companions: self.companions,
             ..SaveOptions::default()
         };
         let mut identity = vec![("model".to_owned(), self.name)];
@@ -189,11 +189,4 @@ pub fn lora_config(options: &LoraOptions) -> Result<LoraConfig> {
         target_modules,
         ..LoraConfig::default()
     })
-}
-
-fn template_from_file(path: &Path, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
-    let source = std::fs::read_to_string(path).map_err(|source| Error::io(path, source))?;
-    let roles = [("bos_token", tokenizer.bos_token_id()), ("eos_token", tokenizer.eos_token_id())];
-    let tokens = roles.into_iter().filter_map(|(role, id)| Some((role.to_owned(), tokenizer.id_to_token(id?)?)));
-    Ok(ChatTemplate::new(&source, tokens)?)
 }

@@ -26,7 +26,7 @@ mod tests;
 pub use config_file::AdapterConfig;
 pub use kinds::{AdapterKinds, TrainedBias};
 pub use load::{Adapter, load, load_into, read_config};
-pub use open::open;
+pub use open::{locate, open};
 pub use peft::{LoraModule, PeftAdapter, Replaced, TokenRows, open_folder};
 pub use save::{AdapterDtype, SaveOptions, save};
 

@@ -1,6 +1,6 @@
 //! From what a user writes for an adapter (a folder or a hub id) to the adapter.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::peft::{PeftAdapter, open_folder};
 use crate::config::ModelConfig;
@@ -13,9 +13,18 @@ use crate::{Error, Result};
 /// # Errors
 /// Those of [`open_folder`]; also if there is neither such a folder nor such a repository, or it cannot be downloaded.
 pub fn open(spec: &str, subfolder: Option<&str>, options: &OpenOptions, model: &ModelConfig) -> Result<PeftAdapter> {
+    open_folder(locate(spec, subfolder, options)?, model)
+}
+
+/// The folder of an adapter that is given as to [`open`], downloaded if need be. Beside the adapter it may hold the tokenizer and the
+/// chat template that it was trained with: [`OpenOptions::adapter`].
+///
+/// # Errors
+/// If there is neither such a folder nor such a repository, or it cannot be downloaded.
+pub fn locate(spec: &str, subfolder: Option<&str>, options: &OpenOptions) -> Result<PathBuf> {
     let path = Path::new(spec);
     if path.is_dir() {
-        return open_folder(subfolder.map_or_else(|| path.to_owned(), |folder| path.join(folder)), model);
+        return Ok(subfolder.map_or_else(|| path.to_owned(), |folder| path.join(folder)));
     }
     if path.exists() {
         return Err(Error::format(path, "an adapter is a folder with adapter_config.json, or a hub id"));
@@ -30,16 +39,16 @@ pub fn open(spec: &str, subfolder: Option<&str>, options: &OpenOptions, model: &
             "{spec:?}: no such folder. An adapter is the path of a folder or a hub id such as org/name"
         )));
     }
-    open_hub(spec, subfolder, options, model)
+    locate_on_hub(spec, subfolder, options)
 }
 
 #[cfg(feature = "hub")]
-fn open_hub(id: &str, subfolder: Option<&str>, options: &OpenOptions, model: &ModelConfig) -> Result<PeftAdapter> {
-    open_folder(crate::hub::adapter_snapshot(id, subfolder, options)?.folder, model)
+fn locate_on_hub(id: &str, subfolder: Option<&str>, options: &OpenOptions) -> Result<PathBuf> {
+    Ok(crate::hub::adapter_snapshot(id, subfolder, options)?.folder)
 }
 
 #[cfg(not(feature = "hub"))]
-fn open_hub(id: &str, _: Option<&str>, _: &OpenOptions, _: &ModelConfig) -> Result<PeftAdapter> {
+fn locate_on_hub(id: &str, _: Option<&str>, _: &OpenOptions) -> Result<PathBuf> {
     Err(Error::Unsupported(format!(
         "{id} as a hub id: this build has no access to the hub (feature `hub`), and there is no such folder"
     )))

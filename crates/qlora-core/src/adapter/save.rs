@@ -5,6 +5,7 @@
 
 use super::{CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, card, config_file};
 use crate::atomic::{PendingFile, cannot_write, replace_directory};
+use crate::companions::Companions;
 use crate::lora::{AdapterLayout, Entry, LoraConfig};
 use crate::safetensors_file::write_safetensors;
 use crate::{Error, Result};
@@ -60,13 +61,21 @@ pub struct SaveOptions {
     pub base_model_name_or_path: Option<String>,
     /// The base model's revision.
     pub revision: Option<String>,
+    /// What the model was trained with, beside the adapter: tokenizer, chat template, end tokens. TRL saves them there, too.
+    pub companions: Companions,
     /// Whether to write a model card. A `README.md` that is not one of ours is never replaced.
     pub model_card: bool,
 }
 
 impl Default for SaveOptions {
     fn default() -> Self {
-        Self { dtype: AdapterDtype::F32, base_model_name_or_path: None, revision: None, model_card: true }
+        Self {
+            dtype: AdapterDtype::F32,
+            base_model_name_or_path: None,
+            revision: None,
+            companions: Companions::default(),
+            model_card: true,
+        }
     }
 }
 
@@ -150,6 +159,7 @@ fn write_files(
         file.write_with(|writer| writer.write_all(card::text(config, layout, options).as_bytes()))?;
         files.push(file);
     }
+    files.extend(options.companions.pending(dir)?);
     for file in &mut files {
         file.sync()?;
     }

@@ -17,7 +17,6 @@
 //!
 //! Never requantized: a 4-bit base is dequantized, merged and written in 16 or 32 bits.
 
-mod companions;
 mod folder;
 pub mod gap;
 mod peft;
@@ -26,7 +25,7 @@ mod source;
 mod tests;
 mod update;
 
-pub use companions::Companions;
+pub use crate::companions::Companions;
 pub(crate) use folder::require_space;
 pub use folder::{FolderOptions, WrittenFolder, write_folder};
 pub use peft::PeftUpdate;
