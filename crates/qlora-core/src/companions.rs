@@ -122,7 +122,7 @@ impl Companions {
 
     /// Writes all of them under temporary names in a folder, for a caller that lets several files appear together.
     pub(crate) fn pending(&self, folder: &Path) -> Result<Vec<PendingFile>> {
-        let write = |(name, bytes): (&String, &Vec<u8>)| {
+        let write = |(name, bytes): (&String, &Vec<u8>)| -> Result<PendingFile> {
             let path = folder.join(name);
             make_parent(&path)?;
             let mut file = PendingFile::create(&path)?;

@@ -75,11 +75,11 @@ pub fn end_tokens(
 
 /// The tokens of a vocabulary whose text is known.
 fn known(tokenizer: &Tokenizer) -> impl Iterator<Item = u32> {
-    let id = |text: &str| tokenizer.token_to_id(text);
+    let id = move |text: &str| tokenizer.token_to_id(text);
     // In OpenAI's harmony format <|end|> ends a message within an answer, and the answer goes on.
     let harmony = ["<|return|>", "<|call|>", "<|end|>"].iter().all(|text| id(text).is_some());
     let always = KNOWN.into_iter().chain(KNOWN_HERE).filter(move |text| !(harmony && *text == "<|end|>"));
-    let added = KNOWN_IF_ADDED.into_iter().filter(|text| id(text).is_some_and(|id| tokenizer.is_added(id)));
+    let added = KNOWN_IF_ADDED.into_iter().filter(move |text| id(text).is_some_and(|id| tokenizer.is_added(id)));
     always.chain(added).filter_map(id)
 }
 
@@ -103,7 +103,7 @@ mod tests {
 
     /// A vocabulary of single letters, with these added tokens.
     fn tokenizer(added: &[&str]) -> Tokenizer {
-        let letters = "abcdefghijklmnopqrstuvwxyzHi<>|_ /[]\n";
+        let letters = "abcdefghijklmnopqrstuvwxyzH<>|_ /[]\n";
         let vocab: serde_json::Map<String, serde_json::Value> =
             letters.chars().enumerate().map(|(id, c)| (c.to_string(), id.into())).collect();
         let first = vocab.len();

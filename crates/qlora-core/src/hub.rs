@@ -188,8 +188,8 @@ impl Request<'_> {
                 wanted.iter().try_for_each(|file| get.file(file))?;
                 // What the adapter was trained with.
                 let folder = subfolder.map_or_else(String::new, |folder| format!("{folder}/"));
-                let beside = |name: &&&str| name.strip_prefix(&folder).is_some_and(is_companion);
-                files.iter().filter(beside).try_for_each(|name| get.file(name))?;
+                let beside = files.iter().filter(|name| name.strip_prefix(folder.as_str()).is_some_and(is_companion));
+                beside.copied().try_for_each(|name| get.file(name))?;
             }
             Wanted::Model => self.download_folder(&files, &get)?,
         }

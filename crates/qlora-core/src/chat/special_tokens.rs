@@ -13,7 +13,7 @@ const KEYS: [&str; 7] = ["bos_token", "eos_token", "unk_token", "pad_token", "se
 
 /// Those that a `tokenizer_config.json` or `special_tokens_map.json` states: a text, or an object with `content`.
 pub(super) fn stated(config: &Map<String, Value>) -> impl Iterator<Item = (String, String)> {
-    KEYS.into_iter().filter_map(|key| {
+    KEYS.into_iter().filter_map(move |key| {
         let value = config.get(key)?;
         let text = value.as_str().or_else(|| value.get("content")?.as_str())?;
         Some((key.to_owned(), text.to_owned()))
