@@ -93,7 +93,7 @@ fn trained(config: &TrainConfig) {
 fn tokens(config: &TrainConfig) -> (usize, String) {
     let session = Session::open(config, |_, _| ()).unwrap();
     let (training, _) = session.datasets().unwrap();
-    let labels = training.labels();
+    let labels: Vec<i64> = (0..training.len()).flat_map(|row| training.document(row).labels()).collect();
     let ids: Vec<u32> = labels.iter().filter_map(|&label| u32::try_from(label).ok()).collect();
     (labels.len(), session.tokenizer().decode(&ids, false).unwrap())
 }
