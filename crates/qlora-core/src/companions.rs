@@ -6,6 +6,7 @@
 //! transformers stops at no others. What only a GGUF file's metadata says is written as the files that say it.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs;
 use std::path::Path;
 
@@ -37,7 +38,7 @@ const GENERATION: &str = "generation_config.json";
 const LICENCES: [&str; 7] = ["license", "licence", "notice", "copying", "copyright", "use_policy", "usage_policy"];
 
 /// Files by their path inside a model folder.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct Companions {
     files: BTreeMap<String, Vec<u8>>,
 }
@@ -235,6 +236,12 @@ impl Companions {
 
     fn json(&mut self, name: &str, map: Map<String, Value>) {
         self.files.insert(name.to_owned(), format!("{:#}\n", Value::Object(map)).into_bytes());
+    }
+}
+
+impl fmt::Debug for Companions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.names()).finish()
     }
 }
 

@@ -23,8 +23,9 @@ use crate::safetensors_file::write_safetensors;
 use crate::{Error, Result};
 
 impl PeftAdapter {
-    /// Writes `adapter_config.json`, `adapter_model.safetensors` and the companions of `options` to the folder `dir`, which is made if it does not exist. The
-    /// base model is the one that `options` name, else the one that the adapter names. There is no model card.
+    /// Writes `adapter_config.json`, `adapter_model.safetensors` and the companions of `options` to the folder `dir`, which is made
+    /// if it does not exist. The base model is the one that `options` name, else the one that the adapter names. There is no model
+    /// card.
     ///
     /// # Errors
     /// If a number is not finite or does not fit the dtype, or the folder cannot be written. Nothing half-written is left.
