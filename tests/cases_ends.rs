@@ -1,14 +1,14 @@
 //! Where an answer ends, and that what says so goes wherever the model goes. Each test is a public report of another program's
 //! fault; the reports are named in its comment.
 //!
-//! Other inputs of the same kind that were tried, here or by hand with the built examples:
-//! - the end token named by `generation_config.json` alone, by `config.json` alone, by `tokenizer_config.json` alone (as a text, as
-//!   an object), by `special_tokens_map.json` alone, by the chat template alone, by its text alone, by no file at all;
-//! - GGUF files with `eos_token_id` alone, without any of the three ids, with token types and without;
-//! - `--stop` with a special token, with special token and text, with a special token that is an end anyway;
-//! - templates of files, of `tokenizer_config.json`, given by hand to each program; an adapter's folder with a template and no
-//!   tokenizer, with both, with neither, with a template in `tokenizer_config.json`;
-//! - quantizing, merging and training from a folder, from a GGUF file and from an already quantized folder.
+//! Other inputs of the same kind that these tests try:
+//! - the end token named by `generation_config.json` alone, by `config.json` alone (one, a list), by `tokenizer_config.json` alone
+//!   (a text, an object), by `special_tokens_map.json` alone, by the chat template alone, by its text alone, by no file at all;
+//! - GGUF files with `eos_token_id` alone, with and without a chat template; files that we write;
+//! - stop strings: a special token, special token and text, half of one, one that never comes;
+//! - templates of files, of `tokenizer_config.json`, given by hand; an adapter's folder with a template and no tokenizer, with
+//!   both, with neither;
+//! - quantizing and training from a folder and from a GGUF file; merging into a folder and into a GGUF file.
 
 mod common;
 
