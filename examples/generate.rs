@@ -14,8 +14,9 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
+use qlora::adapter;
 use qlora::chat::{Message, TemplateArguments};
-use qlora::generate::{Answer, AnswerText, CachePlan, answer_all, generate, generate_batch_with};
+use qlora::generate::{Answer, AnswerText, CachePlan, answer_all, answer_batch_with, generate};
 use qlora::kernels::Dtype;
 use qlora::kernels::quant::QuantConfig;
 use qlora::model::{AdapterChoice, CausalLm, DeviceChoice, LoadOptions, Quantization};
@@ -37,6 +38,9 @@ struct Args {
     /// Which adapter answers: its name, "base" for none, or "all" for all of them (the first one is the default).
     #[arg(long)]
     with: Option<String>,
+    /// A file with the chat template to ask with, instead of the adapter's or the model's.
+    #[arg(long, value_name = "FILE")]
+    chat_template: Option<PathBuf>,
     /// What the system message says.
     #[arg(long)]
     system: Option<String>,
@@ -67,7 +71,7 @@ struct Args {
     /// Seed of the sampling.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Ends the answer as soon as it occurs; may be given several times.
+    /// Ends the answer as soon as it occurs, special tokens included; may be given several times.
     #[arg(long)]
     stop: Vec<String>,
     /// Prompts run in pieces of so many tokens: smaller ones take less memory.
@@ -89,14 +93,25 @@ struct Args {
 fn main() -> anyhow::Result<()> {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(tracing::Level::WARN).init();
     let args = Args::parse();
-    let options = OpenOptions { progress: true, tokenizer: args.tokenizer.clone(), ..OpenOptions::default() };
-    let mut files = open_model(&base(&args)?, &options)?;
-    let mut adapters = Vec::new();
+    let mut options = OpenOptions { progress: true, tokenizer: args.tokenizer.clone(), ..OpenOptions::default() };
+    let mut folders = Vec::new();
     for adapter in &args.adapter {
         let (name, spec) = adapter.split_once('=').unwrap_or((adapter, adapter));
-        let adapter = qlora::adapter::open(spec, None, &options, files.source.config())?;
+        folders.push((name, adapter::locate(spec, None, &options)?));
+    }
+    // The model is asked as the adapter that answers was trained: with its tokenizer and its chat template.
+    let answering = match args.with.as_deref() {
+        None | Some("all") => folders.first(),
+        Some(name) => folders.iter().find(|(other, _)| *other == name),
+    };
+    options.adapter = answering.map(|(_, folder)| folder.clone());
+    options.chat_template_path.clone_from(&args.chat_template);
+    let mut files = open_model(&base(&args)?, &options)?;
+    let mut adapters = Vec::new();
+    for (name, folder) in &folders {
+        let adapter = adapter::open_folder(folder, files.source.config())?;
         files = files.with_vocabulary_of(&adapter)?;
-        adapters.push((name, adapter));
+        adapters.push((*name, adapter));
     }
     // A checkpoint that is stored quantized stays as it is.
     let quantization = match args.no_quantization || files.source.quantization().is_some() {
@@ -113,11 +128,10 @@ fn main() -> anyhow::Result<()> {
     let options = LoadOptions { quantization, progress: Some(&mut progress), ..LoadOptions::default() };
     let mut model = CausalLm::load_on(&*files.source, options, workspace)?;
     bar.finish_and_clear();
-    let mut names = Vec::new();
-    for (name, adapter) in adapters {
-        model.load_adapter(name, &adapter).with_context(|| name.to_owned())?;
-        names.push(name);
+    for (name, adapter) in &adapters {
+        model.load_adapter(name, adapter).with_context(|| (*name).to_owned())?;
     }
+    let names: Vec<&str> = adapters.iter().map(|(name, _)| *name).collect();
     match args.with.as_deref() {
         Some("base" | "all") => {}
         Some(name) => model.activate_adapter(name)?,
@@ -132,7 +146,7 @@ fn main() -> anyhow::Result<()> {
         repetition_penalty: args.repetition_penalty,
         seed: args.seed,
         stop_tokens: files.generation.eos_token_ids.clone(),
-        stop_strings: args.stop.clone(),
+        stop_strings: [args.stop.clone(), files.generation.stop_strings.clone()].concat(),
         prefill_chunk_size: args.prefill_chunk_size,
         ..GenerationConfig::default()
     };
@@ -150,9 +164,10 @@ fn main() -> anyhow::Result<()> {
         eprintln!("keys and values: {} at most", CachePlan::new(&model, lengths, &talk.config)?);
         let choices: Vec<AdapterChoice> =
             [AdapterChoice::Base].into_iter().chain(names.iter().map(|name| AdapterChoice::Named(name))).collect();
-        let answers = generate_batch_with(&model, &vec![prompt.as_slice(); choices.len()], &talk.config, &choices)?;
+        let prompts = vec![prompt.as_slice(); choices.len()];
+        let answers = answer_batch_with(&model, &files.tokenizer, &prompts, &talk.config, &choices)?;
         for (name, answer) in ["base"].iter().chain(&names).zip(answers) {
-            println!("[{name}] {}", files.tokenizer.decode(&answer.tokens, true)?);
+            println!("[{name}] {}", answer.text);
         }
         return Ok(());
     }
@@ -193,8 +208,12 @@ impl Talk<'_> {
         if let (true, Some(text)) = (self.raw, raw) {
             return Ok(self.files.tokenizer.encode(text, true)?);
         }
-        let template = self.files.chat_template.as_ref().context("the model has no chat template: use --raw")?;
-        let text = template.render(messages, true, &TemplateArguments::new())?;
+        let template = self
+            .files
+            .chat_template
+            .as_ref()
+            .context("the model has no chat template: give one with --chat-template, or use --raw")?;
+        let text = template.render_prompt(messages, &TemplateArguments::new())?;
         Ok(self.files.tokenizer.encode(&text, false)?)
     }
 

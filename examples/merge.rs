@@ -25,7 +25,6 @@ use qlora::merge::{
 use qlora::model::{CausalLm, LoadOptions, Quantization};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
 use qlora::source::{Gguf, HfDirectory, WeightSource};
-use qlora::tokenizer::Tokenizer;
 use qlora::trainer::data::read_records;
 use qlora::trainer::encoder::ModelEncoder;
 use qlora::trainer::exact_match::{answers, merge_match};
@@ -70,6 +69,9 @@ struct Args {
     /// The base was not quantized in training (LoRA).
     #[arg(long, conflicts_with_all = ["no_double_quant", "quant_type", "blocksize"])]
     no_quantization: bool,
+    /// A file with the chat template to write, instead of the adapter's or the base's.
+    #[arg(long, value_name = "FILE")]
+    chat_template: Option<PathBuf>,
     /// A text file to measure the gap on, instead of the built-in text.
     #[arg(long)]
     text: Option<PathBuf>,
@@ -116,7 +118,15 @@ fn main() -> anyhow::Result<()> {
             (config.base_model_name_or_path.context("the adapter names no base model: give --base")?, config.revision)
         }
     };
-    let options = OpenOptions { progress: true, tokenizer: args.tokenizer.clone(), revision, ..OpenOptions::default() };
+    // With the tokenizer and the chat template that the adapter was trained with, where it has them.
+    let options = OpenOptions {
+        progress: true,
+        tokenizer: args.tokenizer.clone(),
+        revision,
+        adapter: Some(args.adapter.clone()),
+        chat_template_path: args.chat_template.clone(),
+        ..OpenOptions::default()
+    };
     let files = open_model(&base, &options).with_context(|| match args.base {
         Some(_) => "the base".to_owned(),
         None => format!("{base}, which the adapter names as its base; --base takes another place of it"),
@@ -204,22 +214,16 @@ fn write(
         bar.set_length(total as u64);
         bar.set_position(done as u64);
     };
-    let own_tokenizer = args.adapter.join("tokenizer.json").is_file();
+    files.check_vocabulary(merged.config().vocab_size)?;
     let bytes = match format {
         Format::Hf => {
-            let mut companions = Companions::of(files)?;
-            if let Some(folder) = args.tokenizer.as_ref().filter(|folder| folder.is_dir()) {
-                companions.take_tokenizer(folder, files.source.config().vocab_size)?;
-            }
-            if own_tokenizer {
-                companions.take_tokenizer(&args.adapter, files.source.config().vocab_size)?;
-            }
+            let companions = Companions::of(files)?;
             let config_json = std::fs::read_to_string(files.source.path().join("config.json")).ok();
             let max_shard_bytes = (args.max_shard_size * 1e9) as u64;
             let options = FolderOptions { config_json, max_shard_bytes };
             write_folder(&merged, &companions, out, &options, progress)?.bytes
         }
-        Format::Gguf => write_gguf(args, out, files, &merged, own_tokenizer, progress)?,
+        Format::Gguf => write_gguf(args, out, files, &merged, progress)?,
     };
     bar.finish_and_clear();
 
@@ -244,21 +248,15 @@ fn write_gguf(
     out: &Path,
     files: &ModelFiles,
     merged: &MergedSource<'_>,
-    own_tokenizer: bool,
     progress: impl FnMut(usize, usize),
 ) -> anyhow::Result<u64> {
-    let own = own_tokenizer.then(|| Tokenizer::from_folder(&args.adapter)).transpose()?;
-    let own_template =
-        own_tokenizer.then(|| qlora::chat::ChatTemplate::from_folder(&args.adapter, None)).transpose()?.flatten();
-    let template = own_template.as_ref().or(files.chat_template.as_ref());
     let options = GgufOptions {
         kind: args.outtype.unwrap_or(GgufType::F16),
         name: out.file_stem().and_then(|name| name.to_str()),
-        chat_template: template.map(|template| template.source()),
+        chat_template: files.chat_template.as_ref().map(|template| template.source()),
         eos_token_ids: &files.generation.eos_token_ids,
     };
-    let tokenizer = own.as_ref().unwrap_or(&files.tokenizer);
-    Ok(gguf_write::write(merged, tokenizer, out, &options, progress)?.bytes)
+    Ok(gguf_write::write(merged, &files.tokenizer, out, &options, progress)?.bytes)
 }
 
 fn print_gap(

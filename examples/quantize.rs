@@ -1,4 +1,5 @@
-//! Writes a model as a 4-bit checkpoint in bitsandbytes' layout, and shows what a checkpoint holds.
+//! Writes a model as a 4-bit checkpoint in bitsandbytes' layout, and shows what a checkpoint holds. Tokenizer, chat template,
+//! generation configuration and licence come along.
 //!
 //!     cargo run --release --example quantize -- MODEL OUT
 //!     cargo run --release --example quantize -- --inspect OUT
@@ -36,6 +37,9 @@ struct Args {
     /// A folder or hub id whose tokenizer and chat template are taken instead of the model's own.
     #[arg(long)]
     tokenizer: Option<PathBuf>,
+    /// A file with the chat template to write instead of the model's own.
+    #[arg(long, value_name = "FILE")]
+    chat_template: Option<PathBuf>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -48,22 +52,21 @@ fn main() -> anyhow::Result<()> {
 }
 
 fn quantize(args: &Args, out: &Path) -> anyhow::Result<()> {
-    let options = OpenOptions { progress: true, tokenizer: args.tokenizer.clone(), ..OpenOptions::default() };
+    let options = OpenOptions {
+        progress: true,
+        tokenizer: args.tokenizer.clone(),
+        chat_template_path: args.chat_template.clone(),
+        ..OpenOptions::default()
+    };
     let files = open_model(&args.model, &options)?;
-    let config = std::fs::read_to_string(files.source.path().join("config.json"))
-        .unwrap_or_else(|_| files.source.config().to_json());
     let quantization =
         QuantConfig { quant_type: args.quant_type, blocksize: args.blocksize, double_quant: !args.no_double_quant };
     let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template("{bar:24} {pos}/{len} tensors, {eta} left")?);
-    let size = quantized_checkpoint::write(&*files.source, &config, &quantization, out, |done, total| {
+    let size = quantized_checkpoint::write_model(&files, &quantization, out, |done, total| {
         bar.set_length(total as u64);
         bar.set_position(done as u64);
     })?;
     bar.finish_and_clear();
-    files.tokenizer.save(out.join("tokenizer.json"))?;
-    if let Some(template) = &files.chat_template {
-        std::fs::write(out.join("chat_template.jinja"), template.source())?;
-    }
     let megabytes = |bytes: u64| bytes as f64 / 1e6;
     println!("{}: {:.1} MB, from {:.1} MB", out.display(), megabytes(size.after), megabytes(size.before));
     if let Some(peak) = memory::peak_resident() {

@@ -7,9 +7,10 @@
 //! | [`trainer`] | configuration, data, the training loop, checkpoints; [`trainer::session`] puts a run together |
 //! | [`model`], [`config`], [`source`], [`open`] | the decoder and where its weights come from |
 //! | [`lora`], [`adapter`] | LoRA's configuration and PEFT's files |
+//! | [`companions`] | what goes wherever a model goes: tokenizer, chat template, end tokens, licence |
 //! | [`merge`], [`gguf_write`], [`inspect`] | merged models as folders and GGUF files; what a model takes |
 //! | [`nn`], [`autograd`] | layers and graph nodes for models of your own |
-//! | [`tokenizer`], [`chat`], [`generate`], [`sampling`] | text in and out |
+//! | [`tokenizer`], [`chat`], [`end_tokens`], [`generate`], [`sampling`] | text in and out |
 //! | [`kernels`] | the operations, the 4-bit formats, frozen weights |
 
 pub use qlora_core::*;

@@ -1,6 +1,8 @@
 //! What several test files share: tiny random models and comparisons.
 #![allow(dead_code)]
 
+pub(crate) mod bigram;
+
 use std::sync::Arc;
 
 use qlora::config::{Architecture, ModelConfig};

@@ -8,8 +8,10 @@ mod clock;
 mod environment;
 mod limits;
 mod message;
+mod prompt;
 mod python;
 mod spans;
+mod special_tokens;
 
 use std::fmt;
 use std::ops::Range;
@@ -57,10 +59,6 @@ pub struct EncodedChat {
     pub answer: Vec<bool>,
 }
 
-/// The keys of `tokenizer_config.json` that templates see.
-const SPECIAL_TOKENS: [&str; 7] =
-    ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"];
-
 impl ChatTemplate {
     /// Compiles a template. `special_tokens` are the texts of `bos_token`, `eos_token` and so on.
     ///
@@ -87,11 +85,7 @@ impl ChatTemplate {
                 continue;
             }
             let config = file::read_object(&path, SMALL)?;
-            for key in SPECIAL_TOKENS {
-                let value = config.get(key);
-                let text = value.and_then(|value| value.as_str().or_else(|| value.get("content")?.as_str()));
-                tokens.extend(text.map(|text| (key.to_owned(), text.to_owned())));
-            }
+            tokens.extend(special_tokens::stated(&config));
             stated = config.get("chat_template").filter(|value| !value.is_null()).map(|value| (path, value.clone()));
         }
         let file = match name {
@@ -123,14 +117,27 @@ impl ChatTemplate {
     /// If the template is damaged.
     pub fn from_gguf(model: &Gguf, tokenizer: &Tokenizer) -> Result<Option<Self>> {
         let Some(source) = model.chat_template()? else { return Ok(None) };
-        let roles = [
-            ("bos_token", tokenizer.bos_token_id()),
-            ("eos_token", tokenizer.eos_token_id()),
-            ("unk_token", tokenizer.unk_token_id()),
-            ("pad_token", tokenizer.pad_token_id()),
-        ];
-        let tokens = roles.into_iter().filter_map(|(name, id)| Some((name.to_owned(), tokenizer.id_to_token(id?)?)));
-        Self::new(source, tokens).map(Some).map_err(|error| Error::format(model.path(), error.to_string()))
+        Self::new(source, special_tokens::of(tokenizer))
+            .map(Some)
+            .map_err(|error| Error::format(model.path(), error.to_string()))
+    }
+
+    /// The template in the file `path`, for the tokenizer of `folder`, or for `tokenizer` where that is in no folder.
+    ///
+    /// # Errors
+    /// If a file cannot be read, or the template has a syntax error.
+    pub fn from_file(path: impl AsRef<Path>, tokenizer: &Tokenizer, folder: Option<&Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let source = file::read_text(path, SMALL)?;
+        let template = Self::new(&source, []).map_err(|error| Error::format(path, error.to_string()))?;
+        template.with_special_tokens(tokenizer, folder)
+    }
+
+    /// The template with the special tokens of another tokenizer than the one that it was found beside.
+    pub(crate) fn with_special_tokens(mut self, tokenizer: &Tokenizer, folder: Option<&Path>) -> Result<Self> {
+        let tokens = folder.map_or_else(|| Ok(special_tokens::of(tokenizer)), special_tokens::read)?;
+        self.special_tokens = tokens.into_iter().map(|(name, text)| (name, Value::String(text))).collect();
+        Ok(self)
     }
 
     /// The template's text.

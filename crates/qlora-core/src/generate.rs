@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor};
 use qlora_kernels::Matrix;
 use qlora_kernels::ops::argmax;
 
-pub use self::text::{Answer, AnswerText, CachePlan, answer_all};
+pub use self::text::{Answer, AnswerText, CachePlan, answer_all, answer_batch_with};
 use crate::error::{Error, Result};
 use crate::model::{AdapterChoice, CausalLm, KvCache};
 use crate::sampling::{GenerationConfig, Sampler};

@@ -15,9 +15,9 @@ use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
 use crate::adapter;
+use crate::companions::is_companion;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::licence::is_licence;
 use crate::open::OpenOptions;
 use crate::source::gguf::split::part_names;
 use crate::source::hf::{INDEX, SINGLE, read_index};
@@ -33,11 +33,8 @@ pub struct Snapshot {
     pub commit: String,
 }
 
-/// Files that are taken if the repository has them.
-const OPTIONAL: [&str; 4] = ["tokenizer_config.json", "special_tokens_map.json", GENERATION, "chat_template.jinja"];
 const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
-const GENERATION: &str = "generation_config.json";
 
 /// Makes sure that the needed files of `id` (`org/name`) are in the cache: configuration, tokenizer, chat template and
 /// safetensors, or the one `file` that is named (a GGUF file, or `config.json` alone). Files that are there are not downloaded
@@ -56,7 +53,7 @@ pub fn snapshot(id: &str, file: Option<&str>, options: &OpenOptions) -> Result<S
 }
 
 /// Makes sure that the two files of the adapter `id` (`org/name`), in a folder of the repository if one is named, are in the
-/// cache. The snapshot's folder is the adapter's.
+/// cache, with the tokenizer and chat template beside them where there are some. The snapshot's folder is the adapter's.
 ///
 /// # Errors
 /// As [`snapshot`]; also if the folder's name is not one, or the adapter is a Python pickle.
@@ -233,6 +230,10 @@ impl Request<'_> {
                     return Err(self.lacks(&files, missing));
                 }
                 wanted.iter().try_for_each(|file| get.file(file))?;
+                // What the adapter was trained with.
+                let folder = subfolder.map_or_else(String::new, |folder| format!("{folder}/"));
+                let beside = files.iter().filter(|name| name.strip_prefix(folder.as_str()).is_some_and(is_companion));
+                beside.copied().try_for_each(|name| get.file(name))?;
             }
             Wanted::Tokenizer => self.download_tokenizer(&files, &get)?,
             Wanted::Model { tokenizer } => self.download_folder(&files, &get, tokenizer)?,
@@ -257,13 +258,10 @@ impl Request<'_> {
         get.file(CONFIG)?;
         ModelConfig::from_json_file(get.folder.join(CONFIG))?;
         if tokenizer {
-            self.download_tokenizer(files, get)?;
-        } else if has(GENERATION) {
-            get.file(GENERATION)?;
+            get.file(TOKENIZER)?;
         }
-        for name in files.iter().filter(|name| is_licence(name)) {
-            get.file(name)?;
-        }
+        // What goes along wherever the model goes, licences included.
+        files.iter().filter(|name| is_companion(name)).try_for_each(|name| get.file(name))?;
         if has(SINGLE) {
             return get.file(SINGLE);
         }
@@ -286,7 +284,7 @@ impl Request<'_> {
             return Err(self.lacks(files, TOKENIZER));
         }
         get.file(TOKENIZER)?;
-        OPTIONAL.into_iter().filter(|name| files.contains(name)).try_for_each(|name| get.file(name))
+        files.iter().filter(|name| is_companion(name)).try_for_each(|name| get.file(name))
     }
 
     /// The error for a repository without a file, and what it has instead.

@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::adapter::{self, PeftAdapter};
 use crate::chat::ChatTemplate;
 use crate::config::ModelConfig;
+use crate::end_tokens::end_tokens;
 use crate::error::{Error, Result};
 use crate::file::{self, SMALL};
 use crate::source::gguf::split;
@@ -32,6 +33,11 @@ pub struct OpenOptions {
     /// A folder or a hub id whose `tokenizer.json`, `tokenizer_config.json` and chat template are taken instead of the model's own. The
     /// model's chat template stays if there is none. With it, models open whose own tokenizer is not read or not there.
     pub tokenizer: Option<PathBuf>,
+    /// An adapter's folder. Its tokenizer (with the tokens that were added for it), its chat template and its generation
+    /// configuration are those that it was trained with: where it has them, they are taken instead of the model's.
+    pub adapter: Option<PathBuf>,
+    /// A file with the chat template to take, whatever others there are.
+    pub chat_template_path: Option<PathBuf>,
     /// Which chat template to take where a model has several ("default").
     pub chat_template: Option<String>,
 }
@@ -46,6 +52,8 @@ impl fmt::Debug for OpenOptions {
             .field("endpoint", &self.endpoint)
             .field("progress", &self.progress)
             .field("tokenizer", &self.tokenizer)
+            .field("adapter", &self.adapter)
+            .field("chat_template_path", &self.chat_template_path)
             .field("chat_template", &self.chat_template)
             .finish()
     }
@@ -53,8 +61,9 @@ impl fmt::Debug for OpenOptions {
 
 /// An opened model. Weights are still in their files.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct ModelFiles {
-    /// The weights and the configuration.
+    /// The weights and the configuration, whose end tokens are all that are known ([`crate::end_tokens`]).
     pub source: Box<dyn WeightSource>,
     /// The tokenizer.
     pub tokenizer: Tokenizer,
@@ -66,13 +75,25 @@ pub struct ModelFiles {
     pub name: String,
     /// The commit on the hub, if the model came from there.
     pub commit: Option<String>,
+    pub(crate) origins: Origins,
+}
+
+/// Where what belongs to a model beside its weights was found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Origins {
+    /// The tokenizer's folder; none if it is inside a GGUF file.
+    pub(crate) tokenizer: Option<PathBuf>,
+    /// The `generation_config.json`, if there is one.
+    pub(crate) generation: Option<PathBuf>,
 }
 
 /// The options of `generation_config.json`; what is not there is none.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GenerationDefaults {
-    /// Tokens that end a generation: those of this file, else of the configuration, else the tokenizer's.
+    /// Tokens that end a generation. [`ModelFiles`] has all that are known ([`crate::end_tokens`]), not those of this file alone.
     pub eos_token_ids: Vec<u32>,
+    /// Texts that end a generation.
+    pub stop_strings: Vec<String>,
     /// Whether to sample.
     pub do_sample: Option<bool>,
     /// Divides the logits.
@@ -203,35 +224,83 @@ fn open_folder(folder: &Path, name: &str, options: &OpenOptions) -> Result<Model
             }
         };
     }
-    let source = HfDirectory::open(folder)?;
-    let tokenizer = Tokenizer::from_folder(options.tokenizer.as_deref().unwrap_or(folder))?;
-    let chat_template = match other_template(options)? {
-        Some(template) => Some(template),
-        None => ChatTemplate::from_folder(folder, options.chat_template.as_deref())?,
+    let mut source = HfDirectory::open(folder)?;
+    let of_tokenizer = other_tokenizer(options).unwrap_or_else(|| folder.to_owned());
+    let tokenizer = Tokenizer::from_folder(&of_tokenizer)?;
+    let chat_template = match other_template(options, &tokenizer, Some(&of_tokenizer))? {
+        None if of_tokenizer == folder => ChatTemplate::from_folder(folder, options.chat_template.as_deref())?,
+        None => ChatTemplate::from_folder(folder, options.chat_template.as_deref())?
+            .map(|template| template.with_special_tokens(&tokenizer, Some(&of_tokenizer)))
+            .transpose()?,
+        found => found,
     };
-    let generation = GenerationDefaults::read(&folder.join("generation_config.json"))?;
-    Ok(ModelFiles::new(Box::new(source), tokenizer, chat_template, generation, name))
+    let (generation, file) = generation(options, Some(folder), source.config(), &tokenizer, chat_template.as_ref())?;
+    source.set_eos_token_ids(generation.eos_token_ids.clone());
+    let origins = Origins { tokenizer: Some(of_tokenizer), generation: file };
+    Ok(ModelFiles::new(Box::new(source), tokenizer, chat_template, generation, name, origins))
 }
 
 fn open_gguf(path: &Path, name: &str, options: &OpenOptions) -> Result<ModelFiles> {
-    let source = Gguf::open(path)?;
-    let tokenizer = match &options.tokenizer {
+    let mut source = Gguf::open(path)?;
+    let of_tokenizer = other_tokenizer(options);
+    let tokenizer = match &of_tokenizer {
         Some(folder) => Tokenizer::from_folder(folder)?,
         None => Tokenizer::from_gguf(&source)?,
     };
-    let chat_template = match other_template(options)? {
+    let chat_template = match other_template(options, &tokenizer, of_tokenizer.as_deref())? {
         Some(template) => Some(template),
         None => ChatTemplate::from_gguf(&source, &tokenizer)?,
     };
-    Ok(ModelFiles::new(Box::new(source), tokenizer, chat_template, GenerationDefaults::default(), name))
+    let (generation, file) = generation(options, None, source.config(), &tokenizer, chat_template.as_ref())?;
+    source.set_eos_token_ids(generation.eos_token_ids.clone());
+    let origins = Origins { tokenizer: of_tokenizer, generation: file };
+    Ok(ModelFiles::new(Box::new(source), tokenizer, chat_template, generation, name, origins))
 }
 
-/// The chat template beside a tokenizer that was asked for.
-fn other_template(options: &OpenOptions) -> Result<Option<ChatTemplate>> {
-    match &options.tokenizer {
-        Some(folder) => ChatTemplate::from_folder(folder, options.chat_template.as_deref()),
-        None => Ok(None),
+/// The folder whose tokenizer is taken instead of the model's: one that was asked for, else the adapter's.
+fn other_tokenizer(options: &OpenOptions) -> Option<PathBuf> {
+    let of_adapter = || options.adapter.clone().filter(|folder| folder.join("tokenizer.json").is_file());
+    options.tokenizer.clone().or_else(of_adapter)
+}
+
+/// The chat template that is taken instead of the model's: one that was given, that of a tokenizer that was asked for, or the
+/// adapter's. `folder` is the tokenizer's.
+fn other_template(options: &OpenOptions, tokenizer: &Tokenizer, folder: Option<&Path>) -> Result<Option<ChatTemplate>> {
+    if let Some(path) = &options.chat_template_path {
+        return ChatTemplate::from_file(path, tokenizer, folder).map(Some);
     }
+    let name = options.chat_template.as_deref();
+    if let Some(asked) = &options.tokenizer
+        && let Some(template) = ChatTemplate::from_folder(asked, name)?
+    {
+        return Ok(Some(template));
+    }
+    let Some(adapter) = &options.adapter else { return Ok(None) };
+    // A name is asked of an adapter only if it has templates.
+    let named = name.is_some() && ChatTemplate::from_folder(adapter, None)?.is_some();
+    let template = ChatTemplate::from_folder(adapter, name.filter(|_| named))?;
+    template.map(|template| template.with_special_tokens(tokenizer, folder)).transpose()
+}
+
+/// What is recommended for generating, with every end token, and the file that says it: the adapter's, else the model's.
+fn generation(
+    options: &OpenOptions,
+    model: Option<&Path>,
+    config: &ModelConfig,
+    tokenizer: &Tokenizer,
+    template: Option<&ChatTemplate>,
+) -> Result<(GenerationDefaults, Option<PathBuf>)> {
+    let of = |folder: &Path| Some(folder.join("generation_config.json")).filter(|path| path.is_file());
+    let mut files = [options.adapter.as_deref(), model].into_iter().flatten().filter_map(of);
+    let file = files.next();
+    let mut found = file.as_deref().map_or_else(|| Ok(GenerationDefaults::default()), GenerationDefaults::read)?;
+    let mut stated = found.eos_token_ids.clone();
+    for other in files {
+        stated.extend(GenerationDefaults::read(&other)?.eos_token_ids);
+    }
+    stated.extend(&config.eos_token_ids);
+    found.eos_token_ids = end_tokens(tokenizer, template, stated);
+    Ok((found, file))
 }
 
 /// The options with a folder for a tokenizer that was asked for by its hub id.
@@ -286,12 +355,32 @@ fn gguf_files(folder: &Path) -> Vec<PathBuf> {
 }
 
 impl ModelFiles {
+    /// Checks that a model with `rows` rows of its embedding has one for every token, where the tokenizer is not the model's own
+    /// but an adapter's or one that was asked for. (Models whose own tokenizer is larger than they are exist.)
+    ///
+    /// # Errors
+    /// If there are tokens without a row.
+    pub fn check_vocabulary(&self, rows: usize) -> Result<()> {
+        let (tokens, model) = (self.tokenizer.vocab_size(), self.source.path());
+        match self.origins.tokenizer.as_deref().filter(|folder| *folder != model) {
+            Some(folder) if tokens > rows => Err(Error::format(
+                folder.join("tokenizer.json"),
+                format!(
+                    "the tokenizer has {tokens} tokens, the embedding {rows} rows: the model was trained with a resized \
+                     vocabulary, whose rows are not in the adapter"
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
+
     fn new(
         source: Box<dyn WeightSource>,
         tokenizer: Tokenizer,
         chat_template: Option<ChatTemplate>,
-        mut generation: GenerationDefaults,
+        generation: GenerationDefaults,
         name: &str,
+        origins: Origins,
     ) -> Self {
         let config = source.config();
         if tokenizer.vocab_size() > config.vocab_size {
@@ -303,12 +392,13 @@ impl ModelFiles {
             );
         }
         if generation.eos_token_ids.is_empty() {
-            generation.eos_token_ids.clone_from(&config.eos_token_ids);
+            tracing::warn!(
+                "{}: no file names a token that ends an answer, and none is known by its text: answers end at their longest \
+                 length or at a stop string",
+                source.path().display()
+            );
         }
-        if generation.eos_token_ids.is_empty() {
-            generation.eos_token_ids.extend(tokenizer.eos_token_id());
-        }
-        Self { source, tokenizer, chat_template, generation, name: name.to_owned(), commit: None }
+        Self { source, tokenizer, chat_template, generation, name: name.to_owned(), commit: None, origins }
     }
 
     /// The same model with as many tokens as the one that `adapter` was trained on, where tokens were added to that one (or taken
@@ -337,9 +427,18 @@ impl GenerationDefaults {
             Some(id) => std::slice::from_ref(id),
             None => &[],
         };
+        let stop_strings = match map.get("stop_strings") {
+            Some(Value::Array(texts)) => texts.as_slice(),
+            Some(text) => std::slice::from_ref(text),
+            None => &[],
+        };
         let number = |key: &str| map.get(key).and_then(Value::as_f64).filter(|x| x.is_finite());
         Ok(Self {
             eos_token_ids: ids.iter().filter_map(|id| u32::try_from(id.as_u64()?).ok()).collect(),
+            stop_strings: stop_strings
+                .iter()
+                .filter_map(|text| text.as_str().filter(|text| !text.is_empty()).map(str::to_owned))
+                .collect(),
             do_sample: map.get("do_sample").and_then(Value::as_bool),
             temperature: number("temperature"),
             top_k: map.get("top_k").and_then(Value::as_u64).and_then(|k| usize::try_from(k).ok()),

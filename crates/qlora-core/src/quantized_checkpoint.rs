@@ -15,8 +15,11 @@ use qlora_kernels::weight::PlainData;
 use serde_json::{Value, json};
 
 use crate::atomic::replace_directory;
+use crate::companions::Companions;
 use crate::error::{Error, Result};
+use crate::file;
 use crate::lora::linear_modules;
+use crate::open::ModelFiles;
 use crate::safetensors_stream::SafetensorsStream;
 use crate::source::WeightSource;
 
@@ -29,6 +32,26 @@ pub struct QuantizedSize {
     pub after: u64,
 }
 
+/// Quantizes a model into the folder `out`, which must not exist yet, with all that belongs to it: configuration, tokenizer, chat
+/// template, generation configuration and licence ([`Companions`]). `progress` is called with the number of tensors done and
+/// their total.
+///
+/// # Errors
+/// As [`write`]; also if one of these files cannot be read.
+pub fn write_model(
+    model: &ModelFiles,
+    quantization: &QuantConfig,
+    out: &Path,
+    progress: impl FnMut(usize, usize),
+) -> Result<QuantizedSize> {
+    let folder = model.source.path();
+    let config = match folder.is_dir() {
+        true => file::read_text(&folder.join("config.json"), file::SMALL)?,
+        false => model.source.config().to_json(),
+    };
+    write_with(&*model.source, &config, &Companions::of(model)?, quantization, out, progress)
+}
+
 /// Quantizes the linear layers of `source` into the folder `out`, which must not exist yet. `config_json` is the model's
 /// own `config.json`. `progress` is called with the number of tensors done and their total.
 ///
@@ -38,6 +61,17 @@ pub struct QuantizedSize {
 pub fn write(
     source: &dyn WeightSource,
     config_json: &str,
+    quantization: &QuantConfig,
+    out: &Path,
+    progress: impl FnMut(usize, usize),
+) -> Result<QuantizedSize> {
+    write_with(source, config_json, &Companions::default(), quantization, out, progress)
+}
+
+fn write_with(
+    source: &dyn WeightSource,
+    config_json: &str,
+    companions: &Companions,
     quantization: &QuantConfig,
     out: &Path,
     mut progress: impl FnMut(usize, usize),
@@ -77,6 +111,7 @@ pub fn write(
             progress(index + 1, names.len());
         }
         let after = writer.finish()?;
+        companions.write(folder)?;
         let path = folder.join("config.json");
         fs::write(&path, &config).map_err(|error| Error::io(&path, error))?;
         Ok(QuantizedSize { before, after })

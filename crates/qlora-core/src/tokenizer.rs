@@ -221,6 +221,17 @@ impl Tokenizer {
         added.get_added_tokens_decoder().get(&id).is_some_and(|token| token.special)
     }
 
+    /// The special tokens with their texts.
+    pub fn special_tokens(&self) -> impl Iterator<Item = (u32, String)> {
+        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
+        added.iter().filter(|(_, token)| token.special).map(|(id, token)| (*id, token.content.clone()))
+    }
+
+    /// Whether this token was added to the vocabulary of the model (special tokens are): it is recognised in any text as a whole.
+    pub fn is_added(&self, id: u32) -> bool {
+        self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&id)
+    }
+
     /// The tokenizer of the `tokenizers` crate.
     pub fn inner(&self) -> &tokenizers::Tokenizer {
         &self.inner

@@ -298,7 +298,8 @@ fn smollm2_is_opened_with_tokenizer_and_template() {
     let path = smollm2();
     let files = open_model(path.to_str().unwrap(), &OpenOptions::default()).unwrap();
     assert_eq!(files.name, path.to_str().unwrap());
-    assert_eq!(files.generation.eos_token_ids, [2]);
+    // <|im_end|>, which the file names, and <|endoftext|>, which is known by its text.
+    assert_eq!(files.generation.eos_token_ids, [2, 0]);
     let template = files.chat_template.unwrap();
     let messages = [Message::user("Hi"), Message::assistant("Hello!")];
     let chat = template.encode(&files.tokenizer, &messages, &TemplateArguments::new()).unwrap();

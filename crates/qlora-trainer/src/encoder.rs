@@ -16,7 +16,7 @@ pub struct ModelEncoder<'a> {
 }
 
 impl<'a> ModelEncoder<'a> {
-    /// `ends` are the tokens at which the model's generation stops.
+    /// `ends` are the tokens at which the model's generation stops ([`qlora_core::end_tokens`]).
     pub fn new(tokenizer: &'a Tokenizer, template: Option<&'a ChatTemplate>, ends: &'a [u32]) -> Self {
         Self { tokenizer, template, ends }
     }
@@ -26,7 +26,7 @@ impl<'a> ModelEncoder<'a> {
     /// # Errors
     /// If there is no chat template, or it refuses the conversation.
     pub fn prompt(&self, conversation: &Conversation) -> Result<Vec<u32>, EncodeError> {
-        let text = self.template()?.render(&messages(conversation), true, &arguments(conversation))?;
+        let text = self.template()?.render_prompt(&messages(conversation), &arguments(conversation))?;
         Ok(self.tokenizer.encode(&text, false)?)
     }
 
@@ -75,7 +75,7 @@ impl TextEncoder for ModelEncoder<'_> {
     }
 
     fn eos(&self) -> Option<u32> {
-        self.tokenizer.eos_token_id()
+        self.tokenizer.eos_token_id().or_else(|| self.ends.first().copied())
     }
 
     fn is_end(&self, token: u32) -> bool {

@@ -19,11 +19,11 @@ mod plan;
 mod prepare;
 mod weights;
 
-use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use qlora_core::adapter::{AdapterDtype, SaveOptions, TrainedOver};
 use qlora_core::chat::ChatTemplate;
+use qlora_core::companions::Companions;
 use qlora_core::lora::{LoraConfig, ModuleFilter, ModulePattern, TargetModules};
 use qlora_core::model::{CausalLm, DeviceChoice, LoadOptions, Quantization};
 use qlora_core::open::{GenerationDefaults, ModelFiles};
@@ -34,7 +34,7 @@ use qlora_kernels::quant::{QuantConfig, QuantType};
 use crate::config::{self, GradientCheckpointing, LoraOptions, ModelOptions, Targets, TrainConfig};
 use crate::data::Dataset;
 use crate::encoder::ModelEncoder;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::qlora_model::QLoraModel;
 use crate::trainer::Trainer;
 use crate::trainer::start::Start;
@@ -48,6 +48,7 @@ pub struct Session {
     tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
     generation: GenerationDefaults,
+    companions: Companions,
     name: String,
     trained_over: TrainedOver,
     start: Option<Start>,
@@ -79,6 +80,7 @@ impl Session {
 
     fn load(prepared: Prepared, mut progress: impl FnMut(u64, u64)) -> Result<Self> {
         let Prepared { config, start, files, template_time, beginning, workspace, identity, data } = prepared;
+        let companions = Companions::of_adapter(&files)?;
         let ModelFiles { source, tokenizer, chat_template: template, generation, name, .. } = files;
         let quantization = quantization(&config.model);
         let trained_over = TrainedOver::of(&*source, quantization)?;
@@ -98,6 +100,7 @@ impl Session {
             tokenizer,
             template,
             generation,
+            companions,
             name,
             trained_over,
             start,
@@ -162,6 +165,7 @@ impl Session {
             base_model_name_or_path: Some(self.name),
             revision: self.config.model.revision.clone(),
             trained_over: Some(self.trained_over),
+            companions: self.companions,
             ..SaveOptions::default()
         };
         Ok((QLoraModel::new(self.model, save, self.identity)?, self.config))
@@ -220,11 +224,4 @@ pub fn lora_config(options: &LoraOptions) -> Result<LoraConfig> {
         target_modules,
         ..LoraConfig::default()
     })
-}
-
-fn template_from_file(path: &Path, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
-    let source = std::fs::read_to_string(path).map_err(|source| Error::io(path, source))?;
-    let roles = [("bos_token", tokenizer.bos_token_id()), ("eos_token", tokenizer.eos_token_id())];
-    let tokens = roles.into_iter().filter_map(|(role, id)| Some((role.to_owned(), tokenizer.id_to_token(id?)?)));
-    Ok(ChatTemplate::new(&source, tokens)?)
 }

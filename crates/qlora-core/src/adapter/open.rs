@@ -16,7 +16,8 @@ pub fn open(spec: &str, subfolder: Option<&str>, options: &OpenOptions, model: &
     open_folder(locate(spec, subfolder, options)?, model)
 }
 
-/// The folder of the adapter that [`open`] takes for `spec`; from the hub it is downloaded.
+/// The folder of an adapter that is given as to [`open`], downloaded if need be. Beside the adapter it may hold the tokenizer and the
+/// chat template that it was trained with: [`OpenOptions::adapter`].
 ///
 /// # Errors
 /// If there is neither such a folder nor such a repository, or it cannot be downloaded.

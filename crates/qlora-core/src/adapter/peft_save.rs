@@ -18,12 +18,14 @@ use super::peft::{PREFIX, PeftAdapter, TOKEN_ROWS, factor_names};
 use super::save::{AdapterDtype, SaveOptions};
 use super::{CONFIG_FILE, WEIGHTS_FILE};
 use crate::atomic::{PendingFile, replace_directory};
+use crate::companions::Companions;
 use crate::safetensors_file::write_safetensors;
 use crate::{Error, Result};
 
 impl PeftAdapter {
-    /// Writes `adapter_config.json` and `adapter_model.safetensors` to the folder `dir`, which is made if it does not exist. The
-    /// base model is the one that `options` name, else the one that the adapter names. There is no model card.
+    /// Writes `adapter_config.json`, `adapter_model.safetensors` and the companions of `options` to the folder `dir`, which is made
+    /// if it does not exist. The base model is the one that `options` name, else the one that the adapter names. There is no model
+    /// card.
     ///
     /// # Errors
     /// If a number is not finite or does not fit the dtype, or the folder cannot be written. Nothing half-written is left.
@@ -32,9 +34,9 @@ impl PeftAdapter {
         let tensors = self.tensors(options.dtype)?;
         let json = self.json(options)?;
         if dir.is_dir() {
-            return write_files(dir, tensors, &json);
+            return write_files(dir, tensors, &json, &options.companions);
         }
-        replace_directory(dir, |temporary| write_files(temporary, tensors, &json))
+        replace_directory(dir, |temporary| write_files(temporary, tensors, &json, &options.companions))
     }
 
     fn tensors(&self, dtype: AdapterDtype) -> Result<Vec<(String, Stored)>> {
@@ -126,11 +128,12 @@ impl PeftAdapter {
     }
 }
 
-fn write_files(dir: &Path, tensors: Vec<(String, Stored)>, json: &str) -> Result<()> {
-    let mut files = [PendingFile::create(dir.join(WEIGHTS_FILE))?, PendingFile::create(dir.join(CONFIG_FILE))?];
+fn write_files(dir: &Path, tensors: Vec<(String, Stored)>, json: &str, companions: &Companions) -> Result<()> {
+    let mut files = vec![PendingFile::create(dir.join(WEIGHTS_FILE))?, PendingFile::create(dir.join(CONFIG_FILE))?];
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     files[0].write_with(|writer| write_safetensors(writer, tensors, Some(metadata)))?;
     files[1].write_with(|writer| writer.write_all(json.as_bytes()))?;
+    files.extend(companions.pending(dir)?);
     files.iter_mut().try_for_each(PendingFile::sync)?;
     files.into_iter().try_for_each(PendingFile::commit)
 }

@@ -5,6 +5,7 @@
 
 use super::{CARD_FILE, CONFIG_FILE, TRAINED_OVER_FILE, TrainedOver, WEIGHTS_FILE, card, config_file};
 use crate::atomic::{PendingFile, cannot_write, replace_directory};
+use crate::companions::Companions;
 use crate::lora::{AdapterLayout, Entry, LoraConfig};
 use crate::safetensors_file::write_safetensors;
 use crate::{Error, Result};
@@ -62,6 +63,8 @@ pub struct SaveOptions {
     pub revision: Option<String>,
     /// What the base was held in during training, which is written beside the adapter; merging reads it.
     pub trained_over: Option<TrainedOver>,
+    /// What the model was trained with, beside the adapter: tokenizer, chat template, end tokens. TRL saves them there, too.
+    pub companions: Companions,
     /// Whether to write a model card. A `README.md` that is not one of ours is never replaced.
     pub model_card: bool,
 }
@@ -73,6 +76,7 @@ impl Default for SaveOptions {
             base_model_name_or_path: None,
             revision: None,
             trained_over: None,
+            companions: Companions::default(),
             model_card: true,
         }
     }
@@ -163,6 +167,7 @@ fn write_files(
         file.write_with(|writer| writer.write_all(card::text(config, layout, options).as_bytes()))?;
         files.push(file);
     }
+    files.extend(options.companions.pending(dir)?);
     for file in &mut files {
         file.sync()?;
     }

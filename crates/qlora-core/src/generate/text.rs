@@ -14,12 +14,19 @@ use crate::tokenizer::{DecodeStream, Tokenizer};
 pub struct AnswerText<'a> {
     decoder: DecodeStream<'a>,
     stops: StopStrings,
+    // Special tokens in the stop strings. The decoder leaves special tokens out.
+    special: Vec<(u32, String)>,
 }
 
 impl<'a> AnswerText<'a> {
-    /// The text up to the first of `config`'s stop strings.
+    /// The text up to the first of `config`'s stop strings. They may hold special tokens, which the text is shown without.
     pub fn new(tokenizer: &'a Tokenizer, config: &GenerationConfig) -> Self {
-        Self { decoder: tokenizer.decode_stream(true), stops: StopStrings::new(config.stop_strings.clone()) }
+        let inside = |text: &str| config.stop_strings.iter().any(|stop| stop.contains(text));
+        Self {
+            decoder: tokenizer.decode_stream(true),
+            stops: StopStrings::new(config.stop_strings.clone()),
+            special: tokenizer.special_tokens().filter(|(_, text)| inside(text)).collect(),
+        }
     }
 
     /// Takes the next token and returns what can be shown: whole characters that belong to no stop string.
@@ -27,7 +34,11 @@ impl<'a> AnswerText<'a> {
     /// # Errors
     /// If the tokenizer's decoder fails.
     pub fn push(&mut self, token: u32) -> Result<String> {
-        Ok(self.stops.push(&self.decoder.push(token)?))
+        let shown = self.stops.push(&self.decoder.push(token)?);
+        match self.special.iter().find(|(id, _)| *id == token) {
+            Some((_, text)) => Ok(shown + &self.stops.push_hidden(text)),
+            None => Ok(shown),
+        }
     }
 
     /// Whether a stop string occurred: the answer is then complete.
@@ -72,26 +83,52 @@ pub fn answer_all(
     let size = batch_size.max(1);
     for (number, prompts) in prompts.chunks(size).enumerate() {
         let first = number * size;
-        let mut texts: Vec<_> = prompts.iter().map(|_| (AnswerText::new(tokenizer, config), String::new())).collect();
-        let mut failure = None;
         let choices = vec![AdapterChoice::Active; prompts.len()];
-        let generations = run(model, prompts, config, &choices, first as u64, |index, token| {
-            let (text, whole) = &mut texts[index];
-            match text.push(token) {
-                Ok(piece) => whole.push_str(&piece),
-                Err(error) => failure = Some(error),
-            }
-            if failure.is_some() || text.is_complete() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-        })?;
-        if let Some(error) = failure {
-            return Err(error);
-        }
-        let answer = |((text, whole), generation): ((AnswerText, String), super::Generation)| {
-            Ok(Answer { text: whole + &text.finish()?, tokens: generation.tokens.len(), stop: generation.stop })
-        };
-        on_answers(first, texts.into_iter().zip(generations).map(answer).collect::<Result<_>>()?)?;
+        on_answers(first, answer_from(model, tokenizer, prompts, config, &choices, first as u64)?)?;
     }
     Ok(())
+}
+
+/// Answers prompts together, each with an adapter of its own, as [`answer_all`] answers a batch.
+///
+/// # Errors
+/// As [`generate_batch_with`](super::generate_batch_with), and if a token cannot be decoded.
+pub fn answer_batch_with(
+    model: &CausalLm,
+    tokenizer: &Tokenizer,
+    prompts: &[&[u32]],
+    config: &GenerationConfig,
+    adapters: &[AdapterChoice],
+) -> Result<Vec<Answer>> {
+    answer_from(model, tokenizer, prompts, config, adapters, 0)
+}
+
+/// [`answer_batch_with`] of the prompts from number `first` on: each draws from a seed of its own.
+fn answer_from(
+    model: &CausalLm,
+    tokenizer: &Tokenizer,
+    prompts: &[&[u32]],
+    config: &GenerationConfig,
+    adapters: &[AdapterChoice],
+    first: u64,
+) -> Result<Vec<Answer>> {
+    let mut texts: Vec<_> = prompts.iter().map(|_| (AnswerText::new(tokenizer, config), String::new())).collect();
+    let mut failure = None;
+    let generations = run(model, prompts, config, adapters, first, |index, token| {
+        let (text, whole) = &mut texts[index];
+        match text.push(token) {
+            Ok(piece) => whole.push_str(&piece),
+            Err(error) => failure = Some(error),
+        }
+        if failure.is_some() || text.is_complete() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
+    if let Some(error) = failure {
+        return Err(error);
+    }
+    let answer = |((text, whole), generation): ((AnswerText, String), super::Generation)| {
+        Ok(Answer { text: whole + &text.finish()?, tokens: generation.tokens.len(), stop: generation.stop })
+    };
+    texts.into_iter().zip(generations).map(answer).collect()
 }
 
 /// What the keys and values of a generation take at most.

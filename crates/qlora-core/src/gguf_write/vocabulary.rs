@@ -11,6 +11,7 @@ use serde_json::Value;
 use super::GgufOptions;
 use super::metadata::Metadata;
 use crate::config::ModelConfig;
+use crate::end_tokens::llama_cpp_knows;
 use crate::error::{Error, Result};
 use crate::source::gguf::token_type;
 use crate::tokenizer::{Tokenizer, pre_tokenizer_of};
@@ -119,8 +120,9 @@ struct EndTokens {
     eom: Option<u32>,
 }
 
-/// Spreads the model's end tokens over the three places that a GGUF file has: the tokenizer's own is the end of a text,
-/// one that says "message" ends a message, another one a turn.
+/// Spreads the model's end tokens over the three places that a GGUF file has: the tokenizer's own is the end of a text, one that
+/// says "message" ends a message, another one a turn. llama.cpp finds the well-known ones by their text, so that those it does
+/// not know get the places first; ends of documents need none.
 fn end_tokens(tokenizer: &Tokenizer, config: &ModelConfig, listed: &[u32]) -> EndTokens {
     let mut all: Vec<u32> = Vec::new();
     for id in listed.iter().chain(&config.eos_token_ids).copied().chain(tokenizer.eos_token_id()) {
@@ -130,15 +132,17 @@ fn end_tokens(tokenizer: &Tokenizer, config: &ModelConfig, listed: &[u32]) -> En
     }
     let own = tokenizer.eos_token_id().filter(|id| all.contains(id));
     let mut ends = EndTokens { eos: own.or_else(|| all.first().copied()), ..EndTokens::default() };
-    for &id in all.iter().filter(|id| Some(**id) != ends.eos) {
-        let message = tokenizer.id_to_token(id).is_some_and(|token| token.contains("eom"));
-        let place = if message && ends.eom.is_none() { &mut ends.eom } else { &mut ends.eot };
-        match place {
-            None => *place = Some(id),
-            Some(taken) => {
-                tracing::warn!("GGUF files have no place for the end token {id}; {taken} is written, {id} is left out");
-            }
-        }
+    let text = |id: u32| tokenizer.id_to_token(id).unwrap_or_default();
+    let known = |id: &u32| llama_cpp_knows(&text(*id));
+    let mut left: Vec<u32> = all.into_iter().filter(|id| Some(*id) != ends.eos).collect();
+    ends.eom = left.iter().copied().find(|&id| text(id).contains("eom"));
+    left.retain(|id| Some(*id) != ends.eom);
+    let of_document = |id: &u32| matches!(text(*id).as_str(), "<|endoftext|>" | "<|end_of_text|>");
+    let unknown = left.iter().find(|id| !known(id));
+    ends.eot = unknown.or_else(|| left.iter().find(|id| !of_document(id))).copied();
+    for id in left.iter().filter(|id| Some(**id) != ends.eot && !known(id)) {
+        let taken = ends.eot.unwrap_or_default();
+        tracing::warn!("GGUF files have no place for the end token {id}; {taken} is written, {id} is left out");
     }
     ends
 }

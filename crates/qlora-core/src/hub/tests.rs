@@ -116,6 +116,7 @@ fn model() -> Hub {
         }
     }
     files.insert("README.md".to_owned(), b"not needed".to_vec());
+    files.insert("LICENSE".to_owned(), b"goes along".to_vec());
     files.insert("pytorch_model.bin".to_owned(), b"not needed".to_vec());
     files.insert("q/tiny.gguf".to_owned(), fs::read(fixtures.join("loading/llama.gguf")).unwrap());
     Hub { files, ..Hub::default() }
@@ -151,6 +152,7 @@ fn only_the_needed_files_are_downloaded_once() {
         .collect();
     names.sort();
     let expected = [
+        "LICENSE",
         "config.json",
         "model-00001-of-00003.safetensors",
         "model-00002-of-00003.safetensors",
@@ -465,6 +467,8 @@ fn an_adapter_is_two_files_possibly_in_a_folder() {
     let files = ["adapter_config.json", "adapter_model.safetensors", "README.md", "b/adapter_config.json"];
     let files =
         files.into_iter().chain(["b/adapter_model.safetensors", "old/adapter_config.json", "old/adapter_model.bin"]);
+    // What the adapters were trained with.
+    let files = files.chain(["tokenizer.json", "b/chat_template.jinja", "b/additional_chat_templates/tool_use.jinja"]);
     let server = Server::start(Hub { files: files.map(file).collect(), ..model() });
     let settings = settings(&server.endpoint, cache.path(), None);
     let top = adapter_snapshot_with("org/name", None, &settings).unwrap();
@@ -476,6 +480,9 @@ fn an_adapter_is_two_files_possibly_in_a_folder() {
         }
     }
     assert!(!server.requests().iter().any(|path| path.contains("README")));
+    for beside in ["tokenizer.json", "b/chat_template.jinja", "b/additional_chat_templates/tool_use.jinja"] {
+        assert_eq!(fs::read_to_string(top.folder.join(beside)).unwrap(), beside);
+    }
     let error = adapter_snapshot_with("org/name", Some("old"), &settings).unwrap_err().to_string();
     assert!(error.contains("old/adapter_model.safetensors") && error.contains("pickle"), "{error}");
     for wrong in ["..", "a/../b", "", "/a", "a\\b"] {

@@ -8,9 +8,9 @@ use std::path::Path;
 
 use serde_json::{Map, json};
 
-use super::companions::Companions;
 use super::source::dtype_of;
 use crate::atomic::replace_directory;
+use crate::companions::Companions;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::safetensors_stream::{SafetensorsStream, disk};

@@ -20,7 +20,6 @@
 //! Never requantized: a 4-bit base is dequantized, merged and written in 16 or 32 bits.
 
 mod choice;
-mod companions;
 mod folder;
 pub mod gap;
 mod peft;
@@ -29,8 +28,8 @@ mod source;
 mod tests;
 mod update;
 
+pub use crate::companions::Companions;
 pub use choice::MergeChoice;
-pub use companions::Companions;
 pub(crate) use folder::require_space;
 pub use folder::{FolderOptions, WrittenFolder, write_folder};
 pub use peft::PeftUpdate;

@@ -286,7 +286,7 @@ fn what_belongs_to_a_model_is_carried_along() {
     std::fs::write(root.join("LICENSE"), "free").unwrap();
     std::fs::write(root.join("pytorch_model.bin"), "not this").unwrap();
     let model = open_model(root.to_str().unwrap(), &OpenOptions::default()).unwrap();
-    let mut companions = Companions::of(&model).unwrap();
+    let companions = Companions::of(&model).unwrap();
     let names = [
         "LICENSE",
         "additional_chat_templates/tools.jinja",
@@ -304,17 +304,30 @@ fn what_belongs_to_a_model_is_carried_along() {
     let own = folder.path().join("adapter");
     std::fs::create_dir(&own).unwrap();
     std::fs::write(own.join("tokenizer.json"), tokenizer.replace("\"b\"", "\"c\"")).unwrap();
-    let rows = model.source.config().vocab_size;
-    companions.take_tokenizer(&own, rows).unwrap();
+    let options = OpenOptions { adapter: Some(own.clone()), ..OpenOptions::default() };
+    let open = || open_model(root.to_str().unwrap(), &options).unwrap();
+    let companions = Companions::of(&open()).unwrap();
     assert_eq!(companions.get("chat_template.jinja"), Some(&b"base"[..]));
     assert!(companions.get("tokenizer_config.json").is_none());
     assert!(companions.get("tokenizer.json").is_some_and(|bytes| bytes.windows(3).any(|part| part == b"\"c\"")));
+    assert_eq!(companions.get("LICENSE"), Some(&b"free"[..]));
     std::fs::write(own.join("chat_template.jinja"), "own").unwrap();
-    companions.take_tokenizer(&own, rows).unwrap();
+    let companions = Companions::of(&open()).unwrap();
     assert_eq!(companions.get("chat_template.jinja"), Some(&b"own"[..]));
     assert!(companions.get("additional_chat_templates/tools.jinja").is_none());
     // Tokens beyond the embedding.
-    assert!(companions.take_tokenizer(&own, 1).unwrap_err().to_string().contains("resized vocabulary"));
+    open().check_vocabulary(model.source.config().vocab_size).unwrap();
+    assert!(open().check_vocabulary(1).unwrap_err().to_string().contains("resized vocabulary"));
+    model.check_vocabulary(1).unwrap();
+    // A template that was given replaces the one in tokenizer_config.json, which would be a second one.
+    let given = folder.path().join("given.jinja");
+    std::fs::write(&given, "given").unwrap();
+    let options = OpenOptions { chat_template_path: Some(given), ..OpenOptions::default() };
+    let companions = Companions::of(&open_model(root.to_str().unwrap(), &options).unwrap()).unwrap();
+    assert_eq!(companions.get("chat_template.jinja"), Some(&b"given"[..]));
+    let config = String::from_utf8_lossy(companions.get("tokenizer_config.json").unwrap()).into_owned();
+    assert!(config.contains("eos_token") && !config.contains("chat_template"), "{config}");
+    assert!(companions.get("additional_chat_templates/tools.jinja").is_none());
 }
 
 #[test]

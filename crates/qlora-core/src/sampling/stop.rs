@@ -5,6 +5,10 @@
 //!
 //! Of several stop strings the one that is complete first wins, and of those that end together the longest. So a text
 //! stops at the same place however it is cut into pieces, and never waits for a longer stop string once one is there.
+//!
+//! A stop string may hold special tokens (`<|eot_id|>`), which are part of the text for it and hidden where the text is shown.
+
+use std::ops::Range;
 
 /// Finds the first stop string of a text that is pushed piece by piece.
 #[derive(Clone, Debug)]
@@ -12,6 +16,8 @@ pub struct StopStrings {
     stops: Vec<String>,
     /// Text that may be the beginning of a stop string.
     held: String,
+    /// The byte ranges of `held` that are not shown, ascending.
+    hidden: Vec<Range<usize>>,
     found: Option<usize>,
 }
 
@@ -19,7 +25,7 @@ impl StopStrings {
     /// Looks for `stops`; empty strings are ignored.
     pub fn new<S: Into<String>>(stops: impl IntoIterator<Item = S>) -> Self {
         let stops = stops.into_iter().map(Into::into).filter(|stop: &String| !stop.is_empty()).collect();
-        Self { stops, held: String::new(), found: None }
+        Self { stops, held: String::new(), hidden: Vec::new(), found: None }
     }
 
     /// Takes the next piece and returns the text that is certain not to belong to a stop string. Once one was found,
@@ -29,16 +35,49 @@ impl StopStrings {
             return String::new();
         }
         self.held.push_str(piece);
+        self.search()
+    }
+
+    /// As [`StopStrings::push`], for a piece that is not shown: the text of a special token.
+    pub fn push_hidden(&mut self, piece: &str) -> String {
+        if self.found.is_some() {
+            return String::new();
+        }
+        self.hidden.push(self.held.len()..self.held.len() + piece.len());
+        self.held.push_str(piece);
+        self.search()
+    }
+
+    fn search(&mut self) -> String {
         let found = |i: usize| self.held.find(&self.stops[i]).map(|at| (at + self.stops[i].len(), at, i));
         if let Some((_, at, stop)) = (0..self.stops.len()).filter_map(found).min() {
             self.found = Some(stop);
-            self.held.truncate(at);
-            return std::mem::take(&mut self.held);
+            let before = self.release(at);
+            self.held.clear();
+            self.hidden.clear();
+            return before;
         }
         let may_begin = |at: &usize| self.stops.iter().any(|stop| stop.starts_with(&self.held[*at..]));
         let keep = self.held.char_indices().map(|(at, _)| at).find(may_begin).unwrap_or(self.held.len());
-        let rest = self.held.split_off(keep);
-        std::mem::replace(&mut self.held, rest)
+        self.release(keep)
+    }
+
+    /// Takes the first `len` bytes off the held text, and returns what is shown of them.
+    fn release(&mut self, len: usize) -> String {
+        let rest = self.held.split_off(len);
+        let text = std::mem::replace(&mut self.held, rest);
+        let mut shown = String::with_capacity(text.len());
+        let mut at = 0;
+        for hidden in &self.hidden {
+            shown.push_str(&text[at.min(len)..hidden.start.min(len)]);
+            at = hidden.end;
+        }
+        shown.push_str(&text[at.min(len)..]);
+        self.hidden.retain(|hidden| hidden.end > len);
+        for hidden in &mut self.hidden {
+            *hidden = hidden.start.saturating_sub(len)..hidden.end - len;
+        }
+        shown
     }
 
     /// The stop string that was found, if one was.
@@ -48,7 +87,7 @@ impl StopStrings {
 
     /// At the end of the text: what was held back and turned out to be no stop string.
     pub fn finish(&mut self) -> String {
-        std::mem::take(&mut self.held)
+        self.release(self.held.len())
     }
 }
 
@@ -84,6 +123,27 @@ mod tests {
         assert_eq!(finder.push("end>tail"), "");
         assert_eq!((finder.push("more"), finder.finish()), (String::new(), String::new()));
         assert_eq!(finder.found(), Some("<end>"));
+    }
+
+    #[test]
+    fn special_tokens_stop_and_are_not_shown() {
+        let mut finder = StopStrings::new(["<|end|>"]);
+        assert_eq!((finder.push("text"), finder.push_hidden("<|x|>")), ("text".into(), "".into()));
+        assert_eq!(finder.push(" more"), " more");
+        assert_eq!((finder.push_hidden("<|end|>"), finder.push("tail")), ("".into(), "".into()));
+        assert_eq!(finder.found(), Some("<|end|>"));
+        // Half of the stop string is text; what turns out to be none is shown, but for the hidden part of it.
+        let mut finder = StopStrings::new(["!<|end|>\nA"]);
+        assert_eq!(finder.push("a!"), "a");
+        assert_eq!((finder.push_hidden("<|end|>"), finder.push("\n")), ("".into(), "".into()));
+        assert_eq!(finder.push("B"), "!\nB");
+        assert_eq!((finder.push("!"), finder.push_hidden("<|end|>")), ("".into(), "".into()));
+        assert_eq!(finder.push("\nAB"), "");
+        assert!(finder.found().is_some());
+        // The text ends in the middle of it.
+        let mut finder = StopStrings::new(["\u{e9}<|end|>x"]);
+        assert_eq!((finder.push("a\u{e9}"), finder.push_hidden("<|end|>")), ("a".into(), "".into()));
+        assert_eq!(finder.finish(), "\u{e9}");
     }
 
     proptest! {

@@ -91,6 +91,12 @@ impl Gguf {
         Ok(source)
     }
 
+    /// Replaces the end tokens of the configuration by all that are known ([`crate::end_tokens`]), so that whatever runs the model
+    /// stops at them.
+    pub fn set_eos_token_ids(&mut self, ids: Vec<u32>) {
+        self.config.eos_token_ids = ids;
+    }
+
     /// The chat template in the file, if there is one.
     ///
     /// # Errors

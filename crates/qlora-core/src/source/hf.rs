@@ -138,6 +138,12 @@ impl HfDirectory {
         Ok(self)
     }
 
+    /// Replaces the end tokens of the configuration by all that are known ([`crate::end_tokens`]), so that whatever runs the model
+    /// stops at them.
+    pub fn set_eos_token_ids(&mut self, ids: Vec<u32>) {
+        self.config.eos_token_ids = ids;
+    }
+
     fn shard(&self, name: &str) -> Option<&Shard> {
         let plain = self.tensors.get(name).copied();
         plain.or_else(|| self.packed.get(name).map(|packed| packed.shard)).map(|number| &self.shards[number])

@@ -5,6 +5,7 @@
 //!   metrics.jsonl                  the log
 //!   adapter_config.json            the adapter after the last step
 //!   adapter_model.safetensors
+//!   tokenizer.json, chat_template.jinja, ...   what it was trained with, here and in the checkpoints
 //!   checkpoint-<step>/
 //!     adapter_config.json          the adapter, in PEFT's format
 //!     adapter_model.safetensors

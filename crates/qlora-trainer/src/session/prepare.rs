@@ -6,7 +6,7 @@ use qlora_core::open::{ModelFiles, OpenOptions, open_model};
 use qlora_kernels::Workspace;
 
 use super::adapter::Beginning;
-use super::{template_from_file, weights};
+use super::weights;
 use crate::config::TrainConfig;
 use crate::data::{Dataset, EncodeOptions, check_jsonl, load_jsonl};
 use crate::encoder::ModelEncoder;
@@ -49,13 +49,11 @@ impl Prepared {
             cache_dir: config.model.cache_dir.clone(),
             offline: config.model.local_files_only,
             tokenizer: config.model.tokenizer_name_or_path.clone(),
+            chat_template_path: config.data.chat_template_path.clone(),
             progress: true,
             ..OpenOptions::default()
         };
         let mut files = open_model(&config.model.model_name_or_path, &options)?;
-        if let Some(path) = &config.data.chat_template_path {
-            files.chat_template = Some(template_from_file(path, &files.tokenizer)?);
-        }
         let template_time = stop_clock(&mut files, start.as_ref())?;
         let model = files.source.config();
         #[cfg(feature = "cuda")]
