@@ -25,7 +25,7 @@ fn it_has_every_key_with_its_default() {
     };
     for key in ["revision", "cache_dir", "validation_file", "chat_template_path", "per_device_eval_batch_size"]
         .into_iter()
-        .chain(["warmup_steps", "warmup_ratio", "data_seed", "memory_budget"])
+        .chain(["chat_template_kwargs", "warmup_steps", "warmup_ratio", "data_seed", "memory_budget"])
     {
         assert_ne!(uncommented(key), text, "{key}");
         let changed = TrainConfig::from_toml_str(&uncommented(key)).unwrap();

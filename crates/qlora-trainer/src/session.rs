@@ -100,6 +100,7 @@ impl Session {
     /// Turns rows into tokens the way training sees them.
     pub fn encoder(&self) -> ModelEncoder<'_> {
         ModelEncoder::new(&self.tokenizer, self.template.as_ref(), &self.generation.eos_token_ids)
+            .with_template_kwargs(self.config.data.chat_template_kwargs.as_map())
     }
 
     /// Reads the configured training data and, if there is any, validation data.
@@ -204,7 +205,14 @@ pub fn lora_config(options: &LoraOptions) -> Result<LoraConfig> {
 
 fn template_from_file(path: &Path, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
     let source = std::fs::read_to_string(path).map_err(|source| Error::io(path, source))?;
-    let roles = [("bos_token", tokenizer.bos_token_id()), ("eos_token", tokenizer.eos_token_id())];
+    // Some editors put a byte order mark before the text.
+    let source = source.strip_prefix('\u{feff}').unwrap_or(&source);
+    let roles = [
+        ("bos_token", tokenizer.bos_token_id()),
+        ("eos_token", tokenizer.eos_token_id()),
+        ("unk_token", tokenizer.unk_token_id()),
+        ("pad_token", tokenizer.pad_token_id()),
+    ];
     let tokens = roles.into_iter().filter_map(|(role, id)| Some((role.to_owned(), tokenizer.id_to_token(id?)?)));
-    Ok(ChatTemplate::new(&source, tokens)?)
+    Ok(ChatTemplate::new(source, tokens)?)
 }
