@@ -185,6 +185,15 @@ impl ChatTemplate {
         template.capabilities.get_or_init(|| Capabilities::of(template))
     }
 
+    /// Brings a message into the form in which the template writes it: the arguments of calls as objects or as JSON texts, parts
+    /// of a content that the template cannot read as one text. [`ChatTemplate::render`] hands on what it gets, as transformers
+    /// does, which makes an escaped text of arguments in the wrong form.
+    pub fn adapt(&self, message: &mut Message, arguments: &TemplateArguments) {
+        if message.content.is_array() || message.extra.contains_key("tool_calls") {
+            self.capabilities(arguments).adapt(message);
+        }
+    }
+
     /// Whether the template reads an argument of this name (whether its text has the word).
     pub fn reads(&self, name: &str, arguments: &TemplateArguments) -> bool {
         let source = &self.for_arguments(arguments).source;
@@ -240,14 +249,8 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         arguments: &TemplateArguments,
     ) -> Result<String> {
-        let mut messages: Vec<_> = messages.iter().map(Message::to_template).collect();
-        for message in messages
-            .iter_mut()
-            .filter(|message| message.contains_key("tool_calls") || message.get("content").is_some_and(Value::is_array))
-        {
-            self.capabilities.get_or_init(|| Capabilities::of(self)).adapt(message);
-        }
-        let context = self.context(messages.into_iter().map(Value::Object).collect(), add_generation_prompt, arguments);
+        let messages = messages.iter().map(Message::to_template).collect();
+        let context = self.context(messages, add_generation_prompt, arguments);
         environment::render(&self.environment, template, Jinja::from(Serde(&context))).map_err(template_error)
     }
 

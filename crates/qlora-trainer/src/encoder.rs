@@ -148,7 +148,9 @@ fn messages(
             extra.shift_remove("tool_calls");
             content = text;
         }
-        Ok(ChatMessage { role: message.role.clone(), content, extra })
+        let mut message = ChatMessage { role: message.role.clone(), content, extra };
+        template.adapt(&mut message, arguments);
+        Ok(message)
     };
     conversation.messages.iter().enumerate().map(convert).collect::<Result<_, String>>().map_err(EncodeError::from)
 }

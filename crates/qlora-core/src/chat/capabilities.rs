@@ -6,7 +6,7 @@
 
 use serde_json::{Value, json};
 
-use super::{ChatTemplate, TemplateArguments};
+use super::{ChatTemplate, Message, TemplateArguments};
 
 /// What a chat template writes of what it is given.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -83,21 +83,17 @@ impl Capabilities {
         }
     }
 
-    /// A message's fields in the form in which the template writes them.
-    pub(super) fn adapt(self, message: &mut serde_json::Map<String, Value>) {
-        let calls = self.tool_calls && !self.null_content && message.contains_key("tool_calls");
-        if let Some(content) = message.get_mut("content") {
-            match content {
-                Value::Array(parts) if !self.content_parts => {
-                    if let Some(text) = joined(parts) {
-                        *content = Value::String(text);
-                    }
-                }
-                Value::Null if calls => *content = Value::String(String::new()),
-                _ => {}
-            }
+    /// Brings a message into the form in which the template writes it.
+    pub(super) fn adapt(self, message: &mut Message) {
+        let joined = match &message.content {
+            Value::Array(parts) if !self.content_parts => joined(parts),
+            Value::Null if self.tool_calls && !self.null_content => Some(String::new()),
+            _ => None,
+        };
+        if let Some(text) = joined {
+            message.content = Value::String(text);
         }
-        let calls = message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten();
+        let calls = message.extra.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten();
         for call in calls {
             let function =
                 if call.get("function").is_some_and(Value::is_object) { &mut call["function"] } else { call };

@@ -51,7 +51,7 @@ impl Message {
     }
 
     /// The message as templates see it. Reasoning is passed under both names that templates read, as by transformers.
-    pub(super) fn to_template(&self) -> Map<String, Value> {
+    pub(super) fn to_template(&self) -> Value {
         let mut map = Map::new();
         let reasoning = REASONING.iter().find_map(|key| self.extra.get(*key).filter(|value| !value.is_null()));
         if let Some(reasoning) = reasoning {
@@ -63,6 +63,6 @@ impl Message {
         if let Some(reasoning) = reasoning {
             map.insert(REASONING[0].to_owned(), reasoning.clone());
         }
-        map
+        Value::Object(map)
     }
 }

@@ -243,6 +243,11 @@ fn chat(conversation: &Conversation, encoder: &dyn TextEncoder) -> Result<Encode
 /// Appends EOS, trained, unless the text ends with it.
 fn append_eos(encoded: &mut Encoded, encoder: &dyn TextEncoder) -> Result<(), EncodeError> {
     let eos = encoder.eos().ok_or("the tokenizer has no EOS token, so the model could never learn to stop")?;
+    // The text's own, and another one that the tokenizer puts behind every text.
+    if encoded.ids.ends_with(&[eos, eos]) {
+        encoded.ids.pop();
+        encoded.trained.pop();
+    }
     if encoded.ids.last() == Some(&eos) {
         encoded.trained.pop();
         encoded.trained.push(true);
