@@ -70,8 +70,11 @@ fn compile_here(source: &str) -> Result<(Environment<'static>, bool), Error> {
         }
     });
     made::install(&mut environment);
-    environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
-        Err(Error::new(ErrorKind::InvalidOperation, message))
+    environment.add_function("raise_exception", |message: Value| -> Result<Value, Error> {
+        let mut text = limits::LimitedString::default();
+        // What was written of a message that is too long is enough.
+        let _ = write!(text, "{}", python::Str(&message));
+        Err(Error::new(ErrorKind::InvalidOperation, text.0))
     });
     environment.add_function("strftime_now", strftime_now);
     environment.add_function("__generation", |state: &mut State, arguments: Kwargs| body(state, &arguments));

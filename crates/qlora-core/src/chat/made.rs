@@ -26,6 +26,8 @@ const MAX_ITEMS: usize = MAX_OUTPUT / ITEM;
 pub(super) const OPERAND: &str = "__operand";
 /// As [`OPERAND`], where the value becomes a part of a text.
 pub(super) const TEXT: &str = "__text";
+/// What a list or map is asked for: its hash takes as long as its text.
+pub(super) const KEY: &str = "__key";
 /// The first factor of a product.
 pub(super) const FACTOR: &str = "__factor";
 /// A factor behind `*`.
@@ -95,6 +97,13 @@ fn text_size(value: &Value) -> Result<usize, Error> {
             bytes => Ok(bytes),
         },
     }
+}
+
+fn key(value: Value) -> Result<Value, Error> {
+    if matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable | ValueKind::Map) {
+        text_size(&value)?;
+    }
+    Ok(value)
 }
 
 fn operand(state: &mut State, value: Value) -> Result<Value, Error> {
@@ -262,10 +271,21 @@ pub(super) fn install(environment: &mut Environment<'_>) {
     environment.remove_global("debug");
     environment.add_filter(OPERAND, operand);
     environment.add_filter(TEXT, part);
+    environment.add_filter(KEY, key);
     environment.add_filter(FACTOR, factor);
     environment.add_filter(TIMES, times);
     environment.add_filter(OVER, over);
     environment.add_filter(PRODUCT, product);
+    // minijinja's own make a text of whatever they get.
+    let is_text = |value: &Value, of: fn(&str) -> bool| value.as_str().is_some_and(of);
+    environment.add_test("lower", move |value: Value| is_text(&value, |text| text.chars().all(char::is_lowercase)));
+    environment.add_test("upper", move |value: Value| is_text(&value, |text| text.chars().all(char::is_uppercase)));
+    environment.add_test("startingwith", |value: Value, other: Value| {
+        matches!((value.as_str(), other.as_str()), (Some(text), Some(start)) if text.starts_with(start))
+    });
+    environment.add_test("endingwith", |value: Value, other: Value| {
+        matches!((value.as_str(), other.as_str()), (Some(text), Some(end)) if text.ends_with(end))
+    });
     macro_rules! guarded {
         ($($name:ident)*) => { $(
             // The filter itself keeps a name that no template writes.
@@ -349,6 +369,8 @@ mod tests {
             ("", "{% set ns.l = [ns.l, ns.l] %}{% set ns.x = ns.l ~ '' %}"),
             ("", "{% set ns.l = [ns.l, ns.l] %}{% set ns.x = ns.l | tojson %}"),
             ("", "{% set ns.l = [ns.l, ns.l] %}{% set ns.x = ns.l | upper %}"),
+            ("", "{% set ns.l = [ns.l, ns.l] %}{% if i == 59 %}{{ {ns.l: 1} }}{% endif %}"),
+            ("", "{% set ns.l = [ns.l, ns.l] %}{% if i == 59 %}{{ {'a': 1, 2: 3}[ns.l] }}{% endif %}"),
             ("", "{% set ns.x = [ns.x, '\\\\'] | pprint ~ '\\\\' %}{% set ns.x = ns.x ~ ns.x %}"),
         ] {
             let source = repeated(before, statement);

@@ -5,7 +5,7 @@
 //! `(a)|__text ~ (b)|__text`. The filters hand their value on as it is, and only whole operands get one, so that nothing else
 //! changes. Filters and not functions, because a template cannot put anything of its own in a filter's place.
 
-use super::made::{FACTOR, OPERAND, OVER, PRODUCT, TEXT, TIMES};
+use super::made::{FACTOR, KEY, OPERAND, OVER, PRODUCT, TEXT, TIMES};
 
 /// A template with its operands marked.
 pub(super) struct Marked {
@@ -77,7 +77,7 @@ pub(super) fn mark(source: &str) -> Marked {
                     _ => {}
                 }
                 let skipped = usize::from(marker == b'%' && first.is_some());
-                marks.level(&tokens[skipped..]);
+                marks.level(&tokens[skipped..], false);
                 end
             }),
         };
@@ -234,7 +234,7 @@ struct Marks<'a> {
 
 impl Marks<'_> {
     /// Reads the tokens between two brackets (or of a whole tag).
-    fn level(&mut self, tokens: &[Token]) {
+    fn level(&mut self, tokens: &[Token], map: bool) {
         let mut chain = Chain::default();
         let mut i = 0;
         while i < tokens.len() {
@@ -243,10 +243,14 @@ impl Marks<'_> {
             match token.kind {
                 Kind::Open => {
                     last = closing(tokens, i);
-                    if chain.reading == Reading::Complete && &self.source[token.start..token.end] == "[" {
-                        self.slice(&chain, &tokens[i + 1..last]);
+                    let inside = &tokens[(i + 1).min(last)..last];
+                    let subscript = chain.reading == Reading::Complete && self.is(token, "[");
+                    let slice = subscript && self.slice(&chain, inside);
+                    self.level(inside, self.is(token, "{"));
+                    if subscript && !slice && last < tokens.len() && inside.iter().any(|t| t.kind == Kind::Name) {
+                        self.insert(token.end, "(".to_owned());
+                        self.insert(tokens[last].start, format!(")|{KEY}"));
                     }
-                    self.level(&tokens[(i + 1).min(last)..last]);
                     let end = tokens.get(last).map_or(token.end, |close| close.end);
                     chain.extend(token.start, end, false, Reading::Complete);
                 }
@@ -283,12 +287,23 @@ impl Marks<'_> {
                         }
                     }
                 }
-                Kind::Other => self.flush(&mut chain),
+                Kind::Other => {
+                    if let (true, Some(key), []) = (map && self.is(token, ":"), chain.operand, &*chain.operators)
+                        && !key.small
+                    {
+                        self.around(key, KEY);
+                    }
+                    self.flush(&mut chain);
+                }
             }
             chain.last = Some(token.kind);
             i = last + 1;
         }
         self.flush(&mut chain);
+    }
+
+    fn is(&self, token: Token, text: &str) -> bool {
+        &self.source[token.start..token.end] == text
     }
 
     fn name(&mut self, chain: &mut Chain, token: Token) {
@@ -312,16 +327,18 @@ impl Marks<'_> {
         }
     }
 
-    /// Marks what is sliced, where the bracket behind it holds a slice.
-    fn slice(&mut self, chain: &Chain, inside: &[Token]) {
+    /// Marks what is sliced, where the bracket behind it holds a slice; says whether it does.
+    fn slice(&mut self, chain: &Chain, inside: &[Token]) -> bool {
         let mut depth = 0isize;
         let is_slice = inside.iter().any(|token| {
             depth += isize::from(token.kind == Kind::Open) - isize::from(token.kind == Kind::Close);
             depth == 0 && token.kind == Kind::Other && &self.source[token.start..token.end] == ":"
         });
-        let (Some(atom), Some(operand), true) = (chain.atom, chain.operand, is_slice && chain.plain) else { return };
-        self.insert(atom, "((".to_owned());
-        self.insert(operand.end, format!(")|{OPERAND})"));
+        if let (Some(atom), Some(operand), true) = (chain.atom, chain.operand, is_slice && chain.plain) {
+            self.insert(atom, "((".to_owned());
+            self.insert(operand.end, format!(")|{OPERAND})"));
+        }
+        is_slice
     }
 
     /// Marks the operands of a chain and begins a new one.

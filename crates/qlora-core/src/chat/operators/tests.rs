@@ -11,6 +11,7 @@ fn marked(source: &str) -> String {
         ("|__times", "|x"),
         ("|__over", "|v"),
         ("|__product", "|p"),
+        ("|__key", "|k"),
     ]
     .iter()
     .fold(short, |text, (long, short)| text.replace(long, short))
@@ -44,6 +45,10 @@ fn whole_operands_are_marked() {
         ("{% call(x) f(a + b) %}", "{% call(x) f((a)|o + (b)|o) %}"),
         ("{{ 1.5e-3 + a }}{{ a.0.1 ~ b }}{{ 0x1e+b }}", "{{ 1.5e-3 + (a)|o }}{{ (a.0.1)|t ~ (b)|t }}{{ 0x1e+(b)|o }}"),
         ("{{ a + }}{{ a ~ b", "{{ a + }}{{ a ~ b"),
+        (
+            "{{ {a: b, 'c': d, e.f: 1}[g][h + 1]['i'] }}",
+            "{{ {(a)|k: b, 'c': d, (e.f)|k: 1}[(g)|k][((h)|o + 1)|k]['i'] }}",
+        ),
         ("{{ not a + b }}{{ a not in b + c }}", "{{ not (a)|o + (b)|o }}{{ a not in (b)|o + (c)|o }}"),
     ] {
         assert_eq!(marked(source), expected, "{source}");
