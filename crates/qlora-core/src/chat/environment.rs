@@ -27,6 +27,9 @@ pub(super) const FUEL: u64 = 5_000_000;
 /// The longest text that a template may write.
 pub(super) const MAX_OUTPUT: usize = 16 << 20;
 
+/// The longest message of `raise_exception`, in bytes.
+const MAX_MESSAGE: usize = 1000;
+
 /// Plain text that blocks may keep (`set` blocks, macros): writing one of their texts takes a step, however long it is.
 const MAX_KEPT: usize = 1 << 30;
 
@@ -74,6 +77,7 @@ fn compile_here(source: &str) -> Result<(Environment<'static>, bool), Error> {
         let mut text = limits::LimitedString::default();
         // What was written of a message that is too long is enough.
         let _ = write!(text, "{}", python::Str(&message));
+        text.0.truncate(text.0.floor_char_boundary(MAX_MESSAGE));
         Err(Error::new(ErrorKind::InvalidOperation, text.0))
     });
     environment.add_function("strftime_now", strftime_now);
