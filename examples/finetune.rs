@@ -66,6 +66,9 @@ fn main() -> anyhow::Result<()> {
 
     let (training, validation) = session.datasets()?;
     eprintln!("{}", training.stats());
+    for remark in training.remarks().into_iter().chain(validation.iter().flat_map(|data| data.remarks())) {
+        eprintln!("{remark}");
+    }
     match session.plan_memory(&training)? {
         Some(plan) => eprintln!("memory plan: {plan}"),
         None => eprintln!("training on the CPU: there is no memory plan"),

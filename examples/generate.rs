@@ -6,22 +6,25 @@
 //! several times as NAME=ADAPTER, `--with NAME` chooses one; `--with all` answers with the base and with every adapter, in
 //! one batch.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use qlora::adapter;
-use qlora::chat::{Message, TemplateArguments};
 use qlora::generate::{Answer, AnswerText, CachePlan, answer_all, answer_batch_with, generate};
 use qlora::kernels::Dtype;
 use qlora::kernels::quant::QuantConfig;
 use qlora::model::{AdapterChoice, CausalLm, DeviceChoice, LoadOptions, Quantization};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
 use qlora::sampling::GenerationConfig;
+use qlora::trainer::config::TemplateKwargs;
+use qlora::trainer::data::{Conversation, JsonLine, Message, TextEncoder, read_json_lines};
+use qlora::trainer::encoder::ModelEncoder;
 
 /// Generates text.
 #[derive(Parser)]
@@ -44,6 +47,9 @@ struct Args {
     /// What the system message says.
     #[arg(long)]
     system: Option<String>,
+    /// Further arguments of the chat template, as in training: '{"enable_thinking": false}'.
+    #[arg(long, value_name = "JSON", default_value = "{}")]
+    chat_template_kwargs: TemplateKwargs,
     /// The prompt is the beginning of a text, not a message of a chat.
     #[arg(long)]
     raw: bool,
@@ -151,13 +157,17 @@ fn main() -> anyhow::Result<()> {
         ..GenerationConfig::default()
     };
     eprintln!("{}: {:.2} GB on {}", files.name, model.memory().total() as f64 / 1e9, device_name(&model));
-    let talk = Talk { model: &model, files: &files, config, raw: args.raw };
-    let system: Vec<Message> = args.system.iter().map(Message::system).collect();
+    let encoder = ModelEncoder::new(&files.tokenizer, files.chat_template.as_ref(), &files.generation.eos_token_ids)
+        .with_template_kwargs(args.chat_template_kwargs.as_map());
+    let talk = Talk { model: &model, files: &files, encoder, config, raw: args.raw };
+    talk.remark(&BTreeSet::from_iter(talk.encoder.unused(&Conversation::default())));
+    let system: Vec<Message> = args.system.iter().map(|text| Message::new("system", text)).collect();
     if let (Some(input), Some(output)) = (&args.batch, &args.output) {
         return talk.answer_file(input, output, &system, args.batch_size.max(1));
     }
     let Some(prompt) = &args.prompt else { return talk.chat(system) };
-    let prompt = talk.encode(&[system, vec![Message::user(prompt)]].concat(), Some(prompt))?;
+    let prompt =
+        talk.encode(&Conversation::new([system, vec![Message::new("user", prompt)]].concat()), Some(prompt))?;
 
     if args.with.as_deref() == Some("all") {
         let lengths = vec![prompt.len(); names.len() + 1];
@@ -198,23 +208,27 @@ fn device_name(model: &CausalLm) -> &'static str {
 struct Talk<'a> {
     model: &'a CausalLm,
     files: &'a ModelFiles,
+    encoder: ModelEncoder<'a>,
     config: GenerationConfig,
     raw: bool,
 }
 
 impl Talk<'_> {
-    /// A conversation as tokens; with --raw its last text alone.
-    fn encode(&self, messages: &[Message], raw: Option<&str>) -> anyhow::Result<Vec<u32>> {
+    /// A conversation as tokens, as training writes it; with --raw its last text alone.
+    fn encode(&self, conversation: &Conversation, raw: Option<&str>) -> anyhow::Result<Vec<u32>> {
         if let (true, Some(text)) = (self.raw, raw) {
-            return Ok(self.files.tokenizer.encode(text, true)?);
+            return Ok(self.files.tokenizer.encode_prompt(text)?);
         }
-        let template = self
-            .files
-            .chat_template
-            .as_ref()
-            .context("the model has no chat template: give one with --chat-template, or use --raw")?;
-        let text = template.render_prompt(messages, &TemplateArguments::new())?;
-        Ok(self.files.tokenizer.encode(&text, false)?)
+        self.files.chat_template.as_ref().context("the model has no chat template: give one with --chat-template, or use --raw")?;
+        self.encoder.prompt(conversation).map_err(|error| anyhow!("{error}"))
+    }
+
+    /// Says what the chat template does not read.
+    fn remark(&self, unused: &BTreeSet<String>) {
+        if !self.raw && !unused.is_empty() {
+            let names = unused.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+            eprintln!("the chat template does not use: {names}");
+        }
     }
 
     /// Prints an answer as it comes, and returns it.
@@ -257,7 +271,8 @@ impl Talk<'_> {
     }
 
     /// A chat on the terminal, until the input ends.
-    fn chat(&self, mut messages: Vec<Message>) -> anyhow::Result<()> {
+    fn chat(&self, system: Vec<Message>) -> anyhow::Result<()> {
+        let mut conversation = Conversation::new(system);
         eprintln!("Say something; an empty line or Ctrl-D ends the chat.");
         loop {
             eprint!("> ");
@@ -265,13 +280,13 @@ impl Talk<'_> {
             if std::io::stdin().read_line(&mut line)? == 0 || line.trim().is_empty() {
                 return Ok(());
             }
-            messages.push(Message::user(line.trim()));
-            match self.encode(&messages, Some(line.trim())).and_then(|prompt| self.stream(&prompt)) {
-                Ok(answer) => messages.push(Message::assistant(answer)),
+            conversation.messages.push(Message::new("user", line.trim()));
+            match self.encode(&conversation, Some(line.trim())).and_then(|prompt| self.stream(&prompt)) {
+                Ok(answer) => conversation.messages.push(Message::new("assistant", answer)),
                 // Such as a message that is too long: the others are still there.
                 Err(error) => {
                     eprintln!("{error:#}");
-                    messages.pop();
+                    conversation.messages.pop();
                 }
             }
         }
@@ -282,26 +297,19 @@ impl Talk<'_> {
         if output.exists() && input.canonicalize().ok() == output.canonicalize().ok() {
             bail!("{} would be overwritten: give --output another name", input.display());
         }
-        let text = std::fs::read_to_string(input).with_context(|| input.display().to_string())?;
-        let mut rows = Vec::new();
-        for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-            let place = || format!("{}, line {}", input.display(), number + 1);
-            let row: serde_json::Map<String, serde_json::Value> = serde_json::from_str(line).with_context(place)?;
-            let prompt = row.get("prompt").and_then(|prompt| prompt.as_str());
-            let messages: Vec<Message> = match (prompt, row.get("messages")) {
-                (Some(prompt), _) => [system, &[Message::user(prompt)]].concat(),
-                (None, Some(messages)) => {
-                    let messages: Vec<Message> = serde_json::from_value(messages.clone()).with_context(place)?;
-                    match messages.first() {
-                        Some(first) if first.role == "system" => messages,
-                        _ => [system, &messages].concat(),
-                    }
-                }
-                (None, None) => bail!("{}: neither \"prompt\" nor \"messages\"", place()),
-            };
-            let tokens = self.encode(&messages, prompt).with_context(place)?;
+        let (mut rows, mut unused) = (Vec::new(), BTreeSet::new());
+        for JsonLine { number, row, .. } in read_json_lines(input)? {
+            let place = || format!("{}, line {number}", input.display());
+            let mut asked = Conversation::prompt_from_json(&row).map_err(|error| anyhow!("{}: {error}", place()))?;
+            if asked.messages.first().is_none_or(|first| first.role != "system") {
+                asked.messages.splice(0..0, system.iter().cloned());
+            }
+            let prompt = row.get("prompt").and_then(|prompt| prompt.as_str()).filter(|_| row.get("messages").is_none());
+            unused.extend(self.encoder.unused(&asked));
+            let tokens = self.encode(&asked, prompt).with_context(place)?;
             rows.push((row, tokens));
         }
+        self.remark(&unused);
         let prompts: Vec<&[u32]> = rows.iter().map(|(_, tokens)| tokens.as_slice()).collect();
         eprintln!("keys and values: {} at most", CachePlan::of_batches(self.model, &prompts, &self.config, size)?);
         let bar = ProgressBar::new(rows.len() as u64)
@@ -312,8 +320,8 @@ impl Talk<'_> {
         let mut write = |first: usize, answers: Vec<Answer>| -> std::io::Result<()> {
             for ((row, _), answer) in rows[first..].iter().zip(&answers) {
                 let mut row = row.clone();
-                row.insert("completion".to_owned(), answer.text.clone().into());
-                writeln!(file, "{}", serde_json::Value::Object(row))?;
+                row["completion"] = answer.text.clone().into();
+                writeln!(file, "{row}")?;
                 tokens += answer.tokens;
             }
             bar.set_message(format!("{:.0} tokens/s, ", tokens as f64 / start.elapsed().as_secs_f64()));

@@ -4,10 +4,13 @@
 //! transformers renders it (`apply_chat_template`). Templates are programs from the network: they get a limited number
 //! of steps and a limited output, and no access to anything but their arguments.
 
+mod capabilities;
 mod clock;
 mod environment;
 mod limits;
+mod made;
 mod message;
+mod operators;
 mod prompt;
 mod python;
 mod spans;
@@ -16,6 +19,7 @@ mod special_tokens;
 use std::fmt;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use minijinja::value::Serde;
 use minijinja::{Environment, Value as Jinja};
@@ -26,6 +30,7 @@ use crate::file::{self, SMALL};
 use crate::source::{Gguf, WeightSource};
 use crate::tokenizer::Tokenizer;
 
+pub use capabilities::Capabilities;
 pub use clock::TemplateTime;
 pub use message::Message;
 
@@ -39,6 +44,9 @@ pub struct ChatTemplate {
     // What transformers passes beside the conversation: `bos_token`, `eos_token`, ...
     special_tokens: Map<String, Value>,
     marks_answers: bool,
+    // The model's template for conversations with tools, where it has one of its own for them.
+    tool_use: Option<Box<ChatTemplate>>,
+    capabilities: OnceLock<Capabilities>,
 }
 
 /// A conversation as text.
@@ -59,6 +67,9 @@ pub struct EncodedChat {
     pub answer: Vec<bool>,
 }
 
+/// The name of a model's template for conversations with tools.
+const TOOL_USE: &str = "tool_use";
+
 impl ChatTemplate {
     /// Compiles a template. `special_tokens` are the texts of `bos_token`, `eos_token` and so on.
     ///
@@ -66,12 +77,16 @@ impl ChatTemplate {
     /// If the template has a syntax error; the message has the line.
     pub fn new(source: &str, special_tokens: impl IntoIterator<Item = (String, String)>) -> Result<Self> {
         let special_tokens = special_tokens.into_iter().map(|(name, text)| (name, Value::String(text))).collect();
-        let (environment, marks_answers) = environment::compile(source).map_err(template_error)?;
-        Ok(Self { environment, source: source.to_owned(), special_tokens, marks_answers })
+        // As Jinja reads its source.
+        let source = source.replace("\r\n", "\n").replace('\r', "\n");
+        let (environment, marks_answers) = environment::compile(&source).map_err(template_error)?;
+        let capabilities = OnceLock::new();
+        Ok(Self { environment, source, special_tokens, marks_answers, tool_use: None, capabilities })
     }
 
     /// The template of a model folder: `chat_template.jinja`, else `chat_template` of `tokenizer_config.json`. `name`
-    /// chooses among several ("default" if none is given).
+    /// chooses among several. Without a name it is "default", and "tool_use" for conversations with tools if there is one, as
+    /// in transformers.
     ///
     /// # Errors
     /// If a file is damaged, or there are templates but none of that name.
@@ -88,13 +103,17 @@ impl ChatTemplate {
             tokens.extend(special_tokens::stated(&config));
             stated = config.get("chat_template").filter(|value| !value.is_null()).map(|value| (path, value.clone()));
         }
+        let additional = |name: &str| folder.join("additional_chat_templates").join(format!("{name}.jinja"));
         let file = match name {
             None | Some("default") => folder.join("chat_template.jinja"),
             Some(name) if name.contains(['/', '\\']) => {
                 return Err(Error::Invalid(format!("no chat template {name:?}")));
             }
-            Some(name) => folder.join("additional_chat_templates").join(format!("{name}.jinja")),
+            Some(name) => additional(name),
         };
+        let has_tool_use = additional(TOOL_USE).exists()
+            || !folder.join("chat_template.jinja").exists()
+                && stated.as_ref().is_some_and(|(_, value)| choose(value, Some(TOOL_USE)).is_ok());
         let (path, source) = if file.exists() {
             let source = file::read_text(&file, SMALL)?;
             (file, source)
@@ -108,18 +127,26 @@ impl ChatTemplate {
                 None => return Err(Error::format(folder, format!("no chat template {:?}", name.unwrap_or_default()))),
             }
         };
-        Self::new(&source, tokens).map(Some).map_err(|error| Error::format(path, error.to_string()))
+        let mut template = Self::new(&source, tokens).map_err(|error| Error::format(path, error.to_string()))?;
+        if name.is_none() && has_tool_use {
+            template.tool_use = Self::from_folder(folder, Some(TOOL_USE))?.map(Box::new);
+        }
+        Ok(Some(template))
     }
 
-    /// The template of a GGUF file, if it has one.
+    /// The template of a GGUF file, if it has one (and that for conversations with tools).
     ///
     /// # Errors
     /// If the template is damaged.
     pub fn from_gguf(model: &Gguf, tokenizer: &Tokenizer) -> Result<Option<Self>> {
         let Some(source) = model.chat_template()? else { return Ok(None) };
-        Self::new(source, special_tokens::of(tokenizer))
-            .map(Some)
-            .map_err(|error| Error::format(model.path(), error.to_string()))
+        let tokens: Vec<_> = special_tokens::of(tokenizer).into_iter().collect();
+        let compile = |source: &str| {
+            Self::new(source, tokens.clone()).map_err(|error| Error::format(model.path(), error.to_string()))
+        };
+        let mut template = compile(source)?;
+        template.tool_use = model.named_chat_template(TOOL_USE)?.map(compile).transpose()?.map(Box::new);
+        Ok(Some(template))
     }
 
     /// The template in the file `path`, for the tokenizer of `folder`, or for `tokenizer` where that is in no folder.
@@ -129,7 +156,9 @@ impl ChatTemplate {
     pub fn from_file(path: impl AsRef<Path>, tokenizer: &Tokenizer, folder: Option<&Path>) -> Result<Self> {
         let path = path.as_ref();
         let source = file::read_text(path, SMALL)?;
-        let template = Self::new(&source, []).map_err(|error| Error::format(path, error.to_string()))?;
+        // Some editors put a byte order mark before the text.
+        let source = source.strip_prefix('\u{feff}').unwrap_or(&source);
+        let template = Self::new(source, []).map_err(|error| Error::format(path, error.to_string()))?;
         template.with_special_tokens(tokenizer, folder)
     }
 
@@ -137,6 +166,9 @@ impl ChatTemplate {
     pub(crate) fn with_special_tokens(mut self, tokenizer: &Tokenizer, folder: Option<&Path>) -> Result<Self> {
         let tokens = folder.map_or_else(|| Ok(special_tokens::of(tokenizer)), special_tokens::read)?;
         self.special_tokens = tokens.into_iter().map(|(name, text)| (name, Value::String(text))).collect();
+        if let Some(tool_use) = &mut self.tool_use {
+            tool_use.special_tokens.clone_from(&self.special_tokens);
+        }
         Ok(self)
     }
 
@@ -165,7 +197,40 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         arguments: &TemplateArguments,
     ) -> Result<String> {
-        self.render_as(environment::PLAIN, messages, add_generation_prompt, arguments)
+        let template = self.for_arguments(arguments);
+        template.render_as(environment::PLAIN, messages, add_generation_prompt, arguments)
+    }
+
+    /// What the template writes of what it is given; with `tools` among the arguments that is the template for tools.
+    pub fn capabilities(&self, arguments: &TemplateArguments) -> &Capabilities {
+        let template = self.for_arguments(arguments);
+        template.capabilities.get_or_init(|| Capabilities::of(template))
+    }
+
+    /// Brings a message into the form in which the template writes it: the arguments of calls as objects or as JSON texts, parts
+    /// of a content that the template cannot read as one text. [`ChatTemplate::render`] hands on what it gets, as transformers
+    /// does, which makes an escaped text of arguments in the wrong form.
+    pub fn adapt(&self, message: &mut Message, arguments: &TemplateArguments) {
+        if message.content.is_array() || message.extra.contains_key("tool_calls") {
+            self.capabilities(arguments).adapt(message);
+        }
+    }
+
+    /// Whether the template reads an argument of this name (whether its text has the word).
+    pub fn reads(&self, name: &str, arguments: &TemplateArguments) -> bool {
+        let source = &self.for_arguments(arguments).source;
+        let is_word = |c: char| c.is_alphanumeric() || c == '_';
+        source
+            .match_indices(name)
+            .any(|(at, _)| !source[..at].ends_with(is_word) && !source[at + name.len()..].starts_with(is_word))
+    }
+
+    /// This template, or that for conversations with tools.
+    fn for_arguments(&self, arguments: &TemplateArguments) -> &Self {
+        match &self.tool_use {
+            Some(template) if arguments.get("tools").is_some_and(|tools| !tools.is_null()) => template,
+            _ => self,
+        }
     }
 
     /// Renders a conversation and finds the assistant's answers in it: by the template's `{% generation %}` blocks if it
@@ -176,10 +241,11 @@ impl ChatTemplate {
     /// As [`ChatTemplate::render`], and if the answers cannot be found because the template changes earlier turns when
     /// later ones follow.
     pub fn render_with_answers(&self, messages: &[Message], arguments: &TemplateArguments) -> Result<RenderedChat> {
-        if self.marks_answers {
-            spans::by_marks(self, messages, arguments)
+        let template = self.for_arguments(arguments);
+        if template.marks_answers {
+            spans::by_marks(template, messages, arguments)
         } else {
-            spans::by_prefixes(self, messages, arguments)
+            spans::by_prefixes(template, messages, arguments)
         }
     }
 
@@ -205,13 +271,25 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         arguments: &TemplateArguments,
     ) -> Result<String> {
+        let messages = messages.iter().map(Message::to_template).collect();
+        let context = self.context(messages, add_generation_prompt, arguments);
+        environment::render(&self.environment, template, Jinja::from(Serde(&context))).map_err(template_error)
+    }
+
+    /// Renders messages exactly as they are given.
+    fn render_values(&self, messages: Vec<Value>, arguments: &TemplateArguments) -> Result<String> {
+        let context = self.context(messages, false, arguments);
+        environment::render(&self.environment, environment::PLAIN, Jinja::from(Serde(&context))).map_err(template_error)
+    }
+
+    fn context(&self, messages: Vec<Value>, prompt: bool, arguments: &TemplateArguments) -> Map<String, Value> {
         let mut context = self.special_tokens.clone();
         context.insert("tools".to_owned(), Value::Null);
         context.insert("documents".to_owned(), Value::Null);
         context.extend(arguments.iter().map(|(name, value)| (name.clone(), value.clone())));
-        context.insert("messages".to_owned(), messages.iter().map(Message::to_template).collect());
-        context.insert("add_generation_prompt".to_owned(), Value::Bool(add_generation_prompt));
-        environment::render(&self.environment, template, Jinja::from(Serde(&context))).map_err(template_error)
+        context.insert("messages".to_owned(), Value::Array(messages));
+        context.insert("add_generation_prompt".to_owned(), Value::Bool(prompt));
+        context
     }
 }
 
@@ -242,7 +320,7 @@ fn choose(value: &Value, name: Option<&str>) -> std::result::Result<String, Stri
 fn template_error(error: minijinja::Error) -> Error {
     let place = error.line().map_or(String::new(), |line| format!(" (line {line})"));
     let message = match error.kind() {
-        minijinja::ErrorKind::OutOfFuel => format!("it runs for more than {} steps", environment::FUEL),
+        minijinja::ErrorKind::OutOfFuel => "it runs for too many steps".to_owned(),
         kind => error.detail().map_or_else(|| kind.to_string(), |detail| format!("{kind}: {detail}")),
     };
     // The reason of an error inside a macro or of writing the output is in its sources.

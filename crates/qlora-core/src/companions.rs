@@ -16,6 +16,7 @@ use crate::atomic::PendingFile;
 use crate::chat::ChatTemplate;
 use crate::error::{Error, Result};
 use crate::file::{self, LARGE, SMALL};
+use crate::licence::is_licence;
 use crate::open::ModelFiles;
 
 const TOKENIZER: [&str; 10] = [
@@ -34,9 +35,6 @@ const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 const TEMPLATE: &str = "chat_template.jinja";
 const TEMPLATES: &str = "additional_chat_templates";
 const GENERATION: &str = "generation_config.json";
-/// What the names of licence files begin with.
-const LICENCES: [&str; 7] = ["license", "licence", "notice", "copying", "copyright", "use_policy", "usage_policy"];
-
 /// Files by their path inside a model folder.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Companions {
@@ -49,15 +47,6 @@ pub fn is_companion(name: &str) -> bool {
         Some((folder, name)) => folder == TEMPLATES && name.ends_with(".jinja") && !name.contains('/'),
         None => TOKENIZER.contains(&name) || name == TEMPLATE || name == GENERATION || is_licence(name),
     }
-}
-
-fn is_licence(name: &str) -> bool {
-    let lower = name.to_ascii_lowercase();
-    let ends_as_text = match lower.rsplit_once('.') {
-        None => true,
-        Some((_, end)) => matches!(end, "txt" | "md" | "rst" | "pdf") || end.bytes().all(|byte| byte.is_ascii_digit()),
-    };
-    ends_as_text && LICENCES.iter().any(|begin| lower.starts_with(begin))
 }
 
 impl Companions {
@@ -254,22 +243,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn licences_are_known_by_their_names() {
+    fn companions_are_known_by_their_names() {
         for name in [
             "LICENSE",
             "LICENSE.md",
             "license.txt",
             "LICENCE",
-            "License-2.0",
             "NOTICE",
             "Notice.txt",
             "COPYING",
             "USE_POLICY.md",
             "LICENSE.pdf",
         ] {
-            assert!(is_licence(name) && is_companion(name), "{name}");
+            assert!(is_companion(name), "{name}");
         }
-        for name in ["README.md", "licenses.json", "notice.py", "model.safetensors", "license.safetensors"] {
+        for name in ["README.md", "notice.py", "model.safetensors", "license.safetensors"] {
             assert!(!is_companion(name), "{name}");
         }
         assert!(is_companion("additional_chat_templates/tool_use.jinja") && is_companion("tokenizer.model"));

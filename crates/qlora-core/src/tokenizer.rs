@@ -1,5 +1,6 @@
 //! Text to token ids and back: Hugging Face's `tokenizer.json`, or the vocabulary inside a GGUF file.
 
+mod added;
 mod gguf;
 mod json;
 mod stream;
@@ -49,7 +50,8 @@ const BY_HAND: &str = "; another folder or hub id with the model's tokenizer.jso
 
 impl Tokenizer {
     /// Reads `tokenizer.json` of a model folder, and the special tokens from `tokenizer_config.json` or
-    /// `special_tokens_map.json`.
+    /// `special_tokens_map.json`. Tokens that only these files (or `added_tokens.json`) know are added as transformers adds
+    /// them.
     ///
     /// # Errors
     /// If there is no `tokenizer.json`, or a file is damaged.
@@ -64,7 +66,9 @@ impl Tokenizer {
             };
             return Err(Error::format(folder, format!("tokenizer.json is missing{hint}{BY_HAND}")));
         }
-        let mut tokenizer = Self::from_file(&path)?;
+        let Self { mut inner, special, .. } = Self::from_file(&path)?;
+        added::complete(&mut inner, folder)?;
+        let mut tokenizer = Self::new(inner, special);
         for name in ["special_tokens_map.json", "tokenizer_config.json"] {
             let path = folder.join(name);
             if path.exists() {
@@ -136,6 +140,27 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, add_special_tokens).map_err(failed)?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The token ids of a text that is to be continued: as [`Tokenizer::encode`] with special tokens, but with one BOS where
+    /// the text begins with one itself, and without an EOS that the tokenizer would put behind it.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = self.encode(text, true)?;
+        if let (Some(bos), [first, second, ..]) = (self.special.bos, ids.as_slice())
+            && (*first, *second) == (bos, bos)
+        {
+            ids.remove(0);
+        }
+        if let (Some(eos), Some(last)) = (self.special.eos, ids.last())
+            && *last == eos
+            && self.encode(text, false)?.last() != Some(&eos)
+        {
+            ids.pop();
+        }
+        Ok(ids)
     }
 
     /// As [`Tokenizer::encode`], with the place of every token in the text.

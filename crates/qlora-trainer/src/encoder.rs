@@ -2,7 +2,7 @@
 
 use qlora_core::chat::{ChatTemplate, Message as ChatMessage, TemplateArguments};
 use qlora_core::tokenizer::Tokenizer;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::data::encode::EncodeError;
 use crate::data::{Conversation, Encoded, TextEncoder};
@@ -13,12 +13,19 @@ pub struct ModelEncoder<'a> {
     tokenizer: &'a Tokenizer,
     template: Option<&'a ChatTemplate>,
     ends: &'a [u32],
+    template_kwargs: Option<&'a Map<String, Value>>,
 }
 
 impl<'a> ModelEncoder<'a> {
     /// `ends` are the tokens at which the model's generation stops ([`qlora_core::end_tokens`]).
     pub fn new(tokenizer: &'a Tokenizer, template: Option<&'a ChatTemplate>, ends: &'a [u32]) -> Self {
-        Self { tokenizer, template, ends }
+        Self { tokenizer, template, ends, template_kwargs: None }
+    }
+
+    /// Further arguments of the chat template, such as `enable_thinking`; those of a conversation come before them.
+    #[must_use]
+    pub fn with_template_kwargs(self, template_kwargs: &'a Map<String, Value>) -> Self {
+        Self { template_kwargs: Some(template_kwargs), ..self }
     }
 
     /// The text that asks for the assistant's next message, as tokens.
@@ -26,8 +33,16 @@ impl<'a> ModelEncoder<'a> {
     /// # Errors
     /// If there is no chat template, or it refuses the conversation.
     pub fn prompt(&self, conversation: &Conversation) -> Result<Vec<u32>, EncodeError> {
-        let text = self.template()?.render_prompt(&messages(conversation), &arguments(conversation))?;
+        let (template, arguments) = (self.template()?, self.arguments(conversation));
+        let text = template.render_prompt(&messages(conversation, template, &arguments)?, &arguments)?;
         Ok(self.tokenizer.encode(&text, false)?)
+    }
+
+    fn arguments(&self, conversation: &Conversation) -> TemplateArguments {
+        let mut arguments = self.template_kwargs.cloned().unwrap_or_default();
+        arguments.extend(conversation.template_kwargs.clone());
+        arguments.extend(conversation.tools.iter().map(|tools| ("tools".to_owned(), tools.clone())));
+        arguments
     }
 
     fn template(&self) -> Result<&ChatTemplate, EncodeError> {
@@ -47,8 +62,9 @@ impl TextEncoder for ModelEncoder<'_> {
     }
 
     fn encode_chat(&self, conversation: &Conversation) -> Result<Encoded, EncodeError> {
-        let messages = messages(conversation);
-        let rendered = self.template()?.render_with_answers(&messages, &arguments(conversation))?;
+        let (template, arguments) = (self.template()?, self.arguments(conversation));
+        let messages = messages(conversation, template, &arguments)?;
+        let rendered = template.render_with_answers(&messages, &arguments)?;
         // One span an assistant's message, in order; of those, the ones that are trained.
         let flags = conversation.messages.iter().zip(&messages);
         if let Some((message, _)) = flags.clone().find(|(message, chat)| message.trained && !chat.is_assistant()) {
@@ -70,6 +86,29 @@ impl TextEncoder for ModelEncoder<'_> {
         Ok(Encoded { ids, trained })
     }
 
+    fn unused(&self, conversation: &Conversation) -> Vec<String> {
+        let Some(template) = self.template else { return Vec::new() };
+        let mut arguments = self.arguments(conversation);
+        let capabilities = template.capabilities(&arguments);
+        let mut unused = Vec::new();
+        if conversation.tools.as_ref().and_then(Value::as_array).is_some_and(|tools| !tools.is_empty())
+            && !capabilities.tools
+        {
+            unused.push("tools".to_owned());
+        }
+        if conversation.messages.iter().any(|message| message.other.contains_key("tool_calls"))
+            && !capabilities.tool_calls
+        {
+            unused.push("tool_calls of messages".to_owned());
+        }
+        let tools = arguments.shift_remove("tools");
+        let names: Vec<String> = arguments.keys().cloned().collect();
+        arguments.extend(tools.map(|tools| ("tools".to_owned(), tools)));
+        let unread = names.into_iter().filter(|name| !template.reads(name, &arguments));
+        unused.extend(unread.map(|name| format!("chat_template_kwargs.{name}")));
+        unused
+    }
+
     fn bos(&self) -> Option<u32> {
         self.tokenizer.bos_token_id()
     }
@@ -87,15 +126,31 @@ impl TextEncoder for ModelEncoder<'_> {
     }
 }
 
-fn messages(conversation: &Conversation) -> Vec<ChatMessage> {
-    let convert = |message: &crate::data::Message| ChatMessage {
-        role: message.role.clone(),
-        content: Value::String(message.content.clone()),
-        extra: message.other.clone(),
+/// The messages as the chat template gets them.
+fn messages(
+    conversation: &Conversation,
+    template: &ChatTemplate,
+    arguments: &TemplateArguments,
+) -> Result<Vec<ChatMessage>, EncodeError> {
+    let convert = |(i, message): (usize, &crate::data::Message)| {
+        let text = Value::String(message.content.clone());
+        let mut content = message.template_content.clone().unwrap_or_else(|| text.clone());
+        let mut extra = message.other.clone();
+        if content.is_null() && extra.contains_key("tool_calls") && !template.capabilities(arguments).tool_calls {
+            // A call that nobody writes would leave an empty answer to train on.
+            if message.content.is_empty() {
+                let number = i + 1;
+                return Err(format!(
+                    "message {number} only has tool_calls, and the chat template does not write them: give one that does \
+                     (chat_template_path), or write the call as the message's content"
+                ));
+            }
+            extra.shift_remove("tool_calls");
+            content = text;
+        }
+        let mut message = ChatMessage { role: message.role.clone(), content, extra };
+        template.adapt(&mut message, arguments);
+        Ok(message)
     };
-    conversation.messages.iter().map(convert).collect()
-}
-
-fn arguments(conversation: &Conversation) -> TemplateArguments {
-    conversation.tools.iter().map(|tools| ("tools".to_owned(), tools.clone())).collect()
+    conversation.messages.iter().enumerate().map(convert).collect::<Result<_, String>>().map_err(EncodeError::from)
 }

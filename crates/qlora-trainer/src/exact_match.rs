@@ -136,7 +136,7 @@ fn row(record: &Record, encoder: &ModelEncoder) -> std::result::Result<(String, 
     let Some((answer, before)) = conversation.messages.split_last().filter(|(last, _)| last.role == "assistant") else {
         return Err("the conversation does not end with the assistant's message".into());
     };
-    let asked = Conversation { messages: before.to_vec(), tools: conversation.tools.clone() };
+    let asked = Conversation { messages: before.to_vec(), ..conversation.clone() };
     let prompt = before.last().map(|message| message.content.clone()).unwrap_or_default();
     let tokens = encoder.prompt(&asked).map_err(|error| error.to_string())?;
     Ok((prompt, answer.content.clone(), tokens))

@@ -128,6 +128,7 @@ impl Session {
     /// Turns rows into tokens the way training sees them.
     pub fn encoder(&self) -> ModelEncoder<'_> {
         ModelEncoder::new(&self.tokenizer, self.template.as_ref(), &self.generation.eos_token_ids)
+            .with_template_kwargs(self.config.data.chat_template_kwargs.as_map())
     }
 
     /// The configured training data and, if there is any, validation data. It was read when the session was opened; a second

@@ -10,7 +10,7 @@ use minijinja_contrib::pycompat;
 use regex::Regex;
 
 use super::clock::TemplateTime;
-use super::{limits, python};
+use super::{limits, made, operators, python};
 
 /// The template as it is.
 pub(super) const PLAIN: &str = "chat template";
@@ -26,6 +26,12 @@ pub(super) const ANSWER_END: char = '\u{FDD1}';
 pub(super) const FUEL: u64 = 5_000_000;
 /// The longest text that a template may write.
 pub(super) const MAX_OUTPUT: usize = 16 << 20;
+
+/// The longest message of `raise_exception`, in bytes.
+const MAX_MESSAGE: usize = 1000;
+
+/// Plain text that blocks may keep (`set` blocks, macros): writing one of their texts takes a step, however long it is.
+const MAX_KEPT: usize = 1 << 30;
 
 /// Room for the parser, which calls itself for every level of a template's syntax tree.
 const STACK: usize = 64 << 20;
@@ -48,25 +54,31 @@ fn compile_here(source: &str) -> Result<(Environment<'static>, bool), Error> {
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_undefined_behavior(UndefinedBehavior::Lenient);
-    environment.set_fuel(Some(FUEL));
-    environment.set_formatter(|out, _, value| {
-        write!(out, "{}", python::Str(value)).map_err(|_| ErrorKind::WriteFailure.into())
-    });
+    let operators::Marked { source, longest_kept } = operators::mark(source);
+    let source = source.as_str();
+    environment.set_fuel(Some(FUEL.min((MAX_KEPT / longest_kept.max(1)) as u64)));
+    environment.set_formatter(made::write);
     environment.set_unknown_method_callback(method);
-    environment.add_filter("tojson", python::to_json);
-    environment.add_filter("string", |value: &Value| -> Result<String, Error> {
+    environment.add_filter("tojson", |state: &mut State, value: Value, arguments: Kwargs| {
+        made::text(state, python::to_json(&value, arguments)?)
+    });
+    environment.add_filter("string", |state: &mut State, value: Value| -> Result<Value, Error> {
         let mut out = limits::LimitedString::default();
-        match write!(out, "{}", python::Str(value)) {
-            Ok(()) => Ok(out.0),
+        match write!(out, "{}", python::Str(&value)) {
+            Ok(()) => made::text(state, out.0),
             Err(_) => Err(Error::new(
                 ErrorKind::InvalidOperation,
                 "string: the value is nested too deep or too long to be written",
             )),
         }
     });
-    limits::install(&mut environment);
-    environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
-        Err(Error::new(ErrorKind::InvalidOperation, message))
+    made::install(&mut environment);
+    environment.add_function("raise_exception", |message: Value| -> Result<Value, Error> {
+        let mut text = limits::LimitedString::default();
+        // What was written of a message that is too long is enough.
+        let _ = write!(text, "{}", python::Str(&message));
+        text.0.truncate(text.0.floor_char_boundary(MAX_MESSAGE));
+        Err(Error::new(ErrorKind::InvalidOperation, text.0))
     });
     environment.add_function("strftime_now", |format: &str| TemplateTime::now().format(format));
     environment.add_function("__generation", |state: &mut State, arguments: Kwargs| body(state, &arguments));
@@ -122,7 +134,9 @@ fn method(state: &mut State, value: &Value, name: &str, arguments: &[Value]) -> 
         ("join", [items, ..]) => limits::check(name, items, std::slice::from_ref(value))?,
         _ => limits::check(name, value, arguments)?,
     }
-    pycompat::unknown_method_callback(state, value, name, arguments)
+    made::method(state, name, value, arguments, |state| {
+        pycompat::unknown_method_callback(state, value, name, arguments)
+    })
 }
 
 /// A buffer that refuses to grow past [`MAX_OUTPUT`].

@@ -1,41 +1,16 @@
-//! Limits for the filters and methods of templates whose result can be far longer than their arguments.
+//! Limits for the filters and methods of templates whose result can be far longer than their arguments, and for the depth of
+//! their syntax.
 //!
 //! A template's instructions are counted, but `'%999999999999d' | format(1)` is one instruction. Here the length of such a
-//! result is bounded from above before it is made.
-//!
-//! Operators are minijinja's own: a template that doubles a text with `~` or `+` some forty times still fills the memory, as it
-//! does in Jinja's sandbox.
+//! result is bounded from above before it is made; [`super::made`] adds up what all steps make.
 
 use std::fmt::{self, Write};
 
-use minijinja::value::{Kwargs, Rest, ValueKind, ValueOrKwargs};
-use minijinja::{Environment, Error, ErrorKind, State, Value, filters};
+use minijinja::value::{Kwargs, ValueKind};
+use minijinja::{Error, ErrorKind, Value};
 
 use super::environment::MAX_OUTPUT;
 use super::python::Str;
-
-/// Puts a limit before minijinja's filters `format`, `indent`, `join` and `replace`.
-pub(super) fn install(environment: &mut Environment<'_>) {
-    // The filters themselves keep names that no template writes.
-    environment.add_filter("format without limit", filters::format);
-    environment.add_filter("indent without limit", filters::indent);
-    environment.add_filter("join without limit", filters::join);
-    environment.add_filter("replace without limit", filters::replace);
-    macro_rules! limited {
-        ($name:literal) => {
-            environment.add_filter($name, |state: &mut State, value: Value, rest: Rest<ValueOrKwargs>| {
-                let mut arguments = vec![value];
-                arguments.extend(rest.into_values());
-                check($name, &arguments[0], &arguments[1..])?;
-                state.apply_filter(concat!($name, " without limit"), &arguments)
-            });
-        };
-    }
-    limited!("format");
-    limited!("indent");
-    limited!("join");
-    limited!("replace");
-}
 
 /// An error if the result of a filter could be longer than a template may write.
 pub(super) fn check(name: &str, value: &Value, arguments: &[Value]) -> Result<(), Error> {
@@ -97,7 +72,7 @@ fn width(value: &Value) -> usize {
 }
 
 /// Bytes of a value as text, at most a little more than [`MAX_OUTPUT`].
-fn length(value: &Value) -> usize {
+pub(super) fn length(value: &Value) -> usize {
     match value.as_str() {
         Some(text) => text.len(),
         None => {

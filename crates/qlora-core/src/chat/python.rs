@@ -129,6 +129,17 @@ pub(super) fn to_json(value: &Value, arguments: Kwargs) -> Result<String, Error>
     Ok(writer.out)
 }
 
+/// A JSON value as `json.dumps` writes it.
+pub(super) fn json_text(value: &serde_json::Value) -> String {
+    let separators = [", ".to_owned(), ": ".to_owned()];
+    let mut writer = JsonWriter { out: String::new(), ensure_ascii: false, indent: None, separators, sort_keys: false };
+    // Only values nested deeper than JSON is read fail.
+    match writer.value(&Value::from(minijinja::value::Serde(value)), 0) {
+        Ok(()) => writer.out,
+        Err(_) => value.to_string(),
+    }
+}
+
 struct JsonWriter {
     out: String,
     ensure_ascii: bool,

@@ -105,6 +105,15 @@ impl Gguf {
         self.header.str("tokenizer.chat_template", &self.file).map_err(|e| Error::format(&self.path, e))
     }
 
+    /// The chat template of this name, such as `tool_use`, as the file states it.
+    ///
+    /// # Errors
+    /// If it is not text.
+    pub fn named_chat_template(&self, name: &str) -> Result<Option<&str>> {
+        let key = format!("tokenizer.chat_template.{name}");
+        self.header.str(&key, &self.file).map_err(|e| Error::format(&self.path, e))
+    }
+
     /// The name in the file's metadata.
     pub fn name(&self) -> Option<&str> {
         self.header.str("general.name", &self.file).ok().flatten()

@@ -189,20 +189,57 @@ fn derive_merges(vocabulary: &Vocabulary<'_>, ids: &Vocab) -> Result<Merges, Str
     Ok(found.into_iter().map(|(.., left, right)| (name(left), name(right))).collect())
 }
 
-/// Control tokens are recognised in text and skipped when decoding; user-defined ones are recognised only.
+/// Control tokens are recognised in text and skipped when decoding; user-defined ones are recognised only, as are those that
+/// the file lists as added.
 fn add_special_tokens(tokenizer: &mut Tokenizer, vocabulary: &Vocabulary<'_>) -> Result<(), String> {
+    let listed: HashSet<&str> = vocabulary.added.iter().copied().collect();
+    let untyped = vocabulary.types.is_empty().then(|| Untyped::new(vocabulary));
     let mut added = Vec::new();
     for (id, token) in vocabulary.tokens.iter().enumerate() {
         let special = match vocabulary.type_of(id) {
             token_type::CONTROL => true,
             token_type::UNKNOWN => vocabulary.kind == VocabularyKind::SentencePiece,
             token_type::USER_DEFINED => false,
-            _ => continue,
+            _ => match &untyped {
+                Some(untyped) if untyped.is_special(id as u32, token) => true,
+                Some(untyped) if untyped.is_added(token) => false,
+                _ if listed.contains(token) => false,
+                _ => continue,
+            },
         };
         added.push(AddedToken::from(*token, special).normalized(false));
     }
     tokenizer.add_tokens(added).map_err(text)?;
     Ok(())
+}
+
+/// What can be told of the tokens of a file without token types.
+struct Untyped<'a> {
+    roles: [Option<u32>; 4],
+    /// What merges lead to; none where the vocabulary has no merges.
+    merged: Option<HashSet<String>>,
+    listed: HashSet<&'a str>,
+}
+
+impl<'a> Untyped<'a> {
+    fn new(vocabulary: &Vocabulary<'a>) -> Self {
+        let byte_level = vocabulary.kind == VocabularyKind::ByteLevel;
+        let merged = (byte_level && !vocabulary.merges.is_empty())
+            .then(|| vocabulary.merges.iter().map(|merge| merge.replacen(' ', "", 1)).collect());
+        let roles = [vocabulary.bos, vocabulary.eos, vocabulary.unknown.filter(|_| !byte_level), vocabulary.padding];
+        Self { roles, merged, listed: vocabulary.added.iter().copied().collect() }
+    }
+
+    /// Tokens with a role, and added ones that are written as special tokens are: `<|im_start|>`.
+    fn is_special(&self, id: u32, token: &str) -> bool {
+        self.roles.contains(&Some(id)) || self.is_added(token) && token.starts_with("<|") && token.ends_with("|>")
+    }
+
+    /// BPE could never give a token that no merge leads to: it was added to the vocabulary.
+    fn is_added(&self, token: &str) -> bool {
+        let unreachable = self.merged.as_ref().is_some_and(|merged| !merged.contains(token));
+        self.listed.contains(token) || unreachable && token.chars().nth(1).is_some()
+    }
 }
 
 /// BOS and EOS around every text, where the file or the kind of vocabulary says so.

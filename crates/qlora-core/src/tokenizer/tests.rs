@@ -151,6 +151,7 @@ fn hostile_vocabularies_are_errors() {
         types: Vec::new(),
         scores: scores.to_vec(),
         merges: merges.to_vec(),
+        added: Vec::new(),
         bos: None,
         eos: None,
         unknown: None,

@@ -1,8 +1,10 @@
 //! The values of keys that are neither numbers nor plain strings.
 
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 /// The 4-bit data type of the base's linear layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -223,6 +225,79 @@ impl From<Resume> for ResumeValue {
             Resume::No => Self::Flag(false),
             Resume::Latest => Self::Flag(true),
             Resume::From(path) => Self::Path(path),
+        }
+    }
+}
+
+/// Further arguments of the chat template: a table, or (on a command line) a text with a JSON object.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "TemplateKwargsValue")]
+pub struct TemplateKwargs(Map<String, Value>);
+
+impl TemplateKwargs {
+    /// The arguments by name.
+    pub fn as_map(&self) -> &Map<String, Value> {
+        &self.0
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl From<Map<String, Value>> for TemplateKwargs {
+    fn from(map: Map<String, Value>) -> Self {
+        Self(map)
+    }
+}
+
+/// A JSON object as text, such as `{"enable_thinking": false}`.
+impl FromStr for TemplateKwargs {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match serde_json::from_str(text) {
+            Ok(Value::Object(map)) => TemplateKwargsValue::Table(map).try_into(),
+            Ok(_) => Err("expected a JSON object, such as {\"enable_thinking\": false}".to_owned()),
+            Err(error) => Err(format!("expected a JSON object, such as {{\"enable_thinking\": false}} ({error})")),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "expected a table, such as { enable_thinking = false }")]
+enum TemplateKwargsValue {
+    Table(Map<String, Value>),
+    Text(String),
+}
+
+/// The key under which a TOML date arrives.
+const TOML_DATE: &str = "$__toml_private_datetime";
+
+impl TryFrom<TemplateKwargsValue> for TemplateKwargs {
+    type Error = String;
+
+    fn try_from(value: TemplateKwargsValue) -> Result<Self, String> {
+        /// Without nulls, which TOML does not have, and with dates as texts.
+        fn plain(value: Value) -> Value {
+            match value {
+                Value::Object(mut map) => match map.shift_remove(TOML_DATE) {
+                    Some(date) => date,
+                    None => Value::Object(
+                        map.into_iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k, plain(v))).collect(),
+                    ),
+                },
+                Value::Array(list) => Value::Array(list.into_iter().map(plain).collect()),
+                other => other,
+            }
+        }
+        match value {
+            TemplateKwargsValue::Text(text) => text.parse(),
+            TemplateKwargsValue::Table(map) => match plain(Value::Object(map)) {
+                Value::Object(map) => Ok(Self(map)),
+                _ => Err("expected a table, such as { enable_thinking = false }".to_owned()),
+            },
         }
     }
 }

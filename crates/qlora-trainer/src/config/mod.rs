@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize};
 
 pub use choices::{
     ComputeDtype, GradientCheckpointing, OnOverlong, OnUntrained, Optim, Paths, QuantType, Resume, SamplingStrategy,
-    Scheduler, Targets,
+    Scheduler, Targets, TemplateKwargs,
 };
 
 /// Everything a run needs to know.
@@ -158,6 +158,10 @@ pub struct DataOptions {
     /// Put several documents into one bin of up to `max_length` tokens. They stay separate sequences: no token sees
     /// another document. Default: false.
     pub packing: bool,
+    /// Further arguments of the chat template, such as `{ enable_thinking = false }` or `{ date_string = "26 Jul 2024" }`; a
+    /// row's own `chat_template_kwargs` come before them. Default: none.
+    #[serde(skip_serializing_if = "TemplateKwargs::is_empty")]
+    pub chat_template_kwargs: TemplateKwargs,
 }
 
 impl Default for DataOptions {
@@ -171,6 +175,7 @@ impl Default for DataOptions {
             on_untrained: OnUntrained::Error,
             completion_only_loss: true,
             packing: false,
+            chat_template_kwargs: TemplateKwargs::default(),
         }
     }
 }

@@ -18,7 +18,17 @@ pub struct Dataset {
     bounds: Vec<usize>,
     origins: Vec<Origin>,
     files: Vec<PathBuf>,
+    unused: Vec<Unused>,
     stats: DataStats,
+}
+
+/// What of a file's rows was not used: names, in the order in which they occurred.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Unused {
+    /// Columns that mean nothing in the rows' format.
+    pub(super) columns: Vec<String>,
+    /// Columns that the chat template does not read.
+    pub(super) by_template: Vec<String>,
 }
 
 /// A document's file (an index) and line.
@@ -79,6 +89,7 @@ impl Dataset {
             bounds: vec![0],
             origins: Vec::new(),
             files: Vec::new(),
+            unused: Vec::new(),
             stats: DataStats::default(),
         }
     }
@@ -175,6 +186,27 @@ impl Dataset {
         fingerprint
     }
 
+    /// What was not used of the files, a line for each file and reason: columns that mean nothing in the rows' format, and
+    /// those that the chat template does not read.
+    pub fn remarks(&self) -> Vec<String> {
+        let list = |names: &[String]| {
+            let shown: Vec<_> = names.iter().take(20).map(|name| format!("`{name}`")).collect();
+            let more = names.len().saturating_sub(shown.len());
+            shown.join(", ") + &if more > 0 { format!(" and {more} more") } else { String::new() }
+        };
+        let mut remarks = Vec::new();
+        for (path, unused) in self.files.iter().zip(&self.unused) {
+            let path = path.display();
+            if !unused.columns.is_empty() {
+                remarks.push(format!("{path}: columns that are not used: {}", list(&unused.columns)));
+            }
+            if !unused.by_template.is_empty() {
+                remarks.push(format!("{path}: the chat template does not use: {}", list(&unused.by_template)));
+            }
+        }
+        remarks
+    }
+
     /// Documents as a micro-batch, in the given order.
     ///
     /// # Panics
@@ -186,7 +218,20 @@ impl Dataset {
 
     pub(super) fn add_file(&mut self, path: &Path) -> u32 {
         self.files.push(path.to_owned());
+        self.unused.push(Unused::default());
         (self.files.len() - 1) as u32
+    }
+
+    /// Remembers columns of a file that were not used.
+    pub(super) fn note_unused(&mut self, file: u32, row: Unused) {
+        let known = &mut self.unused[file as usize];
+        for (known, names) in [(&mut known.columns, row.columns), (&mut known.by_template, row.by_template)] {
+            for name in names {
+                if !known.contains(&name) {
+                    known.push(name);
+                }
+            }
+        }
     }
 
     pub(super) fn stats_mut(&mut self) -> &mut DataStats {

@@ -29,6 +29,12 @@ pub trait TextEncoder: Sync {
     /// message with `trained` set.
     fn encode_chat(&self, conversation: &Conversation) -> Result<Encoded, EncodeError>;
 
+    /// What of a conversation the chat template does not read, by the names of the row's columns.
+    fn unused(&self, conversation: &Conversation) -> Vec<String> {
+        let _ = conversation;
+        Vec::new()
+    }
+
     /// The token that begins a text.
     fn bos(&self) -> Option<u32>;
 
@@ -187,7 +193,13 @@ fn completion_tokens(
     encoder: &dyn TextEncoder,
     notes: &mut Notes,
 ) -> Result<Encoded, EncodeError> {
-    let alone = encoder.encode(prompt, true)?;
+    let mut alone = encoder.encode(prompt, true)?;
+    // An EOS that the tokenizer puts behind every text is no part of the prompt.
+    if encoder.eos().is_some_and(|eos| alone.last() == Some(&eos))
+        && encoder.encode(prompt, false)?.last() != alone.last()
+    {
+        alone.pop();
+    }
     let ids = encoder.encode(&format!("{prompt}{completion}"), true)?;
     let common = alone.iter().zip(&ids).take_while(|(a, b)| a == b).count();
     notes.boundary_merged = common < alone.len();
@@ -231,6 +243,11 @@ fn chat(conversation: &Conversation, encoder: &dyn TextEncoder) -> Result<Encode
 /// Appends EOS, trained, unless the text ends with it.
 fn append_eos(encoded: &mut Encoded, encoder: &dyn TextEncoder) -> Result<(), EncodeError> {
     let eos = encoder.eos().ok_or("the tokenizer has no EOS token, so the model could never learn to stop")?;
+    // The text's own, and another one that the tokenizer puts behind every text.
+    if encoded.ids.ends_with(&[eos, eos]) {
+        encoded.ids.pop();
+        encoded.trained.pop();
+    }
     if encoded.ids.last() == Some(&eos) {
         encoded.trained.pop();
         encoded.trained.push(true);
@@ -284,7 +301,7 @@ mod tests {
 
     fn conversation(messages: &[(&str, &str)]) -> Record {
         let messages = messages.iter().map(|(role, content)| Message::new(*role, *content)).collect();
-        Record::Chat(Conversation { messages, tools: None })
+        Record::Chat(Conversation::new(messages))
     }
 
     #[test]

@@ -1,24 +1,29 @@
 //! JSONL files to a [`Dataset`]: one JSON object a line, UTF-8, blank lines ignored.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
 use rayon::iter::{IntoParallelRefIterator, ParallelIterator};
 use serde_json::Value;
 
-use super::dataset::Dataset;
+use super::dataset::{Dataset, Unused};
 use super::encode::{EncodeOptions, Outcome, TextEncoder, encode};
-use super::record::Record;
+use super::lines::{Line, Lines, parse};
+use super::record::{Record, Row};
 use crate::error::{Error, Result};
 
 /// Rows that are encoded together, in parallel; bounds the memory that undecoded rows take.
 const CHUNK: usize = 2048;
 
-/// A line of a file with its number, from 1.
-struct Line {
-    number: usize,
-    bytes: Vec<u8>,
+/// A row of a JSONL file as it stands there.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct JsonLine {
+    /// Its line, from 1.
+    pub number: usize,
+    /// The object.
+    pub row: Value,
 }
 
 /// Reads and encodes JSONL files.
@@ -41,26 +46,32 @@ pub fn load_jsonl(paths: &[PathBuf], encoder: &dyn TextEncoder, options: &Encode
     Ok(dataset)
 }
 
-/// Reads the rows of a JSONL file as they are, without encoding them.
+/// Reads the rows of a JSONL file as records, without encoding them.
 ///
 /// # Errors
 /// The first problem, with its file and line. Also a file without any row.
 pub fn read_records(path: &Path) -> Result<Vec<Record>> {
-    let mut reader = BufReader::new(File::open(path).map_err(|error| Error::io(path, error))?);
-    let (mut number, mut records) = (0, Vec::new());
-    loop {
-        let lines = read_lines(path, &mut reader, &mut number)?;
-        if lines.is_empty() {
-            break;
-        }
-        for line in &lines {
-            records.push(parse_line(path, line)?);
-        }
-    }
-    if records.is_empty() {
+    let read = |JsonLine { number, row }: &JsonLine| {
+        Record::from_json(row).map_err(|message| Error::data(path, *number, message))
+    };
+    read_json_lines(path)?.iter().map(read).collect()
+}
+
+/// Reads the rows of a JSONL file as they stand there.
+///
+/// # Errors
+/// The first problem, with its file and line. Also a file without any row.
+pub fn read_json_lines(path: &Path) -> Result<Vec<JsonLine>> {
+    let mut lines = Lines::new(path, BufReader::new(File::open(path).map_err(|error| Error::io(path, error))?));
+    let read = |line: &Line| {
+        let row = parse(line).map_err(|message| Error::data(path, line.number, message))?;
+        Ok(JsonLine { number: line.number, row })
+    };
+    let rows = lines.next(usize::MAX)?.iter().map(read).collect::<Result<Vec<_>>>()?;
+    if rows.is_empty() {
         return Err(Error::data(path, None, "the file has no rows"));
     }
-    Ok(records)
+    Ok(rows)
 }
 
 /// Checks that a JSONL file can be read and every row is in a known format. Keeps nothing.
@@ -68,16 +79,20 @@ pub fn read_records(path: &Path) -> Result<Vec<Record>> {
 /// # Errors
 /// As [`read_records`].
 pub fn check_jsonl(path: &Path) -> Result<()> {
-    let mut reader = BufReader::new(File::open(path).map_err(|error| Error::io(path, error))?);
-    let (mut number, mut rows) = (0, 0);
+    let mut reader = Lines::new(path, BufReader::new(File::open(path).map_err(|error| Error::io(path, error))?));
+    let check = |line: &Line| {
+        let row = parse(line).and_then(|row| Row::from_json(&row));
+        row.map(drop).map_err(|message| Error::data(path, line.number, message))
+    };
+    let mut rows = 0;
     loop {
-        let lines = read_lines(path, &mut reader, &mut number)?;
+        let lines = reader.next(CHUNK)?;
         if lines.is_empty() {
             break;
         }
-        let parsed: Vec<Result<()>> = lines.par_iter().map(|line| parse_line(path, line).map(drop)).collect();
-        rows += parsed.len();
-        parsed.into_iter().collect::<Result<()>>()?;
+        rows += lines.len();
+        // The first problem in the order of the file.
+        lines.par_iter().map(check).collect::<Vec<_>>().into_iter().collect::<Result<()>>()?;
     }
     if rows == 0 {
         return Err(Error::data(path, None, "the file has no rows"));
@@ -87,19 +102,19 @@ pub fn check_jsonl(path: &Path) -> Result<()> {
 
 fn read_file(path: &Path, encoder: &dyn TextEncoder, options: &EncodeOptions, dataset: &mut Dataset) -> Result<()> {
     let file = File::open(path).map_err(|error| Error::io(path, error))?;
-    let mut reader = BufReader::new(file);
+    let mut reader = Lines::new(path, BufReader::new(file));
     let index = dataset.add_file(path);
     let rows_before = dataset.stats().rows;
-    let mut number = 0;
     loop {
-        let lines = read_lines(path, &mut reader, &mut number)?;
+        let lines = reader.next(CHUNK)?;
         if lines.is_empty() {
             break;
         }
-        let outcomes: Vec<Result<Outcome>> =
+        let outcomes: Vec<Result<(Outcome, Unused)>> =
             lines.par_iter().map(|line| encode_line(path, line, encoder, options)).collect();
         for (line, outcome) in lines.iter().zip(outcomes) {
-            let outcome = outcome?;
+            let (outcome, unused) = outcome?;
+            dataset.note_unused(index, unused);
             let stats = dataset.stats_mut();
             stats.rows += 1;
             match outcome {
@@ -116,48 +131,20 @@ fn read_file(path: &Path, encoder: &dyn TextEncoder, options: &EncodeOptions, da
     Ok(())
 }
 
-/// The next lines that are not blank.
-fn read_lines(path: &Path, reader: &mut impl BufRead, number: &mut usize) -> Result<Vec<Line>> {
-    let mut lines = Vec::new();
-    while lines.len() < CHUNK {
-        let mut bytes = Vec::new();
-        let read = reader.read_until(b'\n', &mut bytes).map_err(|error| Error::io(path, error))?;
-        if read == 0 {
-            break;
-        }
-        *number += 1;
-        if *number == 1 && bytes.starts_with(b"\xef\xbb\xbf") {
-            bytes.drain(..3);
-        }
-        if !bytes.trim_ascii().is_empty() {
-            lines.push(Line { number: *number, bytes });
-        }
-    }
-    Ok(lines)
-}
-
-fn encode_line(path: &Path, line: &Line, encoder: &dyn TextEncoder, options: &EncodeOptions) -> Result<Outcome> {
-    let record = parse_line(path, line)?;
-    encode(&record, encoder, options).map_err(|message| Error::data(path, line.number, message))
-}
-
-fn parse_line(path: &Path, line: &Line) -> Result<Record> {
+fn encode_line(
+    path: &Path,
+    line: &Line,
+    encoder: &dyn TextEncoder,
+    options: &EncodeOptions,
+) -> Result<(Outcome, Unused)> {
     let refuse = |message: String| Error::data(path, line.number, message);
-    let text = std::str::from_utf8(&line.bytes)
-        .map_err(|error| refuse(format!("not UTF-8 text (byte {} of the line)", error.valid_up_to() + 1)))?;
-    let row: Value = serde_json::from_str(text).map_err(|error| refuse(json_message(text, line.number, &error)))?;
-    Record::from_json(&row).map_err(refuse)
-}
-
-fn json_message(text: &str, number: usize, error: &serde_json::Error) -> String {
-    // serde_json counts lines within the row; only the column means something.
-    let message = error.to_string();
-    let message = message.split(" at line ").next().unwrap_or_default();
-    let mut message = format!("not valid JSON: {message} at column {}", error.column());
-    if number == 1 && matches!(text.trim(), "[" | "{") || text.trim_start().starts_with("[{") {
-        message += "; a JSONL file has one object a line (`jq -c '.[]'` makes one of a JSON list)";
-    }
-    message
+    let Row { record, unused: columns } = parse(line).and_then(|row| Row::from_json(&row)).map_err(refuse)?;
+    let outcome = encode(&record, encoder, options).map_err(refuse)?;
+    let by_template = match &record {
+        Record::Chat(conversation) => encoder.unused(conversation),
+        _ => Vec::new(),
+    };
+    Ok((outcome, Unused { columns, by_template }))
 }
 
 #[cfg(test)]

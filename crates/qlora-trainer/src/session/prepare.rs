@@ -65,7 +65,8 @@ impl Prepared {
             vocab_size: Some(model.vocab_size),
             max_positions: Some(model.max_position_embeddings),
         };
-        let data = load(&config, &encoder(&files))?;
+        let encoder = encoder(&files).with_template_kwargs(config.data.chat_template_kwargs.as_map());
+        let data = load(&config, &encoder)?;
         let data = check(&config, &facts, start.as_ref(), data)?;
         Ok(Self { config, start, files, template_time, beginning, workspace, identity: facts.identity, data })
     }

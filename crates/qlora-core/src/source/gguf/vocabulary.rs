@@ -32,6 +32,8 @@ pub(crate) struct Vocabulary<'a> {
     pub(crate) scores: Vec<f32>,
     /// BPE's merges, best first, two tokens with a space between; empty if the file has none.
     pub(crate) merges: Vec<&'a str>,
+    /// Tokens that no merges lead to, where the file lists them (`tokenizer.ggml.added_tokens`).
+    pub(crate) added: Vec<&'a str>,
     pub(crate) bos: Option<u32>,
     pub(crate) eos: Option<u32>,
     pub(crate) unknown: Option<u32>,
@@ -72,6 +74,7 @@ impl<'a> Vocabulary<'a> {
             types,
             scores,
             merges: header.strings("tokenizer.ggml.merges", file)?.unwrap_or_default(),
+            added: header.strings("tokenizer.ggml.added_tokens", file)?.unwrap_or_default(),
             bos: id("bos")?,
             eos: id("eos")?,
             unknown: id("unknown")?,
