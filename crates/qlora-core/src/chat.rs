@@ -5,9 +5,12 @@
 //! of steps and a limited output, and no access to anything but their arguments.
 
 mod environment;
+mod known;
 mod limits;
 mod message;
 mod python;
+mod sentinel;
+mod shape;
 mod spans;
 
 use std::fmt;
@@ -23,6 +26,8 @@ use crate::file::{self, SMALL};
 use crate::source::{Gguf, WeightSource};
 use crate::tokenizer::Tokenizer;
 
+use environment::Marks;
+
 pub use message::Message;
 
 /// Further arguments of a template by name, such as `tools`, `enable_thinking` or `date_string`.
@@ -34,7 +39,7 @@ pub struct ChatTemplate {
     source: String,
     // What transformers passes beside the conversation: `bos_token`, `eos_token`, ...
     special_tokens: Map<String, Value>,
-    marks_answers: bool,
+    marks: Marks,
 }
 
 /// A conversation as text.
@@ -42,8 +47,20 @@ pub struct ChatTemplate {
 pub struct RenderedChat {
     /// The text; special tokens are written out in it.
     pub text: String,
-    /// The byte ranges of the assistant's answers, each with the marker that ends its turn, ascending.
-    pub answers: Vec<Range<usize>>,
+    /// The assistant's answers, in the order of the text.
+    pub answers: Vec<Answer>,
+    /// The assistant's messages (by their place in the conversation) that were not found in the text, such as those that the
+    /// template leaves out or changes.
+    pub not_found: Vec<usize>,
+}
+
+/// An answer of the assistant in a [`RenderedChat`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The message, by its place in the conversation.
+    pub message: usize,
+    /// Its bytes in the text, with the marker that ends its turn and without the header that begins it.
+    pub span: Range<usize>,
 }
 
 /// A conversation as tokens.
@@ -66,8 +83,8 @@ impl ChatTemplate {
     /// If the template has a syntax error; the message has the line.
     pub fn new(source: &str, special_tokens: impl IntoIterator<Item = (String, String)>) -> Result<Self> {
         let special_tokens = special_tokens.into_iter().map(|(name, text)| (name, Value::String(text))).collect();
-        let (environment, marks_answers) = environment::compile(source).map_err(template_error)?;
-        Ok(Self { environment, source: source.to_owned(), special_tokens, marks_answers })
+        let (environment, marks) = environment::compile(source).map_err(template_error)?;
+        Ok(Self { environment, source: source.to_owned(), special_tokens, marks })
     }
 
     /// The template of a model folder: `chat_template.jinja`, else `chat_template` of `tokenizer_config.json`. `name`
@@ -150,17 +167,20 @@ impl ChatTemplate {
     }
 
     /// Renders a conversation and finds the assistant's answers in it: by the template's `{% generation %}` blocks if it
-    /// has some, else by comparing the text with that of the conversation cut before and after each answer. The marker
-    /// that ends an answer belongs to it; white space behind the marker does not.
+    /// has some or is a well-known template for which the library has some, else by where the messages' texts went. The text is that of [`ChatTemplate::render`] without a generation prompt.
+    /// The header of a turn does not belong to an answer, the marker that ends it does; white space behind the marker does not.
     ///
     /// # Errors
-    /// As [`ChatTemplate::render`], and if the answers cannot be found because the template changes earlier turns when
-    /// later ones follow.
+    /// As [`ChatTemplate::render`], and if generation blocks stand inside each other or their text is changed. Answers that
+    /// cannot be found are no error: see [`RenderedChat::not_found`].
     pub fn render_with_answers(&self, messages: &[Message], arguments: &TemplateArguments) -> Result<RenderedChat> {
-        if self.marks_answers {
-            spans::by_marks(self, messages, arguments)
-        } else {
-            spans::by_prefixes(self, messages, arguments)
+        match self.marks {
+            Marks::Own => spans::by_marks(self, messages, arguments),
+            // What the published template does with an odd conversation, its marked form need not do.
+            Marks::Known => {
+                spans::by_marks(self, messages, arguments).or_else(|_| spans::by_sentinels(self, messages, arguments))
+            }
+            Marks::None => spans::by_sentinels(self, messages, arguments),
         }
     }
 
@@ -174,8 +194,9 @@ impl ChatTemplate {
         messages: &[Message],
         arguments: &TemplateArguments,
     ) -> Result<EncodedChat> {
-        let RenderedChat { text, answers } = self.render_with_answers(messages, arguments)?;
-        let (tokens, answer) = tokenizer.encode_with_spans(&text, &answers, false)?;
+        let RenderedChat { text, answers, .. } = self.render_with_answers(messages, arguments)?;
+        let spans: Vec<_> = answers.into_iter().map(|answer| answer.span).collect();
+        let (tokens, answer) = tokenizer.encode_with_spans(&text, &spans, false)?;
         Ok(EncodedChat { tokens, answer })
     }
 
@@ -198,7 +219,7 @@ impl ChatTemplate {
 
 impl fmt::Debug for ChatTemplate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "ChatTemplate({} bytes, answers marked: {})", self.source.len(), self.marks_answers)
+        write!(f, "ChatTemplate({} bytes, answers marked: {:?})", self.source.len(), self.marks)
     }
 }
 
