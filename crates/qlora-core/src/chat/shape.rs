@@ -1,5 +1,6 @@
 //! What a template writes around the assistant's answers, learned from what it renders.
 
+use super::message::REASONING;
 use super::sentinel::{self, Mark, Placement};
 use super::{ChatTemplate, Message, TemplateArguments};
 
@@ -121,6 +122,12 @@ impl<'a> Shape<'a> {
         Some(text[before..marks[at].at].to_owned())
     }
 
+    /// The text behind message `i`, up to the next mark.
+    fn behind(&self, marked: &[Message], i: usize) -> Option<String> {
+        let (text, marks) = sentinel::read(&self.template.render(marked, false, self.arguments).ok()?)?;
+        between(&text, &marks, i)
+    }
+
     fn learn_head(&self, before: Vec<Message>) -> Option<Head> {
         let asked = self.tail(&before, true)?;
         let unasked = self.tail(&before, false);
@@ -138,32 +145,33 @@ impl<'a> Shape<'a> {
 
     fn learn_end(&self) -> Option<End> {
         let conversation = |turns: &[&str]| turns.iter().enumerate().map(|(i, role)| any(role, i)).collect::<Vec<_>>();
-        // Behind an answer that ends the conversation.
+        // Behind an answer that ends the conversation, and behind one that does not.
         let (closing, own) = self.closing(&conversation)?;
-        // Behind one that does not.
-        let within = (0..self.messages.len()).find_map(|i| self.followed(i));
-        let followed = within.or_else(|| {
-            let mut marked = self.marked(self.messages.len());
-            marked.push(any("user", marked.len()));
-            self.messages.last().filter(|last| is_plain(last)).and_then(|_| self.gap(&marked))
+        let count = self.messages.len();
+        let followed = (0..count).find_map(|i| self.followed(i)).or_else(|| {
+            let mut marked = self.marked(count);
+            marked.push(any("user", count));
+            self.messages.last().filter(|last| is_plain(last)).and_then(|_| self.behind(&marked, count - 1))
         });
-        let followed = followed.or_else(|| self.gap(&conversation(&["user", "assistant", "user"])));
-        let trimmed = closing.trim_start();
-        if trimmed.is_empty() {
+        let made_up = || self.behind(&conversation(&["user", "assistant", "user"]), 1);
+        if closing.trim().is_empty() {
             let blank = closing.strip_prefix(own).unwrap_or(&closing).to_owned();
             return Some(End { marker: String::new(), blank });
         }
-        let shared = followed.map_or(trimmed.len(), |followed| common(trimmed, followed.trim_start()));
-        Some(End { marker: trimmed[..shared].trim_end().to_owned(), blank: String::new() })
+        let mut marker = shared_marker(&closing, followed.or_else(made_up).as_deref());
+        if marker.is_empty()
+            && let (Some(closing), Some(followed)) =
+                (self.tail(&conversation(&["user", "assistant"]), false), made_up())
+        {
+            marker = shared_marker(&closing, Some(&followed));
+        }
+        Some(End { marker, blank: String::new() })
     }
 
     /// The text behind an answer without calls that ends a conversation, and the white space at that answer's own end.
     fn closing(&self, conversation: &dyn Fn(&[&str]) -> Vec<Message>) -> Option<(String, &'a str)> {
         let answers: Vec<usize> = (0..self.messages.len()).filter(|&i| self.messages[i].is_assistant()).collect();
-        let is_usable = |i: &usize| {
-            is_plain(&self.messages[*i]) && matches!(self.placements[*i], Placement::Edges | Placement::Content)
-        };
-        if let Some(&last) = answers.iter().rev().find(|i| is_usable(i)) {
+        if let Some(&last) = answers.iter().rev().find(|&&i| self.is_usable(i)) {
             let own = self.white_space_behind(last);
             let tail = match self.marks.last() {
                 Some(mark) if last + 1 == self.messages.len() && mark.message == last && mark.closes => {
@@ -181,20 +189,35 @@ impl<'a> Shape<'a> {
         Some((tail.or_else(|| self.tail(&conversation(&["user", "assistant"]), false))?, ""))
     }
 
-    /// The text between an answer without calls and the message behind it.
+    /// The text behind an answer without calls, if another message's follows.
     fn followed(&self, i: usize) -> Option<String> {
-        if !is_plain(&self.messages[i]) || !matches!(self.placements[i], Placement::Edges | Placement::Content) {
-            return None;
-        }
-        let last = self.marks.iter().rposition(|mark| mark.message == i).filter(|&at| self.marks[at].closes)?;
-        let next = self.marks.get(last + 1).filter(|mark| mark.message == i + 1)?;
-        Some(self.text[self.marks[last].at..next.at].to_owned())
+        self.is_usable(i).then(|| between(self.text, &self.marks, i)).flatten()
+    }
+
+    /// Whether what stands behind an answer ends it: nothing of its own does.
+    fn is_usable(&self, i: usize) -> bool {
+        is_plain(&self.messages[i]) && matches!(self.placements[i], Placement::Edges | Placement::Content)
     }
 }
 
-/// An answer that is nothing but text.
+/// The text from the end of message `i` to the next mark.
+fn between(text: &str, marks: &[Mark], i: usize) -> Option<String> {
+    let last = marks.iter().rposition(|mark| mark.message == i).filter(|&at| marks[at].closes)?;
+    Some(text[marks[last].at..marks.get(last + 1)?.at].to_owned())
+}
+
+/// An answer that ends with its content: without calls, and not empty behind its reasoning.
 fn is_plain(message: &Message) -> bool {
-    message.is_assistant() && !["tool_calls", "function_call"].iter().any(|key| message.extra.contains_key(*key))
+    let has = |keys: &[&str]| keys.iter().any(|key| message.extra.contains_key(*key));
+    let is_blank = message.text().is_some_and(|text| text.trim().is_empty());
+    message.is_assistant() && !has(&["tool_calls", "function_call"]) && !(is_blank && has(&REASONING))
+}
+
+/// What ends an answer in both places, without white space around it.
+fn shared_marker(closing: &str, followed: Option<&str>) -> String {
+    let closing = closing.trim_start();
+    let shared = followed.map_or(closing.len(), |followed| common(closing, followed.trim_start()));
+    closing[..shared].trim_end().to_owned()
 }
 
 fn any(role: &str, index: usize) -> Message {

@@ -119,9 +119,10 @@ fn answer(shape: &mut Shape<'_>, i: usize) -> Option<Range<usize>> {
     let before = lowest.or_else(|| marks.iter().position(|mark| mark.message > i)).unwrap_or(marks.len());
     let behind = highest.or_else(|| marks.iter().rposition(|mark| mark.message < i)).map_or(0, |at| at + 1);
     let from = before.checked_sub(1).map_or(0, |at| marks[at].at);
-    let (to, next) = marks.get(behind).map_or((shape.text.len(), None), |mark| (mark.at, Some(mark.message)));
+    let to = marks.get(behind).map_or(shape.text.len(), |mark| mark.at);
+    // Otherwise the next message's text may stand before the next mark.
+    let is_followed = i + 1 == shape.messages.len() || marks.iter().any(|mark| mark.message == i + 1);
     let start = start(shape, i, from..first.or(last).unwrap_or(to), first)?;
-    let is_followed = i + 1 == shape.messages.len() || next == Some(i + 1);
     let end = end(shape, i, last, start, to, is_followed)?;
     (start <= end && last.is_none_or(|last| last <= end)).then_some(start..end)
 }
@@ -208,25 +209,27 @@ fn closing_len(rest: &str) -> usize {
 
 /// An answer is what the conversation up to and with it has more than the conversation before it, with the prompt for an
 /// answer at its end.
-fn by_prefix(shape: &Shape<'_>, i: usize) -> Option<Range<usize>> {
-    let render = |count: usize, ask: bool| shape.template.render(&shape.messages[..count], ask, shape.arguments).ok();
+fn by_prefix(shape: &mut Shape<'_>, i: usize) -> Option<Range<usize>> {
+    let (template, messages, arguments) = (shape.template, shape.messages, shape.arguments);
+    let render = |count: usize, ask: bool| template.render(&messages[..count], ask, arguments).ok();
     let before = render(i, true)?;
-    let with = if i + 1 == shape.messages.len() { shape.text.to_owned() } else { render(i + 1, false)? };
+    let with = if i + 1 == messages.len() { shape.text.to_owned() } else { render(i + 1, false)? };
     let answer = with.strip_prefix(&before).filter(|_| shape.text.starts_with(&with))?;
-    let content = shape.messages[i].text().unwrap_or_default().trim();
+    let content = messages[i].text().unwrap_or_default().trim();
     // Where nothing asks for an answer, what comes before its text may be the turn's header.
     if render(i, false)? == before && (content.is_empty() || !answer.trim_start().starts_with(content)) {
         return None;
     }
-    Some(before.len()..before.len() + answer_len(answer, content))
+    Some(before.len()..before.len() + answer_len(answer, content, &shape.end().marker))
 }
 
 /// The length of an answer without the white space after the marker that ends its turn. Where no marker is written the
 /// white space is what ends the turn.
-fn answer_len(answer: &str, content: &str) -> usize {
+fn answer_len(answer: &str, content: &str, marker: &str) -> usize {
     let trimmed = answer.trim_end();
-    let marker = !trimmed.is_empty() && (content.is_empty() || !trimmed.ends_with(content));
-    if marker { trimmed.len() } else { answer.len() }
+    let is_marked = !marker.is_empty() && trimmed.ends_with(marker);
+    let is_marked = is_marked || !trimmed.is_empty() && (content.is_empty() || !trimmed.ends_with(content));
+    if is_marked { trimmed.len() } else { answer.len() }
 }
 
 #[cfg(test)]
@@ -235,12 +238,13 @@ mod tests {
 
     #[test]
     fn white_space_after_the_marker_is_no_answer() {
-        assert_eq!(answer_len("hi<|im_end|>\n", "hi"), 12);
-        assert_eq!(answer_len(" hi</s>", "hi"), 7);
-        assert_eq!(answer_len("hi\n\n", "hi"), 4);
-        assert_eq!(answer_len("<|im_end|>\n", ""), 10);
-        assert_eq!(answer_len("", ""), 0);
-        assert_eq!(answer_len("\n", ""), 1);
+        assert_eq!(answer_len("hi<|im_end|>\n", "hi", ""), 12);
+        assert_eq!(answer_len(" hi</s>", "hi", ""), 7);
+        assert_eq!(answer_len("hi\n\n", "hi", ""), 4);
+        assert_eq!(answer_len("<|im_end|>\n", "", ""), 10);
+        assert_eq!(answer_len("", "", ""), 0);
+        assert_eq!(answer_len("\n", "", ""), 1);
+        assert_eq!(answer_len("1: ><end>\n", ">", "<end>"), 9);
     }
 
     #[test]
