@@ -95,7 +95,7 @@ impl<'a> Shape<'a> {
     /// The white space at the end of a message's content.
     pub(super) fn white_space_behind(&self, i: usize) -> &'a str {
         let text = self.messages[i].text().unwrap_or_default();
-        if text.trim().is_empty() { "" } else { &text[text.trim_end().len()..] }
+        &text[text.trim_end().len()..]
     }
 
     fn role_before(&self, i: usize) -> Option<&'a str> {
@@ -208,7 +208,7 @@ fn between(text: &str, marks: &[Mark], i: usize) -> Option<String> {
 
 /// An answer that ends with its content: without calls, and not empty behind its reasoning.
 fn is_plain(message: &Message) -> bool {
-    let has = |keys: &[&str]| keys.iter().any(|key| message.extra.contains_key(*key));
+    let has = |keys: &[&str]| keys.iter().any(|key| message.extra.get(*key).is_some_and(|value| !value.is_null()));
     let is_blank = message.text().is_some_and(|text| text.trim().is_empty());
     message.is_assistant() && !has(&["tool_calls", "function_call"]) && !(is_blank && has(&REASONING))
 }
