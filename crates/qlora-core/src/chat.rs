@@ -44,6 +44,7 @@ pub struct ChatTemplate {
 
 /// A conversation as text.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct RenderedChat {
     /// The text; special tokens are written out in it.
     pub text: String,
@@ -56,6 +57,7 @@ pub struct RenderedChat {
 
 /// An answer of the assistant in a [`RenderedChat`].
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Answer {
     /// The message, by its place in the conversation.
     pub message: usize,
