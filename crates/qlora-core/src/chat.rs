@@ -169,8 +169,9 @@ impl ChatTemplate {
     }
 
     /// Renders a conversation and finds the assistant's answers in it: by the template's `{% generation %}` blocks if it
-    /// has some or is a well-known template for which the library has some, else by where the messages' texts went. The text is that of [`ChatTemplate::render`] without a generation prompt.
-    /// The header of a turn does not belong to an answer, the marker that ends it does; white space behind the marker does not.
+    /// has some (or is a well-known template, for which the library has some), else by where the messages' texts went. The
+    /// text is that of [`ChatTemplate::render`] without a generation prompt. The header of a turn does not belong to an
+    /// answer, the marker that ends it does; white space behind the marker does not.
     ///
     /// # Errors
     /// As [`ChatTemplate::render`], and if generation blocks stand inside each other or their text is changed. Answers that
