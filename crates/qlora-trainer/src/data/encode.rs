@@ -332,6 +332,8 @@ mod tests {
         assert_eq!(marked(&conversation(&two_turns), &bare), "^<u>a<a>[b]<u>c<a>[d$]");
         // A user turn at the end does not matter.
         assert_eq!(marked(&conversation(&[("assistant", "b"), ("user", "c")]), &encoder), "^<a>[b|]<u>c|");
+        // EOS behind it would teach to end the user's text.
+        assert_eq!(marked(&conversation(&[("assistant", "b"), ("user", "c")]), &bare), "^<a>[b]<u>c");
     }
 
     #[test]
@@ -359,6 +361,11 @@ mod tests {
         assert_eq!(encoder.marked(&encoded), "[^abc$]");
         // The first token has no loss: nothing predicts it.
         assert_eq!(encoded.trained_tokens(), 4);
+        // Of conversations too, whoever speaks in them.
+        let two = conversation(&[("user", "a"), ("assistant", "b")]);
+        assert_eq!(encoder.marked(&document(&two, &encoder, &options).0), "[^<u>a|<a>b|]");
+        let bare = ToyEncoder { end_of_turn: "", ..ToyEncoder::default() };
+        assert_eq!(bare.marked(&document(&two, &bare, &options).0), "[^<u>a<a>b$]");
     }
 
     #[test]
