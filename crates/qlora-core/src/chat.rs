@@ -7,12 +7,15 @@
 mod capabilities;
 mod clock;
 mod environment;
+mod known;
 mod limits;
 mod made;
 mod message;
 mod operators;
 mod prompt;
 mod python;
+mod sentinel;
+mod shape;
 mod spans;
 mod special_tokens;
 
@@ -30,6 +33,8 @@ use crate::file::{self, SMALL};
 use crate::source::{Gguf, WeightSource};
 use crate::tokenizer::Tokenizer;
 
+use environment::Marks;
+
 pub use capabilities::Capabilities;
 pub use clock::TemplateTime;
 pub use message::Message;
@@ -43,7 +48,7 @@ pub struct ChatTemplate {
     source: String,
     // What transformers passes beside the conversation: `bos_token`, `eos_token`, ...
     special_tokens: Map<String, Value>,
-    marks_answers: bool,
+    marks: Marks,
     // The model's template for conversations with tools, where it has one of its own for them.
     tool_use: Option<Box<ChatTemplate>>,
     capabilities: OnceLock<Capabilities>,
@@ -51,11 +56,25 @@ pub struct ChatTemplate {
 
 /// A conversation as text.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct RenderedChat {
     /// The text; special tokens are written out in it.
     pub text: String,
-    /// The byte ranges of the assistant's answers, each with the marker that ends its turn, ascending.
-    pub answers: Vec<Range<usize>>,
+    /// The assistant's answers, in the order of the text.
+    pub answers: Vec<Answer>,
+    /// The assistant's messages (by their place in the conversation) that were not found in the text, such as those that the
+    /// template leaves out or changes.
+    pub not_found: Vec<usize>,
+}
+
+/// An answer of the assistant in a [`RenderedChat`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Answer {
+    /// The message, by its place in the conversation.
+    pub message: usize,
+    /// Its bytes in the text, with the marker that ends its turn and without the header that begins it.
+    pub span: Range<usize>,
 }
 
 /// A conversation as tokens.
@@ -79,9 +98,9 @@ impl ChatTemplate {
         let special_tokens = special_tokens.into_iter().map(|(name, text)| (name, Value::String(text))).collect();
         // As Jinja reads its source.
         let source = source.replace("\r\n", "\n").replace('\r', "\n");
-        let (environment, marks_answers) = environment::compile(&source).map_err(template_error)?;
+        let (environment, marks) = environment::compile(&source).map_err(template_error)?;
         let capabilities = OnceLock::new();
-        Ok(Self { environment, source, special_tokens, marks_answers, tool_use: None, capabilities })
+        Ok(Self { environment, source, special_tokens, marks, tool_use: None, capabilities })
     }
 
     /// The template of a model folder: `chat_template.jinja`, else `chat_template` of `tokenizer_config.json`. `name`
@@ -234,18 +253,21 @@ impl ChatTemplate {
     }
 
     /// Renders a conversation and finds the assistant's answers in it: by the template's `{% generation %}` blocks if it
-    /// has some, else by comparing the text with that of the conversation cut before and after each answer. The marker
-    /// that ends an answer belongs to it; white space behind the marker does not.
+    /// has some (or is a well-known template, for which the library has some), else by where the messages' texts went. The
+    /// text is that of [`ChatTemplate::render`] without a generation prompt. The header of a turn does not belong to an
+    /// answer, the marker that ends it does; white space behind the marker does not.
     ///
     /// # Errors
-    /// As [`ChatTemplate::render`], and if the answers cannot be found because the template changes earlier turns when
-    /// later ones follow.
+    /// As [`ChatTemplate::render`], and if generation blocks stand inside each other or their text is changed. Answers that
+    /// cannot be found are no error: see [`RenderedChat::not_found`].
     pub fn render_with_answers(&self, messages: &[Message], arguments: &TemplateArguments) -> Result<RenderedChat> {
         let template = self.for_arguments(arguments);
-        if template.marks_answers {
-            spans::by_marks(template, messages, arguments)
-        } else {
-            spans::by_prefixes(template, messages, arguments)
+        match template.marks {
+            Marks::Own => spans::by_marks(template, messages, arguments),
+            // What the published template does with an odd conversation, its marked form need not do.
+            Marks::Known => spans::by_marks(template, messages, arguments)
+                .or_else(|_| spans::by_sentinels(template, messages, arguments)),
+            Marks::None => spans::by_sentinels(template, messages, arguments),
         }
     }
 
@@ -259,8 +281,9 @@ impl ChatTemplate {
         messages: &[Message],
         arguments: &TemplateArguments,
     ) -> Result<EncodedChat> {
-        let RenderedChat { text, answers } = self.render_with_answers(messages, arguments)?;
-        let (tokens, answer) = tokenizer.encode_with_spans(&text, &answers, false)?;
+        let RenderedChat { text, answers, .. } = self.render_with_answers(messages, arguments)?;
+        let spans: Vec<_> = answers.into_iter().map(|answer| answer.span).collect();
+        let (tokens, answer) = tokenizer.encode_with_spans(&text, &spans, false)?;
         Ok(EncodedChat { tokens, answer })
     }
 
@@ -295,7 +318,7 @@ impl ChatTemplate {
 
 impl fmt::Debug for ChatTemplate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "ChatTemplate({} bytes, answers marked: {})", self.source.len(), self.marks_answers)
+        write!(f, "ChatTemplate({} bytes, answers marked: {:?})", self.source.len(), self.marks)
     }
 }
 

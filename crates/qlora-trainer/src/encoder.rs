@@ -4,7 +4,7 @@ use qlora_core::chat::{ChatTemplate, Message as ChatMessage, TemplateArguments};
 use qlora_core::tokenizer::Tokenizer;
 use serde_json::{Map, Value};
 
-use crate::data::encode::EncodeError;
+use crate::data::encode::{EncodeError, Notes};
 use crate::data::{Conversation, Encoded, TextEncoder};
 
 /// A [`TextEncoder`] over a tokenizer and, for conversations, a chat template.
@@ -61,29 +61,27 @@ impl TextEncoder for ModelEncoder<'_> {
         self.template.is_some()
     }
 
-    fn encode_chat(&self, conversation: &Conversation) -> Result<Encoded, EncodeError> {
+    fn encode_chat(&self, conversation: &Conversation, notes: &mut Notes) -> Result<Encoded, EncodeError> {
         let (template, arguments) = (self.template()?, self.arguments(conversation));
         let messages = messages(conversation, template, &arguments)?;
+        let is_trained = |i: usize| conversation.messages.get(i).is_some_and(|message| message.trained);
+        if let Some(i) = (0..messages.len()).find(|&i| is_trained(i) && !messages[i].is_assistant()) {
+            return Err(
+                format!("a message of role {:?} cannot be trained, only the assistant's", messages[i].role).into()
+            );
+        }
         let rendered = template.render_with_answers(&messages, &arguments)?;
-        // One span an assistant's message, in order; of those, the ones that are trained.
-        let flags = conversation.messages.iter().zip(&messages);
-        if let Some((message, _)) = flags.clone().find(|(message, chat)| message.trained && !chat.is_assistant()) {
-            return Err(format!("a message of role {:?} cannot be trained, only the assistant's", message.role).into());
-        }
-        let trained: Vec<bool> =
-            flags.filter(|(_, chat)| chat.is_assistant()).map(|(message, _)| message.trained).collect();
-        if trained.len() != rendered.answers.len() {
-            return Err(format!(
-                "the chat template marks {} answers in a conversation with {} assistant messages",
-                rendered.answers.len(),
-                trained.len()
-            )
-            .into());
-        }
-        let spans: Vec<_> =
-            rendered.answers.into_iter().zip(trained).filter(|(_, t)| *t).map(|(span, _)| span).collect();
+        notes.answers_not_found += rendered.not_found.iter().filter(|&&message| is_trained(message)).count();
+        let answers = rendered.answers.into_iter().filter(|answer| is_trained(answer.message));
+        let spans: Vec<_> = answers.map(|answer| answer.span).collect();
         let (ids, trained) = self.tokenizer.encode_with_spans(&rendered.text, &spans, false)?;
         Ok(Encoded { ids, trained })
+    }
+
+    fn encode_whole_chat(&self, conversation: &Conversation) -> Result<Vec<u32>, EncodeError> {
+        let (template, arguments) = (self.template()?, self.arguments(conversation));
+        let text = template.render(&messages(conversation, template, &arguments)?, false, &arguments)?;
+        Ok(self.tokenizer.encode(&text, false)?)
     }
 
     fn unused(&self, conversation: &Conversation) -> Vec<String> {

@@ -10,7 +10,7 @@ use minijinja_contrib::pycompat;
 use regex::Regex;
 
 use super::clock::TemplateTime;
-use super::{limits, made, operators, python};
+use super::{known, limits, made, operators, python};
 
 /// The template as it is.
 pub(super) const PLAIN: &str = "chat template";
@@ -36,8 +36,19 @@ const MAX_KEPT: usize = 1 << 30;
 /// Room for the parser, which calls itself for every level of a template's syntax tree.
 const STACK: usize = 64 << 20;
 
-/// Compiles a template; also says whether it marks the assistant's answers.
-pub(super) fn compile(source: &str) -> Result<(Environment<'static>, bool), Error> {
+/// Who marks the assistant's answers in [`MARKED`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Marks {
+    /// Nobody: there is no such template.
+    None,
+    /// The template itself.
+    Own,
+    /// The library's own form of a published template.
+    Known,
+}
+
+/// Compiles a template; also says who marks the assistant's answers.
+pub(super) fn compile(source: &str) -> Result<(Environment<'static>, Marks), Error> {
     limits::check_source(source)?;
     let failed = |what: &str| Error::new(ErrorKind::InvalidOperation, format!("the parser's thread {what}"));
     std::thread::scope(|scope| {
@@ -49,11 +60,13 @@ pub(super) fn compile(source: &str) -> Result<(Environment<'static>, bool), Erro
     })
 }
 
-fn compile_here(source: &str) -> Result<(Environment<'static>, bool), Error> {
+fn compile_here(source: &str) -> Result<(Environment<'static>, Marks), Error> {
     let mut environment = Environment::new();
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+    // Well-known templates are recognized by their own text.
+    let known = known::marked(source);
     let operators::Marked { source, longest_kept } = operators::mark(source);
     let source = source.as_str();
     environment.set_fuel(Some(FUEL.min((MAX_KEPT / longest_kept.max(1)) as u64)));
@@ -90,16 +103,21 @@ fn compile_here(source: &str) -> Result<(Environment<'static>, bool), Error> {
     // minijinja has no tags of its own making; transformers' `generation` is a call block underneath anyway.
     let begin = Regex::new(r"\{%([-+]?)\s*generation\s*([-+]?)%\}").expect("a valid expression");
     let end = Regex::new(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}").expect("a valid expression");
-    let marks_answers = begin.is_match(source);
-    let with = |function: &str| {
+    let with = |source: &str, function: &str| {
         let opened = begin.replace_all(source, format!("{{%$1 call {function}() $2%}}"));
         end.replace_all(&opened, "{%$1 endcall $2%}").into_owned()
     };
-    environment.add_template_owned(PLAIN, with("__generation"))?;
-    if marks_answers {
-        environment.add_template_owned(MARKED, with("__marked_generation"))?;
+    environment.add_template_owned(PLAIN, with(source, "__generation"))?;
+    let known = known.map(|marked| operators::mark(marked).source);
+    let (marks, marked) = match (begin.is_match(source), &known) {
+        (true, _) => (Marks::Own, Some(source)),
+        (false, Some(marked)) => (Marks::Known, Some(marked.as_str())),
+        (false, None) => (Marks::None, None),
+    };
+    if let Some(marked) = marked {
+        environment.add_template_owned(MARKED, with(marked, "__marked_generation"))?;
     }
-    Ok((environment, marks_answers))
+    Ok((environment, marks))
 }
 
 /// Makes `strftime_now` write this time from now on.

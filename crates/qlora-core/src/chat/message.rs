@@ -17,7 +17,7 @@ pub struct Message {
 }
 
 /// The names under which the assistant's reasoning is passed; the first is the one most templates read.
-const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+pub(super) const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
 impl Message {
     /// A text by `role`.

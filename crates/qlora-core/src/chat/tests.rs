@@ -20,6 +20,7 @@ struct GoldenTemplate {
 struct Case {
     template: String,
     conversation: String,
+    #[serde(default)]
     add_generation_prompt: bool,
     text: Option<String>,
     answers: Option<Vec<(usize, usize)>>,
@@ -64,7 +65,7 @@ fn texts_are_those_of_transformers() {
         if let (Some(answers), false) = (&case.answers, case.add_generation_prompt) {
             let got = template.render_with_answers(messages, arguments).unwrap();
             assert_eq!(Some(&got.text), case.text.as_ref(), "{name}");
-            let got: Vec<(usize, usize)> = got.answers.iter().map(|range| (range.start, range.end)).collect();
+            let got: Vec<(usize, usize)> = got.answers.iter().map(|a| (a.span.start, a.span.end)).collect();
             let expected: Vec<(usize, usize)> = answers.iter().copied().filter(|(start, end)| start < end).collect();
             assert_eq!(got, expected, "{name}");
         }
@@ -72,25 +73,30 @@ fn texts_are_those_of_transformers() {
     assert!(rendered > 140 && refused > 10, "{rendered} rendered, {refused} refused");
 }
 
+/// The texts of the answers, and the messages that are not found.
+fn answers(template: &ChatTemplate, messages: &[Message], arguments: &TemplateArguments) -> (Vec<String>, Vec<usize>) {
+    let chat = template.render_with_answers(messages, arguments).unwrap();
+    assert_eq!(chat.text, template.render(messages, false, arguments).unwrap());
+    (chat.answers.iter().map(|answer| chat.text[answer.span.clone()].to_owned()).collect(), chat.not_found)
+}
+
 #[test]
-fn answers_are_found_by_prefixes() {
+fn answers_are_found_without_marks() {
     let golden = golden();
     let none = TemplateArguments::new();
     let answers = |name: &str, conversation: &str| {
-        let source = &golden.templates[name].source;
-        template(source)
-            .render_with_answers(&golden.conversations[conversation], &none)
-            .map(|chat| chat.answers.iter().map(|range| chat.text[range.clone()].to_owned()).collect::<Vec<_>>())
+        answers(&template(&golden.templates[name].source), &golden.conversations[conversation], &none).0
     };
-    assert_eq!(answers("chatml", "three turns").unwrap(), ["b<|im_end|>", "é😀 e<|im_end|>", "<|im_end|>"]);
-    assert_eq!(answers("chatml", "question").unwrap(), Vec::<String>::new());
-    assert_eq!(answers("llama 3", "system").unwrap(), ["Because.<|eot_id|>"]);
-    assert_eq!(answers("llama 3", "tools").unwrap().len(), 2);
-    assert_eq!(answers("mistral", "three turns").unwrap(), [" b</s>", " é😀 e</s>", " </s>"]);
-    assert_eq!(answers("qwen", "one turn").unwrap(), ["<think>\n\n</think>\n\nHello!<|im_end|>"]);
+    assert_eq!(answers("chatml", "three turns"), ["b<|im_end|>", "é😀 e<|im_end|>", "<|im_end|>"]);
+    assert_eq!(answers("chatml", "question"), Vec::<String>::new());
+    assert_eq!(answers("llama 3", "system"), ["Because.<|eot_id|>"]);
+    let call = r#"{"name": "get_weather", "parameters": {"city": "Köln", "days": 2, "exact": true, "scale": 1.0, "none": null}}"#;
+    assert_eq!(answers("llama 3", "tools"), [&format!("{call}<|eot_id|>"), "21.5 degrees<|eot_id|>"]);
+    assert_eq!(answers("mistral", "three turns"), [" b</s>", " é😀 e</s>", " </s>"]);
+    assert_eq!(answers("qwen", "one turn"), ["<think>\n\n</think>\n\nHello!<|im_end|>"]);
     // Earlier answers lose their reasoning in this template, so no prefix ends behind them.
-    let error = answers("qwen", "reasoning").unwrap_err().to_string();
-    assert!(error.contains("changes an answer when messages follow it") && error.contains("message 2"), "{error}");
+    let last = "<think>\nlet me see\n</think>\n\nA2<|im_end|>";
+    assert_eq!(answers("qwen", "reasoning"), ["A1<|im_end|>", last]);
     // This one writes the system message into the last turn, and only if that is the user's.
     let messages = [
         Message::system("s"),
@@ -99,10 +105,9 @@ fn answers_are_found_by_prefixes() {
         Message::user("c"),
         Message::assistant("d"),
     ];
-    let error =
-        template(&golden.templates["mistral"].source).render_with_answers(&messages, &none).unwrap_err().to_string();
-    assert!(error.contains("something else before an answer"), "{error}");
-    let error = answers("mistral", "wrong order").unwrap_err().to_string();
+    let mistral = template(&golden.templates["mistral"].source);
+    assert_eq!(self::answers(&mistral, &messages, &none), (vec![" b</s>".to_owned(), " d</s>".to_owned()], vec![]));
+    let error = mistral.render_with_answers(&golden.conversations["wrong order"], &none).unwrap_err().to_string();
     assert!(error.contains("roles must alternate"), "{error}");
 }
 
@@ -210,4 +215,158 @@ fn templates_are_found_in_a_folder() {
     let error = open(None).unwrap_err().to_string();
     assert!(error.contains("chat_template.jinja"), "{error}");
     assert!(open(Some("../x")).is_err());
+}
+
+#[derive(Deserialize)]
+struct Answers {
+    special_tokens: Map<String, Value>,
+    templates: std::collections::BTreeMap<String, Twins>,
+    conversations: std::collections::BTreeMap<String, Vec<Message>>,
+    cases: Vec<Case>,
+}
+
+/// A template with generation blocks, and without.
+#[derive(Deserialize)]
+struct Twins {
+    marked: String,
+    plain: String,
+}
+
+fn twins() -> (Answers, Vec<(String, String)>) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/chat/answers.json");
+    let answers: Answers = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let tokens = answers.special_tokens.iter();
+    let tokens = tokens.map(|(key, value)| (key.clone(), value.as_str().unwrap().to_owned())).collect();
+    (answers, tokens)
+}
+
+/// What a template says in transformers' generation blocks is found in its twin without them. `scripts/fixtures/chat_answers.py`
+/// lists the templates and conversations.
+#[test]
+fn answers_are_those_of_marked_twins() {
+    let (answers, tokens) = twins();
+    let none = TemplateArguments::new();
+    let (mut found, mut wrong, mut lost) = (0, Vec::new(), Vec::new());
+    for case in &answers.cases {
+        let Twins { marked, plain } = &answers.templates[&case.template];
+        let messages = &answers.conversations[&case.conversation];
+        let name = format!("{} / {}", case.template, case.conversation);
+        let [marked, plain] = [marked, plain].map(|source| ChatTemplate::new(source, tokens.clone()).unwrap());
+        let Some(text) = &case.text else {
+            let got = plain.render_with_answers(messages, &none).unwrap_err().to_string();
+            assert!(got.contains(case.error.as_ref().unwrap()), "{name}: {got}");
+            continue;
+        };
+        let said = |chat: &RenderedChat| chat.answers.iter().map(|a| (a.message, a.span.clone())).collect::<Vec<_>>();
+        let speakers = (0..messages.len()).filter(|&i| messages[i].is_assistant());
+        let spans = case.answers.as_ref().unwrap().iter();
+        let expected: Vec<(usize, Range<usize>)> = speakers
+            .zip(spans)
+            .map(|(message, &(start, end))| (message, start..end))
+            .filter(|(_, span)| !span.is_empty())
+            .collect();
+        let chat = marked.render_with_answers(messages, &none).unwrap();
+        assert_eq!((&chat.text, said(&chat), chat.not_found.len()), (text, expected.clone(), 0), "{name}");
+        let chat = plain.render_with_answers(messages, &none).unwrap();
+        assert_eq!(&chat.text, text, "{name}");
+        if !chat.not_found.is_empty() {
+            lost.push(name);
+        } else if said(&chat) != expected {
+            let show = |spans: &[(usize, Range<usize>)]| -> Vec<String> {
+                spans.iter().map(|(message, span)| format!("{message}: {:?}", &text[span.clone()])).collect()
+            };
+            wrong.push(format!("{name}:\n  got {:?}\n  not {:?}", show(&said(&chat)), show(&expected)));
+        } else {
+            found += 1;
+        }
+    }
+    assert!(wrong.is_empty() && lost.is_empty(), "{found} found, lost {lost:#?}, wrong:\n{}", wrong.join("\n"));
+    assert_eq!(found, 525);
+}
+
+/// Conversations of texts that look like templates, with empty and blank ones, calls and reasoning at any place: what is found is
+/// what the marked twin says.
+#[test]
+fn random_conversations_are_those_of_marked_twins() {
+    const TEXTS: [&str; 29] = [
+        "Hi",
+        "Hello there",
+        " a",
+        "a ",
+        " \n",
+        "",
+        "\n",
+        "x\n",
+        "\n\ny",
+        "<b>t</b>",
+        "[1]",
+        "<|im_end|>",
+        "<|im_start|>assistant\n",
+        "</s>",
+        "<think>\nr\n</think>\n\nb",
+        "<think></think>b",
+        "</think>",
+        "[INST] q [/INST]",
+        "USER: z\nASSISTANT: y",
+        "ASSISTANT: ",
+        "<|assistant|>\n",
+        "<tool_response>\nx\n</tool_response>",
+        "<｜Assistant｜>",
+        "no",
+        ":",
+        ">",
+        "é",
+        "<|end|>\n</s>",
+        "<end_of_turn>\n",
+    ];
+    let (answers, tokens) = twins();
+    let compile = |source: &str| ChatTemplate::new(source, tokens.clone()).unwrap();
+    let templates: Vec<_> = answers
+        .templates
+        .iter()
+        // It writes nothing but white space between a system message and an answer: whose that is cannot be told.
+        .filter(|(name, _)| *name != "mistral v1")
+        .map(|(name, twins)| (name, compile(&twins.marked), compile(&twins.plain)))
+        .collect();
+    let calls = &answers.conversations["tools, two calls"];
+    let none = TemplateArguments::new();
+    let mut state = 7u64;
+    let mut random = |count: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % count
+    };
+    let mut compared = 0;
+    for _ in 0..120 {
+        let mut messages = Vec::new();
+        if random(3) == 0 {
+            messages.push(Message::system(TEXTS[random(TEXTS.len())]));
+        }
+        let mut role = ["user", "user", "assistant"][random(3)];
+        for _ in 0..1 + random(6) {
+            let mut message = Message::new(role, TEXTS[random(TEXTS.len())]);
+            match (role, random(8)) {
+                ("assistant", 0) => {
+                    message.extra.insert("reasoning_content".to_owned(), TEXTS[random(TEXTS.len())].into());
+                }
+                ("assistant", 1) => {
+                    message.extra.insert("tool_calls".to_owned(), calls[[1, 3][random(2)]].extra["tool_calls"].clone());
+                }
+                _ => {}
+            }
+            messages.push(message);
+            role = match (role, random(8)) {
+                ("assistant", 0) => "tool",
+                ("assistant", _) => "user",
+                (other, 0) => other,
+                _ => "assistant",
+            };
+        }
+        for (name, marked, plain) in &templates {
+            let Ok(expected) = marked.render_with_answers(&messages, &none) else { continue };
+            let got = plain.render_with_answers(&messages, &none).unwrap();
+            assert_eq!(got, expected, "{name}: {}", serde_json::to_string(&messages).unwrap());
+            compared += 1;
+        }
+    }
+    assert!(compared > 2000, "{compared}");
 }

@@ -72,6 +72,10 @@ pub struct DataStats {
     pub double_bos: usize,
     /// Documents in which one token spans the end of the prompt and the start of the completion.
     pub boundary_merged: usize,
+    /// Answers of the assistant that were not found in the text of their chat template, and are not trained.
+    pub answers_not_found: usize,
+    /// The line of the first of them in its file.
+    pub first_not_found: Option<usize>,
 }
 
 impl Default for Dataset {
@@ -242,6 +246,17 @@ impl Dataset {
         self.ids.extend_from_slice(&document.ids);
         self.trained.extend_from_slice(&document.trained);
         self.bounds.push(self.ids.len());
+        if let (Some((file, line)), 1..) = (origin, notes.answers_not_found)
+            && self.stats.first_not_found.is_none()
+        {
+            let (count, path) = (notes.answers_not_found, self.files.get(file as usize));
+            let path = path.map(|path| path.display().to_string()).unwrap_or_default();
+            tracing::warn!(
+                "{path}:{line}: {count} of the assistant's messages are not found in the text that the chat template writes, \
+                 and are not trained"
+            );
+            self.stats.first_not_found = Some(line);
+        }
         if let Some((file, line)) = origin {
             self.origins.push(Origin { file, line: u32::try_from(line).unwrap_or(u32::MAX) });
         }
@@ -253,6 +268,7 @@ impl Dataset {
         stats.truncated += usize::from(notes.truncated);
         stats.double_bos += usize::from(notes.double_bos);
         stats.boundary_merged += usize::from(notes.boundary_merged);
+        stats.answers_not_found += notes.answers_not_found;
     }
 
     fn range(&self, i: usize) -> Range<usize> {
@@ -305,6 +321,10 @@ impl fmt::Display for DataStats {
         ];
         for (count, what) in remarks.into_iter().filter(|(count, _)| *count > 0) {
             write!(f, "; {count} {what}")?;
+        }
+        if self.answers_not_found > 0 {
+            write!(f, "; {} answers not found in the chat template's text and not trained", self.answers_not_found)?;
+            self.first_not_found.map_or(Ok(()), |line| write!(f, " (the first in line {line})"))?;
         }
         Ok(())
     }

@@ -26,8 +26,13 @@ pub trait TextEncoder: Sync {
     fn has_chat_template(&self) -> bool;
 
     /// The token ids of a conversation as the chat template writes it, and for each token whether it belongs to a
-    /// message with `trained` set.
-    fn encode_chat(&self, conversation: &Conversation) -> Result<Encoded, EncodeError>;
+    /// message with `trained` set. Such messages that are not found in the text are counted in `notes`.
+    fn encode_chat(&self, conversation: &Conversation, notes: &mut Notes) -> Result<Encoded, EncodeError>;
+
+    /// The token ids of a conversation as the chat template writes it, without looking for its messages.
+    fn encode_whole_chat(&self, conversation: &Conversation) -> Result<Vec<u32>, EncodeError> {
+        Ok(self.encode_chat(conversation, &mut Notes::default())?.ids)
+    }
 
     /// What of a conversation the chat template does not read, by the names of the row's columns.
     fn unused(&self, conversation: &Conversation) -> Vec<String> {
@@ -117,6 +122,9 @@ pub struct Notes {
     pub double_bos: bool,
     /// Prompt and completion share a token.
     pub boundary_merged: bool,
+    /// Answers of the assistant that should be trained and are not: the chat template leaves them out, or writes them such
+    /// that they are not found.
+    pub answers_not_found: usize,
 }
 
 /// Encodes a row.
@@ -125,7 +133,8 @@ pub struct Notes {
 /// What is wrong with the row, without file and line.
 pub fn encode(record: &Record, encoder: &dyn TextEncoder, options: &EncodeOptions) -> Result<Outcome, String> {
     let mut notes = Notes::default();
-    let mut encoded = tokens(record, encoder, &mut notes).map_err(|error| error.to_string())?;
+    let mut encoded =
+        tokens(record, encoder, options.completion_only_loss, &mut notes).map_err(|error| error.to_string())?;
     debug_assert_eq!(encoded.ids.len(), encoded.trained.len());
     if let (Some(bos), [first, second, ..]) = (encoder.bos(), encoded.ids.as_slice())
         && (*first, *second) == (bos, bos)
@@ -140,7 +149,7 @@ pub fn encode(record: &Record, encoder: &dyn TextEncoder, options: &EncodeOption
     if encoded.trained_tokens() == 0 {
         return match options.on_untrained {
             OnUntrained::Skip => Ok(Outcome::Untrained),
-            OnUntrained::Error => Err(untrained_message(record)),
+            OnUntrained::Error => Err(untrained_message(record, notes)),
         };
     }
     let tokens = encoded.ids.len();
@@ -167,13 +176,18 @@ pub fn encode(record: &Record, encoder: &dyn TextEncoder, options: &EncodeOption
     Ok(Outcome::Document(encoded, notes))
 }
 
-fn tokens(record: &Record, encoder: &dyn TextEncoder, notes: &mut Notes) -> Result<Encoded, EncodeError> {
+fn tokens(
+    record: &Record,
+    encoder: &dyn TextEncoder,
+    completion_only: bool,
+    notes: &mut Notes,
+) -> Result<Encoded, EncodeError> {
     match record {
-        Record::Chat(conversation) => chat(conversation, encoder),
+        Record::Chat(conversation) => chat(conversation, encoder, completion_only, notes),
         Record::Completion { prompt, completion } => completion_tokens(prompt, completion, encoder, notes),
         Record::Instruction { .. } => {
             if let Some(conversation) = record.instruction_chat().filter(|_| encoder.has_chat_template()) {
-                return chat(&conversation, encoder);
+                return chat(&conversation, encoder, completion_only, notes);
             }
             let (prompt, completion) = record.instruction_text().expect("the row is an instruction");
             completion_tokens(&prompt, &completion, encoder, notes)
@@ -213,20 +227,31 @@ fn completion_tokens(
     Ok(encoded)
 }
 
-fn chat(conversation: &Conversation, encoder: &dyn TextEncoder) -> Result<Encoded, EncodeError> {
+fn chat(
+    conversation: &Conversation,
+    encoder: &dyn TextEncoder,
+    completion_only: bool,
+    notes: &mut Notes,
+) -> Result<Encoded, EncodeError> {
     if !encoder.has_chat_template() {
         return Err("the tokenizer has no chat template: set data.chat_template_path, or use `prompt` and \
                     `completion` strings"
             .into());
     }
-    let mut encoded = encoder.encode_chat(conversation)?;
+    if !completion_only {
+        let ids = encoder.encode_whole_chat(conversation)?;
+        let mut encoded = Encoded { trained: vec![true; ids.len()], ids };
+        if !encoded.ids.iter().any(|&id| encoder.is_end(id)) {
+            append_eos(&mut encoded, encoder)?;
+        }
+        return Ok(encoded);
+    }
+    let mut encoded = encoder.encode_chat(conversation, notes)?;
     if encoded.ids.len() != encoded.trained.len() {
         let (ids, flags) = (encoded.ids.len(), encoded.trained.len());
         return Err(format!("the encoder returned {ids} tokens and {flags} flags").into());
     }
-    if !encoded.trained.contains(&true) {
-        return Ok(encoded);
-    }
+    let Some(last) = encoded.trained.iter().rposition(|&trained| trained) else { return Ok(encoded) };
     // A template's generation marks may leave the end-of-turn token out: the model would never learn to stop.
     for i in 1..encoded.ids.len() {
         if encoded.trained[i - 1] && !encoded.trained[i] && encoder.is_end(encoded.ids[i]) {
@@ -234,7 +259,8 @@ fn chat(conversation: &Conversation, encoder: &dyn TextEncoder) -> Result<Encode
         }
     }
     let learns_to_stop = encoded.ids.iter().zip(&encoded.trained).any(|(&id, &trained)| trained && encoder.is_end(id));
-    if !learns_to_stop {
+    // Behind a text that is not the assistant's, EOS would teach to end that.
+    if !learns_to_stop && encoder.decode(&encoded.ids[last + 1..])?.trim().is_empty() {
         append_eos(&mut encoded, encoder)?;
     }
     Ok(encoded)
@@ -257,8 +283,13 @@ fn append_eos(encoded: &mut Encoded, encoder: &dyn TextEncoder) -> Result<(), En
     Ok(())
 }
 
-fn untrained_message(record: &Record) -> String {
+fn untrained_message(record: &Record, notes: Notes) -> String {
     let reason = match record {
+        Record::Chat(_) | Record::Instruction { .. } if notes.answers_not_found > 0 => {
+            "the assistant's messages are not found in the text that the chat template writes (it leaves them out or changes \
+             them); a template that marks them with {% generation %} and {% endgeneration %} can be given as \
+             data.chat_template_path"
+        }
         Record::Chat(conversation) if conversation.messages.iter().all(|message| !message.trained) => {
             "no message of the assistant is trained"
         }
@@ -318,6 +349,8 @@ mod tests {
         assert_eq!(marked(&conversation(&two_turns), &bare), "^<u>a<a>[b]<u>c<a>[d$]");
         // A user turn at the end does not matter.
         assert_eq!(marked(&conversation(&[("assistant", "b"), ("user", "c")]), &encoder), "^<a>[b|]<u>c|");
+        // EOS behind it would teach to end the user's text.
+        assert_eq!(marked(&conversation(&[("assistant", "b"), ("user", "c")]), &bare), "^<a>[b]<u>c");
     }
 
     #[test]
@@ -345,6 +378,11 @@ mod tests {
         assert_eq!(encoder.marked(&encoded), "[^abc$]");
         // The first token has no loss: nothing predicts it.
         assert_eq!(encoded.trained_tokens(), 4);
+        // Of conversations too, whoever speaks in them.
+        let two = conversation(&[("user", "a"), ("assistant", "b")]);
+        assert_eq!(encoder.marked(&document(&two, &encoder, &options).0), "[^<u>a|<a>b|]");
+        let bare = ToyEncoder { end_of_turn: "", ..ToyEncoder::default() };
+        assert_eq!(bare.marked(&document(&two, &bare, &options).0), "[^<u>a<a>b$]");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! An encoder for tests: every character is a token.
 
-use super::encode::{EncodeError, Encoded, TextEncoder};
+use super::encode::{EncodeError, Encoded, Notes, TextEncoder};
 use super::record::Conversation;
 
 /// `^` is BOS, `$` EOS, `|` the end of a turn; a turn is `<r>content|` with the first letter of its role.
@@ -56,7 +56,7 @@ impl TextEncoder for ToyEncoder {
         self.template
     }
 
-    fn encode_chat(&self, conversation: &Conversation) -> Result<Encoded, EncodeError> {
+    fn encode_chat(&self, conversation: &Conversation, _: &mut Notes) -> Result<Encoded, EncodeError> {
         let mut encoded = Encoded { ids: self.encode("", true)?, trained: Vec::new() };
         encoded.trained.resize(encoded.ids.len(), false);
         for message in &conversation.messages {
