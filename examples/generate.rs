@@ -2,14 +2,18 @@
 //!
 //!     cargo run --release --example generate -- --model MODEL --adapter output/adapter "Where is Rome?"
 //!
-//! Without a prompt a chat begins; `--batch prompts.jsonl --output answers.jsonl` answers a file. With `--adapter` given
+//! Without a prompt a chat begins (`/help` lists its commands); `--batch prompts.jsonl --output answers.jsonl` answers a file. With `--adapter` given
 //! several times as NAME=ADAPTER, `--with NAME` chooses one; `--with all` answers with the base and with every adapter, in
 //! one batch.
 
+#[path = "support/terminal.rs"]
+mod terminal;
+
+use std::fmt;
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::Parser;
@@ -21,6 +25,7 @@ use qlora::kernels::quant::QuantConfig;
 use qlora::model::{AdapterChoice, CausalLm, DeviceChoice, LoadOptions, Quantization};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
 use qlora::sampling::GenerationConfig;
+use terminal::{Input, Terminal};
 
 /// Generates text.
 #[derive(Parser)]
@@ -147,7 +152,9 @@ fn main() -> anyhow::Result<()> {
         return Ok(());
     }
 
-    talk.stream(&prompt).map(drop)
+    let (_, figures) = talk.stream(&prompt, || false)?;
+    eprintln!("{figures}");
+    Ok(())
 }
 
 /// The device that a model is on.
@@ -174,9 +181,9 @@ impl Talk<'_> {
         Ok(self.files.tokenizer.encode(&text, false)?)
     }
 
-    /// Prints an answer as it comes, and returns it.
-    fn stream(&self, prompt: &[u32]) -> anyhow::Result<String> {
-        eprintln!("keys and values: {} at most", CachePlan::new(self.model, [prompt.len()], &self.config)?);
+    /// Prints an answer as it comes, until it ends or `stop` says so, and returns it.
+    fn stream(&self, prompt: &[u32], stop: impl Fn() -> bool) -> anyhow::Result<(String, Figures)> {
+        let cache = CachePlan::new(self.model, [prompt.len()], &self.config)?;
         let start = Instant::now();
         let mut text = AnswerText::new(&self.files.tokenizer, &self.config);
         let (mut whole, mut failure, mut first) = (String::new(), None, None);
@@ -186,7 +193,7 @@ impl Talk<'_> {
                 print!("{piece}");
                 whole.push_str(&piece);
                 // A closed pipe ends the generation, too.
-                match !text.is_complete() && std::io::stdout().flush().is_ok() {
+                match !text.is_complete() && !stop() && std::io::stdout().flush().is_ok() {
                     true => ControlFlow::Continue(()),
                     false => ControlFlow::Break(()),
                 }
@@ -201,30 +208,50 @@ impl Talk<'_> {
         }
         let rest = text.finish()?;
         println!("{rest}");
-        let (all, first) = (start.elapsed(), first.unwrap_or_else(|| start.elapsed()));
-        // The first token belongs to the prompt.
-        let speed = answer.tokens.len().saturating_sub(1) as f64 / (all - first).as_secs_f64().max(1e-9);
-        eprintln!(
-            "{} tokens of prompt in {:.2} s, {} new tokens at {speed:.1} tokens/s",
-            prompt.len(),
-            first.as_secs_f64(),
-            answer.tokens.len()
-        );
-        Ok(whole + &rest)
+        let whole_time = start.elapsed();
+        let first = first.unwrap_or(whole_time);
+        let figures =
+            Figures { prompt: prompt.len(), first, answer: answer.tokens.len(), rest: whole_time - first, cache };
+        Ok((whole + &rest, figures))
     }
 
     /// A chat on the terminal, until the input ends.
-    fn chat(&self, mut messages: Vec<Message>) -> anyhow::Result<()> {
-        eprintln!("Say something; an empty line or Ctrl-D ends the chat.");
+    fn chat(&self, system: Vec<Message>) -> anyhow::Result<()> {
+        let mut terminal = Terminal::open()?;
+        let (mut messages, mut last) = (system.clone(), None);
+        eprintln!("Say something. /help lists the commands; Ctrl-D ends the chat.");
         loop {
-            eprint!("> ");
-            let mut line = String::new();
-            if std::io::stdin().read_line(&mut line)? == 0 || line.trim().is_empty() {
-                return Ok(());
-            }
-            messages.push(Message::user(line.trim()));
-            match self.encode(&messages, Some(line.trim())).and_then(|prompt| self.stream(&prompt)) {
-                Ok(answer) => messages.push(Message::assistant(answer)),
+            let line = match terminal.read()? {
+                Input::Say(line) => line,
+                Input::Quit => return Ok(()),
+                Input::Help => {
+                    eprintln!("{}", terminal::HELP);
+                    continue;
+                }
+                Input::Clear => {
+                    (messages, last) = (system.clone(), None);
+                    eprintln!("A new conversation.");
+                    continue;
+                }
+                Input::Stats => {
+                    let limit = self.model.config().max_position_embeddings;
+                    match &last {
+                        Some(figures) => {
+                            eprintln!("{figures}\n{} of {limit} tokens used", figures.prompt + figures.answer)
+                        }
+                        None => eprintln!("no answer yet; the model takes {limit} tokens"),
+                    }
+                    continue;
+                }
+            };
+            messages.push(Message::user(&line));
+            terminal.begin_answer();
+            let answer = self.encode(&messages, Some(&line));
+            match answer.and_then(|prompt| self.stream(&prompt, || terminal.is_interrupted())) {
+                Ok((answer, figures)) => {
+                    messages.push(Message::assistant(answer));
+                    last = Some(figures);
+                }
                 // Such as a message that is too long: the others are still there.
                 Err(error) => {
                     eprintln!("{error:#}");
@@ -285,5 +312,24 @@ impl Talk<'_> {
         let speed = tokens as f64 / seconds;
         println!("{}: {} answers in {seconds:.1} s, {speed:.0} tokens/s", output.display(), rows.len());
         Ok(())
+    }
+}
+
+/// How long an answer took, and its memory.
+struct Figures {
+    prompt: usize,
+    /// Until the first token, which belongs to the prompt.
+    first: Duration,
+    answer: usize,
+    rest: Duration,
+    cache: CachePlan,
+}
+
+impl fmt::Display for Figures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let speed = self.answer.saturating_sub(1) as f64 / self.rest.as_secs_f64().max(1e-9);
+        writeln!(f, "keys and values: {} at most", self.cache)?;
+        write!(f, "{} tokens of prompt in {:.2} s, ", self.prompt, self.first.as_secs_f64())?;
+        write!(f, "{} new tokens at {speed:.1} tokens/s", self.answer)
     }
 }
