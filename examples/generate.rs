@@ -2,15 +2,19 @@
 //!
 //!     cargo run --release --example generate -- --model MODEL --adapter output/adapter "Where is Rome?"
 //!
-//! Without a prompt a chat begins; `--batch prompts.jsonl --output answers.jsonl` answers a file. With `--adapter` given
+//! Without a prompt a chat begins (`/help` lists its commands); `--batch prompts.jsonl --output answers.jsonl` answers a file. With `--adapter` given
 //! several times as NAME=ADAPTER, `--with NAME` chooses one; `--with all` answers with the base and with every adapter, in
 //! one batch.
 
+#[path = "support/terminal.rs"]
+mod terminal;
+
 use std::collections::BTreeSet;
+use std::fmt;
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use clap::Parser;
@@ -25,6 +29,7 @@ use qlora::sampling::GenerationConfig;
 use qlora::trainer::config::TemplateKwargs;
 use qlora::trainer::data::{Conversation, JsonLine, Message, TextEncoder, read_json_lines};
 use qlora::trainer::encoder::ModelEncoder;
+use terminal::{Input, Terminal};
 
 /// Generates text.
 #[derive(Parser)]
@@ -182,7 +187,9 @@ fn main() -> anyhow::Result<()> {
         return Ok(());
     }
 
-    talk.stream(&prompt).map(drop)
+    let (_, figures) = talk.stream(&prompt, || false)?;
+    eprintln!("{figures}");
+    Ok(())
 }
 
 /// The model, or what the first adapter names as its base.
@@ -219,7 +226,10 @@ impl Talk<'_> {
         if let (true, Some(text)) = (self.raw, raw) {
             return Ok(self.files.tokenizer.encode_prompt(text)?);
         }
-        self.files.chat_template.as_ref().context("the model has no chat template: give one with --chat-template, or use --raw")?;
+        self.files
+            .chat_template
+            .as_ref()
+            .context("the model has no chat template: give one with --chat-template, or use --raw")?;
         self.encoder.prompt(conversation).map_err(|error| anyhow!("{error}"))
     }
 
@@ -231,9 +241,9 @@ impl Talk<'_> {
         }
     }
 
-    /// Prints an answer as it comes, and returns it.
-    fn stream(&self, prompt: &[u32]) -> anyhow::Result<String> {
-        eprintln!("keys and values: {} at most", CachePlan::new(self.model, [prompt.len()], &self.config)?);
+    /// Prints an answer as it comes, until it ends or `stop` says so, and returns it.
+    fn stream(&self, prompt: &[u32], stop: impl Fn() -> bool) -> anyhow::Result<(String, Figures)> {
+        let cache = CachePlan::new(self.model, [prompt.len()], &self.config)?;
         let start = Instant::now();
         let mut text = AnswerText::new(&self.files.tokenizer, &self.config);
         let (mut whole, mut failure, mut first) = (String::new(), None, None);
@@ -243,7 +253,7 @@ impl Talk<'_> {
                 print!("{piece}");
                 whole.push_str(&piece);
                 // A closed pipe ends the generation, too.
-                match !text.is_complete() && std::io::stdout().flush().is_ok() {
+                match !text.is_complete() && !stop() && std::io::stdout().flush().is_ok() {
                     true => ControlFlow::Continue(()),
                     false => ControlFlow::Break(()),
                 }
@@ -258,31 +268,50 @@ impl Talk<'_> {
         }
         let rest = text.finish()?;
         println!("{rest}");
-        let (all, first) = (start.elapsed(), first.unwrap_or_else(|| start.elapsed()));
-        // The first token belongs to the prompt.
-        let speed = answer.tokens.len().saturating_sub(1) as f64 / (all - first).as_secs_f64().max(1e-9);
-        eprintln!(
-            "{} tokens of prompt in {:.2} s, {} new tokens at {speed:.1} tokens/s",
-            prompt.len(),
-            first.as_secs_f64(),
-            answer.tokens.len()
-        );
-        Ok(whole + &rest)
+        let whole_time = start.elapsed();
+        let first = first.unwrap_or(whole_time);
+        let figures =
+            Figures { prompt: prompt.len(), first, answer: answer.tokens.len(), rest: whole_time - first, cache };
+        Ok((whole + &rest, figures))
     }
 
     /// A chat on the terminal, until the input ends.
     fn chat(&self, system: Vec<Message>) -> anyhow::Result<()> {
-        let mut conversation = Conversation::new(system);
-        eprintln!("Say something; an empty line or Ctrl-D ends the chat.");
+        let mut terminal = Terminal::open()?;
+        let (mut conversation, mut last) = (Conversation::new(system.clone()), None::<Figures>);
+        eprintln!("Say something. /help lists the commands; Ctrl-D ends the chat.");
         loop {
-            eprint!("> ");
-            let mut line = String::new();
-            if std::io::stdin().read_line(&mut line)? == 0 || line.trim().is_empty() {
-                return Ok(());
-            }
-            conversation.messages.push(Message::new("user", line.trim()));
-            match self.encode(&conversation, Some(line.trim())).and_then(|prompt| self.stream(&prompt)) {
-                Ok(answer) => conversation.messages.push(Message::new("assistant", answer)),
+            let line = match terminal.read()? {
+                Input::Say(line) => line,
+                Input::Quit => return Ok(()),
+                Input::Help => {
+                    eprintln!("{}", terminal::HELP);
+                    continue;
+                }
+                Input::Clear => {
+                    (conversation, last) = (Conversation::new(system.clone()), None);
+                    eprintln!("A new conversation.");
+                    continue;
+                }
+                Input::Stats => {
+                    let limit = self.model.config().max_position_embeddings;
+                    match &last {
+                        Some(figures) => {
+                            eprintln!("{figures}\n{} of {limit} tokens used", figures.prompt + figures.answer)
+                        }
+                        None => eprintln!("no answer yet; the model takes {limit} tokens"),
+                    }
+                    continue;
+                }
+            };
+            conversation.messages.push(Message::new("user", line.as_str()));
+            terminal.begin_answer();
+            let prompt = self.encode(&conversation, Some(&line));
+            match prompt.and_then(|prompt| self.stream(&prompt, || terminal.is_interrupted())) {
+                Ok((answer, figures)) => {
+                    conversation.messages.push(Message::new("assistant", answer));
+                    last = Some(figures);
+                }
                 // Such as a message that is too long: the others are still there.
                 Err(error) => {
                     eprintln!("{error:#}");
@@ -336,5 +365,24 @@ impl Talk<'_> {
         let speed = tokens as f64 / seconds;
         println!("{}: {} answers in {seconds:.1} s, {speed:.0} tokens/s", output.display(), rows.len());
         Ok(())
+    }
+}
+
+/// How long an answer took, and its memory.
+struct Figures {
+    prompt: usize,
+    /// Until the first token, which belongs to the prompt.
+    first: Duration,
+    answer: usize,
+    rest: Duration,
+    cache: CachePlan,
+}
+
+impl fmt::Display for Figures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let speed = self.answer.saturating_sub(1) as f64 / self.rest.as_secs_f64().max(1e-9);
+        writeln!(f, "keys and values: {} at most", self.cache)?;
+        write!(f, "{} tokens of prompt in {:.2} s, ", self.prompt, self.first.as_secs_f64())?;
+        write!(f, "{} new tokens at {speed:.1} tokens/s", self.answer)
     }
 }

@@ -32,8 +32,14 @@ fn it_has_every_key_with_its_default() {
         "per_device_eval_batch_size",
     ]
     .into_iter()
-    .chain(["adapter_name_or_path", "chat_template_kwargs", "warmup_steps", "warmup_ratio", "data_seed", "memory_budget"])
-    {
+    .chain([
+        "adapter_name_or_path",
+        "chat_template_kwargs",
+        "warmup_steps",
+        "warmup_ratio",
+        "data_seed",
+        "memory_budget",
+    ]) {
         assert_ne!(uncommented(key), text, "{key}");
         let changed = TrainConfig::from_toml_str(&uncommented(key)).unwrap();
         assert_ne!(changed, config, "{key}");

@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// Why something in this crate failed. Messages name the file, tensor or layer, and say what to do where that is known.
+///
+/// A message is whole: it holds what the operating system or another crate said, which therefore is no
+/// [`source`](std::error::Error::source) too. Whoever prints a chain of errors (anyhow does) prints nothing twice.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -15,7 +18,7 @@ pub enum Error {
         /// The file or folder.
         path: PathBuf,
         /// What the operating system said.
-        source: std::io::Error,
+        r#source: std::io::Error,
     },
 
     /// A file does not hold what its format asks for.
@@ -56,7 +59,7 @@ pub enum Error {
 impl Error {
     /// An [`Error::Io`] for `path`.
     pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
-        Self::Io { path: path.as_ref().to_owned(), source }
+        Self::Io { path: path.as_ref().to_owned(), r#source: source }
     }
 
     /// An [`Error::Format`] for `path`.

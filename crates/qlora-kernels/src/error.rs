@@ -70,7 +70,6 @@ pub enum Error {
         /// The operation.
         op: &'static str,
         /// What the operating system says.
-        #[source]
         error: std::io::Error,
     },
 

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// Why something in this crate failed. Messages name the file and line, the key, the step or the tensor.
+///
+/// A message is whole, as [`qlora_core::Error`]'s: what it holds of another error is no source too.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -16,7 +18,7 @@ pub enum Error {
         /// The file or folder.
         path: PathBuf,
         /// What the operating system said.
-        source: std::io::Error,
+        r#source: std::io::Error,
     },
 
     /// The configuration is not valid; all problems that were found.
@@ -102,7 +104,7 @@ pub enum Error {
         /// The micro-batch within the step, from 1.
         micro_batch: usize,
         /// What it said.
-        source: qlora_core::Error,
+        r#source: qlora_core::Error,
     },
 }
 
@@ -175,7 +177,7 @@ fn list(names: &[String]) -> String {
 impl Error {
     /// An [`Error::Io`] for `path`.
     pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
-        Self::Io { path: path.as_ref().to_owned(), source }
+        Self::Io { path: path.as_ref().to_owned(), r#source: source }
     }
 
     /// An [`Error::Data`] for a line of a file.

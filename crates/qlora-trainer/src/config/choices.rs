@@ -21,10 +21,13 @@ pub enum QuantType {
 #[serde(rename_all = "lowercase")]
 pub enum ComputeDtype {
     /// bfloat16.
+    #[serde(alias = "bf16", alias = "torch.bfloat16")]
     Bfloat16,
     /// IEEE half.
+    #[serde(alias = "fp16", alias = "torch.float16")]
     Float16,
     /// 32-bit.
+    #[serde(alias = "fp32", alias = "torch.float32")]
     Float32,
 }
 
@@ -89,7 +92,8 @@ impl From<GradientCheckpointing> for CheckpointingValue {
 #[serde(rename_all = "snake_case")]
 pub enum Optim {
     /// AdamW with moments of 32 bits.
-    #[serde(alias = "adamw_torch_fused", alias = "paged_adamw_32bit")]
+    #[serde(alias = "adamw_torch_fused", alias = "paged_adamw_32bit", alias = "paged_adamw", alias = "adamw_hf")]
+    #[serde(alias = "adamw", alias = "adamw_apex_fused")]
     AdamwTorch,
     /// AdamW with moments of 8 bits: a quarter of the memory, close to the same steps.
     #[serde(rename = "adamw_8bit", alias = "adamw_bnb_8bit", alias = "paged_adamw_8bit")]
@@ -104,7 +108,8 @@ pub enum Scheduler {
     Constant,
     /// Stays, after the warmup.
     ConstantWithWarmup,
-    /// Half a cosine down to zero.
+    /// Half a cosine down to zero. With one cycle, the default, transformers' "cosine_with_restarts" is the same.
+    #[serde(alias = "cosine_with_restarts")]
     Cosine,
     /// A straight line down to zero.
     Linear,

@@ -2,7 +2,9 @@
 //!
 //! The file has four sections: `[model]`, `[lora]`, `[data]` and `[training]`. Keys have the names of transformers, PEFT,
 //! bitsandbytes and TRL, and mean here what they mean there. Only `model.model_name_or_path` and `data.train_file` must be
-//! given. An unknown key is an error that names the line and the key that was probably meant.
+//! given. An unknown key is an error that names the line and the key that was probably meant. Keys of other trainers are
+//! accepted where they ask for what happens anyway (`bias = "none"`, `report_to = "none"`), otherwise refused with what to
+//! write instead.
 //!
 //! ```
 //! use qlora_trainer::config::{Scheduler, TrainConfig};
@@ -23,8 +25,12 @@
 //! ```
 
 mod choices;
+mod foreign_keys;
+mod keys;
+mod known_keys;
 mod parse;
 mod validate;
+mod values;
 
 use std::path::PathBuf;
 

@@ -1,48 +1,16 @@
 //! TOML in and out: unknown keys with suggestions, wrong types and bad values, each with its line.
 
-use std::collections::HashMap;
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 
-use serde::de::value::Error as FieldError;
-use serde::de::{DeserializeOwned, Deserializer, Visitor};
-use toml::de::{DeTable, DeValue};
+use serde::Deserialize;
+use toml::de::DeTable;
+use toml::{Spanned, Value};
 
-use super::{DataOptions, LoraOptions, ModelOptions, TrainConfig, TrainingOptions};
+use super::keys::{Keys, Place, line_of, sections, suggestion};
+use super::{TrainConfig, foreign_keys, values};
 use crate::error::{Error, Problem, Result};
-
-/// What other trainers call a key, and where ours stands.
-const FOREIGN_NAMES: &[(&str, &str)] = &[
-    ("adapter_path", "`adapter_name_or_path` in [lora]"),
-    ("base_model", "`model_name_or_path` in [model]"),
-    ("batch_size", "`per_device_train_batch_size` in [training]"),
-    ("cutoff_len", "`max_length` in [data]"),
-    ("dataset_name", "`train_file` in [data]"),
-    ("double_quantization", "`bnb_4bit_use_double_quant` in [model]"),
-    ("eval_file", "`validation_file` in [data]"),
-    ("init_from_adapter", "`adapter_name_or_path` in [lora]"),
-    ("lora_model_dir", "`adapter_name_or_path` in [lora]"),
-    ("lora_r", "`r` in [lora]"),
-    ("lora_rank", "`r` in [lora]"),
-    ("lora_target", "`target_modules` in [lora]"),
-    ("lora_target_modules", "`target_modules` in [lora]"),
-    ("lr", "`learning_rate` in [training]"),
-    ("lr_scheduler", "`lr_scheduler_type` in [training]"),
-    ("max_seq_length", "`max_length` in [data]"),
-    ("micro_batch_size", "`per_device_train_batch_size` in [training]"),
-    ("num_epochs", "`num_train_epochs` in [training]"),
-    ("resume_adapter_file", "`adapter_name_or_path` in [lora]"),
-    ("sample_packing", "`packing` in [data]"),
-    ("sequence_len", "`max_length` in [data]"),
-    ("test_file", "`validation_file` in [data]"),
-    ("train_on_input", "`completion_only_loss` in [data], with the opposite value"),
-    ("train_on_inputs", "`completion_only_loss` in [data], with the opposite value"),
-    ("use_bnb_nested_quant", "`bnb_4bit_use_double_quant` in [model]"),
-    ("use_double_quant", "`bnb_4bit_use_double_quant` in [model]"),
-];
-
-/// How alike (Jaro-Winkler, 0 to 1) a known key must be to be suggested.
-const SIMILAR: f64 = 0.8;
 
 impl TrainConfig {
     /// Reads and validates a TOML file.
@@ -87,21 +55,37 @@ impl TrainConfig {
         let problem = |message: String| Error::Config(vec![Problem { path: None, line: None, message }]);
         let (section, name) = key.split_once('.').unwrap_or(("", key));
         let known = sections();
-        let Some(keys) = known.iter().find(|(known, _)| *known == section).map(|(_, keys)| *keys) else {
-            return Err(problem(format!("`{key}`: write [section].[key]; {}", suggestion("", name, &known))));
-        };
-        if !keys.contains(&name) {
-            return Err(problem(format!("unknown key `{key}`{}", suggestion(section, name, &known))));
-        }
-        let mut whole = toml::Table::try_from(&*self).expect("sections of plain values have a TOML form");
         let value = format!("value = {value}")
             .parse::<toml::Table>()
             .ok()
             .and_then(|mut table| table.remove("value"))
-            .unwrap_or_else(|| toml::Value::String(value.to_owned()));
-        let table = whole.get_mut(section).and_then(toml::Value::as_table_mut).expect("every section is a table");
-        table.insert(name.to_owned(), value);
-        *self = whole.try_into().map_err(|error: toml::de::Error| problem(format!("`{key}`: {}", error.message())))?;
+            .unwrap_or_else(|| Value::String(value.to_owned()));
+        let keys = known.iter().find(|(known, _)| *known == section).map(|(_, keys)| *keys);
+        if !keys.is_some_and(|keys| keys.contains(&name)) {
+            let ours = known.iter().any(|(_, keys)| keys.contains(&name));
+            return match (foreign_keys::find(name).filter(|_| !ours), keys) {
+                (Some(foreign), _) => {
+                    foreign.refusal(self, name, &value).map_or(Ok(()), |message| Err(problem(message)))
+                }
+                (None, Some(_)) => Err(problem(format!("unknown key `{key}`{}", suggestion(section, name, &known)))),
+                (None, None) => {
+                    Err(problem(format!("`{key}`: write [section].[key]; {}", suggestion("", name, &known))))
+                }
+            };
+        }
+        self.put(section, name, value.clone()).map_err(|message| {
+            let hint = values::hint(section, name, &value, &message);
+            problem(format!("`{key}`: {message}{hint}"))
+        })
+    }
+
+    /// Sets one key of ours; the error is what is wrong with the value.
+    pub(super) fn put(&mut self, section: &str, name: &str, value: Value) -> std::result::Result<(), String> {
+        let mut whole = toml::Table::try_from(&*self).map_err(|error| error.to_string())?;
+        if let Some(table) = whole.get_mut(section).and_then(Value::as_table_mut) {
+            table.insert(name.to_owned(), value);
+        }
+        *self = whole.try_into().map_err(|error: toml::de::Error| error.message().to_owned())?;
         Ok(())
     }
 
@@ -112,135 +96,43 @@ impl TrainConfig {
             (None, Some(number)) => problem(line, format!("line {number}: {message}")),
             _ => problem(line, message),
         };
-        let of_toml = |error: &toml::de::Error| {
-            let line = error.span().map(|span| line_of(text, span.start));
-            Error::Config(vec![located(line, error.message().trim().replace('\n', ", "))])
-        };
+        let line_of_error = |error: &toml::de::Error| error.span().map(|span| line_of(text, span.start));
+        let message_of = |error: &toml::de::Error| error.message().trim().replace('\n', ", ");
 
-        let table = DeTable::parse(text).map_err(|error| of_toml(&error))?;
-        let (lines, unknown) = check_keys(text, table.get_ref());
-        if !unknown.is_empty() {
-            return Err(Error::Config(unknown.into_iter().map(|(line, text)| located(Some(line), text)).collect()));
-        }
-        let config: Self = toml::from_str(text).map_err(|error| of_toml(&error))?;
-        let problems = config.problems();
-        if !problems.is_empty() {
+        let table = DeTable::parse(text).map_err(|error| {
+            let line = line_of_error(&error);
+            let hint = values::syntax_hint(text, line.unwrap_or(1));
+            Error::Config(vec![located(line, format!("{}{hint}", message_of(&error)))])
+        })?;
+        let span = table.span();
+        let (ours, keys) = Keys::sort(text, table.into_inner());
+        let read = Self::deserialize(toml::de::Deserializer::from(Spanned::new(span, ours)));
+        let lines = keys.lines.clone();
+        let wrong_value = read.as_ref().err().map(|error| {
+            let inside =
+                |span: &Range<usize>| error.span().is_some_and(|at| span.start <= at.start && at.end <= span.end);
+            let place = keys.places.iter().find(|place| inside(&place.span));
+            (line_of_error(error), named(place, &message_of(error)))
+        });
+        let unknown = keys.problems(read.as_ref().unwrap_or(&Self::default()));
+        let mut problems: Vec<_> = unknown.into_iter().map(|(line, message)| located(Some(line), message)).collect();
+        problems.extend(wrong_value.map(|(line, message)| located(line, message)));
+        if let (Ok(config), true) = (&read, problems.is_empty()) {
             let with_line = |(key, message): (&'static str, String)| located(lines.get(key).copied(), message);
-            return Err(Error::Config(problems.into_iter().map(with_line).collect()));
+            problems = config.problems().into_iter().map(with_line).collect();
         }
-        Ok(config)
-    }
-}
-
-/// A section's name and its keys.
-type Section = (&'static str, &'static [&'static str]);
-
-fn sections() -> [Section; 4] {
-    [
-        ("model", field_names::<ModelOptions>()),
-        ("lora", field_names::<LoraOptions>()),
-        ("data", field_names::<DataOptions>()),
-        ("training", field_names::<TrainingOptions>()),
-    ]
-}
-
-/// The line of every key (`section.key`), and a message with its line for every key that does not exist.
-fn check_keys(text: &str, table: &DeTable<'_>) -> (HashMap<String, usize>, Vec<(usize, String)>) {
-    let known = sections();
-    let (mut lines, mut unknown) = (HashMap::new(), Vec::new());
-    for (section, value) in table {
-        let line = line_of(text, section.span().start);
-        let section: &str = section.get_ref();
-        let keys = known.iter().find(|(name, _)| *name == section).map(|(_, keys)| *keys);
-        match (keys, value.get_ref()) {
-            (Some(keys), DeValue::Table(entries)) => {
-                lines.insert(section.to_owned(), line);
-                for key in entries.keys() {
-                    let line = line_of(text, key.span().start);
-                    let key: &str = key.get_ref();
-                    if keys.contains(&key) {
-                        lines.insert(format!("{section}.{key}"), line);
-                    } else {
-                        let hint = suggestion(section, key, &known);
-                        unknown.push((line, format!("unknown key `{key}` in [{section}]{hint}")));
-                    }
-                }
-            }
-            (Some(_), _) => unknown.push((line, format!("`{section}` must be a section: write [{section}]"))),
-            (None, DeValue::Table(_)) => {
-                let names: Vec<_> = known.iter().map(|(name, _)| *name).collect();
-                let hint = match most_similar(section, &names) {
-                    Some(name) => format!("did you mean [{name}]?"),
-                    None => format!("there are [{}]", names.join("], [")),
-                };
-                unknown.push((line, format!("unknown section [{section}]; {hint}")));
-            }
-            (None, _) => {
-                unknown.push((line, format!("key `{section}` outside a section{}", suggestion("", section, &known))));
-            }
+        match read {
+            Ok(config) if problems.is_empty() => Ok(config),
+            _ => Err(Error::Config(problems)),
         }
     }
-    unknown.sort();
-    (lines, unknown)
 }
 
-/// What to write instead of `key` in `section`, as the end of a message.
-fn suggestion(section: &str, key: &str, known: &[Section]) -> String {
-    if let Some((name, _)) = known.iter().find(|(_, keys)| keys.contains(&key)) {
-        return format!("; it belongs in [{name}]");
-    }
-    if let Some((_, ours)) = FOREIGN_NAMES.iter().find(|(foreign, _)| *foreign == key) {
-        return format!("; here it is {ours}");
-    }
-    let own = known.iter().find(|(name, _)| *name == section).and_then(|(_, keys)| most_similar(key, keys));
-    if let Some(name) = own {
-        return format!("; did you mean `{name}`?");
-    }
-    let elsewhere = known.iter().find_map(|(section, keys)| Some((section, most_similar(key, keys)?)));
-    elsewhere.map(|(section, name)| format!("; did you mean `{name}` in [{section}]?")).unwrap_or_default()
-}
-
-fn most_similar<'a>(key: &str, names: &[&'a str]) -> Option<&'a str> {
-    let scored = names.iter().map(|name| (strsim::jaro_winkler(key, name), *name));
-    scored.filter(|(score, _)| *score >= SIMILAR).max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, name)| name)
-}
-
-/// The line, from 1, of a byte of the text.
-fn line_of(text: &str, offset: usize) -> usize {
-    1 + text.bytes().take(offset).filter(|&byte| byte == b'\n').count()
-}
-
-/// The names of a struct's fields, as its `Deserialize` knows them.
-fn field_names<T: DeserializeOwned>() -> &'static [&'static str] {
-    let mut recorder = FieldRecorder(&[]);
-    // Always an error: the recorder holds no value. What counts is what it was asked for.
-    let _ = T::deserialize(&mut recorder);
-    recorder.0
-}
-
-struct FieldRecorder(&'static [&'static str]);
-
-impl<'de> Deserializer<'de> for &mut FieldRecorder {
-    type Error = FieldError;
-
-    fn deserialize_any<V: Visitor<'de>>(self, _: V) -> std::result::Result<V::Value, FieldError> {
-        Err(serde::de::Error::custom("not a struct"))
-    }
-
-    fn deserialize_struct<V: Visitor<'de>>(
-        self,
-        _: &'static str,
-        fields: &'static [&'static str],
-        _: V,
-    ) -> std::result::Result<V::Value, FieldError> {
-        self.0 = fields;
-        Err(serde::de::Error::custom("recorded"))
-    }
-
-    serde::forward_to_deserialize_any! {
-        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
-        newtype_struct seq tuple tuple_struct map enum identifier ignored_any
-    }
+/// A message about a value, with its key and what to write instead.
+fn named(place: Option<&Place>, message: &str) -> String {
+    let Some(Place { key, value, .. }) = place else { return message.to_owned() };
+    let (section, name) = key.split_once('.').unwrap_or(("", key));
+    format!("`{name}`: {message}{}", values::hint(section, name, value, message))
 }
 
 #[cfg(test)]
@@ -294,10 +186,11 @@ mod tests {
                 "line 6: unknown key `learning_rte` in [training]; did you mean `learning_rate`?",
             ),
             ("[training]\nr = 8", "line 6: unknown key `r` in [training]; it belongs in [lora]"),
-            ("[lora]\nlora_r = 8", "line 6: unknown key `lora_r` in [lora]; here it is `r` in [lora]"),
+            ("[lora]\nlora_r = 8", "line 6: unknown key `lora_r`; here it is `r` in [lora]: write `r = 8`"),
             (
                 "train_on_inputs = true",
-                "line 5: unknown key `train_on_inputs` in [data]; here it is `completion_only_loss` in [data], with the opposite value",
+                "line 5: unknown key `train_on_inputs`; here it is `completion_only_loss` in [data], with the opposite value: \
+                 write `completion_only_loss = false`",
             ),
             ("[trainig]", "line 5: unknown section [trainig]; did you mean [training]?"),
             ("[zzz]\na = 1", "line 5: unknown section [zzz]; there are [model], [lora], [data], [training]"),

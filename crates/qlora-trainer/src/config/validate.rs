@@ -70,6 +70,9 @@ impl TrainConfig {
             "lora.adapter_name_or_path",
             "must not be empty: the folder or hub id of an adapter",
         );
+        if let Some(meant) = meant_targets(&lora.target_modules) {
+            check.that(false, "lora.target_modules", format!("does not name modules that way: write {meant}"));
+        }
     }
 
     fn check_data(&self, check: &mut Checker) {
@@ -149,6 +152,25 @@ impl TrainConfig {
             "training.lr_scheduler_type",
             "\"constant\" has no warmup: use \"constant_with_warmup\" or leave the warmup out",
         );
+    }
+}
+
+/// What to write instead of targets that would match no module although it is clear which are meant: "all-linear" in a list
+/// or in other words, names in one text.
+fn meant_targets(targets: &Targets) -> Option<String> {
+    let all =
+        |name: &str| ["all-linear", "all_linear", "all", "linear"].iter().any(|all| name.eq_ignore_ascii_case(all));
+    let is_name = |name: &str| !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+    match targets {
+        Targets::List(names) if names.iter().any(|name| all(name)) => Some("\"all-linear\"".to_owned()),
+        Targets::Pattern(name) if name.eq_ignore_ascii_case("all-linear") => None,
+        Targets::Pattern(name) if all(name) => Some("\"all-linear\"".to_owned()),
+        // A regular expression has to match a module's whole name, which has dots.
+        Targets::Pattern(text) => {
+            let names: Vec<&str> = text.split(',').map(str::trim).collect();
+            names.iter().all(|name| is_name(name)).then(|| format!("{names:?}"))
+        }
+        Targets::List(_) => None,
     }
 }
 
