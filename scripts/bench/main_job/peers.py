@@ -366,7 +366,7 @@ class Peers:
         self.rows.append(row)
         with (self.work / "peers.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-        outcome = row.get("error") or f"{row['tok_s']:,.0f} tok/s, {row.get('peak_gb', '?')} GB, {row['steps']} steps"
+        outcome = row.get("error", "")[:160] or f"{row['tok_s']:,.0f} tok/s, {row.get('peak_gb', '?')} GB, {row['steps']} steps"
         print(f"{row['system']}, {case}, {row['settings']}: {outcome}", flush=True)
         return row
 
