@@ -38,7 +38,7 @@ run() {
 latest() { (cd "$1" 2>/dev/null && ls -d checkpoint-* 2>/dev/null | grep -E '^checkpoint-[0-9]+$' | sort -t- -k2 -n | tail -1) || true; }
 leftovers() { (cd "$1" 2>/dev/null && ls -d ./*.tmp-* 2>/dev/null | head -1 | cut -c3-) || true; }
 # The log without what differs from run to run.
-steps() { sed -E 's/,"(tokens_per_second|peak_memory|anonymous_memory|eval_runtime)":[^,}]*//g' "$1/metrics.jsonl"; }
+steps() { sed -E 's/,"(tokens_per_second|peak_memory|anonymous_memory|gpu_peak_memory|eval_runtime)":[^,}]*//g' "$1/metrics.jsonl"; }
 
 failed() {
     say "FAILED: $*"
@@ -46,13 +46,13 @@ failed() {
     exit 1
 }
 
-runs=0
+runs=0 hit=0 killed=0
 compare() {
     cmp -s "$reference/adapter_model.safetensors" "$out/adapter_model.safetensors" || failed "the adapter of run $runs differs"
     cmp -s "$reference/$last/optimizer.safetensors" "$out/$last/optimizer.safetensors" || failed "the optimizer of run $runs differs"
     cmp -s <(steps "$reference") <(steps "$out") || failed "the log of run $runs differs"
     [ -z "$(leftovers "$out")" ] || failed "run $runs left $(leftovers "$out")"
-    runs=$((runs + 1))
+    runs=$((runs + 1)) killed=$((killed + hit)) hit=0
     rm -rf "$out"
 }
 
@@ -87,7 +87,7 @@ while [ "$count" -lt "$kills" ]; do
     wait $pid || status=$?
     case $status in
     137)
-        count=$number
+        count=$number hit=1
         after=$(($(now) - begin)) left=$(leftovers "$out") at=$(latest "$out")
         [ -z "$left" ] || saving=$((saving + 1))
         [ -n "$at" ] || starting=$((starting + 1))
@@ -100,4 +100,4 @@ while [ "$count" -lt "$kills" ]; do
 done 2>/dev/null
 (run "$out" "$@") || failed "run $runs ended with an error"
 compare
-say "$kills kills ($saving while writing, $starting before the first checkpoint) of $runs runs: every adapter, optimizer and log is the uninterrupted run's, bit for bit"
+say "$kills kills ($saving while writing, $starting before the first checkpoint) of $killed runs: every adapter, optimizer and log is the uninterrupted run's, bit for bit"

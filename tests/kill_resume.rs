@@ -1,5 +1,4 @@
-//! `scripts/kill-resume.sh`: SIGKILL at random moments, and the same bits in the end. A few kills here; the log of many is in
-//! `benches/results/`. How it was made:
+//! `scripts/kill-resume.sh`: SIGKILL at random moments, and the same bits in the end. A few kills here; for many:
 //!
 //!     QLORA_JOB=/tmp/job cargo test --test kill_resume -- --ignored write_job
 //!     LOG=benches/results/kill_resume_cpu.log scripts/kill-resume.sh target/release/examples/finetune /tmp/job/run.toml 100
