@@ -30,12 +30,11 @@ fn load(case: &str, name: &str, change: impl Fn(&mut EncodeOptions)) -> (Dataset
     load_with(&std::fs::read_to_string(path("jinja")).unwrap(), &path("jsonl"), &options).unwrap()
 }
 
-/// The documents, and of each the whole text, the trained stretches in brackets, and the ids.
-fn load_with(
-    template: &str,
-    rows: &Path,
-    options: &EncodeOptions,
-) -> qlora::trainer::Result<(Dataset, Vec<(String, String, Vec<u32>)>)> {
+/// Of a document the whole text, the trained stretches in brackets, and the ids.
+type Shown = (String, String, Vec<u32>);
+
+/// The documents, and what they look like.
+fn load_with(template: &str, rows: &Path, options: &EncodeOptions) -> qlora::trainer::Result<(Dataset, Vec<Shown>)> {
     let tokenizer = Tokenizer::from_folder(folder("chat-tokenizer")).unwrap();
     let template = ChatTemplate::new(template, []).unwrap();
     let encoder = ModelEncoder::new(&tokenizer, Some(&template), &[]);

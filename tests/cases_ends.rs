@@ -74,7 +74,7 @@ fn run(folder: &Path, model: &str, rows: &[(&str, &str)], data: &str) -> TrainCo
     let at = |name: &str| serde_json::to_string(folder.join(name).to_str().unwrap()).unwrap();
     let (model, train, out) = (at(model), at("train.jsonl"), at("out"));
     let toml = format!(
-        "[model]\nmodel_name_or_path = {model}\nload_in_4bit = false\ndevice = \"cpu\"\n[lora]\nr = 4\n[data]\ntrain_file = \
+        "[model]\nmodel_name_or_path = {model}\nload_in_4bit = false\ndevice = \"cpu\"\n[lora]\nr = 4\ntarget_modules = [\"o_proj\", \"down_proj\"]\n[data]\ntrain_file = \
          {train}\nmax_length = 512\n{data}\n[training]\noutput_dir = {out}\nmax_steps = 2\n\
          per_device_train_batch_size = 1\ngradient_accumulation_steps = 1\nsave_steps = 1\n"
     );
@@ -166,7 +166,7 @@ fn an_end_that_one_file_names_is_an_end() {
 #[test]
 fn stop_strings_name_special_tokens() {
     let folder = tempfile::tempdir().unwrap();
-    let template = "{% for m in messages %}{{ m.content }}{% endfor %}\n\n";
+    let template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '\\n' }}";
     let specials = ["<|a|>", "<|im_start|>", "<|fin|>", "<s>"];
     Files {
         specials,

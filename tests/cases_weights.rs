@@ -1,9 +1,9 @@
 //! Model files that do not fit their configuration: the cases 33, 34 and 35 from public reports, and others of their kinds. What is
 //! right comes from transformers (`scripts/fixtures/cases_weights.py`).
 //!
-//! Tried as well, by hand or in unit tests:
+//! Tested as well, here or in unit tests:
 //! - a tied model whose index lists the head, whose index lists it in a shard that does not hold it, whose shards hold it unlisted,
-//!   stored as the head alone, as f32 beside a bf16 embedding, with another shape, with a quantized head;
+//!   stored as the head alone, as f32 beside a bf16 embedding, with another shape;
 //! - `quantization_config` of GPTQ, AWQ, fp8, HQQ and compressed-tensors left over 16-bit weights; with neither bit width; skip lists
 //!   that name everything, some, or nothing; a few plain layers among quantized ones;
 //! - `LLaMAForCausalLM`, `LlamaModel`, `PeftModelForCausalLM`, `OptimizedModule` as architecture (`config/json_tests.rs`).

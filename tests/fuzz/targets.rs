@@ -19,6 +19,9 @@ use super::targets_text;
 /// Makes an input from a valid file and another one of the same kind.
 pub(crate) type Mutate = fn(&mut Rng, &[u8], &[u8]) -> Vec<u8>;
 
+/// Reads an input that was made from the file of that number; returns whether it was accepted.
+pub(crate) type Parser = dyn Fn(usize, &[u8]) -> bool;
+
 /// One parser.
 pub(crate) struct Target {
     pub(crate) name: &'static str,
@@ -30,7 +33,7 @@ pub(crate) struct Target {
     /// Whether an input has the right outermost syntax.
     pub(crate) passes: fn(&[u8]) -> bool,
     /// Reads an input that was made from the file of that number; returns whether it was accepted.
-    pub(crate) run: Box<dyn Fn(usize, &[u8]) -> bool>,
+    pub(crate) run: Box<Parser>,
 }
 
 /// Every parser, each with files that it accepts.

@@ -59,7 +59,7 @@ pub enum Error {
 impl Error {
     /// An [`Error::Io`] for `path`.
     pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
-        Self::Io { path: path.as_ref().to_owned(), r#source: source }
+        Self::Io { path: path.as_ref().to_owned(), source }
     }
 
     /// An [`Error::Format`] for `path`.

@@ -37,7 +37,7 @@ pub struct QuantizedSize {
 /// their total.
 ///
 /// # Errors
-/// As [`write`]; also if one of these files cannot be read.
+/// As [`write()`]; also if one of these files cannot be read.
 pub fn write_model(
     model: &ModelFiles,
     quantization: &QuantConfig,

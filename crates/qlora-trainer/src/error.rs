@@ -177,7 +177,7 @@ fn list(names: &[String]) -> String {
 impl Error {
     /// An [`Error::Io`] for `path`.
     pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
-        Self::Io { path: path.as_ref().to_owned(), r#source: source }
+        Self::Io { path: path.as_ref().to_owned(), source }
     }
 
     /// An [`Error::Data`] for a line of a file.

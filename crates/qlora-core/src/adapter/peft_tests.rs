@@ -156,7 +156,7 @@ fn a_resized_vocabulary_says_what_to_do() {
     shape[0] += 3;
     data.resize(shape.iter().product::<usize>() * dtype.bitsize() / 8, 0);
     let error = refused(&config_text("save_embedding"), &bytes(&resized), &model);
-    assert!(error.contains("resize the vocabulary") && error.contains("merge"), "{error}");
+    assert!(error.contains("resizes the vocabulary") && error.contains("merge"), "{error}");
 }
 
 #[test]

@@ -159,9 +159,7 @@ fn missing_and_unexpected_tensors_are_listed() {
     let error = load(folder.path(), &model()).unwrap_err().to_string();
     assert!(error.contains(&format!("1 missing tensors: {gone}; 1 unexpected tensors: stray.weight")), "{error}");
 
-    rewrite(folder.path(), |name, dtype, shape, data| {
-        Some((name.replace("base_model.model.", ""), dtype, shape, data))
-    });
+    rewrite(folder.path(), |name, dtype, shape, data| Some((name.replace(".layers.", ".blocks."), dtype, shape, data)));
     let error = load(folder.path(), &model()).unwrap_err().to_string();
     assert!(
         error.contains("28 missing") && error.contains("and 20 more") && error.contains("another model"),

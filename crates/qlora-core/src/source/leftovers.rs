@@ -1,5 +1,5 @@
 //! Where a folder's files and its `config.json` say different things, as programs that save models leave them, and what is
-//! right then: what transformers 5.24 makes of them, or an error.
+//! right then: what transformers 5.17 makes of them, or an error.
 //!
 //! | the files | what is made of it |
 //! |---|---|

@@ -243,15 +243,14 @@ impl AttentionLibrary {
         }
     }
 
-    /// Opens the library and tests what a run over this kind of attention may need, so that nothing waits for it later: about
-    /// two seconds, which a thread can spend while the model is loaded.
+    /// Opens the library and tests its packed attention, which most runs take, so that nothing waits for it later: about two
+    /// seconds, which a thread can spend while the model is loaded. Attention over sequences of one length is tested where it
+    /// is needed.
     pub fn prepare(&self, gpu: &Gpu, cfg: &AttentionConfig, dtype: Dtype) {
         if !self.enabled() || gpu.deterministic() || !super::attention::takes(cfg, dtype) {
             return;
         }
-        let packed = packed_shape(cfg, dtype, Bounds::around(1, 128));
-        let uniform = uniform_shape(cfg, dtype, 1, route::UNIFORM_FROM as usize);
-        for shape in [packed, uniform].into_iter().flatten() {
+        if let Some(shape) = packed_shape(cfg, dtype, Bounds::around(1, 128)) {
             self.usable(&mut self.state(), gpu, &shape);
         }
     }

@@ -205,7 +205,7 @@ mod tests {
             ("[lora]\nuse_dora = true", &["use_dora", "DoRA"]),
             ("[lora]\ninit_lora_weights = \"pissa\"", &["init_lora_weights", "leave it out"]),
             ("[lora]\nmodules_to_save = [\"lm_head\"]", &["modules_to_save"]),
-            ("[lora]\nlora_alpha_ = 1\nlora_target_linear = true", &["all-linear"]),
+            ("[lora]\nlora_target_linear = true", &["all-linear"]),
             ("[training]\nbf16 = false", &["bf16 = false", "bnb_4bit_compute_dtype"]),
             ("[training]\nfp16 = true", &["bnb_4bit_compute_dtype"]),
             ("[training]\nreport_to = \"wandb\"", &["metrics.jsonl", "\"none\""]),
@@ -244,7 +244,7 @@ mod tests {
         for (line, section) in [
             ("[training]\nr = 8", "[lora]"),
             ("[lora]\npacking = true", "[data]"),
-            ("[data]\nlearning_rate = 1e-4", "[training]"),
+            ("learning_rate = 1e-4", "[training]"),
         ] {
             let message = read(line).unwrap_err();
             assert!(message.contains(&format!("it belongs in {section}")), "{message}");

@@ -16,7 +16,7 @@ use crate::trainer::start::Start;
 /// What an adapter is before there is a model.
 pub(super) enum Beginning {
     /// Not there yet.
-    Fresh(LoraConfig, AdapterLayout),
+    Fresh(Box<LoraConfig>, AdapterLayout),
     /// Read from a folder.
     Trained(Box<adapter::Adapter>),
 }
@@ -37,7 +37,7 @@ impl Beginning {
         let Some(spec) = config.lora.adapter_name_or_path.clone() else {
             let lora = lora_config(&config.lora)?;
             let layout = AdapterLayout::for_model(&lora, model)?;
-            return Ok(Self::Fresh(lora, layout));
+            return Ok(Self::Fresh(Box::new(lora), layout));
         };
         let folder: PathBuf = match start.and_then(|start| start.resumed.as_ref()) {
             Some(resumed) => resumed.path.clone(),
@@ -69,7 +69,7 @@ impl Beginning {
     /// If it does not fit.
     pub(super) fn add_to(self, model: &mut CausalLm, seed: u64) -> qlora_core::Result<()> {
         match self {
-            Self::Fresh(lora, _) => model.add_adapter(lora, seed),
+            Self::Fresh(lora, _) => model.add_adapter(*lora, seed),
             Self::Trained(adapter) => model.set_adapter(adapter.config.lora, adapter.layout, adapter.weights),
         }
     }

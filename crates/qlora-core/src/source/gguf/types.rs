@@ -60,6 +60,9 @@ const TYPES: [Row; 33] = [
 /// Elements that are dequantized at once, a multiple of every block size: what the step needs beside its result.
 const CHUNK: usize = 1 << 16;
 
+/// Turns the bytes of whole blocks into their elements.
+type Decode = fn(&[u8], &mut [f32]);
+
 impl GgmlType {
     pub(super) const F32: Self = Self(0);
 
@@ -82,7 +85,7 @@ impl GgmlType {
     }
 
     /// Dequantizes whole blocks of a type that candle does not know.
-    fn own(self) -> Option<fn(&[u8], &mut [f32])> {
+    fn own(self) -> Option<Decode> {
         match self.name() {
             "IQ4_NL" => Some(iq4::nl),
             "IQ4_XS" => Some(iq4::xs),
