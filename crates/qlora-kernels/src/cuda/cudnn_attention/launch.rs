@@ -60,7 +60,7 @@ fn invalid(error: CudnnError) -> Error {
 /// every head has its own keys, `dQ` and the row sums in f32 for every token are allowed for.
 pub(super) fn packed_workspace(cfg: &AttentionConfig, rows: usize, tokens: usize, dq_stride: usize) -> [u64; 2] {
     let bytes = match cfg.heads == cfg.kv_heads {
-        true => (tokens as u64 + 128) * (cfg.heads + dq_stride) as u64 * 4,
+        true => (tokens as u64 + SPARE_ROWS as u64) * (cfg.heads + dq_stride) as u64 * 4,
         false => 2 * rows as u64 * (cfg.heads * cfg.head_dim) as u64 * 2,
     };
     [SLACK, SLACK + bytes]
