@@ -91,7 +91,11 @@ pub(crate) fn put(path: &Path, input: &[u8]) {
 
 fn read_all(source: &dyn WeightSource) -> bool {
     // Every tensor is read, also behind one that is refused.
-    source.names().iter().filter(|name| source.read(name).is_err()).count() == 0
+    let refused = |name: &&String| match source.is_packed(name) {
+        true => source.read_weight(name).is_err(),
+        false => source.read(name).is_err(),
+    };
+    source.names().iter().filter(refused).count() == 0
 }
 
 const QUANTIZED: [&str; 5] = ["bnb_nf4_nested_u8", "bnb_fp4_f32", "bnb_int8", "gptq_act_order", "awq"];

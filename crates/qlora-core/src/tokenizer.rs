@@ -2,6 +2,7 @@
 
 mod added;
 mod gguf;
+mod guard;
 mod json;
 mod stream;
 
@@ -14,6 +15,7 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use crate::file::{self, LARGE, SMALL};
 use crate::source::gguf::{Gguf, read_vocabulary};
+use guard::guarded;
 
 pub(crate) use gguf::pre_tokenizer_of;
 pub use stream::DecodeStream;
@@ -138,7 +140,7 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer cannot encode the text (a vocabulary without unknown token).
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, add_special_tokens).map_err(failed)?;
+        let encoding = guarded(|| self.inner.encode_fast(text, add_special_tokens))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -168,7 +170,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_pieces(&self, text: &str, add_special_tokens: bool) -> Result<Vec<Piece>> {
-        let encoding = self.inner.encode(text, add_special_tokens).map_err(failed)?;
+        let encoding = guarded(|| self.inner.encode(text, add_special_tokens))?;
         let pieces = encoding.get_ids().iter().zip(encoding.get_offsets());
         Ok(pieces.map(|(&id, &(start, end))| Piece { id, bytes: start..end }).collect())
     }
@@ -197,7 +199,7 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer's decoder fails.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
-        self.inner.decode(ids, skip_special_tokens).map_err(failed)
+        guarded(|| self.inner.decode(ids, skip_special_tokens))
     }
 
     /// Decodes token by token, for output while generating.
@@ -276,10 +278,6 @@ impl fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Tokenizer({} tokens, {:?})", self.vocab_size, self.special)
     }
-}
-
-fn failed(error: tokenizers::Error) -> Error {
-    Error::Invalid(format!("the tokenizer failed: {error}"))
 }
 
 #[cfg(test)]

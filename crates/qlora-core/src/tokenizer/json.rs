@@ -7,10 +7,13 @@ use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::{PostProcessorWrapper, Tokenizer};
 
+use super::guard::guarded;
+
 /// The tokenizer of a `tokenizer.json`. Truncation and padding are switched off, and offsets keep their spaces.
 pub(super) fn read(text: &str) -> Result<Tokenizer, String> {
     check_merges(text)?;
-    let mut tokenizer = Tokenizer::from_bytes(text).map_err(|e| format!("not a tokenizer.json: {e}"))?;
+    let read = guarded(|| Tokenizer::from_bytes(text));
+    let mut tokenizer = read.map_err(|e| format!("not a tokenizer.json: {e}"))?;
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(|e| e.to_string())?;
     keep_spaces_in_offsets(&mut tokenizer)?;
