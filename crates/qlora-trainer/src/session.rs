@@ -24,6 +24,7 @@ use std::sync::{Mutex, PoisonError};
 use qlora_core::adapter::{AdapterDtype, SaveOptions, TrainedOver};
 use qlora_core::chat::ChatTemplate;
 use qlora_core::companions::Companions;
+use qlora_core::config::ModelConfig;
 use qlora_core::lora::{LoraConfig, ModuleFilter, ModulePattern, TargetModules};
 use qlora_core::model::{CausalLm, DeviceChoice, LoadOptions, Quantization};
 use qlora_core::open::{GenerationDefaults, ModelFiles};
@@ -89,7 +90,8 @@ impl Session {
             offload_embedding: config.model.offload_embedding,
             progress: Some(&mut progress),
         };
-        let mut model = CausalLm::load_on(&*source, load, workspace)?;
+        let on = workspace.clone();
+        let mut model = beside_attention(&on, source.config(), || CausalLm::load_on(&*source, load, workspace))?;
         beginning.add_to(&mut model, config.training.seed)?;
         // Until `plan_memory` has seen the data.
         model.set_gradient_checkpointing(config.training.gradient_checkpointing == GradientCheckpointing::On)?;
@@ -150,7 +152,9 @@ impl Session {
         training: Dataset,
         validation: Option<Dataset>,
     ) -> Result<Trainer<'a, QLoraModel>> {
-        self.plan_memory(&training)?;
+        if let Some(plan) = self.plan_memory(&training)? {
+            self.model.reserve_for(&plan)?;
+        }
         let (start, template_time) = (self.start.take(), self.template_time.take());
         let (model, config) = self.into_model()?;
         Ok(Trainer::new(config, model, training, validation)?.with_start(start, template_time))
@@ -185,13 +189,19 @@ fn workspace(config: &TrainConfig) -> Result<Workspace> {
     Ok(workspace)
 }
 
-/// Opens and tests cuDNN's attention while the model is loaded.
-#[cfg(feature = "cuda")]
-fn prepare_attention(workspace: &Workspace, config: &qlora_core::config::ModelConfig) {
-    let Some(gpu) = workspace.gpu().cloned() else { return };
-    let attention = config.attention(0);
-    let dtype = workspace.dtype();
-    std::thread::spawn(move || gpu.attention().prepare(&gpu, &attention, dtype));
+/// Runs `load` while another thread opens and tests cuDNN's attention. Both have ended when this returns: a program that then
+/// ends with an error must not leave the library at work.
+fn beside_attention<T>(workspace: &Workspace, config: &ModelConfig, load: impl FnOnce() -> T) -> T {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = workspace.gpu() {
+        let (attention, dtype) = (config.attention(0), workspace.dtype());
+        return std::thread::scope(|scope| {
+            scope.spawn(move || gpu.attention().prepare(gpu, &attention, dtype));
+            load()
+        });
+    }
+    let _ = (workspace, config);
+    load()
 }
 
 /// How the configured base is held in memory.

@@ -321,25 +321,33 @@ fn groups(block: &Block) -> [Vec<&Projection>; 4] {
 }
 
 impl CausalLm {
-    /// Runs later steps as a plan says. On a GPU the memory of the plan's peak is taken from the system at once, if it is
-    /// there, so that no step has to.
+    /// Runs later steps as a plan says.
     ///
     /// # Errors
-    /// If the plan is for another number of blocks, a loss of this model is still alive, or the host gives no page-locked
-    /// memory.
+    /// If the plan is for another number of blocks, or a loss of this model is still alive.
     pub fn apply_plan(&mut self, plan: &MemoryPlan) -> Result<()> {
         self.set_keep(plan.keep.clone())?;
-        #[cfg(feature = "cuda")]
-        if let Some(gpu) = self.workspace().gpu() {
-            gpu.reserve_pinned(&plan.host_buffers)?;
-            gpu.reserve(plan.peak.saturating_sub(gpu.pool().used()?));
-        }
         for (index, block) in self.stack().blocks().iter().enumerate() {
             block.policy.set_weights_kept(index < plan.cached_blocks);
             block.policy.set_weights_shared(plan.shared_weights);
             block.policy.set_split(plan.split_weights);
             block.policy.set_mlp_rows(plan.mlp_rows);
         }
+        Ok(())
+    }
+
+    /// On a GPU, takes the memory of a plan's steps from the system, page-locked memory included, so that no step has to: for
+    /// when a run begins.
+    ///
+    /// # Errors
+    /// If the host gives no page-locked memory, or the device fails.
+    pub fn reserve_for(&self, plan: &MemoryPlan) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = self.workspace().gpu() {
+            gpu.reserve_pinned(&plan.host_buffers)?;
+            gpu.reserve(plan.peak.saturating_sub(gpu.pool().used()?))?;
+        }
+        let _ = plan;
         Ok(())
     }
 }

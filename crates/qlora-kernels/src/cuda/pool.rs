@@ -8,6 +8,7 @@
 //! devices opened earlier, from the pool that was set last. So every question goes to that one.
 
 use std::ffi::c_void;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, result, sys};
@@ -22,6 +23,8 @@ const OP: &str = "memory pool";
 pub struct Pool {
     device: sys::CUdevice,
     context: Arc<CudaContext>,
+    /// The peak before the driver's counter was set back for a reservation.
+    earlier_peak: AtomicU64,
 }
 
 /// The limits of the pools that were made with one, by address; they live as long as the process.
@@ -30,9 +33,18 @@ static LIMITS: Mutex<Vec<(usize, u64)>> = Mutex::new(Vec::new());
 impl super::gpu::Gpu {
     /// Lets the pool take so many bytes more from the system now instead of during a step, if they are there: a run whose
     /// peak is known then takes none anew, whatever batches come.
-    pub fn reserve(&self, bytes: u64) {
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn reserve(&self, bytes: u64) -> Result<()> {
+        let before = self.pool().peak()?;
         // Freed at once: the pool keeps it. Without so much in one piece, steps take what they need.
-        let _ = self.alloc(OP, bytes as usize);
+        drop(self.alloc(OP, bytes as usize));
+        // Nobody used it: it is no peak of the run's.
+        self.synchronize(OP)?;
+        self.pool().reset_peak()?;
+        self.pool().earlier_peak.store(before, Ordering::Relaxed);
+        Ok(())
     }
 }
 
@@ -55,7 +67,7 @@ impl Pool {
             // SAFETY: the device exists; the pool lives as long as the process.
             unsafe { result::device::set_mem_pool(device, pool) }.map_err(|error| cuda_error(OP, error))?;
         }
-        let pool = Self { device, context };
+        let pool = Self { device, context, earlier_peak: AtomicU64::new(0) };
         pool.set(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX)?;
         Ok(pool)
     }
@@ -73,7 +85,8 @@ impl Pool {
 
     /// The most bytes in use at one time, since the start or [`Self::reset_peak`].
     pub fn peak(&self) -> Result<u64> {
-        self.get(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)
+        let counted = self.get(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?;
+        Ok(counted.max(self.earlier_peak.load(Ordering::Relaxed)))
     }
 
     /// Bytes taken from the system, in use or not.
@@ -83,6 +96,7 @@ impl Pool {
 
     /// Lets [`Self::peak`] start again from what is in use.
     pub fn reset_peak(&self) -> Result<()> {
+        self.earlier_peak.store(0, Ordering::Relaxed);
         self.set(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0)
     }
 

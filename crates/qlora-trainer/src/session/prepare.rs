@@ -56,8 +56,6 @@ impl Prepared {
         let mut files = open_model(&config.model.model_name_or_path, &options)?;
         let template_time = stop_clock(&mut files, start.as_ref())?;
         let model = files.source.config();
-        #[cfg(feature = "cuda")]
-        super::prepare_attention(&workspace, model);
         let beginning = Beginning::of(&mut config, model, start.as_ref(), &options)?;
         let facts = ModelFacts {
             parameters: parameters_of(beginning.layout()),

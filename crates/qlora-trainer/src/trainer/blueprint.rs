@@ -6,7 +6,7 @@ use std::path::Path;
 use super::start::Resumed;
 use crate::checkpoint::identity::RunIdentity;
 use crate::checkpoint::state::TrainerState;
-use crate::config::{SamplingStrategy, TrainConfig};
+use crate::config::TrainConfig;
 use crate::data::{Dataset, Loader, LoaderOptions, Position};
 use crate::error::{Error, Result};
 use crate::model::{Parameter, TrainableModel};
@@ -77,16 +77,7 @@ impl Blueprint {
             }
         }
         let options = &config.training;
-        let random = options.train_sampling_strategy == SamplingStrategy::Random;
-        let loader = Loader::new(
-            training,
-            LoaderOptions {
-                batch_size: options.per_device_train_batch_size,
-                accumulation: options.gradient_accumulation_steps,
-                shuffle: random.then(|| options.resolved_data_seed()),
-                packing: config.data.packing.then_some(config.data.max_length),
-            },
-        )?;
+        let loader = Loader::new(training, LoaderOptions::from(config))?;
         let schedule = Schedule::new(options, options.total_steps(loader.steps_per_epoch()));
         if schedule.trains_nothing() {
             return Err(Error::Invalid(
