@@ -2,26 +2,17 @@
 //!
 //! The examples are run as a user runs them. `cargo test` builds them; where only this file is run, they are built here.
 
+#[path = "common/example.rs"]
+mod built;
 #[path = "common/random_folder.rs"]
 mod random_folder;
 
 use std::io::{Read, Write};
-use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-/// An example, built. `cargo test` has built it already.
-fn example(name: &str) -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let path = test.ancestors().nth(2).unwrap().join("examples").join(name);
-    if !path.exists() {
-        let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "--locked", "--example", name]).current_dir(env!("CARGO_MANIFEST_DIR"));
-        assert!(build.status().unwrap().success());
-    }
-    path
-}
+use built::example;
 
 fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()

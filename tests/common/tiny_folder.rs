@@ -1,8 +1,13 @@
 //! A model folder as from the hub, small enough to train in milliseconds: random weights, a tokenizer of bytes, a ChatML template.
 #![allow(dead_code)]
 
+#[path = "example.rs"]
+mod built;
+
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+
+pub(crate) use built::example;
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -114,15 +119,4 @@ pub(crate) fn config(folder: &Path) -> qlora::trainer::TrainConfig {
         path("out")
     );
     qlora::trainer::TrainConfig::from_toml_str(&text).unwrap()
-}
-
-/// The built example of this name. `cargo test` builds examples; a single `--test` does not.
-pub(crate) fn example(name: &str) -> PathBuf {
-    let folder = std::env::current_exe().unwrap().parent().unwrap().parent().unwrap().join("examples");
-    let path = folder.join(format!("{name}{}", std::env::consts::EXE_SUFFIX));
-    if !path.exists() {
-        let built = std::process::Command::new(env!("CARGO")).args(["build", "--example", name]).status().unwrap();
-        assert!(built.success() && path.exists(), "{} is missing: cargo build --example {name}", path.display());
-    }
-    path
 }
