@@ -2,9 +2,9 @@
 //!
 //!     cargo run --release --example generate -- --model MODEL --adapter output/adapter "Where is Rome?"
 //!
-//! Without a prompt a chat begins (`/help` lists its commands); `--batch prompts.jsonl --output answers.jsonl` answers a file. With `--adapter` given
-//! several times as NAME=ADAPTER, `--with NAME` chooses one; `--with all` answers with the base and with every adapter, in
-//! one batch.
+//! Without a prompt a chat begins (`/help` lists its commands); `--batch prompts.jsonl --output answers.jsonl` answers a file.
+//! With `--adapter` given several times as NAME=ADAPTER, `--with NAME` chooses one; `--with all` answers with the base and with
+//! every adapter, in one batch.
 
 #[path = "support/terminal.rs"]
 mod terminal;
@@ -117,7 +117,7 @@ fn main() -> anyhow::Result<()> {
     };
     options.adapter = answering.map(|(_, folder)| folder.clone());
     options.chat_template_path.clone_from(&args.chat_template);
-    let mut files = open_model(&base(&args)?, &options)?;
+    let mut files = open_model(&base(&args, &folders)?, &options)?;
     let mut adapters = Vec::new();
     for (name, folder) in &folders {
         let adapter = adapter::open_folder(folder, files.source.config())?;
@@ -193,17 +193,13 @@ fn main() -> anyhow::Result<()> {
 }
 
 /// The model, or what the first adapter names as its base.
-fn base(args: &Args) -> anyhow::Result<String> {
+fn base(args: &Args, adapters: &[(&str, PathBuf)]) -> anyhow::Result<String> {
     if let Some(model) = &args.model {
         return Ok(model.clone());
     }
-    let adapter = args.adapter.first().context("give --model or --adapter")?;
-    let folder = Path::new(adapter.split_once('=').map_or(adapter.as_str(), |(_, spec)| spec));
-    if !folder.is_dir() {
-        bail!("{adapter} is not a folder: give the base of an adapter from the hub as --model");
-    }
-    let (config, _) = qlora::adapter::read_any_config(folder)?;
-    config.base_model_name_or_path.with_context(|| format!("{adapter} names no base model: give --model"))
+    let (name, folder) = adapters.first().context("give --model or --adapter")?;
+    let (config, _) = adapter::read_any_config(folder)?;
+    config.base_model_name_or_path.with_context(|| format!("{name} names no base model: give --model"))
 }
 
 /// The device that a model is on.

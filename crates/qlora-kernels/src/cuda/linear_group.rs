@@ -183,9 +183,6 @@ pub(crate) fn forward(
     y: ViewMut,
     workspace: &Workspace,
 ) -> Result<Shrunk> {
-    if group.split && group.members.len() > 1 {
-        return split::forward(op, group, x, adapter, residual, y, workspace);
-    }
     let plan = Plan::new(op, group, adapter.is_some());
     let Plan { n, rp, .. } = plan;
     let (mut x, mut y) = (x.cuda(op)?, y.cuda(op)?);
@@ -193,6 +190,9 @@ pub(crate) fn forward(
     let residual = residual.map(|residual| residual.cuda(op)).transpose()?;
     let values = adapter.and_then(|adapter| adapter.values.gpu());
     check_gpu(op, group, gpu, [Some(x.gpu()), residual.map(|residual| residual.gpu()), values])?;
+    if group.split && group.members.len() > 1 {
+        return split::forward(&plan, group, x, adapter, residual, y, workspace);
+    }
     let beta = if residual.is_some() { 1.0 } else { 0.0 };
     let mut shrunk = Shrunk::default();
     let rounds = group.members.iter().any(|member| member.weight.int8_activations().is_some());

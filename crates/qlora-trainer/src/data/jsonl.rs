@@ -42,7 +42,7 @@ pub fn load_jsonl(paths: &[PathBuf], encoder: &dyn TextEncoder, options: &Encode
         let stats = dataset.stats();
         return Err(Error::Invalid(format!("{}: none of {} rows is left: {stats}", paths.join(", "), stats.rows)));
     }
-    tracing::info!(files = paths.len(), "{}", dataset.stats());
+    tracing::debug!(files = paths.len(), "{}", dataset.stats());
     Ok(dataset)
 }
 

@@ -21,15 +21,15 @@ pub(crate) fn backward_input(
     dx: Option<ViewMut>,
     workspace: &Workspace,
 ) -> Result<Shrunk> {
-    if group.split && group.members.len() > 1 {
-        return split::backward_input(op, group, dy, s, adapter, dx, workspace);
-    }
     let plan = Plan::new(op, group, true);
     let Plan { n, rp, .. } = plan;
     let mut dy = dy.cuda(op)?;
     let gpu = dy.gpu();
     let dx = dx.map(|dx| dx.cuda(op)).transpose()?;
     check_gpu(op, group, gpu, [dx.as_ref().map(|dx| dx.gpu()), adapter.values.gpu()])?;
+    if group.split && group.members.len() > 1 {
+        return split::backward_input(&plan, group, dy, s, adapter, dx, workspace);
+    }
     if rp == 0 {
         let Some(dx) = dx else { return Ok(Shrunk::default()) };
         if let (1, Some(plain)) = (group.members.len(), group.members[0].weight.as_cuda().and_then(|w| w.plain_view()))

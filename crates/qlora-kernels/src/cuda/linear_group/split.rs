@@ -7,13 +7,13 @@
 use std::ops::Range;
 
 use super::backward::{add_adapters_part, shrink_gradient};
-use super::{Plan, add_biases, check_gpu, dequantize, parts, shrink_into};
+use super::{Plan, add_biases, dequantize, parts, shrink_into};
 use crate::cuda::blas::Kind;
+use crate::cuda::view::{CudaView, CudaViewMut};
 use crate::cuda::{graph, int8_activations};
 use crate::error::Result;
 use crate::matrix::{Matrix, Workspace};
 use crate::ops::linear_group::{AdapterPass, Group, Member, Shrunk};
-use crate::view::{View, ViewMut};
 use crate::weight::WeightCache;
 
 /// Memory for the weight of any one member, with its extra columns and rows.
@@ -41,26 +41,21 @@ fn load(
 }
 
 pub(super) fn forward(
-    op: &'static str,
+    plan: &Plan,
     group: &Group,
-    x: ViewMut,
+    mut x: CudaViewMut,
     adapter: Option<&AdapterPass>,
-    residual: Option<View>,
-    y: ViewMut,
+    residual: Option<CudaView>,
+    mut y: CudaViewMut,
     workspace: &Workspace,
 ) -> Result<Shrunk> {
-    let plan = Plan::new(op, group, adapter.is_some());
-    let rp = plan.rp;
-    let (mut x, mut y) = (x.cuda(op)?, y.cuda(op)?);
+    let Plan { op, rp, .. } = *plan;
     let gpu = y.gpu();
-    let residual = residual.map(|residual| residual.cuda(op)).transpose()?;
-    let values = adapter.and_then(|adapter| adapter.values.gpu());
-    check_gpu(op, group, gpu, [Some(x.gpu()), residual.map(|residual| residual.gpu()), values])?;
-    let mut memory = scratch(&plan, group, workspace)?;
+    let mut memory = scratch(plan, group, workspace)?;
     let mut s: Option<Matrix> = None;
     let augmented = x.margin_width() >= rp;
     for (member, columns) in parts(group) {
-        load(&plan, member, &columns, adapter, &mut memory)?;
+        load(plan, member, &columns, adapter, &mut memory)?;
         let rows = columns.len();
         let all = memory.view().cuda(op)?;
         if let (None, true, Some(adapter)) = (&s, rp > 0, adapter) {
@@ -114,33 +109,29 @@ pub(super) fn forward(
 }
 
 pub(super) fn backward_input(
-    op: &'static str,
+    plan: &Plan,
     group: &Group,
-    dy: ViewMut,
+    mut dy: CudaViewMut,
     s: Option<&Shrunk>,
     adapter: &AdapterPass,
-    dx: Option<ViewMut>,
+    dx: Option<CudaViewMut>,
     workspace: &Workspace,
 ) -> Result<Shrunk> {
-    let plan = Plan::new(op, group, true);
-    let rp = plan.rp;
-    let mut dy = dy.cuda(op)?;
+    let Plan { op, rp, .. } = *plan;
     let gpu = dy.gpu();
-    let dx = dx.map(|dx| dx.cuda(op)).transpose()?;
-    check_gpu(op, group, gpu, [dx.as_ref().map(|dx| dx.gpu()), adapter.values.gpu()])?;
     let augmented = rp > 0 && dy.margin_width() >= rp && !adapter.drops();
     let mut made = None;
     if rp > 0 {
         let b = plan.columns(adapter, workspace)?;
         let s = s.and_then(|s| s.part(0));
-        made = Some(shrink_gradient(&plan, &mut dy, b.view().cuda(op)?, s, augmented, workspace)?);
+        made = Some(shrink_gradient(plan, &mut dy, b.view().cuda(op)?, s, augmented, workspace)?);
     }
     if let Some(mut dx) = dx {
-        let mut memory = scratch(&plan, group, workspace)?;
+        let mut memory = scratch(plan, group, workspace)?;
         let last = group.members.len() - 1;
         for (index, (member, columns)) in parts(group).enumerate() {
             let adapter = Some(adapter).filter(|_| index == last);
-            load(&plan, member, &columns, adapter, &mut memory)?;
+            load(plan, member, &columns, adapter, &mut memory)?;
             let w = memory.view().cuda(op)?;
             let beta = if index == 0 { 0.0 } else { 1.0 };
             let (dy, rows) = match index == last && augmented {
@@ -150,7 +141,7 @@ pub(super) fn backward_input(
             gpu.matmul(op, Kind::Nn, dy, w.slice_rows(0..rows), dx.reborrow(), 1.0, beta)?;
             if let (true, false, Some(adapter), Some((ds, _))) = (index == last, augmented, adapter, &made) {
                 let a = w.slice_rows(columns.len()..columns.len() + rp);
-                add_adapters_part(&plan, ds.view().cuda(op)?, a, adapter, dx.reborrow(), workspace)?;
+                add_adapters_part(plan, ds.view().cuda(op)?, a, adapter, dx.reborrow(), workspace)?;
             }
         }
     }
