@@ -483,6 +483,12 @@ mod signals {
         let program = tiny_folder::example("finetune");
         let before = lines(config);
         let mut command = match shell {
+            // What started the tests may ignore signals, as nohup does, and a child would ignore them too.
+            None if signals_are_ignored() => {
+                let mut command = Command::new("env");
+                command.arg("--default-signal=HUP,INT,TERM").arg(program);
+                command
+            }
             None => Command::new(program),
             Some(script) => {
                 let mut command = Command::new("sh");
@@ -502,6 +508,31 @@ mod signals {
     /// Of the log: an earlier run's stay until the resumed one has taken them over.
     fn lines(config: &TrainConfig) -> usize {
         fs::read_to_string(config.training.output_dir.join("metrics.jsonl")).map_or(0, |log| log.lines().count())
+    }
+
+    /// Whether this process ignores SIGHUP, SIGINT or SIGTERM, where Linux says so.
+    fn signals_are_ignored() -> bool {
+        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).map(str::trim);
+        let bit = |number: u32| 1u64 << (number - 1);
+        ignored
+            .and_then(|mask| u64::from_str_radix(mask, 16).ok())
+            .is_some_and(|mask| mask & (bit(1) | bit(2) | bit(15)) != 0)
+    }
+
+    /// The exit code of a run that was asked to stop.
+    fn ended(child: &mut Child) -> Option<i32> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                return status.code();
+            }
+            if Instant::now() > deadline {
+                let _ = child.kill();
+                panic!("the run goes on after its signal");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     fn signal(child: &Child, name: &str) {
@@ -524,7 +555,7 @@ mod signals {
         for (name, code) in [("-INT", 130), ("-TERM", 143), ("-HUP", 129)] {
             let mut child = start(folder.path(), &config, None, Stdio::null());
             signal(&child, name);
-            assert_eq!(child.wait().unwrap().code(), Some(code), "{name}");
+            assert_eq!(ended(&mut child), Some(code), "{name}");
             let now = latest(&config);
             assert!(now.is_some() && now != before, "{name}: {now:?}");
             before = now;
@@ -537,7 +568,7 @@ mod signals {
         let mut child = start(folder.path(), &config, None, Stdio::piped());
         drop(child.stderr.take());
         signal(&child, "-HUP");
-        assert_eq!(child.wait().unwrap().code(), Some(129));
+        assert_eq!(ended(&mut child), Some(129));
         assert!(latest(&config).is_some());
     }
 
@@ -553,7 +584,7 @@ mod signals {
         // Twice, as a scheduler may: it still saves.
         signal(&child, "-TERM");
         let _ = Command::new("kill").args(["-TERM", &child.id().to_string()]).status();
-        assert_eq!(child.wait().unwrap().code(), Some(143));
+        assert_eq!(ended(&mut child), Some(143));
         assert!(latest(&config).is_some());
     }
 }
