@@ -1,7 +1,7 @@
 //! Adapters of every kind that PEFT's LoRA writes, on a GPU: the logits of PEFT, switched, mixed in one batch, and in steps of
 //! generation.
 //!
-//! Fixtures as in `peft_kinds.rs`. Models wide enough for the kernels of generation are random ones; the CPU is their
+//! Fixtures as in `peft/kinds.rs`. Models wide enough for the kernels of generation are random ones; the CPU is their
 //! reference.
 #![cfg(feature = "cuda")]
 

@@ -1,5 +1,5 @@
 //! Python's grammar, its refusals, and random patterns. The comparison with Python itself is in
-//! `tests/peft_roundtrip.rs`.
+//! `tests/peft/roundtrip.rs`.
 
 use super::*;
 use proptest::prelude::*;

@@ -11,14 +11,12 @@
 //! Every test prints its counts (`--nocapture`). Damages at random are in `loading_robustness`, `quantized_damage` and the
 //! adapters' own tests.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::Path;
 
-use common::tally::{Tally, cuts};
-use common::{Checkpoint, FOLDERS, Raw, fixtures, quantized};
+use crate::common::tally::{Tally, cuts};
+use crate::common::{Checkpoint, FOLDERS, Raw, fixtures, quantized};
 use qlora_core::adapter;
 use qlora_core::config::ModelConfig;
 use qlora_core::model::{CausalLm, LoadOptions};

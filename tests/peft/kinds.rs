@@ -4,7 +4,7 @@
 //! `tests/fixtures/peft/base` and `tests/fixtures/models`.
 //!
 //! The way back into Python needs an interpreter with PEFT:
-//! `QLORA_PYTHON=path/to/python cargo test --test peft_kinds -- --ignored`.
+//! `QLORA_PYTHON=path/to/python cargo test --test peft -- --ignored`.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};

@@ -1,8 +1,6 @@
 //! The chat templates of the set that `damage_set` describes.
 
-mod common;
-
-use common::tally::Tally;
+use crate::common::tally::Tally;
 use qlora_core::chat::{ChatTemplate, Message, TemplateArguments};
 
 /// A list of two lists that are the same one, sixty times over.

@@ -4,13 +4,11 @@
 //! The fixtures are made by `scripts/fixtures/quantized_checkpoints.py`; its head says which logits are the libraries' own
 //! and which are those of the layout's reference dequantization in PyTorch.
 
-mod common;
-
 use std::path::Path;
 use std::process::Command;
 
+use crate::common::{Checkpoint, FOLDERS, fixtures, quantized};
 use candle_core::{DType, Device, Tensor};
-use common::{Checkpoint, FOLDERS, fixtures, quantized};
 use qlora_core::batch::Batch;
 use qlora_core::config::{CheckpointQuantization, ModelConfig};
 use qlora_core::lora::{LoraConfig, linear_modules};

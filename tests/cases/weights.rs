@@ -8,13 +8,10 @@
 //!   that name everything, some, or nothing; a few plain layers among quantized ones;
 //! - `LLaMAForCausalLM`, `LlamaModel`, `PeftModelForCausalLM`, `OptimizedModule` as architecture (`config/json_tests.rs`).
 
-#[path = "common/files.rs"]
-mod files;
-
 use std::fs;
 use std::path::Path;
 
-use files::{
+use crate::files::{
     Checkpoint, Raw, Tensors, fixtures, floats, ids, largest, logits, logits_of, write_tensors, write_tokenizer,
 };
 use qlora::adapter::{self, TrainedOver};

@@ -5,7 +5,7 @@
 //!
 //! ```sh
 //! ./scripts/quickstart.sh
-//! QLORA_PYTHON=python3 QLORA_SMOLLM2=HF_FOLDER cargo test --test peft_trained_adapter -- --ignored
+//! QLORA_PYTHON=python3 QLORA_SMOLLM2=HF_FOLDER cargo test --test peft -- --ignored
 //! ```
 
 use std::collections::HashMap;

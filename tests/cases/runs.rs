@@ -13,20 +13,17 @@
 //!   default and other values in the configuration, resumed after the adapter is gone, one that does not exist;
 //! - a rescue: a new learning rate, scheduler, number of steps, from the latest and from an earlier checkpoint.
 
-#[path = "common/tiny_folder.rs"]
-mod tiny_folder;
-
 use std::cell::{Cell, RefCell};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use crate::tiny_folder::{CHATML, config, write_model, write_rows};
 use qlora::trainer::config::{Paths, Resume, Targets};
 use qlora::trainer::fingerprint::Fingerprint;
 use qlora::trainer::progress::{Event, Observer};
 use qlora::trainer::session::Session;
 use qlora::trainer::{Outcome, Result, Summary, TrainConfig};
-use tiny_folder::{CHATML, config, write_model, write_rows};
 
 /// A folder with a model, four rows and the configuration of the cases.
 fn job() -> (tempfile::TempDir, TrainConfig) {
@@ -128,8 +125,11 @@ fn case_16_date_template_resume() {
     let finetune = |config: &TrainConfig, zone: &str| {
         let file = folder.path().join("run.toml");
         fs::write(&file, config.to_toml()).unwrap();
-        let output =
-            std::process::Command::new(tiny_folder::example("finetune")).arg(&file).env("TZ", zone).output().unwrap();
+        let output = std::process::Command::new(crate::tiny_folder::example("finetune"))
+            .arg(&file)
+            .env("TZ", zone)
+            .output()
+            .unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     };
     finetune(&first, "AAA+12");
@@ -480,7 +480,7 @@ mod signals {
     fn start(folder: &Path, config: &TrainConfig, shell: Option<&str>, stderr: Stdio) -> Child {
         let file = folder.join("run.toml");
         fs::write(&file, config.to_toml()).unwrap();
-        let program = tiny_folder::example("finetune");
+        let program = crate::tiny_folder::example("finetune");
         let before = lines(config);
         let mut command = match shell {
             // What started the tests may ignore signals, as nohup does, and a child would ignore them too.

@@ -10,8 +10,6 @@
 //!   both, with neither;
 //! - quantizing and training from a folder and from a GGUF file; merging into a folder and into a GGUF file.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 
 use qlora::adapter;
@@ -30,7 +28,7 @@ use qlora::trainer::TrainConfig;
 use qlora::trainer::session::Session;
 use serde_json::{Value, json};
 
-use common::bigram::{CHATML, Files, chain};
+use crate::bigram::{CHATML, Files, chain};
 
 fn open(path: &Path, options: &OpenOptions) -> ModelFiles {
     open_model(path.to_str().unwrap(), options).unwrap()

@@ -10,13 +10,10 @@
 //! - merging over bases stored in NF4, FP4, with and without double quantization, LLM.int8, GPTQ, AWQ; adapters trained over another
 //!   form of the base than the one that is given.
 
-#[path = "common/files.rs"]
-mod files;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use files::{
+use crate::files::{
     Checkpoint, Tensors, fixtures, floats, ids, largest, logits, logits_of, read_tensors, write_tensors,
     write_tokenizer,
 };

@@ -1,16 +1,14 @@
 //! The GGUF files of the set that `damage_set` describes.
 
-mod common;
-
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::path::Path;
 
+use crate::common::fixtures;
+use crate::common::tally::{Tally, cuts};
 use candle_core::quantized::gguf_file::{self, Value as Meta};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
-use common::fixtures;
-use common::tally::{Tally, cuts};
 use qlora_core::model::{CausalLm, LoadOptions};
 use qlora_core::source::Gguf;
 

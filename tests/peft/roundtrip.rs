@@ -7,7 +7,7 @@
 //! with each (`adapter_list`, ...), for tests that run the model.
 //!
 //! The way back into Python needs an interpreter with PEFT:
-//! `QLORA_PYTHON=path/to/python cargo test --test peft_roundtrip -- --ignored`.
+//! `QLORA_PYTHON=path/to/python cargo test --test peft -- --ignored`.
 
 use qlora::adapter::{self, AdapterDtype, SaveOptions};
 use qlora::config::{Architecture, ModelConfig};

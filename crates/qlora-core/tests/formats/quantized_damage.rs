@@ -3,13 +3,11 @@
 //! One test goes through every tensor of every fixture; one holds the damages that are particular to a format; two change
 //! files at random. The first two count what they did.
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::{Checkpoint, FOLDERS, quantized};
+use crate::common::{Checkpoint, FOLDERS, quantized};
 use proptest::prelude::*;
 use qlora_core::model::{CausalLm, LoadOptions};
 use qlora_core::source::HfDirectory;
