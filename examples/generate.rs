@@ -187,7 +187,7 @@ fn main() -> anyhow::Result<()> {
         return Ok(());
     }
 
-    let (_, figures) = talk.stream(&prompt, || false)?;
+    let (_, figures) = talk.stream(&prompt, 0, || false)?;
     eprintln!("{figures}");
     Ok(())
 }
@@ -237,13 +237,14 @@ impl Talk<'_> {
         }
     }
 
-    /// Prints an answer as it comes, until it ends or `stop` says so, and returns it.
-    fn stream(&self, prompt: &[u32], stop: impl Fn() -> bool) -> anyhow::Result<(String, Figures)> {
-        let cache = CachePlan::new(self.model, [prompt.len()], &self.config)?;
+    /// Prints an answer as it comes, until it ends or `stop` says so, and returns it. No two turns repeat each other's draws.
+    fn stream(&self, prompt: &[u32], turn: u64, stop: impl Fn() -> bool) -> anyhow::Result<(String, Figures)> {
+        let config = GenerationConfig { seed: self.config.seed_of_row(turn), ..self.config.clone() };
+        let cache = CachePlan::new(self.model, [prompt.len()], &config)?;
         let start = Instant::now();
-        let mut text = AnswerText::new(&self.files.tokenizer, &self.config);
+        let mut text = AnswerText::new(&self.files.tokenizer, &config);
         let (mut whole, mut failure, mut first) = (String::new(), None, None);
-        let answer = generate(self.model, prompt, &self.config, |token| match text.push(token) {
+        let answer = generate(self.model, prompt, &config, |token| match text.push(token) {
             Ok(piece) => {
                 first.get_or_insert_with(|| start.elapsed());
                 print!("{piece}");
@@ -274,7 +275,7 @@ impl Talk<'_> {
     /// A chat on the terminal, until the input ends.
     fn chat(&self, system: Vec<Message>) -> anyhow::Result<()> {
         let mut terminal = Terminal::open()?;
-        let (mut conversation, mut last) = (Conversation::new(system.clone()), None::<Figures>);
+        let (mut conversation, mut last, mut turn) = (Conversation::new(system.clone()), None::<Figures>, 0);
         eprintln!("Say something. /help lists the commands; Ctrl-D ends the chat.");
         loop {
             let line = match terminal.read()? {
@@ -303,10 +304,11 @@ impl Talk<'_> {
             conversation.messages.push(Message::new("user", line.as_str()));
             terminal.begin_answer();
             let prompt = self.encode(&conversation, Some(&line));
-            match prompt.and_then(|prompt| self.stream(&prompt, || terminal.is_interrupted())) {
+            match prompt.and_then(|prompt| self.stream(&prompt, turn, || terminal.is_interrupted())) {
                 Ok((answer, figures)) => {
                     conversation.messages.push(Message::new("assistant", answer));
                     last = Some(figures);
+                    turn += 1;
                 }
                 // Such as a message that is too long: the others are still there.
                 Err(error) => {

@@ -36,9 +36,9 @@ struct Args {
     /// The base: a folder, a GGUF file or a hub id; if not given, what the adapter names.
     #[arg(long)]
     base: Option<String>,
-    /// A folder with a PEFT adapter.
+    /// A folder with a PEFT adapter, or a hub id.
     #[arg(long)]
-    adapter: PathBuf,
+    adapter: String,
     /// A folder or hub id whose tokenizer and chat template are taken instead of the base's own.
     #[arg(long)]
     tokenizer: Option<PathBuf>,
@@ -111,29 +111,29 @@ fn main() -> anyhow::Result<()> {
         bail!("{} exists already; choose another name or delete it", out.display());
     }
     let format = format_of(&args)?;
+    let options = OpenOptions { progress: true, tokenizer: args.tokenizer.clone(), ..OpenOptions::default() };
+    let folder = adapter::locate(&args.adapter, None, &options)?;
     let (base, revision) = match &args.base {
         Some(base) => (base.clone(), None),
         None => {
-            let (config, _) = adapter::read_any_config(&args.adapter)?;
+            let (config, _) = adapter::read_any_config(&folder)?;
             (config.base_model_name_or_path.context("the adapter names no base model: give --base")?, config.revision)
         }
     };
     // With the tokenizer and the chat template that the adapter was trained with, where it has them.
     let options = OpenOptions {
-        progress: true,
-        tokenizer: args.tokenizer.clone(),
         revision,
-        adapter: Some(args.adapter.clone()),
+        adapter: Some(folder.clone()),
         chat_template_path: args.chat_template.clone(),
-        ..OpenOptions::default()
+        ..options
     };
     let files = open_model(&base, &options).with_context(|| match args.base {
         Some(_) => "the base".to_owned(),
         None => format!("{base}, which the adapter names as its base; --base takes another place of it"),
     })?;
-    let adapter = adapter::open_folder(&args.adapter, files.source.config())?;
+    let adapter = adapter::open_folder(&folder, files.source.config())?;
     let files = files.with_vocabulary_of(&adapter)?;
-    let MergeChoice { into, quantization, remark, .. } = merge_into(&args, &files)?;
+    let MergeChoice { into, quantization, remark, .. } = merge_into(&args, &folder, &files)?;
     if let Some(remark) = remark {
         eprintln!("{remark}");
     }
@@ -176,7 +176,7 @@ fn format_of(args: &Args) -> anyhow::Result<Format> {
 }
 
 /// Which weights the adapter is added to, and what the base is held in where the two are compared: what it was trained over.
-fn merge_into(args: &Args, files: &ModelFiles) -> anyhow::Result<MergeChoice> {
+fn merge_into(args: &Args, adapter: &Path, files: &ModelFiles) -> anyhow::Result<MergeChoice> {
     let given = args.quant_type.is_some() || args.blocksize.is_some() || args.no_double_quant;
     let default = QuantConfig::default();
     let config = QuantConfig {
@@ -187,7 +187,7 @@ fn merge_into(args: &Args, files: &ModelFiles) -> anyhow::Result<MergeChoice> {
     let trained_over = match (args.no_quantization, given) {
         (true, _) => Some(TrainedOver::Plain),
         (false, true) => Some(TrainedOver::Bits4 { config, stored: false }),
-        (false, false) => TrainedOver::read(&args.adapter)?,
+        (false, false) => TrainedOver::read(adapter)?,
     };
     let choice = MergeChoice::new(&*files.source, trained_over.as_ref());
     Ok(match args.into {

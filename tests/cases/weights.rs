@@ -21,7 +21,7 @@ use qlora::kernels::quant::QuantConfig;
 use qlora::lora::{AdapterLayout, LoraConfig};
 use qlora::merge::{Companions, FolderOptions, LoraUpdate, MergeInto, MergedSource, Rounding, write_folder};
 use qlora::model::{CausalLm, LoadOptions, Quantization};
-use qlora::open::{OpenOptions, open_model};
+use qlora::open::{OpenOptions, open_config, open_model};
 use qlora::quantized_checkpoint;
 use qlora::source::{Gguf, HfDirectory, WeightSource};
 use qlora::tokenizer::Tokenizer;
@@ -139,6 +139,12 @@ fn case_34_tied_different_head() {
     let [remark] = source.remarks() else { panic!("{:?}", source.remarks()) };
     assert!(remark.contains("tie_word_embeddings is true") && remark.contains("head of its own"), "{remark}");
     assert!(largest(&logits_of(&source, &tokens), &own) < 1e-5);
+
+    // So does who asks what the model takes, also where the weights are not there.
+    let read = |name: &str| open_config(name, &OpenOptions::default()).unwrap();
+    assert!(read(folder.join("same").to_str().unwrap()).tie_word_embeddings);
+    assert!(!read(folder.join("own").to_str().unwrap()).tie_word_embeddings);
+    assert!(read(folder.join("own/config.json").to_str().unwrap()).tie_word_embeddings);
 
     // Training sees it.
     let mut model = CausalLm::load(&source, LoadOptions::default()).unwrap();

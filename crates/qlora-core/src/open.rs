@@ -121,8 +121,8 @@ pub fn open_model(spec: &str, options: &OpenOptions) -> Result<ModelFiles> {
 }
 
 /// Reads a model's configuration alone: of a `config.json`, or of what [`open_model`] takes. Of a hub id only
-/// `config.json` is downloaded (of `org/name:file.gguf`, the whole file). Weights are neither read nor checked, and may be
-/// quantized or missing.
+/// `config.json` is downloaded (of `org/name:file.gguf`, the whole file). Weights may be quantized, damaged or missing; where a
+/// folder has them whole, they decide whether the head is the embedding, as in [`open_model`].
 ///
 /// # Errors
 /// If there is no configuration, it cannot be downloaded, or it is damaged or not supported.
@@ -137,7 +137,10 @@ pub fn open_config(spec: &str, options: &OpenOptions) -> Result<ModelConfig> {
         return json(path);
     }
     match Spec::parse(spec)? {
-        Spec::Folder(folder) if folder.join("config.json").exists() => json(&folder.join("config.json")),
+        Spec::Folder(folder) if folder.join("config.json").exists() => match HfDirectory::open(&folder) {
+            Ok(source) => Ok(source.config().clone()),
+            Err(_) => json(&folder.join("config.json")),
+        },
         Spec::Folder(folder) => match gguf_files(&folder).first() {
             Some(file) => Ok(Gguf::open(file)?.config().clone()),
             None => Err(Error::format(folder, "no model: there is neither config.json nor a .gguf file")),
