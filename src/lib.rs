@@ -16,3 +16,8 @@
 pub use qlora_core::*;
 pub use qlora_kernels as kernels;
 pub use qlora_trainer as trainer;
+
+/// The code of the book is compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../book/src/guide/code.md")]
+struct Book;

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The README's benchmark tables and docs/bench.svg, from the raw results.
+"""The benchmark tables of the book and of the README, and the book's picture, from the raw results.
 
     python3 report.py [--check] [--root REPOSITORY]
 
@@ -10,8 +10,8 @@ Reads benches/results/train_step.csv, kernels.csv, decode.csv and startup.csv, w
     system,case,tok_s,gpu,driver,commit,date
     system,case,seconds,gpu,driver,commit,date
 
-and replaces what stands between `<!-- bench:start -->` and `<!-- bench:end -->` in README.md. Where a system was
-measured several times in the same case, the last line counts. The peer of a row is the one with the most tokens per
+and replaces what stands between `<!-- bench:start -->` and `<!-- bench:end -->`: in book/src/benchmarks.md by all of it, in
+README.md by a few rows. Where a system was measured several times in the same case, the last line counts. The peer of a row is the one with the most tokens per
 second (for a kernel or a start: the shortest time) on the same card. The same input gives the same bytes; `--check` writes
 nothing and fails when a file is not what would be written. Of the files, only
 train_step.csv has to be there.
@@ -31,7 +31,13 @@ KERNEL = ["system", "kernel", "shape", "time_us", "rate", "unit", "floor_share",
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 OURS = "qlora"
 TARGETS = {"all": "all linear layers", "qkvo": "q, k, v, o"}
-PICTURE = "docs/bench.svg"
+PAGE = "book/src/benchmarks.md"
+PICTURE = "book/src/bench.svg"
+RESULTS = "https://github.com/qlora-rs/qlora/blob/main/benches/results"
+# The rows that the README shows: a step's case and mode, a case of generation, a case of starting.
+SHORT_STEPS = [("4x2048", "free"), ("1x2048", "lean"), ("2x512", "lean")]
+SHORT_DECODE = ["decode batch 1", "decode batch 8"]
+SHORT_STARTUP = ["first step 1x2048"]
 
 
 def read(path: pathlib.Path, columns: list[str], numbers: list[str]) -> list[dict]:
@@ -235,11 +241,11 @@ def block(steps, decode, startup, kernels) -> str:
         "planner chose for a pool of 8 or (1x112640) 24 GiB. Median of 5 steps (1x5120, 1x10240: of 2 or 3; the longest two: a single",
         "step without warm-up); GB is the peak in use over 1e9, weights included. The peer is the fastest one measured in the case.",
         "",
-        f"![Training speed and memory, qlora and the fastest peer]({PICTURE})",
+        f"![Training speed and memory, qlora and the fastest peer](bench.svg)",
         "",
         *step_table(steps),
         "",
-        f"Measured on {where(steps)} ([raw results](benches/results/train_step.csv)).",
+        f"Measured on {where(steps)} ([raw results]({RESULTS}/train_step.csv)).",
     ]
     if decode:
         lines += [
@@ -248,7 +254,7 @@ def block(steps, decode, startup, kernels) -> str:
             "",
             *decode_table(decode),
             "",
-            f"Measured on {where(decode)} ([raw results](benches/results/decode.csv)).",
+            f"Measured on {where(decode)} ([raw results]({RESULTS}/decode.csv)).",
         ]
     if startup:
         lines += [
@@ -258,7 +264,7 @@ def block(steps, decode, startup, kernels) -> str:
             "",
             *startup_table(startup),
             "",
-            f"Measured on {where(startup)} ([raw results](benches/results/startup.csv)).",
+            f"Measured on {where(startup)} ([raw results]({RESULTS}/startup.csv)).",
         ]
     if kernels:
         lines += [
@@ -270,9 +276,50 @@ def block(steps, decode, startup, kernels) -> str:
             "",
             "</details>",
             "",
-            f"Measured on {where(kernels)} ([raw results](benches/results/kernels.csv)).",
+            f"Measured on {where(kernels)} ([raw results]({RESULTS}/kernels.csv)).",
         ]
     return "\n".join(lines)
+
+
+def replaced(path: pathlib.Path, block: str) -> str:
+    """A file with `block` between its marks."""
+    text = path.read_text(encoding="utf-8")
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        sys.exit(f"{path}: needs one line {START} and, after it, one line {END}")
+    before, rest = text.split(START)
+    return f"{before}{START}\n{block}\n{END}{rest.split(END)[1]}"
+
+
+def summary(steps, decode, startup) -> str:
+    """The README's table: a few rows, each beside the best peer."""
+    cells = []
+
+    def add(what: str, unit: str, ours: str, peer: str, ratio: float, name: str) -> None:
+        cells.append([what, f"{ours} {unit}", f"{peer} {unit} ({name})", f"{ratio:.1f}x"])
+
+    for case, mode in SHORT_STEPS:
+        for row, peer in steps:
+            if (row["case"], row["mode"], row["targets"]) == (case, mode, "all") and peer:
+                memory = "all the memory it wants" if mode == "free" else f"{row['peak_gb']:.1f} GB"
+                ours, other = f"{row['tok_s']:,.0f}", f"{peer['tok_s']:,.0f}"
+                add(f"training, {case} tokens a step, {memory}", "tokens/s", ours, other, row["tok_s"] / peer["tok_s"], peer["system"])
+    for case in SHORT_DECODE:
+        for row, peer in decode:
+            if row["case"] == case and peer:
+                ours, other = f"{row['tok_s']:,.0f}", f"{peer['tok_s']:,.0f}"
+                add(case.replace("decode", "generation,"), "tokens/s", ours, other, row["tok_s"] / peer["tok_s"], peer["system"])
+    for case in SHORT_STARTUP:
+        for row, peer in startup:
+            if row["case"] == case and peer:
+                ours, other = f"{row['seconds']:.1f}", f"{peer['seconds']:.1f}"
+                add("start to the end of the first step", "s", ours, other, peer["seconds"] / row["seconds"], peer["system"])
+    return "\n".join(
+        [
+            *table(["an 8B model, 4-bit base", "qlora", "best peer measured", ""], cells, 4),
+            "",
+            f"Measured on {where([*steps, *startup])}.",
+        ]
+    )
 
 
 def main() -> None:
@@ -297,13 +344,9 @@ def main() -> None:
         rows = read(results / "kernels.csv", KERNEL, ["time_us", "rate", "floor_share"])
         # In the file's order: it is the order of the benches.
         kernels = paired(rows, ["gpu", "kernel", "shape"], fastest_kernel)
-    readme = args.root / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        sys.exit(f"{readme}: needs one line {START} and, after it, one line {END}")
-    before, rest = text.split(START)
-    after = rest.split(END)[1]
-    wanted = {readme: f"{before}{START}\n{block(steps, decode, startup, kernels)}\n{END}{after}", args.root / PICTURE: svg(steps)}
+    wanted = {args.root / PICTURE: svg(steps)}
+    for path, text in ((PAGE, block(steps, decode, startup, kernels)), ("README.md", summary(steps, decode, startup))):
+        wanted[args.root / path] = replaced(args.root / path, text)
     stale = [path for path, new in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != new]
     if args.check:
         for path in stale:

@@ -36,7 +36,9 @@ pub(crate) fn make(folder: &Path, max_position_embeddings: usize) -> Result<()> 
         "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
     });
     fs::write(folder.join("config.json"), config.to_string())?;
-    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer/llama");
+    // Tests of other crates of the workspace use this file, too.
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().find(|folder| folder.join("tests/fixtures").is_dir());
+    let fixture = root.context("no tests/fixtures")?.join("tests/fixtures/tokenizer/llama");
     let read = |name: &str| fs::read(fixture.join(name)).with_context(|| fixture.join(name).display().to_string());
     fs::write(folder.join("tokenizer.json"), read("tokenizer.json")?)?;
     let mut tokenizer: Value = serde_json::from_slice(&read("tokenizer_config.json")?)?;

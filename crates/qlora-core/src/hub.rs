@@ -6,6 +6,7 @@
 mod blobs;
 mod errors;
 mod settings;
+mod status;
 
 use std::cell::Cell;
 use std::fs;
@@ -23,6 +24,7 @@ use crate::source::gguf::split::part_names;
 use crate::source::hf::{INDEX, SINGLE, read_index};
 
 use settings::Settings;
+pub use status::HubStatus;
 
 /// The files of a model in the cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,7 +49,7 @@ const TOKENIZER: &str = "tokenizer.json";
 /// If the hub refuses (which token to set, where to ask for access), does not have the repository, revision or file,
 /// cannot be reached, or the model is not supported; offline, if files are missing in the cache.
 pub fn snapshot(id: &str, file: Option<&str>, options: &OpenOptions) -> Result<Snapshot> {
-    let settings = Settings::new(options, |name| std::env::var(name).ok().filter(|value| !value.is_empty()))?;
+    let settings = Settings::new(options, environment)?;
     let wanted = file.map_or(Wanted::Model { tokenizer: options.tokenizer.is_none() }, Wanted::File);
     request(&Request { id, wanted, settings: &settings })
 }
@@ -58,7 +60,7 @@ pub fn snapshot(id: &str, file: Option<&str>, options: &OpenOptions) -> Result<S
 /// # Errors
 /// As [`snapshot`]; also if the folder's name is not one, or the adapter is a Python pickle.
 pub fn adapter_snapshot(id: &str, subfolder: Option<&str>, options: &OpenOptions) -> Result<Snapshot> {
-    let settings = Settings::new(options, |name| std::env::var(name).ok().filter(|value| !value.is_empty()))?;
+    let settings = Settings::new(options, environment)?;
     adapter_snapshot_with(id, subfolder, &settings)
 }
 
@@ -67,8 +69,13 @@ pub fn adapter_snapshot(id: &str, subfolder: Option<&str>, options: &OpenOptions
 /// # Errors
 /// As [`snapshot`].
 pub fn tokenizer_snapshot(id: &str, options: &OpenOptions) -> Result<Snapshot> {
-    let settings = Settings::new(options, |name| std::env::var(name).ok().filter(|value| !value.is_empty()))?;
+    let settings = Settings::new(options, environment)?;
     request(&Request { id, wanted: Wanted::Tokenizer, settings: &settings })
+}
+
+/// The value of an environment variable; empty ones count as not set.
+fn environment(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
 fn adapter_snapshot_with(id: &str, subfolder: Option<&str>, settings: &Settings) -> Result<Snapshot> {

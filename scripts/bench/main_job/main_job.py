@@ -3,7 +3,7 @@
 
     python3 main_job.py --finetune target/release/examples/finetune --model MODEL [--out benches/results/main_job.csv]
         [--cases packed4x2048,docs8] [--budgets none,8,12,16,24,48] [--set training.gradient_checkpointing=false]...
-        [--minimal .../minimal_train] [--generate .../generate] [--decode .../decode-HASH]
+        [--minimal .../minimal_train] [--qlora .../qlora] [--decode .../decode-HASH]
 
 MODEL is a folder made by model.py. The rows (rows.py) are made on the way. Standard library only.
 
@@ -12,7 +12,7 @@ Cases:
                         --set (one --set may hold several keys, separated by commas)
   untouched             a TOML with model and file only
   minimal               examples/minimal_train.rs, a program with `TrainConfig::default()`, on the same
-  generate256           `generate` with an adapter and 256 prompts, defaults; beside it benches/decode at its batch
+  generate256           `qlora generate` with an adapter and 256 prompts, defaults; beside it benches/decode at its batch
 
 tok_s counts every token of the batches, from metrics.jsonl: the tokens over the seconds of steps 11 to 40 (--steps), with
 a budget 5 to 24 (--budget-steps). Those seconds are a step's from its data to its loss on the host; the run is stopped
@@ -238,7 +238,7 @@ class Bench:
 
     def generate(self) -> dict:
         adapter, folder = self.fresh_adapter(), self.folder("generate256")
-        command = [self.args.generate, "--model", "model", "--adapter", adapter, "--raw"]
+        command = [self.args.qlora, "generate", "--model", "model", "--adapter", adapter, "--raw"]
         command += ["--batch", "prompts.jsonl", "--output", "answers.jsonl"]
         command += ["--device", "cpu"] if self.args.cpu else []
         command += ["--max-new-tokens", str(self.args.new)] if self.args.new != 256 else []
@@ -257,7 +257,7 @@ class Bench:
         printed = process.first(r"batch(?:es)? of (\d+)")
         if self.args.generate_batch or printed:
             return self.args.generate_batch or int(printed[1])
-        usage = subprocess.run([self.args.generate, "--help"], capture_output=True, text=True).stdout
+        usage = subprocess.run([self.args.qlora, "generate", "--help"], capture_output=True, text=True).stdout
         default = re.search(r"--batch-size[^[]*\[default: (\d+)\]", usage)
         return int(default[1]) if default else 8
 
@@ -315,8 +315,8 @@ class Bench:
                 command = [args.minimal, "model", "rows.jsonl"]
                 self.note(case, "default", "", lambda: self.train("minimal", command, args.steps))
             elif case == "generate256":
-                if not args.generate:
-                    raise SystemExit("the case generate256 needs --generate PROGRAM")
+                if not args.qlora:
+                    raise SystemExit("the case generate256 needs --qlora PROGRAM")
                 made = self.note(case, "default", "", self.generate)
                 if args.decode and made:
                     batch = made["batch"]
@@ -352,7 +352,7 @@ def arguments():
     parser.add_argument("--finetune", type=pathlib.Path, required=True)
     parser.add_argument("--model", type=pathlib.Path, required=True)
     parser.add_argument("--minimal", type=pathlib.Path)
-    parser.add_argument("--generate", type=pathlib.Path)
+    parser.add_argument("--qlora", type=pathlib.Path)
     parser.add_argument("--decode", type=pathlib.Path)
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("/tmp/main_job"))
     parser.add_argument("--out", type=pathlib.Path, help="CSV file to append to")
@@ -372,7 +372,7 @@ def arguments():
     if unknown := set(args.cases) - set(CASES):
         parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     args.budgets = ["" if budget == "none" else budget for budget in args.budgets]
-    for program in ("finetune", "minimal", "generate", "decode", "model"):
+    for program in ("finetune", "minimal", "qlora", "decode", "model"):
         path = getattr(args, program)
         if path and not path.exists():
             parser.error(f"--{program}: {path} is not there")

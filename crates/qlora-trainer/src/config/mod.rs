@@ -25,6 +25,7 @@
 //! ```
 
 mod choices;
+mod documented;
 mod foreign_keys;
 mod keys;
 mod known_keys;
@@ -40,6 +41,7 @@ pub use choices::{
     ComputeDtype, GradientCheckpointing, OnOverlong, OnUntrained, Optim, Paths, QuantType, Resume, SamplingStrategy,
     Scheduler, Targets, TemplateKwargs,
 };
+pub use documented::{DocumentedKey, EXAMPLE, documented_keys};
 
 /// Everything a run needs to know.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -3,11 +3,13 @@
 pub mod bar;
 mod chart;
 pub mod plot;
+pub mod report;
 
 use std::path::Path;
 
 pub use bar::ProgressBar;
 pub use plot::LossPlot;
+pub use report::{HtmlReport, ReportFacts};
 
 use crate::metrics::{EvalLog, LogEntry};
 use crate::trainer::Outcome;

@@ -16,10 +16,7 @@ const SAVING: &str = "write `save_steps` in [training]; 0 saves one checkpoint a
 
 pub(super) const KEYS: &[KnownKey] = &[
     key(&["do_train"], Anyway(&[On], "a run trains; leave it out")),
-    key(
-        &["do_predict", "predict_with_generate"],
-        Anyway(&[Off], "answers are made by the program `generate`; leave it out"),
-    ),
+    key(&["do_predict", "predict_with_generate"], Anyway(&[Off], "answers are made by `qlora generate`; leave it out")),
     key(
         &["do_eval"],
         If(
@@ -53,18 +50,12 @@ pub(super) const KEYS: &[KnownKey] = &[
     ),
     key(&["saves_per_epoch"], Anyway(&[Off], SAVING)),
     key(&["save_safetensors"], Nothing),
-    key(
-        &["save_adapter_only"],
-        Anyway(&[On], "the adapter alone is saved; merge afterwards, with the program `merge`"),
-    ),
+    key(&["save_adapter_only"], Anyway(&[On], "the adapter alone is saved; merge afterwards, with `qlora merge`")),
     key(
         &["save_only_model"],
         Anyway(&[Off], "checkpoints hold the optimizer's state, so that a run can go on; leave it out"),
     ),
-    key(
-        &["save_merged_model", "merge_lora", "export_gguf"],
-        Anyway(&[Off], "merge afterwards, with the program `merge`"),
-    ),
+    key(&["save_merged_model", "merge_lora", "export_gguf"], Anyway(&[Off], "merge afterwards, with `qlora merge`")),
     key(
         &["save_on_each_node", "save_first_step", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint"],
         Anyway(&[Off], SAVING),

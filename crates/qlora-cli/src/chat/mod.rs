@@ -1,0 +1,7 @@
+//! Answers on a terminal.
+
+mod stream;
+mod terminal;
+
+pub(crate) use stream::{Asker, Figures};
+pub(crate) use terminal::{HELP, Input, Terminal};

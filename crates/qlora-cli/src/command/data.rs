@@ -1,0 +1,195 @@
+//! `qlora data`.
+
+mod histogram;
+mod look;
+
+use std::collections::HashMap;
+use std::fmt::Write;
+
+use anyhow::{Result, anyhow};
+use qlora::open::{ModelFiles, OpenOptions, open_model};
+use qlora::trainer::TrainConfig;
+use qlora::trainer::data::encode::{EncodeOptions, Notes, Outcome, encode};
+use qlora::trainer::data::{JsonLine, Row, read_json_lines};
+use qlora::trainer::encoder::ModelEncoder;
+use serde_json::json;
+
+use super::run_args::RunArgs;
+use crate::output::{self, BAD, FAINT, TITLE, WARNING};
+
+/// Shows rows as the model will see them, and what is wrong with a file.
+///
+/// Trained tokens are green, or between ⟦ and ⟧ where there are no colours. Then: lengths, duplicates, what would be cut or left
+/// out, and every row that cannot be used, with its line.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  qlora data qlora.toml
+  qlora data HuggingFaceTB/SmolLM2-135M-Instruct train.jsonl --rows 5
+  qlora data qlora.toml --rows 0 --json")]
+pub(crate) struct Args {
+    #[command(flatten)]
+    run: RunArgs,
+    /// How many rows to show.
+    #[arg(long, default_value_t = 3)]
+    rows: usize,
+    /// Put a line between tokens.
+    #[arg(long)]
+    tokens: bool,
+    /// Prints JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let config = args.run.config()?;
+    let files = open_files(&config)?;
+    let encoder = ModelEncoder::new(&files.tokenizer, files.chat_template.as_ref(), &files.generation.eos_token_ids)
+        .with_template_kwargs(config.data.chat_template_kwargs.as_map());
+    let found = read(&config, &encoder, args)?;
+    if args.json {
+        output::print_json(&found.to_json())?;
+    } else {
+        output::print(&found.to_text(&config))?;
+    }
+    match found.problems.len() {
+        0 => Ok(()),
+        1 => Err(anyhow!("one row cannot be used")),
+        count => Err(anyhow!("{count} rows cannot be used")),
+    }
+}
+
+/// The tokenizer and the chat template that a run would have.
+fn open_files(config: &TrainConfig) -> Result<ModelFiles> {
+    let options = OpenOptions {
+        revision: config.model.revision.clone(),
+        cache_dir: config.model.cache_dir.clone(),
+        offline: config.model.local_files_only,
+        tokenizer: config.model.tokenizer_name_or_path.clone(),
+        chat_template_path: config.data.chat_template_path.clone(),
+        progress: true,
+        ..OpenOptions::default()
+    };
+    Ok(open_model(&config.model.model_name_or_path, &options)?)
+}
+
+/// What is to be said about the files of a run.
+#[derive(Default)]
+struct Found {
+    shown: Vec<String>,
+    rows: usize,
+    /// Tokens of each document, before anything is cut.
+    lengths: Vec<usize>,
+    tokens: usize,
+    trained: usize,
+    /// Rows with a place: those that would be cut, left out, and that cannot be used.
+    cut: Vec<String>,
+    left_out: Vec<String>,
+    problems: Vec<String>,
+    /// Rows that are the same tokens as an earlier one.
+    duplicates: Vec<String>,
+    unused: Vec<String>,
+}
+
+fn read(config: &TrainConfig, encoder: &ModelEncoder<'_>, args: &Args) -> Result<Found> {
+    let options = EncodeOptions::from(&config.data);
+    // Lengths are those of whole documents.
+    let whole = EncodeOptions { max_length: usize::MAX, ..options };
+    let (mut found, mut seen) = (Found::default(), HashMap::<u64, String>::new());
+    for path in config.data.train_file.as_slice() {
+        for JsonLine { number, row, .. } in read_json_lines(path)? {
+            found.rows += 1;
+            let place = format!("{}:{number}", path.display());
+            let encoded = Row::from_json(&row).and_then(|row| {
+                for name in row.unused {
+                    if !found.unused.contains(&name) {
+                        found.unused.push(name);
+                    }
+                }
+                encode(&row.record, encoder, &whole)
+            });
+            let (document, notes) = match encoded {
+                Ok(Outcome::Document(document, notes)) => (document, notes),
+                Ok(_) => {
+                    found.left_out.push(format!("{place}: no token to train on"));
+                    continue;
+                }
+                Err(message) => {
+                    found.problems.push(format!("{place}: {message}"));
+                    continue;
+                }
+            };
+            remark(&mut found, &place, document.ids.len(), notes, config);
+            found.lengths.push(document.ids.len());
+            found.tokens += document.ids.len();
+            found.trained += document.trained_tokens();
+            match seen.get(&look::hash(&document.ids)) {
+                Some(first) => found.duplicates.push(format!("{place} is {first} again")),
+                None => drop(seen.insert(look::hash(&document.ids), place.clone())),
+            }
+            if found.shown.len() < args.rows {
+                let text = look::text(&document, encoder, args.tokens).map_err(|error| anyhow!("{place}: {error}"))?;
+                let (all, trained) = (document.ids.len(), document.trained_tokens());
+                let title = format!("{TITLE}{place}{TITLE:#}{FAINT}, {all} tokens, {trained} trained{FAINT:#}");
+                found.shown.push(format!("{title}\n{text}\n"));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Takes down what would become of a row.
+fn remark(found: &mut Found, place: &str, length: usize, notes: Notes, config: &TrainConfig) {
+    if length > config.data.max_length {
+        found.cut.push(format!("{place}: {length} tokens"));
+    }
+    if notes.answers_not_found > 0 {
+        let count = notes.answers_not_found;
+        found.left_out.push(format!("{place}: {count} answers are not found in what the chat template writes"));
+    }
+}
+
+/// Places that are listed, of each kind.
+const LISTED: usize = 10;
+
+impl Found {
+    fn to_text(&self, config: &TrainConfig) -> String {
+        let mut text = self.shown.join("\n");
+        let documents = self.lengths.len();
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            text,
+            "\n{TITLE}{} rows{TITLE:#}, {documents} documents, {} tokens, {} of them trained",
+            self.rows, self.tokens, self.trained
+        );
+        text += &histogram::text(&self.lengths, config.data.max_length);
+        let overlong = format!("longer than max_length = {} (on_overlong)", config.data.max_length);
+        for (places, what, style) in [
+            (&self.duplicates, "duplicates", WARNING),
+            (&self.cut, overlong.as_str(), WARNING),
+            (&self.left_out, "nothing or not all to train on (on_untrained)", WARNING),
+            (&self.unused, "columns that are not used", WARNING),
+            (&self.problems, "rows that cannot be used", BAD),
+        ] {
+            if places.is_empty() {
+                continue;
+            }
+            let _ = writeln!(text, "\n{style}{}{style:#} {what}", places.len());
+            for place in places.iter().take(LISTED) {
+                let _ = writeln!(text, "  {place}");
+            }
+            if places.len() > LISTED {
+                let _ = writeln!(text, "  {FAINT}and {} more{FAINT:#}", places.len() - LISTED);
+            }
+        }
+        text
+    }
+
+    fn to_json(&self) -> serde_json::Value {
+        json!({
+            "rows": self.rows, "documents": self.lengths.len(), "tokens": self.tokens, "trained_tokens": self.trained,
+            "lengths": self.lengths, "duplicates": self.duplicates, "overlong": self.cut, "untrained": self.left_out,
+            "unused_columns": self.unused, "problems": self.problems,
+        })
+    }
+}

@@ -1,0 +1,108 @@
+//! `qlora train`.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use qlora::trainer::progress::{HtmlReport, LossPlot, ProgressBar, ReportFacts};
+use qlora::trainer::session::Session;
+use qlora::trainer::{Interrupt, Outcome, TrainConfig};
+
+use super::run_args::RunArgs;
+use crate::output::{self, remark};
+
+/// Fine-tunes a model.
+///
+/// What is set by no flag and no file has the default that its flag names. Ctrl-C, SIGTERM and SIGHUP save a checkpoint and end
+/// with exit code 130, 143 or 129; --resume-from-checkpoint true goes on from it, bit for bit.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  qlora train qlora.toml
+  qlora train qlora.toml --learning-rate 1e-4 --output-dir second
+  qlora train HuggingFaceTB/SmolLM2-135M-Instruct train.jsonl --target-modules all-linear
+  qlora train qlora.toml --memory-budget 8 --dry-run")]
+pub(crate) struct Args {
+    #[command(flatten)]
+    run: RunArgs,
+    /// Load the model, say what the run takes and what it would do, and stop.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    let config = args.run.config()?;
+    remark(format!("loading {}", config.model.model_name_or_path));
+    let bar = output::bar("", "{bytes} of {total_bytes}");
+    let progress = output::bytes_of(&bar);
+    let mut session = match args.dry_run {
+        true => Session::open_dry_run(&config, progress)?,
+        false => Session::open(&config, progress)?,
+    };
+    bar.finish_and_clear();
+    let memory = session.model().memory();
+    remark(format!(
+        "model {:.1} MB (of it frozen projections {:.1}), adapter {:.1} MB",
+        memory.total() as f64 / 1e6,
+        memory.projections as f64 / 1e6,
+        memory.adapter as f64 / 1e6
+    ));
+    let (training, validation) = session.datasets()?;
+    remark(training.stats());
+    training.remarks().into_iter().chain(validation.iter().flat_map(|data| data.remarks())).for_each(remark);
+    let mut facts = ReportFacts::default();
+    facts.title.clone_from(&config.model.model_name_or_path);
+    facts.configuration = config.to_toml();
+    facts.data = training.stats().to_string();
+    facts.data_fingerprint = training.fingerprint().to_string();
+    match session.plan_memory(&training)? {
+        Some(plan) => {
+            remark(format!("memory plan: {plan}"));
+            (facts.memory_plan, facts.planned_peak) = (Some(plan.to_string()), Some(plan.peak));
+        }
+        None => remark("training on the CPU: there is no memory plan"),
+    }
+    if args.dry_run {
+        if let Some(tokens) = session.longest_sequence()? {
+            remark(format!("the longest single sequence that fits: {tokens} tokens"));
+        }
+        remark(would_do(&config));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let output = config.training.output_dir.clone();
+    // Only now is there something to save; until here signals end the program at once.
+    let interrupt = Interrupt::on_ctrl_c()?;
+    let (plot, report) = (output.join("loss.svg"), output.join("report.html"));
+    let summary = session
+        .into_trainer(training, validation)?
+        .with_interrupt(interrupt.clone())
+        .with_observer(ProgressBar::new())
+        .with_observer(LossPlot::new(plot, "training loss"))
+        .with_observer(HtmlReport::new(report.clone(), facts))
+        .run()?;
+    if summary.outcome == Outcome::Interrupted {
+        // The progress bar has said so; after SIGHUP there is nobody to tell.
+        return Ok(ExitCode::from(u8::try_from(interrupt.exit_code()).unwrap_or(u8::MAX)));
+    }
+    let folder = output.display();
+    output::print(&format!("adapter: {folder}\nreport: {}\n", report.display()))?;
+    remark(format!("try it: qlora chat --adapter {folder}"));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Which files a run writes.
+fn would_do(config: &TrainConfig) -> String {
+    let options = &config.training;
+    let folder = options.output_dir.display();
+    let checkpoints = match (options.save_steps, options.save_total_limit) {
+        (0, _) => "a checkpoint at the end".to_owned(),
+        (every, 0) => format!("a checkpoint every {every} steps"),
+        (every, kept) => format!("a checkpoint every {every} steps, of which the last {kept} are kept"),
+    };
+    let until = match options.max_steps {
+        steps if steps > 0 => format!("{steps} steps"),
+        _ => format!("{} epochs", options.num_train_epochs),
+    };
+    format!(
+        "a run would take {until} and write to {folder}: the adapter, {checkpoints}, metrics.jsonl, report.html, loss.svg"
+    )
+}

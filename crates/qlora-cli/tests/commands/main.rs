@@ -1,0 +1,15 @@
+//! The command `qlora`, run as a user runs it, with tiny models.
+
+#[path = "../../../../tests/common/random_folder.rs"]
+mod random_folder;
+#[path = "../../../../tests/common/tiny_folder.rs"]
+mod tiny_folder;
+
+mod chat;
+mod errors;
+#[cfg(target_os = "linux")]
+mod terminal;
+mod whole_way;
+
+/// The program.
+const QLORA: &str = env!("CARGO_BIN_EXE_qlora");
