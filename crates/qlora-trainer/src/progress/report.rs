@@ -84,7 +84,7 @@ impl HtmlReport {
             LogEntry::Train(_) => None,
         });
         let mut rows = vec![("state", self.state.clone())];
-        if let (Some(first), Some(last)) = (trained.clone().next(), trained.clone().last()) {
+        if let (Some(first), Some(last)) = (trained.clone().next(), trained.clone().next_back()) {
             rows.push(("steps", last.step.to_string()));
             rows.push(("epochs", format!("{:.2}", last.epoch)));
             rows.push(("loss, first and last", format!("{:.4}, {:.4}", first.loss, last.loss)));
@@ -100,7 +100,7 @@ impl HtmlReport {
         if let Some(best) = evaluated.clone().min_by(|a, b| a.eval_loss.total_cmp(&b.eval_loss)) {
             rows.push(("validation loss, best", format!("{:.4} (step {})", best.eval_loss, best.step)));
         }
-        if let Some(last) = evaluated.last() {
+        if let Some(last) = evaluated.clone().next_back() {
             rows.push(("validation loss, last", format!("{:.4} (step {})", last.eval_loss, last.step)));
         }
         rows.extend(self.parameters.map(|count| ("trained parameters", count.to_string())));
