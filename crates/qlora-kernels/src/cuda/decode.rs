@@ -179,7 +179,7 @@ impl<'a> DecodeTables<'a> {
                 cfg.heads as i64,
                 cfg.kv_heads as i64,
                 cfg.head_dim as i64,
-                1,
+                qkv.gpu().early(),
                 stream,
             )
         })
@@ -199,7 +199,10 @@ impl<'a> DecodeTables<'a> {
         let [sequences, heads, kv_heads, head_dim, capacity] =
             [self.sequences(), cfg.heads, cfg.kv_heads, cfg.head_dim, self.capacity].map(|size| size as i64);
         // SAFETY: a pure function of its arguments.
-        let bytes = unsafe { ffi::qlora_decode_attention_workspace(sequences, 1, heads, kv_heads, head_dim, capacity) };
+        let bytes = unsafe {
+            let limits = gpu.launch_limits();
+            ffi::qlora_decode_attention_workspace(sequences, 1, heads, kv_heads, head_dim, capacity, limits)
+        };
         let launch = |scratch: *mut u8| {
             // SAFETY: as in `append`; the workspace has the size asked for and was zero before its first use.
             gpu.launch("decode_attention", |stream| unsafe {
@@ -221,8 +224,9 @@ impl<'a> DecodeTables<'a> {
                     capacity,
                     cfg.scale,
                     cfg.window.map_or(0, |window| window as i64),
-                    1,
+                    gpu.early(),
                     scratch.cast(),
+                    gpu.launch_limits(),
                     stream,
                 )
             })
