@@ -345,7 +345,8 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM) gemm_kernel(const __gri
 #pragma unroll
                 for (int rt = 0; rt < RT; rt++) {
                     const int slot = (row_warp * RT + rt) * 16 + g;
-                    const char* p = codes + slot * (STAGE_CHUNKS * 32) + (((c ^ (slot & 3)) & (STAGE_CHUNKS - 1)) << 5) + t * 8;
+                    const int place = STAGE_CHUNKS >= 4 ? c ^ (slot & 3) : (c ^ (slot & 3)) & (STAGE_CHUNKS - 1);
+                    const char* p = codes + slot * (STAGE_CHUNKS * 32) + (place << 5) + t * 8;
                     const uint2 low = *reinterpret_cast<const uint2*>(p);
                     const uint2 high = *reinterpret_cast<const uint2*>(p + 8 * STAGE_CHUNKS * 32);
                     scale[rt][0] = stage_scales[c * C::BN + slot], scale[rt][1] = stage_scales[c * C::BN + slot + 8];

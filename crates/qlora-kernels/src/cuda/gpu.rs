@@ -423,12 +423,15 @@ impl RawMemory {
     }
 
     pub(crate) fn ptr(&self) -> sys::CUdeviceptr {
+        graph::reaches(self.ptr, false);
         self.ptr
     }
 
     /// Gives the memory up without freeing it.
     pub(crate) fn into_ptr(self) -> sys::CUdeviceptr {
         let ptr = self.ptr;
+        // Who gets it frees it without our knowing.
+        drop(graph::freed(ptr, self.bytes));
         let mut this = std::mem::ManuallyDrop::new(self);
         // Their handles are still released; only the free is skipped.
         // SAFETY: `this` is never used again.
@@ -445,6 +448,7 @@ impl Drop for RawMemory {
         if let Some(home) = &self.home {
             return home.keep(self.bytes, self.ptr);
         }
+        let _before = graph::freed(self.ptr, self.bytes);
         // A failure here (a lost device) shows at the next call that can report it.
         let _ = self.stream.context().bind_to_thread();
         // SAFETY: allocated on this stream by `alloc`, freed once.
