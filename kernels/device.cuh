@@ -34,8 +34,13 @@ template <auto KERNEL> cudaError_t allow_shared(const QloraLimits& limits, size_
         const bool kept = device >= 0 && device < DEVICES;
         if (!kept || own[device] == 0) {
             cudaFuncAttributes attributes{};
+            int reserved = 0;
             error = cudaFuncGetAttributes(&attributes, KERNEL);
-            fixed = attributes.sharedSizeBytes;
+            if (error == cudaSuccess)
+                error = cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
+            // Code for Hopper counts what the system takes of every block; the limits do not.
+            const size_t system = static_cast<size_t>(reserved);
+            fixed = attributes.sharedSizeBytes >= system ? attributes.sharedSizeBytes - system : attributes.sharedSizeBytes;
             if (kept && error == cudaSuccess) own[device] = fixed + 1;
         } else {
             fixed = own[device] - 1;

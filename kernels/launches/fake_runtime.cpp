@@ -13,9 +13,12 @@
 
 namespace {
 
+// What the system takes of a block on the architecture that the objects are for (90); its code counts it as static.
+constexpr size_t RESERVED = 1024;
+
 struct Kernel {
     std::string name;
-    size_t fixed = 0;          // static shared memory
+    size_t fixed = 0;          // static shared memory, without what the system takes
     size_t dynamic = 48 << 10; // what may be asked for, the static part aside
 };
 
@@ -134,7 +137,7 @@ void __cudaRegisterFunction(void**, const char* host, char*, const char* name, i
     Kernel kernel;
     kernel.name = demangled(name);
     const auto found = fixed_shared().find(name);
-    if (found != fixed_shared().end()) kernel.fixed = found->second;
+    if (found != fixed_shared().end() && found->second > RESERVED) kernel.fixed = found->second - RESERVED;
     kernel.dynamic -= kernel.fixed;
     kernels()[host] = kernel;
 }
@@ -176,10 +179,16 @@ cudaError_t cudaGetDevice(int* device) {
     return cudaSuccess;
 }
 
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    // The one thing that a launcher may ask a device for: everything else is in the limits.
+    if (attribute != cudaDevAttrReservedSharedMemoryPerBlock) return note(cudaErrorInvalidValue);
+    *value = RESERVED;
+    return cudaSuccess;
+}
+
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
     *attributes = {};
-    attributes->sharedSizeBytes = kernels().at(function).fixed;
-    attributes->ptxVersion = 90;
+    attributes->sharedSizeBytes = kernels().at(function).fixed + RESERVED;
     return cudaSuccess;
 }
 

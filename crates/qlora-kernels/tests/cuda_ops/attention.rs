@@ -69,7 +69,7 @@ pub(crate) fn run_with(
 const LENGTHS: [&[usize]; 6] = [&[1], &[7], &[64], &[130, 1, 63], &[257, 3], &[5, 5, 300, 2]];
 
 fn compare_all(report: &mut Report, device: &candle_core::Device) {
-    for dtype in dtypes(&device) {
+    for dtype in dtypes(device) {
         for heads in HEADS {
             for lengths in LENGTHS {
                 for window in [None, Some(1), Some(17), Some(64)] {

@@ -1,6 +1,5 @@
 //! Dropout: the mask is that of the CPU, element by element.
 
-use qlora_kernels::Dtype;
 use qlora_kernels::ops::dropout::{self, Dropout};
 
 use crate::harness::{GAPS, Report, dtypes, gpu, half, output, round, within};

@@ -1,7 +1,7 @@
 //! Matrix products: the three transpositions, odd sizes and strides, accumulation.
 
 use qlora_kernels::ops::matmul;
-use qlora_kernels::{Dtype, View, Workspace};
+use qlora_kernels::{View, Workspace};
 
 use crate::harness::{GAPS, Report, dtypes, gpu, half, output, within};
 

@@ -136,6 +136,27 @@ fn the_default_device_of_candle_is_refused() {
     assert!(error.contains("GPU 999 cannot be used: there is no GPU with this number"), "{error}");
 }
 
+/// With `QLORA_DEVICE_LIMITS=7.5`, or on such a card, there is no bf16; elsewhere nothing is refused.
+#[test]
+fn what_a_gpu_cannot_compute_in_is_refused_by_name() {
+    let Some(device) = gpu() else { return };
+    let gpu = cuda::Gpu::of(&device).unwrap();
+    println!("{}: {}", gpu.name(), gpu.limits());
+    assert!(gpu.limits().capability >= (8, 0) || !gpu.limits().has_bf16());
+    for dtype in [Dtype::F32, Dtype::F16] {
+        assert_eq!(Workspace::with_dtype(&device, dtype).unwrap().dtype(), dtype);
+    }
+    match Workspace::with_dtype(&device, Dtype::Bf16) {
+        Ok(_) => assert!(gpu.limits().has_bf16()),
+        Err(error) => {
+            let error = error.to_string();
+            assert!(!gpu.limits().has_bf16(), "{error}");
+            assert!(error.contains("cannot compute in bfloat16") && error.contains("float16"), "{error}");
+        }
+    }
+    assert_eq!(Workspace::new(&device).unwrap().dtype(), half(&device));
+}
+
 #[test]
 fn two_devices_are_not_mixed_up() {
     let Some(device) = gpu() else { return };

@@ -13,8 +13,6 @@ use rand_chacha::ChaCha8Rng;
 use crate::attention::{config, run, run_with, tolerance};
 use crate::harness::{Output, Report, Side, half, halves, new_gpu, relative_error};
 
-/// The types that cuDNN takes.
-
 /// Grouped and single key/value heads.
 const HEADS: [(usize, usize, usize); 4] = [(8, 2, 128), (4, 4, 128), (9, 3, 64), (4, 2, 96)];
 
