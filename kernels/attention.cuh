@@ -1,4 +1,4 @@
-// Device helpers of the attention kernels: mma.sync m16n8k16, ldmatrix, cp.async, swizzled shared-memory tiles.
+// Device helpers of the attention kernels: swizzled shared-memory tiles, their copies and their products.
 //
 // A tile is [rows][COLS] of a 2-byte type, rows contiguous without padding. The 16-byte chunks of a row are permuted by
 // XOR with a few bits of the row number, so that ldmatrix (8 rows of one chunk) and the fragment stores touch 8
@@ -6,107 +6,15 @@
 // columns is an odd multiple of 64 bytes, odd rows start half a bank line later: XOR with (row >> 1) & 3 is enough.
 #pragma once
 
-#include "common.cuh"
-
-#include <mutex>
-#include <type_traits>
+#include "async.cuh"
+#include "mma.cuh"
 
 namespace attention {
 
+using namespace mma;
+
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// 16 bytes to shared memory; zeros when `valid` is false (nothing is read then).
-__device__ __forceinline__ void copy_async16(uint32_t dst, const void* src, bool valid) {
-    const int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(dst), "l"(src), "r"(bytes)
-                 : "memory");
-}
-
-__device__ __forceinline__ void copy_async4(uint32_t dst, const void* src, bool valid) {
-    const int bytes = valid ? 4 : 0;
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
-
-template <int N> __device__ __forceinline__ void copy_async_wait() {
-    asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
-}
-
-// Four 8x8 matrices; lanes 8i..8i+7 give the row addresses of matrix i.
-__device__ __forceinline__ void load_matrix(uint32_t (&r)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-__device__ __forceinline__ void load_matrix_transposed(uint32_t (&r)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-__device__ __forceinline__ void store_shared(uint32_t address, uint32_t x) {
-    asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(x) : "memory");
-}
-
-__device__ __forceinline__ uint4 load_shared16(uint32_t address) {
-    uint4 x;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(address)
-                 : "memory");
-    return x;
-}
-
-__device__ __forceinline__ float load_shared(uint32_t address) {
-    float x;
-    asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(x) : "r"(address) : "memory");
-    return x;
-}
-
-// d = a b + c with a 16x16 (row), b 16x8 (column), f32 sums. Lane l holds d rows l/4 and l/4 + 8, columns 2(l%4) and
-// + 1.
-template <typename T> __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                               uint32_t b1, const float (&c)[4]) {
-    if constexpr (std::is_same_v<T, __nv_bfloat16>)
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%10, %11, %12, %13};\n"
-            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
-    else
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%10, %11, %12, %13};\n"
-            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
-}
-
-template <typename T>
-__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    multiply<T>(d, a, b0, b1, d);
-}
-
-// Two floats as a pair of T, `low` in the low half (the lower column).
-template <typename T> __device__ __forceinline__ uint32_t pack_pair(float low, float high);
-
-template <> __device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
-    uint32_t r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(r) : "f"(high), "f"(low));
-    return r;
-}
-
-template <> __device__ __forceinline__ uint32_t pack_pair<__half>(float low, float high) {
-    uint32_t r;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(r) : "f"(high), "f"(low));
-    return r;
-}
 
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
@@ -196,34 +104,9 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const T* src, int64_t l
         const bool valid = whole || (row + i * STEP >= first && row + i * STEP < last);
 #pragma unroll
         for (int c = 0; c < Tile<COLS>::CHUNKS; c += LINE)
-            copy_async16(to + i * STEP * Tile<COLS>::PITCH + c * 16, from + c * 8, valid);
+            async::copy16(to + i * STEP * Tile<COLS>::PITCH + c * 16, from + c * 8, valid);
         from += STEP * ld;
     }
-}
-
-// A device's limits.
-struct DeviceLimits {
-    int shared_bytes;
-    int multiprocessors;
-};
-
-inline DeviceLimits ask_device_limits(int device) {
-    DeviceLimits l{48 * 1024, 1};
-    cudaDeviceGetAttribute(&l.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    cudaDeviceGetAttribute(&l.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    return l;
-}
-
-// The current device's limits; each device is asked once, the 65th and later ones always.
-inline DeviceLimits device_limits() {
-    constexpr int DEVICES = 64;
-    static DeviceLimits known[DEVICES];
-    static std::once_flag asked[DEVICES];
-    int device = 0;
-    cudaGetDevice(&device);
-    if (device < 0 || device >= DEVICES) return ask_device_limits(device);
-    std::call_once(asked[device], [device] { known[device] = ask_device_limits(device); });
-    return known[device];
 }
 
 inline bool aligned16(const void* p, int64_t ld) { return reinterpret_cast<uintptr_t>(p) % 16 == 0 && ld % 8 == 0; }

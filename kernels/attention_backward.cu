@@ -43,6 +43,7 @@ template <int D, int BN, int STAGES> constexpr int backward_shared_bytes() {
 template <typename T, int D, int BN, int WARPS, int CTAS, int STAGES, int SCORE_ROWS, int KEY_ROWS, int QUERY_ROWS,
           bool WITH_DQ, int AHEAD = 0, bool STAGGER = false>
 __global__ __launch_bounds__(WARPS * 32, CTAS) void backward_kernel(const BackwardArguments a) {
+    if constexpr (!has_products<T>()) return;
     constexpr int BM = Q_BLOCK, THREADS = WARPS * 32;
     constexpr int S_COLS = BN / (WARPS / SCORE_ROWS), K_COLS = D / (WARPS / KEY_ROWS),
                   Q_COLS = D / (WARPS / QUERY_ROWS);
@@ -102,7 +103,7 @@ __global__ __launch_bounds__(WARPS * 32, CTAS) void backward_kernel(const Backwa
             const int index = threadIdx.x + i, row = index % BM;
             if (index < 2 * BM) {
                 const float* values = index < BM ? a.row_lse : a.row_d;
-                copy_async4(row_values + (at.stage * 2 * BM + index) * 4,
+                async::copy4(row_values + (at.stage * 2 * BM + index) * 4,
                             values + static_cast<int64_t>(at.head) * a.padded + t0 + row, row >= first && row < last);
             }
         }
@@ -234,23 +235,23 @@ __global__ __launch_bounds__(WARPS * 32, CTAS) void backward_kernel(const Backwa
     load_tile<D, BN, THREADS>(tile_v, static_cast<const T*>(a.v) + j0 * a.ldv + kv_head * D, a.ldv, 0, keys);
     Place here{first_head, first_block, 0}, next = here;
     load_queries(here);
-    copy_async_commit();
+    async::commit();
     advance(next);
     if constexpr (PIPELINED) {
         // One barrier a tile: between two of them the scores of the next tile and the products of this one, which do
         // not depend on each other, while the tile after the next arrives.
         Place coming = next;
         if (steps > 1) load_queries(coming);
-        copy_async_commit();
+        async::commit();
         advance(coming);
-        copy_async_wait<1>();
+        async::wait<1>();
         __syncthreads();
         scores(here, 0);
         for (int step = 0; step < steps; step++) {
-            copy_async_wait<0>();
+            async::wait<0>();
             __syncthreads(); // P and dS of this tile are complete; the products of the one before are done
             if (step + 2 < steps) load_queries(coming);
-            copy_async_commit();
+            async::commit();
             advance(coming);
             if constexpr (STAGGER) {
                 // The two warps of a scheduler take the halves in opposite order: one's exponentials under the other's
@@ -274,11 +275,11 @@ __global__ __launch_bounds__(WARPS * 32, CTAS) void backward_kernel(const Backwa
         }
     } else {
         for (int step = 0; step < steps; step++) {
-            copy_async_wait<0>();
+            async::wait<0>();
             __syncthreads(); // the tiles are here, and everyone has left the other stage, P and dS
             if (STAGES == 2) {
                 if (step + 1 < steps) load_queries(next);
-                copy_async_commit();
+                async::commit();
             }
             scores(here, 0);
             __syncthreads();
@@ -286,14 +287,14 @@ __global__ __launch_bounds__(WARPS * 32, CTAS) void backward_kernel(const Backwa
             if (STAGES == 1) {
                 __syncthreads();
                 if (step + 1 < steps) load_queries(next);
-                copy_async_commit();
+                async::commit();
             }
             query_product(here, 0);
             here = next;
             advance(next);
         }
     }
-    copy_async_wait<0>();
+    async::wait<0>();
 
     if (a.parts > 1) {
 #pragma unroll
@@ -341,11 +342,11 @@ __global__ __launch_bounds__(WARPS * 32, CTAS) void backward_kernel(const Backwa
 
 template <typename T, int D, int BN, int WARPS, int CTAS, int STAGES, int SCORE_ROWS, int KEY_ROWS, int QUERY_ROWS,
           bool WITH_DQ, int AHEAD = 0, bool STAGGER = false>
-int launch_main(BackwardArguments a, int64_t max_len, cudaStream_t stream) {
+int launch_main(BackwardArguments a, int64_t max_len, const QloraLimits& limits, cudaStream_t stream) {
     constexpr int bytes = backward_shared_bytes<D, BN, STAGES>();
-    const auto kernel =
+    constexpr auto kernel =
         backward_kernel<T, D, BN, WARPS, CTAS, STAGES, SCORE_ROWS, KEY_ROWS, QUERY_ROWS, WITH_DQ, AHEAD, STAGGER>;
-    const cudaError_t ready = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    const cudaError_t ready = allow_shared<kernel>(limits, bytes);
     if (ready != cudaSuccess) return static_cast<int>(ready);
     const int64_t units = static_cast<int64_t>(a.sequences) * a.kv_heads * a.parts;
     const int64_t key_blocks = (max_len + BN - 1) / BN;
@@ -355,34 +356,50 @@ int launch_main(BackwardArguments a, int64_t max_len, cudaStream_t stream) {
     // About one wave of CTAs a chunk: then the sums of dq that are being added to stay in L2, and the light CTAs of a
     // chunk run beside the heavy ones of the next.
     if (a.chunk <= 0)
-        a.chunk = static_cast<int>(std::max(CTAS * device_limits().multiprocessors / key_blocks, int64_t{1}));
+        a.chunk = static_cast<int>(std::max(CTAS * limits.multiprocessors / key_blocks, int64_t{1}));
     if (a.chunk > units) a.chunk = static_cast<int>(units);
     kernel<<<static_cast<unsigned>(grid), WARPS * 32, bytes, stream>>>(a);
     return static_cast<int>(cudaGetLastError());
 }
 
 // The pipelined form where the shared memory is large enough (sm_90 at every D), else two stages (sm_80), else the
-// small tiles (the 99 KB devices).
+// small tiles (the 99 KB devices; at D = 64 Turing too), else tiles of 32 keys (Turing's 64 KB).
 template <typename T, int D, bool WITH_DQ>
-int dispatch_main(const BackwardArguments& a, int64_t max_len, cudaStream_t stream) {
+int dispatch_main(const BackwardArguments& a, int64_t max_len, const QloraLimits& limits, cudaStream_t stream) {
     constexpr int QUERY_ROWS = D == 96 ? 4 : 2; // 24 columns of dQ would be an odd number of tiles
-    const int limit = device_limits().shared_bytes;
+    const int limit = limits.shared_per_block;
     if (limit >= backward_shared_bytes<D, 128, 3>())
-        return launch_main<T, D, 128, 8, 1, 3, 2, 4, QUERY_ROWS, WITH_DQ, 0, true>(a, max_len, stream);
+        return launch_main<T, D, 128, 8, 1, 3, 2, 4, QUERY_ROWS, WITH_DQ, 0, true>(a, max_len, limits, stream);
     if (limit >= backward_shared_bytes<D, 128, 2>())
-        return launch_main<T, D, 128, 8, 1, 2, 2, 4, QUERY_ROWS, WITH_DQ, 0>(a, max_len, stream);
-    return launch_main<T, D, 64, 4, 1, 1, 2, 2, 2, WITH_DQ, 15>(a, max_len, stream);
+        return launch_main<T, D, 128, 8, 1, 2, 2, 4, QUERY_ROWS, WITH_DQ, 0>(a, max_len, limits, stream);
+    if constexpr (backward_shared_bytes<D, 64, 1>() > SMALLEST_SHARED) {
+        if (limit < backward_shared_bytes<D, 64, 1>())
+            return launch_main<T, D, 32, 4, 1, 1, 2, 2, 2, WITH_DQ, 15>(a, max_len, limits, stream);
+    }
+    return launch_main<T, D, 64, 4, 1, 1, 2, 2, 2, WITH_DQ, 15>(a, max_len, limits, stream);
+}
+
+// dq alone, for the deterministic mode.
+template <typename T, int D>
+int dispatch_query(const BackwardArguments& a, int64_t max_len, const QloraLimits& limits, cudaStream_t stream) {
+    constexpr int BN = D == 64 ? 64 : 32;
+    if constexpr (query_shared_bytes<D, 128, BN>() > SMALLEST_SHARED) {
+        if (limits.shared_per_block < query_shared_bytes<D, 128, BN>())
+            return launch_query<T, D, 64, BN, 4, 2>(a, max_len, limits, stream);
+    }
+    return launch_query<T, D, 128, BN, 4, 2>(a, max_len, limits, stream);
 }
 
 template <typename T, int D>
-int run_backward(const BackwardArguments& a, int64_t max_len, bool deterministic, cudaStream_t stream) {
+int run_backward(const BackwardArguments& a, int64_t max_len, bool deterministic, const QloraLimits& limits,
+                 cudaStream_t stream) {
     const int64_t small_grid = static_cast<int64_t>(a.padded / Q_BLOCK) * a.heads;
     if (small_grid > INT32_MAX) return static_cast<int>(cudaErrorInvalidValue);
     prepare_kernel<T, D><<<static_cast<unsigned>(small_grid), 256, 0, stream>>>(a);
     int status = static_cast<int>(cudaGetLastError());
     if (status != cudaSuccess) return status;
-    status =
-        deterministic ? dispatch_main<T, D, false>(a, max_len, stream) : dispatch_main<T, D, true>(a, max_len, stream);
+    status = deterministic ? dispatch_main<T, D, false>(a, max_len, limits, stream)
+                           : dispatch_main<T, D, true>(a, max_len, limits, stream);
     if (status != cudaSuccess) return status;
     if (a.parts > 1) {
         const int64_t threads = static_cast<int64_t>(a.tokens) * a.kv_heads * D / 4;
@@ -390,17 +407,17 @@ int run_backward(const BackwardArguments& a, int64_t max_len, bool deterministic
         status = static_cast<int>(cudaGetLastError());
         if (status != cudaSuccess) return status;
     }
-    if (deterministic) return launch_query<T, D, 128, D == 64 ? 64 : 32, 4, 2>(a, max_len, stream);
+    if (deterministic) return dispatch_query<T, D>(a, max_len, limits, stream);
     finish_kernel<T, D><<<static_cast<unsigned>(small_grid), 256, 0, stream>>>(a);
     return static_cast<int>(cudaGetLastError());
 }
 
 template <typename T> int dispatch_backward(const BackwardArguments& a, int64_t head_dim, int64_t max_len,
-                                            bool deterministic, cudaStream_t s) {
+                                            bool deterministic, const QloraLimits& limits, cudaStream_t s) {
     switch (head_dim) {
-    case 64: return run_backward<T, 64>(a, max_len, deterministic, s);
-    case 96: return run_backward<T, 96>(a, max_len, deterministic, s);
-    case 128: return run_backward<T, 128>(a, max_len, deterministic, s);
+    case 64: return run_backward<T, 64>(a, max_len, deterministic, limits, s);
+    case 96: return run_backward<T, 96>(a, max_len, deterministic, limits, s);
+    case 128: return run_backward<T, 128>(a, max_len, deterministic, limits, s);
     default: return static_cast<int>(cudaErrorInvalidValue);
     }
 }
@@ -411,10 +428,10 @@ constexpr int64_t SPLIT_TOKENS = 2048;
 // In how many parts to split a group. Under causality the first key block of a sequence has twice the mean work; it
 // should not outlast the mean work of a multiprocessor. Both in tiles of 64 x 128: 2 N of a head for the first of N
 // blocks, and N (N + 1) for all of them.
-inline int group_parts(int64_t tokens, int64_t max_len, int64_t heads, int64_t group) {
+inline int group_parts(int64_t tokens, int64_t max_len, int64_t heads, int64_t group, int multiprocessors) {
     if (tokens > SPLIT_TOKENS) return 1;
     const double blocks = (max_len + 127) / 128;
-    const double mean = tokens / (128.0 * blocks) * heads * blocks * (blocks + 1) / device_limits().multiprocessors;
+    const double mean = tokens / (128.0 * blocks) * heads * blocks * (blocks + 1) / multiprocessors;
     for (int64_t parts = 1; parts < group; parts++)
         if (group % parts == 0 && group / parts * 2 * blocks <= 1.1 * mean) return static_cast<int>(parts);
     return static_cast<int>(group);
@@ -440,7 +457,7 @@ extern "C" int qlora_attention_backward(int dtype, const void* q, int64_t ldq, c
                                         void* dv, int64_t lddv, void* workspace, const int32_t* cu, int64_t nseq,
                                         int64_t max_len, int64_t tokens, int64_t heads, int64_t kv_heads,
                                         int64_t head_dim, float scale, int64_t window, int deterministic,
-                                        cudaStream_t stream) {
+                                        const QloraLimits* limits, cudaStream_t stream) {
     using namespace attention;
     const bool shape = heads > 0 && kv_heads > 0 && heads % kv_heads == 0 && heads * head_dim <= 1 << 20 && nseq >= 0 &&
                        nseq <= INT32_MAX && max_len >= 0 && max_len <= INT32_MAX / 4 && tokens >= 0 &&
@@ -462,7 +479,7 @@ extern "C" int qlora_attention_backward(int dtype, const void* q, int64_t ldq, c
     a.group = static_cast<int>(heads / kv_heads);
     a.window = window > INT32_MAX / 4 ? 0 : static_cast<int>(window); // longer than any sequence: none
     a.scale = scale;
-    a.parts = group_parts(tokens, max_len, heads, a.group);
+    a.parts = group_parts(tokens, max_len, heads, a.group, limits->multiprocessors);
     float* at = static_cast<float*>(workspace);
     a.row_lse = at, at += a.padded * heads;
     a.row_d = at, at += a.padded * heads;
@@ -470,8 +487,10 @@ extern "C" int qlora_attention_backward(int dtype, const void* q, int64_t ldq, c
     a.dk_sum = at, at += a.parts * tokens * kv_heads * head_dim;
     a.dv_sum = at;
     switch (dtype) {
-    case BF16: return dispatch_backward<__nv_bfloat16>(a, head_dim, max_len, deterministic != 0, stream);
-    case F16: return dispatch_backward<__half>(a, head_dim, max_len, deterministic != 0, stream);
+    case BF16:
+        if (!limits->bf16) return static_cast<int>(cudaErrorNotSupported);
+        return dispatch_backward<__nv_bfloat16>(a, head_dim, max_len, deterministic != 0, *limits, stream);
+    case F16: return dispatch_backward<__half>(a, head_dim, max_len, deterministic != 0, *limits, stream);
     default: return static_cast<int>(cudaErrorInvalidValue);
     }
 }

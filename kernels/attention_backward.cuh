@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention.cuh"
+#include "device.cuh"
 
 namespace attention {
 
@@ -146,6 +147,7 @@ template <int D, int BM, int BN> constexpr int query_shared_bytes() { return (2 
 // forward kernel; dS goes from the accumulators into the A operand of dS K.
 template <typename T, int D, int BM, int BN, int WARPS, int CTAS>
 __global__ __launch_bounds__(WARPS * 32, CTAS) void query_kernel(const BackwardArguments a) {
+    if constexpr (!has_products<T>()) return;
     constexpr int THREADS = WARPS * 32, MT = BM / WARPS / 16, NT = BN / 8, DT = D / 8;
     using Rows = Tile<D>;
     const int head = blockIdx.x % a.heads;
@@ -176,7 +178,7 @@ __global__ __launch_bounds__(WARPS * 32, CTAS) void query_kernel(const BackwardA
     load_tile<D, BM, THREADS>(tile_do, static_cast<const T*>(a.dout) + i0 * a.lddo + head * D, a.lddo, 0, rows);
     int key_block = (i0 + rows - 1 - begin) / BN;
     load_keys(0, key_block);
-    copy_async_commit();
+    async::commit();
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warp_row = warp * MT * 16;
@@ -192,10 +194,10 @@ __global__ __launch_bounds__(WARPS * 32, CTAS) void query_kernel(const BackwardA
         }
     float dq[MT][DT][4] = {};
     for (int stage = 0; key_block >= first_block; key_block--, stage ^= 1) {
-        copy_async_wait<0>();
+        async::wait<0>();
         __syncthreads(); // the block is here, and everyone has left the other stage
         if (key_block > first_block) load_keys(stage ^ 1, key_block - 1);
-        copy_async_commit();
+        async::commit();
         const int j0 = begin + key_block * BN;
         const int first_row = i0 + warp_row, last_row = first_row + MT * 16 - 1;
         if (j0 > last_row) continue; // the block lies beyond the diagonal for this warp
@@ -255,7 +257,7 @@ __global__ __launch_bounds__(WARPS * 32, CTAS) void query_kernel(const BackwardA
                 load_matrix_transposed(b, Rows::at(lane_b, n) + ks * 16 * Rows::PITCH);
             });
     }
-    copy_async_wait<0>();
+    async::wait<0>();
     __syncwarp();
     // Through the warp's own rows of the Q tile, to leave in whole chunks.
 #pragma unroll
@@ -279,10 +281,10 @@ __global__ __launch_bounds__(WARPS * 32, CTAS) void query_kernel(const BackwardA
 }
 
 template <typename T, int D, int BM, int BN, int WARPS, int CTAS>
-int launch_query(const BackwardArguments& a, int64_t max_len, cudaStream_t stream) {
+int launch_query(const BackwardArguments& a, int64_t max_len, const QloraLimits& limits, cudaStream_t stream) {
     constexpr int bytes = query_shared_bytes<D, BM, BN>();
-    const auto kernel = query_kernel<T, D, BM, BN, WARPS, CTAS>;
-    const cudaError_t ready = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    constexpr auto kernel = query_kernel<T, D, BM, BN, WARPS, CTAS>;
+    const cudaError_t ready = allow_shared<kernel>(limits, bytes);
     if (ready != cudaSuccess) return static_cast<int>(ready);
     const int64_t grid = (max_len + BM - 1) / BM * a.sequences * a.heads;
     if (grid > INT32_MAX) return static_cast<int>(cudaErrorInvalidValue);

@@ -10,6 +10,7 @@
 // spread over the lanes.
 
 #include "common.cuh"
+#include "device.cuh"
 
 namespace attention_simple {
 
@@ -208,7 +209,7 @@ extern "C" int qlora_attention_forward_simple(int dtype, const void* q, int64_t 
                                               const void* v, int64_t ldv, void* o, int64_t ldo, float* lse,
                                               const int32_t* cu_q, const int32_t* cu_k, int64_t nseq, int64_t max_q,
                                               int64_t tokens_q, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                                              float scale, int64_t window, cudaStream_t stream) {
+                                              float scale, int64_t window, const QloraLimits*, cudaStream_t stream) {
     using namespace attention_simple;
     Problem p;
     (void)max_q;
@@ -231,7 +232,7 @@ extern "C" int qlora_attention_backward_simple(int dtype, const void* q, int64_t
                                                int64_t lddk, void* dv, int64_t lddv, void* workspace, const int32_t* cu,
                                                int64_t nseq, int64_t max_len, int64_t tokens, int64_t heads,
                                                int64_t kv_heads, int64_t head_dim, float scale, int64_t window,
-                                               int deterministic, cudaStream_t stream) {
+                                               int deterministic, const QloraLimits*, cudaStream_t stream) {
     using namespace attention_simple;
     Problem p;
     (void)max_len, (void)deterministic;

@@ -14,6 +14,7 @@
 // in L2). Floor: 4 D FLOP a visible pair and head; mma.sync reaches about 62% of the tensor rate of Hopper.
 
 #include "attention.cuh"
+#include "device.cuh"
 
 namespace attention {
 
@@ -32,6 +33,7 @@ template <int D, int BM, int BN> constexpr int forward_shared_bytes() { return (
 // AHEAD: fragments fetched one step early, bits for Q, K and V.
 template <typename T, int D, int BM, int BN, int WARPS, int CTAS, bool Q_IN_REGISTERS, int AHEAD = 0>
 __global__ __launch_bounds__(WARPS * 32, CTAS) void forward_kernel(const ForwardArguments a) {
+    if constexpr (!has_products<T>()) return;
     constexpr int THREADS = WARPS * 32;
     constexpr int MT = BM / WARPS / 16; // 16-row tiles of a warp
     constexpr int NT = BN / 8;          // 8-column tiles of the scores
@@ -70,7 +72,7 @@ __global__ __launch_bounds__(WARPS * 32, CTAS) void forward_kernel(const Forward
     };
     load_tile<D, BM, THREADS>(tile_q, q, a.ldq, 0, rows);
     if (key_block >= last_block) load_keys(0, key_block);
-    copy_async_commit();
+    async::commit();
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warp_row = warp * MT * 16;
@@ -92,17 +94,17 @@ __global__ __launch_bounds__(WARPS * 32, CTAS) void forward_kernel(const Forward
         for (int m = 0; m < MT; m++) load_matrix(x[m], Rows::at(lane_q, 2 * ks) + m * 16 * Rows::PITCH);
     };
     if constexpr (Q_IN_REGISTERS) {
-        copy_async_wait<0>();
+        async::wait<0>();
         __syncthreads();
 #pragma unroll
         for (int ks = 0; ks < D / 16; ks++) load_q(ks, q_fragment[ks]);
     }
 
     for (int stage = 0; key_block >= last_block; key_block--, stage ^= 1) {
-        copy_async_wait<0>();
+        async::wait<0>();
         __syncthreads(); // the block is here, and everyone has left the other stage
         if (key_block > last_block) load_keys(stage ^ 1, key_block - 1);
-        copy_async_commit();
+        async::commit();
         const int j0 = key_block * BN;
         // Rows of the warp, as the last key they see.
         const int first_seen = i0 + warp_row + shift, last_seen = first_seen + MT * 16 - 1;
@@ -193,7 +195,7 @@ __global__ __launch_bounds__(WARPS * 32, CTAS) void forward_kernel(const Forward
                 load_matrix_transposed(b, Rows::at(stage_v, d) + ks * 16 * Rows::PITCH);
             });
     }
-    copy_async_wait<0>();
+    async::wait<0>();
     // Q arrived by other threads' copies; a CTA without any visible key has not met a barrier since.
     __syncthreads();
 
@@ -227,10 +229,10 @@ __global__ __launch_bounds__(WARPS * 32, CTAS) void forward_kernel(const Forward
 }
 
 template <typename T, int D, int BM, int BN, int WARPS, int CTAS, bool Q_IN_REGISTERS, int AHEAD = 0>
-int launch_forward(ForwardArguments a, int64_t max_q, cudaStream_t stream) {
+int launch_forward(ForwardArguments a, int64_t max_q, const QloraLimits& limits, cudaStream_t stream) {
     constexpr int bytes = forward_shared_bytes<D, BM, BN>();
-    const auto kernel = forward_kernel<T, D, BM, BN, WARPS, CTAS, Q_IN_REGISTERS, AHEAD>;
-    const cudaError_t ready = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    constexpr auto kernel = forward_kernel<T, D, BM, BN, WARPS, CTAS, Q_IN_REGISTERS, AHEAD>;
+    const cudaError_t ready = allow_shared<kernel>(limits, bytes);
     if (ready != cudaSuccess) return static_cast<int>(ready);
     a.blocks = static_cast<int>((max_q + BM - 1) / BM);
     const int64_t grid = static_cast<int64_t>(a.blocks) * a.sequences * a.heads;
@@ -239,13 +241,24 @@ int launch_forward(ForwardArguments a, int64_t max_q, cudaStream_t stream) {
     return static_cast<int>(cudaGetLastError());
 }
 
-// At most 96 KB of shared memory each, so that they run on every device from sm_80 on (99 KB on sm_86, sm_89 and
-// sm_120).
-template <typename T> int dispatch_forward(const ForwardArguments& a, int64_t head_dim, int64_t max_q, cudaStream_t s) {
+// Blocks of 64 keys take 48, 72 and 96 KB: every device from sm_80 on has them (99 KB on sm_86, sm_89 and sm_120). Turing
+// has 64 KB, which are 32 keys.
+template <typename T, int D>
+int run_forward(const ForwardArguments& a, int64_t max_q, const QloraLimits& limits, cudaStream_t s) {
+    constexpr int bytes = forward_shared_bytes<D, 128, 64>();
+    if constexpr (bytes > SMALLEST_SHARED) {
+        if (limits.shared_per_block < bytes)
+            return launch_forward<T, D, 128, 32, 4, 2, false, 7>(a, max_q, limits, s);
+    }
+    return launch_forward<T, D, 128, 64, 4, 2, false, 7>(a, max_q, limits, s);
+}
+
+template <typename T> int dispatch_forward(const ForwardArguments& a, int64_t head_dim, int64_t max_q,
+                                           const QloraLimits& limits, cudaStream_t s) {
     switch (head_dim) {
-    case 64: return launch_forward<T, 64, 128, 64, 4, 2, false, 7>(a, max_q, s);
-    case 96: return launch_forward<T, 96, 128, 64, 4, 2, false, 7>(a, max_q, s);
-    case 128: return launch_forward<T, 128, 128, 64, 4, 2, false, 7>(a, max_q, s);
+    case 64: return run_forward<T, 64>(a, max_q, limits, s);
+    case 96: return run_forward<T, 96>(a, max_q, limits, s);
+    case 128: return run_forward<T, 128>(a, max_q, limits, s);
     default: return static_cast<int>(cudaErrorInvalidValue);
     }
 }
@@ -256,7 +269,7 @@ extern "C" int qlora_attention_forward(int dtype, const void* q, int64_t ldq, co
                                        int64_t ldv, void* o, int64_t ldo, float* lse, const int32_t* cu_q,
                                        const int32_t* cu_k, int64_t nseq, int64_t max_q, int64_t tokens_q,
                                        int64_t heads, int64_t kv_heads, int64_t head_dim, float scale, int64_t window,
-                                       cudaStream_t stream) {
+                                       const QloraLimits* limits, cudaStream_t stream) {
     using namespace attention;
     const bool shape = heads > 0 && kv_heads > 0 && heads % kv_heads == 0 && heads * head_dim <= 1 << 20 && nseq >= 0 &&
                        nseq <= INT32_MAX && max_q >= 0 && max_q <= INT32_MAX / 2 && tokens_q <= INT32_MAX &&
@@ -272,8 +285,10 @@ extern "C" int qlora_attention_forward(int dtype, const void* q, int64_t ldq, co
     a.window = window > INT32_MAX / 2 ? 0 : static_cast<int>(window); // longer than any sequence: none
     a.scale = scale;
     switch (dtype) {
-    case BF16: return dispatch_forward<__nv_bfloat16>(a, head_dim, max_q, stream);
-    case F16: return dispatch_forward<__half>(a, head_dim, max_q, stream);
+    case BF16:
+        if (!limits->bf16) return static_cast<int>(cudaErrorNotSupported);
+        return dispatch_forward<__nv_bfloat16>(a, head_dim, max_q, *limits, stream);
+    case F16: return dispatch_forward<__half>(a, head_dim, max_q, *limits, stream);
     default: return static_cast<int>(cudaErrorInvalidValue);
     }
 }

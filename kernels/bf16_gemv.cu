@@ -29,6 +29,7 @@ struct PlainArgs {
 
 template <typename T, typename Y, int NT, int KI, int DEPTH>
 __global__ void __launch_bounds__(MOST_WARPS * 32, 1) plain_kernel(const __grid_constant__ PlainArgs a) {
+    if constexpr (!mma::has_products<T>()) return;
     extern __shared__ __align__(128) char dynamic[];
     const int threads = blockDim.x, warps = threads / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int g = lane / 4, t = lane % 4, first = warp * (STEP * KI);
@@ -50,10 +51,10 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1) plain_kernel(const __grid_
                 const int64_t row = min(tile * 16 + r, a.rows - 1);
                 const T* from = static_cast<const T*>(a.w);
                 if (valid) from += row * a.ldw + chunk * 32 + q % 4 * 8;
-                attention::copy_async16(to + r * 256 + ((q ^ ((r & 1) * 4)) << 4), from, valid);
+                async::copy16(to + r * 256 + ((q ^ ((r & 1) * 4)) << 4), from, valid);
             }
         }
-        attention::copy_async_commit();
+        async::commit();
     };
     let_next_begin();
 #pragma unroll
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1) plain_kernel(const __grid_
         float sum[2][NT][4] = {};   // two chains
 #pragma unroll
         for (int ki = 0; ki < KI; ki++, step++) {
-            attention::copy_async_wait<DEPTH - 1>();
+            async::wait<DEPTH - 1>();
             __syncwarp();
             const char* from = ring + step % DEPTH * STEP_BYTES + g * 256;
 #pragma unroll
@@ -111,18 +112,26 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1) plain_kernel(const __grid_
         }
         buffer ^= 1;
     }
-    attention::copy_async_wait<0>();
+    async::wait<0>();
+}
+
+template <int NT, int KI> int warps_of(int chunks) {
+    const int warps = static_cast<int>(divide_up(chunks, STEP * KI));
+    return warps < 4 * NT ? 4 * NT : warps;   // one thread an element
+}
+
+template <int NT, int DEPTH> size_t shared_of(int warps) {
+    return warps * (DEPTH * STEP_BYTES + 2 * 128 * NT * sizeof(float));
 }
 
 template <typename T, typename Y, int NT, int KI, int DEPTH>
-int launch_plain(const PlainArgs& a, bool early, cudaStream_t stream) {
-    int warps = static_cast<int>(divide_up(a.chunks, STEP * KI));
+int launch_plain(const PlainArgs& a, const QloraLimits& limits, bool early, cudaStream_t stream) {
+    const int warps = warps_of<NT, KI>(a.chunks);
     if (warps > MOST_WARPS) return static_cast<int>(cudaErrorInvalidValue);
-    if (warps < 4 * NT) warps = 4 * NT;   // one thread an element
-    const size_t shared = warps * (DEPTH * STEP_BYTES + 2 * 128 * NT * sizeof(float));
-    const int64_t most = static_cast<int64_t>(device_limits().multiprocessors) * (MOST_WARPS / warps);
+    const size_t shared = shared_of<NT, DEPTH>(warps);
+    const int64_t most = static_cast<int64_t>(limits.multiprocessors) * (MOST_WARPS / warps);
     constexpr auto KERNEL = plain_kernel<T, Y, NT, KI, DEPTH>;
-    const cudaError_t error = allow_shared<KERNEL>(shared);
+    const cudaError_t error = allow_shared<KERNEL>(limits, shared);
     if (error != cudaSuccess) return static_cast<int>(error);
     return launch(KERNEL, dim3(static_cast<unsigned>(a.tiles < most ? a.tiles : most)), dim3(warps * 32), shared, early,
                   stream, a);
@@ -131,9 +140,10 @@ int launch_plain(const PlainArgs& a, bool early, cudaStream_t stream) {
 }  // namespace
 
 extern "C" int qlora_bf16_gemv(int dtype, const void* w, int64_t ldw, const void* x, int64_t ldx, int y_dtype, void* y,
-                               int64_t ldy, int64_t tokens, int64_t rows, int64_t k, int early, cudaStream_t stream) {
+                               int64_t ldy, int64_t tokens, int64_t rows, int64_t k, int early, const QloraLimits* limits,
+                               cudaStream_t stream) {
     if (tokens <= 0 || rows <= 0) return static_cast<int>(cudaSuccess);
-    if (tokens > 16 || !is_activation(dtype) || (y_dtype != dtype && y_dtype != F32) || k <= 0 || k % 32 != 0 ||
+    if (tokens > 16 || !is_activation(dtype, *limits) || (y_dtype != dtype && y_dtype != F32) || k <= 0 || k % 32 != 0 ||
         k > 8192 || divide_up(rows, 16) > INT32_MAX || !attention::aligned16(w, ldw) || !attention::aligned16(x, ldx)) {
         return static_cast<int>(cudaErrorInvalidValue);
     }
@@ -143,7 +153,13 @@ extern "C" int qlora_bf16_gemv(int dtype, const void* w, int64_t ldw, const void
         using T = decltype(zero);
         using Y = decltype(y_zero);
         // Where k is long, or shared memory small, a warp takes more of k.
-        const bool long_k = k > 4096 || device_limits().shared_bytes < 150 * 1024;
+        const bool long_k = k > 4096 || limits->shared_per_block < 150 * 1024;
+        // Where even that is too much, no step is fetched ahead.
+        const auto eight = [&](const PlainArgs& part) {
+            if (shared_of<1, 2>(warps_of<1, 4>(part.chunks)) <= static_cast<size_t>(limits->shared_per_block))
+                return launch_plain<T, Y, 1, 4, 2>(part, *limits, early, stream);
+            return launch_plain<T, Y, 1, 4, 1>(part, *limits, early, stream);
+        };
         if (long_k && tokens > 8) {
             // The fragments of 16 tokens would not fit into the registers then: two passes.
             PlainArgs halves[2] = {a, a};
@@ -151,12 +167,12 @@ extern "C" int qlora_bf16_gemv(int dtype, const void* w, int64_t ldw, const void
             halves[1].tokens -= 8;
             halves[1].x = static_cast<const T*>(x) + 8 * ldx;
             halves[1].y = static_cast<Y*>(y) + 8 * ldy;
-            const int error = launch_plain<T, Y, 1, 4, 2>(halves[0], early, stream);
-            return error ? error : launch_plain<T, Y, 1, 4, 2>(halves[1], early, stream);
+            const int error = eight(halves[0]);
+            return error ? error : eight(halves[1]);
         }
-        if (long_k) return launch_plain<T, Y, 1, 4, 2>(a, early, stream);
-        return tokens <= 8 ? launch_plain<T, Y, 1, 2, 2>(a, early, stream)
-                           : launch_plain<T, Y, 2, 2, 2>(a, early, stream);
+        if (long_k) return eight(a);
+        return tokens <= 8 ? launch_plain<T, Y, 1, 2, 2>(a, *limits, early, stream)
+                           : launch_plain<T, Y, 2, 2, 2>(a, *limits, early, stream);
     };
     const auto with_type = [&](auto zero) {
         return y_dtype == F32 ? with_types(zero, float{}) : with_types(zero, zero);

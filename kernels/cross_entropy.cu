@@ -14,6 +14,7 @@
 #include <float.h>
 
 #include "common.cuh"
+#include "device.cuh"
 
 namespace {
 
@@ -157,27 +158,14 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_kernel(
     if (threadIdx.x == owner % THREADS) row[column] = from_float<T>(gradient(target_logit) - p.grad_scale);
 }
 
-// For the current device; asked once.
-int largest_shared_memory() {
-    static const int bytes = [] {
-        int device = 0, limit = 0;
-        if (cudaGetDevice(&device) != cudaSuccess) return 0;
-        if (cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
-        return limit;
-    }();
-    return bytes;
-}
-
 template <typename T, int N, int THREADS>
-int launch(T* logits, Problem p, int64_t rows, bool keep, cudaStream_t stream) {
-    const auto kernel = cross_entropy_kernel<T, N, THREADS>;
+int launch(T* logits, Problem p, int64_t rows, bool keep, const QloraLimits& limits, cudaStream_t stream) {
+    constexpr auto kernel = cross_entropy_kernel<T, N, THREADS>;
     if (keep) {
         // The blocks of an SM share its memory; 2 KiB a block are for the driver and `parts`.
-        p.kept = ((largest_shared_memory() + 1024) / (1024 / THREADS) - 2048) / 16;
+        p.kept = (limits.shared_per_multiprocessor / (1024 / THREADS) - 2048) / 16;
         p.kept = p.kept < p.packs ? p.kept / THREADS * THREADS : p.packs;
-        // Set for the current device on every call: it costs less than a launch.
-        const cudaFuncAttribute attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-        const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, p.kept * 16);
+        const cudaError_t error = allow_shared<kernel>(limits, p.kept * 16);
         if (error != cudaSuccess) return static_cast<int>(error);
     }
     kernel<<<static_cast<unsigned>(rows), THREADS, p.kept * 16, stream>>>(logits, p);
@@ -187,7 +175,8 @@ int launch(T* logits, Problem p, int64_t rows, bool keep, cudaStream_t stream) {
 }  // namespace
 
 extern "C" int qlora_cross_entropy(int dtype, void* logits, int64_t ld, const int64_t* targets, float* losses,
-                                   int64_t rows, int64_t vocab, float grad_scale, int write_grad, cudaStream_t stream) {
+                                   int64_t rows, int64_t vocab, float grad_scale, int write_grad,
+                                   const QloraLimits* limits, cudaStream_t stream) {
     if (rows <= 0) return static_cast<int>(cudaSuccess);
     const bool fits = vocab > 0 && vocab <= LARGEST_GRID - 8192 && rows <= LARGEST_GRID;
     if (!fits) return static_cast<int>(cudaErrorInvalidValue);
@@ -198,11 +187,11 @@ extern "C" int qlora_cross_entropy(int dtype, void* logits, int64_t ld, const in
         const bool vectors = allows_vectors(z, ld, 0, N);
         const Problem p{ld, targets, losses, static_cast<int>(vocab), vectors ? static_cast<int>(vocab / N) : 0,
                         0, grad_scale, write_grad != 0};
-        if (!vectors) return launch<T, 1, 512>(z, p, rows, false, stream);
-        if (vocab < 16384 || !write_grad) return launch<T, N, 256>(z, p, rows, false, stream);
+        if (!vectors) return launch<T, 1, 512>(z, p, rows, false, *limits, stream);
+        if (vocab < 16384 || !write_grad) return launch<T, N, 256>(z, p, rows, false, *limits, stream);
         // A row that fits into half of the shared memory leaves the other half to a second block.
-        if (vocab * sizeof(T) <= 112 << 10) return launch<T, N, 512>(z, p, rows, true, stream);
-        return launch<T, N, 1024>(z, p, rows, true, stream);
+        if (vocab * sizeof(T) <= 112 << 10) return launch<T, N, 512>(z, p, rows, true, *limits, stream);
+        return launch<T, N, 1024>(z, p, rows, true, *limits, stream);
     });
 }
 

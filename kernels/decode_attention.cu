@@ -43,13 +43,17 @@ struct DecodeArgs {
 };
 
 template <int D, int STAGES> constexpr int SHARED_BYTES = ROWS * D * 2 + STAGES * 2 * KEYS * D * 2;
+// What a kernel has besides.
+constexpr int STATIC_BYTES = 128;
 
 template <typename T, int D, int STAGES>
 __global__ void __launch_bounds__(WARPS * 32) decode_kernel(const __grid_constant__ DecodeArgs a) {
+    if constexpr (!mma::has_products<T>()) return;
     using Rows = Tile<D>;
     constexpr int THREADS = WARPS * 32, NT = D / 8, PITCH = D + 4;
     constexpr int TILE_BYTES = KEYS * Rows::PITCH;
-    static_assert((WARPS * ROWS * PITCH + 2 * WARPS * ROWS) * 4 <= STAGES * 2 * TILE_BYTES, "the parts fit");
+    // In the end they take the place of the tiles, with one stage that of q too, whose fragments are in registers.
+    static_assert((WARPS * ROWS * PITCH + 2 * WARPS * ROWS) * 4 <= SHARED_BYTES<D, STAGES>, "the parts fit");
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ bool last;
     const uint32_t tiles = shared_address(shared), tile_q = tiles + STAGES * 2 * TILE_BYTES;
@@ -78,7 +82,7 @@ __global__ void __launch_bounds__(WARPS * 32) decode_kernel(const __grid_constan
             attention::load_tile<D, KEYS, THREADS>(to, k + key * a.ldk, a.ldk, 0, valid);
             attention::load_tile<D, KEYS, THREADS>(to + TILE_BYTES, v + key * a.ldk, a.ldk, 0, valid);
         }
-        attention::copy_async_commit();
+        async::commit();
     };
     // The rows are (query, head of the group); those behind the last are zeros.
     for (int i = threadIdx.x; i < ROWS * (D / 8); i += THREADS) {
@@ -88,7 +92,7 @@ __global__ void __launch_bounds__(WARPS * 32) decode_kernel(const __grid_constan
         if (valid)
             q += (static_cast<int64_t>(sequence) * a.queries + r / a.group) * a.ldq +
                  (kv_head * a.group + r % a.group) * D + chunk * 8;
-        attention::copy_async16(Rows::address(tile_q, row, chunk), q, valid);
+        async::copy16(Rows::address(tile_q, row, chunk), q, valid);
     }
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) fetch(i);
@@ -101,13 +105,20 @@ __global__ void __launch_bounds__(WARPS * 32) decode_kernel(const __grid_constan
     uint32_t q_fragment[D / 16][4];
     const float scale2 = a.scale * attention::LOG2E;
     for (int i = 0; i < mine; i++) {
-        attention::copy_async_wait<STAGES - 2>();
-        __syncthreads();
-        fetch(i + STAGES - 1);
+        if constexpr (STAGES > 1) {
+            async::wait<STAGES - 2>();
+            __syncthreads();
+            fetch(i + STAGES - 1);
+        } else {
+            if (i > 0) __syncthreads();   // everyone has left the tile before
+            fetch(i);
+            async::wait<0>();
+            __syncthreads();
+        }
         if (i == 0) {
             const uint32_t lane_q = Rows::lane_down(tile_q, 0, lane);
 #pragma unroll
-            for (int ks = 0; ks < D / 16; ks++) attention::load_matrix(q_fragment[ks], Rows::at(lane_q, 2 * ks));
+            for (int ks = 0; ks < D / 16; ks++) mma::load_matrix(q_fragment[ks], Rows::at(lane_q, 2 * ks));
         }
         const uint32_t tile_k = tiles + i % STAGES * 2 * TILE_BYTES, tile_v = tile_k + TILE_BYTES;
         const uint32_t lane_k = Rows::lane_along(tile_k, warp * 16, lane);
@@ -116,7 +127,7 @@ __global__ void __launch_bounds__(WARPS * 32) decode_kernel(const __grid_constan
 #pragma unroll
         for (int ks = 0; ks < D / 16; ks++) {
             uint32_t b[4];
-            attention::load_matrix(b, Rows::at(lane_k, 2 * ks));
+            mma::load_matrix(b, Rows::at(lane_k, 2 * ks));
             multiply_add<T>(s[0], q_fragment[ks], b[0], b[1]);
             multiply_add<T>(s[1], q_fragment[ks], b[2], b[3]);
         }
@@ -157,12 +168,12 @@ __global__ void __launch_bounds__(WARPS * 32) decode_kernel(const __grid_constan
 #pragma unroll
         for (int n = 0; n < NT; n += 2) {
             uint32_t b[4];
-            attention::load_matrix_transposed(b, Rows::at(lane_v, n));
+            mma::load_matrix_transposed(b, Rows::at(lane_v, n));
             multiply_add<T>(out[n], p, b[0], b[1]);
             multiply_add<T>(out[n + 1], p, b[2], b[3]);
         }
     }
-    attention::copy_async_wait<0>();
+    async::wait<0>();
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
@@ -310,8 +321,8 @@ __global__ void __launch_bounds__(128)
 }
 
 // Blocks for the whole device, some of each on a multiprocessor, but no more than the longest text has tiles.
-int splits_for(int64_t groups, int64_t capacity) {
-    const int64_t wanted = device_limits().multiprocessors / groups;
+int splits_for(int64_t groups, int64_t capacity, int multiprocessors) {
+    const int64_t wanted = multiprocessors / groups;
     const int64_t most = divide_up(capacity, KEYS);
     const int64_t splits = wanted < most ? wanted : most;
     return static_cast<int>(splits < 1 ? 1 : splits > MOST_SPLITS ? MOST_SPLITS : splits);
@@ -326,10 +337,10 @@ int64_t groups_of(int64_t sequences, int64_t queries, int64_t heads, int64_t kv_
 // Bytes of the workspace; its first 4 KiB are zero before the first call, and every call leaves them so: calls of all
 // sizes can share one.
 extern "C" int64_t qlora_decode_attention_workspace(int64_t sequences, int64_t queries, int64_t heads, int64_t kv_heads,
-                                                    int64_t head_dim, int64_t capacity) {
+                                                    int64_t head_dim, int64_t capacity, const QloraLimits* limits) {
     if (sequences <= 0 || queries <= 0 || kv_heads <= 0 || heads % kv_heads != 0) return 0;
     const int64_t groups = groups_of(sequences, queries, heads, kv_heads);
-    int64_t splits = splits_for(groups, capacity);
+    const int64_t splits = splits_for(groups, capacity, limits->multiprocessors);
     return splits == 1 ? 0 : COUNTER_BYTES + groups * splits * (ROWS * head_dim + 2 * ROWS) * 4;
 }
 
@@ -337,9 +348,9 @@ extern "C" int qlora_decode_attention(int dtype, const void* q, int64_t ldq, con
                                       const void* const* values, int64_t ldk, const uint32_t* positions, void* o,
                                       int64_t ldo, int64_t sequences, int64_t queries, int64_t heads, int64_t kv_heads,
                                       int64_t head_dim, int64_t capacity, float scale, int64_t window, int early,
-                                      void* workspace, cudaStream_t stream) {
+                                      void* workspace, const QloraLimits* limits, cudaStream_t stream) {
     if (sequences <= 0 || queries <= 0) return static_cast<int>(cudaSuccess);
-    if (!is_activation(dtype) || kv_heads <= 0 || heads <= 0 || heads % kv_heads != 0 || sequences > 65535 ||
+    if (!is_activation(dtype, *limits) || kv_heads <= 0 || heads <= 0 || heads % kv_heads != 0 || sequences > 65535 ||
         queries > 1024 || !attention::aligned16(q, ldq) || !attention::aligned16(o, ldo) || ldk % 8 != 0 ||
         window < 0) {
         return static_cast<int>(cudaErrorInvalidValue);
@@ -352,7 +363,7 @@ extern "C" int qlora_decode_attention(int dtype, const void* q, int64_t ldq, con
     a.group = static_cast<int32_t>(heads / kv_heads);
     a.row_blocks = static_cast<int32_t>(divide_up(queries * a.group, ROWS));
     a.kv_heads = static_cast<int32_t>(kv_heads);
-    a.splits = splits_for(groups, capacity);
+    a.splits = splits_for(groups, capacity, limits->multiprocessors);
     a.window = window;
     a.scale = scale;
     a.arrived = static_cast<uint32_t*>(workspace);
@@ -362,13 +373,18 @@ extern "C" int qlora_decode_attention(int dtype, const void* q, int64_t ldq, con
     const auto with_stages = [&](auto zero, auto dim, auto stages) {
         constexpr int D = dim(), STAGES = stages();
         constexpr auto KERNEL = decode_kernel<decltype(zero), D, STAGES>;
-        const cudaError_t error = allow_shared<KERNEL>(SHARED_BYTES<D, STAGES>);
+        const cudaError_t error = allow_shared<KERNEL>(*limits, SHARED_BYTES<D, STAGES>);
         if (error != cudaSuccess) return static_cast<int>(error);
         return launch(KERNEL, grid, dim3(WARPS * 32), SHARED_BYTES<D, STAGES>, early, stream, a);
     };
     const auto go = [&](auto zero, auto dim) {
-        return device_limits().shared_bytes >= 110 * 1024 ? with_stages(zero, dim, std::integral_constant<int, 3>{})
-                                                          : with_stages(zero, dim, std::integral_constant<int, 2>{});
+        const int limit = limits->shared_per_block;
+        if (limit >= 110 * 1024) return with_stages(zero, dim, std::integral_constant<int, 3>{});
+        constexpr int two = SHARED_BYTES<dim(), 2> + STATIC_BYTES;
+        if constexpr (two > SMALLEST_SHARED) {
+            if (limit < two) return with_stages(zero, dim, std::integral_constant<int, 1>{});
+        }
+        return with_stages(zero, dim, std::integral_constant<int, 2>{});
     };
     const auto with_dim = [&](auto zero) {
         switch (head_dim) {

@@ -9,8 +9,6 @@
 
 #include <cuda_runtime.h>
 
-#include <atomic>
-
 __device__ __forceinline__ void let_next_begin() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -23,32 +21,21 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
-// Whether the code that runs on the current device has the two instructions: what it was compiled for decides, not the
-// device, which may have compiled code for an older one.
-template <typename Kernel> bool waits_for_previous(Kernel kernel) {
-    constexpr int DEVICES = 64;
-    static std::atomic<signed char> known[DEVICES];     // 0: not asked yet, 1: no, 2: yes
-    int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess || device >= DEVICES) return false;
-    if (known[device] == 0) {
-        cudaFuncAttributes attributes;
-        if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return false;
-        known[device] = attributes.ptxVersion >= 90 ? 2 : 1;
-    }
-    return known[device] == 2;
-}
-
+// `early`: whether the code that runs has the two instructions (DeviceLimits::early_launches: what it was compiled for
+// decides, not the device, which may have translated code for an older one).
 template <typename... Parameters>
-int launch_early(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, cudaStream_t stream,
+int launch_early(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, bool early, cudaStream_t stream,
                  Parameters... parameters) {
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = blocks;
     config.blockDim = threads;
     config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = waits_for_previous(kernel) ? 1 : 0;
-    return static_cast<int>(cudaLaunchKernelEx(&config, kernel, parameters...));
+    config.attrs = &attribute;
+    config.numAttrs = early ? 1 : 0;
+    // A refused launch must not leave its error for the next one.
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, parameters...), left = cudaGetLastError();
+    return static_cast<int>(error == cudaSuccess ? left : error);
 }

@@ -119,7 +119,7 @@ bool is_valid(const QloraDequantize4bit& q) {
 
 }  // namespace
 
-extern "C" int qlora_dequantize_4bit_group(int out_dtype, const QloraDequantize4bit* weights, int64_t count,
+extern "C" int qlora_dequantize_4bit_group(int out_dtype, const QloraDequantize4bit* weights, int64_t count, int early,
                                            cudaStream_t stream) {
     if (count < 0 || count > MEMBERS) return static_cast<int>(cudaErrorInvalidValue);
     for (int64_t j = 0; j < count; j++) {
@@ -153,17 +153,17 @@ extern "C" int qlora_dequantize_4bit_group(int out_dtype, const QloraDequantize4
         if (used == 0) return static_cast<int>(cudaSuccess);
         for (int j = used; j < MEMBERS; j++) members.m[j].start = static_cast<uint32_t>(blocks);
         const auto kernel = used == 1 ? vector_kernel<T, BLOCK, PACKS, true> : vector_kernel<T, BLOCK, PACKS, false>;
-        return launch_early(kernel, static_cast<unsigned>(blocks), BLOCK, stream, members);
+        return launch_early(kernel, static_cast<unsigned>(blocks), BLOCK, early != 0, stream, members);
     });
 }
 
 extern "C" int qlora_dequantize_4bit(int out_dtype, const uint8_t* codes, const float* absmax,
                                      const uint8_t* absmax_codes, const float* nested_map, const float* nested_absmax,
                                      float nested_offset, int quant_type, int64_t blocksize, int64_t nested_blocksize,
-                                     void* out, int64_t ldo, int64_t first_row, int64_t rows, int64_t cols,
+                                     void* out, int64_t ldo, int64_t first_row, int64_t rows, int64_t cols, int early,
                                      cudaStream_t stream) {
     const QloraDequantize4bit weight{codes,     absmax,           absmax_codes, nested_map, nested_absmax, out,
                                      blocksize, nested_blocksize, ldo,          first_row,  rows,          cols,
                                      nested_offset, quant_type};
-    return qlora_dequantize_4bit_group(out_dtype, &weight, 1, stream);
+    return qlora_dequantize_4bit_group(out_dtype, &weight, 1, early, stream);
 }

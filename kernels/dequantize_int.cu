@@ -174,7 +174,7 @@ template <typename T, int BITS> struct Single {
 };
 
 template <typename T, int BITS, bool LISTED, bool OUTLIERS>
-int launch(const Weight& w, T* out, int64_t ldo, int64_t rows, cudaStream_t stream) {
+int launch(const Weight& w, T* out, int64_t ldo, int64_t rows, bool early, cudaStream_t stream) {
     constexpr int ROWS = LISTED || OUTLIERS ? 2 : 1;
     const int64_t packs = w.cols / 8;
     // The widest block that leaves few threads without a column.
@@ -184,22 +184,23 @@ int launch(const Weight& w, T* out, int64_t ldo, int64_t rows, cudaStream_t stre
     const int64_t chunks = divide_up(packs, x), bands = divide_up(rows, ROWS * block.y);
     if (bands > LARGEST_GRID / chunks) return static_cast<int>(cudaErrorInvalidValue);
     const unsigned blocks = static_cast<unsigned>(chunks * bands);
-    return launch_early(vector_kernel<T, BITS, LISTED, OUTLIERS, ROWS>, blocks, block, stream, w, out, ldo, rows,
-                        Divisor(static_cast<uint32_t>(chunks)));
+    return launch_early(vector_kernel<T, BITS, LISTED, OUTLIERS, ROWS>, blocks, block, early, stream, w, out, ldo,
+                        rows, Divisor(static_cast<uint32_t>(chunks)));
 }
 
 template <typename T, int BITS>
-int dequantize(const Weight& w, int64_t group_size, T* out, int64_t ldo, int64_t rows, cudaStream_t stream) {
+int dequantize(const Weight& w, int64_t group_size, T* out, int64_t ldo, int64_t rows, bool early,
+               cudaStream_t stream) {
     const auto aligned = [](const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
     const bool vectors = allows_vectors(out, ldo, w.cols, 8) && aligned(w.codes, BITS) &&
                          (w.group_of ? aligned(w.group_of, 16) : group_size % 8 == 0);
     if (!vectors) return for_each_pack<1>(rows, w.cols, Single<T, BITS>{w, out, ldo}, stream);
     if (w.outlier_count > 0) {
-        return w.group_of ? launch<T, BITS, true, true>(w, out, ldo, rows, stream)
-                          : launch<T, BITS, false, true>(w, out, ldo, rows, stream);
+        return w.group_of ? launch<T, BITS, true, true>(w, out, ldo, rows, early, stream)
+                          : launch<T, BITS, false, true>(w, out, ldo, rows, early, stream);
     }
-    return w.group_of ? launch<T, BITS, true, false>(w, out, ldo, rows, stream)
-                      : launch<T, BITS, false, false>(w, out, ldo, rows, stream);
+    return w.group_of ? launch<T, BITS, true, false>(w, out, ldo, rows, early, stream)
+                      : launch<T, BITS, false, false>(w, out, ldo, rows, early, stream);
 }
 
 }  // namespace
@@ -212,7 +213,7 @@ int dequantize(const Weight& w, int64_t group_size, T* out, int64_t ldo, int64_t
 extern "C" int qlora_dequantize_int(int out_dtype, int bits, int is_signed, const uint8_t* codes, const float* scale,
                                     const float* zero, int64_t groups, int64_t group_size, const uint16_t* group_of,
                                     const uint32_t* outlier_cols, const void* outliers, int64_t outlier_count,
-                                    void* out, int64_t ldo, int64_t first_row, int64_t rows, int64_t cols,
+                                    void* out, int64_t ldo, int64_t first_row, int64_t rows, int64_t cols, int early,
                                     cudaStream_t stream) {
     if (rows <= 0 || cols <= 0) return static_cast<int>(cudaSuccess);
     const bool grouped = group_of || (group_size > 0 && groups >= divide_up(cols, group_size));
@@ -239,7 +240,7 @@ extern "C" int qlora_dequantize_int(int out_dtype, int bits, int is_signed, cons
     return with_dtype(out_dtype, [&](auto type) {
         using T = decltype(type);
         T* o = static_cast<T*>(out);
-        return bits == 4 ? dequantize<T, 4>(w, size, o, ldo, rows, stream)
-                         : dequantize<T, 8>(w, size, o, ldo, rows, stream);
+        return bits == 4 ? dequantize<T, 4>(w, size, o, ldo, rows, early != 0, stream)
+                         : dequantize<T, 8>(w, size, o, ldo, rows, early != 0, stream);
     });
 }

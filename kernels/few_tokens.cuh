@@ -10,9 +10,8 @@
 
 #include "attention.cuh"
 #include "dependent.cuh"
+#include "device.cuh"
 #include "nf4.cuh"
-
-#include <mutex>
 
 extern "C" {
 // One weight of a group that shares its input. Either absmax is set, or the four nested fields are.
@@ -39,13 +38,12 @@ typedef struct {
 
 namespace few {
 
-using attention::device_limits;
-using attention::multiply_add;
-using attention::pack_pair;
-using attention::shared_address;
+using mma::multiply_add;
+using mma::pack_pair;
+using mma::shared_address;
 
 // Launches a kernel that calls `let_next_begin` and `wait_for_previous`; with `early` it may begin before its
-// predecessor ends (dependent.cuh), and then loads weights, which nothing writes.
+// predecessor ends (dependent.cuh), and then loads weights, which nothing writes. The code must have these instructions.
 template <typename... P, typename... A>
 int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, bool early, cudaStream_t stream, A... args) {
     cudaLaunchConfig_t config{};
@@ -57,26 +55,9 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, bool earl
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &attribute;
-    config.numAttrs = early && waits_for_previous(kernel) ? 1 : 0;
-    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, P(args)...);
-    return static_cast<int>(error == cudaSuccess ? cudaGetLastError() : error);
-}
-
-// Allows a kernel its dynamic shared memory on the current device; cudaErrorInvalidValue where that is more than there is.
-template <auto KERNEL> cudaError_t allow_shared(size_t bytes) {
-    constexpr int DEVICES = 64;
-    static size_t allowed[DEVICES];
-    static std::mutex lock;
-    int device = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error != cudaSuccess) return error;
-    const std::lock_guard<std::mutex> guard(lock);
-    if (device < DEVICES && bytes <= allowed[device]) return cudaSuccess;
-    error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    // The next launch must not find this error.
-    if (error != cudaSuccess) cudaGetLastError();
-    if (error == cudaSuccess && device < DEVICES) allowed[device] = bytes;
-    return error;
+    config.numAttrs = early ? 1 : 0;
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, P(args)...), left = cudaGetLastError();
+    return static_cast<int>(error == cudaSuccess ? left : error);
 }
 
 // The table byte -> two levels (the upper nibble in the low half), once a lane: 32 lookups never meet in a bank.
@@ -127,7 +108,12 @@ template <typename T> __device__ __forceinline__ void load_x(const T* p, bool ve
     }
 }
 
-inline bool is_activation(int dtype) { return dtype == BF16 || dtype == F16; }
+inline bool is_16_bits(int dtype) { return dtype == BF16 || dtype == F16; }
+
+// Whether the tensor cores take it.
+inline bool is_activation(int dtype, const QloraLimits& limits) {
+    return dtype == F16 || (dtype == BF16 && limits.bf16);
+}
 
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 

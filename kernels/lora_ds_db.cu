@@ -15,46 +15,17 @@
 // Tiles are stored with their 16-byte chunks permuted by the row (chunk ^ row % 8), which lets both the plain and the
 // transposed ldmatrix read without bank conflicts.
 
-#include "common.cuh"
+#include "async.cuh"
+#include "device.cuh"
+#include "mma.cuh"
 
 namespace {
 
+using mma::load_matrix;
+using mma::load_matrix_transposed;
+using mma::multiply_add;
+
 constexpr int BT = 32, THREADS = 256;
-
-template <typename T>
-__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    if constexpr (std::is_same_v<T, __half>) {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                     "{%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    } else {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                     "{%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
-}
-
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-// 16 bytes in the background; zeros if not `inside`.
-__device__ __forceinline__ void fetch(uint32_t to, const void* from, bool inside) {
-    const int bytes = inside ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
 
 struct Operands {
     const void *dy, *bs, *s;
@@ -74,25 +45,46 @@ __host__ __device__ inline int slots_of(int stripe, int tiles, int share) {
     return static_cast<int>(last) - first_block(stripe, tiles, share) + 1;
 }
 
-// The columns of a stripe: what the registers hold of its Bs and dB.
-constexpr int stripe_width(int64_t rp) { return rp <= 48 ? 512 : 256; }
-
-template <int RP> struct Shape {
-    static constexpr int BN = stripe_width(RP);
-    static constexpr int STAGES = BN == 512 ? 3 : 4;
+// Tiles: the columns of a stripe (what the registers hold of its Bs and dB), stages of the ring, and how many tiles' sums
+// over the warps lie in shared memory: with one a barrier more is needed a tile.
+template <int RP_, int BN_, int STAGES_, int SUM_BUFFERS_> struct Shape {
+    static constexpr int RP = RP_, BN = BN_, STAGES = STAGES_, SUM_BUFFERS = SUM_BUFFERS_;
     static constexpr int S_PITCH = RP * 2 + 16;                      // bytes: an odd number of 16-byte chunks
     static constexpr int STAGE = BT * BN * 2 + BT * S_PITCH;         // bytes
     static constexpr int SUM_PITCH = RP + 8;                         // floats
-    static constexpr int SUMS = 4 * BT * SUM_PITCH;                  // floats; twice
-    static constexpr int BYTES = STAGES * STAGE + 2 * SUMS * 4;
+    static constexpr int SUMS = 4 * BT * SUM_PITCH;                  // floats
+    static constexpr int BYTES = STAGES * STAGE + SUM_BUFFERS * SUMS * 4;
 };
 
-template <typename T, int RP> __global__ void __launch_bounds__(THREADS, 1) parts_kernel(Operands o) {
-    using Sh = Shape<RP>;
-    constexpr int BN = Sh::BN, STAGES = Sh::STAGES, K_STEPS = BN / 64, M_TILES = BN / 128, R_TILES = RP / 8;
+// Calls `f` with the first of these shapes that the limits allow: Hopper and A100 (124 to 154 KB), Ampere and Ada for
+// consumers (91 to 96 KB), Turing (51 to 61 KB).
+template <typename Large, typename Middle, typename Small, typename F> auto first_that_fits(int bytes, F f) {
+    if (Large::BYTES <= bytes) return f(Large{});
+    if (Middle::BYTES <= bytes) return f(Middle{});
+    return f(Small{});
+}
+
+template <typename F> auto with_shape(int64_t rp, const QloraLimits& limits, F f) {
+    const int bytes = limits.shared_per_block;
+    switch (rp) {
+        case 16:
+            return first_that_fits<Shape<16, 512, 3, 2>, Shape<16, 512, 2, 2>, Shape<16, 256, 2, 2>>(bytes, f);
+        case 32:
+            return first_that_fits<Shape<32, 512, 3, 2>, Shape<32, 256, 3, 2>, Shape<32, 256, 2, 1>>(bytes, f);
+        case 48:
+            return first_that_fits<Shape<48, 512, 3, 2>, Shape<48, 256, 2, 2>, Shape<48, 128, 2, 1>>(bytes, f);
+        default:
+            return first_that_fits<Shape<64, 256, 4, 2>, Shape<64, 256, 3, 1>, Shape<64, 128, 2, 1>>(bytes, f);
+    }
+}
+
+template <typename T, typename Sh> __global__ void __launch_bounds__(THREADS, 1) parts_kernel(Operands o) {
+    if constexpr (!mma::has_products<T>()) return;
+    constexpr int RP = Sh::RP, BN = Sh::BN, STAGES = Sh::STAGES;
+    constexpr int K_STEPS = BN / 64, M_TILES = BN / 128, R_TILES = RP / 8;
     extern __shared__ __align__(128) unsigned char storage[];
     float* sums = reinterpret_cast<float*>(storage + STAGES * Sh::STAGE);
-    const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(storage));
+    const uint32_t base = mma::shared_address(storage);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
     const T *dy = static_cast<const T*>(o.dy), *bs = static_cast<const T*>(o.bs), *s = static_cast<const T*>(o.s);
     const int begin = blockIdx.x * o.share, end = min(o.total, begin + o.share);
@@ -107,16 +99,16 @@ template <typename T, int RP> __global__ void __launch_bounds__(THREADS, 1) part
                 const int at = threadIdx.x + i * THREADS, row = at / (BN / 8), chunk = at % (BN / 8);
                 const bool inside = t0 + row < o.tokens && n0 + chunk * 8 < o.n;
                 const T* from = inside ? dy + (t0 + row) * o.ld_dy + n0 + chunk * 8 : dy;
-                fetch(to + row * (BN * 2) + (chunk ^ (row & 7)) * 16, from, inside);
+                async::copy16<false>(to + row * (BN * 2) + (chunk ^ (row & 7)) * 16, from, inside);
             }
             if (threadIdx.x < BT * RP / 8) {
                 const int row = threadIdx.x / (RP / 8), chunk = threadIdx.x % (RP / 8);
                 const bool inside = t0 + row < o.tokens;
                 const T* from = inside ? s + (t0 + row) * o.ld_s + chunk * 8 : s;
-                fetch(to + BT * BN * 2 + row * Sh::S_PITCH + chunk * 16, from, inside);
+                async::copy16<false>(to + BT * BN * 2 + row * Sh::S_PITCH + chunk * 16, from, inside);
             }
         }
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        async::commit();
     };
 
     // For dS a warp takes 16 rows of a tile and a quarter of its columns, for dB an eighth of the columns.
@@ -165,7 +157,7 @@ template <typename T, int RP> __global__ void __launch_bounds__(THREADS, 1) part
     };
     // Adds the quarters of dS of a tile.
     const auto write_sums = [&](int unit) {
-        const float* from = sums + (unit & 1) * Sh::SUMS;
+        const float* from = sums + (unit & (Sh::SUM_BUFFERS - 1)) * Sh::SUMS;
         const int t0 = unit % o.tiles * BT, stripe = unit / o.tiles;
 #pragma unroll
         for (int i = 0; i < RP / 16; i++) {
@@ -187,7 +179,7 @@ template <typename T, int RP> __global__ void __launch_bounds__(THREADS, 1) part
     for (int i = 0; i < STAGES - 1; i++) fetch_tile(begin + i);
     start_stripe(begin / o.tiles);
     for (int unit = begin; unit < end; unit++) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+        async::wait<STAGES - 2>();
         __syncthreads();
         // Nobody reads the oldest stage any more, and the sums of the tile before are complete.
         fetch_tile(unit + STAGES - 1);
@@ -197,6 +189,7 @@ template <typename T, int RP> __global__ void __launch_bounds__(THREADS, 1) part
                 finish_stripe(unit / o.tiles - 1);
                 start_stripe(unit / o.tiles);
             }
+            if constexpr (Sh::SUM_BUFFERS == 1) __syncthreads();   // everyone has added the sums of the tile before
         }
         const uint32_t tile = base + (unit - begin) % STAGES * Sh::STAGE, s_tile = tile + BT * BN * 2;
 
@@ -207,11 +200,11 @@ template <typename T, int RP> __global__ void __launch_bounds__(THREADS, 1) part
             for (int k = 0; k < K_STEPS; k++) {
                 const int chunk = quarter * (BN / 32) + k * 2 + lane / 16;
                 uint32_t a[4];
-                load_matrices(a, tile + row * (BN * 2) + (chunk ^ (row & 7)) * 16);
+                load_matrix(a, tile + row * (BN * 2) + (chunk ^ (row & 7)) * 16);
 #pragma unroll
-                for (int r = 0; r < R_TILES; r++) multiply<T>(ds[r], a, b[k][r][0], b[k][r][1]);
+                for (int r = 0; r < R_TILES; r++) multiply_add<T>(ds[r], a, b[k][r][0], b[k][r][1]);
             }
-            float* to = sums + (unit & 1) * Sh::SUMS + (quarter * BT + half * 16 + g) * Sh::SUM_PITCH + 2 * q;
+            float* to = sums + (unit & (Sh::SUM_BUFFERS - 1)) * Sh::SUMS + (quarter * BT + half * 16 + g) * Sh::SUM_PITCH + 2 * q;
 #pragma unroll
             for (int r = 0; r < R_TILES; r++) {
                 *reinterpret_cast<float2*>(to + r * 8) = make_float2(ds[r][0], ds[r][1]);
@@ -224,16 +217,16 @@ template <typename T, int RP> __global__ void __launch_bounds__(THREADS, 1) part
 #pragma unroll
             for (int r = 0; r < R_TILES / 2; r++) {
                 const int row = k * 16 + (lane / 8 % 2) * 8 + lane % 8;
-                load_matrices_transposed(sb[r], s_tile + row * Sh::S_PITCH + (r * 2 + lane / 16) * 16);
+                load_matrix_transposed(sb[r], s_tile + row * Sh::S_PITCH + (r * 2 + lane / 16) * 16);
             }
 #pragma unroll
             for (int m = 0; m < M_TILES; m++) {
                 const int row = k * 16 + (lane / 16) * 8 + lane % 8, chunk = warp * (BN / 64) + m * 2 + lane / 8 % 2;
                 uint32_t a[4];
-                load_matrices_transposed(a, tile + row * (BN * 2) + (chunk ^ (row & 7)) * 16);
+                load_matrix_transposed(a, tile + row * (BN * 2) + (chunk ^ (row & 7)) * 16);
 #pragma unroll
                 for (int r = 0; r < R_TILES; r++) {
-                    multiply<T>(db[m][r], a, sb[r / 2][r % 2 * 2], sb[r / 2][r % 2 * 2 + 1]);
+                    multiply_add<T>(db[m][r], a, sb[r / 2][r % 2 * 2], sb[r / 2][r % 2 * 2 + 1]);
                 }
             }
         }
@@ -244,7 +237,7 @@ template <typename T, int RP> __global__ void __launch_bounds__(THREADS, 1) part
 }
 
 // dS: the sum over stripes; dB: the sum over slots. A thread adds four columns.
-template <typename T, int RP>
+template <typename T, int RP, int BN>
 __global__ void __launch_bounds__(256) add_kernel(Operands o, int stripes, T* ds, int64_t ld_ds, float* db) {
     const int64_t i = (static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x) * 4;
     const int64_t in_ds = static_cast<int64_t>(o.tokens) * RP, in_db = static_cast<int64_t>(o.n) * RP;
@@ -263,20 +256,11 @@ __global__ void __launch_bounds__(256) add_kernel(Operands o, int stripes, T* ds
         store_floats(ds + i / RP * ld_ds + i % RP, values);
     } else if (i - in_ds < in_db) {
         const int64_t j = i - in_ds;
-        const int slots = slots_of(static_cast<int>(j / RP / Shape<RP>::BN), o.tiles, o.share);
+        const int slots = slots_of(static_cast<int>(j / RP / BN), o.tiles, o.share);
 #pragma unroll 4
         for (int slot = 0; slot < slots; slot++) add(o.db_parts + slot * in_db + j);
         *reinterpret_cast<float4*>(db + j) = sum;
     }
-}
-
-int multiprocessors() {
-    static const int count = [] {
-        int device = 0, count = 0;
-        if (cudaGetDevice(&device) != cudaSuccess) return 0;
-        return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 0;
-    }();
-    return count;
 }
 
 struct Plan {
@@ -284,15 +268,16 @@ struct Plan {
 };
 
 // How `total` tiles are shared out; false if the kernel cannot take the sizes.
-bool make_plan(int64_t tokens, int64_t n, int64_t rp, Plan& plan) {
-    if (rp % 16 != 0 || rp < 16 || rp > 64 || n % 8 != 0 || n <= 0 || multiprocessors() == 0) return false;
-    const int64_t stripes = divide_up(n, stripe_width(rp)), tiles = divide_up(tokens, BT);
+bool make_plan(int64_t tokens, int64_t n, int64_t rp, const QloraLimits& limits, Plan& plan) {
+    if (rp % 16 != 0 || rp < 16 || rp > 64 || n % 8 != 0 || n <= 0 || limits.multiprocessors <= 0) return false;
+    const int width = with_shape(rp, limits, [](auto shape) { return decltype(shape)::BN; });
+    const int64_t stripes = divide_up(n, width), tiles = divide_up(tokens, BT);
     if (tokens <= 0 || tokens > LARGEST_GRID / 64 || n > LARGEST_GRID / 64) return false;
     if (tiles > LARGEST_GRID / stripes) return false;
     plan.stripes = static_cast<int>(stripes);
     plan.tiles = static_cast<int>(tiles);
     plan.total = static_cast<int>(stripes * tiles);
-    plan.share = static_cast<int>(divide_up(plan.total, multiprocessors()));
+    plan.share = static_cast<int>(divide_up(plan.total, limits.multiprocessors));
     plan.blocks = static_cast<int>(divide_up(plan.total, plan.share));
     plan.slots = (plan.tiles - 1) / plan.share + 2;
     return true;
@@ -301,18 +286,19 @@ bool make_plan(int64_t tokens, int64_t n, int64_t rp, Plan& plan) {
 }  // namespace
 
 // The floats of the workspace; 0 if the kernel cannot take the sizes.
-extern "C" int64_t qlora_lora_ds_db_workspace(int64_t tokens, int64_t n, int64_t rp) {
+extern "C" int64_t qlora_lora_ds_db_workspace(int64_t tokens, int64_t n, int64_t rp, const QloraLimits* limits) {
     Plan plan;
-    if (!make_plan(tokens, n, rp, plan)) return 0;
+    if (!make_plan(tokens, n, rp, *limits, plan)) return 0;
     return (plan.stripes * tokens + plan.slots * n) * rp;
 }
 
 extern "C" int qlora_lora_ds_db(int dtype, const void* dy, int64_t ld_dy, const void* bs, int64_t ld_bs, const void* s,
                                 int64_t ld_s, void* ds, int64_t ld_ds, float* db, float* workspace, int64_t tokens,
-                                int64_t n, int64_t rp, cudaStream_t stream) {
+                                int64_t n, int64_t rp, const QloraLimits* limits, cudaStream_t stream) {
     if (tokens == 0 && db) return static_cast<int>(cudaMemsetAsync(db, 0, n * rp * sizeof(float), stream));
     Plan plan;
-    if (!make_plan(tokens, n, rp, plan) || dtype == F32) return static_cast<int>(cudaErrorInvalidValue);
+    if (!make_plan(tokens, n, rp, *limits, plan) || dtype == F32) return static_cast<int>(cudaErrorInvalidValue);
+    if (dtype == BF16 && !limits->bf16) return static_cast<int>(cudaErrorNotSupported);
     return with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         if constexpr (sizeof(T) == 4) {
@@ -328,22 +314,15 @@ extern "C" int qlora_lora_ds_db(int dtype, const void* dy, int64_t ld_dy, const 
             const Operands o{dy, bs, s, ld_dy, ld_bs, ld_s, static_cast<int>(tokens), static_cast<int>(n),
                              plan.tiles, plan.total, plan.share, workspace, db_parts};
             const unsigned adders = static_cast<unsigned>(divide_up((tokens + n) * rp / 4, 256));
-            const auto launch = [&](auto columns) {
-                constexpr int RP = columns();
-                const auto kernel = parts_kernel<T, RP>;
-                const cudaError_t error =
-                    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape<RP>::BYTES);
+            return with_shape(rp, *limits, [&](auto shape) {
+                using Sh = decltype(shape);
+                constexpr auto kernel = parts_kernel<T, Sh>;
+                const cudaError_t error = allow_shared<kernel>(*limits, Sh::BYTES);
                 if (error != cudaSuccess) return static_cast<int>(error);
-                kernel<<<plan.blocks, THREADS, Shape<RP>::BYTES, stream>>>(o);
-                add_kernel<T, RP><<<adders, 256, 0, stream>>>(o, plan.stripes, out, ld_ds, db);
+                kernel<<<plan.blocks, THREADS, Sh::BYTES, stream>>>(o);
+                add_kernel<T, Sh::RP, Sh::BN><<<adders, 256, 0, stream>>>(o, plan.stripes, out, ld_ds, db);
                 return static_cast<int>(cudaGetLastError());
-            };
-            switch (rp) {
-                case 16: return launch(std::integral_constant<int, 16>{});
-                case 32: return launch(std::integral_constant<int, 32>{});
-                case 48: return launch(std::integral_constant<int, 48>{});
-                default: return launch(std::integral_constant<int, 64>{});
-            }
+            });
         }
     });
 }

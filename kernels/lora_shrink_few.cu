@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(THREADS)
 extern "C" int qlora_lora_shrink_few(int dtype, const void* x, int64_t ldx, QloraShrink adapters, float* s, int64_t lds,
                                      int64_t columns, int64_t tokens, int64_t k, int early, cudaStream_t stream) {
     if (tokens <= 0 || columns <= 0) return static_cast<int>(cudaSuccess);
-    if (adapters.count < 0 || adapters.count > 3 || !is_activation(dtype) || k <= 0 || tokens > 65535)
+    if (adapters.count < 0 || adapters.count > 3 || !is_16_bits(dtype) || k <= 0 || tokens > 65535)
         return static_cast<int>(cudaErrorInvalidValue);
     for (int j = 0; j < adapters.count; j++)
         if (adapters.r0[j] < 0 || adapters.rank[j] < 0 || adapters.r0[j] + adapters.rank[j] > columns)
@@ -234,7 +234,7 @@ extern "C" int qlora_norm_shrink_few(int dtype, const void* x, int64_t ldx, cons
                                      int64_t ldy, QloraShrink adapters, float* s, int64_t lds, int64_t columns,
                                      int64_t tokens, int64_t k, int early, cudaStream_t stream) {
     if (tokens <= 0) return static_cast<int>(cudaSuccess);
-    if (!is_activation(dtype) || k <= 0 || k > 256 * PACKS * 8 || tokens > 65535 || columns < 0 ||
+    if (!is_16_bits(dtype) || k <= 0 || k > 256 * PACKS * 8 || tokens > 65535 || columns < 0 ||
         adapters.count < 0 || adapters.count > 3) {
         return static_cast<int>(cudaErrorInvalidValue);
     }

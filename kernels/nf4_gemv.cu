@@ -119,8 +119,8 @@ __device__ __forceinline__ void fetch(const Args& a, const Cursor& cursor, int c
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const int left = cursor.left - lane / 8 - h * upper_row;
-        attention::copy_async16(to + h * 1024, codes, valid && left > 0);
-        attention::copy_async16(to + h * 1024 + 512, codes + four_rows, valid && left > 4);
+        async::copy16(to + h * 1024, codes, valid && left > 0);
+        async::copy16(to + h * 1024 + 512, codes + four_rows, valid && left > 4);
         codes += a.half;
     }
     const QloraFewMember& m = a.w.m[lane < 16 ? cursor.member : cursor.upper(a)];
@@ -159,6 +159,7 @@ template <int KI, int DEPTH> constexpr int UNROLLED = DEPTH / common_divisor(DEP
 
 template <typename T, int NT, int KI, int DEPTH, bool NESTED, bool ALIGNED>
 __global__ void __launch_bounds__(MOST_WARPS * 32, 1) gemv_kernel(const __grid_constant__ Args a) {
+    if constexpr (!mma::has_products<T>()) return;
     __shared__ float maps[3][256];
     __shared__ bool last;
     extern __shared__ __align__(128) float dynamic[];
@@ -194,12 +195,12 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1) gemv_kernel(const __grid_c
                 for (int j = lane / 16; j < a.lora_columns; j += 2, from += 2 * warps) {
                     const bool valid = warp + j * warps < rank && in_rows;
                     const void* safe = a.w.m[0].codes;
-                    attention::copy_async4(lora_address + (at * lora_floats + j * 16 + lane % 16) * 4,
+                    async::copy4(lora_address + (at * lora_floats + j * 16 + lane % 16) * 4,
                                            valid ? from : safe, valid);
                 }
             }
         }
-        attention::copy_async_commit();
+        async::commit();
         if (ki == KI - 1) cursor.advance(a, stride, lane, warp, warps);
     };
     let_next_begin();
@@ -286,7 +287,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1) gemv_kernel(const __grid_c
 #pragma unroll
             for (int ki = 0; ki < KI; ki++) {
                 const int at = (u * KI + ki) % DEPTH;
-                attention::copy_async_wait<DEPTH - 1>();
+                async::wait<DEPTH - 1>();
                 float2 values = make_float2(scales[at].values[0], scales[at].values[1]);
                 if constexpr (NESTED) {
                     const int j = lane < 16 ? rows.member[0] : rows.member[1];
@@ -397,23 +398,24 @@ struct Shape {
     size_t shared;
 };
 
-// The warps of a block and the blocks that share k. MOST_WARPS do not fit where shared memory is small (Ada).
-int warps_of(int64_t k, int ki, int nt, int& splits) {
-    const int most = device_limits().shared_bytes >= 160 * 1024 ? MOST_WARPS : MOST_WARPS / 2;
+// The warps of a block and the blocks that share k. MOST_WARPS do not fit where shared memory is small (Ada; Turing).
+int warps_of(int64_t k, int ki, int nt, const QloraLimits& limits, int& splits) {
+    const int shared = limits.shared_per_block;
+    const int most = shared >= 160 * 1024 ? MOST_WARPS : shared >= 80 * 1024 ? MOST_WARPS / 2 : MOST_WARPS / 4;
     const int64_t needed = divide_up(k / 64, CHUNKS * ki);
     splits = static_cast<int>(divide_up(needed, most));
     const int warps = static_cast<int>(divide_up(needed, splits));
     return warps < 4 * nt ? 4 * nt : warps;   // at least one thread an element
 }
 
-template <int NT, int KI, int DEPTH> Shape shape_of(int64_t k, int tiles, int rank, int s_columns) {
+template <int NT, int KI, int DEPTH> Shape shape_of(int64_t k, int tiles, int rank, int s_columns, const QloraLimits& limits) {
     Shape s;
-    s.warps = warps_of(k, KI, NT, s.splits);
+    s.warps = warps_of(k, KI, NT, limits, s.splits);
     s.split_chunks = s.warps * CHUNKS * KI;
     s.lora_columns = static_cast<int>(divide_up(rank, s.warps));
     // What a kernel has besides: the maps, and a KiB that the system takes.
     constexpr size_t STATIC = sizeof(float) * 3 * 256 + 1280;
-    const size_t limit = device_limits().shared_bytes + 1024;
+    const size_t limit = limits.shared_per_multiprocessor;
     for (s.batch = s.warps * 32 / (128 * NT);; s.batch--) {
         s.shared = sizeof(uint32_t) * TABLE_WORDS + s.warps * DEPTH * (RING_BYTES + s.lora_columns * 64) +
                    sizeof(float) * ((2 * s.batch * 128 * NT + 16 * CHUNKS) * s.warps + 8 * NT * s_columns);
@@ -422,20 +424,20 @@ template <int NT, int KI, int DEPTH> Shape shape_of(int64_t k, int tiles, int ra
     // As many blocks on a multiprocessor as have registers (together MOST_WARPS warps') and shared memory.
     int per_sm = MOST_WARPS / s.warps;
     while (per_sm > 1 && per_sm * (s.shared + STATIC) > limit) per_sm--;
-    const int64_t most = static_cast<int64_t>(device_limits().multiprocessors) * per_sm / s.splits;
+    const int64_t most = static_cast<int64_t>(limits.multiprocessors) * per_sm / s.splits;
     s.blocks = static_cast<int>(tiles < most ? tiles : most < 1 ? 1 : most);
     return s;
 }
 
 template <typename T, int NT, int KI, int DEPTH>
-int launch_gemv(Args a, int rank, void* workspace, bool early, cudaStream_t stream) {
+int launch_gemv(Args a, int rank, void* workspace, const QloraLimits& limits, bool early, cudaStream_t stream) {
     const bool nested = !a.w.m[0].absmax;
     bool aligned = a.w.blocksize == 64 && a.w.k % (64 * CHUNKS) == 0;
     for (int j = 0; j < a.w.count; j++) {
         const void* scales = nested ? static_cast<const void*>(a.w.m[j].absmax_codes) : a.w.m[j].absmax;
         if (reinterpret_cast<uintptr_t>(scales) % (nested ? 2 : 8) != 0) aligned = false;
     }
-    const Shape s = shape_of<NT, KI, DEPTH>(a.w.k, a.first_tile[3], rank, a.s_columns);
+    const Shape s = shape_of<NT, KI, DEPTH>(a.w.k, a.first_tile[3], rank, a.s_columns, limits);
     a.splits = s.splits;
     a.split_chunks = s.split_chunks;
     a.batch = s.batch;
@@ -445,7 +447,7 @@ int launch_gemv(Args a, int rank, void* workspace, bool early, cudaStream_t stre
     if (s.splits > 1 && !workspace) return static_cast<int>(cudaErrorInvalidValue);
     const auto go = [&](auto is_nested, auto is_aligned) {
         constexpr auto KERNEL = gemv_kernel<T, NT, KI, DEPTH, is_nested(), is_aligned()>;
-        const cudaError_t error = allow_shared<KERNEL>(s.shared);
+        const cudaError_t error = allow_shared<KERNEL>(limits, s.shared);
         if (error != cudaSuccess) return static_cast<int>(error);
         return launch(KERNEL, dim3(s.blocks, s.splits), dim3(s.warps * 32), s.shared, early, stream, a);
     };
@@ -457,19 +459,19 @@ int launch_gemv(Args a, int rank, void* workspace, bool early, cudaStream_t stre
 
 // Bytes of the workspace; its first 4 KiB are zero before the first call, and every call leaves them so: calls of all
 // sizes can share one.
-extern "C" int64_t qlora_nf4_gemv_workspace(int64_t rows, int64_t k, int64_t tokens) {
+extern "C" int64_t qlora_nf4_gemv_workspace(int64_t rows, int64_t k, int64_t tokens, const QloraLimits* limits) {
     const int nt = tokens > 8 ? 2 : 1;
     int splits;
-    warps_of(k, tokens > 8 ? 1 : 2, nt, splits);
+    warps_of(k, tokens > 8 ? 1 : 2, nt, *limits, splits);
     const int64_t tiles = divide_up(rows, 8) + 3;
     return splits == 1 ? 0 : 4096 + splits * tiles * 128 * nt * static_cast<int64_t>(sizeof(float));
 }
 
 extern "C" int qlora_nf4_gemv(int dtype, QloraFewWeights weights, const void* x, int64_t ldx, const float* s,
                               int64_t lds, const void* residual, int64_t ldr, void* y, int64_t ldy, int64_t tokens,
-                              int swiglu, int early, void* workspace, cudaStream_t stream) {
+                              int swiglu, int early, void* workspace, const QloraLimits* limits, cudaStream_t stream) {
     if (tokens <= 0) return static_cast<int>(cudaSuccess);
-    if (tokens > 16 || !is_activation(dtype) || !takes(weights)) return static_cast<int>(cudaErrorInvalidValue);
+    if (tokens > 16 || !is_activation(dtype, *limits) || !takes(weights)) return static_cast<int>(cudaErrorInvalidValue);
     if (swiglu && (weights.count != 2 || weights.m[0].rows != weights.m[1].rows || residual))
         return static_cast<int>(cudaErrorInvalidValue);
     Args a{};
@@ -503,8 +505,8 @@ extern "C" int qlora_nf4_gemv(int dtype, QloraFewWeights weights, const void* x,
     a.first_tile[3] = static_cast<int32_t>(tiles);
     const auto with_type = [&](auto zero) {
         using T = decltype(zero);
-        return tokens <= 8 ? launch_gemv<T, 1, 2, 2>(a, most_rank, workspace, early, stream)
-                           : launch_gemv<T, 2, 1, 2>(a, most_rank, workspace, early, stream);
+        return tokens <= 8 ? launch_gemv<T, 1, 2, 2>(a, most_rank, workspace, *limits, early, stream)
+                           : launch_gemv<T, 2, 1, 2>(a, most_rank, workspace, *limits, early, stream);
     };
     return dtype == BF16 ? with_type(__nv_bfloat16{}) : with_type(__half{});
 }

@@ -74,6 +74,7 @@ __device__ __forceinline__ void touch(const void* p) {
 
 template <typename T, int NT, int MOST, int WARPS, int DEPTH>
 __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) gemv_kernel(const __grid_constant__ Args a) {
+    if constexpr (!mma::has_products<T>()) return;
     constexpr int SUMS = 128 * NT;   // of a tile
     __shared__ float maps[3][256];
     __shared__ __align__(16) RowInfo infos[16 * MOST];
@@ -120,10 +121,10 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) gemv_kernel(const __gr
                 : "=l"(low), "=l"(high)
                 : "r"(fetch_info + next_tile * (16 * static_cast<uint32_t>(sizeof(RowInfo)))));
             low += offset, high += offset;
-            attention::copy_async16(fetch_to + at * UNIT_BYTES, low, valid);
-            attention::copy_async16(fetch_to + at * UNIT_BYTES + 512, high, valid);
+            async::copy16(fetch_to + at * UNIT_BYTES, low, valid);
+            async::copy16(fetch_to + at * UNIT_BYTES + 512, high, valid);
         }
-        attention::copy_async_commit();
+        async::commit();
         if (++next_tile == tiles) next_tile = 0, next_chunk += stride;
     };
     // The scales' codes come from far: they are asked for before anything else, and decoded when the table is there.
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) gemv_kernel(const __gr
             const bool valid = column < m.rank && info.row < a.rows[info.member];
             const void* from = m.codes;
             if (valid) from = m.lora_b + static_cast<int64_t>(info.row) * m.rank + column;
-            attention::copy_async4(shared_address(lora_b + i * 16 + lane % 16), from, valid);
+            async::copy4(shared_address(lora_b + i * 16 + lane % 16), from, valid);
         }
     }
     if (nested) {
@@ -215,7 +216,7 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) gemv_kernel(const __gr
     for (int i = threadIdx.x; i < 8 * NT * a.s_columns; i += threads) {
         const int column = i / (8 * NT), token = i % (8 * NT);
         const bool valid = token < a.tokens;
-        attention::copy_async4(shared_address(lora_s + i), a.s + (valid ? token * a.lds + column : 0), valid);
+        async::copy4(shared_address(lora_s + i), a.s + (valid ? token * a.lds + column : 0), valid);
     }
 
     const uint32_t lane4 = lane * 4;
@@ -246,7 +247,7 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) gemv_kernel(const __gr
 #pragma unroll
         for (int i = 0; i < MOST; i++) {
             if (i >= tiles) break;
-            attention::copy_async_wait<DEPTH - 1>();
+            async::wait<DEPTH - 1>();
             __syncwarp();
             const char* unit = in_ring + at * UNIT_BYTES;
             const float2 low_scale = *reinterpret_cast<const float2*>(row_scales);
@@ -283,8 +284,8 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) gemv_kernel(const __gr
         }
     }
     // S and the adapters are there, table and rings are free.
-    attention::copy_async_commit();
-    attention::copy_async_wait<0>();
+    async::commit();
+    async::wait<0>();
     __syncthreads();
     float* sums = dynamic;   // [warp][tile][SUMS]
 #pragma unroll
@@ -351,12 +352,12 @@ constexpr int64_t STATIC_SHARED = sizeof(float) * 3 * 256 + 1024 + 16 * 16 * MOS
 
 // The smallest number of blocks that need at most `limit` bytes each; 0 blocks if there is none.
 Shape shape_of(int tiles, int most, int nt, int rank, int s_columns, int scale_pitch, int warps,
-               int depth, int64_t limit) {
+               int depth, int64_t limit, int multiprocessors) {
     Shape s{};
     s.warps = warps;
     s.lora_columns = static_cast<int>(divide_up(rank, warps));
     for (int64_t waves = 1;; waves++) {
-        const int64_t all = device_limits().multiprocessors * waves, blocks = all < tiles ? all : tiles;
+        const int64_t all = multiprocessors * waves, blocks = all < tiles ? all : tiles;
         s.block_tiles = static_cast<int>(divide_up(tiles, blocks));
         const int64_t ring = sizeof(uint32_t) * TABLE_WORDS + warps * depth * UNIT_BYTES;
         s.shared = ring + sizeof(float) * (s.block_tiles * 16 * (scale_pitch + warps * s.lora_columns) +
@@ -371,9 +372,9 @@ Shape shape_of(int tiles, int most, int nt, int rank, int s_columns, int scale_p
 }
 
 template <typename T, int NT, int MOST, int WARPS, int DEPTH>
-int launch_gemv(Args a, int rank, bool early, cudaStream_t stream) {
+int launch_gemv(Args a, int rank, const QloraLimits& limits, bool early, cudaStream_t stream) {
     // With half of the warps two blocks a multiprocessor, or one where shared memory is small.
-    const int64_t limit = device_limits().shared_bytes + 1024;
+    const int64_t limit = limits.shared_per_multiprocessor;
     a.packed = !a.w.m[0].absmax && a.w.blocksize == 64 && a.chunks % 4 == 0 && a.w.nested_blocksize >= 4;
     for (int j = 0; j < a.w.count; j++)
         if (reinterpret_cast<uintptr_t>(a.w.m[j].absmax_codes) % 4 != 0) a.packed = false;
@@ -384,12 +385,13 @@ int launch_gemv(Args a, int rank, bool early, cudaStream_t stream) {
     Shape s{};
     for (int attempt = 0; attempt < 3 && s.blocks == 0; attempt++)
         s = shape_of(a.first_tile[3], MOST, NT, rank, a.s_columns, a.scale_pitch,
-                     attempt < 2 ? WARPS : WARPS / 2, DEPTH, attempt == 0 ? limit / (16 / WARPS) : limit);
+                     attempt < 2 ? WARPS : WARPS / 2, DEPTH, attempt == 0 ? limit / (16 / WARPS) : limit,
+                     limits.multiprocessors);
     if (s.blocks == 0) return static_cast<int>(cudaErrorInvalidValue);
     a.block_tiles = s.block_tiles;
     a.lora_columns = s.lora_columns;
     constexpr auto KERNEL = gemv_kernel<T, NT, MOST, WARPS, DEPTH>;
-    const cudaError_t error = allow_shared<KERNEL>(s.shared);
+    const cudaError_t error = allow_shared<KERNEL>(limits, s.shared);
     if (error != cudaSuccess) return static_cast<int>(error);
     return launch(KERNEL, dim3(s.blocks), dim3(s.warps * 32), s.shared, early, stream, a);
 }
@@ -398,9 +400,9 @@ int launch_gemv(Args a, int rank, bool early, cudaStream_t stream) {
 
 extern "C" int qlora_nf4_gemv16(int dtype, QloraFewWeights weights, const void* x, int64_t ldx, const float* s,
                               int64_t lds, const void* residual, int64_t ldr, void* y, int64_t ldy, int64_t tokens,
-                              int swiglu, int early, void*, cudaStream_t stream) {
+                              int swiglu, int early, void*, const QloraLimits* limits, cudaStream_t stream) {
     if (tokens <= 0) return static_cast<int>(cudaSuccess);
-    if (tokens > 16 || !is_activation(dtype) || !takes(weights)) return static_cast<int>(cudaErrorInvalidValue);
+    if (tokens > 16 || !is_activation(dtype, *limits) || !takes(weights)) return static_cast<int>(cudaErrorInvalidValue);
     if (swiglu && (weights.count != 2 || weights.m[0].rows != weights.m[1].rows || residual))
         return static_cast<int>(cudaErrorInvalidValue);
     Args a{};
@@ -435,12 +437,12 @@ extern "C" int qlora_nf4_gemv16(int dtype, QloraFewWeights weights, const void* 
         using T = decltype(zero);
         // What measured best on an H100: one block of 16 warps where it has many tiles or a long k, else two of 8
         // warps.
-        const int64_t sms = device_limits().multiprocessors;
+        const int64_t sms = limits->multiprocessors;
         const bool wide = weights.k >= 8192 || (tiles > 4 * sms && tiles <= MOST_TILES * sms);
-        if (!wide) return launch_gemv<T, 2, MOST_TILES, 8, 4>(a, most_rank, early, stream);
+        if (!wide) return launch_gemv<T, 2, MOST_TILES, 8, 4>(a, most_rank, *limits, early, stream);
         // Adapters take some of the shared memory, and of the time that copies have.
-        return a.s_columns > 0 ? launch_gemv<T, 2, MOST_TILES, 16, 5>(a, most_rank, early, stream)
-                               : launch_gemv<T, 2, MOST_TILES, 16, 6>(a, most_rank, early, stream);
+        return a.s_columns > 0 ? launch_gemv<T, 2, MOST_TILES, 16, 5>(a, most_rank, *limits, early, stream)
+                               : launch_gemv<T, 2, MOST_TILES, 16, 6>(a, most_rank, *limits, early, stream);
     };
     return dtype == BF16 ? with_type(__nv_bfloat16{}) : with_type(__half{});
 }

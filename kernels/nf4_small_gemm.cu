@@ -132,6 +132,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM) gemm_kernel(const __gri
 #ifndef __CUDA_ARCH_FEAT_SM90_ALL
     if constexpr (C::WGMMA) return;   // nobody launches it
 #endif
+    if constexpr (!mma::has_products<T>()) return;
     __shared__ bool last;
     extern __shared__ __align__(128) char dynamic[];
     // wgmma wants tiles at multiples of 1024.
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM) gemm_kernel(const __gri
 #pragma unroll
         for (int i = 0; i < C::BN / CODE_STEP; i++) {
             const bool valid = in_k && i * (a.swiglu ? CODE_STEP / 2 : CODE_STEP) < code_rows;
-            attention::copy_async16(to + i * (CODE_STEP * STAGE_CHUNKS * 32), from, valid);
+            async::copy16(to + i * (CODE_STEP * STAGE_CHUNKS * 32), from, valid);
             from += code_step;
         }
     };
@@ -197,7 +198,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM) gemm_kernel(const __gri
         const bool in_k = (first + stage) * STAGE_CHUNKS + q / 8 < a.chunks;
 #pragma unroll
         for (int i = 0; i < C::BM / X_STEP; i++) {
-            attention::copy_async16(to + i * X_STEP * (C::WGMMA ? 128 : X_LINE * 16), from, in_k && i * X_STEP < x_tokens);
+            async::copy16(to + i * X_STEP * (C::WGMMA ? 128 : X_LINE * 16), from, in_k && i * X_STEP < x_tokens);
             from += x_step;
         }
     };
@@ -258,7 +259,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM) gemm_kernel(const __gri
 #pragma unroll
     for (int i = 0; i < C::STAGES - 1; i++) {
         if (i < stages) fetch_x(i, i);
-        attention::copy_async_commit();   // the codes of all first stages are in the first group
+        async::commit();   // the codes of all first stages are in the first group
     }
     float sum[RT][NT][4] = {};
     if (split == 0 && a.s) {
@@ -320,7 +321,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM) gemm_kernel(const __gri
 
     const uint32_t lane4 = lane * 4;
     for (int stage = 0; stage < stages; stage++) {
-        attention::copy_async_wait<C::STAGES - 2>();
+        async::wait<C::STAGES - 2>();
         if constexpr (C::WGMMA) wgmma::publish();
         __syncthreads();
         const int ahead = stage + C::STAGES - 1;
@@ -328,7 +329,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM) gemm_kernel(const __gri
             fetch_codes(ahead, ahead % C::STAGES);
             fetch_x(ahead, ahead % C::STAGES);
         }
-        attention::copy_async_commit();
+        async::commit();
         fetch_scales(stage + 1);
         const char* x_tile = ring + stage % C::STAGES * C::STAGE_BYTES;
         const char* codes = x_tile + C::X_BYTES;
@@ -344,7 +345,8 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM) gemm_kernel(const __gri
 #pragma unroll
                 for (int rt = 0; rt < RT; rt++) {
                     const int slot = (row_warp * RT + rt) * 16 + g;
-                    const char* p = codes + slot * (STAGE_CHUNKS * 32) + ((c ^ (slot & 3)) << 5) + t * 8;
+                    const int place = STAGE_CHUNKS >= 4 ? c ^ (slot & 3) : (c ^ (slot & 3)) & (STAGE_CHUNKS - 1);
+                    const char* p = codes + slot * (STAGE_CHUNKS * 32) + (place << 5) + t * 8;
                     const uint2 low = *reinterpret_cast<const uint2*>(p);
                     const uint2 high = *reinterpret_cast<const uint2*>(p + 8 * STAGE_CHUNKS * 32);
                     scale[rt][0] = stage_scales[c * C::BN + slot], scale[rt][1] = stage_scales[c * C::BN + slot + 8];
@@ -360,7 +362,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM) gemm_kernel(const __gri
                     const uint4 b1 = *reinterpret_cast<const uint4*>(row + (((q + 1) ^ flip) << 4));
                     float part[RT][4];
 #pragma unroll
-                    for (int rt = 0; rt < RT; rt++) attention::multiply<T>(part[rt], w[rt][0], b0.x, b0.y, {0, 0, 0, 0});
+                    for (int rt = 0; rt < RT; rt++) mma::multiply<T>(part[rt], w[rt][0], b0.x, b0.y, {0, 0, 0, 0});
 #pragma unroll
                     for (int rt = 0; rt < RT; rt++) multiply_add<T>(part[rt], w[rt][1], b0.z, b0.w);
 #pragma unroll
@@ -377,7 +379,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM) gemm_kernel(const __gri
         }
         put_scales(stage + 1);
     }
-    attention::copy_async_wait<0>();
+    async::wait<0>();
 
     // All parts of the tile meet in shared memory: [token][slot].
     float* out = reinterpret_cast<float*>(ring);
@@ -459,9 +461,9 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM) gemm_kernel(const __gri
 }
 
 // Blocks share k where that fills the device better; a part costs what `PART_STAGES` stages cost.
-int splits_of(int64_t tiles, int64_t stages, int per_sm) {
+int splits_of(int64_t tiles, int64_t stages, int per_sm, const QloraLimits& limits) {
     constexpr int PART_STAGES = 2;
-    const int64_t sms = device_limits().multiprocessors * per_sm;
+    const int64_t sms = static_cast<int64_t>(limits.multiprocessors) * per_sm;
     if (tiles > COUNTER_BYTES / 4) return 1;
     int64_t best = 1, best_cost = INT64_MAX;
     for (int64_t splits = 1; splits <= 16 && splits <= stages; splits++) {
@@ -479,7 +481,8 @@ template <typename C> int64_t row_tiles(const QloraFewWeights& w, bool swiglu) {
     return tiles;
 }
 
-template <typename T, typename C> int launch_gemm(GemmArgs a, void* workspace, bool early, cudaStream_t stream) {
+template <typename T, typename C>
+int launch_gemm(GemmArgs a, void* workspace, const QloraLimits& limits, bool early, cudaStream_t stream) {
     int64_t tiles = 0;
     for (int j = 0; j < 3; j++) {
         a.first_tile[j] = j < a.w.count ? static_cast<int32_t>(tiles) : INT32_MAX;
@@ -489,37 +492,40 @@ template <typename T, typename C> int launch_gemm(GemmArgs a, void* workspace, b
     a.token_tiles = static_cast<int32_t>(divide_up(a.tokens, C::BM));
     const int64_t stages = divide_up(a.chunks, C::STAGE_CHUNKS), blocks = tiles * a.token_tiles;
     if (blocks > LARGEST_GRID) return static_cast<int>(cudaErrorInvalidValue);
-    a.splits = workspace ? splits_of(blocks, stages, C::PER_SM) : 1;
+    a.splits = workspace ? splits_of(blocks, stages, C::PER_SM, limits) : 1;
     a.split_stages = static_cast<int32_t>(divide_up(stages, a.splits));
     a.arrived = static_cast<uint32_t*>(workspace);
     a.parts = reinterpret_cast<float*>(static_cast<char*>(workspace) + COUNTER_BYTES);
     constexpr auto KERNEL = gemm_kernel<T, C>;
-    const cudaError_t error = allow_shared<KERNEL>(C::SHARED);
+    const cudaError_t error = allow_shared<KERNEL>(limits, C::SHARED);
     if (error != cudaSuccess) return static_cast<int>(error);
     return launch(KERNEL, dim3(static_cast<unsigned>(blocks), a.splits), dim3(C::THREADS), C::SHARED, early, stream, a);
 }
 
-template <typename C> int64_t workspace_of(const QloraFewWeights& w, int64_t tokens, bool swiglu) {
+template <typename C>
+int64_t workspace_of(const QloraFewWeights& w, int64_t tokens, bool swiglu, const QloraLimits& limits) {
     const int64_t blocks = row_tiles<C>(w, swiglu) * divide_up(tokens, C::BM);
-    const int64_t splits = splits_of(blocks, divide_up(w.k / 64, C::STAGE_CHUNKS), C::PER_SM);
+    const int64_t splits = splits_of(blocks, divide_up(w.k / 64, C::STAGE_CHUNKS), C::PER_SM, limits);
     return splits == 1 ? 0 : COUNTER_BYTES + splits * blocks * (C::BM * C::BN * 4);
 }
 
 // Calls `f` with the tiles that measured best on an H100.
-template <typename F> auto with_config(const QloraFewWeights& w, int64_t tokens, F f) {
-    // Less shared memory: Ada and consumer Ampere, A100.
-    const int shared = device_limits().shared_bytes;
+template <typename F>
+auto with_config(const QloraFewWeights& w, int64_t tokens, const QloraLimits& limits, F f) {
+    // Less shared memory: Turing, Ada and consumer Ampere, A100.
+    const int shared = limits.shared_per_block;
+    if (shared < 96 * 1024) return f(Config<64, 32, 2, 2, 1, false, 2>{});
     if (shared < 140 * 1024) return f(Config<64, 32, 4, 2>{});
     if (shared < 200 * 1024) return tokens <= 32 ? f(Config<128, 32, 4, 3>{}) : f(Config<128, 64, 2, 2, 1>{});
 #ifdef QLORA_HOPPER
-    if (wgmma::available() && tokens <= 32) return f(HopperConfig<128, 32, 2, 4>{});
+    if (limits.wgmma && tokens <= 32) return f(HopperConfig<128, 32, 2, 4>{});
 #endif
     if (tokens <= 32) return f(Config<128, 32, 4, 4>{});
     int64_t rows = 0;
     for (int j = 0; j < w.count; j++) rows += w.m[j].rows;
     if (rows <= 8192 && tokens <= 64) return f(Config<64, 64, 4, 3>{});
 #ifdef QLORA_HOPPER
-    if (wgmma::available()) return f(HopperConfig<128, 64, 1, 3>{});
+    if (limits.wgmma) return f(HopperConfig<128, 64, 1, 3>{});
 #endif
     if (rows <= 8192) return f(Config<64, 64, 4, 3>{});
     if (rows <= 20480 && tokens <= 64) return f(Config<128, 64, 2, 3, 1>{});
@@ -530,21 +536,23 @@ template <typename F> auto with_config(const QloraFewWeights& w, int64_t tokens,
 
 // The most tokens for which these kernels are the fastest way on the current device; behind that, it is a dequantized
 // copy and cuBLAS.
-extern "C" int64_t qlora_few_tokens_most() { return wgmma::available() ? 128 : 64; }
+extern "C" int64_t qlora_few_tokens_most(const QloraLimits* limits) { return limits->wgmma ? 128 : 64; }
 
 // Bytes of the workspace; its first 16 KiB are zero before the first call, and every call leaves them so: calls of all
 // sizes can share one.
-extern "C" int64_t qlora_nf4_small_gemm_workspace(QloraFewWeights weights, int64_t tokens, int swiglu) {
+extern "C" int64_t qlora_nf4_small_gemm_workspace(QloraFewWeights weights, int64_t tokens, int swiglu,
+                                                  const QloraLimits* limits) {
     if (tokens <= 0 || !takes(weights)) return 0;
-    return with_config(weights, tokens,
-                       [&](auto c) { return workspace_of<decltype(c)>(weights, tokens, swiglu != 0); });
+    return with_config(weights, tokens, *limits,
+                       [&](auto c) { return workspace_of<decltype(c)>(weights, tokens, swiglu != 0, *limits); });
 }
 
 extern "C" int qlora_nf4_small_gemm(int dtype, QloraFewWeights weights, const void* x, int64_t ldx, const float* s,
                                     int64_t lds, const void* residual, int64_t ldr, void* y, int64_t ldy,
-                                    int64_t tokens, int swiglu, int early, void* workspace, cudaStream_t stream) {
+                                    int64_t tokens, int swiglu, int early, void* workspace, const QloraLimits* limits,
+                                    cudaStream_t stream) {
     if (tokens <= 0) return static_cast<int>(cudaSuccess);
-    if (!is_activation(dtype) || !takes(weights) || !attention::aligned16(x, ldx) || tokens > (1 << 20))
+    if (!is_activation(dtype, *limits) || !takes(weights) || !attention::aligned16(x, ldx) || tokens > (1 << 20))
         return static_cast<int>(cudaErrorInvalidValue);
     if (swiglu && (weights.count != 2 || weights.m[0].rows != weights.m[1].rows || residual))
         return static_cast<int>(cudaErrorInvalidValue);
@@ -561,9 +569,9 @@ extern "C" int qlora_nf4_small_gemm(int dtype, QloraFewWeights weights, const vo
         if (!s || !weights.m[j].lora_b) a.w.m[j].rank = 0;
         if (a.w.m[j].rank > 0) a.s = s;
     }
-    return with_config(weights, tokens, [&](auto c) {
+    return with_config(weights, tokens, *limits, [&](auto c) {
         using C = decltype(c);
-        return dtype == BF16 ? launch_gemm<__nv_bfloat16, C>(a, workspace, early, stream)
-                             : launch_gemm<__half, C>(a, workspace, early, stream);
+        return dtype == BF16 ? launch_gemm<__nv_bfloat16, C>(a, workspace, *limits, early, stream)
+                             : launch_gemm<__half, C>(a, workspace, *limits, early, stream);
     });
 }

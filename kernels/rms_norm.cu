@@ -254,7 +254,7 @@ template <int LANES> unsigned blocks(const Groups& g) {
 
 extern "C" int qlora_rms_norm_forward(int dtype, void* x, int64_t ldx, const void* delta, int64_t ld_delta,
                                       const float* weight, float eps, void* y, int64_t ldy, float* rstd, int64_t rows,
-                                      int64_t width, int64_t groups, cudaStream_t stream) {
+                                      int64_t width, int64_t groups, int early, cudaStream_t stream) {
     if (rows <= 0) return static_cast<int>(cudaSuccess);
     if (!fits(rows, width, groups)) return static_cast<int>(cudaErrorInvalidValue);
     const Groups g = describe(rows, width, groups);
@@ -270,8 +270,8 @@ extern "C" int qlora_rms_norm_forward(int dtype, void* x, int64_t ldx, const voi
             const dim3 grid(blocks<lanes()>(g));
             // Between the short kernels of generation a launch that waits costs more than the norm.
             if (few) {
-                return launch_early(kernel, grid, dim3(threads), stream, xt, ldx, dt, ld_delta, weight, eps, yt, ldy,
-                                    rstd, g);
+                return launch_early(kernel, grid, dim3(threads), early != 0, stream, xt, ldx, dt, ld_delta, weight, eps,
+                                    yt, ldy, rstd, g);
             }
             kernel<<<grid, threads, 0, stream>>>(xt, ldx, dt, ld_delta, weight, eps, yt, ldy, rstd, g);
             return static_cast<int>(cudaGetLastError());

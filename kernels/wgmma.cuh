@@ -10,22 +10,8 @@
 
 namespace wgmma {
 
-// Whether these instructions are there: the device is a Hopper, and there is code for it (build.rs defines
-// QLORA_HOPPER).
-inline bool available() {
-#ifdef QLORA_HOPPER
-    static const bool is_hopper = [] {
-        int device = 0, major = 0, minor = 0;
-        cudaGetDevice(&device);
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-        return major == 9 && minor == 0;
-    }();
-    return is_hopper;
-#else
-    return false;
-#endif
-}
+// They may be used where QloraLimits::wgmma says so (probe.cu asks the code itself), and kernels with them exist only where
+// build.rs defines QLORA_HOPPER.
 
 // Code for Hopper itself, not for all of sm_90: other compilations have empty functions that nobody may call.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

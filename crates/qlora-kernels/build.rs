@@ -4,19 +4,28 @@
 //! such as `80,90` (candle's own are then to be built for the oldest, `CUDA_COMPUTE_CAP=80`: the driver translates them).
 //! Without either the GPU of this machine is asked (`nvidia-smi`). A machine without a GPU builds with the variable set and
 //! a toolkit on `PATH` or in `CUDA_HOME`.
+//!
+//! `QLORA_CUDA_PTX_ONLY=75` is for tests: no machine code at all, only the intermediate code (PTX) of one architecture, which
+//! the driver of any newer GPU translates. With `QLORA_DEVICE_LIMITS` (`device_limits.rs`) such a program runs there as it
+//! would on a card of that architecture. It goes before the other two.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The oldest architecture with bf16 matrix instructions and asynchronous copies.
-const OLDEST: u32 = 80;
+/// The oldest architecture whose tensor cores load fragments from shared memory (`ldmatrix`): Turing.
+const OLDEST: u32 = 75;
+
+/// Intermediate code of one architecture instead of machine code.
+const PTX_ONLY: &str = "QLORA_CUDA_PTX_ONLY";
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     if std::env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }
-    for name in ["QLORA_CUDA_ARCHS", "CUDA_COMPUTE_CAP", "CUDA_HOME", "CUDA_PATH", "NVCC", "NVCC_CCBIN", "PATH"] {
+    for name in
+        [PTX_ONLY, "QLORA_CUDA_ARCHS", "CUDA_COMPUTE_CAP", "CUDA_HOME", "CUDA_PATH", "NVCC", "NVCC_CCBIN", "PATH"]
+    {
         println!("cargo::rerun-if-env-changed={name}");
     }
     println!("cargo::rerun-if-changed=kernels");
@@ -28,7 +37,7 @@ fn main() {
 fn build() -> Result<(), String> {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
     let nvcc = nvcc();
-    let architectures = architectures()?;
+    let targets = targets()?;
     let sources = sources(Path::new("kernels"))?;
     let workers = std::thread::available_parallelism().map_or(1, usize::from).min(sources.len());
     let next = std::sync::atomic::AtomicUsize::new(0);
@@ -36,7 +45,7 @@ fn build() -> Result<(), String> {
         loop {
             let index = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             let Some(source) = sources.get(index) else { return Ok(()) };
-            compile(&nvcc, source, &object(&out, source), &architectures)?;
+            compile(&nvcc, source, &object(&out, source), &targets)?;
         }
     };
     std::thread::scope(|scope| {
@@ -70,21 +79,40 @@ fn nvcc() -> PathBuf {
     }
 }
 
-/// The architectures to compile for, such as `["80", "90"]`.
-fn architectures() -> Result<Vec<String>, String> {
+/// What to compile for.
+enum Targets {
+    /// Machine code for these architectures, and intermediate code for what is newer.
+    Machine(Vec<String>),
+    /// Intermediate code for this architecture.
+    Ptx(String),
+}
+
+fn targets() -> Result<Targets, String> {
     let set = |name: &'static str| std::env::var(name).ok().map(|text| (text, name));
+    if let Some((text, origin)) = set(PTX_ONLY).filter(|(text, _)| !text.trim().is_empty()) {
+        let mut found = architectures(&text, origin)?;
+        return match found.len() {
+            1 => Ok(Targets::Ptx(found.remove(0))),
+            count => Err(format!("{origin} names {count} architectures; it takes one")),
+        };
+    }
     let (text, origin) = match set("QLORA_CUDA_ARCHS").or_else(|| set("CUDA_COMPUTE_CAP")) {
         Some(found) => found,
         None => {
             let output = Command::new("nvidia-smi").args(["--query-gpu=compute_cap", "--format=csv,noheader"]).output();
             let text = output.ok().filter(|output| output.status.success());
             let text = text.ok_or(
-                "which GPU to compile for? Set CUDA_COMPUTE_CAP (80 for A100, 86 for RTX 30, 89 for RTX 40, 90 for H100, \
+                "which GPU to compile for? Set CUDA_COMPUTE_CAP (75 for T4 and RTX 20, 80 for A100, 86 for RTX 30, 89 for RTX 40, 90 for H100, \
                  100 for B200, 120 for RTX 50); without it, nvidia-smi is asked, and it did not answer",
             )?;
             (String::from_utf8_lossy(&text.stdout).into_owned(), "nvidia-smi")
         }
     };
+    architectures(&text, origin).map(Targets::Machine)
+}
+
+/// The architectures that a text names, such as `["80", "90"]`.
+fn architectures(text: &str, origin: &str) -> Result<Vec<String>, String> {
     let mut found = Vec::new();
     for part in text.split([',', ';', ' ', '\n']).map(str::trim).filter(|part| !part.is_empty()) {
         let part = part.replace('.', "");
@@ -93,8 +121,8 @@ fn architectures() -> Result<Vec<String>, String> {
             digits.parse().map_err(|_| format!("{origin}: `{part}` is not an architecture such as 90"))?;
         if number < OLDEST {
             return Err(format!(
-                "{origin} names architecture {number}; the kernels need 80 (Ampere) or later: bf16 matrix instructions \
-                 and asynchronous copies"
+                "{origin} names architecture {number}; the kernels need {OLDEST} (Turing: T4, RTX 20) or later, whose tensor \
+                 cores load from shared memory"
             ));
         }
         if !found.contains(&digits) {
@@ -125,22 +153,33 @@ fn object(out: &Path, source: &Path) -> PathBuf {
     out.join(source.file_stem().unwrap_or_default()).with_extension("o")
 }
 
-fn compile(nvcc: &Path, source: &Path, object: &Path, architectures: &[String]) -> Result<(), String> {
+fn compile(nvcc: &Path, source: &Path, object: &Path, targets: &Targets) -> Result<(), String> {
     let mut command = Command::new(nvcc);
     command.args(["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", "-lineinfo"]);
     // Hopper's own instructions (wgmma.cuh) are not part of `sm_90`, which later GPUs have to run too, but of `sm_90a`.
     let text = std::fs::read_to_string(source).map_err(|error| format!("{}: {error}", source.display()))?;
     let hopper = text.contains("#include \"wgmma.cuh\"");
-    for architecture in architectures {
-        let suffix = if hopper && architecture == "90" { "a" } else { "" };
-        command.arg(format!("-gencode=arch=compute_{architecture}{suffix},code=sm_{architecture}{suffix}"));
-        if !suffix.is_empty() {
-            command.arg("-DQLORA_HOPPER");
+    let suffix = |architecture: &str| if hopper && architecture == "90" { "a" } else { "" };
+    let all = match targets {
+        Targets::Machine(architectures) => {
+            for architecture in architectures {
+                let suffix = suffix(architecture);
+                command.arg(format!("-gencode=arch=compute_{architecture}{suffix},code=sm_{architecture}{suffix}"));
+            }
+            // Later GPUs compile the newest one's intermediate code when the program starts.
+            if let Some(newest) = architectures.iter().max_by_key(|name| name.parse::<u32>().unwrap_or(0)) {
+                command.arg(format!("-gencode=arch=compute_{newest},code=compute_{newest}"));
+            }
+            architectures.as_slice()
         }
-    }
-    // Later GPUs compile the newest one's intermediate code when the program starts.
-    if let Some(newest) = architectures.iter().max_by_key(|name| name.parse::<u32>().unwrap_or(0)) {
-        command.arg(format!("-gencode=arch=compute_{newest},code=compute_{newest}"));
+        Targets::Ptx(architecture) => {
+            let suffix = suffix(architecture);
+            command.arg(format!("-gencode=arch=compute_{architecture}{suffix},code=compute_{architecture}{suffix}"));
+            std::slice::from_ref(architecture)
+        }
+    };
+    if all.iter().any(|architecture| !suffix(architecture).is_empty()) {
+        command.arg("-DQLORA_HOPPER");
     }
     if let Some(compiler) = std::env::var_os("NVCC_CCBIN") {
         command.arg("-ccbin").arg(compiler);

@@ -95,6 +95,17 @@ pub(crate) fn gpu() -> Option<candle_core::Device> {
     }
 }
 
+/// Whether a GPU computes in this type: before Ampere, and where the environment lowers its limits, there is no bf16. Prints
+/// what is left out.
+#[cfg(feature = "cuda")]
+pub(crate) fn computes(device: &candle_core::Device, dtype: qlora::kernels::Dtype) -> bool {
+    let checked = qlora::kernels::cuda::Gpu::of(device).unwrap().check_dtype("tests", dtype);
+    if let Err(error) = &checked {
+        println!("left out: {error}");
+    }
+    checked.is_ok()
+}
+
 /// A model with random weights, its projections quantized if `quantized`; the same seed gives the same model on every
 /// device.
 pub(crate) fn tiny_model(config: &ModelConfig, quantized: bool, seed: u64, workspace: Workspace) -> CausalLm {

@@ -54,7 +54,8 @@ pub enum Error {
     },
 
     /// The CUDA driver or a kernel failed.
-    #[error("{op}: {what} (CUDA error {code})")]
+    #[error("{op}: {what} (CUDA error {code}){}", where_to_look(*code, *last))]
+    #[non_exhaustive]
     Cuda {
         /// The operation.
         op: &'static str,
@@ -62,6 +63,9 @@ pub enum Error {
         code: i32,
         /// What it means.
         what: &'static str,
+        /// The operation that this thread enqueued last: kernels run later than they are enqueued, so `op` is only where
+        /// a fault showed.
+        last: Option<&'static str>,
     },
 
     /// A file could not be read.
@@ -93,6 +97,19 @@ impl Error {
     }
 }
 
+/// How to find the kernel behind a fault that shows later than it happens.
+fn where_to_look(code: i32, last: Option<&'static str>) -> String {
+    // Illegal addresses and instructions, misaligned accesses, time-outs, asserts, launches that failed while running.
+    if !matches!(code, 700 | 702 | 710 | 714..=719) {
+        return String::new();
+    }
+    let last = last.map(|last| format!(" (last: {last})")).unwrap_or_default();
+    format!(
+        ". The fault may be of any operation enqueued before this one{last}: with CUDA_LAUNCH_BLOCKING=1 in the environment \
+         the one that fails reports it, and under `compute-sanitizer` the kernel and the address are named"
+    )
+}
+
 fn out_of_memory(op: &str, requested: u64, used: u64, available: u64, limit: Option<u64>) -> String {
     let gb = |bytes: u64| bytes as f64 / 1e9;
     let limit = limit.map(|limit| format!(" of the {:.2} GB that were allowed", gb(limit))).unwrap_or_default();
@@ -113,5 +130,26 @@ impl From<Error> for candle_core::Error {
             Error::Candle(inner) => inner,
             other => candle_core::Error::wrap(other),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn faults_that_show_late_say_how_to_find_their_place() {
+        let text = |code, last| Error::Cuda { op: "loss", code, what: "a kernel failed", last }.to_string();
+        let late = text(719, Some("attention"));
+        assert!(
+            late.starts_with("loss: a kernel failed (CUDA error 719). The fault may be of any operation"),
+            "{late}"
+        );
+        for part in ["(last: attention)", "CUDA_LAUNCH_BLOCKING=1", "compute-sanitizer"] {
+            assert!(late.contains(part), "{late}");
+        }
+        assert!(!text(700, None).contains("last:"));
+        // What a launch itself reports is where it happened.
+        assert_eq!(text(1, Some("attention")), "loss: a kernel failed (CUDA error 1)");
     }
 }

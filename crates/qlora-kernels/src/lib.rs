@@ -9,6 +9,7 @@
 //! | [`view`], [`matrix`] | windows into memory, and the memory itself with the pool it returns to |
 //! | [`mapped`] | read-only memory-mapped files |
 //! | [`dtype`] | element types |
+//! | [`device_limits`] | what a GPU allows, and how to try another card's limits |
 //! | `cuda` (with the feature `cuda`) | GPUs: streams, memory, kernels |
 //! | [`sequence`] | how the tokens of a batch fall into sequences |
 //! | [`tensor`] | the bridge to and from candle tensors, without copies |
@@ -20,6 +21,7 @@
 
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod device_limits;
 pub mod dtype;
 pub mod error;
 #[cfg(any(test, feature = "cuda"))]
@@ -39,6 +41,7 @@ mod transpose;
 pub mod view;
 pub mod weight;
 
+pub use device_limits::DeviceLimits;
 pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use mapped::{FileBytes, MappedFile};

@@ -63,11 +63,16 @@ pub fn padded_cols(cols: usize, margin: usize) -> usize {
 }
 
 impl Workspace {
-    /// Memory on `device`. On a GPU, activations are bf16; see [`Self::with_dtype`].
+    /// Memory on `device`. On a GPU, activations are bf16, or f16 where it has no bf16 (before Ampere); see
+    /// [`Self::with_dtype`].
     ///
     /// # Errors
     /// If the device is not one that the operations run on.
     pub fn new(device: &Device) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() && !Gpu::of(device)?.limits().has_bf16() {
+            return Self::with_dtype(device, Dtype::F16);
+        }
         let dtype = if device.is_cpu() { Dtype::F32 } else { Dtype::Bf16 };
         Self::with_dtype(device, dtype)
     }
@@ -103,7 +108,9 @@ impl Workspace {
         }
         #[cfg(feature = "cuda")]
         if device.is_cuda() {
-            return Ok(Self { place: Place::Cuda { gpu: Gpu::of(device)?, dtype, poison } });
+            let gpu = Gpu::of(device)?;
+            gpu.check_dtype(OP, dtype)?;
+            return Ok(Self { place: Place::Cuda { gpu, dtype, poison } });
         }
         Err(Error::Device { op: OP, device: format!("{:?}", device.location()) })
     }

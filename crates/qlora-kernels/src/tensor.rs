@@ -92,6 +92,35 @@ impl<'a> TensorView<'a> {
     }
 }
 
+/// A tensor on a GPU whose memory recorded launches may use ([`Gpu::capture`](crate::cuda::Gpu::capture)): they keep it.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Debug)]
+pub struct DeviceTensor {
+    _tensor: Tensor,
+    range: std::ops::Range<u64>,
+}
+
+#[cfg(feature = "cuda")]
+impl DeviceTensor {
+    /// Takes the tensor's lock for a moment: not while a [`TensorView`] of it is held.
+    ///
+    /// # Errors
+    /// As [`TensorView::new`], or if the tensor is on the CPU.
+    pub fn new(op: &'static str, tensor: &Tensor) -> Result<Self> {
+        let view = TensorView::new(op, tensor)?;
+        let window = view.view().cuda(op)?;
+        let start = window.ptr();
+        let bytes = (window.rows() * window.cols() * window.dtype().size()) as u64;
+        drop(view);
+        Ok(Self { _tensor: tensor.clone(), range: start..start + bytes })
+    }
+
+    /// Its addresses.
+    pub(crate) fn range(&self) -> std::ops::Range<u64> {
+        self.range.clone()
+    }
+}
+
 /// Access to the device memory behind candle's CUDA storage.
 #[cfg(feature = "cuda")]
 mod slice {
@@ -137,7 +166,7 @@ mod slice {
     ) -> View<'a> {
         let (ptr, dtype) = start(gpu, storage, offset);
         // SAFETY: candle's layout says that so many elements follow the offset; the storage is borrowed for 'a.
-        unsafe { CudaView::from_raw(gpu, ptr, dtype, [rows, cols], cols, 0) }.into()
+        unsafe { CudaView::from_raw(gpu, ptr, dtype, [rows, cols], cols, 0) }.of_candle().into()
     }
 
     pub(super) fn view_mut<'a>(
@@ -149,7 +178,7 @@ mod slice {
     ) -> ViewMut<'a> {
         let (ptr, dtype) = start(gpu, storage, offset);
         // SAFETY: as above; the storage is borrowed mutably for 'a.
-        unsafe { CudaViewMut::from_raw(gpu, ptr, dtype, [rows, cols], cols, 0) }.into()
+        unsafe { CudaViewMut::from_raw(gpu, ptr, dtype, [rows, cols], cols, 0) }.of_candle().into()
     }
 
     /// candle's storage around our memory: it is freed on the same stream.

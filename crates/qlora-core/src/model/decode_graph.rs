@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use qlora_kernels::cuda::decode::TableMemory;
 use qlora_kernels::cuda::{Graph, StepMemory};
 use qlora_kernels::ops::rope::RopeTable;
+use qlora_kernels::tensor::DeviceTensor;
 use qlora_kernels::{Matrix, SequenceLayout};
 
 use super::adapters::{Chosen, Span};
@@ -102,6 +103,10 @@ impl CausalLm {
             Err(TryLockError::WouldBlock) => None,
         };
         let kept = shared.as_deref_mut().unwrap_or(&mut own);
+        // The trained adapter's values are candle's memory, which a recording keeps.
+        let trained = spans.iter().any(|(_, chosen)| matches!(chosen, Chosen::Trained));
+        let values = self.adapter().filter(|_| trained).map(|adapter| adapter.variable().as_tensor());
+        let values = values.map(|values| DeviceTensor::new("decode", values)).transpose()?;
         let logits = self.with_pass(spans, |adapter| {
             let pass = Pass { adapter, layout, rope, workspace: self.workspace() };
             let table = kept.last.as_ref().map(|last| last.table.clone());
@@ -125,7 +130,7 @@ impl CausalLm {
             if !is_new && !last.impossible && last.recorded.is_none() {
                 let x = self.workspace().matrix(tokens.len(), self.config().hidden_size)?;
                 let _reuse = memory.reuse();
-                let recorded = gpu.capture(|| {
+                let recorded = gpu.capture(values.as_slice(), || {
                     let mut start = self.workspace().matrix(x.rows(), x.cols())?;
                     start.view_mut().copy_from(x.view())?;
                     body(&mut step, start)

@@ -157,7 +157,7 @@ impl<'a, 'b> Launch<'a, 'b> {
         check_gpu(op, group, y.gpu(), [])?;
         one_gpu(op, y.gpu(), spans.iter().filter_map(|(_, part)| part.and_then(|part| part.values.gpu())))?;
         let table = spans.iter().map(|span| describe(op, group, span, biases)).collect::<Result<Vec<_>>>()?;
-        Ok(Self { op, group, spans, table, dtype: y.dtype(), early: i32::from(early) })
+        Ok(Self { op, group, spans, table, dtype: y.dtype(), early: if early { y.gpu().early() } else { 0 } })
     }
 
     /// Whether a span's `x A^T` is made with the others'.

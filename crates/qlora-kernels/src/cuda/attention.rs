@@ -144,6 +144,7 @@ fn launch_forward(
             cfg.head_dim as i64,
             cfg.scale,
             cfg.window.unwrap_or(0) as i64,
+            out.gpu().launch_limits(),
             stream,
         )
     })
@@ -230,6 +231,7 @@ pub(crate) fn backward(
             cfg.scale,
             cfg.window.unwrap_or(0) as i64,
             deterministic,
+            gpu.launch_limits(),
             stream,
         )
     })

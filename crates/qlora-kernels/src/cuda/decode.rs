@@ -5,12 +5,14 @@
 
 use std::marker::PhantomData;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::attention::takes;
 use super::buffer::Buffer;
 use super::few_tokens::with_zeroed;
 use super::ffi;
 use super::gpu::Gpu;
+use super::graph;
 use super::view::{CudaView, one_gpu};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -26,6 +28,8 @@ const OP: &str = "decode";
 pub struct DecodeTables<'a> {
     /// `[layers][sequences]` addresses of keys, then of values, then the positions as u32.
     table: Arc<Buffer>,
+    /// Whether the caches that the table names are there: graphs look at it.
+    lives: Arc<AtomicBool>,
     layers: usize,
     positions: Vec<u32>,
     /// Rows of the largest cache: each has room for its position, which was checked.
@@ -38,7 +42,7 @@ pub struct DecodeTables<'a> {
 
 /// The memory of a [`DecodeTables`].
 #[derive(Clone, Debug)]
-pub struct TableMemory(Arc<Buffer>);
+pub struct TableMemory(Arc<Buffer>, Arc<AtomicBool>);
 
 impl<'a> DecodeTables<'a> {
     /// Whether the kernels take this attention.
@@ -91,14 +95,24 @@ impl<'a> DecodeTables<'a> {
         for pair in positions.chunks(2) {
             table.push(u64::from(pair[0]) | u64::from(*pair.get(1).unwrap_or(&0)) << 32);
         }
-        let table = match memory.filter(|memory| memory.0.bytes() == size_of_val(&*table)) {
-            Some(TableMemory(memory)) => {
+        let (table, lives) = match memory.filter(|memory| memory.0.bytes() == size_of_val(&*table)) {
+            Some(TableMemory(memory, lives)) => {
                 memory.overwrite(OP, &table)?;
-                memory
+                (memory, lives)
             }
-            None => Arc::new(Buffer::upload(gpu, OP, &table)?),
+            None => (Arc::new(Buffer::upload(gpu, OP, &table)?), Arc::default()),
         };
-        Ok(Self { table, layers: count, positions: positions.to_vec(), capacity, width, dtype, caches: PhantomData })
+        lives.store(true, Ordering::SeqCst);
+        Ok(Self {
+            table,
+            lives,
+            layers: count,
+            positions: positions.to_vec(),
+            capacity,
+            width,
+            dtype,
+            caches: PhantomData,
+        })
     }
 
     /// An error unless the caches are of this attention, in this type: what launches that are recorded do not look at again.
@@ -114,7 +128,7 @@ impl<'a> DecodeTables<'a> {
 
     /// Where the table lies: launches that are recorded with it find the next table there.
     pub fn memory(&self) -> TableMemory {
-        TableMemory(self.table.clone())
+        TableMemory(self.table.clone(), self.lives.clone())
     }
 
     /// Rows of the largest cache, which the launches depend on.
@@ -128,6 +142,7 @@ impl<'a> DecodeTables<'a> {
 
     /// The addresses of a layer's keys (0) or values (1).
     fn caches<T>(&self, layer: usize, kind: usize) -> *const T {
+        graph::needs(&self.lives);
         let at = (kind * self.layers + layer) * self.sequences() * size_of::<u64>();
         self.table.as_ptr::<u8>().wrapping_add(at).cast()
     }
@@ -179,7 +194,7 @@ impl<'a> DecodeTables<'a> {
                 cfg.heads as i64,
                 cfg.kv_heads as i64,
                 cfg.head_dim as i64,
-                1,
+                qkv.gpu().early(),
                 stream,
             )
         })
@@ -199,7 +214,10 @@ impl<'a> DecodeTables<'a> {
         let [sequences, heads, kv_heads, head_dim, capacity] =
             [self.sequences(), cfg.heads, cfg.kv_heads, cfg.head_dim, self.capacity].map(|size| size as i64);
         // SAFETY: a pure function of its arguments.
-        let bytes = unsafe { ffi::qlora_decode_attention_workspace(sequences, 1, heads, kv_heads, head_dim, capacity) };
+        let bytes = unsafe {
+            let limits = gpu.launch_limits();
+            ffi::qlora_decode_attention_workspace(sequences, 1, heads, kv_heads, head_dim, capacity, limits)
+        };
         let launch = |scratch: *mut u8| {
             // SAFETY: as in `append`; the workspace has the size asked for and was zero before its first use.
             gpu.launch("decode_attention", |stream| unsafe {
@@ -221,13 +239,21 @@ impl<'a> DecodeTables<'a> {
                     capacity,
                     cfg.scale,
                     cfg.window.map_or(0, |window| window as i64),
-                    1,
+                    gpu.early(),
                     scratch.cast(),
+                    gpu.launch_limits(),
                     stream,
                 )
             })
         };
         with_zeroed(gpu, OP, &gpu.workspaces().attention, bytes as usize, launch)
+    }
+}
+
+impl Drop for DecodeTables<'_> {
+    /// The caches may go now: graphs that find them through the table must not run any more.
+    fn drop(&mut self) {
+        self.lives.store(false, Ordering::SeqCst);
     }
 }
 

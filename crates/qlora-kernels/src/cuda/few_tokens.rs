@@ -19,10 +19,10 @@ use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Workspace};
 use crate::ops::linear_group::{AdapterPass, Group, InputNorm, margin};
 
-/// The most tokens that take this way on the current device.
-fn most_tokens() -> usize {
-    // SAFETY: a pure function of the device.
-    unsafe { ffi::qlora_few_tokens_most() as usize }
+/// The most tokens that take this way on this GPU.
+fn most_tokens(gpu: &Gpu) -> usize {
+    // SAFETY: a pure function of the limits.
+    unsafe { ffi::qlora_few_tokens_most(gpu.launch_limits()) as usize }
 }
 
 /// The most tokens of the kernel for single tokens.
@@ -79,9 +79,11 @@ pub(super) fn with_zeroed(
 /// Whether a launch took place: a kernel that does not take the arguments on this GPU says so before it starts.
 fn taken(launched: Result<()>) -> Result<bool> {
     const INVALID_VALUE: i32 = 1;
+    /// More shared memory than there is.
+    const OUT_OF_RESOURCES: i32 = 701;
     match launched {
         Ok(()) => Ok(true),
-        Err(Error::Cuda { code: INVALID_VALUE, .. }) => Ok(false),
+        Err(Error::Cuda { code: INVALID_VALUE | OUT_OF_RESOURCES, .. }) => Ok(false),
         Err(error) => Err(error),
     }
 }
@@ -103,7 +105,7 @@ pub(crate) fn forward(
     let aligned = |v: CudaView| v.ptr().is_multiple_of(16) && v.stride().is_multiple_of(8);
     let types = [Some(y.dtype()), residual.map(|residual| residual.dtype())];
     let same = types.into_iter().flatten().all(|dtype| dtype == x.dtype());
-    let fits = (1..=most_tokens()).contains(&tokens) && x.dtype() != Dtype::F32 && same;
+    let fits = (1..=most_tokens(y.gpu())).contains(&tokens) && x.dtype() != Dtype::F32 && same;
     let biased = group.members.iter().any(|member| member.bias.is_some());
     let rounds = y.gpu().peft_rounding() && adapter.is_some();
     if !fits || !aligned(x) || (swiglu && biased) || rounds || adapter.is_some_and(AdapterPass::drops) {
@@ -136,7 +138,6 @@ pub(crate) fn forward(
     let (dtype, swiglu) = (x.dtype().code(), i32::from(swiglu));
     let rows: i64 = weights.m[..weights.count as usize].iter().map(|member| member.rows).sum();
     let product = |kernel: ffi::FewProduct, scratch: *mut u8| {
-        const EARLY: i32 = 1;
         // SAFETY: all windows, weights and the workspace are live and have the sizes passed. Launched early: weights and
         // adapters are read before the launches before this one are done; they were settled earlier (see `Group::infer`).
         gpu.launch(op, |stream| unsafe {
@@ -153,8 +154,9 @@ pub(crate) fn forward(
                 y.ld(),
                 tokens as i64,
                 swiglu,
-                EARLY,
+                gpu.early(),
                 scratch.cast(),
+                gpu.launch_limits(),
                 stream,
             )
         })
@@ -165,13 +167,13 @@ pub(crate) fn forward(
     }
     if tokens <= MOST_OF_GEMV && !done {
         // SAFETY: a pure function of its arguments.
-        let bytes = unsafe { ffi::qlora_nf4_gemv_workspace(rows, weights.k, tokens as i64) };
+        let bytes = unsafe { ffi::qlora_nf4_gemv_workspace(rows, weights.k, tokens as i64, gpu.launch_limits()) };
         let launch = |scratch| product(ffi::qlora_nf4_gemv, scratch);
         done = taken(with_zeroed(gpu, op, &gpu.workspaces().gemv, bytes as usize, launch))?;
     }
     if !done {
         // SAFETY: a pure function of its arguments.
-        let bytes = unsafe { ffi::qlora_nf4_small_gemm_workspace(weights, tokens as i64, swiglu) };
+        let bytes = unsafe { ffi::qlora_nf4_small_gemm_workspace(weights, tokens as i64, swiglu, gpu.launch_limits()) };
         let launch = |scratch| product(ffi::qlora_nf4_small_gemm, scratch);
         if !taken(with_zeroed(gpu, op, &gpu.workspaces().gemm, bytes as usize, launch))? {
             return Ok(false);
@@ -260,7 +262,7 @@ fn shrink(
             columns as i64,
             x.rows() as i64,
             x.cols() as i64,
-            1,
+            target.gpu().early(),
             stream,
         )
     })?;
@@ -302,7 +304,7 @@ fn norm_shrink(
             columns as i64,
             x.rows() as i64,
             x.cols() as i64,
-            1,
+            target.gpu().early(),
             stream,
         )
     });
@@ -340,7 +342,8 @@ pub(super) fn plain(
             tokens as i64,
             w.rows() as i64,
             k as i64,
-            i32::from(settled),
+            if settled { y.gpu().early() } else { 0 },
+            y.gpu().launch_limits(),
             stream,
         )
     });

@@ -5,11 +5,12 @@
 //! than it is used on. Such a device is refused ([`device`] makes the right one). cudarc's event tracking is off: with
 //! one stream it only costs time.
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use candle_core::Device;
-use candle_core::cuda_backend::cudarc::driver::{self, CudaStream, result, sys};
+use candle_core::cuda_backend::cudarc::driver::{self, CudaContext, CudaStream, DevicePtrMut, result, sys};
 use candle_core::cuda_backend::{CudaDevice, DeviceId};
 
 use super::blas::Blas;
@@ -22,10 +23,12 @@ use super::offload::Offloader;
 use super::pool::Pool;
 use super::profile::Profiler;
 use super::step_memory::Kept;
+use crate::device_limits::{DeviceLimits, LIMITS_VARIABLE};
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 
-/// The oldest architecture that the kernels are written for: asynchronous copies and bf16 matrix instructions.
-const OLDEST: (i32, i32) = (8, 0);
+/// The oldest architecture that the kernels are written for: Turing, whose tensor cores load fragments with `ldmatrix`.
+const OLDEST: (u32, u32) = (7, 5);
 
 /// A GPU as the operations use it.
 pub struct Gpu {
@@ -34,6 +37,8 @@ pub struct Gpu {
     pool: Pool,
     blas: Blas,
     name: String,
+    limits: DeviceLimits,
+    for_launchers: ffi::DeviceLimits,
     deterministic: AtomicBool,
     peft_rounding: AtomicBool,
     attention: AttentionLibrary,
@@ -76,6 +81,53 @@ fn describe_start(ordinal: usize, error: &candle_core::Error) -> Error {
     Error::invalid(OP, format!("GPU {ordinal} cannot be used: {hint} ({text})"))
 }
 
+/// What the driver says of a device.
+fn ask_limits(context: &CudaContext) -> Result<DeviceLimits> {
+    const OP: &str = "cuda device";
+    use sys::CUdevice_attribute as Attribute;
+    let ask = |attribute: Attribute| {
+        let value = context.attribute(attribute).map_err(|error| cuda_error(OP, error))?;
+        Ok::<u32, Error>(u32::try_from(value).unwrap_or(0))
+    };
+    let capability = (
+        ask(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+        ask(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+    );
+    Ok(DeviceLimits::new(
+        capability,
+        ask(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+        ask(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?,
+        ask(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+    ))
+}
+
+/// The architecture that the code which runs here was compiled for, and whether it has Hopper's instructions; an error if
+/// the program has no code for this device.
+fn probe(stream: &Arc<CudaStream>, name: &str, (major, minor): (u32, u32)) -> Result<[u32; 2]> {
+    const OP: &str = "probe";
+    let failed = |error: Error| {
+        let message = format!(
+            "the kernels in this program do not run on {name} (compute capability {major}.{minor}); build it with \
+             CUDA_COMPUTE_CAP={major}{minor} ({error})"
+        );
+        Error::invalid("cuda device", message)
+    };
+    let cuda = |error| failed(cuda_error(OP, error));
+    stream.context().bind_to_thread().map_err(cuda)?;
+    let mut out = stream.alloc_zeros::<u32>(2).map_err(cuda)?;
+    let code = {
+        let (ptr, _sync) = out.device_ptr_mut(stream);
+        // SAFETY: two elements are allocated, and the stream is alive.
+        unsafe { ffi::qlora_probe(ptr as *mut u32, stream.cu_stream().cast()) }
+    };
+    if code != 0 {
+        return Err(failed(status_error(OP, code)));
+    }
+    let values = stream.clone_dtoh(&out).map_err(cuda)?;
+    stream.synchronize().map_err(cuda)?;
+    Ok([values[0], values[1]])
+}
+
 static KNOWN: Mutex<Vec<(DeviceId, Arc<Gpu>)>> = Mutex::new(Vec::new());
 
 impl Gpu {
@@ -109,15 +161,21 @@ impl Gpu {
             return Err(Error::invalid(OP, message));
         }
         let name = context.name().map_err(|error| cuda_error(OP, error))?;
-        let capability = context.compute_capability().map_err(|error| cuda_error(OP, error))?;
-        if capability < OLDEST {
-            let (major, minor) = capability;
+        let device_limits = ask_limits(&context)?;
+        if device_limits.capability < OLDEST {
+            let (major, minor) = device_limits.capability;
             let message = format!(
-                "{name} has compute capability {major}.{minor}; bf16 matrix instructions and asynchronous copies need \
-                 8.0 (Ampere) or later"
+                "{name} has compute capability {major}.{minor}; the kernels' tensor-core instructions need 7.5 (Turing: \
+                 T4, RTX 20) or later"
             );
             return Err(Error::invalid(OP, message));
         }
+        let [architecture, wgmma] = probe(&stream, &name, device_limits.capability)?;
+        let mut limits = device_limits.with_code(architecture, wgmma != 0);
+        if let Ok(text) = std::env::var(LIMITS_VARIABLE) {
+            limits = limits.lowered(&text).map_err(|message| Error::invalid(OP, message))?;
+        }
+        let capability = limits.capability;
         let blas = Blas::new(&stream)?;
         let id = device.id();
         let gpu = Arc::new_cyclic(|this| Self {
@@ -126,34 +184,52 @@ impl Gpu {
             pool,
             blas,
             name,
+            limits,
+            for_launchers: limits.into(),
             deterministic: AtomicBool::new(false),
             peft_rounding: AtomicBool::new(false),
-            attention: AttentionLibrary::new(10 * capability.0 + capability.1),
+            attention: AttentionLibrary::new((10 * capability.0 + capability.1) as i32),
             offloader: Offloader::default(),
             profiler: Profiler::default(),
             workspaces: Workspaces::default(),
             counting: Counting::default(),
             this: this.clone(),
         });
-        gpu.check_kernels(capability)?;
         KNOWN.lock().unwrap_or_else(PoisonError::into_inner).push((id, gpu.clone()));
         Ok(gpu)
     }
 
-    /// Whether the kernels in this program run on this architecture.
-    fn check_kernels(&self, (major, minor): (i32, i32)) -> Result<()> {
-        let probe = self.alloc("probe", 16)?;
-        // SAFETY: 4 floats are allocated.
-        let launched =
-            self.launch("probe", |stream| unsafe { ffi::qlora_fill(0, probe.ptr() as *mut _, 4, 1, 4, 0.0, stream) });
-        launched.and_then(|()| self.synchronize("probe")).map_err(|error| {
-            let message = format!(
-                "the kernels in this program do not run on {} (compute capability {major}.{minor}); build it with \
-                 CUDA_COMPUTE_CAP={major}{minor} ({error})",
-                self.name
-            );
-            Error::invalid("cuda device", message)
-        })
+    /// What this GPU allows: asked once, when it was opened, and lowered by the code in the program and by
+    /// [`LIMITS_VARIABLE`].
+    pub fn limits(&self) -> &DeviceLimits {
+        &self.limits
+    }
+
+    /// [`Self::limits`] as launchers take them; the address is good as long as the GPU.
+    pub(super) fn launch_limits(&self) -> *const ffi::DeviceLimits {
+        &raw const self.for_launchers
+    }
+
+    /// 1 if launches may begin before their predecessors have ended, as launchers take it.
+    pub(super) fn early(&self) -> i32 {
+        i32::from(self.limits.early_launches)
+    }
+
+    /// An error, which names the GPU and what to do, if it cannot compute in `dtype`.
+    ///
+    /// # Errors
+    /// See above.
+    pub fn check_dtype(&self, op: &'static str, dtype: Dtype) -> Result<()> {
+        if dtype != Dtype::Bf16 || self.limits.has_bf16() {
+            return Ok(());
+        }
+        let (major, minor) = self.limits.capability;
+        let message = format!(
+            "{} (compute capability {major}.{minor}) cannot compute in bfloat16, which needs 8.0 (Ampere) or later and \
+             code for it in this program: compute in float16 (bnb_4bit_compute_dtype = \"float16\") or float32",
+            self.name
+        );
+        Err(Error::invalid(op, message))
     }
 
     /// A counted reference to this GPU.
@@ -291,7 +367,9 @@ impl Gpu {
             0 => Ok(()),
             code => Err(status_error(op, code)),
         };
-        self.span(op, || op.to_owned(), launch)
+        let launched = self.span(op, || op.to_owned(), launch);
+        LAST.set(Some(op));
+        launched
     }
 
     /// Fresh memory; its content is unspecified.
@@ -345,12 +423,15 @@ impl RawMemory {
     }
 
     pub(crate) fn ptr(&self) -> sys::CUdeviceptr {
+        graph::reaches(self.ptr, false);
         self.ptr
     }
 
     /// Gives the memory up without freeing it.
     pub(crate) fn into_ptr(self) -> sys::CUdeviceptr {
         let ptr = self.ptr;
+        // Who gets it frees it without our knowing.
+        drop(graph::freed(ptr, self.bytes));
         let mut this = std::mem::ManuallyDrop::new(self);
         // Their handles are still released; only the free is skipped.
         // SAFETY: `this` is never used again.
@@ -367,6 +448,7 @@ impl Drop for RawMemory {
         if let Some(home) = &self.home {
             return home.keep(self.bytes, self.ptr);
         }
+        let _before = graph::freed(self.ptr, self.bytes);
         // A failure here (a lost device) shows at the next call that can report it.
         let _ = self.stream.context().bind_to_thread();
         // SAFETY: allocated on this stream by `alloc`, freed once.
@@ -378,6 +460,11 @@ impl std::fmt::Debug for Gpu {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Gpu({})", self.name())
     }
+}
+
+thread_local! {
+    /// What this thread enqueued last, for errors that show later.
+    static LAST: Cell<Option<&'static str>> = const { Cell::new(None) };
 }
 
 /// A driver error in words.
@@ -392,12 +479,20 @@ pub(super) fn status_error(op: &'static str, code: i32) -> Error {
         2 => "out of GPU memory",
         35 => "the NVIDIA driver is too old for the CUDA version of this program: update it",
         46 => "the GPU is used exclusively by another process",
+        701 => "the kernel needs more shared memory or registers than this GPU allows",
+        801 => "this GPU cannot compute in this type: compute in float16 or float32",
+        222 => {
+            "the NVIDIA driver is too old for the code in this program: update it, or build with an older CUDA toolkit"
+        }
         98 | 209 => "the program has no code for this GPU: build it with its CUDA_COMPUTE_CAP",
         214 => "an uncorrectable memory (ECC) error: the GPU needs a reset or repair",
         304 | 719 | 46_000 => "a kernel failed; the GPU's state is lost: restart the program from its last checkpoint",
-        700 => "a kernel accessed memory outside its buffers; the GPU's state is lost: please report this",
+        700 | 716 => "a kernel accessed memory outside its buffers; the GPU's state is lost: please report this",
+        714 | 715 | 718 => {
+            "a kernel ran an instruction that this GPU does not have; its state is lost: please report this"
+        }
         702 => "a kernel ran too long and was stopped; the GPU's state is lost: restart from the last checkpoint",
         _ => "the GPU reports an error; restart the program from its last checkpoint",
     };
-    Error::Cuda { op, code, what }
+    Error::Cuda { op, code, what, last: LAST.get() }
 }

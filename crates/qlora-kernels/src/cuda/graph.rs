@@ -6,14 +6,19 @@
 //! fresh memory) still goes to the GPU's own stream, where it does no harm, and makes the recording worthless: it is thrown
 //! away then, and its caller runs the work as usual.
 //!
-//! A graph has the addresses of everything that was recorded. What they belong to must outlive it, and nothing else may use the
-//! memory: a [`StepMemory`](super::StepMemory) of its own sees to both. The kernels' shared workspaces may move when they
-//! grow; [`Graph::launch`] then says that the graph is out of date.
+//! A graph has the addresses of everything that was recorded, and may be launched long after what they belonged to is gone. So a
+//! recording notes every address that an operation asks for, and [`Graph::launch`] says that the graph is out of date where one
+//! of them was freed since, where a shared workspace has moved, or where a [`DecodeTables`](super::decode::DecodeTables) that
+//! tells the kernels of caches is gone. Memory of candle's is freed without our knowing: a graph keeps the tensors that
+//! [`Gpu::capture`] is given, and work that reads others cannot be recorded. The results are the caller's care: what was
+//! recorded is written again by every launch, so temporary memory comes from a [`StepMemory`](super::StepMemory) that nobody
+//! else takes from in between.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
 use std::ptr;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use candle_core::cuda_backend::cudarc::driver::{CudaStream, sys};
 
@@ -21,6 +26,7 @@ use super::counters::count;
 use super::ffi;
 use super::gpu::{Gpu, cuda_error, status_error};
 use crate::error::{Error, Result};
+use crate::tensor::DeviceTensor;
 
 const OP: &str = "CUDA graph";
 
@@ -29,6 +35,78 @@ thread_local! {
     static RECORDING: Cell<(sys::CUstream, usize)> = const { Cell::new((ptr::null_mut(), 0)) };
     /// Whether something was enqueued meanwhile that cannot be recorded.
     static SPOILT: Cell<bool> = const { Cell::new(false) };
+    /// What the recording of this thread has reached.
+    static NOTES: RefCell<Notes> = const { RefCell::new(Notes::new()) };
+}
+
+/// What a recording reaches.
+struct Notes {
+    addresses: Vec<sys::CUdeviceptr>,
+    tables: Vec<Arc<AtomicBool>>,
+    /// Where the tensors lie that the graph will keep.
+    kept: Vec<Range<sys::CUdeviceptr>>,
+}
+
+impl Notes {
+    const fn new() -> Self {
+        Self { addresses: Vec::new(), tables: Vec::new(), kept: Vec::new() }
+    }
+}
+
+/// The addresses that a graph has, and whether all of them are still what they were.
+#[derive(Debug)]
+struct Reached {
+    /// In ascending order.
+    addresses: Vec<sys::CUdeviceptr>,
+    stale: AtomicBool,
+}
+
+/// All graphs there are: device addresses differ between the GPUs of a process.
+static GRAPHS: Mutex<Vec<Weak<Reached>>> = Mutex::new(Vec::new());
+/// Their number, so that freeing memory costs nothing where there is none.
+static COUNT: AtomicUsize = AtomicUsize::new(0);
+
+fn graphs() -> MutexGuard<'static, Vec<Weak<Reached>>> {
+    GRAPHS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn is_recording() -> bool {
+    !RECORDING.get().0.is_null()
+}
+
+/// To be called by everything that hands out an address for a launch; `foreign`: of memory that is freed without
+/// [`freed`].
+pub(super) fn reaches(ptr: sys::CUdeviceptr, foreign: bool) {
+    if !is_recording() {
+        return;
+    }
+    NOTES.with_borrow_mut(|notes| match foreign {
+        false => notes.addresses.push(ptr),
+        true if notes.kept.iter().any(|range| range.contains(&ptr)) => {}
+        true => SPOILT.set(true),
+    });
+}
+
+/// To be called by everything that hands out a table of addresses: they are good while the flag is set.
+pub(super) fn needs(table: &Arc<AtomicBool>) {
+    if is_recording() {
+        NOTES.with_borrow_mut(|notes| notes.tables.push(table.clone()));
+    }
+}
+
+/// To be called before memory is freed. Until the guard is dropped, which is to be behind the free, nothing is launched.
+pub(super) fn freed(ptr: sys::CUdeviceptr, bytes: usize) -> Option<MutexGuard<'static, impl Sized>> {
+    if COUNT.load(Ordering::SeqCst) == 0 {
+        return None;
+    }
+    let graphs = graphs();
+    for reached in graphs.iter().filter_map(Weak::upgrade) {
+        let first = reached.addresses.partition_point(|&address| address < ptr);
+        if reached.addresses.get(first).is_some_and(|&address| address < ptr + bytes as u64) {
+            reached.stale.store(true, Ordering::SeqCst);
+        }
+    }
+    Some(graphs)
 }
 
 /// Recorded launches.
@@ -38,6 +116,10 @@ pub struct Graph {
     gpu: Arc<Gpu>,
     /// The state of the shared workspaces when it was recorded.
     moves: u64,
+    reached: Arc<Reached>,
+    tables: Vec<Arc<AtomicBool>>,
+    /// candle's memory that it uses.
+    _tensors: Vec<DeviceTensor>,
 }
 
 // SAFETY: a graph may be launched and destroyed by any thread, one at a time.
@@ -68,6 +150,7 @@ impl Drop for Recording {
     fn drop(&mut self) {
         RECORDING.set((ptr::null_mut(), 0));
         if !self.ended {
+            NOTES.set(Notes::new());
             // The work panicked.
             let mut exec = ptr::null_mut();
             // SAFETY: as in `end`.
@@ -84,7 +167,7 @@ pub(super) fn recording(gpu: &Gpu) -> Option<sys::CUstream> {
 
 /// To be called by everything that goes to the GPU's own stream.
 pub(super) fn spoil() {
-    if !RECORDING.get().0.is_null() {
+    if is_recording() {
         SPOILT.set(true);
     }
 }
@@ -92,27 +175,31 @@ pub(super) fn spoil() {
 /// Ends the work of a recording with an error, which its caller does not see: for what must not run half.
 pub(super) fn refuse(op: &'static str) -> Result<()> {
     spoil();
-    match RECORDING.get().0.is_null() {
-        true => Ok(()),
-        false => Err(Error::invalid(op, "it cannot be recorded")),
+    match is_recording() {
+        false => Ok(()),
+        true => Err(Error::invalid(op, "it cannot be recorded")),
     }
 }
 
 impl Gpu {
-    #[doc(hidden)] // Only for who keeps what the module says: the compiler cannot see to it.
     /// Records what `work` launches, without running it, and gives its result too; none if something in it cannot be recorded.
+    /// The graph keeps `tensors`, the only ones of candle's that `work` may read or write; see [`Graph::launch`] for all
+    /// other memory.
     ///
     /// # Errors
     /// Whatever `work` returns, or if the device fails.
     pub fn capture<T, E: From<Error>>(
         self: &Arc<Self>,
+        tensors: &[DeviceTensor],
         work: impl FnOnce() -> std::result::Result<T, E>,
     ) -> std::result::Result<Option<(Graph, T)>, E> {
         self.bind(OP)?;
+        let kept = tensors.iter().map(DeviceTensor::range).collect();
         let moves = self.workspaces().moves.load(Ordering::Relaxed);
         let stream = self.stream().context().new_stream().map_err(|error| cuda_error(OP, error))?;
         // SAFETY: the stream is new and this thread's alone.
         check(unsafe { ffi::qlora_graph_begin(stream.cu_stream().cast()) })?;
+        NOTES.set(Notes { kept, ..Notes::new() });
         RECORDING.set((stream.cu_stream(), ptr::from_ref(&**self).addr()));
         SPOILT.set(false);
         let recording = Recording { stream, ended: false };
@@ -124,15 +211,25 @@ impl Gpu {
             return Ok(None);
         }
         let value = value?;
-        if exec.is_some() {
-            count(&self.counting().graphs);
-        }
-        Ok(exec.map(|exec| (Graph { exec, gpu: self.clone(), moves }, value)))
+        let Some(exec) = exec else { return Ok(None) };
+        count(&self.counting().graphs);
+        let Notes { mut addresses, mut tables, .. } = NOTES.replace(Notes::new());
+        addresses.sort_unstable();
+        addresses.dedup();
+        tables.sort_unstable_by_key(|table| Arc::as_ptr(table).addr());
+        tables.dedup_by(|a, b| Arc::ptr_eq(a, b));
+        let reached = Arc::new(Reached { addresses, stale: AtomicBool::new(false) });
+        let mut graphs = graphs();
+        graphs.push(Arc::downgrade(&reached));
+        COUNT.store(graphs.len(), Ordering::SeqCst);
+        drop(graphs);
+        Ok(Some((Graph { exec, gpu: self.clone(), moves, reached, tables, _tensors: tensors.to_vec() }, value)))
     }
 }
 
 impl Graph {
-    /// Enqueues everything; false if it is out of date and has to be recorded again.
+    /// Enqueues everything; false if it is out of date and has to be recorded again: memory that was recorded has been freed
+    /// or has moved, or a table of caches is gone.
     ///
     /// # Errors
     /// If the device fails.
@@ -144,7 +241,13 @@ impl Graph {
             return Ok(false);
         }
         self.gpu.bind(OP)?;
-        // SAFETY: the graph is executable; its addresses are live (see the module).
+        // Nobody frees memory between this look and the launch; what is freed afterwards is freed behind it on the stream.
+        let _unfreed = graphs();
+        let lives = self.tables.iter().all(|table| table.load(Ordering::SeqCst));
+        if self.reached.stale.load(Ordering::SeqCst) || !lives {
+            return Ok(false);
+        }
+        // SAFETY: the graph is executable; its addresses are live, as was just seen, and candle's are kept.
         let launch = || check(unsafe { ffi::qlora_graph_launch(self.exec, self.gpu.stream().cu_stream().cast()) });
         self.gpu.span(OP, || OP.to_owned(), launch)?;
         Ok(true)
@@ -153,6 +256,10 @@ impl Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
+        let mut graphs = graphs();
+        graphs.retain(|graph| !ptr::eq(graph.as_ptr(), Arc::as_ptr(&self.reached)));
+        COUNT.store(graphs.len(), Ordering::SeqCst);
+        drop(graphs);
         let _ = self.gpu.bind(OP);
         // SAFETY: made by `capture`, destroyed once; the driver keeps what a launch in flight needs.
         let _ = unsafe { ffi::qlora_graph_destroy(self.exec) };

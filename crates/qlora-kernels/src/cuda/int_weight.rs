@@ -117,6 +117,7 @@ impl DeviceInt {
                 first_row as i64,
                 out.rows() as i64,
                 self.cols as i64,
+                out.gpu().early(),
                 stream,
             )
         })

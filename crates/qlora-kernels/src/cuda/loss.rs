@@ -95,6 +95,7 @@ fn chunks(
                 vocab as i64,
                 scale,
                 i32::from(gradient.is_some()),
+                gpu.launch_limits(),
                 stream,
             )
         })?;

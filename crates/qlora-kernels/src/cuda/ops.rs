@@ -66,6 +66,7 @@ pub(crate) fn rms_norm_forward(
             rows as i64,
             width as i64,
             groups as i64,
+            y.gpu().early(),
             stream,
         )
     })

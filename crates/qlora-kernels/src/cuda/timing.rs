@@ -16,7 +16,7 @@ impl Gpu {
         let reuse = memory.reuse();
         // The memory that the recording needs is there afterwards.
         work()?;
-        let recorded = gpu.capture(work)?;
+        let recorded = gpu.capture(&[], work)?;
         drop(reuse);
         let refused = || Error::invalid("timing a graph", "the work cannot be recorded");
         let (graph, ()) = recorded.ok_or_else(refused)?;

@@ -37,6 +37,8 @@ struct Window {
     /// Columns after `cols` that belong to this window's rows alone and that operations may use for what goes along
     /// with the matrix (see `linear_group`).
     margin: usize,
+    /// Whether the memory is candle's.
+    foreign: bool,
 }
 
 /// An error unless everything is on `gpu`: its kernels run on its one stream, which waits for no other.
@@ -121,7 +123,13 @@ macro_rules! accessors {
 
             /// The address of the first element.
             pub(crate) fn ptr(&self) -> sys::CUdeviceptr {
+                super::graph::reaches(self.window.ptr, self.window.foreign);
                 self.window.ptr
+            }
+
+            /// The same, as memory that candle frees.
+            pub(crate) fn of_candle(self) -> Self {
+                Self { window: Window { foreign: true, ..self.window }, ..self }
             }
 
             /// The rows in `range`.
@@ -175,7 +183,7 @@ impl<'a> CudaView<'a> {
         stride: usize,
         margin: usize,
     ) -> Self {
-        Self { gpu, window: Window { ptr, dtype, rows, cols, stride, margin } }
+        Self { gpu, window: Window { ptr, dtype, rows, cols, stride, margin, foreign: false } }
     }
 
     /// # Safety
@@ -224,7 +232,7 @@ impl<'a> CudaViewMut<'a> {
         stride: usize,
         margin: usize,
     ) -> Self {
-        Self { gpu, window: Window { ptr, dtype, rows, cols, stride, margin }, memory: PhantomData }
+        Self { gpu, window: Window { ptr, dtype, rows, cols, stride, margin, foreign: false }, memory: PhantomData }
     }
 
     /// # Safety

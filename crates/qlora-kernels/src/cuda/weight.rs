@@ -322,6 +322,7 @@ impl CudaWeight {
                 first_row as i64,
                 out.rows() as i64,
                 self.cols as i64,
+                out.gpu().early(),
                 stream,
             )
         })

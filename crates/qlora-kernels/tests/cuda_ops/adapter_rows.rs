@@ -11,7 +11,7 @@ use qlora_kernels::quant::QuantConfig;
 use qlora_kernels::weight::WeightCache;
 use qlora_kernels::{Dtype, Matrix, Result, View};
 
-use crate::harness::{DTYPES, GAPS, Kind, Output, Report, Side, gpu, output};
+use crate::harness::{GAPS, Kind, Output, Report, Side, dtypes, gpu, half, output};
 
 /// What an adapter does to every layer of a group.
 #[derive(Clone, Copy, Debug, Default)]
@@ -134,7 +134,7 @@ fn rows_agree_with_the_cpu() {
     let each = [LORA, WIDE, DORA, BIASED, WEIGHT, ALL];
     let many: Parts = (0..37).map(|i| (i..i + 1, each[i % each.len()])).collect();
     let plain: Parts = (0..21).map(|i| (2 * i..2 * i + 1, if i % 2 == 0 { LORA } else { WIDE })).collect();
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         for kind in [nf4, Kind::Plain(dtype)] {
             for layers in layers {
                 for inputs in [64, 65, 320] {
@@ -195,7 +195,7 @@ pub(crate) fn tokens(side: &Side, rank: usize, [vocabulary, width, gap]: [usize;
 fn tokens_agree_with_the_cpu() {
     let Some(device) = gpu() else { return };
     let mut report = Report::new("adapter_tokens");
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         for rank in [1, 8, 33] {
             for (vocabulary, width) in [(1, 1), (61, 33), (300, 576)] {
                 for gap in GAPS {
@@ -211,7 +211,7 @@ fn tokens_agree_with_the_cpu() {
 #[test]
 fn an_adapter_that_does_not_fit_is_refused() {
     let Some(device) = gpu() else { return };
-    let side = Side::gpu(&device, Dtype::Bf16, 1);
+    let side = Side::gpu(&device, half(&device), 1);
     let workspace = &side.workspace;
     let weight = side.weight(Kind::Bits4(QuantConfig::default()), 8, 64);
     let members = [Member { name: "layer", weight: &*weight, bias: None, lora: None }];
@@ -234,7 +234,7 @@ fn an_adapter_that_does_not_fit_is_refused() {
         assert!(error.contains(message), "{error}");
     }
     // Two devices, even of one GPU, do not wait for each other.
-    let other = Side::gpu(&qlora_kernels::cuda::device(0, None).unwrap(), Dtype::Bf16, 1);
+    let other = Side::gpu(&qlora_kernels::cuda::device(0, None).unwrap(), half(&device), 1);
     let (mut x, mut y) = (other.with_margin(3, 64, 8), workspace.matrix(3, 8).unwrap());
     let error = group.forward(x.view_mut(), None, None, y.view_mut(), workspace).unwrap_err().to_string();
     assert!(error.contains("two devices of it"), "{error}");

@@ -3,7 +3,7 @@
 use qlora_kernels::ops::attention::{self, AttentionConfig};
 use qlora_kernels::{Dtype, Result, SequenceLayout};
 
-use crate::harness::{DTYPES, Output, Report, Side, gpu, new_gpu, output, same_bits, within};
+use crate::harness::{Output, Report, Side, dtypes, gpu, halves, new_gpu, output, same_bits, within};
 
 /// Query heads, key/value heads, elements of a head: those with tensor-core kernels first.
 const HEADS: [(usize, usize, usize); 7] =
@@ -69,7 +69,7 @@ pub(crate) fn run_with(
 const LENGTHS: [&[usize]; 6] = [&[1], &[7], &[64], &[130, 1, 63], &[257, 3], &[5, 5, 300, 2]];
 
 fn compare_all(report: &mut Report, device: &candle_core::Device) {
-    for dtype in DTYPES {
+    for dtype in dtypes(device) {
         for heads in HEADS {
             for lengths in LENGTHS {
                 for window in [None, Some(1), Some(17), Some(64)] {
@@ -100,7 +100,7 @@ fn deterministic_attention_agrees_with_the_cpu_and_with_itself() {
     gpu.set_deterministic(true);
     let mut report = Report::with_tolerance("deterministic attention", tolerance);
     compare_all(&mut report, &device);
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         for heads in HEADS {
             for lengths in [&[1000, 24, 500][..], &[777], &[1024, 1024]] {
                 let go = || run(&Side::gpu(&device, dtype, 4), &config(heads, None), lengths, 0).unwrap();
@@ -119,7 +119,7 @@ fn deterministic_attention_agrees_with_the_cpu_and_with_itself() {
 fn large_scores_do_not_overflow() {
     let Some(device) = gpu() else { return };
     let mut report = Report::with_tolerance("attention with large scores", tolerance);
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         for heads in HEADS {
             let cfg = AttentionConfig { scale: 40.0, ..config(heads, None) };
             report.compare(&device, dtype, &format!("{heads:?}"), |side| {
@@ -136,7 +136,7 @@ fn large_scores_do_not_overflow() {
 fn cached_attention_agrees_with_the_cpu() {
     let Some(device) = gpu() else { return };
     let mut report = Report::with_tolerance("cached attention", tolerance);
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         for heads in HEADS {
             for (queries, positions) in [(1, 1), (1, 77), (5, 130), (64, 64), (1, 1000), (70, 200)] {
                 for window in [None, Some(1), Some(50)] {
@@ -166,7 +166,7 @@ fn long_sequences_agree_with_the_cpu_with_and_without_cudnn() {
         gpu.attention().set_enabled(enabled);
         let name = if enabled { "long sequences" } else { "long sequences without cuDNN" };
         let mut report = Report::with_tolerance(name, tolerance);
-        for dtype in [Dtype::Bf16, Dtype::F16] {
+        for dtype in halves(&device) {
             for heads in &HEADS[..4] {
                 for (lengths, window) in
                     [(&[1024][..], None), (&[1500, 1500], None), (&[1030, 1030], Some(1030)), (&[1200], Some(300))]

@@ -2,7 +2,7 @@
 
 use qlora_kernels::{Dtype, View, Workspace};
 
-use crate::harness::{DTYPES, GAPS, Side, gpu, round, same_bits};
+use crate::harness::{GAPS, Side, dtypes, gpu, round, same_bits};
 
 /// Ordinary numbers, ties, subnormals of the narrow types, values beyond f16, infinities, signed zeros.
 fn values(side: &Side, len: usize) -> Vec<f32> {
@@ -18,8 +18,8 @@ fn values(side: &Side, len: usize) -> Vec<f32> {
 #[test]
 fn copies_round_once() {
     let Some(device) = gpu() else { return };
-    for from in DTYPES {
-        for to in DTYPES {
+    for from in dtypes(&device) {
+        for to in dtypes(&device) {
             for (rows, cols) in [(0, 4), (1, 1), (3, 7), (17, 33), (64, 576), (1, 100_003)] {
                 for gap in GAPS {
                     let label = format!("{} to {}, {rows} x {cols}, gap {gap}", from.name(), to.name());
@@ -53,7 +53,7 @@ fn copies_round_once() {
 #[test]
 fn fills_round_and_stay_inside() {
     let Some(device) = gpu() else { return };
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         let side = Side::gpu(&device, dtype, 1);
         for (rows, cols) in [(0, 4), (1, 1), (3, 7), (64, 576)] {
             for gap in GAPS {

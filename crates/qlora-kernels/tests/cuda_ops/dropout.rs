@@ -1,15 +1,14 @@
 //! Dropout: the mask is that of the CPU, element by element.
 
-use qlora_kernels::Dtype;
 use qlora_kernels::ops::dropout::{self, Dropout};
 
-use crate::harness::{DTYPES, GAPS, Report, gpu, output, round, within};
+use crate::harness::{GAPS, Report, dtypes, gpu, half, output, round, within};
 
 #[test]
 fn the_mask_is_that_of_the_cpu() {
     let Some(device) = gpu() else { return };
     let mut report = Report::new("dropout");
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         for (rows, cols) in [(0, 5), (1, 1), (3, 7), (65, 33), (40, 2048), (3, 28_672)] {
             for gap in GAPS {
                 for p in [0.0, 0.05, 0.5, 0.999] {
@@ -39,7 +38,7 @@ fn the_mask_is_that_of_the_cpu() {
 #[test]
 fn a_probability_out_of_range_is_refused() {
     let Some(device) = gpu() else { return };
-    let workspace = qlora_kernels::Workspace::poisoned_on(&device, Dtype::Bf16).unwrap();
+    let workspace = qlora_kernels::Workspace::poisoned_on(&device, half(&device)).unwrap();
     let (x, mut y) = (workspace.zeros(2, 3).unwrap(), workspace.matrix(2, 3).unwrap());
     let error =
         dropout::forward(&Dropout { p: 1.0, seed: 0, stream: 0, first_row: 0 }, x.view(), y.view_mut()).unwrap_err();

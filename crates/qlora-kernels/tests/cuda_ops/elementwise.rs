@@ -9,7 +9,7 @@ use qlora_kernels::sequence::Positions;
 use qlora_kernels::weight::{FrozenWeight, PlainWeight};
 use qlora_kernels::{Dtype, SequenceLayout};
 
-use crate::harness::{DTYPES, GAPS, Kind, Report, gpu, output, plain, within};
+use crate::harness::{DTYPES, GAPS, Kind, Report, dtypes, gpu, half, output, plain, within};
 
 /// What one rounding to the activations' type leaves at most: half a unit in the last place of every element.
 fn one_rounding(dtype: Dtype) -> f64 {
@@ -30,7 +30,7 @@ fn rope_agrees_with_the_cpu() {
         high_freq_factor: 4.0,
         original_max_position_embeddings: 64,
     };
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         for (heads, head_dim, scaling) in
             [(1, 2, None), (3, 6, None), (9, 64, None), (4, 128, Some(llama3.clone())), (2, 80, None), (5, 32, None)]
         {
@@ -62,7 +62,7 @@ fn rope_agrees_with_the_cpu() {
 fn swiglu_agrees_with_the_cpu() {
     let Some(device) = gpu() else { return };
     let mut report = Report::with_tolerance("swiglu", one_rounding);
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         for (rows, cols) in [(0, 64), (1, 1), (3, 7), (17, 33), (5, 1536), (2, 28_672), (1000, 24)] {
             for gap in GAPS {
                 // Saturated gates too, as far as the results are normal numbers.
@@ -114,7 +114,7 @@ fn embedding_rows_agree_with_the_cpu() {
     let nf4 = QuantConfig { quant_type: QuantType::Nf4, blocksize: 64, double_quant: true };
     let kinds = DTYPES.map(Kind::Plain).into_iter().chain([Kind::Bits4(nf4)]);
     for kind in kinds {
-        for dtype in DTYPES {
+        for dtype in dtypes(&device) {
             for (vocab, width) in [(1, 1), (61, 33), (500, 576)] {
                 for gap in GAPS {
                     let label = format!("{kind:?} {vocab} x {width}, gap {gap}");
@@ -135,7 +135,7 @@ fn embedding_rows_agree_with_the_cpu() {
             }
         }
     }
-    let workspace = qlora_kernels::Workspace::poisoned_on(&device, Dtype::Bf16).unwrap();
+    let workspace = qlora_kernels::Workspace::poisoned_on(&device, half(&device)).unwrap();
     let table = PlainWeight::new(plain(&[0.0; 12], Dtype::F32), 3, 4);
     let mut out = workspace.matrix(1, 4).unwrap();
     let error = embedding::forward(&[3], &table, out.view_mut()).unwrap_err().to_string();

@@ -11,9 +11,7 @@ use qlora_kernels::quant::{QuantConfig, QuantType};
 use qlora_kernels::weight::WeightCache;
 use qlora_kernels::{Dtype, Matrix, Result, Workspace};
 
-use crate::harness::{Kind, Output, Report, Side, gpu, output, relative_error, tolerance};
-
-const HALVES: [Dtype; 2] = [Dtype::Bf16, Dtype::F16];
+use crate::harness::{Kind, Output, Report, Side, dtypes, gpu, halves, output, relative_error, tolerance};
 
 /// A group of layers, each with outputs, rank and whether there is a bias; what `infer` writes.
 pub(crate) fn products(
@@ -106,7 +104,7 @@ fn few_tokens_agree_with_the_cpu() {
         &[(160, 16, false), (160, 16, false)],
         &[(72, 0, false), (72, 4, false)],
     ];
-    for dtype in HALVES {
+    for dtype in halves(&device) {
         for quantization in quantizations {
             for members in groups {
                 let all: &[usize] = &[64, 576, 1536, 8192];
@@ -183,7 +181,7 @@ fn few_tokens_agree_with_f64_and_with_themselves() {
     let mut report = Report::new("few tokens in f64");
     let groups: [(&[(usize, usize)], usize); 3] =
         [(&[(200, 16), (40, 8), (24, 5)], 576), (&[(300, 16)], 4096), (&[(40, 64)], 14_336)];
-    for dtype in HALVES {
+    for dtype in halves(&device) {
         // The kernels of few tokens round the levels and the result; beyond them S and the adapters are rounded too.
         let of_kernels = if dtype == Dtype::Bf16 { 4e-3 } else { 6e-4 };
         for (members, inputs) in groups {
@@ -208,7 +206,7 @@ fn few_tokens_agree_with_f64_and_with_themselves() {
 fn a_plain_head_agrees_with_the_cpu() {
     let Some(device) = gpu() else { return };
     let mut report = Report::new("few tokens, plain weight");
-    for dtype in HALVES {
+    for dtype in halves(&device) {
         for (rows, cols) in [(61, 32), (1000, 576), (513, 4096), (96, 8192), (40, 100)] {
             for tokens in [1, 3, 8, 9, 16, 17] {
                 report.compare(&device, dtype, &format!("{tokens} tokens {rows}x{cols}"), |side| {
@@ -274,7 +272,7 @@ fn a_step_of_generation_agrees_with_the_cpu() {
     let on_gpu = Gpu::of(&device).unwrap();
     // The rotated keys are rounded before they are read.
     let mut report = Report::with_tolerance("decode", |dtype| if dtype == Dtype::Bf16 { 2e-2 } else { 3e-3 });
-    for dtype in HALVES {
+    for dtype in halves(&device) {
         for (heads, kv_heads, head_dim) in [(4, 2, 64), (9, 3, 64), (2, 2, 96), (32, 8, 128), (24, 1, 128)] {
             for window in [None, Some(40)] {
                 let scale = (head_dim as f32).powf(-0.5);
@@ -295,7 +293,7 @@ fn a_step_of_generation_agrees_with_the_cpu() {
 fn the_first_of_the_largest_is_found() {
     let Some(device) = gpu() else { return };
     const INF: f32 = f32::INFINITY;
-    for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
+    for dtype in dtypes(&device) {
         let side = Side::gpu(&device, dtype, 3);
         for cols in [1, 31, 1024, 128_256] {
             let mut values = side.values(6 * cols, 1.0);

@@ -2,7 +2,8 @@
 
 use qlora_kernels::cuda::StepMemory;
 use qlora_kernels::ops::swiglu;
-use qlora_kernels::{Dtype, Result, View, Workspace};
+use qlora_kernels::tensor::{DeviceTensor, TensorView};
+use qlora_kernels::{Dtype, Matrix, Result, View, Workspace};
 
 use crate::harness::gpu;
 
@@ -31,10 +32,10 @@ fn recorded_launches_compute_with_what_is_there_when_they_run() {
     // Filling poison is no launch, so that recording goes without.
     let plain = Workspace::with_dtype(&device, Dtype::F32).unwrap();
     let reuse = memory.reuse();
-    let missing = gpu.capture(|| work(&plain, x.view())).unwrap();
+    let missing = gpu.capture(&[], || work(&plain, x.view())).unwrap();
     assert!(missing.is_none(), "memory that is not there cannot be recorded");
     drop(work(&plain, x.view()).unwrap());
-    let (graph, result) = gpu.capture(|| work(&plain, x.view())).unwrap().expect("only launches");
+    let (graph, result) = gpu.capture(&[], || work(&plain, x.view())).unwrap().expect("only launches");
     drop(reuse);
     for seed in 1..4 {
         x.view_mut().copy_from(View::new(&numbers(seed), ROWS, COLS)).unwrap();
@@ -47,15 +48,57 @@ fn recorded_launches_compute_with_what_is_there_when_they_run() {
 }
 
 #[test]
+fn a_graph_whose_memory_is_gone_does_not_run() {
+    let Some(device) = gpu() else { return };
+    let workspace = Workspace::with_dtype(&device, Dtype::F32).unwrap();
+    let gpu = workspace.gpu().unwrap().clone();
+    let mut x = workspace.upload(&numbers(0), ROWS, COLS).unwrap();
+    let source = workspace.upload(&numbers(1), ROWS, COLS).unwrap();
+    let record = |x: &mut Matrix, source: &Matrix| {
+        let (graph, ()) = gpu.capture(&[], || x.view_mut().copy_from(source.view())).unwrap().expect("only launches");
+        graph
+    };
+    let graph = record(&mut x, &source);
+    // What it did not reach may go.
+    drop(workspace.zeros(ROWS, COLS).unwrap());
+    assert!(graph.launch().unwrap());
+    assert_eq!(x.to_vec().unwrap(), numbers(1));
+    x.view_mut().copy_from(View::new(&numbers(0), ROWS, COLS)).unwrap();
+    drop(source);
+    assert!(!graph.launch().unwrap(), "an operand was freed");
+    assert_eq!(x.to_vec().unwrap(), numbers(0));
+}
+
+#[test]
+fn tensors_of_candle_are_recorded_where_the_graph_keeps_them() {
+    let Some(device) = gpu() else { return };
+    let workspace = Workspace::with_dtype(&device, Dtype::F32).unwrap();
+    let gpu = workspace.gpu().unwrap().clone();
+    let mut x = workspace.zeros(ROWS, COLS).unwrap();
+    let tensor = workspace.upload(&numbers(2), ROWS, COLS).unwrap().into_tensor((ROWS, COLS)).unwrap();
+    let kept = [DeviceTensor::new("test", &tensor).unwrap()];
+    let (graph, refused) = {
+        let view = TensorView::new("test", &tensor).unwrap();
+        let recorded = gpu.capture(&kept, || x.view_mut().copy_from(view.view())).unwrap();
+        let (graph, ()) = recorded.expect("the graph keeps it");
+        (graph, gpu.capture(&[], || x.view_mut().copy_from(view.view())).unwrap().is_none())
+    };
+    assert!(refused, "nobody keeps it");
+    drop((tensor, kept));
+    assert!(graph.launch().unwrap());
+    assert_eq!(x.to_vec().unwrap(), numbers(2));
+}
+
+#[test]
 fn what_is_no_launch_cannot_be_recorded() {
     let Some(device) = gpu() else { return };
     let workspace = Workspace::with_dtype(&device, Dtype::F32).unwrap();
     let gpu = workspace.gpu().unwrap().clone();
     let mut x = workspace.zeros(ROWS, COLS).unwrap();
-    let recorded = gpu.capture(|| x.view_mut().copy_from(View::new(&numbers(3), ROWS, COLS))).unwrap();
+    let recorded = gpu.capture(&[], || x.view_mut().copy_from(View::new(&numbers(3), ROWS, COLS))).unwrap();
     assert!(recorded.is_none());
     // An error ends the recording too.
-    let failed = gpu.capture(|| -> Result<()> { Err(qlora_kernels::Error::invalid("test", "on purpose")) });
+    let failed = gpu.capture(&[], || -> Result<()> { Err(qlora_kernels::Error::invalid("test", "on purpose")) });
     assert!(failed.unwrap_err().to_string().contains("on purpose"));
     // What comes afterwards runs as ever.
     x.view_mut().copy_from(View::new(&numbers(3), ROWS, COLS)).unwrap();

@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::Device;
 use half::{bf16, f16};
-use qlora_kernels::cuda::{self, CudaWeight};
+use qlora_kernels::cuda::{self, CudaWeight, Gpu};
 use qlora_kernels::quant::{QuantConfig, Quantized4bit};
 use qlora_kernels::weight::{FrozenWeight, PlainData, PlainWeight};
 use qlora_kernels::{Dtype, Matrix, Result, View, ViewMut, Workspace};
@@ -14,6 +14,22 @@ use rand_chacha::ChaCha8Rng;
 
 /// The types of activations on a GPU.
 pub(crate) const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::Bf16, Dtype::F16];
+
+/// Those that a device computes in: all, but no bf16 before Ampere, or where the environment lowers its limits.
+pub(crate) fn dtypes(device: &Device) -> Vec<Dtype> {
+    let gpu = Gpu::of(device).unwrap();
+    DTYPES.into_iter().filter(|dtype| gpu.check_dtype("tests", *dtype).is_ok()).collect()
+}
+
+/// Those of 16 bits.
+pub(crate) fn halves(device: &Device) -> Vec<Dtype> {
+    dtypes(device).into_iter().filter(|dtype| *dtype != Dtype::F32).collect()
+}
+
+/// bf16, or f16 where there is none.
+pub(crate) fn half(device: &Device) -> Dtype {
+    halves(device)[0]
+}
 
 /// Elements before and after every row of a window: none, one that breaks alignment, one that keeps it.
 pub(crate) const GAPS: [usize; 3] = [0, 3, 8];

@@ -3,7 +3,7 @@
 use qlora_kernels::ops::swiglu;
 use qlora_kernels::{Dtype, Matrix, View, Workspace};
 
-use crate::harness::{Side, gpu, relative_error};
+use crate::harness::{Side, gpu, half, relative_error};
 
 const ROWS: usize = 80_000;
 const COLS: usize = 28_672;
@@ -18,7 +18,7 @@ fn row(matrix: &Matrix, row: usize) -> Vec<f32> {
 #[test]
 fn matrices_of_more_than_2_31_elements() {
     let Some(device) = gpu() else { return };
-    let workspace = Workspace::poisoned_on(&device, Dtype::Bf16).unwrap();
+    let workspace = Workspace::poisoned_on(&device, half(&device)).unwrap();
     let needed = 3 * (ROWS * COLS * 2) as u64 + (1 << 30);
     let available = workspace.gpu().unwrap().pool().available().unwrap();
     if available < needed {

@@ -9,7 +9,7 @@ use qlora_kernels::quant::QuantizedInt;
 use qlora_kernels::weight::{FrozenWeight, WeightCache};
 use qlora_kernels::{Dtype, Result};
 
-use crate::harness::{DTYPES, GAPS, Kind, Output, Report, Side, Window, gpu, output, plain, within};
+use crate::harness::{GAPS, Kind, Output, Report, Side, Window, dtypes, gpu, output, plain, within};
 
 /// A weight in 8 bits, but for some columns, whose products round their input.
 fn weight(side: &Side, rows: usize, cols: usize, threshold: f32, exact: &[u32]) -> Arc<dyn FrozenWeight> {
@@ -105,7 +105,7 @@ pub(crate) fn group(side: &Side, tokens: usize, with_margin: bool) -> Result<Vec
 fn inputs_are_rounded_to_8_bits_as_on_the_cpu() {
     let Some(device) = gpu() else { return };
     let mut report = Report::new("LLM.int8");
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         for (tokens, rows, cols) in [(0, 8, 8), (1, 96, 64), (5, 33, 65), (130, 192, 129), (67, 57, 1000)] {
             for gap in GAPS {
                 for threshold in [0.0, 6.0, 1.0] {

@@ -4,7 +4,7 @@ use qlora_kernels::ops::linear_cross_entropy::{self, IGNORE_INDEX};
 use qlora_kernels::quant::{QuantConfig, QuantType};
 use qlora_kernels::{Dtype, View};
 
-use crate::harness::{DTYPES, GAPS, Kind, Report, Side, gpu, number, output};
+use crate::harness::{GAPS, Kind, Report, Side, dtypes, gpu, half, number, output};
 
 /// Every third token is ignored, unless `all`.
 fn targets(tokens: usize, vocab: usize, all: bool) -> Vec<i64> {
@@ -17,7 +17,7 @@ fn losses_and_gradients_agree_with_the_cpu() {
     let Some(device) = gpu() else { return };
     let mut report = Report::new("linear_cross_entropy");
     let nf4 = Kind::Bits4(QuantConfig { quant_type: QuantType::Nf4, blocksize: 64, double_quant: true });
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         for kind in [Kind::Plain(dtype), Kind::Plain(Dtype::Bf16), nf4] {
             for (tokens, vocab, width) in [(1, 40, 8), (37, 61, 32), (5, 1000, 33), (140, 5003, 64)] {
                 for all in [false, true] {
@@ -59,7 +59,7 @@ fn several_chunks_agree_with_the_cpu() {
     let mut report = Report::new("linear_cross_entropy in chunks");
     // 2^27 logits a chunk: 1,024 rows of this vocabulary.
     let (tokens, vocab, width) = (1700, 128_256, 16);
-    for dtype in [Dtype::F32, Dtype::Bf16] {
+    for dtype in [Dtype::F32, half(&device)] {
         for all in [false, true] {
             report.compare(&device, dtype, &format!("all {all}"), |side| {
                 let head = side.weight(Kind::Plain(dtype), vocab, width);
@@ -85,7 +85,7 @@ fn several_chunks_agree_with_the_cpu() {
 #[test]
 fn without_targets_the_loss_and_its_gradient_are_zero() {
     let Some(device) = gpu() else { return };
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         let side = Side::gpu(&device, dtype, 1);
         let head = side.weight(Kind::Plain(dtype), 61, 32);
         for tokens in [0, 9] {
@@ -104,7 +104,7 @@ fn without_targets_the_loss_and_its_gradient_are_zero() {
 #[test]
 fn one_token_of_vocabulary_costs_nothing() {
     let Some(device) = gpu() else { return };
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         let side = Side::gpu(&device, dtype, 1);
         let head = side.weight(Kind::Plain(dtype), 1, 8);
         let (hidden, mut dhidden) = (side.input(5, 8, 0), side.output(5, 8, 0));
@@ -119,7 +119,7 @@ fn one_token_of_vocabulary_costs_nothing() {
 #[test]
 fn what_is_not_a_number_shows_in_the_loss() {
     let Some(device) = gpu() else { return };
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         let side = Side::gpu(&device, dtype, 1);
         let head = side.weight(Kind::Plain(dtype), 61, 32);
         let mut values = side.values(5 * 32, 1.0);
@@ -140,7 +140,7 @@ fn what_is_not_a_number_shows_in_the_loss() {
 #[test]
 fn a_target_outside_the_vocabulary_is_refused() {
     let Some(device) = gpu() else { return };
-    let side = Side::gpu(&device, Dtype::Bf16, 1);
+    let side = Side::gpu(&device, half(&device), 1);
     let head = side.weight(Kind::Plain(Dtype::Bf16), 61, 32);
     let hidden = side.input(2, 32, 0);
     let hidden: View = hidden.view();

@@ -5,7 +5,7 @@ use qlora_kernels::quant::{QuantConfig, QuantType};
 use qlora_kernels::weight::WeightCache;
 use qlora_kernels::{Dtype, Result, Workspace};
 
-use crate::harness::{DTYPES, Kind, Output, Report, Side, gpu, output, same_bits, within};
+use crate::harness::{Kind, Output, Report, Side, dtypes, gpu, half, output, same_bits, within};
 
 /// A group by its members: outputs, the rank of the adapter (0: none), whether there is a bias.
 #[derive(Clone, Copy, Debug)]
@@ -108,7 +108,7 @@ fn groups_agree_with_the_cpu() {
     let Some(device) = gpu() else { return };
     let mut report = Report::new("linear_group");
     let nf4 = Kind::Bits4(QuantConfig { quant_type: QuantType::Nf4, blocksize: 64, double_quant: true });
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         for kind in [nf4, Kind::Plain(dtype)] {
             for members in GROUPS {
                 for (tokens, inputs) in [(1, 64), (37, 96), (130, 65)] {
@@ -134,7 +134,7 @@ fn keeping_the_weights_changes_no_bit() {
     let Some(device) = gpu() else { return };
     let mut report = Report::new("linear_group with its weight cache");
     let nf4 = Kind::Bits4(QuantConfig { quant_type: QuantType::Nf4, blocksize: 64, double_quant: true });
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         let members: &[_] = &[(96, 5, true), (32, 0, true), (33, 7, false)];
         let case = Case {
             kind: nf4,
@@ -161,7 +161,7 @@ fn keeping_the_weights_changes_no_bit() {
 #[test]
 fn a_shape_that_does_not_fit_is_named() {
     let Some(device) = gpu() else { return };
-    let side = Side::gpu(&device, Dtype::Bf16, 1);
+    let side = Side::gpu(&device, half(&device), 1);
     let workspace: &Workspace = &side.workspace;
     let weight = side.weight(Kind::Plain(Dtype::Bf16), 8, 16);
     let slot = LoraSlot { a: 0..32, b: 32..48, rank: 2, scale: 1.0, stream: 0 };

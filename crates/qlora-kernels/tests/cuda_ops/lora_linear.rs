@@ -3,13 +3,13 @@
 use qlora_kernels::ops::dropout::Dropout;
 use qlora_kernels::ops::lora_linear;
 
-use crate::harness::{DTYPES, GAPS, Report, gpu, output};
+use crate::harness::{GAPS, Report, dtypes, gpu, output};
 
 #[test]
 fn adapters_agree_with_the_cpu() {
     let Some(device) = gpu() else { return };
     let mut report = Report::new("lora_linear");
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         // The last needs several tiles of dropped inputs.
         for (tokens, inputs, outputs, r) in [(9, 8, 5, 1), (37, 96, 33, 8), (150, 65, 64, 3), (200, 4096, 40, 16)] {
             for gap in GAPS {

@@ -1,9 +1,9 @@
 //! Matrix products: the three transpositions, odd sizes and strides, accumulation.
 
 use qlora_kernels::ops::matmul;
-use qlora_kernels::{Dtype, View, Workspace};
+use qlora_kernels::{View, Workspace};
 
-use crate::harness::{DTYPES, GAPS, Report, gpu, output, within};
+use crate::harness::{GAPS, Report, dtypes, gpu, half, output, within};
 
 /// m, n, k.
 const SHAPES: [[usize; 3]; 12] = [
@@ -25,7 +25,7 @@ const SHAPES: [[usize; 3]; 12] = [
 fn products_agree_with_the_cpu() {
     let Some(device) = gpu() else { return };
     let mut report = Report::new("matmul");
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         for [m, n, k] in SHAPES {
             for gap in GAPS {
                 for (alpha, beta) in [(1.0, 0.0), (1.0, 1.0), (0.25, -0.5)] {
@@ -62,7 +62,7 @@ fn products_agree_with_the_cpu() {
 fn nothing_to_multiply_is_fine() {
     let Some(device) = gpu() else { return };
     let mut report = Report::new("empty products");
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         for [m, n, k] in [[0, 5, 3], [5, 0, 3], [4, 3, 0]] {
             report.compare(&device, dtype, &format!("{m} x {n} x {k}"), |side| {
                 let (a, bt, mut c) = (side.input(m, k, 0), side.input(n, k, 0), side.output(m, n, 0));
@@ -77,7 +77,7 @@ fn nothing_to_multiply_is_fine() {
 #[test]
 fn arguments_that_do_not_fit_are_named() {
     let Some(device) = gpu() else { return };
-    let workspace = Workspace::poisoned_on(&device, Dtype::Bf16).unwrap();
+    let workspace = Workspace::poisoned_on(&device, half(&device)).unwrap();
     let (a, b, mut c) =
         (workspace.zeros(2, 3).unwrap(), workspace.zeros(4, 5).unwrap(), workspace.zeros(2, 4).unwrap());
     let error = matmul::nt(a.view(), b.view(), c.view_mut(), 1.0, 0.0).unwrap_err().to_string();

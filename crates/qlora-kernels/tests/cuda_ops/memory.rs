@@ -5,7 +5,7 @@ use std::process::Command;
 use candle_core::Device;
 use qlora_kernels::{Dtype, Error, Workspace, cuda};
 
-use crate::harness::gpu;
+use crate::harness::{gpu, half};
 
 /// Runs this test again, alone in a process of its own: a pool and its counters belong to the process. Returns whether
 /// this is that process.
@@ -28,7 +28,7 @@ fn a_limit_gives_an_error_that_says_what_to_do() {
         return;
     }
     let device = cuda::device(0, Some(256 << 20)).unwrap();
-    let workspace = Workspace::with_dtype(&device, Dtype::Bf16).unwrap();
+    let workspace = Workspace::with_dtype(&device, half(&device)).unwrap();
     let pool = workspace.gpu().unwrap().pool();
     assert_eq!(pool.limit(), Some(256 << 20));
     let kept = workspace.zeros(1 << 10, 1 << 15).unwrap();
@@ -59,7 +59,7 @@ fn devices_of_one_gpu_report_the_pool_that_their_memory_comes_from() {
         return;
     }
     const MIB: u64 = 1 << 20;
-    let open = |limit| Workspace::with_dtype(&cuda::device(0, limit).unwrap(), Dtype::Bf16).unwrap();
+    let open = |limit| Workspace::with_dtype(&cuda::device(0, limit).unwrap(), Dtype::F16).unwrap();
     let first = open(None);
     assert_eq!(first.gpu().unwrap().pool().limit(), None);
     let second = open(Some(256 * MIB));
@@ -83,7 +83,7 @@ fn the_peak_is_the_most_bytes_in_use_at_one_time() {
         return;
     }
     let device = gpu().unwrap();
-    let workspace = Workspace::with_dtype(&device, Dtype::Bf16).unwrap();
+    let workspace = Workspace::with_dtype(&device, half(&device)).unwrap();
     let pool = workspace.gpu().unwrap().pool();
     const MIB: u64 = 1 << 20;
     let matrix = |mib: usize| workspace.matrix(mib, 1 << 19).unwrap();
@@ -131,9 +131,30 @@ fn the_default_device_of_candle_is_refused() {
     let device = Device::new_cuda_with_stream(0).unwrap();
     let workspace = Workspace::new(&device).unwrap();
     assert_eq!(workspace.zeros(1, 3).unwrap().to_vec().unwrap(), [0.0; 3]);
-    assert_eq!(workspace.dtype(), Dtype::Bf16);
+    assert_eq!(workspace.dtype(), half(&device));
     let error = cuda::device(999, None).unwrap_err().to_string();
     assert!(error.contains("GPU 999 cannot be used: there is no GPU with this number"), "{error}");
+}
+
+/// With `QLORA_DEVICE_LIMITS=7.5`, or on such a card, there is no bf16; elsewhere nothing is refused.
+#[test]
+fn what_a_gpu_cannot_compute_in_is_refused_by_name() {
+    let Some(device) = gpu() else { return };
+    let gpu = cuda::Gpu::of(&device).unwrap();
+    println!("{}: {}", gpu.name(), gpu.limits());
+    assert!(gpu.limits().capability >= (8, 0) || !gpu.limits().has_bf16());
+    for dtype in [Dtype::F32, Dtype::F16] {
+        assert_eq!(Workspace::with_dtype(&device, dtype).unwrap().dtype(), dtype);
+    }
+    match Workspace::with_dtype(&device, Dtype::Bf16) {
+        Ok(_) => assert!(gpu.limits().has_bf16()),
+        Err(error) => {
+            let error = error.to_string();
+            assert!(!gpu.limits().has_bf16(), "{error}");
+            assert!(error.contains("cannot compute in bfloat16") && error.contains("float16"), "{error}");
+        }
+    }
+    assert_eq!(Workspace::new(&device).unwrap().dtype(), half(&device));
 }
 
 #[test]

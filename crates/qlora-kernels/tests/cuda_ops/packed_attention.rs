@@ -11,10 +11,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::attention::{config, run, run_with, tolerance};
-use crate::harness::{Output, Report, Side, new_gpu, relative_error};
-
-/// The types that cuDNN takes.
-const DTYPES: [Dtype; 2] = [Dtype::Bf16, Dtype::F16];
+use crate::harness::{Output, Report, Side, half, halves, new_gpu, relative_error};
 
 /// Grouped and single key/value heads.
 const HEADS: [(usize, usize, usize); 4] = [(8, 2, 128), (4, 4, 128), (9, 3, 64), (4, 2, 96)];
@@ -42,7 +39,7 @@ fn packed_sequences_agree_with_the_cpu() {
     let before = gpu.attention().calls();
     let mut report = Report::with_tolerance("packed attention", tolerance);
     let mut calls = 0;
-    for dtype in DTYPES {
+    for dtype in halves(&device) {
         for heads in HEADS {
             for lengths in [
                 &[2][..],
@@ -82,7 +79,7 @@ fn plans_do_not_grow_with_the_lengths_of_documents() {
     let mut rng = ChaCha8Rng::seed_from_u64(7);
     let mut report = Report::with_tolerance("documents of any length", tolerance);
     // Small heads: most of the time is spent on random inputs.
-    let (heads, dtype) = ((2, 1, 64), Dtype::Bf16);
+    let (heads, dtype) = ((2, 1, 64), half(&device));
     for kind in ["documents", "bins", "single documents"] {
         let before = gpu.attention().calls();
         let mut warm = gpu.counters();
@@ -144,7 +141,7 @@ fn a_backward_on_another_path_than_its_forward_is_right() {
     let gpu = Gpu::of(&device).unwrap();
     let mut report = Report::with_tolerance("attention on two paths", tolerance);
     let paths = [AttentionPath::Own, AttentionPath::CudnnUniform, AttentionPath::CudnnPacked];
-    for dtype in DTYPES {
+    for dtype in halves(&device) {
         for heads in HEADS {
             for lengths in [&[256, 256, 256][..], &[300, 17, 128]] {
                 for (forward, backward) in paths.iter().flat_map(|f| paths.iter().map(move |b| (*f, *b))) {
@@ -181,11 +178,11 @@ fn a_warm_batch_makes_no_plans() {
     let lengths: Vec<Vec<usize>> = vec![vec![900, 30, 411], vec![640, 640, 65], vec![1000, 1, 2]];
     let heads = (8, 2, 128);
     for lengths in &lengths {
-        results(&device, Dtype::Bf16, 1, heads, lengths);
+        results(&device, half(&device), 1, heads, lengths);
     }
     let warm = gpu.counters();
     for lengths in lengths.iter().cycle().take(30) {
-        results(&device, Dtype::Bf16, 1, heads, lengths);
+        results(&device, half(&device), 1, heads, lengths);
     }
     // Other tests of this process take memory of the same pool meanwhile: only plans are this device's own.
     let made = gpu.counters().since(warm);
@@ -200,7 +197,7 @@ fn deterministic_batches_stay_with_our_kernels() {
     gpu.set_deterministic(true);
     for path in [None, Some(AttentionPath::CudnnPacked), Some(AttentionPath::CudnnUniform)] {
         gpu.attention().set_path(path);
-        results(&device, Dtype::Bf16, 3, (8, 2, 128), &[1024, 1024]);
+        results(&device, half(&device), 3, (8, 2, 128), &[1024, 1024]);
     }
     let calls = gpu.attention().calls();
     assert_eq!((calls.own, calls.cudnn_uniform, calls.cudnn_packed), (6, 0, 0));

@@ -7,7 +7,7 @@ use qlora_kernels::{Dtype, Workspace};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::harness::{DTYPES, gpu, normal, plain, same_bits};
+use crate::harness::{dtypes, gpu, half, normal, plain, same_bits};
 
 fn configs() -> impl Iterator<Item = QuantConfig> {
     [QuantType::Nf4, QuantType::Fp4].into_iter().flat_map(|quant_type| {
@@ -35,9 +35,9 @@ fn values(len: usize, corners: bool, seed: u64) -> Vec<f32> {
 #[test]
 fn the_gpu_quantizes_to_the_bytes_of_the_cpu() {
     let Some(device) = gpu() else { return };
-    let workspace = Workspace::poisoned_on(&device, Dtype::Bf16).unwrap();
+    let workspace = Workspace::poisoned_on(&device, half(&device)).unwrap();
     let mut cases = 0;
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         for (rows, cols) in SHAPES {
             for corners in [false, true] {
                 // f16 does not hold the largest ones.
@@ -74,7 +74,7 @@ fn the_gpu_dequantizes_to_the_bits_of_the_cpu() {
         let data = plain(&values(rows * cols, true, 6), Dtype::F32);
         for config in configs() {
             let weight = Quantized4bit::quantize(&data, rows, cols, &config).unwrap();
-            for dtype in DTYPES {
+            for dtype in dtypes(&device) {
                 let label = format!("{} {rows} x {cols}, {config:?}", dtype.name());
                 let workspace = Workspace::poisoned_on(&device, dtype).unwrap();
                 let on_gpu = CudaWeight::quantized(&weight, &workspace).unwrap();
@@ -108,7 +108,7 @@ fn the_gpu_dequantizes_to_the_bits_of_the_cpu() {
 #[test]
 fn a_weight_comes_back_from_the_gpu_as_it_went() {
     let Some(device) = gpu() else { return };
-    let workspace = Workspace::poisoned_on(&device, Dtype::Bf16).unwrap();
+    let workspace = Workspace::poisoned_on(&device, half(&device)).unwrap();
     for config in configs() {
         let weight = Quantized4bit::quantize(&plain(&values(97 * 53, false, 7), Dtype::F16), 97, 53, &config).unwrap();
         let on_gpu = CudaWeight::quantized(&weight, &workspace).unwrap();
@@ -119,7 +119,7 @@ fn a_weight_comes_back_from_the_gpu_as_it_went() {
 #[test]
 fn values_that_cannot_be_quantized_are_named_as_on_the_cpu() {
     let Some(device) = gpu() else { return };
-    let workspace = Workspace::poisoned_on(&device, Dtype::Bf16).unwrap();
+    let workspace = Workspace::poisoned_on(&device, half(&device)).unwrap();
     for double_quant in [false, true] {
         let config = QuantConfig { double_quant, ..QuantConfig::default() };
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e38] {
@@ -144,7 +144,7 @@ fn values_that_cannot_be_quantized_are_named_as_on_the_cpu() {
 #[test]
 fn integer_weights_have_the_values_of_the_cpu() {
     let Some(device) = gpu() else { return };
-    let workspace = Workspace::poisoned_on(&device, Dtype::Bf16).unwrap();
+    let workspace = Workspace::poisoned_on(&device, half(&device)).unwrap();
     let mut cases = 0;
     for (rows, cols) in [(33, 128), (40, 96), (7, 35), (64, 1024)] {
         let data = plain(&values(rows * cols, false, 9), Dtype::Bf16);

@@ -2,7 +2,7 @@
 
 use qlora_kernels::ops::rms_norm;
 
-use crate::harness::{DTYPES, GAPS, Report, gpu, output, within};
+use crate::harness::{GAPS, Report, dtypes, gpu, output, within};
 
 /// Rows, groups, and the width of a group.
 const SHAPES: [(usize, usize, usize); 12] = [
@@ -24,7 +24,7 @@ const SHAPES: [(usize, usize, usize); 12] = [
 fn norms_agree_with_the_cpu() {
     let Some(device) = gpu() else { return };
     let mut report = Report::new("rms_norm");
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         for (rows, groups, width) in SHAPES {
             // With one element a group, the gradient is a difference of nearly equal numbers unless eps is large.
             let eps = if width == 1 { 1.0 } else { 1e-5 };
@@ -74,7 +74,7 @@ fn norms_agree_with_the_cpu() {
 fn no_rows_are_fine() {
     let Some(device) = gpu() else { return };
     let mut report = Report::new("rms_norm without rows");
-    for dtype in DTYPES {
+    for dtype in dtypes(&device) {
         report.compare(&device, dtype, "0 x 64", |side| {
             let (x, dy, weight) = (side.input(0, 64, 0), side.input(0, 64, 0), side.vector(64, 1.0, 0.3));
             let (mut y, mut rstd) = (side.output(0, 64, 0), side.vector_output(0));

@@ -9,7 +9,7 @@ use qlora_kernels::ops::{embedding, grad_norm, linear_cross_entropy, rms_norm, s
 use qlora_kernels::quant::QuantConfig;
 use qlora_kernels::sequence::Positions;
 
-use crate::harness::{Kind, Report, Side, new_gpu, number, output, plain, within};
+use crate::harness::{Kind, Report, Side, dtypes, half, new_gpu, number, output, plain, within};
 use crate::{adapter_rows, attention, few_tokens, int8, linear_group};
 
 #[test]
@@ -19,7 +19,7 @@ fn a_little_of_everything() {
     for deterministic in [false, true] {
         qlora_kernels::cuda::Gpu::of(&device).unwrap().set_deterministic(deterministic);
         for heads in [(2, 1, 64), (1, 1, 96), (2, 2, 128), (2, 1, 20)] {
-            for dtype in [Dtype::F32, Dtype::Bf16] {
+            for dtype in [Dtype::F32, half(&device)] {
                 report.compare(&device, dtype, &format!("{heads:?}"), |side| {
                     attention::run(side, &attention::config(heads, Some(70)), &[130, 1, 37], 0)
                 });
@@ -29,7 +29,7 @@ fn a_little_of_everything() {
     report.finish();
     let mut report = Report::new("everything");
     let nf4 = Kind::Bits4(QuantConfig::default());
-    for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
+    for dtype in dtypes(&device) {
         for (members, inputs) in [(&[(48, 4, true), (16, 0, false), (33, 3, false)][..], 65), (&[(40, 16, false)], 64)]
         {
             let case = linear_group::Case {
@@ -51,13 +51,13 @@ fn a_little_of_everything() {
     }
     let members: &[(usize, usize, bool)] = &[(40, 4, false), (40, 3, false)];
     for (tokens, inputs) in [(1, 64), (9, 320), (20, 320)] {
-        report.compare(&device, Dtype::Bf16, &format!("{tokens} tokens"), |side| {
+        report.compare(&device, half(&device), &format!("{tokens} tokens"), |side| {
             few_tokens::products(side, QuantConfig::default(), [tokens, inputs], members)
         });
     }
     let all = adapter_rows::Does { rank: 5, gain: true, bias: true, weight: true };
     let parts = [(0..1, all), (2..5, adapter_rows::Does { rank: 40, ..Default::default() }), (5..80, all)];
-    for (dtype, kind, inputs) in [(Dtype::Bf16, nf4, 64), (Dtype::F32, Kind::Plain(Dtype::F32), 65)] {
+    for (dtype, kind, inputs) in [(half(&device), nf4, 64), (Dtype::F32, Kind::Plain(Dtype::F32), 65)] {
         let layers: &[_] = &[(48, true), (33, false)];
         for (tokens, parts) in [(6, &parts[..2]), (81, &parts)] {
             let case = adapter_rows::Case { kind, tokens, inputs, layers, parts, residual: true, gap: 3 };
@@ -74,7 +74,7 @@ fn a_little_of_everything() {
     });
     for (rows, cols) in [(3, 7), (20, 320)] {
         for double_quant in [false, true] {
-            let side = Side::gpu(&device, Dtype::Bf16, 1);
+            let side = Side::gpu(&device, half(&device), 1);
             let data = plain(&side.values(rows * cols, 1.0), Dtype::Bf16);
             let config = QuantConfig { double_quant, ..QuantConfig::default() };
             CudaWeight::quantize(&data, rows, cols, &config, &side.workspace).unwrap();

@@ -2,6 +2,7 @@
 
 use std::ffi::c_int;
 
+use super::structs::DeviceLimits;
 use super::{Ptr, PtrMut, Stream};
 
 unsafe extern "C" {
@@ -26,6 +27,7 @@ unsafe extern "C" {
         head_dim: i64,
         scale: f32,
         window: i64,
+        limits: *const DeviceLimits,
         stream: Stream,
     ) -> c_int;
     pub(in crate::cuda) fn qlora_attention_forward_simple(
@@ -49,6 +51,7 @@ unsafe extern "C" {
         head_dim: i64,
         scale: f32,
         window: i64,
+        limits: *const DeviceLimits,
         stream: Stream,
     ) -> c_int;
     pub(in crate::cuda) fn qlora_attention_lse_by_token(
@@ -95,6 +98,7 @@ unsafe extern "C" {
         scale: f32,
         window: i64,
         deterministic: c_int,
+        limits: *const DeviceLimits,
         stream: Stream,
     ) -> c_int;
     pub(in crate::cuda) fn qlora_attention_backward_simple(
@@ -127,6 +131,7 @@ unsafe extern "C" {
         scale: f32,
         window: i64,
         deterministic: c_int,
+        limits: *const DeviceLimits,
         stream: Stream,
     ) -> c_int;
 }

@@ -19,6 +19,7 @@ unsafe extern "C" {
         rows: i64,
         width: i64,
         groups: i64,
+        early: c_int,
         stream: Stream,
     ) -> c_int;
     pub(in crate::cuda) fn qlora_rms_norm_backward(

@@ -2,7 +2,7 @@
 
 use std::ffi::c_int;
 
-use super::structs::{FewWeights, RowsSpans, Shrink};
+use super::structs::{DeviceLimits, FewWeights, RowsSpans, Shrink};
 use super::{GraphExec, Ptr, PtrMut, Stream};
 
 unsafe extern "C" {
@@ -70,7 +70,8 @@ unsafe extern "C" {
         out: *mut u32,
         stream: Stream,
     ) -> c_int;
-    pub(in crate::cuda) fn qlora_nf4_gemv_workspace(rows: i64, k: i64, tokens: i64) -> i64;
+    pub(in crate::cuda) fn qlora_nf4_gemv_workspace(rows: i64, k: i64, tokens: i64, limits: *const DeviceLimits)
+    -> i64;
     pub(in crate::cuda) fn qlora_nf4_gemv(
         dtype: c_int,
         weights: FewWeights,
@@ -86,6 +87,7 @@ unsafe extern "C" {
         swiglu: c_int,
         early: c_int,
         workspace: PtrMut,
+        limits: *const DeviceLimits,
         stream: Stream,
     ) -> c_int;
     pub(in crate::cuda) fn qlora_nf4_gemv16(
@@ -103,10 +105,16 @@ unsafe extern "C" {
         swiglu: c_int,
         early: c_int,
         workspace: PtrMut,
+        limits: *const DeviceLimits,
         stream: Stream,
     ) -> c_int;
-    pub(in crate::cuda) fn qlora_few_tokens_most() -> i64;
-    pub(in crate::cuda) fn qlora_nf4_small_gemm_workspace(weights: FewWeights, tokens: i64, swiglu: c_int) -> i64;
+    pub(in crate::cuda) fn qlora_few_tokens_most(limits: *const DeviceLimits) -> i64;
+    pub(in crate::cuda) fn qlora_nf4_small_gemm_workspace(
+        weights: FewWeights,
+        tokens: i64,
+        swiglu: c_int,
+        limits: *const DeviceLimits,
+    ) -> i64;
     pub(in crate::cuda) fn qlora_nf4_small_gemm(
         dtype: c_int,
         weights: FewWeights,
@@ -122,6 +130,7 @@ unsafe extern "C" {
         swiglu: c_int,
         early: c_int,
         workspace: PtrMut,
+        limits: *const DeviceLimits,
         stream: Stream,
     ) -> c_int;
     pub(in crate::cuda) fn qlora_lora_shrink_few(
@@ -167,6 +176,7 @@ unsafe extern "C" {
         rows: i64,
         k: i64,
         early: c_int,
+        limits: *const DeviceLimits,
         stream: Stream,
     ) -> c_int;
     pub(in crate::cuda) fn qlora_decode_attention_workspace(
@@ -176,6 +186,7 @@ unsafe extern "C" {
         kv_heads: i64,
         head_dim: i64,
         capacity: i64,
+        limits: *const DeviceLimits,
     ) -> i64;
     pub(in crate::cuda) fn qlora_decode_attention(
         dtype: c_int,
@@ -197,6 +208,7 @@ unsafe extern "C" {
         window: i64,
         early: c_int,
         workspace: PtrMut,
+        limits: *const DeviceLimits,
         stream: Stream,
     ) -> c_int;
     pub(in crate::cuda) fn qlora_decode_rope_append(
@@ -218,6 +230,7 @@ unsafe extern "C" {
         early: c_int,
         stream: Stream,
     ) -> c_int;
+    pub(in crate::cuda) fn qlora_probe(out: *mut u32, stream: Stream) -> c_int;
     pub(in crate::cuda) fn qlora_graph_begin(stream: Stream) -> c_int;
     pub(in crate::cuda) fn qlora_graph_end(stream: Stream, keep: c_int, exec: *mut GraphExec) -> c_int;
     pub(in crate::cuda) fn qlora_graph_launch(exec: GraphExec, stream: Stream) -> c_int;

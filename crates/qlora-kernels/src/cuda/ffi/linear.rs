@@ -2,7 +2,7 @@
 
 use std::ffi::c_int;
 
-use super::structs::Members;
+use super::structs::{DeviceLimits, Members};
 use super::{Ptr, PtrMut, Stream};
 
 unsafe extern "C" {
@@ -36,6 +36,7 @@ unsafe extern "C" {
         first_row: i64,
         rows: i64,
         cols: i64,
+        early: c_int,
         stream: Stream,
     ) -> c_int;
     pub(in crate::cuda) fn qlora_dequantize_int(
@@ -56,6 +57,7 @@ unsafe extern "C" {
         first_row: i64,
         rows: i64,
         cols: i64,
+        early: c_int,
         stream: Stream,
     ) -> c_int;
     pub(in crate::cuda) fn qlora_quantize_4bit(
@@ -100,7 +102,8 @@ unsafe extern "C" {
         rp: i64,
         stream: Stream,
     ) -> c_int;
-    pub(in crate::cuda) fn qlora_lora_ds_db_workspace(tokens: i64, n: i64, rp: i64) -> i64;
+    pub(in crate::cuda) fn qlora_lora_ds_db_workspace(tokens: i64, n: i64, rp: i64, limits: *const DeviceLimits)
+    -> i64;
     pub(in crate::cuda) fn qlora_lora_ds_db(
         dtype: c_int,
         dy: Ptr,
@@ -116,6 +119,7 @@ unsafe extern "C" {
         tokens: i64,
         n: i64,
         rp: i64,
+        limits: *const DeviceLimits,
         stream: Stream,
     ) -> c_int;
 }

@@ -2,6 +2,7 @@
 
 use std::ffi::c_int;
 
+use super::structs::DeviceLimits;
 use super::{PtrMut, Stream};
 
 unsafe extern "C" {
@@ -15,6 +16,7 @@ unsafe extern "C" {
         vocab: i64,
         grad_scale: f32,
         write_grad: c_int,
+        limits: *const DeviceLimits,
         stream: Stream,
     ) -> c_int;
     pub(in crate::cuda) fn qlora_sum_f32(input: *const f32, n: i64, out: *mut f64, stream: Stream) -> c_int;

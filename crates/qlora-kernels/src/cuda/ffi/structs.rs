@@ -136,6 +136,30 @@ pub(in crate::cuda) struct RowsSpans {
     pub(in crate::cuda) cols: [i64; 3],
 }
 
+/// What launchers choose tiles by; `QloraLimits` in `device.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(in crate::cuda) struct DeviceLimits {
+    pub(in crate::cuda) shared_per_block: i32,
+    pub(in crate::cuda) shared_per_multiprocessor: i32,
+    pub(in crate::cuda) multiprocessors: i32,
+    pub(in crate::cuda) bf16: i32,
+    pub(in crate::cuda) wgmma: i32,
+}
+
+impl From<crate::DeviceLimits> for DeviceLimits {
+    fn from(limits: crate::DeviceLimits) -> Self {
+        let number = |number: u32| i32::try_from(number).unwrap_or(i32::MAX);
+        Self {
+            shared_per_block: number(limits.shared_per_block),
+            shared_per_multiprocessor: number(limits.shared_per_multiprocessor),
+            multiprocessors: number(limits.multiprocessors),
+            bf16: i32::from(limits.bf16),
+            wgmma: i32::from(limits.wgmma),
+        }
+    }
+}
+
 /// [`qlora_nf4_gemv`] and [`qlora_nf4_small_gemm`], which take the same arguments.
 pub(in crate::cuda) type FewProduct = unsafe extern "C" fn(
     dtype: c_int,
@@ -152,5 +176,6 @@ pub(in crate::cuda) type FewProduct = unsafe extern "C" fn(
     swiglu: c_int,
     early: c_int,
     workspace: PtrMut,
+    limits: *const DeviceLimits,
     stream: Stream,
 ) -> c_int;

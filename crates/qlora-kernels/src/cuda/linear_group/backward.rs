@@ -136,13 +136,13 @@ fn factors_in_one_pass(
     if !fits || !aligned(dy) || !aligned(s) || !aligned(b) || tokens == 0 {
         return Ok(None);
     }
+    let gpu = ds.gpu();
     // SAFETY: a pure function of its arguments.
-    let floats = unsafe { ffi::qlora_lora_ds_db_workspace(tokens as i64, n as i64, rp as i64) };
+    let floats = unsafe { ffi::qlora_lora_ds_db_workspace(tokens as i64, n as i64, rp as i64, gpu.launch_limits()) };
     if floats <= 0 {
         return Ok(None);
     }
     let mut db = workspace.matrix_f32(n, rp)?;
-    let gpu = ds.gpu();
     let scratch = gpu.alloc(op, 4 * floats as usize)?;
     let target = db.view_mut().cuda(op)?;
     // SAFETY: all windows are live and have the sizes passed; the scratch memory has the size asked for.
@@ -162,6 +162,7 @@ fn factors_in_one_pass(
             tokens as i64,
             n as i64,
             rp as i64,
+            gpu.launch_limits(),
             stream,
         )
     })?;
