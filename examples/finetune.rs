@@ -11,8 +11,9 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::Parser;
 use indicatif::{ProgressBar as Bar, ProgressStyle};
+use qlora::card::Card;
 use qlora::trainer::progress::{LossPlot, ProgressBar};
-use qlora::trainer::session::Session;
+use qlora::trainer::session::{Session, plan_on_card};
 use qlora::trainer::{Interrupt, Outcome, TrainConfig};
 
 /// Fine-tunes a model with QLoRA.
@@ -26,9 +27,18 @@ struct Args {
     /// The most GPU memory to use, in GB; the same as `--set training.memory_budget=24`.
     #[arg(long, value_name = "GB")]
     memory_budget: Option<f64>,
-    /// Load the model, print the memory plan, and stop.
+    /// Load the model, print the memory plan, and stop. With --card nothing is loaded.
     #[arg(long)]
     dry_run: bool,
+    /// With --dry-run: plan for a card by its name (`RTX 4090`, `T4`, `A100 40GB`) instead of this machine's, without loading weights.
+    #[arg(long, requires = "dry_run")]
+    card: Option<String>,
+    /// That card with another memory, in GB as it is sold.
+    #[arg(long, value_name = "GB", requires = "card")]
+    card_memory: Option<f64>,
+    /// That card behind a link to the host of so many GB/s, such as 6 for PCIe 3 x8, 12 for PCIe 3 x16, 25 for PCIe 4 x16.
+    #[arg(long, value_name = "GB/S", requires = "card")]
+    link: Option<f64>,
     /// Log more: -v what the run made of memory and plans, -vv in which steps.
     #[arg(short, action = clap::ArgAction::Count)]
     verbose: u8,
@@ -47,6 +57,9 @@ fn main() -> anyhow::Result<()> {
         config.set("training.memory_budget", &format!("{budget:?}"))?;
     }
 
+    if let Some(name) = &args.card {
+        return plan_for(&config, name, args.card_memory, args.link);
+    }
     eprintln!("loading {}", config.model.model_name_or_path);
     let bar = Bar::new(0).with_style(ProgressStyle::with_template("{bar:24} {bytes} of {total_bytes}, {eta} left")?);
     let progress = |done, total| {
@@ -95,5 +108,23 @@ fn main() -> anyhow::Result<()> {
     }
     println!("adapter: {}", output.display());
     println!("loss plot: {}", output.join("loss.svg").display());
+    Ok(())
+}
+
+/// Prints what a run would be on a card that need not be here.
+fn plan_for(config: &TrainConfig, name: &str, memory: Option<f64>, link: Option<f64>) -> anyhow::Result<()> {
+    let mut card = Card::named(name)?;
+    if let Some(gb) = memory {
+        card = card.with_memory(gb)?;
+    }
+    if let Some(rate) = link {
+        card = card.with_host_link(rate)?;
+    }
+    let plan = plan_on_card(config, &card)?;
+    eprintln!("{}", plan.training.stats());
+    for remark in plan.training.remarks() {
+        eprintln!("{remark}");
+    }
+    eprint!("{}", plan.on);
     Ok(())
 }

@@ -3,11 +3,13 @@
 //!
 //!     cargo run --release --example inspect -- meta-llama/Llama-3.1-8B --r 16 --target-modules all-linear --shape 4x2048
 //!     cargo run --release --example inspect -- path/to/config.json
+//!     cargo run --release --example inspect -- meta-llama/Llama-3.1-8B --card "RTX 3060" --link 12 --shape 1x2048
 
 use std::str::FromStr;
 
 use clap::Parser;
-use qlora::inspect::report;
+use qlora::card::Card;
+use qlora::inspect::{report, report_on_card};
 use qlora::lora::{LoraConfig, TargetModules};
 use qlora::open::{OpenOptions, open_config};
 
@@ -25,6 +27,16 @@ struct Args {
     /// Layers with an adapter: all-linear, a list such as q_proj,v_proj, or a regular expression.
     #[arg(long, default_value = "all-linear")]
     target_modules: String,
+    /// A card by its name (`RTX 4090`, `T4`, `A100 40GB`), which need not be in this machine: its plan, the longest sequence that fits
+    /// and the speed to expect, computed.
+    #[arg(long)]
+    card: Option<String>,
+    /// That card with another memory, in GB as it is sold.
+    #[arg(long, value_name = "GB", requires = "card")]
+    card_memory: Option<f64>,
+    /// That card behind a link to the host of so many GB/s, such as 6 for PCIe 3 x8, 12 for PCIe 3 x16, 25 for PCIe 4 x16.
+    #[arg(long, value_name = "GB/S", requires = "card")]
+    link: Option<f64>,
     /// A micro-batch: sequences x tokens.
     #[arg(long, default_value = "4x2048")]
     shape: Shape,
@@ -58,6 +70,16 @@ fn main() -> anyhow::Result<()> {
     };
     let lora = LoraConfig { r: args.r, target_modules, ..LoraConfig::default() };
     print!("{}", report(&args.model, &config, &lora, args.shape.sequences, args.shape.length)?);
+    if let Some(name) = &args.card {
+        let mut card = Card::named(name)?;
+        if let Some(gb) = args.card_memory {
+            card = card.with_memory(gb)?;
+        }
+        if let Some(rate) = args.link {
+            card = card.with_host_link(rate)?;
+        }
+        print!("\n{}", report_on_card(&config, &lora, &card, args.shape.sequences, args.shape.length)?);
+    }
     Ok(())
 }
 

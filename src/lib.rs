@@ -8,7 +8,8 @@
 //! | [`model`], [`config`], [`source`], [`open`] | the decoder and where its weights come from |
 //! | [`lora`], [`adapter`] | LoRA's configuration and PEFT's files |
 //! | [`companions`] | what goes wherever a model goes: tokenizer, chat template, end tokens, licence |
-//! | [`merge`], [`gguf_write`], [`inspect`] | merged models as folders and GGUF files; what a model takes |
+//! | [`merge`], [`gguf_write`] | merged models as folders and GGUF files |
+//! | [`inspect`], [`card`] | what a model takes, and what a run would be on a graphics card |
 //! | [`nn`], [`autograd`] | layers and graph nodes for models of your own |
 //! | [`tokenizer`], [`chat`], [`end_tokens`], [`generate`], [`sampling`] | text in and out |
 //! | [`kernels`] | the operations, the 4-bit formats, frozen weights |

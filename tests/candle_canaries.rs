@@ -118,3 +118,86 @@ fn the_gradient_of_a_slice_is_as_large_as_its_source() {
     let gradient = loss.backward().unwrap().remove(&flat).unwrap();
     assert_eq!(gradient.elem_count(), 1000);
 }
+
+/// Where our libraries call something of candle's that launches one of candle's own kernels if its tensor is on a GPU, and why no
+/// program of ours launches one in bf16 there: built for several architectures, candle's kernels have none
+/// (`docs/cuda-builds.md`). `tests/cuda_model` tries it on a GPU. A new line is to be explained here, or written over `qlora-kernels`.
+const CANDLE_KERNELS: &[(&str, &str, usize, &str)] = &[
+    (
+        "qlora-core/src/autograd/ops.rs",
+        "contiguous",
+        18,
+        "the graph's operations, for models of one's own: programs train without candle's graph",
+    ),
+    ("qlora-core/src/autograd/ops.rs", "affine", 1, "the same"),
+    (
+        "qlora-core/src/autograd/stack.rs",
+        "contiguous",
+        1,
+        "the same; a gradient that comes from our own node is contiguous",
+    ),
+    ("qlora-core/src/nn.rs", "to_dtype", 2, "the layers for models of one's own"),
+    ("qlora-core/src/nn.rs", "broadcast_add", 1, "the same"),
+    ("qlora-core/src/merge/gap.rs", "to_dtype", 1, "logits of models in f32, on the CPU"),
+    ("qlora-core/src/sampling/sampler.rs", "to_dtype", 1, "behind to_device: on the CPU"),
+];
+
+#[test]
+fn what_launches_kernels_of_candles_is_known() {
+    const LAUNCHES: [&str; 16] = [
+        "contiguous",
+        "to_dtype",
+        "affine",
+        "broadcast_add",
+        "broadcast_sub",
+        "broadcast_mul",
+        "broadcast_div",
+        "index_select",
+        "index_add",
+        "gather",
+        "scatter_add",
+        "where_cond",
+        "sum_keepdim",
+        "ones_like",
+        "force_contiguous",
+        "arg_sort_last_dim",
+    ];
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("crates");
+    let mut found = std::collections::BTreeMap::new();
+    let mut folders: Vec<_> =
+        ["qlora-kernels", "qlora-core", "qlora-trainer"].iter().map(|name| root.join(name).join("src")).collect();
+    let mut files = 0;
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            // What only tests use.
+            if !name.ends_with(".rs") || ["tests.rs", "testing.rs", "test_support.rs"].contains(&name) {
+                continue;
+            }
+            files += 1;
+            files += 1;
+            let text = std::fs::read_to_string(&path).unwrap();
+            if !text.contains("candle_core") {
+                continue;
+            }
+            let code = text.split("#[cfg(test)]\nmod ").next().unwrap();
+            let place = path.strip_prefix(&root).unwrap().to_str().unwrap().to_owned();
+            for line in code.lines().filter(|line| !line.trim_start().starts_with("//")) {
+                for method in LAUNCHES {
+                    let count = line.matches(&format!(".{method}(")).count();
+                    if count > 0 {
+                        *found.entry((place.clone(), method)).or_insert(0) += count;
+                    }
+                }
+            }
+        }
+    }
+    assert!(files > 100, "{files} files were read: where are they?");
+    let known = CANDLE_KERNELS.iter().map(|(file, method, count, _)| ((file.to_string(), *method), *count)).collect();
+    assert_eq!(found, known);
+}

@@ -1,6 +1,8 @@
 //! Whole models on a GPU against the same models on the CPU, and the promises that hold bit for bit.
 #![cfg(feature = "cuda")]
 
+#[path = "cuda_model/candle_kernels.rs"]
+mod candle_kernels;
 mod common;
 
 use std::ops::ControlFlow;

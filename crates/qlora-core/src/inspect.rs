@@ -13,11 +13,15 @@
 //! Left out: the 16 to 272 table values that each 4-bit layer holds besides, the tables of rotary angles, and what the
 //! driver takes.
 
+mod on_card;
 mod report;
 
 use qlora_kernels::Dtype;
 
+pub use self::on_card::{OnCard, on_card};
 pub use self::report::{InferenceFit, inference_fit, report};
+use crate::adapter::TrainedOver;
+use crate::card::Card;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::lora::{AdapterLayout, LoraConfig, linear_modules};
@@ -168,6 +172,32 @@ pub fn usable_gpu_bytes(gb: u64) -> u64 {
     (gb << 30) / 100 * 95 - 500_000_000
 }
 
+/// Bytes of the weights of a model that is trained on a GPU, its linear layers held as `held` says; with `offload_embedding` the
+/// embedding is in host memory (a tied one is also the head, and stays).
+pub fn weights_in_training(config: &ModelConfig, held: &TrainedOver, offload_embedding: bool) -> u64 {
+    let precision = match held {
+        TrainedOver::Plain => Precision::Bf16,
+        TrainedOver::Bits4 { config, .. } if config.double_quant => Precision::Nf4Double,
+        TrainedOver::Bits4 { .. } => Precision::Nf4,
+        TrainedOver::Other(name) if name.contains('8') => Precision::Int8,
+        TrainedOver::Other(_) => Precision::Int4,
+    };
+    let mut bytes = WeightBytes::of(config, precision).total();
+    if let TrainedOver::Bits4 { config: quant, .. } = held {
+        // Scales are fewer where blocks are longer than 64.
+        let scales = |n: u64, blocksize: u64| match n.div_ceil(blocksize) {
+            blocks if quant.double_quant => blocks + 4 * blocks.div_ceil(256),
+            blocks => 4 * blocks,
+        };
+        for module in linear_modules(config) {
+            let n = module.out_features as u64 * module.in_features as u64;
+            bytes = bytes + scales(n, quant.blocksize as u64) - scales(n, 64);
+        }
+    }
+    let embedding = 2 * config.vocab_size as u64 * config.hidden_size as u64;
+    if offload_embedding && !config.tie_word_embeddings { bytes - embedding } else { bytes }
+}
+
 /// The planner of a QLoRA run on a GPU in bf16: weights in `precision`, the adapter with f32 AdamW, `sequences` of `length`
 /// tokens a micro-batch.
 ///
@@ -180,15 +210,48 @@ pub fn training_planner(
     sequences: usize,
     length: usize,
 ) -> Result<Planner> {
-    let tokens = sequences.checked_mul(length).filter(|&tokens| tokens > 0 && i32::try_from(tokens).is_ok());
-    let Some(tokens) = tokens else {
-        return Err(Error::Invalid(format!("{sequences} x {length} is no shape of a micro-batch")));
-    };
+    training_planner_of(config, lora, precision, Dtype::Bf16, shape(sequences, length)?)
+}
+
+/// [`training_planner`] for a micro-batch of any form, computing in `dtype`.
+///
+/// # Errors
+/// If the options select no layer.
+pub fn training_planner_of(
+    config: &ModelConfig,
+    lora: &LoraConfig,
+    precision: Precision,
+    dtype: Dtype,
+    batch: BatchShape,
+) -> Result<Planner> {
     let layout = AdapterLayout::for_model(lora, config)?;
     let resident = WeightBytes::of(config, precision).total() + AdapterBytes::of(&layout).training();
-    let batch = BatchShape::uniform(sequences, length);
-    let attention = AttentionWorkspace::of_own_kernels(config, tokens);
-    Ok(Planner::from_config(config, &layout, Dtype::Bf16, batch, attention, resident))
+    let attention = AttentionWorkspace::of_own_kernels(config, batch.tokens);
+    Ok(Planner::from_config(config, &layout, dtype, batch, attention, resident))
+}
+
+/// A QLoRA run as in [`report`] on a card, which need not be in this machine.
+///
+/// # Errors
+/// As [`report`].
+pub fn report_on_card(
+    config: &ModelConfig,
+    lora: &LoraConfig,
+    card: &Card,
+    sequences: usize,
+    length: usize,
+) -> Result<OnCard> {
+    let (batch, dtype, limit) = (shape(sequences, length)?, card.compute_dtype(), config.max_position_embeddings);
+    let planner_of = |batch| training_planner_of(config, lora, Precision::Nf4Double, dtype, batch);
+    on_card(card, dtype, batch, None, limit, planner_of, Planner::plan)
+}
+
+fn shape(sequences: usize, length: usize) -> Result<BatchShape> {
+    let tokens = sequences.checked_mul(length).filter(|&tokens| tokens > 0 && i32::try_from(tokens).is_ok());
+    match tokens {
+        Some(_) => Ok(BatchShape::uniform(sequences, length)),
+        None => Err(Error::Invalid(format!("{sequences} x {length} is no shape of a micro-batch"))),
+    }
 }
 
 #[cfg(test)]
@@ -283,6 +346,28 @@ mod tests {
             near(planner.leanest(), lean);
             near(planner.richest(), free);
         }
+    }
+
+    #[test]
+    fn weights_in_training_are_what_the_precision_takes() {
+        use qlora_kernels::quant::QuantConfig;
+
+        let config = llama_8b();
+        let four = |blocksize, double_quant| {
+            let config = QuantConfig { blocksize, double_quant, ..QuantConfig::default() };
+            TrainedOver::Bits4 { config, stored: false }
+        };
+        let of = |held: &TrainedOver| weights_in_training(&config, held, false);
+        let total = |precision| WeightBytes::of(&config, precision).total();
+        assert_eq!(of(&four(64, true)), total(Precision::Nf4Double));
+        assert_eq!(of(&four(64, false)), total(Precision::Nf4));
+        // A quarter of the scales, 4 bytes each.
+        assert_eq!(of(&four(64, false)) - of(&four(256, false)), 6_979_321_856 / 64 * 4 * 3 / 4);
+        assert_eq!(of(&TrainedOver::Plain), total(Precision::Bf16));
+        assert_eq!(of(&TrainedOver::Other("LLM.int8".into())), total(Precision::Int8));
+        assert_eq!(of(&TrainedOver::Other("GPTQ 4-bit".into())), total(Precision::Int4));
+        let offloaded = weights_in_training(&config, &four(64, true), true);
+        assert_eq!(of(&four(64, true)) - offloaded, 2 * 128_256 * 4096);
     }
 
     #[test]

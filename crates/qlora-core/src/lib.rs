@@ -6,6 +6,7 @@ pub mod adapter;
 pub mod atomic;
 pub mod autograd;
 pub mod batch;
+pub mod card;
 pub mod chat;
 pub mod companions;
 pub mod config;

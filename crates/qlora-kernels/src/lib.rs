@@ -22,6 +22,8 @@
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod device_limits;
+#[cfg(any(test, feature = "cuda"))]
+mod driver;
 pub mod dtype;
 pub mod error;
 #[cfg(any(test, feature = "cuda"))]

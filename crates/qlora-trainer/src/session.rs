@@ -15,6 +15,7 @@
 //! ```
 
 mod adapter;
+mod card;
 mod plan;
 mod prepare;
 mod weights;
@@ -32,6 +33,7 @@ use qlora_core::tokenizer::Tokenizer;
 use qlora_kernels::Workspace;
 use qlora_kernels::quant::{QuantConfig, QuantType};
 
+pub use self::card::{CardPlan, plan_on_card};
 use crate::config::{self, GradientCheckpointing, LoraOptions, ModelOptions, Targets, TrainConfig};
 use crate::data::Dataset;
 use crate::encoder::ModelEncoder;

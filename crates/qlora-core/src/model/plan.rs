@@ -13,9 +13,12 @@
 //! in pieces.
 
 mod cost;
+#[cfg(test)]
+mod fixtures;
 mod from_config;
 mod search;
 mod sizes;
+mod speed;
 
 use std::fmt;
 
@@ -23,10 +26,14 @@ use qlora_kernels::ops::linear_group::margin;
 
 use self::cost::BlockCost;
 use self::sizes::Sizes;
+pub use self::speed::ExpectedSpeed;
 use super::block::Block;
 use super::causal_lm::CausalLm;
 use super::policy::Keep;
 use super::projection::Projection;
+#[cfg(feature = "cuda")]
+use crate::card::Card;
+use crate::card::Rates;
 use crate::error::{Error, Result};
 
 /// The largest micro-batch of a run.
@@ -97,6 +104,7 @@ pub struct Planner {
     resident: u64,
     /// Bytes of pinned host memory that a plan may take.
     host: u64,
+    rates: Rates,
 }
 
 /// One way to run a step.
@@ -188,7 +196,7 @@ impl Planner {
         }
         let lowest = stack.blocks().iter().position(Block::is_trained).unwrap_or(stack.blocks().len());
         let len = (batch.tokens / batch.sequences.max(1)) as u64;
-        Ok(Self { layers: stack.blocks().len(), lowest, len, sizes, resident, host: u64::MAX })
+        Ok(Self { layers: stack.blocks().len(), lowest, len, sizes, resident, host: u64::MAX, rates: Rates::default() })
     }
 
     /// For a model on a GPU, asked for what its attention takes. `more` is what will stay on the device besides what is
@@ -205,6 +213,7 @@ impl Planner {
         let workspace = qlora_kernels::cuda::attention::workspace(gpu, &config, dtype, tokens, sequences, uniform_len)?;
         let attention = AttentionWorkspace { forward: workspace[0], backward: workspace[1] };
         let planner = Self::new(model, batch, attention, gpu.pool().used()? + more)?;
+        let planner = planner.with_rates(Card::of_gpu(gpu)?.rates());
         // Pinned memory cannot be swapped out, and the rest of the machine wants to live.
         Ok(match available_memory() {
             Some(bytes) => planner.with_host_memory(bytes / 2),
@@ -214,13 +223,18 @@ impl Planner {
 
     /// Microseconds of a step that our own attention takes longer than cuDNN's: an estimate that ranks plans.
     pub fn own_attention_us(&self) -> u64 {
-        (BlockCost::own_attention(&self.sizes, self.len) * self.layers as f64 * 1e6) as u64
+        (BlockCost::own_attention(&self.sizes, self.len, self.rates) * self.layers as f64 * 1e6) as u64
     }
 
     /// The same planner for a machine that can give at most so many bytes of pinned host memory. `on_gpu` takes half of
     /// what Linux says is available.
     pub fn with_host_memory(self, bytes: u64) -> Self {
         Self { host: bytes, ..self }
+    }
+
+    /// The same planner for a card with these rates. Without, an H100's; `on_gpu` takes those of the device's model.
+    pub fn with_rates(self, rates: Rates) -> Self {
+        Self { rates, ..self }
     }
 
     /// The longest single sequence, up to `limit` tokens, whose leanest plan fits `budget` bytes; 0 if none does.
@@ -242,6 +256,10 @@ impl Planner {
         Ok(fitting * STEP)
     }
 
+    fn cost(&self) -> BlockCost {
+        BlockCost::new(&self.sizes, self.len, self.rates)
+    }
+
     fn describe(&self, choice: &Choice, budget: u64) -> MemoryPlan {
         let keep: Vec<Keep> = (0..self.layers).map(|index| self.wish(index, choice)).collect();
         let recomputes = keep.iter().any(|&keep| keep != Keep::Everything);
@@ -253,7 +271,7 @@ impl Planner {
             resident: self.resident,
             peak: self.peak(choice),
             budget,
-            overhead_us: (self.seconds(&BlockCost::new(&self.sizes, self.len), choice) * 1e6) as u64,
+            overhead_us: (self.seconds(&self.cost(), choice) * 1e6) as u64,
             pinned: self.pinned(choice),
             host_buffers: (0..self.layers)
                 .flat_map(|index| self.sizes.offloaded_matrices(self.keep(index, choice)))

@@ -25,6 +25,7 @@ use super::profile::Profiler;
 use super::step_memory::Kept;
 use crate::device_limits::{DeviceLimits, LIMITS_VARIABLE};
 use crate::dtype::Dtype;
+use crate::driver::{cuda_version, driver_number, is_too_old, too_old};
 use crate::error::{Error, Result};
 
 /// The oldest architecture that the kernels are written for: Turing, whose tensor cores load fragments with `ldmatrix`.
@@ -68,10 +69,11 @@ pub fn device(ordinal: usize, memory_limit: Option<u64>) -> Result<Device> {
 fn describe_start(ordinal: usize, error: &candle_core::Error) -> Error {
     const OP: &str = "cuda device";
     let text = error.to_string();
-    let hint = if text.contains("INSUFFICIENT_DRIVER") || text.contains("UNSUPPORTED_PTX") {
-        "the NVIDIA driver is older than the CUDA version this program was built with: update the driver, or build with \
-         an older CUDA toolkit"
-    } else if text.contains("NO_DEVICE") {
+    let too_old = ["INSUFFICIENT_DRIVER", "UNSUPPORTED_PTX", "SYSTEM_DRIVER_MISMATCH"];
+    if too_old.iter().any(|name| text.contains(name)) {
+        return Error::invalid(OP, format!("GPU {ordinal} cannot be used: {} ({text})", driver_too_old()));
+    }
+    let hint = if text.contains("NO_DEVICE") {
         "no NVIDIA GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES"
     } else if text.contains("INVALID_DEVICE") {
         "there is no GPU with this number: nvidia-smi -L lists them"
@@ -106,6 +108,10 @@ fn ask_limits(context: &CudaContext) -> Result<DeviceLimits> {
 fn probe(stream: &Arc<CudaStream>, name: &str, (major, minor): (u32, u32)) -> Result<[u32; 2]> {
     const OP: &str = "probe";
     let failed = |error: Error| {
+        if matches!(error, Error::Cuda { code, .. } if is_too_old(code)) {
+            let message = format!("{name} cannot be used: {} ({error})", driver_too_old());
+            return Error::invalid("cuda device", message);
+        }
         let message = format!(
             "the kernels in this program do not run on {name} (compute capability {major}.{minor}); build it with \
              CUDA_COMPUTE_CAP={major}{minor} ({error})"
@@ -126,6 +132,15 @@ fn probe(stream: &Arc<CudaStream>, name: &str, (major, minor): (u32, u32)) -> Re
     let values = stream.clone_dtoh(&out).map_err(cuda)?;
     stream.synchronize().map_err(cuda)?;
     Ok([values[0], values[1]])
+
+/// What to say where the driver is older than the toolkit of this program.
+fn driver_too_old() -> String {
+    let text = std::fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
+    let mut version = 0;
+    // SAFETY: the driver writes one number there; it can be asked before it is initialized.
+    let status = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+    let supports = (status == sys::CUresult::CUDA_SUCCESS && version > 0).then(|| cuda_version(version.unsigned_abs()));
+    too_old(driver_number(&text), supports, cuda_version(sys::CUDA_VERSION))
 }
 
 static KNOWN: Mutex<Vec<(DeviceId, Arc<Gpu>)>> = Mutex::new(Vec::new());
@@ -477,13 +492,12 @@ pub(super) fn status_error(op: &'static str, code: i32) -> Error {
     let what = match code {
         1 => "an argument is invalid for the kernel",
         2 => "out of GPU memory",
-        35 => "the NVIDIA driver is too old for the CUDA version of this program: update it",
+        code if is_too_old(code) => {
+            "the NVIDIA driver is too old for the code in this program: update it, or build with an older CUDA toolkit"
+        }
         46 => "the GPU is used exclusively by another process",
         701 => "the kernel needs more shared memory or registers than this GPU allows",
         801 => "this GPU cannot compute in this type: compute in float16 or float32",
-        222 => {
-            "the NVIDIA driver is too old for the code in this program: update it, or build with an older CUDA toolkit"
-        }
         98 | 209 => "the program has no code for this GPU: build it with its CUDA_COMPUTE_CAP",
         214 => "an uncorrectable memory (ECC) error: the GPU needs a reset or repair",
         304 | 719 | 46_000 => "a kernel failed; the GPU's state is lost: restart the program from its last checkpoint",

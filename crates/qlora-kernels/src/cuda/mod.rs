@@ -9,6 +9,7 @@
 //! | [`Buffer`], [`PinnedBuffer`] | owned memory |
 //! | [`CudaView`], [`CudaViewMut`] | windows into it: the CUDA representation of [`crate::View`] |
 //! | [`AttentionLibrary`] | whether cuDNN's attention may be used |
+//! | [`DeviceFacts`], [`DeviceRates`] | what the driver says of it, and how fast it is |
 //! | [`Counters`] | how much of what is slow to make was made |
 //! | [`decode`] | the keys and values of a step of generation |
 //! | [`CudaWeight`] | a frozen weight on the GPU |
@@ -42,6 +43,7 @@ pub(crate) mod ops;
 pub(crate) mod optimizer;
 mod pool;
 mod profile;
+mod rates;
 mod step_memory;
 mod timing;
 mod upload;
@@ -59,6 +61,7 @@ pub use graph::Graph;
 pub use offload::{Arriving, Leaving, Offloaded};
 pub use pool::Pool;
 pub use profile::ProfileEntry;
+pub use rates::{DeviceFacts, DeviceRates};
 pub use step_memory::{MemoryReuse, StepMemory};
 pub use upload::{Source, Uploader};
 pub use view::{CudaView, CudaViewMut};

@@ -6,7 +6,7 @@ use qlora_core::model::{BatchShape, MemoryPlan, Planner};
 use qlora_kernels::cuda::Gpu;
 
 use super::Session;
-use crate::config::GradientCheckpointing;
+use crate::config::{GradientCheckpointing, TrainConfig};
 use crate::data::{Dataset, LargestBatch, LoaderOptions, largest_batch};
 use crate::error::Result;
 
@@ -44,15 +44,12 @@ impl Session {
 
     /// The fastest plan, with cuDNN's attention or, where its workspace costs more than it gains, without.
     #[cfg(feature = "cuda")]
-    fn fastest_on(&self, gpu: &Gpu, batch: BatchShape) -> Result<MemoryPlan> {
+    fn fastest_on(&self, gpu: &std::sync::Arc<Gpu>, batch: BatchShape) -> Result<MemoryPlan> {
         let options = &self.config.training;
         let budget = gpu.pool().plannable(options.memory_budget.map(|budget| (budget * 1e9) as u64))?;
-        let plan = |planner: &Planner| match options.gradient_checkpointing {
-            GradientCheckpointing::Auto => planner.plan(budget),
-            GradientCheckpointing::On => planner.plan_recomputing(budget),
-            GradientCheckpointing::Off => planner.plan_keeping(budget),
-        };
-        let planner = || Planner::on_gpu(&self.model, batch, self.optimizer_bytes());
+        let plan = |planner: &Planner| chosen(options.gradient_checkpointing, planner, budget);
+        let rates = self.rates(gpu)?;
+        let planner = || Ok(Planner::on_gpu(&self.model, batch, self.optimizer_bytes())?.with_rates(rates));
         let library = gpu.attention();
         if !library.enabled() {
             return Ok(plan(&planner()?)?);
@@ -70,14 +67,32 @@ impl Session {
         Ok(if prefers_own { without? } else { with? })
     }
 
-    /// The largest micro-batch that the configured steps over these data will have.
+    /// The rates that plans are ranked with: those of the GPU's model in the table of cards, corrected by a measurement. With
+    /// `full_determinism` the table alone counts: a plan decides in which order some sums are made, and a run that is resumed must
+    /// not plan otherwise because the GPU was warm. Without, a measurement takes effect in coarse steps only
+    /// ([`Rates::corrected`](qlora_core::card::Rates::corrected)).
+    #[cfg(feature = "cuda")]
+    fn rates(&self, gpu: &std::sync::Arc<Gpu>) -> Result<qlora_core::card::Rates> {
+        use qlora_core::card::{Card, MeasuredRates};
+
+        let card = Card::of_gpu(gpu)?;
+        if gpu.deterministic() {
+            return Ok(card.rates());
+        }
+        let measured = match gpu.measure_rates() {
+            Ok(rates) => MeasuredRates { products: rates.products, memory: rates.memory, host: rates.host },
+            Err(error) => {
+                tracing::debug!(%error, "rates were not measured");
+                MeasuredRates::default()
+            }
+        };
+        let rates = card.rates().corrected(measured);
+        tracing::info!(card = card.name, ?measured, ?rates, "rates for the plan");
+        Ok(rates)
+    }
+
     fn largest_batch(&self, training: &Dataset) -> Result<BatchShape> {
-        let options = LoaderOptions::from(&self.config);
-        let steps = |per_epoch| self.config.training.total_steps(per_epoch);
-        let LargestBatch { tokens, trained_tokens, sequences, uniform_len } = largest_batch(training, options, steps)?;
-        // Of packed documents the bins count: those of other batches are filled in other ways.
-        let sequences = options.packing.map_or(sequences, |_| options.batch_size);
-        Ok(BatchShape { tokens, uniform_len, sequences, trained_tokens })
+        largest_batch_of(&self.config, training)
     }
 
     /// The longest single sequence that a step fits into the memory there is, with the leanest plan; none on the CPU.
@@ -102,5 +117,28 @@ impl Session {
     fn optimizer_bytes(&self) -> u64 {
         let trainable = self.model.adapter().map_or(0, |adapter| adapter.layout().len());
         crate::optimizer::Optimizer::bytes_for(&self.config.training, trainable) as u64
+    }
+}
+
+/// The largest micro-batch that the configured steps over these data will have.
+pub(super) fn largest_batch_of(config: &TrainConfig, training: &Dataset) -> Result<BatchShape> {
+    let options = LoaderOptions::from(config);
+    let steps = |per_epoch| config.training.total_steps(per_epoch);
+    let LargestBatch { tokens, trained_tokens, sequences, uniform_len } = largest_batch(training, options, steps)?;
+    // Of packed documents the bins count: those of other batches are filled in other ways.
+    let sequences = options.packing.map_or(sequences, |_| options.batch_size);
+    Ok(BatchShape { tokens, uniform_len, sequences, trained_tokens })
+}
+
+/// The plan that the configuration asks for.
+pub(super) fn chosen(
+    checkpointing: GradientCheckpointing,
+    planner: &Planner,
+    budget: u64,
+) -> qlora_core::Result<MemoryPlan> {
+    match checkpointing {
+        GradientCheckpointing::Auto => planner.plan(budget),
+        GradientCheckpointing::On => planner.plan_recomputing(budget),
+        GradientCheckpointing::Off => planner.plan_keeping(budget),
     }
 }

@@ -1,19 +1,18 @@
-//! What a choice costs in time: only to rank choices, so the rates are round numbers of one card (an H100: 700 TFLOP/s in
-//! products, 400 in attention, 2.6 TB/s, 50 GB/s to the host). What every choice pays is left out.
+//! What a choice costs in time at the [rates](Rates) of a card: to rank choices. What every choice pays is left out here and counted
+//! in `speed.rs`.
 
 use super::Choice;
 use super::sizes::Sizes;
+use crate::card::Rates;
 use crate::model::policy::Keep;
 
-const PRODUCTS: f64 = 700e12;
-const ATTENTION: f64 = 400e12;
-const MEMORY: f64 = 2.6e12;
-const HOST: f64 = 50e9;
 /// Launches of one piece of a block.
 const PIECE: f64 = 100e-6;
 
 /// Seconds of work of one block.
 pub(super) struct BlockCost {
+    /// Bytes a second to the host.
+    host: f64,
     /// Products of the first half, attention included, and of gate and up.
     attend: f64,
     gate_up: f64,
@@ -27,16 +26,17 @@ pub(super) struct BlockCost {
 
 impl BlockCost {
     /// `len`: tokens of a sequence.
-    pub(super) fn new(sizes: &Sizes, len: u64) -> Self {
+    pub(super) fn new(sizes: &Sizes, len: u64, rates: Rates) -> Self {
         let [tokens, hidden, q, qkv, mlp, len] =
             [sizes.tokens, sizes.hidden, sizes.q, sizes.qkv, sizes.mlp, len].map(|x| x as f64);
-        let product = |elements: f64| 2.0 * tokens * elements / PRODUCTS;
+        let product = |elements: f64| 2.0 * tokens * elements / rates.products;
         // 4 bits read, 16 written an element.
-        let dequantize = |elements: f64| 2.5 * elements / MEMORY;
-        let pass = |cols: f64| tokens * cols * sizes.size as f64 / MEMORY;
-        let attend = product(hidden * (q + qkv)) + 2.0 * tokens * len * q / ATTENTION + pass(6.0 * hidden);
+        let dequantize = |elements: f64| 2.5 * elements / rates.memory;
+        let pass = |cols: f64| tokens * cols * sizes.size as f64 / rates.memory;
+        let attend = product(hidden * (q + qkv)) + 2.0 * tokens * len * q / rates.attention + pass(6.0 * hidden);
         let gate_up = product(2.0 * hidden * mlp) + pass(2.0 * mlp + 4.0 * hidden);
         Self {
+            host: rates.host,
             attend,
             gate_up,
             dequantize: [hidden * (q + qkv), 2.0 * hidden * mlp, hidden * mlp].map(dequantize),
@@ -47,9 +47,9 @@ impl BlockCost {
 
     /// Seconds of one block's forward and backward that our own attention takes longer than cuDNN's: about a third (measured
     /// on an H100 at 4 x 2048 tokens, `benches/results/kernels.csv`). A backward is two and a half forwards.
-    pub(super) fn own_attention(sizes: &Sizes, len: u64) -> f64 {
+    pub(super) fn own_attention(sizes: &Sizes, len: u64, rates: Rates) -> f64 {
         let [tokens, q, len] = [sizes.tokens, sizes.q, len].map(|x| x as f64);
-        0.35 * 3.5 * 2.0 * tokens * len * q / ATTENTION
+        0.35 * 3.5 * 2.0 * tokens * len * q / rates.attention
     }
 
     /// Seconds that one block takes beyond what every choice needs.
@@ -81,7 +81,7 @@ impl BlockCost {
             // Forward, backward, and again where the block is recomputed.
             2.0 * (first + times * (gate_up + down)) + again
         };
-        let copy = sizes.offloaded(keep) as f64 / HOST;
+        let copy = sizes.offloaded(keep) as f64 / self.host;
         // What the work does not hide, and a little for what it does.
         let offload = 2.0 * (copy - self.forward).max(0.0) + 0.05 * copy;
         let split = if choice.split { self.split } else { 0.0 };

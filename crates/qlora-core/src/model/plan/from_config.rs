@@ -4,6 +4,7 @@ use qlora_kernels::Dtype;
 
 use super::sizes::Sizes;
 use super::{AttentionWorkspace, BatchShape, Planner};
+use crate::card::Rates;
 use crate::config::ModelConfig;
 use crate::lora::{AdapterLayout, Projection};
 
@@ -50,7 +51,7 @@ impl Planner {
             attention,
         };
         let len = (batch.tokens / batch.sequences.max(1)) as u64;
-        Self { layers: config.num_hidden_layers, lowest, len, sizes, resident, host: u64::MAX }
+        Self { layers: config.num_hidden_layers, lowest, len, sizes, resident, host: u64::MAX, rates: Rates::default() }
     }
 }
 

@@ -132,7 +132,7 @@ struct Fastest<'a> {
 
 impl<'a> Fastest<'a> {
     fn new(planner: &'a Planner, budget: u64) -> Self {
-        Self { planner, budget, cost: BlockCost::new(&planner.sizes, planner.len), best: None }
+        Self { planner, budget, cost: planner.cost(), best: None }
     }
 
     /// Takes a choice that fits, with as many blocks' weights kept as fit too.
