@@ -13,7 +13,8 @@ extern "C" int qlora_graph_end(cudaStream_t stream, int keep, cudaGraphExec_t* e
     cudaGraph_t graph = nullptr;
     cudaError_t error = cudaStreamEndCapture(stream, &graph);
     if (error == cudaSuccess && graph && keep) {
-        error = cudaGraphInstantiate(exec, graph, 0);
+        // cudaGraphInstantiate has other arguments before CUDA 12.
+        error = cudaGraphInstantiateWithFlags(exec, graph, 0);
         if (error != cudaSuccess) *exec = nullptr;
     }
     if (graph) cudaGraphDestroy(graph);

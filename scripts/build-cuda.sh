@@ -38,5 +38,5 @@ programs=$(sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' "$messages" | sort -u)
 [ -n "$programs" ] || { echo "build-cuda: no program was built" >&2 && exit 1; }
 for program in $programs; do
     echo "$program: $(($(stat -c %s "$program") / 1000000)) MB, $(strip -o /dev/stdout "$program" | wc -c | awk '{ print int($1 / 1e6) }') MB stripped"
-    scripts/cuda-modules.py "$program" --ours "$QLORA_CUDA_ARCHS" ${driver:+--driver "$driver"}
+    scripts/cuda-modules.py "$program" --expect "$QLORA_CUDA_ARCHS" ${driver:+--driver "$driver"}
 done

@@ -5,9 +5,9 @@
     scripts/cuda-modules.py --self-test
 
 A driver translates PTX up to the version that it came with, and no newer one: the newest module here decides which driver the program
-needs. --expect fails if a module lacks compiled code for one of these architectures; --driver fails if a driver of that branch would
-refuse a module. Modules are the fatbins of our kernels and of candle's static ones (found by their magic number, whatever section
-they are in), and PTX stored as text (the rest of candle's kernels).
+needs. Modules are fatbins (found by their magic number, whatever section they are in): ours, with PTX of the newest architecture, and
+candle's static ones, without; and PTX stored as text: the rest of candle's kernels. --expect fails if a module of ours lacks compiled
+code for one of these architectures, or there is none; --driver fails if a driver of that branch would refuse a module.
 """
 
 import argparse
@@ -62,10 +62,18 @@ def texts(data):
         yield Module(f"PTX text at byte {found.start()}", set(), {arch: (major, minor)})
 
 
+def is_ours(module):
+    """build.rs adds the PTX of the newest architecture; candle's build adds none to compiled code."""
+    return bool(module.compiled and module.ptx)
+
+
 def problems(modules, expect, driver):
     """What is missing or too new, in words."""
-    for place, compiled, ptx in modules:
-        missing = sorted(set(expect) - compiled) if compiled else []
+    if expect and not any(is_ours(module) for module in modules):
+        yield "no module of ours"
+    for module in modules:
+        place, compiled, ptx = module
+        missing = sorted(set(expect) - compiled) if is_ours(module) else []
         if missing:
             yield f"{place}: no compiled code for {', '.join(f'sm_{arch}' for arch in missing)}"
         for version in ptx.values() if driver else ():
@@ -103,6 +111,8 @@ def self_test():
     assert [module[1:] for module in modules] == [({80, 90}, {90: (9, 0)}), (set(), {75: (7, 8)})], modules
     assert not list(problems(modules, [80, 90], 580))
     assert "no compiled code for sm_75" in next(problems(modules, [75, 80], None))
+    candles = [*fatbins(fatbin(entry(ELF, 75, (1, 7), b"x")))]
+    assert not list(problems(modules + candles, [80, 90], 580)) and list(problems(candles, [80], None)) == ["no module of ours"]
     assert "PTX 9.0 needs driver 580, not 550" in next(problems(modules, [], 550))
     unknown = fatbin(entry(PTX, 75, (19, 0), b""))
     assert "driver unknown" in next(problems(list(fatbins(unknown)), [], 999))

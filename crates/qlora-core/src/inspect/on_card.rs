@@ -80,7 +80,12 @@ impl fmt::Display for OnCard {
             Ok(plan) => writeln!(f, "  plan: {plan}")?,
             Err(why) => writeln!(f, "  no plan: {why}")?,
         }
-        writeln!(f, "  the longest single sequence that fits: {} tokens", self.longest)?;
+        writeln!(
+            f,
+            "  the longest single sequence that fits, with at most {:.0} GB of pinned host memory: {} tokens",
+            gb(HOST as f64),
+            self.longest
+        )?;
         if let Some(speed) = self.speed {
             let (low, high) = speed.range(card.measured);
             let basis = if card.measured { "measured" } else { "assumed" };

@@ -7,7 +7,7 @@
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use candle_core::Device;
 use candle_core::cuda_backend::cudarc::driver::{self, CudaContext, CudaStream, DevicePtrMut, result, sys};
@@ -22,6 +22,7 @@ use super::graph;
 use super::offload::Offloader;
 use super::pool::Pool;
 use super::profile::Profiler;
+use super::rates::DeviceRates;
 use super::step_memory::Kept;
 use crate::device_limits::{DeviceLimits, LIMITS_VARIABLE};
 use crate::dtype::Dtype;
@@ -47,6 +48,7 @@ pub struct Gpu {
     profiler: Profiler,
     workspaces: Workspaces,
     counting: Counting,
+    rates: OnceLock<DeviceRates>,
     this: Weak<Gpu>,
 }
 
@@ -132,6 +134,7 @@ fn probe(stream: &Arc<CudaStream>, name: &str, (major, minor): (u32, u32)) -> Re
     let values = stream.clone_dtoh(&out).map_err(cuda)?;
     stream.synchronize().map_err(cuda)?;
     Ok([values[0], values[1]])
+}
 
 /// What to say where the driver is older than the toolkit of this program.
 fn driver_too_old() -> String {
@@ -208,6 +211,7 @@ impl Gpu {
             profiler: Profiler::default(),
             workspaces: Workspaces::default(),
             counting: Counting::default(),
+            rates: OnceLock::new(),
             this: this.clone(),
         });
         KNOWN.lock().unwrap_or_else(PoisonError::into_inner).push((id, gpu.clone()));
@@ -296,6 +300,10 @@ impl Gpu {
 
     pub(super) fn counting(&self) -> &Counting {
         &self.counting
+    }
+
+    pub(super) fn measured(&self) -> &OnceLock<DeviceRates> {
+        &self.rates
     }
 
     pub(super) fn profiler(&self) -> &Profiler {

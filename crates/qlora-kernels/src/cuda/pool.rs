@@ -42,13 +42,18 @@ impl super::gpu::Gpu {
         drop(self.alloc(OP, bytes as usize));
         // Nobody used it: it is no peak of the run's.
         self.synchronize(OP)?;
-        self.pool().reset_peak()?;
-        self.pool().earlier_peak.store(before, Ordering::Relaxed);
-        Ok(())
+        self.pool().restore_peak(before)
     }
 }
 
 impl Pool {
+    /// Makes an earlier peak that of the run so far: what was in use since, and is no more, was none of the run's.
+    pub(super) fn restore_peak(&self, before: u64) -> Result<()> {
+        self.reset_peak()?;
+        self.earlier_peak.store(before, Ordering::Relaxed);
+        Ok(())
+    }
+
     /// The GPU's pool as it is, or with a limit a new one that takes its place for the whole process.
     pub(super) fn open(context: Arc<CudaContext>, limit: Option<u64>) -> Result<Self> {
         let ordinal = context.ordinal();
