@@ -17,11 +17,14 @@ release=$("$nvcc" --version | sed -n 's/.*release \([0-9]*\)\.\([0-9]*\).*/\1 \2
 read -r major minor <<<"${release:-0 0}"
 # The oldest driver that takes this toolkit's PTX; scripts/cuda-modules.py checks it against what is in the program.
 case $major.$minor in
-11.8) archs=80,86,89,90 driver=520 ;;
-13.0) archs=80,86,89,90,100,120 driver=580 ;;
+11.8) archs="75 80 86 89 90" driver=520 ;;
+13.0) archs="75 80 86 89 90 100 120" driver=580 ;;
 0.0) echo "build-cuda: $nvcc does not run: which toolkit? scripts/cuda-toolkit.sh makes one" >&2 && exit 1 ;;
-*) archs=${QLORA_CUDA_ARCHS:?"CUDA $major.$minor is not one this script knows: say for which architectures"} driver= ;;
+*) archs= driver= && : "${QLORA_CUDA_ARCHS:?"CUDA $major.$minor is not one this script knows: say for which architectures"}" ;;
 esac
+# Of those, what the kernels are written for.
+first=$(sed -n 's/^const OLDEST: u32 = \([0-9]*\);/\1/p' crates/qlora-kernels/build.rs)
+archs=$(for arch in $archs; do [ "$arch" -lt "$first" ] || echo "$arch"; done | paste -sd, -)
 export QLORA_CUDA_ARCHS=${QLORA_CUDA_ARCHS:-$archs}
 oldest=$(tr ',' '\n' <<<"$QLORA_CUDA_ARCHS" | sort -n | head -n 1)
 export CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-$oldest}
@@ -29,14 +32,17 @@ export CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-$oldest}
 echo "build-cuda: CUDA $major.$minor, our kernels for $QLORA_CUDA_ARCHS, candle's for $CUDA_COMPUTE_CAP" >&2
 [ $# -gt 0 ] || set -- --examples
 start=$SECONDS
-messages=$(mktemp)
-trap 'rm -f "$messages"' EXIT
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+messages=$work/messages
 cargo build --release --locked --features cuda --message-format=json-render-diagnostics "$@" >"$messages"
 echo "build-cuda: built in $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s" >&2
 
 programs=$(sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' "$messages" | sort -u)
 [ -n "$programs" ] || { echo "build-cuda: no program was built" >&2 && exit 1; }
 for program in $programs; do
-    echo "$program: $(($(stat -c %s "$program") / 1000000)) MB, $(strip -o /dev/stdout "$program" | wc -c | awk '{ print int($1 / 1e6) }') MB stripped"
+    strip -o "$work/stripped" "$program"
+    megabytes() { echo $(($(stat -c %s "$1") / 1000000)); }
+    echo "$program: $(megabytes "$program") MB, $(megabytes "$work/stripped") MB stripped"
     scripts/cuda-modules.py "$program" --expect "$QLORA_CUDA_ARCHS" ${driver:+--driver "$driver"}
 done

@@ -19,10 +19,13 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use crate::tiny_folder::{CHATML, config, write_model, write_rows};
+use qlora::card::Card;
+use qlora::kernels::Dtype;
+use qlora::model::policy::Keep;
 use qlora::trainer::config::{Paths, Resume, Targets};
 use qlora::trainer::fingerprint::Fingerprint;
 use qlora::trainer::progress::{Event, Observer};
-use qlora::trainer::session::Session;
+use qlora::trainer::session::{Session, plan_on_card};
 use qlora::trainer::{Outcome, Result, Summary, TrainConfig};
 
 /// A folder with a model, four rows and the configuration of the cases.
@@ -587,4 +590,31 @@ mod signals {
         assert_eq!(ended(&mut child), Some(143));
         assert!(latest(&config).is_some());
     }
+}
+
+#[test]
+fn a_run_is_planned_for_a_card_that_is_not_there() {
+    let (folder, config) = job();
+    // The configured device and the output folder play no part.
+    let config = with(&config, &[("model.device", "cuda:77")]);
+    let on = |config: &TrainConfig, card: &str| plan_on_card(config, &Card::named(card).unwrap()).unwrap();
+    let t4 = on(&config, "T4");
+    assert_eq!((t4.on.dtype, t4.training.len()), (Dtype::F16, 4));
+    let plan = t4.on.plan.as_ref().unwrap();
+    assert!(plan.keep.iter().all(|&keep| keep == Keep::Everything) && plan.peak < t4.on.card.usable(), "{plan}");
+    let text = t4.on.to_string();
+    assert!(text.contains("on T4 (computed") && text.contains("computes in float16"), "{text}");
+    assert_eq!(on(&config, "L4").on.dtype, Dtype::Bf16);
+    assert_eq!(on(&with(&config, &[("model.bnb_4bit_compute_dtype", "float32")]), "L4").on.dtype, Dtype::F32);
+
+    let recomputing = on(&with(&config, &[("training.gradient_checkpointing", "true")]), "L4");
+    let recomputing = recomputing.on.plan.unwrap();
+    assert!(recomputing.keep.iter().all(|&keep| keep == Keep::Input), "{recomputing}");
+    // 10 kB hold no step.
+    let nothing = on(&with(&config, &[("training.memory_budget", "1e-5")]), "H100");
+    assert!(nothing.on.plan.unwrap_err().contains("needs at least") && nothing.on.longest == 0);
+    // 8-bit moments are smaller.
+    let small = on(&with(&config, &[("training.optim", "adamw_8bit")]), "T4");
+    assert!(small.on.plan.unwrap().resident < plan.resident);
+    assert!(!folder.path().join("out").exists());
 }

@@ -152,7 +152,8 @@ mod tests {
     fn longer_sequences_fit_more_memory_and_faster_cards_are_faster() {
         let card = |name: &str| report(Card::named(name).unwrap(), 1, 2048);
         let (t4, ada, hopper) = (card("T4"), card("RTX 4090"), card("H100"));
-        assert!(t4.longest < ada.longest && ada.longest <= hopper.longest);
+        let small = report(Card::named("RTX 3060").unwrap().with_memory(8.0).unwrap(), 1, 2048);
+        assert!(small.longest < t4.longest && t4.longest <= ada.longest && ada.longest < hopper.longest);
         let speed = |on: &OnCard| on.speed.unwrap().tokens_per_second;
         assert!(speed(&t4) < speed(&ada) && speed(&ada) < speed(&hopper));
         assert_eq!([1.0, 99.4, 1234.0, 18_765.0].map(rounded), [1, 99, 1200, 19_000]);

@@ -179,7 +179,7 @@ fn expected_speeds_are_near_what_was_measured() {
     let mut rows = Vec::new();
     let mut add = |case: String, planner: Planner, plan: MemoryPlan, measured: f64| {
         let ratio = planner.expected_speed(&plan).tokens_per_second / measured;
-        assert!((0.9..1.2).contains(&ratio), "{case}: expected / measured {ratio:.3}");
+        assert!((0.94..1.14).contains(&ratio), "{case}: expected / measured {ratio:.3}");
         rows.push(format!("{case},{measured:.0},{ratio:.2}"));
     };
     // Steps of one shape, all tokens trained, on an H100.

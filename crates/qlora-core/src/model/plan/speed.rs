@@ -27,7 +27,7 @@ pub struct ExpectedSpeed {
 
 impl ExpectedSpeed {
     /// From the slowest to the fastest that is to be expected, in tokens a second. On an H100 and an H200 the expected speed was 0.95 to
-    /// 1.15 of the measured one (20 rows of `benches/results`, `tests/fixtures/plans/measured.csv`); on other cards the rates are
+    /// 1.13 of the measured one (20 rows of `benches/results`, `tests/fixtures/plans/measured.csv`); on other cards the rates are
     /// assumptions, and kernels may fit a card less well.
     pub fn range(&self, measured: bool) -> (f64, f64) {
         let (low, high) = if measured { (0.85, 1.06) } else { (0.5, 1.1) };
