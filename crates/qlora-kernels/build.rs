@@ -38,6 +38,8 @@ fn build() -> Result<(), String> {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
     let nvcc = nvcc();
     let targets = targets()?;
+    // Hopper's own instructions came with CUDA 12; older toolkits make its kernels as for an A100.
+    let wgmma = major_version(&nvcc).is_none_or(|major| major >= 12);
     let sources = sources(Path::new("kernels"))?;
     let workers = std::thread::available_parallelism().map_or(1, usize::from).min(sources.len());
     let next = std::sync::atomic::AtomicUsize::new(0);
@@ -45,7 +47,7 @@ fn build() -> Result<(), String> {
         loop {
             let index = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             let Some(source) = sources.get(index) else { return Ok(()) };
-            compile(&nvcc, source, &object(&out, source), &targets)?;
+            compile(&nvcc, source, &object(&out, source), &targets, wgmma)?;
         }
     };
     std::thread::scope(|scope| {
@@ -77,6 +79,14 @@ fn nvcc() -> PathBuf {
         None if !on_path && usual.exists() => usual,
         None => "nvcc".into(),
     }
+}
+
+/// The toolkit's major version, where `nvcc` says it: `Cuda compilation tools, release 13.0, V13.0.88`.
+fn major_version(nvcc: &Path) -> Option<u32> {
+    let output = Command::new(nvcc).arg("--version").output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let (_, release) = text.split_once("release ")?;
+    release.split('.').next()?.parse().ok()
 }
 
 /// What to compile for.
@@ -153,18 +163,22 @@ fn object(out: &Path, source: &Path) -> PathBuf {
     out.join(source.file_stem().unwrap_or_default()).with_extension("o")
 }
 
-fn compile(nvcc: &Path, source: &Path, object: &Path, targets: &Targets) -> Result<(), String> {
+fn compile(nvcc: &Path, source: &Path, object: &Path, targets: &Targets, wgmma: bool) -> Result<(), String> {
     let mut command = Command::new(nvcc);
     command.args(["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", "-lineinfo"]);
     // Hopper's own instructions (wgmma.cuh) are not part of `sm_90`, which later GPUs have to run too, but of `sm_90a`.
     let text = std::fs::read_to_string(source).map_err(|error| format!("{}: {error}", source.display()))?;
-    let hopper = text.contains("#include \"wgmma.cuh\"");
+    let hopper = wgmma && text.contains("#include \"wgmma.cuh\"");
     let suffix = |architecture: &str| if hopper && architecture == "90" { "a" } else { "" };
     let all = match targets {
         Targets::Machine(architectures) => {
             for architecture in architectures {
                 let suffix = suffix(architecture);
                 command.arg(format!("-gencode=arch=compute_{architecture}{suffix},code=sm_{architecture}{suffix}"));
+            }
+            // A quarter of the size, unpacked by the driver. One architecture is small enough as it is.
+            if architectures.len() > 1 {
+                command.arg("-Xfatbin=-compress-all");
             }
             // Later GPUs compile the newest one's intermediate code when the program starts.
             if let Some(newest) = architectures.iter().max_by_key(|name| name.parse::<u32>().unwrap_or(0)) {
