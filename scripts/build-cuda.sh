@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Builds programs that run on every supported NVIDIA GPU, and checks what is in them.
 #
-#   scripts/build-cuda.sh [cargo build's options]      such as --example finetune; all examples unless given
+#   scripts/build-cuda.sh [cargo build's options]      such as --example finetune; the command qlora unless given
 #
 # Our kernels are compiled for each of $QLORA_CUDA_ARCHS; candle's exist once a program and are made for $CUDA_COMPUTE_CAP, the
 # oldest of them, as PTX that the driver translates. The defaults are what the toolkit knows: with CUDA 13 the newest, with CUDA 11.8
 # up to 90. The toolkit is the one on the PATH or in $CUDA_HOME (scripts/cuda-toolkit.sh and scripts/cuda-toolkit-11.sh make one
 # without root).
 #
-# docs/cuda-builds.md says which driver a program then needs, how large it is and how long this takes.
+# book/src/guide/cuda-builds.md says which driver a program then needs, how large it is and how long this takes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -30,7 +30,7 @@ oldest=$(tr ',' '\n' <<<"$QLORA_CUDA_ARCHS" | sort -n | head -n 1)
 export CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-$oldest}
 
 echo "build-cuda: CUDA $major.$minor, our kernels for $QLORA_CUDA_ARCHS, candle's for $CUDA_COMPUTE_CAP" >&2
-[ $# -gt 0 ] || set -- --examples
+[ $# -gt 0 ] || set -- -p qlora-cli
 start=$SECONDS
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

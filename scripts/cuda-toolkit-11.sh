@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Puts a CUDA 11.8 toolkit with gcc 11 together from Debian 12's packages (the component non-free), without installing any: for
-# programs that run under drivers from 520 on (docs/cuda-builds.md).
+# programs that run under drivers from 520 on (book/src/guide/cuda-builds.md).
 #
 #   scripts/cuda-toolkit-11.sh DIR && . DIR/env.sh && scripts/build-cuda.sh --example finetune
 #

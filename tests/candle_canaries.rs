@@ -121,7 +121,7 @@ fn the_gradient_of_a_slice_is_as_large_as_its_source() {
 
 /// Where our libraries call something of candle's that launches one of candle's own kernels if its tensor is on a GPU, and why no
 /// program of ours launches one in bf16 there: built for several architectures, candle's kernels have none
-/// (`docs/cuda-builds.md`). `tests/cuda_model` tries it on a GPU. A new line is to be explained here, or written over `qlora-kernels`.
+/// (`book/src/guide/cuda-builds.md`). `tests/cuda_model` tries it on a GPU. A new line is to be explained here, or written over `qlora-kernels`.
 const CANDLE_KERNELS: &[(&str, &str, usize, &str)] = &[
     (
         "qlora-core/src/autograd/ops.rs",

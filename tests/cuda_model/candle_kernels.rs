@@ -1,4 +1,4 @@
-//! In a program for several architectures candle's kernels are built for the oldest (`docs/cuda-builds.md`). Below 80 they have no
+//! In a program for several architectures candle's kernels are built for the oldest (`book/src/guide/cuda-builds.md`). Below 80 they have no
 //! bf16, so no program may launch one.
 
 use std::ops::ControlFlow;

@@ -1,6 +1,7 @@
 //! `qlora`: fine-tuning with QLoRA, from data to a merged model. Each command is a module of [`command`]; what they do is in the
 //! library.
 
+mod card;
 mod chat;
 mod command;
 mod logging;

@@ -61,7 +61,7 @@ pub(crate) fn too_old(number: Option<&str>, supports: Option<(u32, u32)>, built:
     };
     format!(
         "the NVIDIA driver is too old: found {found}, this program was built with {} and needs {} or newer. Update the driver; \
-         where that is not possible, use a build with an older CUDA toolkit (docs/cuda-builds.md lists the builds and their drivers)",
+         where that is not possible, use a build with an older CUDA toolkit (book/src/guide/cuda-builds.md lists the builds and their drivers)",
         version(built),
         oldest_driver(built)
     )

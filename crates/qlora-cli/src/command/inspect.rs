@@ -4,12 +4,15 @@ use std::str::FromStr;
 
 use anyhow::Result;
 use qlora::config::ModelConfig;
-use qlora::inspect::{AdapterBytes, Parameters, Precision, WeightBytes, kv_cache_bytes, report, training_planner};
+use qlora::inspect::{
+    AdapterBytes, OnCard, Parameters, Precision, WeightBytes, kv_cache_bytes, report, report_on_card, training_planner,
+};
 use qlora::kernels::Dtype;
 use qlora::lora::{AdapterLayout, LoraConfig, TargetModules};
 use qlora::open::{OpenOptions, open_config};
 use serde_json::{Map, Value, json};
 
+use crate::card::CardArgs;
 use crate::output;
 
 /// Says what a model takes before it is downloaded: parameters, bytes, an adapter's size, a training step, GPUs it fits.
@@ -19,6 +22,7 @@ use crate::output;
 #[command(after_help = "\
 Examples:
   qlora inspect meta-llama/Llama-3.1-8B --r 16 --target-modules all-linear --shape 4x2048
+  qlora inspect meta-llama/Llama-3.1-8B --card 'RTX 3060' --shape 1x2048
   qlora inspect path/to/config.json --json")]
 pub(crate) struct Args {
     /// A config.json, a folder, a GGUF file or a hub id.
@@ -35,6 +39,8 @@ pub(crate) struct Args {
     /// A micro-batch: sequences x tokens.
     #[arg(long, default_value = "4x2048")]
     shape: Shape,
+    #[command(flatten)]
+    card: CardArgs,
     /// Prints JSON.
     #[arg(long)]
     json: bool,
@@ -68,11 +74,30 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     };
     let lora = LoraConfig { r: args.r, target_modules, ..LoraConfig::default() };
     let Shape { sequences, length } = args.shape;
-    match args.json {
-        true => output::print_json(&figures(&config, &lora, args.shape)?)?,
-        false => output::print(&report(&args.model, &config, &lora, sequences, length)?)?,
+    let card = args.card.card()?.map(|card| report_on_card(&config, &lora, &card, sequences, length)).transpose()?;
+    if args.json {
+        let mut figures = figures(&config, &lora, args.shape)?;
+        if let Some(on) = card {
+            figures["card"] = on_card(&on);
+        }
+        return output::print_json(&figures);
+    }
+    output::print(&report(&args.model, &config, &lora, sequences, length)?)?;
+    if let Some(on) = card {
+        output::print(&format!("\n{on}"))?;
     }
     Ok(())
+}
+
+/// What a run on a card would be, for programs: bytes, tokens, and tokens a second from the slowest to the fastest that is expected.
+fn on_card(on: &OnCard) -> Value {
+    json!({
+        "name": on.card.name, "memory": on.card.memory, "dtype": on.dtype.name(),
+        "plan": on.plan.as_ref().map(ToString::to_string).ok(),
+        "peak": on.plan.as_ref().map(|plan| plan.peak).ok(),
+        "longest_sequence": on.longest,
+        "computed_tokens_per_second": on.speed.map(|speed| speed.range(on.card.measured)),
+    })
 }
 
 /// What [`report`] says, for programs: sizes in bytes.

@@ -2,12 +2,13 @@
 
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use qlora::trainer::progress::{HtmlReport, LossPlot, ProgressBar, ReportFacts};
-use qlora::trainer::session::Session;
+use qlora::trainer::session::{Session, plan_on_card};
 use qlora::trainer::{Interrupt, Outcome, TrainConfig};
 
 use super::run_args::RunArgs;
+use crate::card::CardArgs;
 use crate::output::{self, remark};
 
 /// Fine-tunes a model.
@@ -20,17 +21,29 @@ Examples:
   qlora train qlora.toml
   qlora train qlora.toml --learning-rate 1e-4 --output-dir second
   qlora train HuggingFaceTB/SmolLM2-135M-Instruct train.jsonl --target-modules all-linear
-  qlora train qlora.toml --memory-budget 8 --dry-run")]
+  qlora train qlora.toml --memory-budget 8 --dry-run
+  qlora train qlora.toml --dry-run --card T4")]
 pub(crate) struct Args {
     #[command(flatten)]
     run: RunArgs,
     /// Load the model, say what the run takes and what it would do, and stop.
     #[arg(long)]
     dry_run: bool,
+    // With --dry-run only; nothing is loaded then.
+    #[command(flatten)]
+    card: CardArgs,
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let config = args.run.config()?;
+    if let Some(card) = args.card.card()? {
+        ensure!(args.dry_run, "--card only plans: give it with --dry-run");
+        let plan = plan_on_card(&config, &card)?;
+        remark(plan.training.stats());
+        plan.training.remarks().into_iter().for_each(remark);
+        output::print(&plan.on.to_string())?;
+        return Ok(ExitCode::SUCCESS);
+    }
     remark(format!("loading {}", config.model.model_name_or_path));
     let bar = output::bar("", "{bytes} of {total_bytes}");
     let progress = output::bytes_of(&bar);
