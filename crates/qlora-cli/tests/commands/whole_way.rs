@@ -129,3 +129,26 @@ fn a_reader_that_goes_away_is_no_error() {
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
+
+#[test]
+fn a_card_need_not_be_there() {
+    let temporary = folder();
+    let here = temporary.path();
+    let text = printed(here, &["train", "model", "train.jsonl", "--dry-run", "--card", "T4", "--device", "cuda:7"]);
+    assert!(text.contains("on T4 (computed") && text.contains("computes in float16"), "{text}");
+    let small = ["inspect", "model", "--shape", "1x64", "--card", "rtx 3060", "--card-memory", "8", "--link", "6"];
+    let text = printed(here, &small);
+    assert!(text.contains("on RTX 3060 (computed") && text.contains("6 GB/s to the host"), "{text}");
+    let card = &json(here, &[&small[..], &["--json"]].concat())["card"];
+    assert_eq!((card["dtype"].as_str(), card["memory"].as_u64()), (Some("bfloat16"), Some(8_160_437_862)));
+    assert!(card["computed_tokens_per_second"][0].as_f64() < card["computed_tokens_per_second"][1].as_f64());
+    for (arguments, said) in [
+        (&["inspect", "model", "--card", "GTX 1080"][..], "RTX 3060"),
+        (&["inspect", "model", "--link", "6"], "--card"),
+        (&["train", "model", "train.jsonl", "--card", "T4"], "--dry-run"),
+    ] {
+        let output = qlora(here, arguments);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && stderr.contains(said), "{arguments:?}: {stderr}");
+    }
+}
