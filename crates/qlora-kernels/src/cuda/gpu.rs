@@ -25,8 +25,8 @@ use super::profile::Profiler;
 use super::rates::DeviceRates;
 use super::step_memory::Kept;
 use crate::device_limits::{DeviceLimits, LIMITS_VARIABLE};
-use crate::dtype::Dtype;
 use crate::driver::{cuda_version, driver_number, is_too_old, too_old};
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 
 /// The oldest architecture that the kernels are written for: Turing, whose tensor cores load fragments with `ldmatrix`.

@@ -90,7 +90,7 @@ impl Gpu {
     }
 
     fn measure(self: &Arc<Self>) -> Result<DeviceRates> {
-        let bf16 = self.facts()?.compute_capability >= (8, 0);
+        let bf16 = self.limits().has_bf16();
         let workspace = Workspace::with_dtype(&self.device(), if bf16 { Dtype::Bf16 } else { Dtype::F16 })?;
         let (a, b) = (workspace.zeros(SIDE, SIDE)?, workspace.zeros(SIDE, SIDE)?);
         let mut c = workspace.matrix(SIDE, SIDE)?;

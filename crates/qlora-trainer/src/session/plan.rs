@@ -49,9 +49,8 @@ impl Session {
         let budget = gpu.pool().plannable(options.memory_budget.map(|budget| (budget * 1e9) as u64))?;
         let plan = |planner: &Planner| chosen(options.gradient_checkpointing, planner, budget);
         let rates = self.rates(gpu)?;
-        let planner = || {
-            Planner::on_gpu(&self.model, batch, self.optimizer_bytes()).map(|planner| planner.with_rates(rates))
-        };
+        let planner =
+            || Planner::on_gpu(&self.model, batch, self.optimizer_bytes()).map(|planner| planner.with_rates(rates));
         let library = gpu.attention();
         if !library.enabled() {
             return Ok(plan(&planner()?)?);
