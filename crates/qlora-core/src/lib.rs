@@ -8,7 +8,6 @@ pub mod autograd;
 pub mod batch;
 pub mod chat;
 pub mod companions;
-pub mod config;
 pub mod end_tokens;
 pub mod error;
 mod file;
@@ -28,8 +27,10 @@ pub mod safetensors_file;
 pub mod safetensors_stream;
 pub mod sampling;
 pub mod source;
+pub mod spec;
 #[cfg(test)]
 mod test_support;
 pub mod tokenizer;
 
 pub use error::{Error, Result};
+pub use spec::config;

@@ -4,31 +4,20 @@
 //! that names the option; sizes are checked, so that no file can ask for an absurd allocation.
 
 mod json;
+mod layers;
 mod limits;
 mod quantization;
 mod rope;
-mod tensors;
 mod write;
 
 use qlora_kernels::ops::attention::AttentionConfig;
 use qlora_kernels::ops::rope::RopeConfig;
 
+pub use super::arch::Architecture;
+pub(crate) use json::Fields;
+pub(crate) use layers::LayerTypes;
 pub(crate) use limits::MAX_LAYERS;
 pub use quantization::CheckpointQuantization;
-
-/// The architectures whose parts the decoder can be put together from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Architecture {
-    /// Llama 2, 3, 3.1, 3.2 and everything of the same shape (SmolLM2, ...).
-    Llama,
-    /// Mistral: sliding window.
-    Mistral,
-    /// Qwen2 and Qwen2.5: biases on q, k and v.
-    Qwen2,
-    /// Qwen3: RMSNorm on every head of q and k.
-    Qwen3,
-}
 
 /// A decoder's parts and sizes, in the names of Hugging Face's `config.json`.
 #[derive(Clone, Debug, PartialEq)]
@@ -74,6 +63,17 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
+    /// Name and shape of every tensor, in Hugging Face's names, the embedding first, then block by block. A tied head is
+    /// not listed. Matrices are `[output features, input features]`.
+    pub fn tensor_shapes(&self) -> Vec<(String, Vec<usize>)> {
+        self.spec().tensors().map(|tensor| (tensor.name, tensor.shape)).collect()
+    }
+
+    /// The number of elements in all weights, the head counted only where it is not the embedding.
+    pub fn parameter_count(&self) -> u128 {
+        self.spec().parameter_count()
+    }
+
     /// The attention of a layer.
     pub fn attention(&self, layer: usize) -> AttentionConfig {
         AttentionConfig {

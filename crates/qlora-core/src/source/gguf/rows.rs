@@ -1,72 +1,6 @@
-//! llama.cpp's tensor names and Hugging Face's, in both directions, and the row order of its q and k projections.
+//! The row order of q and k projections in llama.cpp's files.
 
 use qlora_kernels::weight::PlainData;
-
-use crate::config::{Architecture, ModelConfig};
-
-/// llama.cpp's and Hugging Face's names of the tensors outside the layers.
-const OUTSIDE: [(&str, &str); 3] = [
-    ("token_embd.weight", "model.embed_tokens.weight"),
-    ("output_norm.weight", "model.norm.weight"),
-    ("output.weight", "lm_head.weight"),
-];
-
-/// llama.cpp's and Hugging Face's names of a layer's modules, and whether the module can have a bias.
-const IN_LAYER: [(&str, &str, bool); 11] = [
-    ("attn_norm", "input_layernorm", false),
-    ("attn_q", "self_attn.q_proj", true),
-    ("attn_k", "self_attn.k_proj", true),
-    ("attn_v", "self_attn.v_proj", true),
-    ("attn_output", "self_attn.o_proj", true),
-    ("attn_q_norm", "self_attn.q_norm", false),
-    ("attn_k_norm", "self_attn.k_norm", false),
-    ("ffn_norm", "post_attention_layernorm", false),
-    ("ffn_gate", "mlp.gate_proj", true),
-    ("ffn_up", "mlp.up_proj", true),
-    ("ffn_down", "mlp.down_proj", true),
-];
-
-/// The Hugging Face name of a tensor, if it is one of a Llama-style decoder.
-pub(super) fn hugging_face(name: &str) -> Option<String> {
-    if let Some((_, outside)) = OUTSIDE.iter().find(|(gguf, _)| *gguf == name) {
-        return Some((*outside).to_owned());
-    }
-    let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
-    // Only the spelling that `ModelConfig::tensor_shapes` uses, so that two names cannot become one.
-    let number: u32 = layer.parse().ok().filter(|number: &u32| number.to_string() == layer)?;
-    let (part, kind) = rest.rsplit_once('.')?;
-    let (_, module, bias) = IN_LAYER.iter().find(|(gguf, ..)| *gguf == part)?;
-    let kind = match kind {
-        "weight" => "weight",
-        "bias" if *bias => "bias",
-        _ => return None,
-    };
-    Some(format!("model.layers.{number}.{module}.{kind}"))
-}
-
-/// llama.cpp's name of a tensor with a Hugging Face name, if it is one of a Llama-style decoder.
-pub(crate) fn gguf(name: &str) -> Option<String> {
-    if let Some((outside, _)) = OUTSIDE.iter().find(|(_, hugging_face)| *hugging_face == name) {
-        return Some((*outside).to_owned());
-    }
-    let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
-    let (module, kind) = rest.rsplit_once('.')?;
-    let (part, ..) = IN_LAYER.iter().find(|(_, hugging_face, _)| *hugging_face == module)?;
-    Some(format!("blk.{layer}.{part}.{kind}"))
-}
-
-/// The heads of a q or k projection whose rows llama.cpp keeps in an order of its own.
-pub(crate) fn permuted_heads(name: &str, config: &ModelConfig) -> Option<usize> {
-    if !matches!(config.architecture, Architecture::Llama | Architecture::Mistral) {
-        None
-    } else if name.contains(".self_attn.q_proj.") {
-        Some(config.num_attention_heads)
-    } else if name.contains(".self_attn.k_proj.") {
-        Some(config.num_key_value_heads)
-    } else {
-        None
-    }
-}
 
 /// Brings the rows of a q or k projection `[heads * head_dim, cols]` (or its bias) into Hugging Face's order.
 ///
@@ -110,23 +44,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_mapped() {
-        for (gguf, expected) in [
-            ("token_embd.weight", Some("model.embed_tokens.weight")),
-            ("blk.12.attn_q.bias", Some("model.layers.12.self_attn.q_proj.bias")),
-            ("blk.0.ffn_norm.weight", Some("model.layers.0.post_attention_layernorm.weight")),
-            ("blk.0.ffn_norm.bias", None),
-            ("blk.00.ffn_norm.weight", None),
-            ("blk.+1.ffn_norm.weight", None),
-            ("blk.0.ffn_gate_exps.weight", None),
-            ("blk.0", None),
-            ("rope_freqs.weight", None),
-        ] {
-            assert_eq!(hugging_face(gguf).as_deref(), expected, "{gguf}");
-        }
-    }
-
-    #[test]
     fn rows_return_to_hugging_faces_order() {
         // Two heads of four rows of three columns, numbered in Hugging Face's order, then permuted as llama.cpp does:
         // reshape [heads, 2, d/2], swap the last two.
@@ -155,12 +72,5 @@ mod tests {
         permute(&mut data, 1, 6);
         let PlainData::F32(data) = data else { unreachable!() };
         assert_eq!(data, [0., 1., 6., 7., 2., 3., 8., 9., 4., 5., 10., 11.]);
-    }
-
-    #[test]
-    fn what_is_no_decoders_tensor_has_no_name() {
-        assert_eq!(gguf("model.layers.3.mlp.up_proj.bias").as_deref(), Some("blk.3.ffn_up.bias"));
-        assert_eq!(gguf("model.layers.3.mlp.experts.0.weight"), None);
-        assert_eq!(gguf("model.vision.weight"), None);
     }
 }

@@ -73,18 +73,4 @@ impl ModelConfig {
         }
         Ok(())
     }
-
-    /// The number of elements in all weights, the head counted only where it is not the embedding.
-    pub fn parameter_count(&self) -> u128 {
-        let w = |n: usize| n as u128;
-        let (q, kv) = (w(self.num_attention_heads) * w(self.head_dim), w(self.num_key_value_heads) * w(self.head_dim));
-        let (hidden, inner) = (w(self.hidden_size), w(self.intermediate_size));
-        let mut block = hidden * (2 * q + 2 * kv + 3 * inner) + 2 * hidden;
-        block += if self.qkv_bias { q + 2 * kv } else { 0 };
-        block += if self.o_bias { hidden } else { 0 };
-        block += if self.mlp_bias { 2 * inner + hidden } else { 0 };
-        block += if self.qk_norm { 2 * w(self.head_dim) } else { 0 };
-        let tables = if self.tie_word_embeddings { 1 } else { 2 };
-        tables * w(self.vocab_size) * hidden + hidden + w(self.num_hidden_layers) * block
-    }
 }
