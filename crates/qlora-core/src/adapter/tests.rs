@@ -3,7 +3,7 @@
 use super::load::assemble;
 use super::{AdapterDtype, CARD_FILE, CONFIG_FILE, SaveOptions, WEIGHTS_FILE, config_file, load, load_into, save};
 use crate::config::ModelConfig;
-use crate::lora::{AdapterLayout, LoraConfig, Projection, TargetModules, init, tiny_model};
+use crate::lora::{AdapterLayout, LoraConfig, TargetModules, init, tiny_model};
 use half::{bf16, f16};
 use proptest::prelude::*;
 use safetensors::{Dtype, SafeTensors};

@@ -171,7 +171,7 @@ impl AdapterLayout {
 #[cfg(test)]
 mod tests {
     use super::super::modules::tests::tiny_model;
-    use super::super::{Projection, TargetModules};
+    use super::super::TargetModules;
     use super::*;
 
     fn layout() -> AdapterLayout {

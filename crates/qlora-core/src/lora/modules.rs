@@ -48,6 +48,8 @@ pub(crate) mod tests {
             rope: rope(),
             max_position_embeddings: 64,
             sliding_window: vec![None; layers],
+            without_rope: Vec::new(),
+            scalings: Default::default(),
             tie_word_embeddings: true,
             qkv_bias: false,
             o_bias: false,

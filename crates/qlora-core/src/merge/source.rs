@@ -20,7 +20,7 @@ use super::update::WeightUpdate;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::source::{PlainTensor, SourceWeight, WeightSource};
-use crate::spec::{EMBEDDING, Module};
+use crate::spec::{EMBEDDING_WEIGHT, Module};
 
 /// Elements of a piece that a thread merges at a time.
 const PIECE: usize = 1 << 20;
@@ -172,7 +172,7 @@ impl<'a> MergedSource<'a> {
             (Rounding::Stored, SourceWeight::FourBit(weight)) => weight.source_dtype(),
             // Integers do not say what they were; the tables beside them do.
             (Rounding::Stored, SourceWeight::Int(_)) => {
-                self.base.stored(&format!("{EMBEDDING}.weight")).map_or(Dtype::F32, |stored| stored.dtype)
+                self.base.stored(EMBEDDING_WEIGHT).map_or(Dtype::F32, |stored| stored.dtype)
             }
         };
         let weight: Box<dyn FrozenWeight> = match (weight, self.into) {

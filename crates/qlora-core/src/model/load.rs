@@ -20,10 +20,10 @@ use super::block::{Block, MemoryPolicy};
 use super::causal_lm::CausalLm;
 use super::projection::Projection;
 use super::stack::Stack;
-use crate::config::{CheckpointQuantization, ModelConfig};
+use crate::config::{CheckpointQuantization, ModelConfig, Scalings};
 use crate::error::{Error, Result};
 use crate::source::{WeightSource, again};
-use crate::spec::{BlockSpec, HEAD, Kind, ModelSpec, Module, Role, Tensor};
+use crate::spec::{BlockSpec, HEAD_WEIGHT, Kind, ModelSpec, Module, Role, Tensor};
 
 /// How the frozen projections are held. A checkpoint that is stored quantized is always held as it is stored, its plain
 /// layers too: with one, [`Quantization::None`] or what it is stored in are the only values that are not refused.
@@ -87,7 +87,7 @@ impl CausalLm {
         let mut progress = progress;
         let report = |done, total| progress.iter_mut().for_each(|progress| progress(done, total));
         let parts = threads::load(&Context { source, quantization, workspace: &workspace }, jobs, report)?;
-        Assembly { config, spec: &spec, parts }.model(offload_embedding, workspace)
+        Assembly { config, spec: &spec, eps: residual_eps(config)?, parts }.model(offload_embedding, workspace)
     }
 }
 
@@ -95,6 +95,7 @@ impl CausalLm {
 struct Assembly<'a> {
     config: &'a ModelConfig,
     spec: &'a ModelSpec,
+    eps: f32,
     parts: Parts,
 }
 
@@ -128,8 +129,10 @@ impl Assembly<'_> {
             (true, false) => embedding.clone(),
             (true, true) => self.weight(&spec.embedding, Place::Table)?,
         };
-        let limit = config.max_position_embeddings;
-        let stack = Stack::new(blocks, final_norm, config.rms_norm_eps, config.rope.clone(), limit)?;
+        let (limit, Scalings { embedding: scale, residual, logits, .. }) =
+            (config.max_position_embeddings, config.scalings);
+        let stack = Stack::new(blocks, final_norm, self.eps, config.rope.clone(), limit)?;
+        let stack = stack.with_scales(scale / residual, 1.0 / logits);
         Ok(CausalLm::new(config.clone(), embedding, head, stack, workspace))
     }
 
@@ -142,8 +145,9 @@ impl Assembly<'_> {
             input_norm: self.norm(spec, Role::InputNorm)?,
             post_attention_norm: self.norm(spec, Role::PostAttentionNorm)?,
             qk_norm,
-            eps: self.config.rms_norm_eps,
+            eps: self.eps,
             attention: spec.attention,
+            rotary: spec.rotary,
             q: self.projection(spec, Role::Query)?,
             k: self.projection(spec, Role::Key)?,
             v: self.projection(spec, Role::Value)?,
@@ -182,6 +186,20 @@ impl Assembly<'_> {
     }
 }
 
+/// What the norms add to the mean square of a residual stream that is kept divided by the residual multiplier `m`.
+///
+/// Such a stream needs no multiplier in the blocks: with `z = x / m`, `x + m f(norm(x; eps))` is `z + f(norm(z; eps / m^2))`, as
+/// a norm keeps its value when its input and the root of eps have the same factor. So the residual sums stay where they are
+/// fastest, in the projections, and adapters' gradients are what they are with `x`.
+fn residual_eps(config: &ModelConfig) -> Result<f32> {
+    let multiplier = config.scalings.residual;
+    if multiplier != 1.0 && config.qk_norm {
+        // Their input is no residual stream: they would need an eps of their own.
+        return Err(Error::Unsupported("a residual multiplier together with norms on q and k".to_owned()));
+    }
+    Ok(config.rms_norm_eps / (multiplier * multiplier))
+}
+
 /// The module of a block that this decoder cannot run without.
 fn part(block: &BlockSpec, role: Role) -> Result<&Module> {
     block.get(role).ok_or_else(|| Error::Unsupported(format!("{}: a block without {role:?}", block.name)))
@@ -190,8 +208,7 @@ fn part(block: &BlockSpec, role: Role) -> Result<&Module> {
 /// A tensor that nothing reads means that the model is not what its configuration says.
 fn check_all_used(source: &dyn WeightSource, jobs: &[Job]) -> Result<()> {
     let tied = source.config().tie_word_embeddings;
-    let harmless =
-        |name: &str| name.ends_with("rotary_emb.inv_freq") || (tied && name.strip_suffix(".weight") == Some(HEAD));
+    let harmless = |name: &str| name.ends_with("rotary_emb.inv_freq") || (tied && name == HEAD_WEIGHT);
     let used: std::collections::HashSet<_> = jobs.iter().map(|job| &job.name).collect();
     let unused: Vec<_> = source.names().into_iter().filter(|name| !used.contains(name) && !harmless(name)).collect();
     if unused.is_empty() {

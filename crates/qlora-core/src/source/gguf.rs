@@ -1,6 +1,6 @@
 //! Llama-style models in GGUF files (llama.cpp).
 //!
-//! Read are the architectures `llama` (which is also how Mistral models are written), `qwen2` and `qwen3`, with weights
+//! Read are the architectures of [`Architecture`](crate::config::Architecture) (Mistral models are written as `llama`), with weights
 //! of the types that candle dequantizes, and IQ4_NL and IQ4_XS. Tensors are named and ordered as Hugging Face's; the configuration, tokenizer
 //! and chat template come from the metadata.
 

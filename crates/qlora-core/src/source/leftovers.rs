@@ -19,9 +19,7 @@ use super::StoredTensor;
 use super::shard::Shard;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
+use crate::spec::{EMBEDDING_WEIGHT as EMBEDDING, HEAD_WEIGHT as HEAD};
 
 /// Gives the tensors of a model that was saved without its head (`LlamaModel`) the names that they have with one.
 pub(super) fn name_as_with_a_head(shards: &mut [Shard], tensors: &mut BTreeMap<String, usize>) {

@@ -18,6 +18,7 @@ pub(crate) use json::Fields;
 pub(crate) use layers::LayerTypes;
 pub(crate) use limits::MAX_LAYERS;
 pub use quantization::CheckpointQuantization;
+pub(crate) use write::decimal;
 
 /// A decoder's parts and sizes, in the names of Hugging Face's `config.json`.
 #[derive(Clone, Debug, PartialEq)]
@@ -46,6 +47,10 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     /// For each block, how many positions a token sees (itself included), if limited.
     pub sliding_window: Vec<Option<usize>>,
+    /// For each block, whether its queries and keys are left unrotated; blocks beyond the list are rotated.
+    pub without_rope: Vec<bool>,
+    /// What the architecture multiplies with.
+    pub scalings: Scalings,
     /// Whether the output head is the embedding.
     pub tie_word_embeddings: bool,
     /// Biases on q, k and v.
@@ -60,6 +65,26 @@ pub struct ModelConfig {
     pub bos_token_id: Option<u32>,
     /// Tokens that end a generation.
     pub eos_token_ids: Vec<u32>,
+}
+
+/// Factors at four places of a decoder; 1, or none, in most architectures.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Scalings {
+    /// The embedding's output is multiplied by it.
+    pub embedding: f32,
+    /// Attention's scores are multiplied by it; none: `1 / sqrt(head_dim)`.
+    pub attention: Option<f32>,
+    /// The output of each half of a block is multiplied by it before it is added to the half's input.
+    pub residual: f32,
+    /// Logits are divided by it.
+    pub logits: f32,
+}
+
+impl Default for Scalings {
+    fn default() -> Self {
+        Self { embedding: 1.0, attention: None, residual: 1.0, logits: 1.0 }
+    }
 }
 
 impl ModelConfig {
@@ -80,7 +105,7 @@ impl ModelConfig {
             heads: self.num_attention_heads,
             kv_heads: self.num_key_value_heads,
             head_dim: self.head_dim,
-            scale: 1.0 / (self.head_dim as f32).sqrt(),
+            scale: self.scalings.attention.unwrap_or(1.0 / (self.head_dim as f32).sqrt()),
             window: self.sliding_window.get(layer).copied().flatten(),
         }
     }

@@ -6,8 +6,12 @@ use super::{BlockSpec, Kind, ModelSpec, Module, Role};
 
 /// The embedding's name.
 pub(crate) const EMBEDDING: &str = "model.embed_tokens";
+/// The embedding's tensor.
+pub(crate) const EMBEDDING_WEIGHT: &str = "model.embed_tokens.weight";
 /// The head's name.
 pub(crate) const HEAD: &str = "lm_head";
+/// The head's tensor.
+pub(crate) const HEAD_WEIGHT: &str = "lm_head.weight";
 const FINAL_NORM: &str = "model.norm";
 
 /// What the files of an architecture call a module of a block: after `model.layers.N.` and after `blk.N.`.
@@ -88,7 +92,7 @@ fn block(config: &ModelConfig, definition: &dyn Definition, layer: usize) -> Blo
     };
     BlockSpec {
         attention: config.attention(layer),
-        rotary: true,
+        rotary: !config.without_rope.get(layer).copied().unwrap_or(false),
         modules: definition.names().iter().filter_map(module).collect(),
         weightless: vec![format!("{block}.mlp.act_fn")],
         name: block,

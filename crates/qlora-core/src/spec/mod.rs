@@ -23,7 +23,7 @@ use std::collections::HashMap;
 
 use qlora_kernels::ops::attention::AttentionConfig;
 
-pub(crate) use self::decoder::{EMBEDDING, HEAD, is_linear_in_a_block};
+pub(crate) use self::decoder::{EMBEDDING, EMBEDDING_WEIGHT, HEAD, HEAD_WEIGHT, is_linear_in_a_block};
 
 /// Which part of a decoder a module is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

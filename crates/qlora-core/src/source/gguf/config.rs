@@ -7,7 +7,7 @@ use qlora_kernels::ops::rope::{RopeConfig, RopeScaling};
 use super::header::{Header, Parse, TensorInfo};
 use super::split::Part;
 use super::types::GgmlType;
-use crate::config::{Architecture, MAX_LAYERS, ModelConfig};
+use crate::config::{Architecture, MAX_LAYERS, ModelConfig, Scalings};
 use crate::error::{Error, Result};
 use crate::spec::gguf::{Metadata, Problem};
 
@@ -165,6 +165,8 @@ impl Meta<'_> {
             rope: self.rope(file, head_dim, max_position_embeddings)?,
             max_position_embeddings,
             sliding_window: vec![window; layers],
+            without_rope: Vec::new(),
+            scalings: Scalings::default(),
             tie_word_embeddings: !has("output.weight"),
             qkv_bias: has("blk.0.attn_q.bias"),
             o_bias: has("blk.0.attn_output.bias"),

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::{Architecture, MAX_LAYERS, ModelConfig, quantization, rope};
+use super::{Architecture, MAX_LAYERS, ModelConfig, Scalings, quantization, rope};
 use crate::error::{Error, Result};
 use crate::file::{self, SMALL};
 
@@ -110,6 +110,8 @@ pub(super) fn parse(text: &str, path: &Path) -> Result<ModelConfig> {
         rope: rope::parse(&fields, max_position_embeddings, defaults.rope_theta)?,
         max_position_embeddings,
         sliding_window: vec![None; num_hidden_layers],
+        without_rope: Vec::new(),
+        scalings: Scalings::default(),
         tie_word_embeddings: fields.bool("tie_word_embeddings")?.unwrap_or(defaults.tie_word_embeddings),
         qkv_bias: false,
         o_bias: false,

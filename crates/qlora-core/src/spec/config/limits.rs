@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::ModelConfig;
+use super::{ModelConfig, Scalings};
 use crate::error::{Error, Result};
 
 /// More blocks than any dense model has.
@@ -63,6 +63,17 @@ impl ModelConfig {
         }
         if let Some(layer) = self.sliding_window.iter().position(|window| *window == Some(0)) {
             return Err(Error::format(path, format!("the sliding window of layer {layer} is 0")));
+        }
+        let Scalings { embedding, attention, residual, logits } = self.scalings;
+        for (name, value) in [
+            ("embedding multiplier", embedding),
+            ("attention multiplier", attention.unwrap_or(1.0)),
+            ("residual multiplier", residual),
+            ("logits scaling", logits),
+        ] {
+            if !(value.is_finite() && (1e-6..1e6).contains(&value)) {
+                return Err(Error::format(path, format!("the {name} is {value}; it must lie between 1e-6 and 1e6")));
+            }
         }
         let parameters = self.parameter_count();
         if parameters > MAX_PARAMETERS {

@@ -22,8 +22,7 @@ impl ModelConfig {
         set("num_attention_heads", json!(self.num_attention_heads));
         set("num_key_value_heads", json!(self.num_key_value_heads));
         set("head_dim", json!(self.head_dim));
-        // The shortest decimal that is this f32, not its f64 expansion.
-        set("rms_norm_eps", self.rms_norm_eps.to_string().parse::<f64>().map_or(Value::Null, |eps| json!(eps)));
+        set("rms_norm_eps", decimal(self.rms_norm_eps));
         set("max_position_embeddings", json!(self.max_position_embeddings));
         set("rope_theta", json!(self.rope.theta));
         set("rope_scaling", self.rope.scaling.as_ref().map_or(Value::Null, scaling));
@@ -55,6 +54,11 @@ impl ModelConfig {
         }
         Ok(map)
     }
+}
+
+/// The shortest decimal that is this f32, not its f64 expansion.
+pub(crate) fn decimal(value: f32) -> Value {
+    value.to_string().parse::<f64>().map_or(Value::Null, |value| json!(value))
 }
 
 fn scaling(scaling: &RopeScaling) -> Value {
