@@ -3,6 +3,7 @@
 //! An architecture says what its `config.json` and GGUF metadata mean where they differ from others', and which modules its
 //! blocks have. A new one is a file here and two entries in this one: its `mod` line and its row in the list.
 
+mod granite;
 mod llama;
 mod mistral;
 mod qwen2;
@@ -49,6 +50,8 @@ architectures! {
     Qwen2 => qwen2::Qwen2,
     /// Qwen3: RMSNorm on every head of q and k.
     Qwen3 => qwen3::Qwen3,
+    /// Granite 3: factors of the embedding, the scores, the residual sums and the logits.
+    Granite => granite::Granite,
 }
 
 impl Architecture {
