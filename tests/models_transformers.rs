@@ -56,6 +56,8 @@ fn logits_of_every_architecture_equal_those_of_transformers() {
         "qwen3",
         "granite",
         "granite_untied",
+        "smollm3",
+        "smollm3_window",
     ];
     for name in names {
         let model = load(name, Quantization::None);
@@ -75,7 +77,7 @@ fn logits_of_every_architecture_equal_those_of_transformers() {
 #[test]
 fn cached_logits_and_greedy_tokens_equal_those_of_transformers() {
     let mut generated = 0;
-    for name in ["llama", "mistral", "qwen3", "granite", "granite_untied"] {
+    for name in ["llama", "mistral", "qwen3", "granite", "granite_untied", "smollm3", "smollm3_window"] {
         let model = load(name, Quantization::None);
         let expected = tensors(fixtures().join("models").join(name).join("expected.safetensors"));
         let (tokens, rows) = (ids(&expected["input_ids.0"]), expected["logits.0"].to_vec2::<f32>().unwrap());
@@ -96,7 +98,7 @@ fn cached_logits_and_greedy_tokens_equal_those_of_transformers() {
             generated += 1;
         }
     }
-    assert_eq!(generated, 2 * 24);
+    assert_eq!(generated, 4 * 24);
 }
 
 struct Step {
@@ -171,6 +173,7 @@ fn one_step_over_a_plain_base_gives_the_gradients_of_pytorch() {
     Step::load("llama", "llama", Quantization::None).check(1e-4);
     Step::load("qwen3", "qwen3", Quantization::None).check(1e-4);
     Step::load("granite", "granite", Quantization::None).check(1e-4);
+    Step::load("smollm3", "smollm3", Quantization::None).check(1e-4);
 }
 
 #[test]

@@ -106,8 +106,8 @@ impl Observer for Losses {
 }
 
 #[test]
-fn factors_learn_over_an_nf4_base() {
-    for name in ["granite", "granite_untied"] {
+fn factors_and_blocks_without_rotation_learn_over_an_nf4_base() {
+    for name in ["granite", "granite_untied", "smollm3", "smollm3_window"] {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models").join(name);
         let quantization = Quantization::Bits4(QuantConfig::default());
         let options = LoadOptions { quantization, ..LoadOptions::default() };

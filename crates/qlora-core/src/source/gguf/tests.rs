@@ -131,7 +131,7 @@ fn rows_are_permuted_where_llama_cpp_rotates_neighbours() {
     assert_eq!(rows("llama", &name(q)), [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]);
     assert_eq!(rows("llama", &name(k)), [0, 2, 4, 6, 1, 3, 5, 7]);
     assert_eq!(rows("llama", &name(v)), in_order(8));
-    for prefix in ["granite"] {
+    for prefix in ["granite", "smollm3"] {
         assert_eq!(rows(prefix, &name(q)), rows("llama", &name(q)));
         assert_eq!(rows(prefix, &name(k)), rows("llama", &name(k)));
     }
@@ -163,6 +163,9 @@ fn architectures_have_their_parts() {
     granite.set("residual_scale", Meta::F32(0.5)).set("logit_scale", Meta::F32(8.0));
     let Scalings { embedding, attention, residual, logits, .. } = granite.open().unwrap().config.scalings;
     assert_eq!((embedding, attention, residual, logits), (12.0, Some(0.25), 0.5, 8.0));
+    let smollm3 = Model::new("smollm3").set("block_count", Meta::U32(1)).open().unwrap();
+    assert_eq!(smollm3.config.without_rope, [false]);
+    assert!(smollm3.config.tie_word_embeddings);
     let window = Model::new("llama").set("attention.sliding_window", Meta::U32(7)).open().unwrap();
     assert_eq!(window.config.sliding_window, [Some(7)]);
 

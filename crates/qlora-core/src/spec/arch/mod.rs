@@ -8,6 +8,7 @@ mod llama;
 mod mistral;
 mod qwen2;
 mod qwen3;
+mod smollm3;
 
 use serde_json::{Map, Value as Json};
 
@@ -52,6 +53,8 @@ architectures! {
     Qwen3 => qwen3::Qwen3,
     /// Granite 3: factors of the embedding, the scores, the residual sums and the logits.
     Granite => granite::Granite,
+    /// SmolLM3: every fourth block without rotary embedding.
+    SmolLM3 => smollm3::SmolLM3,
 }
 
 impl Architecture {
