@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Runs two builds of the examples on the CPU and compares what they make, bit for bit.
+"""Runs two builds of the programs on the CPU and compares what they make, bit for bit.
 
-    scripts/same_bits.py OLD_EXAMPLES NEW_EXAMPLES [MODEL ...] [--work FOLDER]
+    scripts/same_bits.py OLD NEW [MODEL ...] [--steps N] [--work FOLDER]
 
-OLD_EXAMPLES and NEW_EXAMPLES are folders with the programs `finetune`, `generate`, `merge`, `quantize` and `inspect`
-(`target/debug/examples`, or a copy of it from another commit). Every program runs on tiny random models of four architectures
+OLD and NEW are folders with the command `qlora` (`target/debug`, or a copy of it from another commit), or, from before there was
+one, with the examples `finetune`, `generate`, `merge`, `quantize` and `inspect`. Every program runs on tiny random models of four architectures
 (made here with Python's standard library) and on each MODEL given (a GGUF file or a folder with a chat template):
 
-- `finetune`: 20 steps over NF4 with dropout and gradient accumulation, once keeping every activation and once recomputing
+- training: 20 steps (`--steps`) over NF4 with dropout and gradient accumulation, once keeping every activation and once recomputing
   them. Compared: losses and gradient norms of every step as printed to the log, adapter and optimizer state (the sums of all
   gradients and their squares) of the checkpoint;
 - `generate`: greedy tokens, with and without the trained adapter;
@@ -118,10 +118,13 @@ def write_model(folder, config, seed):
     (folder / "chat_template.jinja").write_text(TEMPLATE)
 
 
-def run(program, *args, cwd):
-    done = subprocess.run([program, *map(str, args)], cwd=cwd, capture_output=True, text=True)
+def run(programs, name, *args, cwd):
+    command = programs / "qlora"
+    start = [command, {"finetune": "train"}.get(name, name)] if command.is_file() else [programs / name]
+    line = [*map(str, start), *map(str, args)]
+    done = subprocess.run(line, cwd=cwd, capture_output=True, text=True)
     if done.returncode != 0:
-        sys.exit(f"{program} {' '.join(map(str, args))} in {cwd}:\n{done.stdout}\n{done.stderr}")
+        sys.exit(f"{' '.join(line)} in {cwd}:\n{done.stdout}\n{done.stderr}")
     return done.stdout
 
 
@@ -143,7 +146,7 @@ def losses(folder):
     return found
 
 
-def results(programs, model, cwd):
+def results(programs, model, cwd, steps):
     """Everything that is compared, by a name for messages."""
     made = {}
     is_binary = lambda name: name.endswith((".safetensors", ".gguf")) or name in ("config.json", "adapter_config.json")
@@ -168,33 +171,33 @@ train_file = "rows.jsonl"
 max_length = 128
 [training]
 output_dir = "{out}"
-max_steps = 20
+max_steps = {steps}
 per_device_train_batch_size = 2
 gradient_accumulation_steps = 2
 gradient_checkpointing = {checkpointing}
 learning_rate = 1e-3
 logging_steps = 1
-save_steps = 20
+save_steps = {steps}
 """
         )
-        run(programs / "finetune", f"{out}.toml", cwd=cwd)
+        run(programs, "finetune", f"{out}.toml", cwd=cwd)
         made[f"finetune, checkpointing {checkpointing}"] = files(cwd / out, is_binary) | losses(cwd / out)
     adapter = sorted((cwd / "run-false").rglob("adapter_model.safetensors"))[0].parent
     for name, options in [("the base", []), ("the adapter", ["--adapter", adapter])]:
         arguments = ["--model", model, *options, "--device", "cpu", "--batch", "prompts.jsonl", "--output", "answers.jsonl"]
-        run(programs / "generate", *arguments, "--max-new-tokens", 24, cwd=cwd)
+        run(programs, "generate", *arguments, "--max-new-tokens", 24, cwd=cwd)
         made[f"generate with {name}"] = {"answers": (cwd / "answers.jsonl").read_text()}
     kinds = [("folder", []), ("f32.gguf", ["--outtype", "f32"]), ("q8_0.gguf", ["--outtype", "q8_0"])]
     # GGUF has no place for windows in some layers.
     layered = model.is_dir() and "layer_types" in json.loads((model / "config.json").read_text())
     for kind, options in kinds[:1] if layered else kinds:
         out = cwd / f"merged.{kind}"
-        run(programs / "merge", "--base", model, "--adapter", adapter, "--out", out.name, *options, cwd=cwd)
+        run(programs, "merge", "--base", model, "--adapter", adapter, "--out", out.name, *options, cwd=cwd)
         made[f"merge to {kind}"] = {"file": digest(out.read_bytes())} if out.is_file() else files(out, is_binary)
     if model.is_dir():
-        run(programs / "quantize", model, "nf4", cwd=cwd)
+        run(programs, "quantize", model, "nf4", cwd=cwd)
         made["quantize"] = files(cwd / "nf4", is_binary)
-    made["inspect"] = {"text": run(programs / "inspect", model, cwd=cwd)}
+    made["inspect"] = {"text": run(programs, "inspect", model, cwd=cwd)}
     return made
 
 
@@ -203,6 +206,7 @@ def main():
     parser.add_argument("old", type=pathlib.Path)
     parser.add_argument("new", type=pathlib.Path)
     parser.add_argument("models", nargs="*", type=pathlib.Path)
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of a training run")
     parser.add_argument("--work", type=pathlib.Path, help="where to run (a temporary folder)")
     options = parser.parse_args()
     work = options.work or pathlib.Path(tempfile.mkdtemp())
@@ -220,7 +224,7 @@ def main():
             cwd = work / name / side
             shutil.rmtree(cwd, ignore_errors=True)
             cwd.mkdir(parents=True)
-            both.append(results(programs.resolve(), model, cwd))
+            both.append(results(programs.resolve(), model, cwd, options.steps))
         for what in both[0]:
             old, new = both[0][what], both[1][what]
             compared += len(old)

@@ -170,8 +170,8 @@ impl AdapterLayout {
 
 #[cfg(test)]
 mod tests {
-    use super::super::modules::tests::tiny_model;
     use super::super::TargetModules;
+    use super::super::modules::tests::tiny_model;
     use super::*;
 
     fn layout() -> AdapterLayout {
