@@ -1,4 +1,4 @@
-// Elementwise operations on matrices [rows, cols] with strides: conversion, sum, bias, fill.
+// Elementwise operations on matrices [rows, cols] with strides: conversion, sum, bias, fill, scale.
 //
 // Floor: memory; 16-byte accesses where pointers, strides and columns allow them.
 
@@ -63,6 +63,20 @@ template <typename T, int N> struct Fill {
     }
 };
 
+template <typename T, int N> struct Scale {
+    T* y;
+    int64_t ldy;
+    float factor;
+
+    __device__ void operator()(int64_t row, int64_t col) const {
+        float values[N];
+        load_floats(y + row * ldy + col, values);
+#pragma unroll
+        for (int i = 0; i < N; i++) values[i] *= factor;
+        store_floats(y + row * ldy + col, values);
+    }
+};
+
 }  // namespace
 
 // out = in, converted.
@@ -123,5 +137,19 @@ extern "C" int qlora_fill(int dtype, void* y, int64_t ldy, int64_t rows, int64_t
             return for_each_pack<N>(rows, cols, Fill<T, N>{yt, ldy, value}, stream);
         }
         return for_each_pack<1>(rows, cols, Fill<T, 1>{yt, ldy, value}, stream);
+    });
+}
+
+// y *= factor.
+extern "C" int qlora_scale(int dtype, void* y, int64_t ldy, int64_t rows, int64_t cols, float factor,
+                           cudaStream_t stream) {
+    return with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        T* yt = static_cast<T*>(y);
+        constexpr int N = VECTOR<T>;
+        if (allows_vectors(yt, ldy, cols, N)) {
+            return for_each_pack<N>(rows, cols, Scale<T, N>{yt, ldy, factor}, stream);
+        }
+        return for_each_pack<1>(rows, cols, Scale<T, 1>{yt, ldy, factor}, stream);
     });
 }

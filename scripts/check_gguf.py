@@ -21,6 +21,17 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 
 
+# Whose rows of q and k llama.cpp's converter permutes.
+INTERLEAVED = ("llama", "granite", "smollm3")
+# Keys that an architecture has besides, and the options that they are.
+FACTORS = {
+    "granite": {
+        "attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling",
+    }
+}
+
+
 def fail(message):
     print(f"FAILED: {message}")
     sys.exit(1)
@@ -82,9 +93,12 @@ def main():
     ]:
         if (got := value(reader, f"{architecture}.{key}")) != config[option]:
             fail(f"{key} is {got}, {option} is {config[option]}")
+    for key, option in FACTORS.get(architecture, {}).items():
+        if (got := value(reader, f"{architecture}.{key}")) != np.float32(config[option]):
+            fail(f"{key} is {got}, {option} is {config[option]}")
 
     names = gguf.get_tensor_name_map(
-        {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}[architecture],
+        next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture),
         config["num_hidden_layers"],
     )
     left = {tensor.name: tensor for tensor in reader.tensors if tensor.name != "rope_freqs.weight"}
@@ -97,9 +111,9 @@ def main():
             fail(f"{mapped} ({name}) is missing")
         if list(reversed(tensor.shape.tolist())) != list(array.shape):
             fail(f"{mapped} has shape {tensor.shape}, expected {array.shape}")
-        if architecture == "llama" and ".self_attn.q_proj." in name:
+        if architecture in INTERLEAVED and ".self_attn.q_proj." in name:
             array = permute(array, config["num_attention_heads"])
-        if architecture == "llama" and ".self_attn.k_proj." in name:
+        if architecture in INTERLEAVED and ".self_attn.k_proj." in name:
             array = permute(array, config["num_key_value_heads"])
         kind = Type(tensor.tensor_type)
         kinds[kind.name] = kinds.get(kind.name, 0) + 1

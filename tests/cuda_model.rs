@@ -58,9 +58,25 @@ fn wide_config() -> ModelConfig {
     }
 }
 
-fn configs() -> [(&'static str, ModelConfig); 4] {
+/// Factors at both ends and in the blocks, and a block that is not rotated (Granite, SmolLM3).
+fn scaled_config() -> ModelConfig {
+    let mut config = ModelConfig { without_rope: vec![false, true, false], ..llama_config() };
+    config.scalings.embedding = 3.0;
+    config.scalings.attention = Some(0.4);
+    config.scalings.residual = 0.5;
+    config.scalings.logits = 2.0;
+    config
+}
+
+fn configs() -> [(&'static str, ModelConfig); 5] {
     let biased = ModelConfig { qk_norm: false, ..tiny_config() };
-    [("qwen3", tiny_config()), ("llama", llama_config()), ("biased", biased), ("wide", wide_config())]
+    [
+        ("qwen3", tiny_config()),
+        ("llama", llama_config()),
+        ("biased", biased),
+        ("wide", wide_config()),
+        ("scaled", scaled_config()),
+    ]
 }
 
 fn document(len: usize, seed: u32) -> (Vec<u32>, Vec<i64>) {

@@ -54,6 +54,10 @@ fn logits_of_every_architecture_equal_those_of_transformers() {
         "qwen2",
         "qwen2_window",
         "qwen3",
+        "granite",
+        "granite_untied",
+        "smollm3",
+        "smollm3_window",
     ];
     for name in names {
         let model = load(name, Quantization::None);
@@ -68,6 +72,33 @@ fn logits_of_every_architecture_equal_those_of_transformers() {
             assert!(difference < 1e-4, "{name}, sequence {i}: {difference}");
         }
     }
+}
+
+#[test]
+fn cached_logits_and_greedy_tokens_equal_those_of_transformers() {
+    let mut generated = 0;
+    for name in ["llama", "mistral", "qwen3", "granite", "granite_untied", "smollm3", "smollm3_window"] {
+        let model = load(name, Quantization::None);
+        let expected = tensors(fixtures().join("models").join(name).join("expected.safetensors"));
+        let (tokens, rows) = (ids(&expected["input_ids.0"]), expected["logits.0"].to_vec2::<f32>().unwrap());
+        let greedy = expected.get("greedy").map(ids).unwrap_or_default();
+        let mut cache = model.new_cache(tokens.len() + greedy.len());
+        // Five tokens at once, the others one at a time.
+        let mut last = Vec::new();
+        for end in 5..=tokens.len() {
+            let start = if end == 5 { 0 } else { end - 1 };
+            last = model.next_logits(&tokens[start..end], &mut cache).unwrap();
+            let difference = last.iter().zip(&rows[end - 1]).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+            assert!(difference < 1e-4, "{name}, token {end}: {difference}");
+        }
+        for (i, &token) in greedy.iter().enumerate() {
+            let best = last.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0 as u32;
+            assert_eq!(best, token, "{name}, generated token {i}");
+            last = model.next_logits(&[token], &mut cache).unwrap();
+            generated += 1;
+        }
+    }
+    assert_eq!(generated, 4 * 24);
 }
 
 struct Step {
@@ -141,6 +172,8 @@ impl Step {
 fn one_step_over_a_plain_base_gives_the_gradients_of_pytorch() {
     Step::load("llama", "llama", Quantization::None).check(1e-4);
     Step::load("qwen3", "qwen3", Quantization::None).check(1e-4);
+    Step::load("granite", "granite", Quantization::None).check(1e-4);
+    Step::load("smollm3", "smollm3", Quantization::None).check(1e-4);
 }
 
 #[test]

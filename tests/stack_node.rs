@@ -61,7 +61,7 @@ fn composed(model: &CausalLm, batch: &Batch, num_items: usize) -> (Tensor, Vec<(
     let scale = adapter.config().scaling() as f32;
     let layout = Arc::new(batch.layout.clone());
     let positions = Arc::new(layout.positions().clone());
-    let table = model.stack().rope(layout.max_len()).unwrap();
+    let table = model.stack().rope(layout.max_len()).unwrap().angles().clone();
     let mut variables = Vec::new();
 
     let mut linear = |projection: &qlora::model::projection::Projection, x: &Tensor| {

@@ -3,11 +3,15 @@
 mod common;
 
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use common::{relative_error, tiny_config, tiny_model};
 use qlora::adapter::SaveOptions;
 use qlora::kernels::Workspace;
+use qlora::kernels::quant::QuantConfig;
 use qlora::lora::{LoraConfig, TargetModules};
+use qlora::model::{CausalLm, LoadOptions, Quantization};
+use qlora::source::HfDirectory;
 use qlora::trainer::data::{Dataset, Encoded};
 use qlora::trainer::progress::{Event, Observer};
 use qlora::trainer::qlora_model::QLoraModel;
@@ -87,6 +91,42 @@ fn a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one() {
     let summary = Trainer::new(resume, model(0.2, false), dataset(10), None).unwrap().run().unwrap();
     assert_eq!((summary.outcome, summary.steps), (Outcome::Finished, 7));
     assert_eq!(adapter(&whole), adapter(&parts));
+}
+
+/// The losses of a run's steps.
+#[derive(Default)]
+struct Losses(Arc<Mutex<Vec<f64>>>);
+
+impl Observer for Losses {
+    fn observe(&mut self, event: &Event<'_>) {
+        if let Event::Step(info) = event {
+            self.0.lock().unwrap().push(info.loss);
+        }
+    }
+}
+
+#[test]
+fn factors_and_blocks_without_rotation_learn_over_an_nf4_base() {
+    for name in ["granite", "granite_untied", "smollm3", "smollm3_window"] {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models").join(name);
+        let quantization = Quantization::Bits4(QuantConfig::default());
+        let options = LoadOptions { quantization, ..LoadOptions::default() };
+        let mut model = CausalLm::load(&HfDirectory::open(source).unwrap(), options).unwrap();
+        let target_modules = TargetModules::AllLinear;
+        model.add_adapter(LoraConfig { r: 4, target_modules, ..LoraConfig::default() }, 1).unwrap();
+        let model = QLoraModel::new(model, SaveOptions::default(), vec![("model".into(), name.into())]).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let config = config(folder.path(), |config| config.training.max_steps = 30);
+        let losses = Losses::default();
+        let seen = losses.0.clone();
+        let mut trainer = Trainer::new(config, model, dataset(8), None).unwrap().with_observer(losses);
+        assert_eq!(trainer.run().unwrap().steps, 30);
+        let losses = seen.lock().unwrap().clone();
+        let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
+        let (first, last) = (mean(&losses[..4]), mean(&losses[26..]));
+        println!("{name}: {first:.3} to {last:.3}");
+        assert!(last < 0.8 * first, "{name}: {first} to {last}");
+    }
 }
 
 #[test]

@@ -109,6 +109,8 @@ pub(crate) fn llama_8b(layers: usize) -> ModelConfig {
         },
         max_position_embeddings: 131_072,
         sliding_window: vec![None; layers],
+        without_rope: Vec::new(),
+        scalings: Default::default(),
         tie_word_embeddings: false,
         qkv_bias: false,
         o_bias: false,

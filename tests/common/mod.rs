@@ -5,8 +5,7 @@ pub(crate) mod bigram;
 
 use std::sync::Arc;
 
-use qlora::config::{Architecture, ModelConfig};
-use qlora::kernels::ops::attention::AttentionConfig;
+use qlora::config::{Architecture, ModelConfig, Scalings};
 use qlora::kernels::ops::rope::RopeConfig;
 use qlora::kernels::quant::{QuantConfig, Quantized4bit};
 use qlora::kernels::weight::{FrozenWeight, PlainData, PlainWeight};
@@ -34,6 +33,8 @@ pub(crate) fn tiny_config() -> ModelConfig {
         rope: RopeConfig { theta: 10_000.0, scaling: None },
         max_position_embeddings: 128,
         sliding_window: vec![None, Some(3), None],
+        without_rope: Vec::new(),
+        scalings: Default::default(),
         tie_word_embeddings: true,
         qkv_bias: true,
         o_bias: true,
@@ -110,6 +111,10 @@ pub(crate) fn computes(device: &candle_core::Device, dtype: qlora::kernels::Dtyp
 /// device.
 pub(crate) fn tiny_model(config: &ModelConfig, quantized: bool, seed: u64, workspace: Workspace) -> CausalLm {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let spec = config.spec();
+    let Scalings { embedding: scale, residual, logits, .. } = config.scalings;
+    // A residual stream that is kept divided by the multiplier, as the loader makes it.
+    let eps = config.rms_norm_eps / (residual * residual);
     let (hidden, mlp, head_dim) = (config.hidden_size, config.intermediate_size, config.head_dim);
     let (q_width, kv_width) = (config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim);
     let norm = |rng: &mut ChaCha8Rng, len: usize| -> Matrix {
@@ -136,14 +141,9 @@ pub(crate) fn tiny_model(config: &ModelConfig, quantized: bool, seed: u64, works
                 input_norm: norm(rng, hidden),
                 post_attention_norm: norm(rng, hidden),
                 qk_norm: config.qk_norm.then(|| (norm(rng, head_dim), norm(rng, head_dim))),
-                eps: config.rms_norm_eps,
-                attention: AttentionConfig {
-                    heads: config.num_attention_heads,
-                    kv_heads: config.num_key_value_heads,
-                    head_dim,
-                    scale: 1.0 / (head_dim as f32).sqrt(),
-                    window: config.sliding_window[layer],
-                },
+                eps,
+                attention: spec.blocks[layer].attention,
+                rotary: spec.blocks[layer].rotary,
                 q: projection(rng, name("self_attn.q_proj"), q_width, hidden, config.qkv_bias),
                 k: projection(rng, name("self_attn.k_proj"), kv_width, hidden, config.qkv_bias),
                 v: projection(rng, name("self_attn.v_proj"), kv_width, hidden, config.qkv_bias),
@@ -158,7 +158,8 @@ pub(crate) fn tiny_model(config: &ModelConfig, quantized: bool, seed: u64, works
     let final_norm = norm(&mut rng, hidden);
     let head = if config.tie_word_embeddings { embedding.clone() } else { table(&mut rng) };
     let limit = config.max_position_embeddings;
-    let stack = Stack::new(blocks, final_norm, config.rms_norm_eps, config.rope.clone(), limit).unwrap();
+    let stack = Stack::new(blocks, final_norm, eps, config.rope.clone(), limit).unwrap();
+    let stack = stack.with_scales(scale / residual, 1.0 / logits);
     CausalLm::new(config.clone(), embedding, head, stack, workspace)
 }
 

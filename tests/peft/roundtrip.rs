@@ -46,6 +46,8 @@ fn model() -> ModelConfig {
         rope: RopeConfig { theta: 10_000.0, scaling: None },
         max_position_embeddings: 64,
         sliding_window: vec![None; 2],
+        without_rope: Vec::new(),
+        scalings: Default::default(),
         tie_word_embeddings: false,
         qkv_bias: false,
         o_bias: false,

@@ -24,9 +24,10 @@ use crate::adapter::TrainedOver;
 use crate::card::Card;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::lora::{AdapterLayout, LoraConfig, linear_modules};
+use crate::lora::{AdapterLayout, LoraConfig};
 use crate::model::plan::AttentionWorkspace;
 use crate::model::{BatchShape, Planner};
+use crate::spec::{BlockSpec, Kind};
 
 /// How the blocks' linear layers are held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,12 +91,17 @@ pub struct Parameters {
 impl Parameters {
     /// Counts those of a model.
     pub fn of(config: &ModelConfig) -> Self {
-        let linear = linear_modules(config).iter().map(|m| m.out_features as u64 * m.in_features as u64).sum();
-        let tables = if config.tie_word_embeddings { 1 } else { 2 };
-        let embeddings = tables * config.vocab_size as u64 * config.hidden_size as u64;
-        // Sizes are limited where configurations are read: all of it fits.
-        let all = config.parameter_count() as u64;
-        Self { linear, embeddings, vectors: all - linear - embeddings }
+        let mut parameters = Self { linear: 0, embeddings: 0, vectors: 0 };
+        for tensor in config.spec().tensors() {
+            let part = match (tensor.is_weight, tensor.module.role.kind()) {
+                (true, Kind::Linear) => &mut parameters.linear,
+                (true, Kind::Table) => &mut parameters.embeddings,
+                _ => &mut parameters.vectors,
+            };
+            // Sizes are limited where configurations are read: all of it fits.
+            *part += tensor.shape.iter().product::<usize>() as u64;
+        }
+        parameters
     }
 
     /// All parts.
@@ -119,8 +125,8 @@ impl WeightBytes {
     /// Those of a model whose linear layers are held in `precision`.
     pub fn of(config: &ModelConfig, precision: Precision) -> Self {
         let parameters = Parameters::of(config);
-        let modules = linear_modules(config);
-        let linear = modules.iter().map(|m| precision.weight_bytes(m.out_features, m.in_features)).sum();
+        let spec = config.spec();
+        let linear = spec.linear().map(|module| precision.weight_bytes(module.rows(), module.cols())).sum();
         let element = if precision == Precision::F32 { 4 } else { 2 };
         Self { linear, embeddings: element * parameters.embeddings, vectors: 4 * parameters.vectors }
     }
@@ -162,8 +168,8 @@ impl AdapterBytes {
 
 /// Bytes that a token takes in the key-value cache.
 pub fn kv_cache_bytes(config: &ModelConfig, dtype: Dtype) -> u64 {
-    let width = config.num_key_value_heads as u64 * config.head_dim as u64;
-    2 * config.num_hidden_layers as u64 * width * dtype.size() as u64
+    let width = |block: &BlockSpec| (block.attention.kv_heads * block.attention.head_dim) as u64;
+    2 * config.spec().blocks.iter().map(width).sum::<u64>() * dtype.size() as u64
 }
 
 /// Bytes of a GPU sold as having `gb` gigabytes that a program can use: 95% of so many GiB, less 0.5 GB for the driver's

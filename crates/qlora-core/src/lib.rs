@@ -9,7 +9,6 @@ pub mod batch;
 pub mod card;
 pub mod chat;
 pub mod companions;
-pub mod config;
 pub mod end_tokens;
 pub mod error;
 mod file;
@@ -29,8 +28,10 @@ pub mod safetensors_file;
 pub mod safetensors_stream;
 pub mod sampling;
 pub mod source;
+pub mod spec;
 #[cfg(test)]
 mod test_support;
 pub mod tokenizer;
 
 pub use error::{Error, Result};
+pub use spec::config;

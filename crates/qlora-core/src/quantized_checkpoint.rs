@@ -18,10 +18,10 @@ use crate::atomic::replace_directory;
 use crate::companions::Companions;
 use crate::error::{Error, Result};
 use crate::file;
-use crate::lora::linear_modules;
 use crate::open::ModelFiles;
 use crate::safetensors_stream::SafetensorsStream;
 use crate::source::WeightSource;
+use crate::spec::Module;
 
 /// What a quantized checkpoint takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,7 +91,7 @@ fn write_with(
     }
     let names = source.names();
     let quantized: std::collections::HashSet<String> =
-        linear_modules(source.config()).into_iter().map(|module| format!("{}.weight", module.name)).collect();
+        source.config().spec().linear().map(Module::weight_name).collect();
     replace_directory(out, |folder| {
         // At most 6 entries of some 200 bytes for each tensor of the source.
         let stream = SafetensorsStream::with_room(&folder.join("model.safetensors"), names.len() * 1600 + 1024)?;

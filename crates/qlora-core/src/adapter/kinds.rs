@@ -18,13 +18,11 @@ use serde_json::{Map, Value};
 
 use super::config_file::{AdapterConfig, read};
 use crate::config::ModelConfig;
-use crate::lora::{LinearModule, ModuleFilter, ModulePattern, TargetModules, linear_modules};
+use crate::lora::{LinearModule, ModuleFilter, ModulePattern, TargetModules};
+use crate::spec::Module;
 use crate::{Error, Result};
 
-/// The embedding's name.
-pub(crate) const EMBEDDING: &str = "model.embed_tokens";
-/// The head's name.
-pub(crate) const HEAD: &str = "lm_head";
+pub(crate) use crate::spec::{EMBEDDING, HEAD};
 
 /// The options that only inference takes.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -186,11 +184,14 @@ impl AdapterKinds {
 
     /// Every module that gets A and B, in the model's order: linear layers, then the head, then the embedding.
     pub fn resolve(&self, config: &AdapterConfig, model: &ModelConfig) -> Vec<LinearModule> {
-        let (vocab, hidden) = (model.vocab_size, model.hidden_size);
-        let mut modules = linear_modules(model);
+        let spec = model.spec();
+        let mut modules: Vec<LinearModule> = spec.linear().map(LinearModule::from).collect();
         if config.lora.target_modules != TargetModules::AllLinear {
-            modules.push(LinearModule { name: HEAD.to_owned(), out_features: vocab, in_features: hidden });
-            modules.push(LinearModule { name: EMBEDDING.to_owned(), out_features: hidden, in_features: vocab });
+            modules.push(LinearModule::from(&spec.head));
+            // LoRA on the embedding reads one-hot rows: its input features are the tokens.
+            let Module { name, .. } = &spec.embedding;
+            let (vocab, hidden) = (spec.embedding.rows(), spec.embedding.cols());
+            modules.push(LinearModule { name: name.clone(), out_features: hidden, in_features: vocab });
         }
         modules.retain(|module| self.targets(config, &module.name));
         modules

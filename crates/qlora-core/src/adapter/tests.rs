@@ -3,7 +3,7 @@
 use super::load::assemble;
 use super::{AdapterDtype, CARD_FILE, CONFIG_FILE, SaveOptions, WEIGHTS_FILE, config_file, load, load_into, save};
 use crate::config::ModelConfig;
-use crate::lora::{AdapterLayout, LoraConfig, Projection, TargetModules, init, tiny_model};
+use crate::lora::{AdapterLayout, LoraConfig, TargetModules, init, tiny_model};
 use half::{bf16, f16};
 use proptest::prelude::*;
 use safetensors::{Dtype, SafeTensors};
@@ -113,7 +113,7 @@ fn a_new_folder_appears_whole_and_an_old_one_keeps_its_other_files() {
 fn a_broken_adapter_is_not_saved_and_the_old_one_stays() {
     let folder = saved(&SaveOptions::default());
     let (config, layout, mut flat) = adapter();
-    let entry = layout.get(&Projection::Up.module_name(1)).unwrap().b;
+    let entry = layout.get("model.layers.1.mlp.up_proj").unwrap().b;
     for (value, dtype, expected) in [
         (f32::NAN, AdapterDtype::F32, "holds NaN"),
         (f32::INFINITY, AdapterDtype::BF16, "holds inf"),

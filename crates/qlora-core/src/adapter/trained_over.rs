@@ -13,9 +13,9 @@ use super::load::read_any_config;
 use super::{CARD_FILE, TRAINED_OVER_FILE};
 use crate::config::CheckpointQuantization;
 use crate::file::{self, SMALL};
-use crate::lora::linear_modules;
 use crate::model::Quantization;
 use crate::source::{SourceWeight, WeightSource};
+use crate::spec::Module;
 use crate::{Error, Result};
 
 /// What the linear layers of an adapter's base were held in.
@@ -43,7 +43,8 @@ impl TrainedOver {
     pub fn of(source: &dyn WeightSource, quantization: Quantization) -> Result<Self> {
         match (source.quantization(), quantization) {
             (Some(CheckpointQuantization::Bnb4bit), _) => {
-                let names = linear_modules(source.config()).into_iter().map(|module| format!("{}.weight", module.name));
+                let spec = source.config().spec();
+                let names = spec.linear().map(Module::weight_name);
                 let packed = names.into_iter().find(|name| source.is_packed(name));
                 let config = match packed.map(|name| source.read_weight(&name)).transpose()? {
                     Some(SourceWeight::FourBit(weight)) => QuantConfig {

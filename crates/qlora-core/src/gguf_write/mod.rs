@@ -36,8 +36,9 @@ use crate::atomic::PendingFile;
 use crate::error::{Error, Result};
 use crate::merge::require_space;
 use crate::safetensors_stream::disk;
-use crate::source::gguf::names;
+use crate::source::gguf::rows;
 use crate::source::{PlainTensor, WeightSource, again};
+use crate::spec::Kind;
 use crate::tokenizer::Tokenizer;
 
 /// The type of a GGUF file's matrices.
@@ -102,12 +103,12 @@ impl GgufType {
     }
 
     /// What a tensor becomes in a file of this type.
-    fn of(self, name: &str, shape: &[usize]) -> Self {
+    fn of(self, module: Kind, shape: &[usize]) -> Self {
         let cols = shape.last().copied().unwrap_or(1);
         match self {
             _ if shape.len() < 2 => Self::F32,
             Self::Q8_0 | Self::Q4_0 if !cols.is_multiple_of(blocks::BLOCK) => Self::F16,
-            Self::Q4_0 if matches!(name, "model.embed_tokens.weight" | "lm_head.weight") => Self::Q8_0,
+            Self::Q4_0 if module == Kind::Table => Self::Q8_0,
             kind => kind,
         }
     }
@@ -162,6 +163,8 @@ pub struct WrittenGguf {
 struct Planned {
     /// Hugging Face's name; none for the table of rotary frequencies.
     source: Option<String>,
+    /// The heads whose rows are interleaved.
+    interleaved: Option<usize>,
     name: String,
     shape: Vec<usize>,
     kind: GgufType,
@@ -201,7 +204,7 @@ pub fn write(
     put(&header)?;
     for (index, tensor) in plan.iter().enumerate() {
         let bytes = match (&tensor.source, &rope_table) {
-            (Some(name), _) => encode(source, name, tensor.kind)?,
+            (Some(name), _) => encode(source, name, tensor)?,
             (None, table) => table.iter().flatten().flat_map(|x| x.to_le_bytes()).collect(),
         };
         if bytes.len() as u64 != tensor.bytes {
@@ -228,23 +231,23 @@ fn plan(source: &dyn WeightSource, kind: GgufType, rope_table: Option<&[f32]>) -
     let mut plan = Vec::new();
     if let Some(table) = rope_table {
         let (name, shape) = (model::ROPE_TABLE.to_owned(), vec![table.len()]);
-        plan.push(Planned { source: None, name, shape, kind: GgufType::F32, bytes: 4 * table.len() as u64 });
+        let bytes = 4 * table.len() as u64;
+        plan.push(Planned { source: None, interleaved: None, name, shape, kind: GgufType::F32, bytes });
     }
-    for (name, shape) in source.config().tensor_shapes() {
-        let kind = kind.of(&name, &shape);
-        let bytes = kind.bytes(shape.iter().product());
-        let gguf = names::gguf(&name).ok_or_else(|| Error::tensor(&name, "has no name in GGUF files"))?;
-        plan.push(Planned { source: Some(name), name: gguf, shape, kind, bytes });
+    for tensor in source.config().spec().tensors() {
+        let kind = kind.of(tensor.module.role.kind(), &tensor.shape);
+        let bytes = kind.bytes(tensor.shape.iter().product());
+        let (name, interleaved) = (tensor.gguf(), tensor.module.interleaved_heads);
+        plan.push(Planned { source: Some(tensor.name), interleaved, name, shape: tensor.shape, kind, bytes });
     }
     Ok(plan)
 }
 
 /// A tensor's bytes in the file.
-fn encode(source: &dyn WeightSource, name: &str, kind: GgufType) -> Result<Vec<u8>> {
-    let config = source.config();
+fn encode(source: &dyn WeightSource, name: &str, &Planned { kind, interleaved, .. }: &Planned) -> Result<Vec<u8>> {
     let PlainTensor { mut data, .. } = source.read_finite(name)?;
-    if let Some(heads) = names::permuted_heads(name, config) {
-        names::permute(&mut data, heads, config.head_dim);
+    if let Some(heads) = interleaved {
+        rows::permute(&mut data, heads, source.config().head_dim);
     }
     let (block, block_bytes) = kind.block();
     let mut out = vec![0; data.len() / block * block_bytes];

@@ -4,8 +4,9 @@ use qlora_kernels::ops::rope::RopeScaling;
 
 use super::GgufOptions;
 use super::metadata::Metadata;
-use crate::config::{Architecture, ModelConfig};
+use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::spec::gguf::Value;
 
 /// The tensor that holds the divisors of Llama 3's rotary frequencies.
 pub(super) const ROPE_TABLE: &str = "rope_freqs.weight";
@@ -14,25 +15,12 @@ pub(super) const ROPE_TABLE: &str = "rope_freqs.weight";
 pub(super) fn describe(config: &ModelConfig, options: &GgufOptions<'_>, metadata: &mut Metadata) -> Result<()> {
     let unsupported =
         |what: &str| Err(Error::Unsupported(format!("{what} in a GGUF file: llama.cpp has no place for it")));
-    let prefix = match config.architecture {
-        // llama.cpp runs Mistral as Llama.
-        Architecture::Llama | Architecture::Mistral => "llama",
-        Architecture::Qwen2 => "qwen2",
-        Architecture::Qwen3 => "qwen3",
+    let definition = config.architecture.definition();
+    let prefix = definition.gguf_name();
+    let own = match definition.write_gguf(config) {
+        Ok(own) => own,
+        Err(what) => return unsupported(&what),
     };
-    let window = config.sliding_window.first().copied().flatten();
-    if config.sliding_window.iter().any(|layer| *layer != window) || (window.is_some() && prefix != "llama") {
-        return unsupported("a sliding window in some layers, or in a Qwen model");
-    }
-    let biased = |name: &str, has: bool| if has { Some(name.to_owned()) } else { None };
-    let biases = match config.architecture {
-        Architecture::Llama | Architecture::Mistral => None,
-        Architecture::Qwen2 => biased("biases on o or in the MLP of a Qwen2 model", config.o_bias || config.mlp_bias),
-        Architecture::Qwen3 => biased("biases of a Qwen3 model", config.qkv_bias || config.o_bias || config.mlp_bias),
-    };
-    if let Some(what) = biases {
-        return unsupported(&what);
-    }
 
     metadata.string("general.architecture", prefix);
     metadata.string("general.type", "model");
@@ -53,8 +41,11 @@ pub(super) fn describe(config: &ModelConfig, options: &GgufOptions<'_>, metadata
     size("attention.value_length", config.head_dim);
     size("rope.dimension_count", config.head_dim);
     size("vocab_size", config.vocab_size);
-    if let Some(window) = window {
-        size("attention.sliding_window", window);
+    for value in own {
+        match value {
+            Value::U32(name, value) => metadata.u32(&key(name), value),
+            Value::F32(name, value) => metadata.f32(&key(name), value),
+        }
     }
     metadata.f32(&key("attention.layer_norm_rms_epsilon"), config.rms_norm_eps);
     metadata.f32(&key("rope.freq_base"), config.rope.theta as f32);

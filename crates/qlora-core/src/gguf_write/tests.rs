@@ -100,7 +100,9 @@ fn difference_of(name: &str, source: &HfDirectory, kind: GgufType) -> (f32, f32)
 
 #[test]
 fn logits_of_every_architecture_survive() {
-    for name in ["llama", "llama_wide", "llama_rope_linear", "llama_rope_yarn", "mistral", "qwen2"] {
+    for name in
+        ["llama", "llama_wide", "llama_rope_linear", "llama_rope_yarn", "mistral", "qwen2", "granite", "smollm3"]
+    {
         let (f32, scale) = difference(name, GgufType::F32);
         assert!(f32 < 1e-4, "{name}: f32 {f32} of {scale}");
         let (f16, _) = difference(name, GgufType::F16);
@@ -148,10 +150,10 @@ fn quantized_files_stay_near() {
 
 #[test]
 fn rows_that_are_no_whole_blocks_become_f16() {
-    assert_eq!(GgufType::Q8_0.of("model.layers.0.mlp.down_proj.weight", &[64, 88]), GgufType::F16);
-    assert_eq!(GgufType::Q4_0.of("model.layers.0.mlp.down_proj.weight", &[64, 96]), GgufType::Q4_0);
-    assert_eq!(GgufType::Q4_0.of("lm_head.weight", &[64, 96]), GgufType::Q8_0);
-    assert_eq!(GgufType::F16.of("model.norm.weight", &[96]), GgufType::F32);
+    assert_eq!(GgufType::Q8_0.of(Kind::Linear, &[64, 88]), GgufType::F16);
+    assert_eq!(GgufType::Q4_0.of(Kind::Linear, &[64, 96]), GgufType::Q4_0);
+    assert_eq!(GgufType::Q4_0.of(Kind::Table, &[64, 96]), GgufType::Q8_0);
+    assert_eq!(GgufType::F16.of(Kind::Norm, &[96]), GgufType::F32);
     assert_eq!("Q8_0".parse::<GgufType>().unwrap(), GgufType::Q8_0);
     assert!("q4_k_m".parse::<GgufType>().unwrap_err().to_string().contains("f32, f16, bf16, q8_0, q4_0"));
 }

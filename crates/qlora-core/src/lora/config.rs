@@ -1,6 +1,6 @@
 //! LoRA's options in PEFT's names, and the layers they select in a model.
 
-use super::modules::{LinearModule, describe, linear_modules, other_modules};
+use super::modules::LinearModule;
 use super::targets::{ModuleFilter, TargetModules, entry_matches};
 use crate::config::ModelConfig;
 use crate::{Error, Result};
@@ -100,19 +100,20 @@ impl LoraConfig {
     /// a whole block). The message says which layers there are.
     pub fn resolve(&self, model: &ModelConfig) -> Result<Vec<LinearModule>> {
         self.validate()?;
-        let modules = linear_modules(model);
+        let spec = model.spec();
+        let modules: Vec<LinearModule> = spec.linear().map(LinearModule::from).collect();
         if let Some(entry) = self.unmatched(model).first() {
             return Err(Error::Invalid(format!(
                 "target_modules: {entry:?} matches no module of this model; its linear layers are {}",
-                describe(model)
+                spec.describe_linear()
             )));
         }
         if let TargetModules::Selected(filter) = &self.target_modules {
-            let other = other_modules(model).into_iter().find(|name| filter.matches(name) && !self.excludes(name));
+            let other = spec.other_modules().into_iter().find(|name| filter.matches(name) && !self.excludes(name));
             if let Some(name) = other {
                 return Err(Error::Unsupported(format!(
                     "target_modules selects {name}; adapters can be put on the linear layers of the blocks: {}",
-                    describe(model)
+                    spec.describe_linear()
                 )));
             }
         }
@@ -131,15 +132,15 @@ impl LoraConfig {
             ),
             _ => "target_modules and exclude_modules leave no linear layer to train".to_owned(),
         };
-        Err(Error::Invalid(format!("{what}; the model's linear layers are {}", describe(model))))
+        Err(Error::Invalid(format!("{what}; the model's linear layers are {}", spec.describe_linear())))
     }
 
     /// The entries of a `target_modules` list that match no module of `model` at all.
     pub(crate) fn unmatched<'a>(&'a self, model: &ModelConfig) -> Vec<&'a str> {
         let TargetModules::Selected(ModuleFilter::List(entries)) = &self.target_modules else { return Vec::new() };
-        let linear = linear_modules(model);
-        let other = other_modules(model);
-        let names = || linear.iter().map(|module| &module.name).chain(&other);
+        let spec = model.spec();
+        let other = spec.other_modules();
+        let names = || spec.linear().map(|module| &module.name).chain(&other);
         entries.iter().map(String::as_str).filter(|entry| !names().any(|name| entry_matches(entry, name))).collect()
     }
 }

@@ -170,8 +170,8 @@ impl AdapterLayout {
 
 #[cfg(test)]
 mod tests {
+    use super::super::TargetModules;
     use super::super::modules::tests::tiny_model;
-    use super::super::{Projection, TargetModules};
     use super::*;
 
     fn layout() -> AdapterLayout {
@@ -199,7 +199,7 @@ mod tests {
     #[test]
     fn modules_are_found_by_name_and_numbers_by_index() {
         let layout = layout();
-        let pair = layout.get(&Projection::Down.module_name(1)).unwrap();
+        let pair = layout.get("model.layers.1.mlp.down_proj").unwrap();
         assert_eq!((pair.a, pair.b, pair.rank()), (&layout.entries()[6], &layout.entries()[7], 3));
         assert!(layout.get("model.layers.1.mlp.up_proj").is_none());
         for (i, entry) in layout.entries().iter().enumerate() {
@@ -213,7 +213,7 @@ mod tests {
     fn views_show_the_buffer_at_the_entries_offsets() {
         let layout = layout();
         let mut flat: Vec<f32> = (0..layout.len()).map(|i| i as f32).collect();
-        let pair = layout.get(&Projection::Q.module_name(1)).unwrap();
+        let pair = layout.get("model.layers.1.self_attn.q_proj").unwrap();
         let (a, b) = pair.views(&flat);
         assert_eq!((a.shape(), b.shape()), ([3, 64], [80, 3]));
         assert_eq!(a.host("test").unwrap().row(1)[0], (pair.a.offset + 64) as f32);

@@ -20,7 +20,7 @@ mod targets;
 pub use config::{Bias, InitLoraWeights, LoraConfig};
 pub use init::{fingerprint, init};
 pub use layout::{AdapterLayout, AdapterPair, Entry, Which};
-pub use modules::{LinearModule, Projection, linear_modules};
+pub use modules::{LinearModule, linear_modules};
 pub use pattern::ModulePattern;
 pub use targets::{ModuleFilter, TargetModules};
 

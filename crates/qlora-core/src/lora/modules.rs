@@ -1,73 +1,8 @@
-//! The linear layers of a decoder: names as in Hugging Face's modules, sizes from the configuration.
-//!
-//! For every block i: `model.layers.{i}.self_attn.{q,k,v,o}_proj` and `model.layers.{i}.mlp.{gate,up,down}_proj`. The
-//! weight of a layer is [out_features, in_features].
+//! The linear layers of a decoder's blocks: the modules that LoRA can adapt. The weight of a layer is
+//! [out_features, in_features].
 
 use crate::config::ModelConfig;
-
-/// One of the seven linear layers of a block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Projection {
-    /// Hidden state to queries.
-    Q,
-    /// Hidden state to keys.
-    K,
-    /// Hidden state to values.
-    V,
-    /// Attention's output back to the hidden state.
-    O,
-    /// Hidden state to the MLP's gate.
-    Gate,
-    /// Hidden state to what the gate lets through.
-    Up,
-    /// The MLP's inside back to the hidden state.
-    Down,
-}
-
-impl Projection {
-    /// All of them, in the order in which a block uses them.
-    pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
-
-    /// The last part of the layer's name: `q_proj`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Q => "q_proj",
-            Self::K => "k_proj",
-            Self::V => "v_proj",
-            Self::O => "o_proj",
-            Self::Gate => "gate_proj",
-            Self::Up => "up_proj",
-            Self::Down => "down_proj",
-        }
-    }
-
-    /// The name of the part of the block that holds the layer: `self_attn` or `mlp`.
-    pub fn parent(self) -> &'static str {
-        match self {
-            Self::Q | Self::K | Self::V | Self::O => "self_attn",
-            Self::Gate | Self::Up | Self::Down => "mlp",
-        }
-    }
-
-    /// The layer's full name in block `layer`: `model.layers.3.self_attn.q_proj`.
-    pub fn module_name(self, layer: usize) -> String {
-        format!("model.layers.{layer}.{}.{}", self.parent(), self.name())
-    }
-
-    /// `(out_features, in_features)` of the layer: the shape of its weight.
-    pub fn shape(self, model: &ModelConfig) -> (usize, usize) {
-        let hidden = model.hidden_size;
-        let queries = model.num_attention_heads * model.head_dim;
-        let keys = model.num_key_value_heads * model.head_dim;
-        match self {
-            Self::Q => (queries, hidden),
-            Self::K | Self::V => (keys, hidden),
-            Self::O => (hidden, queries),
-            Self::Gate | Self::Up => (model.intermediate_size, hidden),
-            Self::Down => (hidden, model.intermediate_size),
-        }
-    }
-}
+use crate::spec::Module;
 
 /// A linear layer of a decoder.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,42 +18,12 @@ pub struct LinearModule {
 /// Every linear layer of the blocks, in the order in which they run. The output head is not among them, as in PEFT's
 /// `all-linear`.
 pub fn linear_modules(model: &ModelConfig) -> Vec<LinearModule> {
-    let mut modules = Vec::with_capacity(model.num_hidden_layers * Projection::ALL.len());
-    for layer in 0..model.num_hidden_layers {
-        for projection in Projection::ALL {
-            let (out_features, in_features) = projection.shape(model);
-            modules.push(LinearModule { name: projection.module_name(layer), out_features, in_features });
-        }
-    }
-    modules
+    model.spec().linear().map(LinearModule::from).collect()
 }
 
-/// The names of all other modules that a Hugging Face model of this architecture has. A target that selects one of them
-/// is refused, as PEFT would either adapt it (the embedding, the head) or fail on it (everything else).
-pub(super) fn other_modules(model: &ModelConfig) -> Vec<String> {
-    let mut names: Vec<String> =
-        ["lm_head", "model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb"]
-            .map(String::from)
-            .into();
-    let mut parts = vec!["self_attn", "mlp", "mlp.act_fn", "input_layernorm", "post_attention_layernorm"];
-    if model.qk_norm {
-        parts.extend(["self_attn.q_norm", "self_attn.k_norm"]);
-    }
-    for layer in 0..model.num_hidden_layers {
-        let block = format!("model.layers.{layer}");
-        names.extend(parts.iter().map(|part| format!("{block}.{part}")));
-        names.push(block);
-    }
-    names
-}
-
-/// What the linear layers of this model are called, for messages.
-pub(super) fn describe(model: &ModelConfig) -> String {
-    let names = Projection::ALL.map(|projection| format!("{}.{}", projection.parent(), projection.name())).join(", ");
-    match model.num_hidden_layers {
-        0 => "none".to_owned(),
-        1 => format!("{names}, each after model.layers.0."),
-        layers => format!("{names}, each after model.layers.0. to model.layers.{}.", layers - 1),
+impl From<&Module> for LinearModule {
+    fn from(module: &Module) -> Self {
+        Self { name: module.name.clone(), out_features: module.rows(), in_features: module.cols() }
     }
 }
 
@@ -143,6 +48,8 @@ pub(crate) mod tests {
             rope: rope(),
             max_position_embeddings: 64,
             sliding_window: vec![None; layers],
+            without_rope: Vec::new(),
+            scalings: Default::default(),
             tie_word_embeddings: true,
             qkv_bias: false,
             o_bias: false,

@@ -4,8 +4,8 @@
 //! string is a regular expression that has to match the whole name ([`ModulePattern`]). `"all-linear"` (in any case,
 //! targets only) selects every linear layer of the blocks.
 
-use super::modules::Projection;
 use super::pattern::ModulePattern;
+use crate::spec::is_linear_in_a_block;
 use crate::{Error, Result};
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -78,7 +78,7 @@ impl TargetModules {
     /// regular expressions; `all-linear` goes by the last part of the name.
     pub fn matches(&self, module: &str) -> bool {
         match self {
-            Self::AllLinear => Projection::ALL.iter().any(|projection| entry_matches(projection.name(), module)),
+            Self::AllLinear => is_linear_in_a_block(module),
             Self::Selected(filter) => filter.matches(module),
         }
     }
@@ -87,7 +87,7 @@ impl TargetModules {
 /// The attention's four layers.
 impl Default for TargetModules {
     fn default() -> Self {
-        Self::list([Projection::Q, Projection::K, Projection::V, Projection::O].map(Projection::name))
+        Self::list(["q_proj", "k_proj", "v_proj", "o_proj"])
     }
 }
 

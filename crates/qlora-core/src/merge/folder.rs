@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::safetensors_stream::{SafetensorsStream, disk};
 use crate::source::WeightSource;
 use crate::source::hf::{INDEX, SINGLE};
+use crate::spec::Module;
 
 /// How a model folder is written.
 #[derive(Clone, Debug)]
@@ -61,13 +62,16 @@ pub fn write_folder(
     config_json(options.config_json.as_deref(), source.config(), "float32")?;
     replace_directory(out, |folder| {
         // The order of the model, as transformers writes it.
-        let names: Vec<String> = source.config().tensor_shapes().into_iter().map(|(name, _)| name).collect();
+        let spec = source.config().spec();
+        let names: Vec<String> = spec.tensors().map(|tensor| tensor.name).collect();
+        // Its precision is that of the model.
+        let first_linear = spec.linear().next().map(Module::weight_name);
         check_space(source, folder, out)?;
         let mut writer = Shards::new(folder, options.max_shard_bytes);
         let mut dtype = "float32";
         for (index, name) in names.iter().enumerate() {
             let tensor = source.read(name)?;
-            if name == "model.layers.0.self_attn.q_proj.weight" {
+            if Some(name) == first_linear.as_ref() {
                 dtype = dtype_of(&tensor.data).name();
             }
             writer.tensor(&names[index..], &tensor)?;

@@ -19,8 +19,8 @@ use rayon::slice::ParallelSliceMut;
 use super::update::WeightUpdate;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::lora::linear_modules;
 use crate::source::{PlainTensor, SourceWeight, WeightSource};
+use crate::spec::{EMBEDDING_WEIGHT, Module};
 
 /// Elements of a piece that a thread merges at a time.
 const PIECE: usize = 1 << 20;
@@ -132,7 +132,7 @@ impl<'a> MergedSource<'a> {
             let message = format!("the adapter changes it, but {} has no such tensor", base.path().display());
             return Err(Error::tensor(name, message));
         }
-        let linear = linear_modules(&config).into_iter().map(|module| format!("{}.weight", module.name)).collect();
+        let linear = config.spec().linear().map(Module::weight_name).collect();
         Ok(Self { base, update, into, rounding, config, shapes, linear, targets, changes: Mutex::default() })
     }
 
@@ -172,7 +172,7 @@ impl<'a> MergedSource<'a> {
             (Rounding::Stored, SourceWeight::FourBit(weight)) => weight.source_dtype(),
             // Integers do not say what they were; the tables beside them do.
             (Rounding::Stored, SourceWeight::Int(_)) => {
-                self.base.stored("model.embed_tokens.weight").map_or(Dtype::F32, |stored| stored.dtype)
+                self.base.stored(EMBEDDING_WEIGHT).map_or(Dtype::F32, |stored| stored.dtype)
             }
         };
         let weight: Box<dyn FrozenWeight> = match (weight, self.into) {

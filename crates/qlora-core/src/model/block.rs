@@ -16,7 +16,7 @@
 use qlora_kernels::ops::attention::{self, AttentionConfig, LseOrder};
 use qlora_kernels::ops::linear_group::{Group, Member, Shrunk, margin};
 use qlora_kernels::ops::rms_norm;
-use qlora_kernels::ops::rope::{self, RopeTable};
+use qlora_kernels::ops::rope;
 use qlora_kernels::sequence::Positions;
 use qlora_kernels::{Matrix, SequenceLayout, View, ViewMut, Workspace};
 
@@ -24,6 +24,7 @@ use super::cache::LayerCache;
 use super::mlp::MlpSaved;
 pub use super::policy::{Keep, MemoryPolicy};
 use super::projection::{AdapterPass, Projection};
+use super::stack::Rotation;
 use crate::error::Result;
 
 /// A decoder block with its frozen weights and its adapters' places.
@@ -39,6 +40,8 @@ pub struct Block {
     pub eps: f32,
     /// Heads, their width, scale and window.
     pub attention: AttentionConfig,
+    /// Whether queries and keys are rotated by their position.
+    pub rotary: bool,
     /// Query projection.
     pub q: Projection,
     /// Key projection.
@@ -65,7 +68,7 @@ pub struct Pass<'a> {
     /// The batch's sequences.
     pub layout: &'a SequenceLayout,
     /// Rotation angles by position.
-    pub rope: &'a RopeTable,
+    pub rope: &'a Rotation,
     /// Where memory comes from.
     pub workspace: &'a Workspace,
 }
@@ -313,8 +316,10 @@ impl Block {
             self.renorm("self_attn.k_norm", raw_k, rest.slice_cols(0..qk_width - q_width), pass)?;
             raw = Some(RawQk { qk, rstd_q, rstd_k });
         }
-        let rotated = qkv.view_mut().slice_cols(0..qk_width);
-        rope::forward(rotated, self.attention.head_dim, pass.rope, positions)?;
+        if self.rotary {
+            let rotated = qkv.view_mut().slice_cols(0..qk_width);
+            rope::forward(rotated, self.attention.head_dim, pass.rope.of(self), positions)?;
+        }
         Ok(Qkv { qkv, rstd, raw, s })
     }
 
@@ -374,8 +379,10 @@ impl Block {
         attention::backward(&self.attention, q, k, v, out, lse_view, lse_order, dout, layout, dq, dk, dv, workspace)?;
         drop((dattn, attn, lse, qkv));
         let qk_width = self.q.outputs() + self.k.outputs();
-        let rotated = dqkv.view_mut().slice_cols(0..qk_width);
-        rope::backward(rotated, self.attention.head_dim, pass.rope, layout.positions())?;
+        if self.rotary {
+            let rotated = dqkv.view_mut().slice_cols(0..qk_width);
+            rope::backward(rotated, self.attention.head_dim, pass.rope.of(self), layout.positions())?;
+        }
         if let (Some(raw), Some(weights)) = (raw, &self.qk_norm) {
             self.backward_qk_norm(raw, weights, &mut dqkv, workspace)?;
         }

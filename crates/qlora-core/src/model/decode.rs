@@ -50,7 +50,8 @@ impl<'a> Step<'a> {
     }
 
     /// Runs all blocks.
-    pub(super) fn run(&mut self, stack: &Stack, mut x: Matrix, pass: &Pass) -> Result<Matrix> {
+    pub(super) fn run(&mut self, stack: &Stack, x: Matrix, pass: &Pass) -> Result<Matrix> {
+        let mut x = stack.enter(x)?;
         for (layer, block) in stack.blocks().iter().enumerate() {
             x = block.decode(x, layer, self, pass)?;
         }
@@ -76,7 +77,7 @@ impl Block {
         if self.qk_norm.is_some() {
             self.norm_heads(&mut qkv, pass)?;
         }
-        step.tables.append(layer, &self.attention, qkv.view_mut(), pass.rope)?;
+        step.tables.append(layer, &self.attention, qkv.view_mut(), pass.rope.of(self))?;
         let mut attn = workspace.matrix(tokens, self.q.outputs())?;
         step.tables.attention(layer, &self.attention, qkv.view().slice_cols(0..self.q.outputs()), attn.view_mut())?;
         group!(o, self, o, o);

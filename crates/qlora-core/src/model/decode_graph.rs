@@ -10,7 +10,6 @@ use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
 use qlora_kernels::cuda::decode::TableMemory;
 use qlora_kernels::cuda::{Graph, StepMemory};
-use qlora_kernels::ops::rope::RopeTable;
 use qlora_kernels::tensor::DeviceTensor;
 use qlora_kernels::{Matrix, SequenceLayout};
 
@@ -19,6 +18,7 @@ use super::block::Pass;
 use super::cache::KvCache;
 use super::causal_lm::CausalLm;
 use super::decode::Step;
+use super::stack::Rotation;
 use crate::error::Result;
 
 /// What a model keeps from one step for the next.
@@ -60,7 +60,7 @@ struct Recorded {
     x: Matrix,
     logits: Matrix,
     /// Has the angles that the graph reads.
-    _rope: Arc<RopeTable>,
+    _rope: Arc<Rotation>,
 }
 
 impl DecodeSteps {
@@ -91,7 +91,7 @@ impl CausalLm {
         tokens: &[u32],
         caches: &mut [&mut KvCache],
         layout: &SequenceLayout,
-        rope: &Arc<RopeTable>,
+        rope: &Arc<Rotation>,
         spans: &[Span],
     ) -> Result<Option<Matrix>> {
         let Some(gpu) = self.workspace().gpu() else { return Ok(None) };
@@ -165,7 +165,7 @@ impl CausalLm {
         Ok(logits)
     }
 
-    fn key(&self, sequences: usize, capacity: usize, rope: &Arc<RopeTable>, spans: &[Span]) -> Key {
+    fn key(&self, sequences: usize, capacity: usize, rope: &Arc<Rotation>, spans: &[Span]) -> Key {
         let address = |chosen: &Chosen| match chosen {
             Chosen::Base => 0,
             Chosen::Trained => 1,

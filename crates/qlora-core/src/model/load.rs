@@ -20,9 +20,10 @@ use super::block::{Block, MemoryPolicy};
 use super::causal_lm::CausalLm;
 use super::projection::Projection;
 use super::stack::Stack;
-use crate::config::{CheckpointQuantization, ModelConfig};
+use crate::config::{CheckpointQuantization, ModelConfig, Scalings};
 use crate::error::{Error, Result};
 use crate::source::{WeightSource, again};
+use crate::spec::{BlockSpec, HEAD_WEIGHT, Kind, ModelSpec, Module, Role, Tensor};
 
 /// How the frozen projections are held. A checkpoint that is stored quantized is always held as it is stored, its plain
 /// layers too: with one, [`Quantization::None`] or what it is stored in are the only values that are not refused.
@@ -80,98 +81,98 @@ impl CausalLm {
             tracing::warn!("{remark}");
         }
         let config = source.config();
-        let jobs = jobs(config, offload_embedding);
+        let spec = config.spec();
+        let jobs = jobs(&spec, offload_embedding);
         check_all_used(source, &jobs)?;
         let mut progress = progress;
         let report = |done, total| progress.iter_mut().for_each(|progress| progress(done, total));
         let parts = threads::load(&Context { source, quantization, workspace: &workspace }, jobs, report)?;
-        Assembly { config, parts }.model(offload_embedding, workspace)
+        Assembly { config, spec: &spec, eps: residual_eps(config)?, parts }.model(offload_embedding, workspace)
     }
 }
 
 /// What is left of loading when all tensors are on their device.
 struct Assembly<'a> {
     config: &'a ModelConfig,
+    spec: &'a ModelSpec,
+    eps: f32,
     parts: Parts,
 }
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const FINAL_NORM: &str = "model.norm.weight";
-const HEAD: &str = "lm_head.weight";
-
-/// The tensors of a model in the order in which they are read, without those of a block's biases that are not there.
-fn jobs(config: &ModelConfig, offload_embedding: bool) -> Vec<Job> {
-    let tied_on_device = config.tie_word_embeddings && offload_embedding;
-    let mut jobs = Vec::new();
-    for (name, shape) in config.tensor_shapes() {
-        let place = match (&*name, shape.len()) {
-            (EMBEDDING, _) if offload_embedding => Place::HostTable,
-            (EMBEDDING | HEAD, _) => Place::Table,
-            (_, 1) => Place::Vector,
-            _ => Place::Projection,
-        };
-        jobs.push(Job { name, shape, place });
-    }
-    if tied_on_device {
-        let shape = vec![config.vocab_size, config.hidden_size];
-        jobs.push(Job { name: EMBEDDING.to_owned(), shape, place: Place::Table });
+/// The tensors of a model in the order in which they are read.
+fn jobs(spec: &ModelSpec, offload_embedding: bool) -> Vec<Job> {
+    let place = |tensor: &Tensor| match (tensor.is_weight, tensor.module.role) {
+        (true, Role::Embedding) if offload_embedding => Place::HostTable,
+        (true, role) if role.kind() == Kind::Table => Place::Table,
+        (true, role) if role.kind() == Kind::Linear => Place::Projection,
+        _ => Place::Vector,
+    };
+    let job = |tensor: Tensor| Job { place: place(&tensor), name: tensor.name, shape: tensor.shape };
+    let mut jobs: Vec<Job> = spec.tensors().map(job).collect();
+    // A head that is tied to a table in host memory has its own on the device.
+    if spec.tied && offload_embedding {
+        let (name, shape) = (spec.embedding.weight_name(), spec.embedding.shape.clone());
+        jobs.push(Job { name, shape, place: Place::Table });
     }
     jobs
 }
 
 impl Assembly<'_> {
     fn model(mut self, offload_embedding: bool, workspace: Workspace) -> Result<CausalLm> {
-        let config = self.config;
+        let (config, spec) = (self.config, self.spec);
         let place = if offload_embedding { Place::HostTable } else { Place::Table };
-        let embedding = self.weight(EMBEDDING, place)?;
-        let blocks = (0..config.num_hidden_layers).map(|layer| self.block(layer)).collect::<Result<Vec<_>>>()?;
-        let final_norm = self.vector(FINAL_NORM)?;
-        let head = match (config.tie_word_embeddings, offload_embedding) {
-            (false, _) => self.weight(HEAD, Place::Table)?,
+        let embedding = self.weight(&spec.embedding, place)?;
+        let blocks = spec.blocks.iter().map(|block| self.block(block)).collect::<Result<Vec<_>>>()?;
+        let final_norm = self.vector(&spec.final_norm.weight_name())?;
+        let head = match (spec.tied, offload_embedding) {
+            (false, _) => self.weight(&spec.head, Place::Table)?,
             (true, false) => embedding.clone(),
-            (true, true) => self.weight(EMBEDDING, Place::Table)?,
+            (true, true) => self.weight(&spec.embedding, Place::Table)?,
         };
-        let limit = config.max_position_embeddings;
-        let stack = Stack::new(blocks, final_norm, config.rms_norm_eps, config.rope.clone(), limit)?;
+        let (limit, Scalings { embedding: scale, residual, logits, .. }) =
+            (config.max_position_embeddings, config.scalings);
+        let stack = Stack::new(blocks, final_norm, self.eps, config.rope.clone(), limit)?;
+        let stack = stack.with_scales(scale / residual, 1.0 / logits);
         Ok(CausalLm::new(config.clone(), embedding, head, stack, workspace))
     }
 
-    fn block(&mut self, layer: usize) -> Result<Block> {
-        let config = self.config;
-        let prefix = format!("model.layers.{layer}");
-        let name = |part: &str| format!("{prefix}.{part}");
-        let attention = config.attention(layer);
-        let qk_norm = match config.qk_norm {
-            true => {
-                Some((self.vector(&name("self_attn.q_norm.weight"))?, self.vector(&name("self_attn.k_norm.weight"))?))
-            }
-            false => None,
+    fn block(&mut self, spec: &BlockSpec) -> Result<Block> {
+        let qk_norm = match (spec.get(Role::QueryNorm), spec.get(Role::KeyNorm)) {
+            (Some(query), Some(key)) => Some((self.vector(&query.weight_name())?, self.vector(&key.weight_name())?)),
+            _ => None,
         };
         Ok(Block {
-            input_norm: self.vector(&name("input_layernorm.weight"))?,
-            post_attention_norm: self.vector(&name("post_attention_layernorm.weight"))?,
+            input_norm: self.norm(spec, Role::InputNorm)?,
+            post_attention_norm: self.norm(spec, Role::PostAttentionNorm)?,
             qk_norm,
-            eps: config.rms_norm_eps,
-            attention,
-            q: self.projection(name("self_attn.q_proj"), config.qkv_bias)?,
-            k: self.projection(name("self_attn.k_proj"), config.qkv_bias)?,
-            v: self.projection(name("self_attn.v_proj"), config.qkv_bias)?,
-            o: self.projection(name("self_attn.o_proj"), config.o_bias)?,
-            gate: self.projection(name("mlp.gate_proj"), config.mlp_bias)?,
-            up: self.projection(name("mlp.up_proj"), config.mlp_bias)?,
-            down: self.projection(name("mlp.down_proj"), config.mlp_bias)?,
+            eps: self.eps,
+            attention: spec.attention,
+            rotary: spec.rotary,
+            q: self.projection(spec, Role::Query)?,
+            k: self.projection(spec, Role::Key)?,
+            v: self.projection(spec, Role::Value)?,
+            o: self.projection(spec, Role::Output)?,
+            gate: self.projection(spec, Role::Gate)?,
+            up: self.projection(spec, Role::Up)?,
+            down: self.projection(spec, Role::Down)?,
             policy: MemoryPolicy::default(),
         })
     }
 
-    fn projection(&mut self, name: String, bias: bool) -> Result<Projection> {
-        let weight = self.weight(&format!("{name}.weight"), Place::Projection)?;
-        let bias = bias.then(|| self.vector(&format!("{name}.bias"))).transpose()?;
-        Projection::new(name, weight, bias)
+    fn norm(&mut self, block: &BlockSpec, role: Role) -> Result<Matrix> {
+        self.vector(&part(block, role)?.weight_name())
     }
 
-    fn weight(&mut self, name: &str, place: Place) -> Result<Arc<dyn FrozenWeight>> {
-        match self.parts.remove(&(name.to_owned(), place)) {
+    fn projection(&mut self, block: &BlockSpec, role: Role) -> Result<Projection> {
+        let module = part(block, role)?;
+        let weight = self.weight(module, Place::Projection)?;
+        let bias = module.bias.then(|| self.vector(&module.bias_name())).transpose()?;
+        Projection::new(&module.name, weight, bias)
+    }
+
+    fn weight(&mut self, module: &Module, place: Place) -> Result<Arc<dyn FrozenWeight>> {
+        let name = module.weight_name();
+        match self.parts.remove(&(name.clone(), place)) {
             Some(Loaded::Weight(weight)) => Ok(weight),
             _ => Err(Error::tensor(name, "is not among the tensors of the configuration")),
         }
@@ -185,10 +186,29 @@ impl Assembly<'_> {
     }
 }
 
+/// What the norms add to the mean square of a residual stream that is kept divided by the residual multiplier `m`.
+///
+/// Such a stream needs no multiplier in the blocks: with `z = x / m`, `x + m f(norm(x; eps))` is `z + f(norm(z; eps / m^2))`, as
+/// a norm keeps its value when its input and the root of eps have the same factor. So the residual sums stay where they are
+/// fastest, in the projections, and adapters' gradients are what they are with `x`.
+fn residual_eps(config: &ModelConfig) -> Result<f32> {
+    let multiplier = config.scalings.residual;
+    if multiplier != 1.0 && config.qk_norm {
+        // Their input is no residual stream: they would need an eps of their own.
+        return Err(Error::Unsupported("a residual multiplier together with norms on q and k".to_owned()));
+    }
+    Ok(config.rms_norm_eps / (multiplier * multiplier))
+}
+
+/// The module of a block that this decoder cannot run without.
+fn part(block: &BlockSpec, role: Role) -> Result<&Module> {
+    block.get(role).ok_or_else(|| Error::Unsupported(format!("{}: a block without {role:?}", block.name)))
+}
+
 /// A tensor that nothing reads means that the model is not what its configuration says.
 fn check_all_used(source: &dyn WeightSource, jobs: &[Job]) -> Result<()> {
     let tied = source.config().tie_word_embeddings;
-    let harmless = |name: &str| name.ends_with("rotary_emb.inv_freq") || (tied && name == HEAD);
+    let harmless = |name: &str| name.ends_with("rotary_emb.inv_freq") || (tied && name == HEAD_WEIGHT);
     let used: std::collections::HashSet<_> = jobs.iter().map(|job| &job.name).collect();
     let unused: Vec<_> = source.names().into_iter().filter(|name| !used.contains(name) && !harmless(name)).collect();
     if unused.is_empty() {

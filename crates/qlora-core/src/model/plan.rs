@@ -20,9 +20,8 @@ mod search;
 mod sizes;
 mod speed;
 
+use std::collections::HashMap;
 use std::fmt;
-
-use qlora_kernels::ops::linear_group::margin;
 
 use self::cost::BlockCost;
 use self::sizes::Sizes;
@@ -30,7 +29,6 @@ pub use self::speed::ExpectedSpeed;
 use super::block::Block;
 use super::causal_lm::CausalLm;
 use super::policy::Keep;
-use super::projection::Projection;
 #[cfg(feature = "cuda")]
 use crate::card::Card;
 use crate::card::Rates;
@@ -173,30 +171,15 @@ impl Planner {
     /// # Errors
     /// If the model has no block.
     pub fn new(model: &CausalLm, batch: BatchShape, attention: AttentionWorkspace, resident: u64) -> Result<Self> {
-        let stack = model.stack();
-        let first = stack.blocks().first().ok_or_else(|| Error::Invalid("the model has no block".into()))?;
-        let mut sizes = Sizes {
-            tokens: batch.tokens as u64,
-            trained: batch.trained_tokens as u64,
-            size: model.workspace().dtype().size() as u64,
-            hidden: model.config().hidden_size as u64,
-            vocab: model.config().vocab_size as u64,
-            q: first.q.outputs() as u64,
-            qkv: (first.q.outputs() + first.k.outputs() + first.v.outputs()) as u64,
-            mlp: first.gate.outputs() as u64,
-            heads: first.attention.heads as u64,
-            qk_norm: first.qk_norm.is_some(),
-            rp: [0; 4],
-            attention,
-        };
-        for block in stack.blocks() {
-            for (rp, group) in sizes.rp.iter_mut().zip(groups(block)) {
-                *rp = (*rp).max(margin(group.iter().map(|projection| projection.slot())) as u64);
-            }
+        if model.stack().blocks().is_empty() {
+            return Err(Error::Invalid("the model has no block".into()));
         }
-        let lowest = stack.blocks().iter().position(Block::is_trained).unwrap_or(stack.blocks().len());
-        let len = (batch.tokens / batch.sequences.max(1)) as u64;
-        Ok(Self { layers: stack.blocks().len(), lowest, len, sizes, resident, host: u64::MAX, rates: Rates::default() })
+        let projections = || model.stack().blocks().iter().flat_map(Block::projections);
+        let ranks: HashMap<&str, usize> =
+            projections().map(|p| (p.name(), p.slot().map_or(0, |slot| slot.rank))).collect();
+        let rank = |module: &str| ranks.get(module).copied().unwrap_or(0);
+        let dtype = model.workspace().dtype();
+        Ok(Self::of_spec(&model.config().spec(), rank, dtype, batch, attention, resident))
     }
 
     /// For a model on a GPU, asked for what its attention takes. `more` is what will stay on the device besides what is
@@ -332,10 +315,6 @@ pub fn available_memory() -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
-}
-
-fn groups(block: &Block) -> [Vec<&Projection>; 4] {
-    [vec![&block.q, &block.k, &block.v], vec![&block.o], vec![&block.gate, &block.up], vec![&block.down]]
 }
 
 impl CausalLm {

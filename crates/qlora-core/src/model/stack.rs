@@ -1,12 +1,13 @@
 //! The decoder stack: all blocks and the final norm, forward and backward as plain functions.
 //!
-//! `x [tokens, hidden]` is the embedding's output, the result is the final norm's output. The candle node over it is in
+//! `x [tokens, hidden]` is the embedding's output, the result is what the head reads: the final norm's output. Both can have a
+//! factor ([`Stack::with_scales`]). The candle node over it is in
 //! [`crate::autograd::stack`]; the trainer calls it directly.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use qlora_kernels::ops::rms_norm;
 use qlora_kernels::ops::rope::{RopeConfig, RopeTable};
+use qlora_kernels::ops::{rms_norm, scale};
 use qlora_kernels::sequence::Positions;
 use qlora_kernels::{Matrix, ViewMut, Workspace};
 
@@ -23,6 +24,8 @@ pub struct Stack {
     eps: f32,
     keep: Vec<Keep>,
     rope: RopeTables,
+    /// Factors of the input and of the output.
+    scales: [f32; 2],
 }
 
 /// What a forward of the stack keeps for its backward.
@@ -33,6 +36,29 @@ pub struct SavedStack {
     rstd: Matrix,
 }
 
+/// The rotation tables of a pass.
+#[derive(Debug)]
+pub struct Rotation {
+    angles: Arc<RopeTable>,
+    /// For blocks that are not rotated, where a kernel needs a table.
+    identity: Option<Arc<RopeTable>>,
+}
+
+impl Rotation {
+    /// The angles by position.
+    pub fn angles(&self) -> &Arc<RopeTable> {
+        &self.angles
+    }
+
+    /// The table for a kernel that rotates in any case.
+    pub(super) fn of(&self, block: &Block) -> &RopeTable {
+        match &self.identity {
+            Some(identity) if !block.rotary => identity,
+            _ => &self.angles,
+        }
+    }
+}
+
 /// Rotation angles, made as far as the sequences need them: a table to the longest position a model allows would take
 /// more memory than a small model.
 #[derive(Debug)]
@@ -40,7 +66,9 @@ struct RopeTables {
     config: RopeConfig,
     head_dim: usize,
     limit: usize,
-    current: Mutex<Option<Arc<RopeTable>>>,
+    /// Whether some block is not rotated.
+    identity: bool,
+    current: Mutex<Option<Arc<Rotation>>>,
 }
 
 impl Stack {
@@ -50,9 +78,21 @@ impl Stack {
             return Err(Error::Invalid("a decoder needs at least one block".into()));
         };
         let head_dim = first.attention.head_dim;
-        let rope = RopeTables { config: rope, head_dim, limit, current: Mutex::new(None) };
+        let identity = blocks.iter().any(|block| !block.rotary);
+        let rope = RopeTables { config: rope, head_dim, limit, identity, current: Mutex::new(None) };
         let keep = vec![Keep::Everything; blocks.len()];
-        Ok(Self { blocks, final_norm, eps, keep, rope })
+        Ok(Self { blocks, final_norm, eps, keep, rope, scales: [1.0; 2] })
+    }
+
+    /// The same stack with its input multiplied by `input` and its output by `output`.
+    pub fn with_scales(self, input: f32, output: f32) -> Self {
+        Self { scales: [input, output], ..self }
+    }
+
+    /// What the first block reads, from the embedding's output.
+    pub(super) fn enter(&self, mut x: Matrix) -> Result<Matrix> {
+        scale::in_place(x.view_mut(), self.scales[0])?;
+        Ok(x)
     }
 
     /// The blocks, from the embedding up.
@@ -92,16 +132,17 @@ impl Stack {
         &self.keep
     }
 
-    /// The angles for sequences of up to `tokens` tokens.
+    /// The rotation for sequences of up to `tokens` tokens.
     ///
     /// # Errors
     /// If that is longer than the model allows.
-    pub fn rope(&self, tokens: usize) -> Result<Arc<RopeTable>> {
+    pub fn rope(&self, tokens: usize) -> Result<Arc<Rotation>> {
         self.rope.up_to(tokens)
     }
 
     /// Without a backward.
-    pub fn infer(&self, mut x: Matrix, pass: &Pass) -> Result<Matrix> {
+    pub fn infer(&self, x: Matrix, pass: &Pass) -> Result<Matrix> {
+        let mut x = self.enter(x)?;
         for block in &self.blocks {
             x = block.forward(x, pass, Keep::Nothing)?.0;
         }
@@ -111,11 +152,12 @@ impl Stack {
     /// The next tokens of several sequences, as `pass.layout` cuts them; the earlier ones of each are in its cache.
     pub fn infer_cached(
         &self,
-        mut x: Matrix,
+        x: Matrix,
         positions: &Positions,
         caches: &mut [&mut KvCache],
         pass: &Pass,
     ) -> Result<Matrix> {
+        let mut x = self.enter(x)?;
         for (index, block) in self.blocks.iter().enumerate() {
             let mut layers: Vec<_> = caches.iter_mut().map(|cache| cache.layer_mut(index)).collect();
             x = block.forward_cached(x, positions, &mut layers, pass)?;
@@ -124,7 +166,8 @@ impl Stack {
     }
 
     /// With what [`Self::backward`] needs. With `needs_dx`, the backward reaches the input.
-    pub fn forward(&self, mut x: Matrix, pass: &Pass, needs_dx: bool) -> Result<(Matrix, SavedStack)> {
+    pub fn forward(&self, x: Matrix, pass: &Pass, needs_dx: bool) -> Result<(Matrix, SavedStack)> {
+        let mut x = self.enter(x)?;
         let lowest = self.lowest_with_backward(needs_dx);
         let mut saved = Checkpoints::new(self.blocks.len());
         for (index, block) in self.blocks.iter().enumerate() {
@@ -134,7 +177,8 @@ impl Stack {
             x = y;
         }
         saved.settle()?;
-        let (normed, rstd) = self.norm(&x, pass.workspace)?;
+        let (mut normed, rstd) = self.norm(&x, pass.workspace)?;
+        scale::in_place(normed.view_mut(), self.scales[1])?;
         Ok((normed, SavedStack { blocks: saved, last: x, rstd }))
     }
 
@@ -142,7 +186,7 @@ impl Stack {
     pub fn backward(
         &self,
         saved: SavedStack,
-        dy: Matrix,
+        mut dy: Matrix,
         pass: &Pass,
         mut gradient: ViewMut,
         needs_dx: bool,
@@ -151,6 +195,7 @@ impl Stack {
         let lowest = self.lowest_with_backward(needs_dx);
         let margin = self.blocks.iter().map(Block::residual_margin).max().unwrap_or(0);
         let mut dx = pass.workspace.with_margin(last.rows(), last.cols(), margin)?;
+        scale::in_place(dy.view_mut(), self.scales[1])?;
         rms_norm::backward(last.view(), self.final_norm.view(), rstd.view(), dy.view(), dx.view_mut(), false)?;
         drop((last, rstd, dy));
         let mut dx = Some(dx);
@@ -158,7 +203,9 @@ impl Stack {
             let (Some(kept), Some(dy)) = (saved.pop()?, dx.take()) else { break };
             dx = block.backward(kept, dy, pass, gradient.reborrow(), index > lowest || needs_dx)?;
         }
-        Ok(dx.filter(|_| needs_dx))
+        let Some(mut dx) = dx.filter(|_| needs_dx) else { return Ok(None) };
+        scale::in_place(dx.view_mut(), self.scales[0])?;
+        Ok(Some(dx))
     }
 
     /// The first block whose backward anything needs.
@@ -175,6 +222,7 @@ impl Stack {
         if let Some(rows) = pass.adapter.and_then(|adapter| adapter.rows) {
             rows.renorm(|| "model.norm".to_owned(), x.view(), self.eps, normed.view_mut(), pass.workspace)?;
         }
+        scale::in_place(normed.view_mut(), self.scales[1])?;
         Ok(normed)
     }
 
@@ -187,7 +235,7 @@ impl Stack {
 }
 
 impl RopeTables {
-    fn up_to(&self, tokens: usize) -> Result<Arc<RopeTable>> {
+    fn up_to(&self, tokens: usize) -> Result<Arc<Rotation>> {
         if tokens > self.limit {
             return Err(Error::Invalid(format!(
                 "a sequence of {tokens} tokens is longer than the model's max_position_embeddings ({})",
@@ -195,12 +243,17 @@ impl RopeTables {
             )));
         }
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(table) = current.as_ref().filter(|table| table.max_positions() >= tokens) {
-            return Ok(table.clone());
+        if let Some(rotation) = current.as_ref().filter(|rotation| rotation.angles.max_positions() >= tokens) {
+            return Ok(rotation.clone());
         }
         let size = tokens.next_power_of_two().clamp(256, self.limit.max(256));
-        let table = Arc::new(RopeTable::new(&self.config, self.head_dim, size)?);
-        *current = Some(table.clone());
-        Ok(table)
+        let angles = Arc::new(RopeTable::new(&self.config, self.head_dim, size)?);
+        let identity = match self.identity {
+            true => Some(Arc::new(RopeTable::identity(self.head_dim, size)?)),
+            false => None,
+        };
+        let rotation = Arc::new(Rotation { angles, identity });
+        *current = Some(rotation.clone());
+        Ok(rotation)
     }
 }

@@ -1,13 +1,13 @@
 //! Llama-style models in GGUF files (llama.cpp).
 //!
-//! Read are the architectures `llama` (which is also how Mistral models are written), `qwen2` and `qwen3`, with weights
+//! Read are the architectures of [`Architecture`](crate::config::Architecture) (Mistral models are written as `llama`), with weights
 //! of the types that candle dequantizes, and IQ4_NL and IQ4_XS. Tensors are named and ordered as Hugging Face's; the configuration, tokenizer
 //! and chat template come from the metadata.
 
 mod config;
 mod header;
 mod iq4;
-pub(crate) mod names;
+pub(crate) mod rows;
 pub(crate) mod split;
 mod types;
 mod vocabulary;
@@ -46,6 +46,8 @@ pub struct Gguf {
     config: ModelConfig,
     // Hugging Face's name to the index in `header.tensors`.
     tensors: BTreeMap<String, usize>,
+    // Hugging Face's names of the tensors whose rows are interleaved, and the number of their heads.
+    interleaved: BTreeMap<String, usize>,
 }
 
 impl Gguf {
@@ -61,16 +63,22 @@ impl Gguf {
         let mut header = Header::parse(&file).map_err(|e| Error::format(&path, e))?;
         let rest = split::open_rest(&path, &mut header)?;
         let config = config::model_config(&header, &file, &rest, &path)?;
+        let spec = config.spec();
+        let names = spec.by_gguf_name();
+        let interleaved = spec.tensors().filter_map(|tensor| Some((tensor.name, tensor.module.interleaved_heads?)));
+        let interleaved = interleaved.collect();
         let mut tensors = BTreeMap::new();
         for (index, tensor) in header.tensors.iter().enumerate() {
             if config::is_rope_table(&tensor.name) {
                 continue;
             }
-            let Some(name) = names::hugging_face(&tensor.name) else {
+            let Some(name) = names.get(&tensor.name).cloned() else {
                 return Err(Error::tensor(
                     &tensor.name,
                     format!(
-                        "not a tensor of a Llama-style decoder, in {}; this model is not supported",
+                        "not a tensor of a {} model of {} blocks, in {}; this model is not supported",
+                        config.architecture.gguf_name(),
+                        config.num_hidden_layers,
                         path.display()
                     ),
                 ));
@@ -86,7 +94,7 @@ impl Gguf {
             }
             tensors.insert(name, index);
         }
-        let source = Self { path, file, rest, header, config, tensors };
+        let source = Self { path, file, rest, header, config, tensors, interleaved };
         check_tensors(&source)?;
         Ok(source)
     }
@@ -148,8 +156,8 @@ impl WeightSource for Gguf {
     }
 
     fn block_type(&self) -> Option<&'static str> {
-        let linear = crate::lora::linear_modules(&self.config);
-        let kinds = linear.iter().filter_map(|module| self.tensors.get(&format!("{}.weight", module.name)));
+        let spec = self.config.spec();
+        let kinds = spec.linear().filter_map(|module| self.tensors.get(&module.weight_name()));
         let mut counts: BTreeMap<&'static str, usize> = BTreeMap::new();
         let (mut few, mut all) = (0, 0);
         for &index in kinds {
@@ -176,8 +184,8 @@ impl WeightSource for Gguf {
         let file = if info.part == 0 { &self.file } else { &self.rest[info.part - 1].file };
         let mut data = info.kind.decode(&file[info.bytes.clone()])?;
         file.forget(info.bytes.clone());
-        if let Some(heads) = names::permuted_heads(name, &self.config) {
-            names::unpermute(&mut data, heads, self.config.head_dim);
+        if let Some(&heads) = self.interleaved.get(name) {
+            rows::unpermute(&mut data, heads, self.config.head_dim);
         }
         Ok(PlainTensor { data, shape: info.shape.clone() })
     }

@@ -15,13 +15,12 @@ use super::{
 use crate::config::{CheckpointQuantization, ModelConfig};
 use crate::error::{Error, Result};
 use crate::file::{self, LARGE, SMALL};
+use crate::spec::HEAD_WEIGHT as HEAD;
 
 /// The one file of a model that is not sharded.
 pub(crate) const SINGLE: &str = "model.safetensors";
 /// The file that says which shard holds which tensor.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
-
-const HEAD: &str = "lm_head.weight";
 
 /// A model folder in Hugging Face's layout, in bf16, f16 or f32, or quantized by one of the methods of
 /// [`CheckpointQuantization`].

@@ -19,10 +19,7 @@ use super::StoredTensor;
 use super::shard::Shard;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::lora::linear_modules;
-
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
+use crate::spec::{EMBEDDING_WEIGHT as EMBEDDING, HEAD_WEIGHT as HEAD};
 
 /// Gives the tensors of a model that was saved without its head (`LlamaModel`) the names that they have with one.
 pub(super) fn name_as_with_a_head(shards: &mut [Shard], tensors: &mut BTreeMap<String, usize>) {
@@ -136,7 +133,8 @@ pub(super) fn plain_without_reason(
     // bitsandbytes' list, and AWQ's.
     let lists = ["llm_int8_skip_modules", "modules_to_not_convert"].map(|key| quantization[key].as_array());
     let skipped: Vec<&str> = lists.into_iter().flatten().flatten().filter_map(Value::as_str).collect();
-    let modules = linear_modules(config).into_iter().map(|module| module.name);
+    let modules = config.spec();
+    let modules = modules.linear().map(|module| module.name.clone());
     modules
         .filter(|module| !is_packed(&format!("{module}.weight")) && !skipped.iter().any(|entry| names(entry, module)))
         .collect()

@@ -21,6 +21,7 @@ use super::PlainTensor;
 use super::shard::Shard;
 use crate::config::{CheckpointQuantization, ModelConfig};
 use crate::error::{Error, Result};
+use crate::spec::Role;
 
 /// A weight as a source holds it.
 #[derive(Clone, Debug)]
@@ -153,12 +154,10 @@ pub(super) fn find(
     quantization: &CheckpointQuantization,
 ) -> Result<(BTreeMap<String, Packed>, Vec<String>)> {
     let (mut packed, mut parts) = (BTreeMap::new(), Vec::new());
-    for (name, shape) in config.tensor_shapes() {
-        let (&[rows, cols], Some(module)) = (&*shape, name.strip_suffix(".weight")) else { continue };
-        if name == "model.embed_tokens.weight" {
-            continue;
-        }
-        let shape = [rows, cols];
+    let spec = config.spec();
+    for described in spec.modules().filter(|module| module.role != Role::Embedding) {
+        let &[rows, cols] = &*described.shape else { continue };
+        let (module, shape) = (&*described.name, [rows, cols]);
         let found = match quantization {
             CheckpointQuantization::Bnb4bit => {
                 bnb4::find(raw, module, shape)?.map(|(state, parts)| (Kind::Bnb4(state), parts))
@@ -176,26 +175,16 @@ pub(super) fn find(
         let Some((kind, mut own)) = found else { continue };
         let shard = raw.tensors[&own[0]];
         // AutoGPTQ and AutoAWQ write a bias of zeros for layers that have none.
-        let bias = format!("{module}.bias");
-        let unused = raw.has(&bias) && !config_has(config, &bias);
+        let bias = described.bias_name();
+        let unused = raw.has(&bias) && !described.bias;
         if unused && matches!(kind, Kind::Gptq(_) | Kind::Awq { .. }) && raw.f32(&bias)?.iter().all(|x| *x == 0.0) {
             own.push(bias);
         }
         let bytes = own.iter().map(|part| raw.bytes(part).map_or(0, |bytes| bytes.len() as u64)).sum();
         parts.append(&mut own);
-        packed.insert(name, Packed { shape, shard, bytes, kind });
+        packed.insert(described.weight_name(), Packed { shape, shard, bytes, kind });
     }
     Ok((packed, parts))
-}
-
-/// Whether the configuration gives a layer this bias.
-fn config_has(config: &ModelConfig, bias: &str) -> bool {
-    match bias.trim_end_matches(".bias").rsplit('.').next() {
-        Some("q_proj" | "k_proj" | "v_proj") => config.qkv_bias,
-        Some("o_proj") => config.o_bias,
-        Some("gate_proj" | "up_proj" | "down_proj") => config.mlp_bias,
-        _ => false,
-    }
 }
 
 /// Reads one quantized layer; `name` is that of its weight.

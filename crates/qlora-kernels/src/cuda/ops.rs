@@ -278,6 +278,14 @@ pub(crate) fn fill(y: CudaViewMut, value: f32) -> Result<()> {
     })
 }
 
+/// `y *= factor`.
+pub(crate) fn scale(op: &'static str, y: CudaViewMut, factor: f32) -> Result<()> {
+    // SAFETY: the window is live.
+    y.gpu().launch(op, |stream| unsafe {
+        ffi::qlora_scale(y.dtype().code(), y.ptr() as *mut _, y.ld(), y.rows() as i64, y.cols() as i64, factor, stream)
+    })
+}
+
 /// `y += x`.
 pub(crate) fn add(op: &'static str, x: CudaView, y: CudaViewMut) -> Result<()> {
     let dtype = same_dtype(op, &[x.dtype(), y.dtype()])?;

@@ -17,4 +17,5 @@ pub mod lora_linear;
 pub mod matmul;
 pub mod rms_norm;
 pub mod rope;
+pub mod scale;
 pub mod swiglu;

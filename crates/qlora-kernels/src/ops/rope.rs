@@ -113,6 +113,27 @@ impl RopeTable {
         })
     }
 
+    /// The table that turns nothing, for layers without rotary embedding where a kernel needs one: cos is 1 and sin is 0, so
+    /// that every element stays what it is.
+    ///
+    /// # Errors
+    /// If `head_dim` is odd or 0.
+    pub fn identity(head_dim: usize, max_positions: usize) -> Result<Self> {
+        if head_dim == 0 || !head_dim.is_multiple_of(2) {
+            return Err(Error::invalid("rope", format!("head_dim is {head_dim}; it must be even and positive")));
+        }
+        let half = head_dim / 2;
+        Ok(Self {
+            cos: vec![1.0; max_positions * half],
+            sin: vec![0.0; max_positions * half],
+            inverse_frequencies: vec![0.0; half],
+            attention_factor: 1.0,
+            max_positions,
+            #[cfg(feature = "cuda")]
+            device: Default::default(),
+        })
+    }
+
     /// Cos and sin on a GPU, `[max_positions, head_dim / 2]` each.
     #[cfg(feature = "cuda")]
     pub(crate) fn on_device(&self, gpu: &crate::cuda::Gpu) -> Result<[&crate::cuda::Buffer; 2]> {
@@ -350,6 +371,16 @@ mod tests {
             }
         }
         y
+    }
+
+    #[test]
+    fn the_identity_table_changes_nothing() {
+        let table = RopeTable::identity(6, 40).unwrap();
+        let before: Vec<f32> = (0..3 * 12).map(|i| (i as f32 * 0.7).sin()).collect();
+        let mut x = before.clone();
+        forward(ViewMut::new(&mut x, 3, 12), 6, &table, &vec![0, 17, 39].into()).unwrap();
+        assert_eq!(x, before);
+        assert!(RopeTable::identity(5, 40).is_err() && RopeTable::identity(0, 40).is_err());
     }
 
     #[test]

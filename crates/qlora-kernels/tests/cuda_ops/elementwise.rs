@@ -1,9 +1,9 @@
-//! Rotary embedding, SwiGLU and the token embedding.
+//! Rotary embedding, SwiGLU, scaling and the token embedding.
 
 use std::sync::Arc;
 
 use qlora_kernels::ops::rope::{self, RopeConfig, RopeScaling, RopeTable};
-use qlora_kernels::ops::{embedding, swiglu};
+use qlora_kernels::ops::{embedding, scale, swiglu};
 use qlora_kernels::quant::{QuantConfig, QuantType};
 use qlora_kernels::sequence::Positions;
 use qlora_kernels::weight::{FrozenWeight, PlainWeight};
@@ -18,6 +18,24 @@ fn one_rounding(dtype: Dtype) -> f64 {
         Dtype::Bf16 => 1.0 / 256.0,
         Dtype::F16 => 1.0 / 2048.0,
     }
+}
+
+#[test]
+fn scale_agrees_with_the_cpu() {
+    let Some(device) = gpu() else { return };
+    let mut report = Report::with_tolerance("scale", one_rounding);
+    for dtype in DTYPES {
+        for (rows, cols) in [(1, 1), (5, 48), (3, 7), (130, 2048)] {
+            for gap in GAPS {
+                report.compare(&device, dtype, &format!("{rows} x {cols}, gap {gap}"), |side| {
+                    let mut y = side.input(rows, cols, gap);
+                    scale::in_place(y.view_mut(), 0.22)?;
+                    Ok(vec![output("y", y.to_vec())])
+                });
+            }
+        }
+    }
+    report.finish();
 }
 
 #[test]

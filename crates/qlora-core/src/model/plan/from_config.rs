@@ -6,7 +6,8 @@ use super::sizes::Sizes;
 use super::{AttentionWorkspace, BatchShape, Planner};
 use crate::card::Rates;
 use crate::config::ModelConfig;
-use crate::lora::{AdapterLayout, Projection};
+use crate::lora::AdapterLayout;
+use crate::spec::{ModelSpec, Module, Role};
 
 impl Planner {
     /// For a model of this configuration with an adapter of this layout, computing in `dtype`. `resident` counts what is on
@@ -20,38 +21,59 @@ impl Planner {
         attention: AttentionWorkspace,
         resident: u64,
     ) -> Self {
-        let rank = |layer: usize, projection: Projection| {
-            layout.get(&projection.module_name(layer)).map_or(0, |pair| pair.rank())
-        };
-        use Projection::{Down, Gate, K, O, Q, Up, V};
-        let groups: [&[Projection]; 4] = [&[Q, K, V], &[O], &[Gate, Up], &[Down]];
-        let mut rp = [0u64; 4];
-        for layer in 0..config.num_hidden_layers {
+        Self::of_spec(
+            &config.spec(),
+            |module| layout.get(module).map_or(0, |pair| pair.rank()),
+            dtype,
+            batch,
+            attention,
+            resident,
+        )
+    }
+
+    /// For a model of this specification; `rank` gives the rank of a module's adapter, 0 where it has none.
+    pub(super) fn of_spec(
+        spec: &ModelSpec,
+        rank: impl Fn(&str) -> usize,
+        dtype: Dtype,
+        batch: BatchShape,
+        attention: AttentionWorkspace,
+        resident: u64,
+    ) -> Self {
+        let groups: [&[Role]; 4] =
+            [&[Role::Query, Role::Key, Role::Value], &[Role::Output], &[Role::Gate, Role::Up], &[Role::Down]];
+        let (mut rp, mut lowest) = ([0u64; 4], None);
+        for (layer, block) in spec.blocks.iter().enumerate() {
             for (rp, group) in rp.iter_mut().zip(groups) {
-                let ranks: usize = group.iter().map(|&projection| rank(layer, projection)).sum();
+                let ranks: usize =
+                    group.iter().filter_map(|&role| block.get(role)).map(|module| rank(&module.name)).sum();
                 // As `linear_group::margin`.
                 *rp = (*rp).max(ranks.next_multiple_of(8) as u64);
             }
+            if lowest.is_none() && block.linear().any(|module| rank(&module.name) > 0) {
+                lowest = Some(layer);
+            }
         }
-        let trained = |&layer: &usize| Projection::ALL.iter().any(|&projection| rank(layer, projection) > 0);
-        let lowest = (0..config.num_hidden_layers).find(trained).unwrap_or(config.num_hidden_layers);
-        let outputs = |projection: Projection| projection.shape(config).0 as u64;
+        let layers = spec.blocks.len();
+        // Blocks differ in their windows and rotation, which take no memory.
+        let first = spec.blocks.first();
+        let outputs = |role| first.and_then(|block| block.get(role)).map_or(0, Module::rows) as u64;
         let sizes = Sizes {
             tokens: batch.tokens as u64,
             trained: batch.trained_tokens as u64,
             size: dtype.size() as u64,
-            hidden: config.hidden_size as u64,
-            vocab: config.vocab_size as u64,
-            q: outputs(Q),
-            qkv: outputs(Q) + outputs(K) + outputs(V),
-            mlp: outputs(Gate),
-            heads: config.num_attention_heads as u64,
-            qk_norm: config.qk_norm,
+            hidden: spec.embedding.cols() as u64,
+            vocab: spec.embedding.rows() as u64,
+            q: outputs(Role::Query),
+            qkv: outputs(Role::Query) + outputs(Role::Key) + outputs(Role::Value),
+            mlp: outputs(Role::Gate),
+            heads: first.map_or(0, |block| block.attention.heads) as u64,
+            qk_norm: first.is_some_and(|block| block.get(Role::QueryNorm).is_some()),
             rp,
             attention,
         };
         let len = (batch.tokens / batch.sequences.max(1)) as u64;
-        Self { layers: config.num_hidden_layers, lowest, len, sizes, resident, host: u64::MAX, rates: Rates::default() }
+        Self { layers, lowest: lowest.unwrap_or(layers), len, sizes, resident, host: u64::MAX, rates: Rates::default() }
     }
 }
 

@@ -7,11 +7,12 @@ use qlora_kernels::ops::rope::{RopeConfig, RopeScaling};
 use super::header::{Header, Parse, TensorInfo};
 use super::split::Part;
 use super::types::GgmlType;
-use crate::config::{Architecture, MAX_LAYERS, ModelConfig};
+use crate::config::{Architecture, MAX_LAYERS, ModelConfig, Scalings};
 use crate::error::{Error, Result};
+use crate::spec::gguf::{Metadata, Problem};
 
-/// Metadata (after the architecture's prefix) that changes the computation in a way the decoder does not know. Allowed
-/// where it is 0 or false.
+/// Metadata (after the architecture's prefix) that changes the computation in a way the decoder does not know, unless the
+/// architecture reads it. Allowed where it is 0 or false.
 const UNSUPPORTED: [&str; 17] = [
     "attention.clamp_kqv",
     "attention.max_alibi_bias",
@@ -41,17 +42,15 @@ pub(super) fn model_config(header: &Header, file: &[u8], rest: &[Part], path: &P
     let format = |message: String| Error::format(path, message);
     let prefix = header.str("general.architecture", file).map_err(format)?;
     let prefix = prefix.ok_or_else(|| format("metadata general.architecture is missing".to_owned()))?;
-    let architecture = match prefix {
-        "llama" => Architecture::Llama,
-        "qwen2" => Architecture::Qwen2,
-        "qwen3" => Architecture::Qwen3,
-        other => {
-            let message = format!("architecture \"{other}\" in {} (supported: llama, qwen2, qwen3)", path.display());
-            return Err(Error::Unsupported(message));
-        }
+    let Some(architecture) = Architecture::of_gguf(prefix) else {
+        let mut names: Vec<&str> = Architecture::ALL.iter().map(|known| known.gguf_name()).collect();
+        names.dedup();
+        let message = format!("architecture \"{prefix}\" in {} (supported: {})", path.display(), names.join(", "));
+        return Err(Error::Unsupported(message));
     };
     let meta = Meta { header, rest, prefix };
-    for key in UNSUPPORTED {
+    let own_keys = architecture.definition().own_gguf_keys();
+    for key in UNSUPPORTED.into_iter().filter(|key| !own_keys.contains(key)) {
         if meta.is_set(key) {
             return Err(Error::Unsupported(format!("metadata {prefix}.{key}, in {}", path.display())));
         }
@@ -64,28 +63,23 @@ pub(super) fn model_config(header: &Header, file: &[u8], rest: &[Part], path: &P
     Ok(config)
 }
 
-enum Problem {
-    Format(String),
-    Unsupported(String),
-}
-
-impl From<String> for Problem {
-    fn from(message: String) -> Self {
-        Self::Format(message)
-    }
-}
-
 struct Meta<'a> {
     header: &'a Header,
     rest: &'a [Part],
     prefix: &'a str,
 }
 
-impl Meta<'_> {
+impl Metadata for Meta<'_> {
     fn key(&self, key: &str) -> String {
         format!("{}.{key}", self.prefix)
     }
 
+    fn f64(&self, key: &str) -> Parse<Option<f64>> {
+        self.header.f64(&self.key(key))
+    }
+}
+
+impl Meta<'_> {
     /// Whether a key is there and neither 0 nor false; a value of another type counts.
     fn is_set(&self, key: &str) -> bool {
         let key = self.key(key);
@@ -147,9 +141,6 @@ impl Meta<'_> {
         let has = |name: &str| self.tensor(name).is_some();
         let max_position_embeddings = self.required("context_length")?;
         let window = self.usize("attention.sliding_window")?.filter(|window| *window > 0);
-        if window.is_some() && architecture != Architecture::Llama {
-            return Err(Problem::Unsupported(format!("metadata {}", self.key("attention.sliding_window"))));
-        }
         let token = |key: &str| -> Parse<Option<u32>> {
             let id = self.header.u64(&format!("tokenizer.ggml.{key}"))?;
             Ok(id.and_then(|id| u32::try_from(id).ok()).filter(|id| (*id as usize) < vocab_size))
@@ -158,8 +149,8 @@ impl Meta<'_> {
         for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
             eos_token_ids.extend(token(key)?.filter(|id| !eos_token_ids.contains(id)));
         }
-        let eps = self.header.f64(&self.key("attention.layer_norm_rms_epsilon"))?;
-        Ok(ModelConfig {
+        let eps = self.f64("attention.layer_norm_rms_epsilon")?;
+        let mut config = ModelConfig {
             architecture,
             vocab_size,
             hidden_size,
@@ -174,18 +165,22 @@ impl Meta<'_> {
             rope: self.rope(file, head_dim, max_position_embeddings)?,
             max_position_embeddings,
             sliding_window: vec![window; layers],
+            without_rope: Vec::new(),
+            scalings: Scalings::default(),
             tie_word_embeddings: !has("output.weight"),
-            qkv_bias: architecture == Architecture::Qwen2 || has("blk.0.attn_q.bias"),
+            qkv_bias: has("blk.0.attn_q.bias"),
             o_bias: has("blk.0.attn_output.bias"),
             mlp_bias: has("blk.0.ffn_gate.bias"),
-            qk_norm: architecture == Architecture::Qwen3,
+            qk_norm: false,
             bos_token_id: token("bos_token_id")?,
             eos_token_ids,
-        })
+        };
+        architecture.definition().read_gguf(self, &mut config)?;
+        Ok(config)
     }
 
     fn rope(&self, file: &[u8], head_dim: usize, max_positions: usize) -> std::result::Result<RopeConfig, Problem> {
-        let number = |key: &str| self.header.f64(&self.key(key));
+        let number = |key: &str| self.f64(key);
         let theta = number("rope.freq_base")?.unwrap_or(10_000.0);
         if !(theta.is_finite() && theta > 1.0) {
             return Err(Problem::Format(format!("metadata {} is {theta}", self.key("rope.freq_base"))));

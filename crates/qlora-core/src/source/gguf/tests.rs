@@ -9,7 +9,7 @@ use qlora_kernels::ops::rope::RopeScaling;
 use qlora_kernels::weight::PlainData;
 
 use super::*;
-use crate::config::Architecture;
+use crate::config::{Architecture, Scalings};
 
 const HEADS: usize = 2;
 const HEAD_DIM: usize = 8;
@@ -118,7 +118,7 @@ fn scaling(model: &Model) -> Option<RopeScaling> {
 }
 
 #[test]
-fn rows_are_permuted_in_llama_files_only() {
+fn rows_are_permuted_where_llama_cpp_rotates_neighbours() {
     let rows = |prefix: &'static str, name: &str| {
         let tensor = Model::new(prefix).open().unwrap().read(name).unwrap();
         let PlainData::F32(data) = tensor.data else { panic!("not f32") };
@@ -131,6 +131,10 @@ fn rows_are_permuted_in_llama_files_only() {
     assert_eq!(rows("llama", &name(q)), [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]);
     assert_eq!(rows("llama", &name(k)), [0, 2, 4, 6, 1, 3, 5, 7]);
     assert_eq!(rows("llama", &name(v)), in_order(8));
+    for prefix in ["granite", "smollm3"] {
+        assert_eq!(rows(prefix, &name(q)), rows("llama", &name(q)));
+        assert_eq!(rows(prefix, &name(k)), rows("llama", &name(k)));
+    }
     for prefix in ["qwen2", "qwen3"] {
         assert_eq!(rows(prefix, &name(q)), in_order(16));
         assert_eq!(rows(prefix, &name(k)), in_order(8));
@@ -153,6 +157,15 @@ fn architectures_have_their_parts() {
     let qwen3 = Model::new("qwen3").open().unwrap();
     assert!(qwen3.config.qk_norm && !qwen3.config.qkv_bias);
     assert_eq!(qwen3.shape("model.layers.0.self_attn.q_norm.weight"), Some(vec![HEAD_DIM]));
+    let mut granite = Model::new("granite");
+    assert_eq!(granite.open().unwrap().config.scalings, Scalings::default());
+    granite.set("attention.scale", Meta::F32(0.25)).set("embedding_scale", Meta::F32(12.0));
+    granite.set("residual_scale", Meta::F32(0.5)).set("logit_scale", Meta::F32(8.0));
+    let Scalings { embedding, attention, residual, logits, .. } = granite.open().unwrap().config.scalings;
+    assert_eq!((embedding, attention, residual, logits), (12.0, Some(0.25), 0.5, 8.0));
+    let smollm3 = Model::new("smollm3").set("block_count", Meta::U32(1)).open().unwrap();
+    assert_eq!(smollm3.config.without_rope, [false]);
+    assert!(smollm3.config.tie_word_embeddings);
     let window = Model::new("llama").set("attention.sliding_window", Meta::U32(7)).open().unwrap();
     assert_eq!(window.config.sliding_window, [Some(7)]);
 

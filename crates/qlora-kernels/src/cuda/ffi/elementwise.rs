@@ -133,6 +133,15 @@ unsafe extern "C" {
         cols: i64,
         stream: Stream,
     ) -> c_int;
+    pub(in crate::cuda) fn qlora_scale(
+        dtype: c_int,
+        y: PtrMut,
+        ldy: i64,
+        rows: i64,
+        cols: i64,
+        factor: f32,
+        stream: Stream,
+    ) -> c_int;
     pub(in crate::cuda) fn qlora_fill(
         dtype: c_int,
         y: PtrMut,

@@ -1,13 +1,13 @@
 //! Hugging Face's `config.json` to a [`ModelConfig`].
 //!
 //! Keys that are missing get the default of the architecture's configuration class in transformers (checked against
-//! 5.23); keys that change the computation in a way the decoder does not know are errors; all others are ignored.
+//! 5.23, in `spec/arch/`); keys that change the computation in a way the decoder does not know are errors; all others are ignored.
 
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::{Architecture, MAX_LAYERS, ModelConfig, quantization, rope};
+use super::{Architecture, MAX_LAYERS, ModelConfig, Scalings, quantization, rope};
 use crate::error::{Error, Result};
 use crate::file::{self, SMALL};
 
@@ -31,15 +31,7 @@ impl ModelConfig {
     }
 }
 
-/// The architectures by the names that `architectures` and `model_type` give them.
-const ARCHITECTURES: [(&str, &str, Architecture); 4] = [
-    ("LlamaForCausalLM", "llama", Architecture::Llama),
-    ("MistralForCausalLM", "mistral", Architecture::Mistral),
-    ("Qwen2ForCausalLM", "qwen2", Architecture::Qwen2),
-    ("Qwen3ForCausalLM", "qwen3", Architecture::Qwen3),
-];
-
-/// Options that change the computation. Where they are set to anything but null, false, 0 or an empty collection, the
+/// Options that change the computation. Where an architecture does not read them (`own_keys` of its definition) and they are set to anything but null, false, 0 or an empty collection, the
 /// model is not one the decoder can run.
 const UNSUPPORTED: [&str; 24] = [
     "add_cross_attention",
@@ -72,7 +64,7 @@ pub(super) fn parse(text: &str, path: &Path) -> Result<ModelConfig> {
     let map = file::parse_object(text, path)?;
     let fields = Fields::new(path, &map);
     let architecture = architecture(&fields)?;
-    refuse(&fields)?;
+    refuse(&fields, architecture.definition().own_keys())?;
 
     let num_hidden_layers = fields.required("num_hidden_layers")?;
     if num_hidden_layers > MAX_LAYERS {
@@ -82,20 +74,16 @@ pub(super) fn parse(text: &str, path: &Path) -> Result<ModelConfig> {
     }
     let hidden_size = fields.required("hidden_size")?;
     let num_attention_heads = fields.required("num_attention_heads")?;
-    let max_position_embeddings = fields.usize("max_position_embeddings")?.unwrap_or(match architecture {
-        Architecture::Llama => 2048,
-        Architecture::Mistral => 131_072,
-        Architecture::Qwen2 | Architecture::Qwen3 => 32_768,
-    });
+    let defaults = architecture.definition().defaults();
+    let max_position_embeddings = fields.usize("max_position_embeddings")?.unwrap_or(defaults.max_position_embeddings);
     // A key set to null means one key/value head a query head; a missing one means the class's default.
-    let num_key_value_heads = match (fields.get("num_key_value_heads"), architecture) {
-        (Some(Value::Null), _) | (None, Architecture::Llama) => num_attention_heads,
-        (None, Architecture::Mistral) => 8,
-        (None, Architecture::Qwen2 | Architecture::Qwen3) => 32,
-        (Some(_), _) => fields.required("num_key_value_heads")?,
+    let num_key_value_heads = match fields.get("num_key_value_heads") {
+        Some(Value::Null) => num_attention_heads,
+        None => defaults.num_key_value_heads.unwrap_or(num_attention_heads),
+        Some(_) => fields.required("num_key_value_heads")?,
     };
-    let head_dim = match (fields.get("head_dim"), architecture) {
-        (None, Architecture::Qwen3) => 128,
+    let head_dim = match (fields.get("head_dim"), defaults.head_dim) {
+        (None, Some(head_dim)) => head_dim,
         (None | Some(Value::Null), _) => {
             if num_attention_heads == 0 || !hidden_size.is_multiple_of(num_attention_heads) {
                 return Err(fields.invalid(&format!(
@@ -107,18 +95,9 @@ pub(super) fn parse(text: &str, path: &Path) -> Result<ModelConfig> {
         }
         (Some(_), _) => fields.required("head_dim")?,
     };
-    let attention_bias = fields.bool("attention_bias")?.unwrap_or(false);
-    let (qkv_bias, o_bias) = match architecture {
-        Architecture::Llama | Architecture::Qwen3 => (attention_bias, attention_bias),
-        Architecture::Mistral => (false, false),
-        Architecture::Qwen2 => (true, false),
-    };
-    let special = match architecture {
-        Architecture::Llama | Architecture::Mistral => (Some(1), vec![2]),
-        Architecture::Qwen2 | Architecture::Qwen3 => (None, Vec::new()),
-    };
     let vocab_size = fields.required("vocab_size")?;
-    let config = ModelConfig {
+    let in_vocabulary = |id: &u32| (*id as usize) < vocab_size;
+    let mut config = ModelConfig {
         architecture,
         vocab_size,
         hidden_size,
@@ -128,35 +107,38 @@ pub(super) fn parse(text: &str, path: &Path) -> Result<ModelConfig> {
         num_key_value_heads,
         head_dim,
         rms_norm_eps: fields.f64("rms_norm_eps")?.unwrap_or(1e-6) as f32,
-        rope: rope::parse(&fields, max_position_embeddings)?,
+        rope: rope::parse(&fields, max_position_embeddings, defaults.rope_theta)?,
         max_position_embeddings,
-        sliding_window: sliding_window(&fields, architecture, num_hidden_layers)?,
-        // False in all four classes of transformers 5.23 (and 4): a tied model says so in its file.
-        tie_word_embeddings: fields.bool("tie_word_embeddings")?.unwrap_or(false),
-        qkv_bias,
-        o_bias,
-        mlp_bias: architecture == Architecture::Llama && fields.bool("mlp_bias")?.unwrap_or(false),
-        qk_norm: architecture == Architecture::Qwen3,
+        sliding_window: vec![None; num_hidden_layers],
+        without_rope: Vec::new(),
+        scalings: Scalings::default(),
+        tie_word_embeddings: fields.bool("tie_word_embeddings")?.unwrap_or(defaults.tie_word_embeddings),
+        qkv_bias: false,
+        o_bias: false,
+        mlp_bias: false,
+        qk_norm: false,
         bos_token_id: match fields.get("bos_token_id") {
-            None => special.0.filter(|id| (*id as usize) < vocab_size),
+            None => defaults.bos_token_id.filter(in_vocabulary),
             Some(_) => fields.token_ids("bos_token_id", vocab_size)?.first().copied(),
         },
         eos_token_ids: match fields.get("eos_token_id") {
-            None => special.1.into_iter().filter(|id| (*id as usize) < vocab_size).collect(),
+            None => defaults.eos_token_id.filter(in_vocabulary).into_iter().collect(),
             Some(_) => fields.token_ids("eos_token_id", vocab_size)?,
         },
     };
+    architecture.definition().read_json(&fields, &mut config)?;
     config.check_sizes(path)?;
     Ok(config)
 }
 
 /// The architecture from `architectures`, else from `model_type`; both must agree where both are known.
 fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
-    let supported = || ARCHITECTURES.map(|(name, ..)| name).join(", ");
+    let known = Architecture::ALL;
+    let supported = || known.iter().map(|architecture| architecture.class()).collect::<Vec<_>>().join(", ");
     let by_type = match fields.string("model_type")? {
         None => None,
-        Some(kind) => match ARCHITECTURES.iter().find(|(_, model_type, _)| *model_type == kind) {
-            Some((.., architecture)) => Some(*architecture),
+        Some(kind) => match known.iter().find(|architecture| architecture.model_type() == kind) {
+            Some(architecture) => Some(*architecture),
             None => return Err(fields.unsupported(&format!("model_type \"{kind}\" (supported: {})", supported()))),
         },
     };
@@ -167,9 +149,8 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
     };
     let by_name = match listed {
         None => None,
-        Some(name) => match ARCHITECTURES.iter().find(|(known, ..)| is_class(name.as_str().unwrap_or_default(), known))
-        {
-            Some((.., architecture)) => Some(*architecture),
+        Some(name) => match known.iter().find(|known| is_class(name.as_str().unwrap_or_default(), known.class())) {
+            Some(architecture) => Some(*architecture),
             None if by_type.is_some() && WRAPPERS.iter().any(|wrapper| name == wrapper) => None,
             None => return Err(fields.unsupported(&format!("architecture {name} (supported: {})", supported()))),
         },
@@ -193,7 +174,7 @@ fn is_class(name: &str, class: &str) -> bool {
 }
 
 /// Errors for options that would make the result wrong if they were ignored.
-fn refuse(fields: &Fields<'_>) -> Result<()> {
+fn refuse(fields: &Fields<'_>, own_keys: &[&str]) -> Result<()> {
     // Only that it can be read: it says how the weights are stored, not what the model computes.
     quantization::parse(fields)?;
     for key in ["hidden_act", "hidden_activation"] {
@@ -203,7 +184,7 @@ fn refuse(fields: &Fields<'_>) -> Result<()> {
             return Err(fields.unsupported(&format!("{key} \"{activation}\" (supported: silu)")));
         }
     }
-    for key in UNSUPPORTED {
+    for key in UNSUPPORTED.into_iter().filter(|key| !own_keys.contains(key)) {
         let harmless = match fields.get(key) {
             None | Some(Value::Null) => true,
             Some(Value::Bool(set)) => !set,
@@ -222,86 +203,41 @@ fn refuse(fields: &Fields<'_>) -> Result<()> {
     Ok(())
 }
 
-/// For each block, how far it sees. Llama ignores the keys, as its class in transformers does.
-fn sliding_window(fields: &Fields<'_>, architecture: Architecture, layers: usize) -> Result<Vec<Option<usize>>> {
-    let window = match (fields.get("sliding_window"), architecture) {
-        (None, _) => Some(4096),
-        (Some(Value::Null), _) => None,
-        (Some(_), _) => Some(fields.required("sliding_window")?),
-    };
-    let types = match fields.get("layer_types") {
-        None | Some(Value::Null) => None,
-        Some(Value::Array(types)) => Some(types),
-        Some(other) => return Err(fields.wrong("layer_types", "a list of names", other)),
-    };
-    if let Some(types) = types {
-        if types.len() != layers {
-            return Err(fields.invalid(&format!("layer_types has {} entries for {layers} layers", types.len())));
-        }
-        for kind in types {
-            if !matches!(kind.as_str(), Some("full_attention" | "attention" | "sliding_attention")) {
-                return Err(fields.unsupported(&format!("layer type {kind}")));
-            }
-        }
-    }
-    let slides = |layer: usize| types.map(|types| types[layer].as_str() == Some("sliding_attention"));
-    match architecture {
-        Architecture::Llama | Architecture::Mistral => {
-            let window = if architecture == Architecture::Llama { None } else { window };
-            if (0..layers).any(|layer| slides(layer).is_some_and(|slides| slides != window.is_some())) {
-                return Err(fields.unsupported("layer_types that mix full and sliding attention in this architecture"));
-            }
-            Ok(vec![window; layers])
-        }
-        Architecture::Qwen2 | Architecture::Qwen3 => {
-            let window = window.filter(|_| fields.map.get("use_sliding_window") == Some(&Value::Bool(true)));
-            fields.bool("use_sliding_window")?;
-            let first = fields.usize("max_window_layers")?.unwrap_or(28);
-            if window.is_none() && (0..layers).any(|layer| slides(layer) == Some(true)) {
-                return Err(
-                    fields.invalid("layer_types asks for sliding attention, but there is no sliding_window in use")
-                );
-            }
-            Ok((0..layers).map(|layer| window.filter(|_| slides(layer).unwrap_or(layer >= first))).collect())
-        }
-    }
-}
-
 /// A JSON object whose values are asked for by key; errors name the file and the key. Null counts as missing except in
 /// [`Fields::get`].
-pub(super) struct Fields<'a> {
+pub(crate) struct Fields<'a> {
     path: &'a Path,
     map: &'a Map<String, Value>,
     prefix: String,
 }
 
 impl<'a> Fields<'a> {
-    pub(super) fn new(path: &'a Path, map: &'a Map<String, Value>) -> Self {
+    pub(crate) fn new(path: &'a Path, map: &'a Map<String, Value>) -> Self {
         Self { path, map, prefix: String::new() }
     }
 
     /// The object under `key` of the same file.
-    pub(super) fn inside(&self, key: &str, map: &'a Map<String, Value>) -> Self {
+    pub(crate) fn inside(&self, key: &str, map: &'a Map<String, Value>) -> Self {
         Self { path: self.path, map, prefix: format!("{key}.") }
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.path
     }
 
-    pub(super) fn prefix(&self) -> &str {
+    pub(crate) fn prefix(&self) -> &str {
         &self.prefix
     }
 
-    pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
+    pub(crate) fn get(&self, key: &str) -> Option<&'a Value> {
         self.map.get(key)
     }
 
-    pub(super) fn invalid(&self, message: &str) -> Error {
+    pub(crate) fn invalid(&self, message: &str) -> Error {
         Error::format(self.path, format!("{}{message}", self.prefix))
     }
 
-    fn wrong(&self, key: &str, expected: &str, got: &Value) -> Error {
+    pub(crate) fn wrong(&self, key: &str, expected: &str, got: &Value) -> Error {
         let mut got = got.to_string();
         if got.len() > 60 {
             got.truncate(got.floor_char_boundary(60));
@@ -317,24 +253,24 @@ impl<'a> Fields<'a> {
         }
     }
 
-    pub(super) fn f64(&self, key: &str) -> Result<Option<f64>> {
+    pub(crate) fn f64(&self, key: &str) -> Result<Option<f64>> {
         self.typed(key, "a number", Value::as_f64)
     }
 
-    pub(super) fn bool(&self, key: &str) -> Result<Option<bool>> {
+    pub(crate) fn bool(&self, key: &str) -> Result<Option<bool>> {
         self.typed(key, "true or false", Value::as_bool)
     }
 
-    pub(super) fn string(&self, key: &str) -> Result<Option<&'a str>> {
+    pub(crate) fn string(&self, key: &str) -> Result<Option<&'a str>> {
         self.typed(key, "a string", Value::as_str)
     }
 
-    pub(super) fn object(&self, key: &str) -> Result<Option<&'a Map<String, Value>>> {
+    pub(crate) fn object(&self, key: &str) -> Result<Option<&'a Map<String, Value>>> {
         self.typed(key, "an object", Value::as_object)
     }
 
     /// A whole number; `8192.0` counts as one, as some files write it so.
-    pub(super) fn usize(&self, key: &str) -> Result<Option<usize>> {
+    pub(crate) fn usize(&self, key: &str) -> Result<Option<usize>> {
         self.typed(key, "a whole number", |value| {
             value
                 .as_u64()
@@ -343,7 +279,7 @@ impl<'a> Fields<'a> {
         })
     }
 
-    fn required(&self, key: &str) -> Result<usize> {
+    pub(crate) fn required(&self, key: &str) -> Result<usize> {
         self.usize(key)?.ok_or_else(|| self.invalid(&format!("{key} is missing")))
     }
 

@@ -4,31 +4,21 @@
 //! that names the option; sizes are checked, so that no file can ask for an absurd allocation.
 
 mod json;
+mod layers;
 mod limits;
 mod quantization;
 mod rope;
-mod tensors;
 mod write;
 
 use qlora_kernels::ops::attention::AttentionConfig;
 use qlora_kernels::ops::rope::RopeConfig;
 
+pub use super::arch::Architecture;
+pub(crate) use json::Fields;
+pub(crate) use layers::LayerTypes;
 pub(crate) use limits::MAX_LAYERS;
 pub use quantization::CheckpointQuantization;
-
-/// The architectures whose parts the decoder can be put together from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Architecture {
-    /// Llama 2, 3, 3.1, 3.2 and everything of the same shape (SmolLM2, ...).
-    Llama,
-    /// Mistral: sliding window.
-    Mistral,
-    /// Qwen2 and Qwen2.5: biases on q, k and v.
-    Qwen2,
-    /// Qwen3: RMSNorm on every head of q and k.
-    Qwen3,
-}
+pub(crate) use write::decimal;
 
 /// A decoder's parts and sizes, in the names of Hugging Face's `config.json`.
 #[derive(Clone, Debug, PartialEq)]
@@ -57,6 +47,10 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     /// For each block, how many positions a token sees (itself included), if limited.
     pub sliding_window: Vec<Option<usize>>,
+    /// For each block, whether its queries and keys are left unrotated; blocks beyond the list are rotated.
+    pub without_rope: Vec<bool>,
+    /// What the architecture multiplies with.
+    pub scalings: Scalings,
     /// Whether the output head is the embedding.
     pub tie_word_embeddings: bool,
     /// Biases on q, k and v.
@@ -73,14 +67,45 @@ pub struct ModelConfig {
     pub eos_token_ids: Vec<u32>,
 }
 
+/// Factors at four places of a decoder; 1, or none, in most architectures.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Scalings {
+    /// The embedding's output is multiplied by it.
+    pub embedding: f32,
+    /// Attention's scores are multiplied by it; none: `1 / sqrt(head_dim)`.
+    pub attention: Option<f32>,
+    /// The output of each half of a block is multiplied by it before it is added to the half's input.
+    pub residual: f32,
+    /// Logits are divided by it.
+    pub logits: f32,
+}
+
+impl Default for Scalings {
+    fn default() -> Self {
+        Self { embedding: 1.0, attention: None, residual: 1.0, logits: 1.0 }
+    }
+}
+
 impl ModelConfig {
+    /// Name and shape of every tensor, in Hugging Face's names, the embedding first, then block by block. A tied head is
+    /// not listed. Matrices are `[output features, input features]`.
+    pub fn tensor_shapes(&self) -> Vec<(String, Vec<usize>)> {
+        self.spec().tensors().map(|tensor| (tensor.name, tensor.shape)).collect()
+    }
+
+    /// The number of elements in all weights, the head counted only where it is not the embedding.
+    pub fn parameter_count(&self) -> u128 {
+        self.spec().parameter_count()
+    }
+
     /// The attention of a layer.
     pub fn attention(&self, layer: usize) -> AttentionConfig {
         AttentionConfig {
             heads: self.num_attention_heads,
             kv_heads: self.num_key_value_heads,
             head_dim: self.head_dim,
-            scale: 1.0 / (self.head_dim as f32).sqrt(),
+            scale: self.scalings.attention.unwrap_or(1.0 / (self.head_dim as f32).sqrt()),
             window: self.sliding_window.get(layer).copied().flatten(),
         }
     }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::ModelConfig;
+use super::{ModelConfig, Scalings};
 use crate::error::{Error, Result};
 
 /// More blocks than any dense model has.
@@ -64,6 +64,17 @@ impl ModelConfig {
         if let Some(layer) = self.sliding_window.iter().position(|window| *window == Some(0)) {
             return Err(Error::format(path, format!("the sliding window of layer {layer} is 0")));
         }
+        let Scalings { embedding, attention, residual, logits } = self.scalings;
+        for (name, value) in [
+            ("embedding multiplier", embedding),
+            ("attention multiplier", attention.unwrap_or(1.0)),
+            ("residual multiplier", residual),
+            ("logits scaling", logits),
+        ] {
+            if !(value.is_finite() && (1e-6..1e6).contains(&value)) {
+                return Err(Error::format(path, format!("the {name} is {value}; it must lie between 1e-6 and 1e6")));
+            }
+        }
         let parameters = self.parameter_count();
         if parameters > MAX_PARAMETERS {
             return Err(Error::format(
@@ -72,19 +83,5 @@ impl ModelConfig {
             ));
         }
         Ok(())
-    }
-
-    /// The number of elements in all weights, the head counted only where it is not the embedding.
-    pub fn parameter_count(&self) -> u128 {
-        let w = |n: usize| n as u128;
-        let (q, kv) = (w(self.num_attention_heads) * w(self.head_dim), w(self.num_key_value_heads) * w(self.head_dim));
-        let (hidden, inner) = (w(self.hidden_size), w(self.intermediate_size));
-        let mut block = hidden * (2 * q + 2 * kv + 3 * inner) + 2 * hidden;
-        block += if self.qkv_bias { q + 2 * kv } else { 0 };
-        block += if self.o_bias { hidden } else { 0 };
-        block += if self.mlp_bias { 2 * inner + hidden } else { 0 };
-        block += if self.qk_norm { 2 * w(self.head_dim) } else { 0 };
-        let tables = if self.tie_word_embeddings { 1 } else { 2 };
-        tables * w(self.vocab_size) * hidden + hidden + w(self.num_hidden_layers) * block
     }
 }

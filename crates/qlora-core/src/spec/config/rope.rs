@@ -6,12 +6,9 @@ use serde_json::{Map, Value};
 use super::json::Fields;
 use crate::error::{Error, Result};
 
-/// transformers' base where a file names none.
-const DEFAULT_THETA: f64 = 10_000.0;
-
 /// Reads the rotary embedding of a `config.json`. A non-empty `rope_scaling` wins over `rope_parameters`, and a key inside
-/// wins over the same key at the top, as in transformers.
-pub(super) fn parse(config: &Fields<'_>, max_position_embeddings: usize) -> Result<RopeConfig> {
+/// wins over the same key at the top, as in transformers. `default_theta` is the base where the file names none.
+pub(super) fn parse(config: &Fields<'_>, max_position_embeddings: usize, default_theta: f64) -> Result<RopeConfig> {
     let empty = Map::new();
     let (option, map) = match (config.object("rope_scaling")?, config.object("rope_parameters")?) {
         (Some(map), _) if !map.is_empty() => ("rope_scaling", map),
@@ -32,7 +29,7 @@ pub(super) fn parse(config: &Fields<'_>, max_position_embeddings: usize) -> Resu
     if rope.present("mrope_section") {
         return Err(rope.unsupported("mrope_section (multimodal rotary embeddings)"));
     }
-    let theta = rope.f64("rope_theta")?.or(config.f64("rope_theta")?).unwrap_or(DEFAULT_THETA);
+    let theta = rope.f64("rope_theta")?.or(config.f64("rope_theta")?).unwrap_or(default_theta);
     if !(theta.is_finite() && theta > 1.0) {
         return Err(rope.invalid(&format!("rope_theta is {theta}; it must be finite and greater than 1")));
     }
@@ -125,7 +122,7 @@ impl Fields<'_> {
     }
 
     /// The error for an option that is not supported.
-    pub(super) fn unsupported(&self, option: &str) -> Error {
+    pub(crate) fn unsupported(&self, option: &str) -> Error {
         Error::Unsupported(format!("{}{option}, in {}", self.prefix(), self.path().display()))
     }
 }

@@ -3,17 +3,17 @@
 use qlora_kernels::ops::rope::RopeScaling;
 use serde_json::{Map, Value, json};
 
-use super::{Architecture, ModelConfig};
+use super::ModelConfig;
 use crate::error::{Error, Result};
 
 impl ModelConfig {
     /// The text of a `config.json` that transformers and [`ModelConfig::from_json_file`] read as this model.
     pub fn to_json(&self) -> String {
-        let (class, model_type) = self.class();
+        let definition = self.architecture.definition();
         let mut config = Map::new();
         let mut set = |key: &str, value: Value| drop(config.insert(key.to_owned(), value));
-        set("architectures", json!([class]));
-        set("model_type", json!(model_type));
+        set("architectures", json!([definition.class()]));
+        set("model_type", json!(definition.model_type()));
         set("hidden_act", json!("silu"));
         set("vocab_size", json!(self.vocab_size));
         set("hidden_size", json!(self.hidden_size));
@@ -22,43 +22,17 @@ impl ModelConfig {
         set("num_attention_heads", json!(self.num_attention_heads));
         set("num_key_value_heads", json!(self.num_key_value_heads));
         set("head_dim", json!(self.head_dim));
-        // The shortest decimal that is this f32, not its f64 expansion.
-        set("rms_norm_eps", self.rms_norm_eps.to_string().parse::<f64>().map_or(Value::Null, |eps| json!(eps)));
+        set("rms_norm_eps", decimal(self.rms_norm_eps));
         set("max_position_embeddings", json!(self.max_position_embeddings));
         set("rope_theta", json!(self.rope.theta));
         set("rope_scaling", self.rope.scaling.as_ref().map_or(Value::Null, scaling));
         set("tie_word_embeddings", json!(self.tie_word_embeddings));
         set("torch_dtype", json!("float32"));
-        match self.architecture {
-            Architecture::Llama => {
-                set("attention_bias", json!(self.qkv_bias));
-                set("mlp_bias", json!(self.mlp_bias));
-            }
-            Architecture::Mistral => set("sliding_window", json!(self.sliding_window.first().copied().flatten())),
-            Architecture::Qwen2 | Architecture::Qwen3 => {
-                let windowed = self.sliding_window.iter().flatten().next();
-                set("use_sliding_window", json!(windowed.is_some()));
-                set("sliding_window", json!(windowed));
-                let kind = |w: &Option<usize>| if w.is_some() { "sliding_attention" } else { "full_attention" };
-                set("layer_types", self.sliding_window.iter().map(kind).collect());
-                if self.architecture == Architecture::Qwen3 {
-                    set("attention_bias", json!(self.qkv_bias));
-                }
-            }
-        }
+        definition.write_json(self, &mut config);
+        let mut set = |key: &str, value: Value| drop(config.insert(key.to_owned(), value));
         set("bos_token_id", json!(self.bos_token_id));
         set("eos_token_id", if let [one] = self.eos_token_ids[..] { json!(one) } else { json!(self.eos_token_ids) });
         serde_json::to_string_pretty(&config).expect("a map of plain values is JSON")
-    }
-
-    /// The class in transformers, and its `model_type`.
-    fn class(&self) -> (&'static str, &'static str) {
-        match self.architecture {
-            Architecture::Llama => ("LlamaForCausalLM", "llama"),
-            Architecture::Mistral => ("MistralForCausalLM", "mistral"),
-            Architecture::Qwen2 => ("Qwen2ForCausalLM", "qwen2"),
-            Architecture::Qwen3 => ("Qwen3ForCausalLM", "qwen3"),
-        }
     }
 
     /// The `config.json` of a model that is written anew: `original` (without one, [`Self::to_json`]) with what can have become
@@ -73,13 +47,18 @@ impl ModelConfig {
         map.shift_remove("quantization_config");
         map.insert("vocab_size".to_owned(), json!(self.vocab_size));
         // The names in the file are those of the class with a head.
-        map.insert("architectures".to_owned(), json!([self.class().0]));
-        // Absent, it means false in all classes that are supported.
-        if self.tie_word_embeddings || map.contains_key("tie_word_embeddings") {
+        map.insert("architectures".to_owned(), json!([self.architecture.class()]));
+        let absent_means = self.architecture.definition().defaults().tie_word_embeddings;
+        if self.tie_word_embeddings != absent_means || map.contains_key("tie_word_embeddings") {
             map.insert("tie_word_embeddings".to_owned(), json!(self.tie_word_embeddings));
         }
         Ok(map)
     }
+}
+
+/// The shortest decimal that is this f32, not its f64 expansion.
+pub(crate) fn decimal(value: f32) -> Value {
+    value.to_string().parse::<f64>().map_or(Value::Null, |value| json!(value))
 }
 
 fn scaling(scaling: &RopeScaling) -> Value {
