@@ -195,8 +195,8 @@ pub fn weights_in_training(config: &ModelConfig, held: &TrainedOver, offload_emb
             blocks if quant.double_quant => blocks + 4 * blocks.div_ceil(256),
             blocks => 4 * blocks,
         };
-        for module in linear_modules(config) {
-            let n = module.out_features as u64 * module.in_features as u64;
+        for module in config.spec().linear() {
+            let n = module.rows() as u64 * module.cols() as u64;
             bytes = bytes + scales(n, quant.blocksize as u64) - scales(n, 64);
         }
     }
