@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tools=${QLORA_TOOLS:-$HOME/.cache/qlora/tools}
-mdbook_version=0.5.1
+mdbook_version=0.5.4
 lychee_version=0.24.2
 if ! "$tools/bin/mdbook" --version 2>/dev/null | grep -qF "$mdbook_version"; then
     cargo install mdbook --version "=$mdbook_version" --locked --root "$tools" --no-default-features --features search
@@ -15,4 +15,4 @@ if ! "$tools/lychee/bin/lychee" --version 2>/dev/null | grep -qF "$lychee_versio
 fi
 "$tools/bin/mdbook" build book --dest-dir "$PWD/target/book"
 # Addresses on the network are not asked: the build must not depend on them.
-"$tools/lychee/bin/lychee" --offline --include-fragments --no-progress README.md CONTRIBUTING.md 'book/src/**/*.md' 'target/book/**/*.html'
+"$tools/lychee/bin/lychee" --offline --root-dir "$PWD/target/book" --include-fragments --no-progress README.md CONTRIBUTING.md 'book/src/**/*.md' 'target/book/**/*.html'
