@@ -8,8 +8,9 @@
 # an error behind, and those that have no other way must take every shape. For an H200 the launches (kernel, grid, block,
 # shared memory) have to be those of kernels/launches/h200.txt.gz; --write replaces them, for a change that means to.
 #
-# Needs the CUDA toolkit (scripts/cuda-toolkit.sh; source its env.sh) and compiles the kernels for Hopper: some ten minutes on
-# two cores the first time. --objects names a folder of <kernel>.o that are compiled already (for 90a, with QLORA_HOPPER).
+# Needs the CUDA toolkit (scripts/cuda-toolkit.sh; source its env.sh) and compiles the kernels for Hopper, hardly optimized (only
+# their static shared memory counts): some minutes the first time. --objects names a folder of <kernel>.o that are compiled
+# already (for 90a, with QLORA_HOPPER).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -32,13 +33,15 @@ if [ -z "$objects" ]; then
     objects=$work
     for kernel in "${kernels[@]}"; do
         # Headers count as changes of everything.
-        newer=$(find kernels -maxdepth 1 \( -name "$kernel.cu" -o -name '*.cuh' \) -newer "$work/$kernel.o" 2>&1 | head -n 1)
-        [ -n "$newer" ] || continue
+        if [ -e "$work/$kernel.o" ]; then
+            newer=$(find kernels -maxdepth 1 \( -name "$kernel.cu" -o -name '*.cuh' \) -newer "$work/$kernel.o")
+            [ -n "$newer" ] || continue
+        fi
         suffix='' hopper=''
         if grep -q '#include "wgmma.cuh"' "kernels/$kernel.cu"; then
             suffix=a hopper=-DQLORA_HOPPER
         fi
-        "$home/bin/nvcc" -O3 -std=c++17 --expt-relaxed-constexpr ${hopper:+"$hopper"} \
+        "$home/bin/nvcc" -O1 -Xptxas -O0 -std=c++17 --expt-relaxed-constexpr ${hopper:+"$hopper"} \
             "-gencode=arch=compute_90$suffix,code=sm_90$suffix" -c "kernels/$kernel.cu" -o "$work/$kernel.o"
     done
 fi

@@ -96,6 +96,8 @@ pub(super) fn needs(table: &Arc<AtomicBool>) {
 
 /// To be called before memory is freed. Until the guard is dropped, which is to be behind the free, nothing is launched.
 pub(super) fn freed(ptr: sys::CUdeviceptr, bytes: usize) -> Option<MutexGuard<'static, impl Sized>> {
+    // What a recording reached and drops itself is gone when it runs.
+    spoil();
     if COUNT.load(Ordering::SeqCst) == 0 {
         return None;
     }
