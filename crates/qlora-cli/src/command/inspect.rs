@@ -80,7 +80,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         if let Some(on) = card {
             figures["card"] = on_card(&on);
         }
-        return output::print_json(&figures);
+        return Ok(output::print_json(&figures)?);
     }
     output::print(&report(&args.model, &config, &lora, sequences, length)?)?;
     if let Some(on) = card {
