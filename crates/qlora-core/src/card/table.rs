@@ -5,9 +5,13 @@
 //! | memory | MiB that the driver reports, with ECC where it is on by default |
 //! | bandwidth | NVIDIA's data sheets (T4, L4, A10, L40S, A100, H100, H200, B200) and product pages (GeForce) |
 //! | tensor | the same: dense products in bf16 (T4: f16) with f32 sums. GeForce: 512 operations a clock of a multiprocessor at boost clock (NVIDIA's GA102, AD102 and RTX Blackwell architecture papers: f32 sums at half rate) |
-//! | reached | large products in a run. H100, H200: measured (`benches/results/step_profile.csv`). A100: published measurements of cuBLAS. The others are assumptions: 0.9 of what is stated for GeForce, whose power allows it; half for T4 and L4, whose 70 and 72 W do not, 0.55 to 0.65 for A10 and L40S; 0.7 for B200, as for its predecessors |
+//! | reached | large products in a run, see below |
 //! | memory rate | H100: measured, 0.78 of its bandwidth; the others the same share |
-//! | link | page-locked copies over 16 lanes of PCIe 3, 4 and 5 (H100, H200: measured 55 GB/s, planned with 50; the others by the ratio of the generations), over 8 lanes half of that |
+//! | link | page-locked copies over 16 lanes of PCIe 3, 4 and 5, half of that over 8; H100, H200: 55 GB/s measured, planned with 50; the others by the ratio of the generations |
+//!
+//! Of large products an H100 and an H200 reach what was measured (`benches/results/step_profile.csv`), an A100 what has been published
+//! of cuBLAS. The others are assumptions: 0.9 of what is stated for GeForce, whose power allows it; half for T4 and L4, whose 70 and
+//! 72 W do not; 0.55 to 0.65 for A10 and L40S; 0.7 for B200, as for its predecessors.
 
 use super::{Card, Rates};
 
@@ -37,8 +41,8 @@ pub struct Row {
 impl Row {
     pub(super) fn card(&self) -> Card {
         let bandwidth = self.bandwidth_gb * 1e9;
-        // Exactly the rates that an H100 always had.
-        let memory = if self.bandwidth_gb == 3350.0 { 2.6e12 } else { MEMORY_SHARE * bandwidth };
+        // Whole gigabytes: an H100's rate to the bit.
+        let memory = (MEMORY_SHARE * self.bandwidth_gb).round() * 1e9;
         Card {
             name: self.name.to_owned(),
             memory: self.memory_mib << 20,
