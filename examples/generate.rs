@@ -21,7 +21,6 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use qlora::adapter;
 use qlora::generate::{Answer, AnswerText, CachePlan, answer_all, answer_batch_with, generate};
-use qlora::kernels::Dtype;
 use qlora::kernels::quant::QuantConfig;
 use qlora::model::{AdapterChoice, CausalLm, DeviceChoice, LoadOptions, Quantization};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
@@ -129,7 +128,7 @@ fn main() -> anyhow::Result<()> {
         true => Quantization::None,
         false => Quantization::Bits4(QuantConfig::default()),
     };
-    let workspace = args.device.open(Dtype::Bf16, None)?;
+    let workspace = args.device.open(None, None)?;
     let bar = ProgressBar::new(0)
         .with_style(ProgressStyle::with_template("loading {bar:24} {bytes} of {total_bytes}, {eta} left")?);
     let mut progress = |done, total| {

@@ -96,7 +96,7 @@ fn gradient(model: &CausalLm, lengths: &[usize], seed: u64) -> (f64, Vec<f32>) {
     let len = model.adapter().unwrap().layout().len();
     let mut gradient = model.workspace().zeros_f32(1, len).unwrap();
     let items = batch.trained_tokens();
-    let loss = model.accumulate_gradients(&batch, items, TrainPass { seed }, gradient.view_mut()).unwrap();
+    let loss = model.accumulate_gradients(&batch, items, TrainPass::seeded(seed), gradient.view_mut()).unwrap();
     (loss.sum, gradient.to_vec().unwrap())
 }
 
@@ -174,6 +174,34 @@ fn in_bf16_the_gpu_agrees_with_the_cpu() {
 fn in_f16_the_gpu_agrees_with_the_cpu() {
     let Some(device) = gpu() else { return };
     compare(&device, Dtype::F16, 4e-3, 8e-3);
+}
+
+/// Of a step of 16,384 trained tokens, at the usual size and at a hundredth of it.
+#[test]
+fn scaled_float16_gradients_have_the_norms_of_f32() {
+    let Some(device) = gpu() else { return };
+    let config = wide_config();
+    let norms = |workspace: Workspace, items: usize, loss_scale: f32| -> Vec<f64> {
+        let model = trained(&config, true, lora(0.0), workspace);
+        let layout = model.adapter().unwrap().layout();
+        let mut gradient = model.workspace().zeros_f32(1, layout.len()).unwrap();
+        let pass = TrainPass::seeded(5).with_loss_scale(loss_scale);
+        model.accumulate_gradients(&batch(&[40, 9, 200]), items, pass, gradient.view_mut()).unwrap();
+        let gradient = gradient.to_vec().unwrap();
+        let norm = |values: &[f32]| values.iter().map(|&x| f64::from(x / loss_scale).powi(2)).sum::<f64>().sqrt();
+        layout.entries().iter().map(|entry| norm(&gradient[entry.range()])).collect()
+    };
+    let worst = |items: usize, loss_scale: f32| {
+        let exact = norms(on_gpu(&device, Dtype::F32), items, 1.0);
+        let float16 = norms(on_gpu(&device, Dtype::F16), items, loss_scale);
+        exact.iter().zip(&float16).map(|(exact, float16)| (float16 / exact - 1.0).abs()).fold(0.0, f64::max)
+    };
+    for items in [16_384, 1_638_400] {
+        let (scaled, unscaled) = (worst(items, 65_536.0), worst(items, 1.0));
+        println!("{items} tokens: largest difference of a norm {scaled:.1e} with scaling, {unscaled:.1e} without");
+        assert!(scaled < 0.02, "{items}: {scaled}");
+        assert!(items == 16_384 || unscaled > 0.02, "the test would pass without scaling");
+    }
 }
 
 #[test]
@@ -257,14 +285,14 @@ fn the_node_gives_the_bits_of_the_direct_path() {
             let (sum, direct) = gradient(&model, &[40, 9], 5);
             let batch = batch(&[40, 9]);
             let items = batch.trained_tokens();
-            let loss = model.loss(&batch, items, TrainPass { seed: 5 }).unwrap();
+            let loss = model.loss(&batch, items, TrainPass::seeded(5)).unwrap();
             let gradients = loss.backward().unwrap();
             assert_eq!(gradients.get_ids().count(), 1, "the adapter alone gets a gradient, nothing frozen");
             let node: Vec<f32> = gradients.get(model.adapter().unwrap().variable()).unwrap().to_vec1().unwrap();
             assert_eq!(loss.to_scalar::<f32>().unwrap(), (sum / items as f64) as f32, "{name}");
             assert!(node == direct, "{} {name}: {:.1e}", dtype.name(), error(&node, &direct));
             // A scaled loss has a scaled gradient.
-            let loss = model.loss(&batch, items, TrainPass { seed: 5 }).unwrap();
+            let loss = model.loss(&batch, items, TrainPass::seeded(5)).unwrap();
             let gradients = (loss * 3.0).unwrap().backward().unwrap();
             let thrice: Vec<f32> = gradients.get(model.adapter().unwrap().variable()).unwrap().to_vec1().unwrap();
             let expected: Vec<f32> = direct.iter().map(|x| 3.0 * x).collect();

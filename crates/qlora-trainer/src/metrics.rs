@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{Error, Result};
 use qlora_core::atomic::write_atomically;
@@ -40,7 +40,9 @@ pub struct TrainLog {
     pub loss: f64,
     /// The learning rate of the last step.
     pub learning_rate: f64,
-    /// The gradient's norm in the last step, before clipping.
+    /// The gradient's norm in the last step, before clipping. Infinite (null in the file) if that step was skipped because a
+    /// gradient overflowed.
+    #[serde(deserialize_with = "null_is_infinite")]
     pub grad_norm: f64,
     /// Tokens processed.
     pub tokens: u64,
@@ -58,6 +60,17 @@ pub struct TrainLog {
     /// there on the CPU, nor in logs of earlier versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu_peak_memory: Option<u64>,
+    /// In a run whose gradients are float16: what the loss of the next step is multiplied by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f32>,
+    /// In such a run: the steps so far that were skipped because a gradient overflowed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skipped_steps: Option<u64>,
+}
+
+/// JSON has no infinity: it is written as null.
+fn null_is_infinite<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::INFINITY))
 }
 
 /// An evaluation.
@@ -137,6 +150,8 @@ mod tests {
             peak_memory: Some(1 << 40),
             anonymous_memory: None,
             gpu_peak_memory: Some(9_705_000_000),
+            loss_scale: None,
+            skipped_steps: None,
         })
     }
 
@@ -151,6 +166,20 @@ mod tests {
             assert_eq!(back, entry);
             assert_eq!(line(&back), line(&entry));
         }
+    }
+
+    #[test]
+    fn a_skipped_step_comes_back() {
+        let LogEntry::Train(entry) = train(3) else { panic!("not a step") };
+        let skipped = LogEntry::Train(TrainLog {
+            grad_norm: f64::INFINITY,
+            loss_scale: Some(32_768.0),
+            skipped_steps: Some(1),
+            ..entry
+        });
+        assert!(line(&skipped).contains(r#""grad_norm":null"#), "{}", line(&skipped));
+        assert_eq!(serde_json::from_str::<LogEntry>(&line(&skipped)).unwrap(), skipped);
+        assert!(!line(&train(3)).contains("loss_scale"));
     }
 
     #[test]

@@ -7,6 +7,7 @@ pub use qlora_kernels::ops::linear_cross_entropy::LossSum;
 
 use qlora_core::Result;
 use qlora_core::batch::Batch;
+pub use qlora_core::model::TrainPass;
 use qlora_kernels::{ViewMut, Workspace};
 
 /// A trainable tensor: a stretch of the model's flat parameter buffer.
@@ -51,14 +52,15 @@ pub trait TrainableModel {
     /// Whatever `update` returns, and whatever went wrong; it ends the run.
     fn update_masters(&mut self, update: &mut dyn FnMut(ViewMut) -> qlora_kernels::Result<()>) -> Result<()>;
 
-    /// Adds the gradient of `(sum of the micro-batch's cross-entropies) / num_items` to `grad` (one row, f32), and returns the sum
-    /// (not divided).
+    /// Adds the gradient of `loss_scale * (sum of the micro-batch's cross-entropies) / num_items` to `grad` (one row, f32), and
+    /// returns the sum (neither divided nor scaled).
     ///
-    /// `step_seed` is all the randomness (dropout) of this call: the same seed, parameters and batch give the same bits.
+    /// The pass's seed is all the randomness (dropout) of this call: the same seed, parameters and batch give the same bits.
+    /// `loss_scale` is 1 unless the workspace's [gradients are float16](Workspace::gradient_dtype).
     ///
     /// # Errors
     /// Whatever went wrong; it ends the run, with the step and the micro-batch added to the message.
-    fn accumulate_gradients(&mut self, batch: &Batch, num_items: usize, step_seed: u64, grad: ViewMut) -> Result<f64>;
+    fn accumulate_gradients(&mut self, batch: &Batch, num_items: usize, pass: TrainPass, grad: ViewMut) -> Result<f64>;
 
     /// The loss of a micro-batch, without dropout.
     ///

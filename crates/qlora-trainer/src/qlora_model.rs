@@ -77,8 +77,8 @@ impl TrainableModel for QLoraModel {
         self.adapter().update(update)
     }
 
-    fn accumulate_gradients(&mut self, batch: &Batch, items: usize, step_seed: u64, grad: ViewMut) -> Result<f64> {
-        Ok(self.model.accumulate_gradients(batch, items, TrainPass { seed: step_seed }, grad)?.sum)
+    fn accumulate_gradients(&mut self, batch: &Batch, items: usize, pass: TrainPass, grad: ViewMut) -> Result<f64> {
+        Ok(self.model.accumulate_gradients(batch, items, pass, grad)?.sum)
     }
 
     fn evaluate(&mut self, batch: &Batch) -> Result<LossSum> {

@@ -29,8 +29,8 @@ use qlora_core::lora::{LoraConfig, ModuleFilter, ModulePattern, TargetModules};
 use qlora_core::model::{CausalLm, DeviceChoice, LoadOptions, Quantization};
 use qlora_core::open::{GenerationDefaults, ModelFiles};
 use qlora_core::tokenizer::Tokenizer;
-use qlora_kernels::Workspace;
 use qlora_kernels::quant::{QuantConfig, QuantType};
+use qlora_kernels::{Dtype, Workspace};
 
 use crate::config::{self, GradientCheckpointing, LoraOptions, ModelOptions, Targets, TrainConfig};
 use crate::data::Dataset;
@@ -133,6 +133,16 @@ impl Session {
             .with_template_kwargs(self.config.data.chat_template_kwargs.as_map())
     }
 
+    /// What the memory plan does not say of a GPU's type, if it is not what most GPUs compute in; none on the CPU.
+    pub fn compute_note(&self) -> Option<&'static str> {
+        let asked = self.config.model.bnb_4bit_compute_dtype.is_some();
+        match self.model.workspace().gradient_dtype() {
+            Dtype::F16 if asked => Some("computes in float16, with loss scaling"),
+            Dtype::F16 => Some("computes in float16, with loss scaling: this GPU has no bfloat16"),
+            _ => None,
+        }
+    }
+
     /// The configured training data and, if there is any, validation data. It was read when the session was opened; a second
     /// call reads it again.
     ///
@@ -181,7 +191,7 @@ impl Session {
 fn workspace(config: &TrainConfig) -> Result<Workspace> {
     let device: DeviceChoice = config.model.device.parse()?;
     let limit = config.training.memory_budget.map(|budget| (budget * 1e9) as u64);
-    let workspace = device.open(config.model.bnb_4bit_compute_dtype.into(), limit)?;
+    let workspace = device.open(config.model.bnb_4bit_compute_dtype.map(Into::into), limit)?;
     #[cfg(feature = "cuda")]
     if let Some(gpu) = workspace.gpu() {
         gpu.set_deterministic(config.training.full_determinism);

@@ -152,11 +152,15 @@ impl Stack {
         let margin = self.blocks.iter().map(Block::residual_margin).max().unwrap_or(0);
         let mut dx = pass.workspace.with_margin(last.rows(), last.cols(), margin)?;
         rms_norm::backward(last.view(), self.final_norm.view(), rstd.view(), dy.view(), dx.view_mut(), false)?;
+        pass.workspace.round_gradient(dx.view_mut())?;
         drop((last, rstd, dy));
         let mut dx = Some(dx);
         for (index, block) in self.blocks.iter().enumerate().rev() {
             let (Some(kept), Some(dy)) = (saved.pop()?, dx.take()) else { break };
             dx = block.backward(kept, dy, pass, gradient.reborrow(), index > lowest || needs_dx)?;
+            if let Some(dx) = &mut dx {
+                pass.workspace.round_gradient(dx.view_mut())?;
+            }
         }
         Ok(dx.filter(|_| needs_dx))
     }

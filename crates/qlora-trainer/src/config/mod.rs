@@ -84,8 +84,9 @@ pub struct ModelOptions {
     /// Where to train: `"auto"` (the first GPU if the program is built with the feature `cuda` and there is one, otherwise
     /// the CPU), `"cpu"`, `"cuda"` or `"cuda:1"`. Default: auto.
     pub device: String,
-    /// What a GPU computes in: `"bfloat16"`, `"float16"` or `"float32"`. The CPU computes in float32. Default: bfloat16.
-    pub bnb_4bit_compute_dtype: ComputeDtype,
+    /// What a GPU computes in: `"bfloat16"`, `"float16"` (with dynamic loss scaling) or `"float32"`. The CPU computes in float32.
+    /// Default: bfloat16, on a GPU without it (compute capability below 8.0) float16.
+    pub bnb_4bit_compute_dtype: Option<ComputeDtype>,
 }
 
 impl Default for ModelOptions {
@@ -102,7 +103,7 @@ impl Default for ModelOptions {
             blocksize: 64,
             offload_embedding: false,
             device: "auto".to_owned(),
-            bnb_4bit_compute_dtype: ComputeDtype::Bfloat16,
+            bnb_4bit_compute_dtype: None,
         }
     }
 }

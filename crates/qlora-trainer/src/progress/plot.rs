@@ -128,6 +128,8 @@ mod tests {
                 tokens_per_second: 0.0,
                 peak_memory: None,
                 gpu_peak_memory: None,
+                loss_scale: None,
+                skipped_steps: None,
                 anonymous_memory: None,
             }));
             if step.is_multiple_of(50) {

@@ -106,7 +106,7 @@ fn identity(config: &TrainConfig, files: &ModelFiles, workspace: &Workspace) -> 
     ];
     if !on_cpu {
         // The CPU computes in float32, with the same bits every time.
-        identity.push(("compute type".to_owned(), format!("{:?}", config.model.bnb_4bit_compute_dtype).to_lowercase()));
+        identity.push(("compute type".to_owned(), workspace.dtype().name().to_owned()));
         identity.push(("full_determinism".to_owned(), config.training.full_determinism.to_string()));
     }
     identity

@@ -2,7 +2,7 @@
 //!
 //! Every optimizer step adds the gradients of its micro-batches to one flat f32 buffer; each is already divided by the
 //! trained tokens of the whole step, so the result does not depend on how the step is cut into micro-batches. Then the
-//! norm, clipping and AdamW.
+//! norm, clipping and AdamW. With float16 gradients the loss is scaled ([`loss_scale`](crate::loss_scale)).
 //!
 //! After a step, in this order and where due: a line in the log, an evaluation, a checkpoint. A run that was interrupted
 //! or killed at any point goes on from its last checkpoint with the same bits and the same log as one that was not.
@@ -24,10 +24,12 @@ use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
 use crate::guard::GradientGuard;
 use crate::interrupt::Interrupt;
+use crate::loss_scale::LossScale;
 use crate::metrics::{LogEntry, LogWindow};
 use crate::model::{Parameter, TrainableModel};
 use crate::optimizer::Optimizer;
 use crate::progress::{Event, Observer};
+use qlora_kernels::Dtype;
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +86,8 @@ struct Progress {
     history: Vec<LogEntry>,
     window: LogWindow,
     initial_parameters: String,
+    /// The scale of the loss, if gradients are float16.
+    loss_scale: Option<LossScale>,
     /// The last checkpoint in the output folder that this run wrote or began from, with its step.
     checkpoint: Option<(u64, PathBuf)>,
 }
@@ -108,11 +112,13 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
             );
         }
         let parameters = facts.parameters;
-        let optimizer = Optimizer::new(&config.training, masters.len(), &model.workspace()?)?;
+        let workspace = model.workspace()?;
+        let optimizer = Optimizer::new(&config.training, masters.len(), &workspace)?;
+        let loss_scale = (workspace.gradient_dtype() == Dtype::F16).then(LossScale::default);
         let initial_parameters = Fingerprint::new().floats(&masters).to_string();
         Ok(Self {
             guard: GradientGuard::new(&parameters),
-            progress: Progress { initial_parameters, ..Progress::default() },
+            progress: Progress { initial_parameters, loss_scale, ..Progress::default() },
             observers: Vec::new(),
             interrupt: Interrupt::new(),
             interrupt_announced: false,
@@ -214,6 +220,7 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
                     data_seed: options.resolved_data_seed(),
                     initial_parameters: progress.initial_parameters.clone(),
                     template_time: self.template_time.clone(),
+                    loss_scale: progress.loss_scale,
                     optimizer_fingerprint: String::new(),
                     identity: self.blueprint.identity.clone(),
                 },

@@ -8,7 +8,7 @@ use crate::data::loader::eval_batches;
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::metrics::{EvalLog, LogEntry, LogWindow, TrainLog};
-use crate::model::{LossSum, TrainableModel};
+use crate::model::{LossSum, TrainPass, TrainableModel};
 use crate::progress::{Event, StepInfo};
 use crate::rng::derive_seed;
 
@@ -28,6 +28,11 @@ impl<M: TrainableModel> Trainer<'_, M> {
                 return Err(error);
             }
         };
+        if !grad_norm.is_finite() {
+            self.skip_step(step);
+        } else if let Some(scale) = &mut self.progress.loss_scale {
+            scale.fitted();
+        }
         self.progress.global_step = step;
         self.progress.tokens_seen += batch.tokens() as u64;
         let info = StepInfo {
@@ -50,7 +55,22 @@ impl<M: TrainableModel> Trainer<'_, M> {
         Ok(info)
     }
 
-    /// Loss, learning rate and gradient norm of the step.
+    /// The gradient overflowed float16: parameters and moments stay as they are, and the scale shrinks.
+    fn skip_step(&mut self, step: u64) {
+        let Some(scale) = &mut self.progress.loss_scale else { return };
+        scale.overflowed();
+        let scale = scale.scale;
+        tracing::info!(step, scale, "a gradient overflowed float16: the step is skipped");
+        let text = format!("step {step} is skipped: a gradient overflowed float16; the loss scale is now {scale}");
+        self.notify(&Event::Message(&text));
+    }
+
+    /// What gradients are multiplied by until the optimizer divides them again.
+    fn loss_scale(&self) -> f32 {
+        self.progress.loss_scale.map_or(1.0, |scale| scale.scale)
+    }
+
+    /// Loss, learning rate and gradient norm of the step; an infinite norm if it has to be skipped.
     fn gradient_and_update(&mut self, step: u64, batch: &StepBatch) -> Result<(f64, f64, f64)> {
         self.optimizer.grad.view_mut().fill(0.0)?;
         let mut loss_sum = 0.0;
@@ -62,26 +82,36 @@ impl<M: TrainableModel> Trainer<'_, M> {
             loss_sum += loss;
             self.announce_interrupt();
         }
-        let norm = self.optimizer.grad_norm()?;
+        let loss = loss_sum / batch.num_items as f64;
+        let loss_scale = self.loss_scale();
+        let norm = self.optimizer.grad_norm()? / f64::from(loss_scale);
+        // Skipped steps are none of the schedule's, nor of the optimizer's.
+        let skipped = self.progress.loss_scale.map_or(0, |scale| scale.skipped_steps);
+        let update = step - skipped;
+        let learning_rate = self.blueprint.schedule.at(update - 1);
         if !norm.is_finite() {
+            if self.progress.loss_scale.is_some_and(|scale| scale.can_shrink()) {
+                return Ok((loss, learning_rate, f64::INFINITY));
+            }
             return Err(self.locate_non_finite(step, batch));
         }
         if self.guard.is_waiting() {
             let (masters, grad) = (self.model.masters()?, self.optimizer.grad.to_vec()?);
             self.guard.check(step, &self.parameters, &masters, &grad)?;
         }
-        let learning_rate = self.blueprint.schedule.at(step - 1);
         let optimizer = &mut self.optimizer;
-        self.model.update_masters(&mut |masters| optimizer.update(step, learning_rate, norm, masters))?;
-        Ok((loss_sum / batch.num_items as f64, learning_rate, norm))
+        self.model
+            .update_masters(&mut |masters| optimizer.update_scaled(update, learning_rate, norm, loss_scale, masters))?;
+        Ok((loss, learning_rate, norm))
     }
 
     /// Adds the gradient of a micro-batch, and returns its loss sum.
     fn accumulate(&mut self, step: u64, batch: &StepBatch, micro_batch: usize) -> Result<f64> {
         let seed = derive_seed(self.config.training.seed, &[step, micro_batch as u64]);
         let tokens = &batch.micro_batches[micro_batch];
+        let pass = TrainPass::seeded(seed).with_loss_scale(self.loss_scale());
         self.model
-            .accumulate_gradients(tokens, batch.num_items, seed, self.optimizer.grad.view_mut())
+            .accumulate_gradients(tokens, batch.num_items, pass, self.optimizer.grad.view_mut())
             .map_err(|source| Error::Step { step, micro_batch: micro_batch + 1, source })
     }
 
@@ -137,6 +167,8 @@ impl<M: TrainableModel> Trainer<'_, M> {
             peak_memory: memory::peak_resident(),
             anonymous_memory: memory::anonymous_resident(),
             gpu_peak_memory: self.model.workspace().ok().and_then(|workspace| memory::gpu_peak(&workspace)),
+            loss_scale: self.progress.loss_scale.map(|scale| scale.scale),
+            skipped_steps: self.progress.loss_scale.map(|scale| scale.skipped_steps),
         })
     }
 
