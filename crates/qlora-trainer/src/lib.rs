@@ -8,6 +8,7 @@
 //! | [`model`], [`qlora_model`] | what the loop asks of a model, and the decoder that answers |
 //! | [`encoder`] | a model's tokenizer and chat template as the data code sees them |
 //! | [`trainer`] | the loop |
+//! | [`objective`] | what a run minimises: a loss of the tokens' log-probabilities |
 //! | [`optimizer`], [`schedule`] | AdamW with clipping, the learning rate |
 //! | [`loss_scale`] | what keeps float16 gradients in range |
 //! | [`checkpoint`] | atomic checkpoints, resumed bit for bit |
@@ -30,6 +31,7 @@ pub mod loss_scale;
 pub mod memory;
 pub mod metrics;
 pub mod model;
+pub mod objective;
 pub mod optimizer;
 pub mod progress;
 pub mod qlora_model;

@@ -36,7 +36,7 @@ use crate::config::{self, GradientCheckpointing, LoraOptions, ModelOptions, Targ
 use crate::data::Dataset;
 use crate::encoder::ModelEncoder;
 use crate::error::Result;
-use crate::qlora_model::QLoraModel;
+use crate::qlora_model::{QLoraModel, REFERENCE};
 use crate::trainer::Trainer;
 use crate::trainer::start::Start;
 use prepare::{Data, Prepared};
@@ -80,7 +80,8 @@ impl Session {
     }
 
     fn load(prepared: Prepared, mut progress: impl FnMut(u64, u64)) -> Result<Self> {
-        let Prepared { config, start, files, template_time, beginning, workspace, identity, data } = prepared;
+        let Prepared { config, start, files, template_time, beginning, reference, workspace, identity, data } =
+            prepared;
         let companions = Companions::of_adapter(&files)?;
         let ModelFiles { source, tokenizer, chat_template: template, generation, name, .. } = files;
         let quantization = quantization(&config.model);
@@ -93,6 +94,9 @@ impl Session {
         let on = workspace.clone();
         let mut model = beside_attention(&on, source.config(), || CausalLm::load_on(&*source, load, workspace))?;
         beginning.add_to(&mut model, config.training.seed)?;
+        if let Some(reference) = &reference {
+            model.load_adapter(REFERENCE, reference)?;
+        }
         // Until `plan_memory` has seen the data.
         model.set_gradient_checkpointing(config.training.gradient_checkpointing == GradientCheckpointing::On)?;
         let data = Mutex::new(Some(data));

@@ -2,7 +2,7 @@
 
 use qlora_core::model::DeviceChoice;
 
-use super::{Scheduler, Targets, TrainConfig};
+use super::{ObjectiveOptions, Scheduler, Targets, TrainConfig};
 use crate::error::{Error, Problem, Result};
 
 impl TrainConfig {
@@ -26,6 +26,7 @@ impl TrainConfig {
         self.check_lora(&mut check);
         self.check_data(&mut check);
         self.check_training(&mut check);
+        ObjectiveOptions::problems(self).into_iter().for_each(|(key, message)| check.that(false, key, message));
         check.problems
     }
 

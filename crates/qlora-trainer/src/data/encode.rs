@@ -34,6 +34,12 @@ pub trait TextEncoder: Sync {
         Ok(self.encode_chat(conversation, &mut Notes::default())?.ids)
     }
 
+    /// The token ids of a conversation as the chat template writes it to ask for the next answer.
+    fn encode_prompt(&self, conversation: &Conversation) -> Result<Vec<u32>, EncodeError> {
+        let _ = conversation;
+        Err("this encoder cannot ask for an answer".into())
+    }
+
     /// What of a conversation the chat template does not read, by the names of the row's columns.
     fn unused(&self, conversation: &Conversation) -> Vec<String> {
         let _ = conversation;
@@ -105,6 +111,8 @@ impl From<&DataOptions> for EncodeOptions {
 pub enum Outcome {
     /// A document.
     Document(Encoded, Notes),
+    /// Documents that belong together.
+    Group(Vec<Encoded>, Notes),
     /// Left out: longer than `max_length`.
     Overlong,
     /// Left out: nothing to train on.

@@ -27,6 +27,7 @@ use crate::interrupt::Interrupt;
 use crate::loss_scale::LossScale;
 use crate::metrics::{LogEntry, LogWindow};
 use crate::model::{Parameter, TrainableModel};
+use crate::objective::{self, Objective};
 use crate::optimizer::Optimizer;
 use crate::progress::{Event, Observer};
 use qlora_kernels::Dtype;
@@ -64,6 +65,8 @@ pub struct Trainer<'a, M> {
     validation: Option<Dataset>,
     optimizer: Optimizer,
     guard: GradientGuard,
+    /// None for plain fine-tuning.
+    objective: Option<Box<dyn Objective>>,
     /// Output folder and checkpoint, where they were opened before the model.
     start: Option<Start>,
     /// What the chat template took for now when the data was rendered, if it asks.
@@ -118,6 +121,7 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
         let initial_parameters = Fingerprint::new().floats(&masters).to_string();
         Ok(Self {
             guard: GradientGuard::new(&parameters),
+            objective: objective::of(&config),
             progress: Progress { initial_parameters, loss_scale, ..Progress::default() },
             observers: Vec::new(),
             interrupt: Interrupt::new(),
@@ -215,7 +219,7 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
                     format_version: FORMAT_VERSION,
                     qlora_version: env!("CARGO_PKG_VERSION").to_owned(),
                     position: self.blueprint.loader.position(),
-                    window: progress.window,
+                    window: progress.window.clone(),
                     seed: options.seed,
                     data_seed: options.resolved_data_seed(),
                     initial_parameters: progress.initial_parameters.clone(),
