@@ -1,6 +1,10 @@
-//! The training loop over the real decoder: splits of a step, and resuming.
+//! The training loop over the real decoder: splits of a step, resuming, float16, and preferences.
 
 mod common;
+#[path = "objectives/dpo.rs"]
+mod dpo;
+#[path = "common/tiny_folder.rs"]
+mod tiny_folder;
 
 use std::path::Path;
 

@@ -36,7 +36,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub use crate::objective::{ObjectiveKind, ObjectiveOptions};
+pub use crate::objective::{DpoLoss, ObjectiveKind, ObjectiveOptions};
 
 pub use choices::{
     ComputeDtype, GradientCheckpointing, OnOverlong, OnUntrained, Optim, Paths, QuantType, Resume, SamplingStrategy,
@@ -225,7 +225,8 @@ pub struct TrainingOptions {
     pub memory_budget: Option<f64>,
     /// The same bits in every run on a GPU, for some speed (a CPU gives them anyway). Default: false.
     pub full_determinism: bool,
-    /// What is minimised: `"sft"` (supervised fine-tuning: the cross-entropy of answers). Default: sft.
+    /// What is minimised: `"sft"` (supervised fine-tuning: the cross-entropy of answers) or `"dpo"` (direct preference
+    /// optimization, on pairs of answers; its options stand in `[objective]`). Default: sft.
     pub objective: ObjectiveKind,
     /// The optimizer: `"adamw_torch"`, or `"adamw_8bit"` with moments of 8 bits. Default: adamw_torch.
     pub optim: Optim,

@@ -254,6 +254,28 @@ mod tests {
     }
 
     #[test]
+    fn options_of_an_objective() {
+        let refusal = |values: &[(&str, &str)]| {
+            let mut config = valid();
+            values.iter().for_each(|(key, value)| config.set(key, value).unwrap());
+            config.validate().map_err(|error| error.to_string()).err()
+        };
+        let dpo = ("training.objective", "dpo");
+        assert_eq!(refusal(&[dpo, ("objective.beta", "0.3"), ("objective.loss_type", "ipo")]), None);
+        assert_eq!(refusal(&[dpo, ("objective.loss_type", "robust"), ("objective.label_smoothing", "0.1")]), None);
+        for (values, part) in [
+            (&[("objective.beta", "0.3")][..], "`objective` are options of objectives over pairs"),
+            (&[dpo, ("objective.beta", "0")], "`objective.beta` must be a number above 0"),
+            (&[dpo, ("objective.label_smoothing", "0.5")], "below 0.5"),
+            (&[dpo, ("objective.label_smoothing", "0.1")], "needs `loss_type = \"robust\"`"),
+            (&[dpo, ("data.completion_only_loss", "false")], "`data.completion_only_loss` must be true"),
+        ] {
+            let message = refusal(values).unwrap();
+            assert!(message.contains(part), "{values:?}: {message}");
+        }
+    }
+
+    #[test]
     fn values_that_contradict_each_other() {
         let refusal = |values: &[(&str, &str)]| {
             let mut config = valid();

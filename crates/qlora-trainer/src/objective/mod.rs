@@ -7,9 +7,13 @@
 //!
 //! A new objective is a file here and an entry in the lists below; a new kind of row for it is one in `data/record`.
 
+mod dpo;
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+
+pub use dpo::DpoLoss;
 
 use crate::config::TrainConfig;
 use qlora_core::batch::Batch;
@@ -22,6 +26,8 @@ pub enum ObjectiveKind {
     /// Supervised fine-tuning: the cross-entropy of the trained tokens.
     #[default]
     Sft,
+    /// Direct preference optimization on pairs of answers.
+    Dpo,
 }
 
 impl ObjectiveKind {
@@ -29,20 +35,56 @@ impl ObjectiveKind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Sft => "sft",
+            Self::Dpo => "dpo",
         }
     }
 }
 
-/// `[objective]`: options of objectives other than supervised fine-tuning.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+/// `[objective]`: options of objectives other than supervised fine-tuning, in TRL's names.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
-pub struct ObjectiveOptions {}
+pub struct ObjectiveOptions {
+    /// How far the model may go from the reference: the larger, the nearer it stays. Default: 0.1.
+    pub beta: f64,
+    /// The loss of a pair: `"sigmoid"`, `"hinge"`, `"ipo"` or `"robust"`. Default: sigmoid.
+    pub loss_type: DpoLoss,
+    /// The share of pairs whose preference is wrong, for `"robust"`: at least 0, below 0.5. Default: 0.
+    pub label_smoothing: f64,
+    /// Train without the adapter's dropout, so that model and reference differ in the weights alone. Default: true.
+    pub disable_dropout: bool,
+}
+
+impl Default for ObjectiveOptions {
+    fn default() -> Self {
+        Self { beta: 0.1, loss_type: DpoLoss::Sigmoid, label_smoothing: 0.0, disable_dropout: true }
+    }
+}
 
 impl ObjectiveOptions {
     /// Every value that makes no sense in a run of this configuration: its key and what is wrong.
-    pub(crate) fn problems(_: &TrainConfig) -> Vec<(&'static str, String)> {
-        Vec::new()
+    pub(crate) fn problems(config: &TrainConfig) -> Vec<(&'static str, String)> {
+        let Self { beta, loss_type, label_smoothing, .. } = config.objective;
+        if config.training.objective == ObjectiveKind::Sft {
+            let message =
+                "are options of objectives over pairs: set `objective = \"dpo\"` in [training], or leave them out";
+            let other = config.objective != Self::default();
+            return if other { vec![("objective", message.to_owned())] } else { Vec::new() };
+        }
+        let mut problems = Vec::new();
+        if !(beta.is_finite() && beta > 0.0) {
+            problems.push(("objective.beta", format!("must be a number above 0, not {beta}")));
+        }
+        if !(0.0..0.5).contains(&label_smoothing) {
+            let message = format!("must be at least 0 and below 0.5, not {label_smoothing}");
+            problems.push(("objective.label_smoothing", message));
+        } else if label_smoothing > 0.0 && loss_type != DpoLoss::Robust {
+            problems.push(("objective.label_smoothing", "needs `loss_type = \"robust\"`".to_owned()));
+        }
+        if !config.data.completion_only_loss {
+            problems.push(("data.completion_only_loss", "must be true: preferences are between answers".to_owned()));
+        }
+        problems
     }
 }
 
@@ -112,12 +154,16 @@ pub trait Objective: std::fmt::Debug {
 pub fn of(config: &TrainConfig) -> Option<Box<dyn Objective>> {
     match config.training.objective {
         ObjectiveKind::Sft => None,
+        ObjectiveKind::Dpo => {
+            let ObjectiveOptions { loss_type: loss, beta, label_smoothing, .. } = config.objective;
+            Some(Box::new(dpo::Dpo { loss, beta, label_smoothing }))
+        }
     }
 }
 
 /// Whether the run trains without dropout whatever the adapter's options say.
-pub(crate) fn disables_dropout(_: &TrainConfig) -> bool {
-    false
+pub(crate) fn disables_dropout(config: &TrainConfig) -> bool {
+    config.training.objective != ObjectiveKind::Sft && config.objective.disable_dropout
 }
 
 /// Adds sums to sums.
