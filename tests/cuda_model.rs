@@ -16,7 +16,7 @@ use qlora::generate::generate;
 use qlora::kernels::{Dtype, SequenceLayout, Workspace};
 use qlora::lora::{LoraConfig, TargetModules};
 use qlora::model::policy::Keep;
-use qlora::model::{CausalLm, KvCache, TrainPass};
+use qlora::model::{AdapterChoice, CausalLm, KvCache, TrainPass};
 use qlora::sampling::GenerationConfig;
 use qlora::trainer::data::{Dataset, Encoded};
 use qlora::trainer::metrics::LogEntry;
@@ -201,6 +201,39 @@ fn scaled_float16_gradients_have_the_norms_of_f32() {
         println!("{items} tokens: largest difference of a norm {scaled:.1e} with scaling, {unscaled:.1e} without");
         assert!(scaled < 0.02, "{items}: {scaled}");
         assert!(items == 16_384 || unscaled > 0.02, "the test would pass without scaling");
+    }
+}
+
+/// What objectives are made of: log-probabilities, and the gradient for weights that depend on them.
+#[test]
+fn weighted_gradients_agree_with_the_cpu() {
+    let Some(device) = gpu() else { return };
+    for (dtype, tolerance) in [(Dtype::F32, 1e-4), (Dtype::Bf16, 6e-2), (Dtype::F16, 8e-3)] {
+        for (name, config) in configs() {
+            let run = |workspace: Workspace| {
+                let model = trained(&config, true, lora(0.1), workspace);
+                let batch = batch(&[40, 1, 65]);
+                let reference = model.log_probabilities(&batch, AdapterChoice::Base).unwrap();
+                let len = model.adapter().unwrap().layout().len();
+                let mut gradient = model.workspace().zeros_f32(1, len).unwrap();
+                let mut seen = Vec::new();
+                let mut weigh = |log_probs: &[f64]| {
+                    seen = log_probs.iter().map(|&x| x as f32).collect();
+                    let sum: f64 = log_probs.iter().zip(&reference).map(|(policy, reference)| policy - reference).sum();
+                    // As a pair has them: one number, which depends on all tokens, with both signs.
+                    let weight = (1.0 / (1.0 + (0.01 * sum).exp())) as f32;
+                    Ok((0..log_probs.len()).map(|row| if row < 41 { -weight } else { weight } / 7.0).collect())
+                };
+                let (pass, target) = (TrainPass::seeded(5), gradient.view_mut());
+                model.accumulate_weighted_gradients(&batch, pass, &mut weigh, target).unwrap();
+                let reference: Vec<f32> = reference.iter().map(|&x| x as f32).collect();
+                (seen, reference, gradient.to_vec().unwrap())
+            };
+            let (cpu, gpu) = (run(Workspace::poisoned()), run(on_gpu(&device, dtype)));
+            let errors = [error(&gpu.0, &cpu.0), error(&gpu.1, &cpu.1), error(&gpu.2, &cpu.2)];
+            println!("{} {name}: log-probabilities, reference and gradient differ by {errors:?}", dtype.name());
+            assert!(errors.iter().all(|&error| error < tolerance), "{} {name}: {errors:?}", dtype.name());
+        }
     }
 }
 
