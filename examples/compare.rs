@@ -7,7 +7,6 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::Parser;
 use qlora::batch::Batch;
-use qlora::kernels::Dtype;
 use qlora::kernels::quant::QuantConfig;
 use qlora::model::{CausalLm, DeviceChoice, LoadOptions, Quantization};
 use qlora::open::{OpenOptions, open_model};
@@ -30,7 +29,7 @@ fn main() -> anyhow::Result<()> {
     let text = std::fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?;
     let tokens = files.tokenizer.encode(&text, true)?;
     for (name, quantization) in [("stored", Quantization::None), ("NF4", Quantization::Bits4(QuantConfig::default()))] {
-        let workspace = DeviceChoice::Auto.open(Dtype::Bf16, None)?;
+        let workspace = DeviceChoice::Auto.open(None, None)?;
         let options = LoadOptions { quantization, ..LoadOptions::default() };
         let model = CausalLm::load_on(&*files.source, options, workspace)?;
         let (mut sum, mut count) = (0.0, 0);

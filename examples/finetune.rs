@@ -83,7 +83,10 @@ fn main() -> anyhow::Result<()> {
         eprintln!("{remark}");
     }
     match session.plan_memory(&training)? {
-        Some(plan) => eprintln!("memory plan: {plan}"),
+        Some(plan) => {
+            let note = session.compute_note().map(|note| format!("; {note}")).unwrap_or_default();
+            eprintln!("memory plan: {plan}{note}");
+        }
         None => eprintln!("training on the CPU: there is no memory plan"),
     }
     if args.dry_run {

@@ -11,7 +11,6 @@ use anyhow::{Context, anyhow};
 use clap::Parser;
 use qlora::adapter;
 use qlora::generate::{AnswerText, generate};
-use qlora::kernels::Dtype;
 use qlora::kernels::quant::QuantConfig;
 use qlora::model::{CausalLm, DeviceChoice, LoadOptions, Quantization};
 use qlora::open::{OpenOptions, open_model};
@@ -50,7 +49,7 @@ fn main() -> anyhow::Result<()> {
         None => Quantization::Bits4(QuantConfig::default()),
     };
     let options = LoadOptions { quantization, ..LoadOptions::default() };
-    let mut model = CausalLm::load_on(&*files.source, options, args.device.open(Dtype::Bf16, None)?)?;
+    let mut model = CausalLm::load_on(&*files.source, options, args.device.open(None, None)?)?;
     if let Some(adapter) = &adapter {
         model.load_adapter("adapter", adapter)?;
         model.activate_adapter("adapter")?;

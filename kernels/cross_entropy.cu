@@ -3,7 +3,7 @@
 //     loss = logsumexp(z) - z_target          z <- (softmax(z) - onehot_target) * grad_scale
 //
 // logits: [rows, vocab] with their stride; targets: i64 [rows], -100 for a row that is not trained (loss and gradient
-// are 0); losses: f32 [rows]. f32 sums per thread in base 2 (the maximum is kept as M = max * log2 e, rounded once and
+// are 0); losses: f32 [rows]; grad_scales: f32 [rows], or null for the one grad_scale. f32 sums per thread in base 2 (the maximum is kept as M = max * log2 e, rounded once and
 // then used for all terms, so its rounding cancels), the logarithm in f64. A row with NaN has loss NaN.
 //
 // Floor: memory, one read and one write of the logits (2s bytes per element); the exponentials of the two passes take
@@ -76,6 +76,7 @@ struct Problem {
     int packs;   // a row is `packs` accesses and single elements behind them
     int kept;    // the first of them stay in shared memory: all of them or a multiple of the threads
     float grad_scale;
+    const float* grad_scales;
     bool write_grad;
 };
 
@@ -131,7 +132,8 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_kernel(
     }
     if (!p.write_grad) return;
 
-    const float factor = p.grad_scale / all.sum;
+    const float grad_scale = p.grad_scales == nullptr ? p.grad_scale : p.grad_scales[blockIdx.x];
+    const float factor = grad_scale / all.sum;
     const auto gradient = [&](float z) { return exp2_fast(fmaf(z, LOG2_E, -all.max)) * factor; };
     for (int start = threadIdx.x; start < p.packs; start += AT_ONCE * THREADS) {
         Pack<T, N> loaded[AT_ONCE];
@@ -155,7 +157,7 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_kernel(
     // The thread that wrote the target's element writes it again.
     const int column = static_cast<int>(target);
     const int owner = column < p.packs * N ? column / N : column - p.packs * N;
-    if (threadIdx.x == owner % THREADS) row[column] = from_float<T>(gradient(target_logit) - p.grad_scale);
+    if (threadIdx.x == owner % THREADS) row[column] = from_float<T>(gradient(target_logit) - grad_scale);
 }
 
 template <typename T, int N, int THREADS>
@@ -175,7 +177,7 @@ int launch(T* logits, Problem p, int64_t rows, bool keep, const QloraLimits& lim
 }  // namespace
 
 extern "C" int qlora_cross_entropy(int dtype, void* logits, int64_t ld, const int64_t* targets, float* losses,
-                                   int64_t rows, int64_t vocab, float grad_scale, int write_grad,
+                                   int64_t rows, int64_t vocab, float grad_scale, const float* grad_scales, int write_grad,
                                    const QloraLimits* limits, cudaStream_t stream) {
     if (rows <= 0) return static_cast<int>(cudaSuccess);
     const bool fits = vocab > 0 && vocab <= LARGEST_GRID - 8192 && rows <= LARGEST_GRID;
@@ -186,7 +188,7 @@ extern "C" int qlora_cross_entropy(int dtype, void* logits, int64_t ld, const in
         T* z = static_cast<T*>(logits);
         const bool vectors = allows_vectors(z, ld, 0, N);
         const Problem p{ld, targets, losses, static_cast<int>(vocab), vectors ? static_cast<int>(vocab / N) : 0,
-                        0, grad_scale, write_grad != 0};
+                        0, grad_scale, grad_scales, write_grad != 0};
         if (!vectors) return launch<T, 1, 512>(z, p, rows, false, *limits, stream);
         if (vocab < 16384 || !write_grad) return launch<T, N, 256>(z, p, rows, false, *limits, stream);
         // A row that fits into half of the shared memory leaves the other half to a second block.

@@ -18,7 +18,7 @@ use qlora::generate::generate;
 use qlora::kernels::{Dtype, SequenceLayout, Workspace};
 use qlora::lora::{LoraConfig, TargetModules};
 use qlora::model::policy::Keep;
-use qlora::model::{CausalLm, KvCache, TrainPass};
+use qlora::model::{AdapterChoice, CausalLm, KvCache, TrainPass};
 use qlora::sampling::GenerationConfig;
 use qlora::trainer::data::{Dataset, Encoded};
 use qlora::trainer::metrics::LogEntry;
@@ -119,7 +119,7 @@ fn gradient(model: &CausalLm, lengths: &[usize], seed: u64) -> (f64, Vec<f32>) {
     let len = model.adapter().unwrap().layout().len();
     let mut gradient = model.workspace().zeros_f32(1, len).unwrap();
     let items = batch.trained_tokens();
-    let loss = model.accumulate_gradients(&batch, items, TrainPass { seed }, gradient.view_mut()).unwrap();
+    let loss = model.accumulate_gradients(&batch, items, TrainPass::seeded(seed), gradient.view_mut()).unwrap();
     (loss.sum, gradient.to_vec().unwrap())
 }
 
@@ -200,6 +200,67 @@ fn in_bf16_the_gpu_agrees_with_the_cpu() {
 fn in_f16_the_gpu_agrees_with_the_cpu() {
     let Some(device) = gpu() else { return };
     compare(&device, Dtype::F16, 4e-3, 8e-3);
+}
+
+/// Of a step of 16,384 trained tokens, at the usual size and at a hundredth of it.
+#[test]
+fn scaled_float16_gradients_have_the_norms_of_f32() {
+    let Some(device) = gpu() else { return };
+    let config = wide_config();
+    let norms = |workspace: Workspace, items: usize, loss_scale: f32| -> Vec<f64> {
+        let model = trained(&config, true, lora(0.0), workspace);
+        let layout = model.adapter().unwrap().layout();
+        let mut gradient = model.workspace().zeros_f32(1, layout.len()).unwrap();
+        let pass = TrainPass::seeded(5).with_loss_scale(loss_scale);
+        model.accumulate_gradients(&batch(&[40, 9, 200]), items, pass, gradient.view_mut()).unwrap();
+        let gradient = gradient.to_vec().unwrap();
+        let norm = |values: &[f32]| values.iter().map(|&x| f64::from(x / loss_scale).powi(2)).sum::<f64>().sqrt();
+        layout.entries().iter().map(|entry| norm(&gradient[entry.range()])).collect()
+    };
+    let worst = |items: usize, loss_scale: f32| {
+        let exact = norms(on_gpu(&device, Dtype::F32), items, 1.0);
+        let float16 = norms(on_gpu(&device, Dtype::F16), items, loss_scale);
+        exact.iter().zip(&float16).map(|(exact, float16)| (float16 / exact - 1.0).abs()).fold(0.0, f64::max)
+    };
+    for items in [16_384, 1_638_400] {
+        let (scaled, unscaled) = (worst(items, 65_536.0), worst(items, 1.0));
+        println!("{items} tokens: largest difference of a norm {scaled:.1e} with scaling, {unscaled:.1e} without");
+        assert!(scaled < 0.02, "{items}: {scaled}");
+        assert!(items == 16_384 || unscaled > 0.02, "the test would pass without scaling");
+    }
+}
+
+/// What objectives are made of: log-probabilities, and the gradient for weights that depend on them.
+#[test]
+fn weighted_gradients_agree_with_the_cpu() {
+    let Some(device) = gpu() else { return };
+    for (dtype, tolerance) in [(Dtype::F32, 1e-4), (Dtype::Bf16, 6e-2), (Dtype::F16, 8e-3)] {
+        for (name, config) in configs() {
+            let run = |workspace: Workspace| {
+                let model = trained(&config, true, lora(0.1), workspace);
+                let batch = batch(&[40, 1, 65]);
+                let reference = model.log_probabilities(&batch, AdapterChoice::Base).unwrap();
+                let len = model.adapter().unwrap().layout().len();
+                let mut gradient = model.workspace().zeros_f32(1, len).unwrap();
+                let mut seen = Vec::new();
+                let mut weigh = |log_probs: &[f64]| {
+                    seen = log_probs.iter().map(|&x| x as f32).collect();
+                    let sum: f64 = log_probs.iter().zip(&reference).map(|(policy, reference)| policy - reference).sum();
+                    // As a pair has them: one number, which depends on all tokens, with both signs.
+                    let weight = (1.0 / (1.0 + (0.01 * sum).exp())) as f32;
+                    Ok((0..log_probs.len()).map(|row| if row < 41 { -weight } else { weight } / 7.0).collect())
+                };
+                let (pass, target) = (TrainPass::seeded(5), gradient.view_mut());
+                model.accumulate_weighted_gradients(&batch, pass, &mut weigh, target).unwrap();
+                let reference: Vec<f32> = reference.iter().map(|&x| x as f32).collect();
+                (seen, reference, gradient.to_vec().unwrap())
+            };
+            let (cpu, gpu) = (run(Workspace::poisoned()), run(on_gpu(&device, dtype)));
+            let errors = [error(&gpu.0, &cpu.0), error(&gpu.1, &cpu.1), error(&gpu.2, &cpu.2)];
+            println!("{} {name}: log-probabilities, reference and gradient differ by {errors:?}", dtype.name());
+            assert!(errors.iter().all(|&error| error < tolerance), "{} {name}: {errors:?}", dtype.name());
+        }
+    }
 }
 
 #[test]
@@ -292,14 +353,14 @@ fn the_node_gives_the_bits_of_the_direct_path() {
             let (sum, direct) = gradient(&model, &[40, 9], 5);
             let batch = batch(&[40, 9]);
             let items = batch.trained_tokens();
-            let loss = model.loss(&batch, items, TrainPass { seed: 5 }).unwrap();
+            let loss = model.loss(&batch, items, TrainPass::seeded(5)).unwrap();
             let gradients = loss.backward().unwrap();
             assert_eq!(gradients.get_ids().count(), 1, "the adapter alone gets a gradient, nothing frozen");
             let node: Vec<f32> = gradients.get(model.adapter().unwrap().variable()).unwrap().to_vec1().unwrap();
             assert_eq!(loss.to_scalar::<f32>().unwrap(), (sum / items as f64) as f32, "{name}");
             assert!(node == direct, "{} {name}: {:.1e}", dtype.name(), error(&node, &direct));
             // A scaled loss has a scaled gradient.
-            let loss = model.loss(&batch, items, TrainPass { seed: 5 }).unwrap();
+            let loss = model.loss(&batch, items, TrainPass::seeded(5)).unwrap();
             let gradients = (loss * 3.0).unwrap().backward().unwrap();
             let thrice: Vec<f32> = gradients.get(model.adapter().unwrap().variable()).unwrap().to_vec1().unwrap();
             let expected: Vec<f32> = direct.iter().map(|x| 3.0 * x).collect();

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use common::{computes, gpu};
+use qlora::adapter::SaveOptions;
 use qlora::batch::Batch;
 use qlora::generate::{generate, generate_batch};
 use qlora::kernels::ops::adamw::{self, AdamW};
@@ -20,6 +21,10 @@ use qlora::lora::{LoraConfig, TargetModules, Which};
 use qlora::model::{CausalLm, LoadOptions, Quantization, TrainPass};
 use qlora::sampling::GenerationConfig;
 use qlora::source::Gguf;
+use qlora::trainer::data::{Dataset, Encoded};
+use qlora::trainer::metrics::{LogEntry, TrainLog};
+use qlora::trainer::qlora_model::QLoraModel;
+use qlora::trainer::{TrainConfig, Trainer};
 use serde_json::Value;
 
 const STEPS: &str = include_str!("fixtures/parity/smollm2_20_steps.json");
@@ -269,4 +274,46 @@ fn twenty_steps_over_the_plain_base_have_the_losses_of_peft() {
     }
     let (loss, _) = loss_parity(&device, Dtype::Bf16, Quantization::None, "f32");
     assert!(loss < 1e-2);
+}
+
+/// The losses of 200 steps over the documents of the parity run, and the last log entry.
+fn train_200_steps(device: &Device, dtype: Dtype) -> (Vec<f64>, TrainLog) {
+    let fixture: Value = serde_json::from_str(STEPS).unwrap();
+    let documents = fixture["micro_batches"].as_array().unwrap().iter().flat_map(|batch| batch.as_array().unwrap());
+    let documents = documents.map(|document| {
+        let (ids, prompt) = (ids(&document["ids"]), document["prompt"].as_u64().unwrap() as usize);
+        Encoded { trained: (0..ids.len()).map(|i| i >= prompt).collect(), ids }
+    });
+    let mut model = load(device, dtype, NF4);
+    let target_modules = TargetModules::AllLinear;
+    model.add_adapter(LoraConfig { r: 8, lora_alpha: 16.0, target_modules, ..LoraConfig::default() }, 1).unwrap();
+    let model = QLoraModel::new(model, SaveOptions::default(), Vec::new()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = TrainConfig::default();
+    config.model.model_name_or_path = "smollm2".into();
+    config.data.train_file = Path::new("memory").into();
+    config.training.output_dir = folder.path().to_owned();
+    // The loss stays far from zero, where one percent of it would be nothing.
+    (config.training.learning_rate, config.training.max_steps) = (2e-5, 200);
+    let mut trainer = Trainer::new(config, model, Dataset::from_encoded(documents).unwrap(), None).unwrap();
+    trainer.run().unwrap();
+    let lines = trainer.history().iter().filter_map(|entry| match entry {
+        LogEntry::Train(entry) => Some(entry.clone()),
+        LogEntry::Eval(_) => None,
+    });
+    let lines: Vec<TrainLog> = lines.collect();
+    (lines.iter().map(|line| line.loss).collect(), lines.last().unwrap().clone())
+}
+
+#[test]
+fn two_hundred_steps_in_float16_have_the_losses_of_f32() {
+    let Some(device) = gpu() else { return };
+    let ((exact, plain), (float16, scaled)) =
+        (train_200_steps(&device, Dtype::F32), train_200_steps(&device, Dtype::F16));
+    assert_eq!((plain.loss_scale, plain.skipped_steps), (None, None));
+    println!("float16: loss scale {:?}, {:?} steps skipped", scaled.loss_scale, scaled.skipped_steps);
+    assert!(scaled.loss_scale.is_some_and(|scale| scale >= 1024.0) && scaled.skipped_steps.is_some_and(|n| n < 20));
+    for (step, (float16, exact)) in float16.iter().zip(&exact).enumerate() {
+        assert!((float16 - exact).abs() < 1e-2 * exact, "step {}: {float16} {exact}", step + 1);
+    }
 }

@@ -39,6 +39,7 @@ fn it_has_every_key_with_its_default() {
         "warmup_ratio",
         "data_seed",
         "memory_budget",
+        "bnb_4bit_compute_dtype",
     ]) {
         assert_ne!(uncommented(key), text, "{key}");
         let changed = TrainConfig::from_toml_str(&uncommented(key)).unwrap();

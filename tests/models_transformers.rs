@@ -1,5 +1,6 @@
 //! Logits and gradients against transformers, PEFT and PyTorch, on tiny random models of every architecture.
-//! The fixtures are made by `scripts/fixtures/tiny_models.py` and `scripts/fixtures/lora_step.py`.
+//! The fixtures are made by `scripts/fixtures/tiny_models.py` and `scripts/fixtures/lora_step.py`,
+//! that of preference training by `scripts/fixtures/dpo_step.py`.
 
 mod common;
 
@@ -13,8 +14,10 @@ use qlora::kernels::SequenceLayout;
 use qlora::kernels::ops::adamw::{self, AdamW};
 use qlora::kernels::ops::grad_norm;
 use qlora::kernels::quant::QuantConfig;
-use qlora::model::{CausalLm, LoadOptions, Quantization, TrainPass};
+use qlora::model::{AdapterChoice, CausalLm, LoadOptions, Quantization, TrainPass};
 use qlora::source::HfDirectory;
+use qlora::trainer::{TrainConfig, objective};
+use serde_json::Value;
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
@@ -221,4 +224,61 @@ fn clipping_and_adamw_give_the_adapter_of_pytorch() {
     assert!(differences.len() * 100 > got.len() * 98, "{} of {}", differences.len(), got.len());
     let largest = differences.into_iter().fold(0f32, f32::max);
     assert!(largest < 2e-6, "{largest}");
+}
+
+/// One step of DPO on the pairs of the fixture: the loss, the metrics, and the gradient of every tensor are those of TRL.
+#[test]
+fn a_step_of_dpo_equals_that_of_trl() {
+    let folder = fixtures().join("dpo_step");
+    let pairs: Value = serde_json::from_slice(&std::fs::read(folder.join("pairs.json")).unwrap()).unwrap();
+    let tokens = |ids: &Value| -> Vec<i64> { serde_json::from_value(ids.clone()).unwrap() };
+    let mut documents = Vec::new();
+    for pair in pairs.as_array().unwrap() {
+        for side in ["chosen", "rejected"] {
+            let (prompt, answer) = (tokens(&pair["prompt"]), tokens(&pair[side]));
+            let labels = [vec![-100; prompt.len()], answer.clone()].concat();
+            let ids: Vec<u32> = prompt.iter().chain(&answer).map(|&id| id as u32).collect();
+            documents.push((ids, labels));
+        }
+    }
+    assert_eq!(documents.len(), 4);
+    let batch = Batch::from_documents(documents.iter().map(|(ids, labels)| (ids.as_slice(), labels.as_slice())));
+    for loss_type in ["sigmoid", "ipo"] {
+        let step = Step {
+            expected: tensors(folder.join(format!("{loss_type}.safetensors"))),
+            ..Step::load("llama", "llama", Quantization::None)
+        };
+        let mut config = TrainConfig::default();
+        config.set("training.objective", "dpo").unwrap();
+        config.set("objective.loss_type", loss_type).unwrap();
+        let dpo = objective::of(&config).unwrap();
+        let reference = step.model.log_probabilities(&batch, AdapterChoice::Base).unwrap();
+        let mut judged = objective::Judged::default();
+        let mut gradient = vec![0.0; step.model.adapter().unwrap().layout().len()];
+        let mut weigh = |log_probs: &[f64]| {
+            judged = dpo.judge(&objective::Scored::new(&batch, dpo.group_size(), log_probs, Some(&reference)));
+            Ok(judged.weights.iter().map(|weight| weight / judged.groups as f32).collect())
+        };
+        let pass = TrainPass::default();
+        step.model.accumulate_weighted_gradients(&batch, pass, &mut weigh, (&mut gradient).into()).unwrap();
+        let number = |name: &str| f64::from(step.expected[name].to_scalar::<f32>().unwrap());
+        let close = |name: &str, got: f64, want: f64| {
+            assert!((got - want).abs() < 1e-4 * want.abs().max(1.0), "{loss_type}, {name}: {got} {want}");
+        };
+        assert_eq!(judged.groups, 2);
+        close("loss", judged.loss / 2.0, number("loss"));
+        assert_eq!(judged.metrics.len(), 6);
+        for (name, sum) in &judged.metrics {
+            close(name, sum / 2.0, number(&format!("metric.{name}")));
+        }
+        let expected = step.flat("grad");
+        for entry in step.model.adapter().unwrap().layout().entries() {
+            let error = relative_error(&gradient[entry.range()], &expected[entry.range()]);
+            assert!(error < 1e-4, "{loss_type}, {}: {error}", entry.tensor_name());
+        }
+        // The log-probabilities with the adapter on are those that the training forward saw.
+        let evaluated = step.model.log_probabilities(&batch, AdapterChoice::Active).unwrap();
+        let evaluated = dpo.judge(&objective::Scored::new(&batch, 2, &evaluated, Some(&reference)));
+        close("evaluated", evaluated.loss, judged.loss);
+    }
 }

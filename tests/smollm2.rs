@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use qlora::batch::Batch;
 use qlora::generate::generate;
-use qlora::kernels::SequenceLayout;
 use qlora::kernels::ops::adamw::{self, AdamW};
 use qlora::kernels::ops::grad_norm;
 use qlora::kernels::quant::QuantConfig;
+use qlora::kernels::{Dtype, SequenceLayout, Workspace};
 use qlora::lora::{LoraConfig, TargetModules, Which};
 use qlora::model::{CausalLm, LoadOptions, Quantization, TrainPass};
 use qlora::sampling::GenerationConfig;
@@ -24,12 +24,16 @@ fn fixtures() -> PathBuf {
 }
 
 fn load(quantization: Quantization) -> CausalLm {
+    load_on(quantization, Workspace::cpu())
+}
+
+fn load_on(quantization: Quantization, workspace: Workspace) -> CausalLm {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let cache = std::env::var_os("QLORA_CACHE").map_or(root.join(".cache"), PathBuf::from);
     let path = cache.join("models/SmolLM2-135M-Instruct/SmolLM2-135M-Instruct.Q4_1.gguf");
     assert!(path.exists(), "{} is missing: run scripts/demo-model.sh first", path.display());
     let source = Gguf::open(path).unwrap();
-    CausalLm::load(&source, LoadOptions { quantization, ..LoadOptions::default() }).unwrap()
+    CausalLm::load_on(&source, LoadOptions { quantization, ..LoadOptions::default() }, workspace).unwrap()
 }
 
 fn json(path: &str) -> Value {
@@ -93,6 +97,21 @@ fn initial_a(name: &str, len: usize, width: usize) -> impl Iterator<Item = f32> 
     })
 }
 
+/// A micro-batch of the parity run.
+fn batch(micro_batch: &Value) -> Batch {
+    let documents: Vec<(Vec<u32>, Vec<i64>)> = micro_batch
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|document| {
+            let (ids, prompt) = (ids(&document["ids"]), document["prompt"].as_u64().unwrap() as usize);
+            let labels = ids.iter().enumerate().map(|(i, &id)| if i < prompt { -100 } else { i64::from(id) });
+            (ids.clone(), labels.collect())
+        })
+        .collect();
+    Batch::from_documents(documents.iter().map(|(ids, labels)| (ids.as_slice(), labels.as_slice())))
+}
+
 /// The largest relative difference of a step's loss, over 20 steps.
 fn loss_parity(quantization: Quantization, column: &str) -> f64 {
     let fixture = json("parity/smollm2_20_steps.json");
@@ -111,24 +130,7 @@ fn loss_parity(quantization: Quantization, column: &str) -> f64 {
     }
     adapter.set_values(&values).unwrap();
 
-    let batches: Vec<Batch> = fixture["micro_batches"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|documents| {
-            let documents: Vec<(Vec<u32>, Vec<i64>)> = documents
-                .as_array()
-                .unwrap()
-                .iter()
-                .map(|document| {
-                    let (ids, prompt) = (ids(&document["ids"]), document["prompt"].as_u64().unwrap() as usize);
-                    let labels = ids.iter().enumerate().map(|(i, &id)| if i < prompt { -100 } else { i64::from(id) });
-                    (ids.clone(), labels.collect())
-                })
-                .collect();
-            Batch::from_documents(documents.iter().map(|(ids, labels)| (ids.as_slice(), labels.as_slice())))
-        })
-        .collect();
+    let batches: Vec<Batch> = fixture["micro_batches"].as_array().unwrap().iter().map(batch).collect();
 
     let (mut m, mut v) = (vec![0.0; values.len()], vec![0.0; values.len()]);
     let mut worst = 0f64;
@@ -165,4 +167,47 @@ fn twenty_nf4_steps_have_the_losses_of_peft_and_bitsandbytes() {
 #[test]
 fn twenty_steps_over_the_plain_base_have_the_losses_of_peft() {
     assert!(loss_parity(Quantization::None, "f32") < 1e-4);
+}
+
+/// The norm of each tensor's gradient, the loss of a micro-batch divided as that of a step of `items` tokens.
+fn gradient_norms(workspace: Workspace, items: usize, loss_scale: f32) -> Vec<(String, f64)> {
+    let mut model = load_on(Quantization::Bits4(QuantConfig::default()), workspace);
+    let target_modules = TargetModules::AllLinear;
+    model.add_adapter(LoraConfig { r: 8, lora_alpha: 16.0, target_modules, ..LoraConfig::default() }, 0).unwrap();
+    let adapter = model.adapter().unwrap();
+    let mut values = vec![0.0; adapter.layout().len()];
+    for entry in adapter.layout().entries() {
+        // B as small as after some steps; with B at zero A would have no gradient.
+        let size = if entry.which == Which::A { 1.0 } else { 0.01 };
+        let start = initial_a(&entry.tensor_name(), entry.numel(), entry.cols);
+        values[entry.range()].iter_mut().zip(start).for_each(|(value, a)| *value = size * a);
+    }
+    adapter.set_values(&values).unwrap();
+    let batch = batch(&json("parity/smollm2_20_steps.json")["micro_batches"][0]);
+    let mut gradient = vec![0.0; values.len()];
+    let pass = TrainPass::default().with_loss_scale(loss_scale);
+    model.accumulate_gradients(&batch, items, pass, (&mut gradient).into()).unwrap();
+    let norm = |values: &[f32]| values.iter().map(|&x| f64::from(x / loss_scale).powi(2)).sum::<f64>().sqrt();
+    let entries = model.adapter().unwrap().layout().entries();
+    entries.iter().map(|entry| (entry.tensor_name(), norm(&gradient[entry.range()]))).collect()
+}
+
+/// With gradients rounded to float16 as a GPU stores them, at the size that a step of 16,384 trained tokens has and at a
+/// hundredth of it.
+#[test]
+fn scaled_float16_gradients_have_the_norms_of_float32() {
+    let exact = gradient_norms(Workspace::cpu(), 16_384, 1.0);
+    assert!(exact.iter().all(|(_, norm)| *norm > 0.0));
+    let worst = |items: usize, loss_scale: f32| {
+        let float16 = gradient_norms(Workspace::cpu_rounding_gradients(Dtype::F16), items, loss_scale);
+        let size = items as f64 / 16_384.0;
+        let differences = exact.iter().zip(&float16).map(|((_, exact), (_, norm))| (size * norm / exact - 1.0).abs());
+        let worst = differences.fold(0.0, f64::max);
+        println!("{items} tokens, loss scale {loss_scale}: largest difference of a norm {:.3} %", 100.0 * worst);
+        worst
+    };
+    for items in [16_384, 1_638_400] {
+        assert!(worst(items, 65_536.0) < 0.02);
+    }
+    assert!(worst(1_638_400, 1.0) > 0.02, "the test would pass without scaling");
 }

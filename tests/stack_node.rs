@@ -41,7 +41,7 @@ fn trained_model(quantized: bool) -> CausalLm {
 
 fn direct_gradient(model: &CausalLm, batch: &Batch, num_items: usize, seed: u64) -> (f64, Vec<f32>) {
     let mut gradient = vec![0.0; model.adapter().unwrap().layout().len()];
-    let loss = model.accumulate_gradients(batch, num_items, TrainPass { seed }, (&mut gradient).into()).unwrap();
+    let loss = model.accumulate_gradients(batch, num_items, TrainPass::seeded(seed), (&mut gradient).into()).unwrap();
     (loss.sum, gradient)
 }
 

@@ -1,21 +1,25 @@
-//! The training loop over the real decoder: splits of a step, and resuming.
+//! The training loop over the real decoder: splits of a step, resuming, float16, and preferences.
 
 mod common;
+#[path = "objectives/dpo.rs"]
+mod dpo;
+#[path = "common/tiny_folder.rs"]
+mod tiny_folder;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use common::{relative_error, tiny_config, tiny_model};
+use common::{add_random_adapter, relative_error, tiny_config, tiny_model};
 use qlora::adapter::SaveOptions;
-use qlora::kernels::Workspace;
 use qlora::kernels::quant::QuantConfig;
+use qlora::kernels::{Dtype, Workspace};
 use qlora::lora::{LoraConfig, TargetModules};
 use qlora::model::{CausalLm, LoadOptions, Quantization};
 use qlora::source::HfDirectory;
 use qlora::trainer::data::{Dataset, Encoded};
 use qlora::trainer::progress::{Event, Observer};
 use qlora::trainer::qlora_model::QLoraModel;
-use qlora::trainer::{Interrupt, Outcome, TrainConfig, Trainer};
+use qlora::trainer::{Interrupt, Outcome, TrainConfig, TrainPass, Trainer};
 
 /// Documents of different lengths, the first tokens of each not trained.
 fn dataset(documents: usize) -> Dataset {
@@ -156,4 +160,35 @@ fn splitting_a_step_into_micro_batches_changes_only_rounding() {
             other.iter().zip(&reference).map(|(a, b)| f64::from((a - b).abs())).sum::<f64>() / other.len() as f64;
         assert!(mean < 1e-5, "{name}: mean difference {mean}");
     }
+}
+
+/// The norm of each tensor's gradient, the loss of the six documents divided as that of a step of `items` tokens.
+fn gradient_norms(workspace: Workspace, items: usize, loss_scale: f32) -> Vec<f64> {
+    let mut model = tiny_model(&tiny_config(), true, 7, workspace);
+    let target_modules = TargetModules::AllLinear;
+    add_random_adapter(&mut model, LoraConfig { r: 3, target_modules, ..LoraConfig::default() }, 3);
+    let layout = model.adapter().unwrap().layout();
+    let mut gradient = vec![0f32; layout.len()];
+    let batch = dataset(6).batch(&[0, 1, 2, 3, 4, 5]);
+    let pass = TrainPass::seeded(0).with_loss_scale(loss_scale);
+    model.accumulate_gradients(&batch, items, pass, (&mut gradient).into()).unwrap();
+    let norm = |values: &[f32]| values.iter().map(|&x| f64::from(x / loss_scale).powi(2)).sum::<f64>().sqrt();
+    layout.entries().iter().map(|entry| norm(&gradient[entry.range()])).collect()
+}
+
+#[test]
+fn scaled_float16_gradients_have_the_norms_of_float32() {
+    let worst = |items: usize, loss_scale: f32| {
+        let exact = gradient_norms(Workspace::cpu(), items, 1.0);
+        let float16 = gradient_norms(Workspace::cpu_rounding_gradients(Dtype::F16), items, loss_scale);
+        assert!(exact.iter().all(|&norm| norm > 0.0));
+        exact.iter().zip(&float16).map(|(exact, float16)| (float16 / exact - 1.0).abs()).fold(0.0, f64::max)
+    };
+    // At the size that a step of 16,384 tokens has, and at a hundredth of it.
+    for items in [16_384, 1_638_400] {
+        assert!(worst(items, 65_536.0) < 0.02, "{items}: {}", worst(items, 65_536.0));
+    }
+    // Without scaling they are lost: at a hundredth most of them.
+    let unscaled = worst(1_638_400, 1.0);
+    assert!(unscaled > 0.1, "{unscaled}");
 }

@@ -45,7 +45,7 @@ int qlora_attention_backward(int dtype, const void* q, int64_t ldq, const void* 
     max_len, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, float scale, int64_t window, int
     deterministic, const QloraLimits* limits, cudaStream_t stream);
 int qlora_cross_entropy(int dtype, void* logits, int64_t ld, const int64_t* targets, float* losses, int64_t rows,
-    int64_t vocab, float grad_scale, int write_grad, const QloraLimits* limits, cudaStream_t stream);
+    int64_t vocab, float grad_scale, const float* grad_scales, int write_grad, const QloraLimits* limits, cudaStream_t stream);
 int64_t qlora_lora_ds_db_workspace(int64_t tokens, int64_t n, int64_t rp, const QloraLimits* limits);
 int qlora_lora_ds_db(int dtype, const void* dy, int64_t ld_dy, const void* bs, int64_t ld_bs, const void* s, int64_t
     ld_s, void* ds, int64_t ld_ds, float* db, float* workspace, int64_t tokens, int64_t n, int64_t rp, const

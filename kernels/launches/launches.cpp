@@ -87,7 +87,7 @@ void cross_entropy() {
         for (const int64_t vocab : {1000, 16384, 32000, 49152, 57344, 65536, 128256, 151936, 262144})
             for (const int write : {0, 1})
                 show(words("cross_entropy", {dtype, vocab, write}),
-                     qlora_cross_entropy(dtype, at(1), vocab, at<int64_t>(2), at<float>(3), 64, vocab, 1.0f, write, &limits,
+                     qlora_cross_entropy(dtype, at(1), vocab, at<int64_t>(2), at<float>(3), 64, vocab, 1.0f, nullptr, write, &limits,
                                          nullptr),
                      true);
 }

@@ -7,7 +7,7 @@ mod built;
 use std::fs;
 use std::path::Path;
 
-#[allow(unused_imports)]
+#[allow(unused_imports, reason = "not every test runs the examples")]
 pub(crate) use built::example;
 
 use rand::{RngExt, SeedableRng};

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use qlora::adapter;
-use qlora::kernels::Dtype;
 use qlora::kernels::quant::QuantConfig;
 use qlora::model::{CausalLm, DeviceChoice, LoadOptions, Quantization};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
@@ -93,7 +92,7 @@ impl ModelArgs {
             true => Quantization::None,
             false => Quantization::Bits4(QuantConfig::default()),
         };
-        let workspace = self.device.open(Dtype::Bf16, None)?;
+        let workspace = self.device.open(None, None)?;
         let bar = output::bar("loading", "{bytes} of {total_bytes}");
         let mut progress = output::bytes_of(&bar);
         let options = LoadOptions { quantization, progress: Some(&mut progress), ..LoadOptions::default() };

@@ -43,6 +43,8 @@ enum Storage {
 #[derive(Clone)]
 pub struct Workspace {
     place: Place,
+    /// What gradients between operations are rounded to; on a GPU that is the type they are stored in.
+    gradients: Dtype,
 }
 
 #[derive(Clone)]
@@ -104,20 +106,45 @@ impl Workspace {
             if dtype != Dtype::F32 {
                 return Err(Error::invalid(OP, format!("the CPU computes in float32, not in {}", dtype.name())));
             }
-            return Ok(Self { place: Place::Host(Arc::new(Pool::new(poison))) });
+            return Ok(Self { place: Place::Host(Arc::new(Pool::new(poison))), gradients: Dtype::F32 });
         }
         #[cfg(feature = "cuda")]
         if device.is_cuda() {
             let gpu = Gpu::of(device)?;
             gpu.check_dtype(OP, dtype)?;
-            return Ok(Self { place: Place::Cuda { gpu, dtype, poison } });
+            return Ok(Self { place: Place::Cuda { gpu, dtype, poison }, gradients: dtype });
         }
         Err(Error::Device { op: OP, device: format!("{:?}", device.location()) })
     }
 
     /// CPU memory.
     pub fn cpu() -> Self {
-        Self { place: Place::Host(Arc::new(Pool::new(false))) }
+        Self { place: Place::Host(Arc::new(Pool::new(false))), gradients: Dtype::F32 }
+    }
+
+    /// CPU memory with the range of `dtype` for gradients: those of the logits, of the head's input and between blocks
+    /// are rounded to it, as a GPU stores them. Everything else is f32. It shows without a GPU what float16 loses.
+    pub fn cpu_rounding_gradients(dtype: Dtype) -> Self {
+        Self { gradients: dtype, ..Self::cpu() }
+    }
+
+    /// The type in which gradients pass from one operation to the next.
+    pub fn gradient_dtype(&self) -> Dtype {
+        self.gradients
+    }
+
+    /// Rounds a gradient to [`Self::gradient_dtype`] where its memory has another type; elsewhere it is stored so already.
+    ///
+    /// # Errors
+    /// If it is not where this workspace is.
+    pub fn round_gradient(&self, gradient: ViewMut) -> Result<()> {
+        let round: fn(f32) -> f32 = match (&self.place, self.gradients) {
+            (Place::Host(_), Dtype::F16) => |x| half::f16::from_f32(x).to_f32(),
+            (Place::Host(_), Dtype::Bf16) => |x| half::bf16::from_f32(x).to_f32(),
+            _ => return Ok(()),
+        };
+        gradient.host("round_gradient")?.rows_mut().for_each(|row| row.iter_mut().for_each(|x| *x = round(*x)));
+        Ok(())
     }
 
     /// The candle device.
@@ -478,6 +505,21 @@ mod tests {
             drop(workspace.matrix(rows, 1000).unwrap());
         }
         assert!(idle(&workspace) <= 2 * 200 * 37 * 1000);
+    }
+
+    #[test]
+    fn gradients_are_rounded_where_that_is_asked_for() {
+        let values = [1e-8, 1.0 + 1e-4, 70_000.0];
+        let rounded = |workspace: &Workspace| {
+            let mut matrix = Matrix::from_vec(values.to_vec(), 1, 3);
+            workspace.round_gradient(matrix.view_mut()).unwrap();
+            matrix.as_slice().to_vec()
+        };
+        assert_eq!(rounded(&Workspace::cpu()), values);
+        assert_eq!(rounded(&Workspace::cpu_rounding_gradients(Dtype::F16)), [0.0, 1.0, f32::INFINITY]);
+        let workspace = Workspace::cpu_rounding_gradients(Dtype::Bf16);
+        assert_eq!((workspace.dtype(), workspace.gradient_dtype()), (Dtype::F32, Dtype::Bf16));
+        assert!((rounded(&workspace)[0] - 1e-8).abs() < 1e-10);
     }
 
     #[test]

@@ -84,6 +84,10 @@ impl TextEncoder for ModelEncoder<'_> {
         Ok(self.tokenizer.encode(&text, false)?)
     }
 
+    fn encode_prompt(&self, conversation: &Conversation) -> Result<Vec<u32>, EncodeError> {
+        self.prompt(conversation)
+    }
+
     fn unused(&self, conversation: &Conversation) -> Vec<String> {
         let Some(template) = self.template else { return Vec::new() };
         let mut arguments = self.arguments(conversation);

@@ -8,7 +8,9 @@
 //! | [`model`], [`qlora_model`] | what the loop asks of a model, and the decoder that answers |
 //! | [`encoder`] | a model's tokenizer and chat template as the data code sees them |
 //! | [`trainer`] | the loop |
+//! | [`objective`] | what a run minimises: a loss of the tokens' log-probabilities |
 //! | [`optimizer`], [`schedule`] | AdamW with clipping, the learning rate |
+//! | [`loss_scale`] | what keeps float16 gradients in range |
 //! | [`checkpoint`] | atomic checkpoints, resumed bit for bit |
 //! | [`exact_match`] | generated answers against expected ones |
 //! | [`metrics`], [`progress`] | the log, a progress bar, a plot of the loss |
@@ -25,9 +27,11 @@ pub mod exact_match;
 pub mod fingerprint;
 mod guard;
 pub mod interrupt;
+pub mod loss_scale;
 pub mod memory;
 pub mod metrics;
 pub mod model;
+pub mod objective;
 pub mod optimizer;
 pub mod progress;
 pub mod qlora_model;
@@ -39,5 +43,5 @@ pub mod trainer;
 pub use config::TrainConfig;
 pub use error::{Error, Result};
 pub use interrupt::Interrupt;
-pub use model::{LossSum, Parameter, TrainableModel};
+pub use model::{LossSum, Parameter, TrainPass, TrainableModel};
 pub use trainer::{Outcome, Summary, Trainer};

@@ -4,9 +4,10 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{Error, Result};
+use crate::objective::Metrics;
 use qlora_core::atomic::write_atomically;
 
 /// A line of the log.
@@ -36,11 +37,14 @@ pub struct TrainLog {
     pub step: u64,
     /// Epochs done, with the fraction of the current one.
     pub epoch: f64,
-    /// The mean of the steps' losses; each is the mean cross-entropy over the step's trained tokens.
+    /// The mean of the steps' losses; each is the mean cross-entropy over the step's trained tokens, or the objective's loss over
+    /// the step's groups.
     pub loss: f64,
     /// The learning rate of the last step.
     pub learning_rate: f64,
-    /// The gradient's norm in the last step, before clipping.
+    /// The gradient's norm in the last step, before clipping. Infinite (null in the file) if that step was skipped because a
+    /// gradient overflowed.
+    #[serde(deserialize_with = "null_is_infinite")]
     pub grad_norm: f64,
     /// Tokens processed.
     pub tokens: u64,
@@ -58,6 +62,20 @@ pub struct TrainLog {
     /// there on the CPU, nor in logs of earlier versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu_peak_memory: Option<u64>,
+    /// In a run whose gradients are float16: what the loss of the next step is multiplied by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f32>,
+    /// In such a run: the steps so far that were skipped because a gradient overflowed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skipped_steps: Option<u64>,
+    /// What the objective measures besides the loss, by TRL's names: means over the steps of the entry.
+    #[serde(flatten)]
+    pub metrics: Metrics,
+}
+
+/// JSON has no infinity: it is written as null.
+fn null_is_infinite<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::INFINITY))
 }
 
 /// An evaluation.
@@ -67,22 +85,28 @@ pub struct EvalLog {
     pub step: u64,
     /// Epochs done, with the fraction of the current one.
     pub epoch: f64,
-    /// The mean cross-entropy over all trained tokens of the validation data.
+    /// The mean cross-entropy over all trained tokens of the validation data, or the objective's mean loss.
     pub eval_loss: f64,
     /// The number of those tokens.
     pub eval_trained_tokens: u64,
     /// How long it took, in seconds.
     pub eval_runtime: f64,
+    /// What the objective measures besides the loss, by TRL's names with `eval_` in front: means over the validation data.
+    #[serde(flatten)]
+    pub metrics: Metrics,
 }
 
 /// What has been trained since the last [`TrainLog`]; part of a checkpoint, so that a resumed run logs the same.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct LogWindow {
     pub(crate) steps: u64,
     pub(crate) loss_sum: f64,
     pub(crate) tokens: u64,
     pub(crate) trained_tokens: u64,
     pub(crate) seconds: f64,
+    /// Sums of the steps' metrics.
+    #[serde(default, skip_serializing_if = "Metrics::is_empty")]
+    pub(crate) metrics: Metrics,
 }
 
 /// `metrics.jsonl` while a run writes it.
@@ -137,11 +161,21 @@ mod tests {
             peak_memory: Some(1 << 40),
             anonymous_memory: None,
             gpu_peak_memory: Some(9_705_000_000),
+            loss_scale: None,
+            skipped_steps: None,
+            metrics: Metrics::new(),
         })
     }
 
     fn eval(step: u64) -> LogEntry {
-        LogEntry::Eval(EvalLog { step, epoch: 1.0, eval_loss: 2.0 / 3.0, eval_trained_tokens: 7, eval_runtime: 0.1 })
+        LogEntry::Eval(EvalLog {
+            step,
+            epoch: 1.0,
+            eval_loss: 2.0 / 3.0,
+            eval_trained_tokens: 7,
+            eval_runtime: 0.1,
+            metrics: Metrics::new(),
+        })
     }
 
     #[test]
@@ -151,6 +185,37 @@ mod tests {
             assert_eq!(back, entry);
             assert_eq!(line(&back), line(&entry));
         }
+    }
+
+    #[test]
+    fn metrics_of_an_objective_are_keys_of_the_line() {
+        let metrics = |name: &str| Metrics::from([(name.to_owned(), 1.0 / 3.0)]);
+        let LogEntry::Train(entry) = train(3) else { panic!("not a step") };
+        let LogEntry::Eval(evaluated) = eval(3) else { panic!("no evaluation") };
+        for (entry, key) in [
+            (LogEntry::Train(TrainLog { metrics: metrics("rewards/margins"), ..entry }), "\"rewards/margins\":0.33"),
+            (
+                LogEntry::Eval(EvalLog { metrics: metrics("eval_rewards/margins"), ..evaluated }),
+                "\"eval_rewards/margins\":0.33",
+            ),
+        ] {
+            assert!(line(&entry).contains(key), "{}", line(&entry));
+            assert_eq!(serde_json::from_str::<LogEntry>(&line(&entry)).unwrap(), entry);
+        }
+    }
+
+    #[test]
+    fn a_skipped_step_comes_back() {
+        let LogEntry::Train(entry) = train(3) else { panic!("not a step") };
+        let skipped = LogEntry::Train(TrainLog {
+            grad_norm: f64::INFINITY,
+            loss_scale: Some(32_768.0),
+            skipped_steps: Some(1),
+            ..entry
+        });
+        assert!(line(&skipped).contains(r#""grad_norm":null"#), "{}", line(&skipped));
+        assert_eq!(serde_json::from_str::<LogEntry>(&line(&skipped)).unwrap(), skipped);
+        assert!(!line(&train(3)).contains("loss_scale"));
     }
 
     #[test]

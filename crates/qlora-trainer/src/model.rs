@@ -5,8 +5,9 @@ use std::path::Path;
 
 pub use qlora_kernels::ops::linear_cross_entropy::LossSum;
 
-use qlora_core::Result;
 use qlora_core::batch::Batch;
+pub use qlora_core::model::TrainPass;
+use qlora_core::{Error, Result};
 use qlora_kernels::{ViewMut, Workspace};
 
 /// A trainable tensor: a stretch of the model's flat parameter buffer.
@@ -20,6 +21,15 @@ pub struct Parameter {
     pub shape: Vec<usize>,
     /// The index of the parameter whose zeros silence this one's gradient: lora_A names its lora_B, which starts at zero.
     pub silenced_by: Option<usize>,
+}
+
+/// Which weights compute log-probabilities.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Weights {
+    /// As they are now.
+    Trained,
+    /// As they were when the run began: the base with its adapter off, or with the adapter that the run goes on from.
+    Reference,
 }
 
 /// A model whose trainable parameters lie in one flat f32 buffer, on the CPU or a GPU.
@@ -51,14 +61,40 @@ pub trait TrainableModel {
     /// Whatever `update` returns, and whatever went wrong; it ends the run.
     fn update_masters(&mut self, update: &mut dyn FnMut(ViewMut) -> qlora_kernels::Result<()>) -> Result<()>;
 
-    /// Adds the gradient of `(sum of the micro-batch's cross-entropies) / num_items` to `grad` (one row, f32), and returns the sum
-    /// (not divided).
+    /// Adds the gradient of `loss_scale * (sum of the micro-batch's cross-entropies) / num_items` to `grad` (one row, f32), and
+    /// returns the sum (neither divided nor scaled).
     ///
-    /// `step_seed` is all the randomness (dropout) of this call: the same seed, parameters and batch give the same bits.
+    /// The pass's seed is all the randomness (dropout) of this call: the same seed, parameters and batch give the same bits.
+    /// `loss_scale` is 1 unless the workspace's [gradients are float16](Workspace::gradient_dtype).
     ///
     /// # Errors
     /// Whatever went wrong; it ends the run, with the step and the micro-batch added to the message.
-    fn accumulate_gradients(&mut self, batch: &Batch, num_items: usize, step_seed: u64, grad: ViewMut) -> Result<f64>;
+    fn accumulate_gradients(&mut self, batch: &Batch, num_items: usize, pass: TrainPass, grad: ViewMut) -> Result<f64>;
+
+    /// One forward, the weights that `weigh` gives the tokens for their log-probabilities, and one backward: adds
+    /// `loss_scale * sum over tokens of weight * d log p` to `grad`. For objectives other than plain fine-tuning.
+    ///
+    /// # Errors
+    /// Whatever went wrong; it ends the run. A model without it refuses such objectives.
+    fn accumulate_weighted_gradients(
+        &mut self,
+        batch: &Batch,
+        pass: TrainPass,
+        weigh: &mut dyn FnMut(&[f64]) -> Result<Vec<f32>>,
+        grad: ViewMut,
+    ) -> Result<()> {
+        let _ = (batch, pass, weigh, grad);
+        Err(Error::Unsupported("this model trains the objective \"sft\" only".into()))
+    }
+
+    /// For each token of a micro-batch the log-probability of its target, without dropout; 0 where there is none.
+    ///
+    /// # Errors
+    /// As [`Self::accumulate_weighted_gradients`].
+    fn log_probabilities(&mut self, batch: &Batch, weights: Weights) -> Result<Vec<f64>> {
+        let _ = (batch, weights);
+        Err(Error::Unsupported("this model trains the objective \"sft\" only".into()))
+    }
 
     /// The loss of a micro-batch, without dropout.
     ///

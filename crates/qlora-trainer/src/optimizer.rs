@@ -115,10 +115,26 @@ impl Optimizer {
     /// # Errors
     /// If `masters` has another length.
     pub fn update(&mut self, step: u64, learning_rate: f64, norm: f64, masters: ViewMut) -> qlora_kernels::Result<()> {
+        self.update_scaled(step, learning_rate, norm, 1.0, masters)
+    }
+
+    /// [`Self::update`] with a gradient that is `loss_scale` times the true one, whose norm is `norm`. The division is part of
+    /// the update; for a power of two the result has the bits that a divided gradient gives.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn update_scaled(
+        &mut self,
+        step: u64,
+        learning_rate: f64,
+        norm: f64,
+        loss_scale: f32,
+        masters: ViewMut,
+    ) -> qlora_kernels::Result<()> {
         let scale = match self.max_grad_norm {
             max_norm if max_norm > 0.0 => grad_norm::clip_coefficient(norm, max_norm),
             _ => 1.0,
-        };
+        } / loss_scale;
         let Self { beta1, beta2, eps, weight_decay, .. } = *self;
         let settings = AdamW { lr: learning_rate, beta1, beta2, eps, weight_decay };
         let grad = self.grad.view();
@@ -153,6 +169,23 @@ mod tests {
         assert_eq!(moments(0.0), moments(10.0));
         let (free, clipped) = (moments(0.0), moments(1.0));
         assert!((free[0] - 0.3).abs() < 1e-6 && (clipped[0] - 0.06).abs() < 1e-6, "{free:?} {clipped:?}");
+    }
+
+    #[test]
+    fn a_scaled_gradient_gives_the_bits_of_a_divided_one() {
+        let updated = |loss_scale: f32| {
+            let options = TrainingOptions { max_grad_norm: 0.7, ..Default::default() };
+            let mut optimizer = Optimizer::new(&options, 4, &Workspace::cpu()).unwrap();
+            let mut masters = [0.3, -0.1, 1e-3, 7.0];
+            for step in 1..4 {
+                let gradient = [3e-4, 0.37, -1.1, 1e-9].map(|x: f32| x * step as f32 * loss_scale);
+                optimizer.grad.as_mut_slice().copy_from_slice(&gradient);
+                let norm = optimizer.grad_norm().unwrap() / f64::from(loss_scale);
+                optimizer.update_scaled(step, 0.1, norm, loss_scale, (&mut masters).into()).unwrap();
+            }
+            (masters, optimizer.moments().unwrap())
+        };
+        assert_eq!(updated(1.0), updated(65_536.0));
     }
 
     #[test]

@@ -5,12 +5,15 @@ use std::path::Path;
 use qlora_core::adapter::{self, SaveOptions};
 use qlora_core::batch::Batch;
 use qlora_core::lora::{AdapterLayout, Entry, Which};
-use qlora_core::model::{CausalLm, TrainPass};
+use qlora_core::model::{AdapterChoice, CausalLm, TrainPass};
 use qlora_core::{Error, Result};
 use qlora_kernels::ops::linear_cross_entropy::LossSum;
 use qlora_kernels::{ViewMut, Workspace};
 
-use crate::model::{Parameter, TrainableModel};
+use crate::model::{Parameter, TrainableModel, Weights};
+
+/// The name under which a model holds the adapter that a run began from, if it began from one (TRL's name).
+pub const REFERENCE: &str = "ref";
 
 /// A model with an adapter, whose f32 variable holds the master parameters, and what it is saved as.
 #[derive(Debug)]
@@ -77,8 +80,29 @@ impl TrainableModel for QLoraModel {
         self.adapter().update(update)
     }
 
-    fn accumulate_gradients(&mut self, batch: &Batch, items: usize, step_seed: u64, grad: ViewMut) -> Result<f64> {
-        Ok(self.model.accumulate_gradients(batch, items, TrainPass { seed: step_seed }, grad)?.sum)
+    fn accumulate_gradients(&mut self, batch: &Batch, items: usize, pass: TrainPass, grad: ViewMut) -> Result<f64> {
+        Ok(self.model.accumulate_gradients(batch, items, pass, grad)?.sum)
+    }
+
+    fn accumulate_weighted_gradients(
+        &mut self,
+        batch: &Batch,
+        pass: TrainPass,
+        weigh: &mut dyn FnMut(&[f64]) -> Result<Vec<f32>>,
+        grad: ViewMut,
+    ) -> Result<()> {
+        self.model.accumulate_weighted_gradients(batch, pass, weigh, grad)
+    }
+
+    fn log_probabilities(&mut self, batch: &Batch, weights: Weights) -> Result<Vec<f64>> {
+        let choice = match weights {
+            Weights::Trained => AdapterChoice::Active,
+            Weights::Reference if self.model.adapter_names().any(|name| name == REFERENCE) => {
+                AdapterChoice::Named(REFERENCE)
+            }
+            Weights::Reference => AdapterChoice::Base,
+        };
+        self.model.log_probabilities(batch, choice)
     }
 
     fn evaluate(&mut self, batch: &Batch) -> Result<LossSum> {

@@ -30,15 +30,15 @@ use qlora_core::lora::{LoraConfig, ModuleFilter, ModulePattern, TargetModules};
 use qlora_core::model::{CausalLm, DeviceChoice, LoadOptions, Quantization};
 use qlora_core::open::{GenerationDefaults, ModelFiles};
 use qlora_core::tokenizer::Tokenizer;
-use qlora_kernels::Workspace;
 use qlora_kernels::quant::{QuantConfig, QuantType};
+use qlora_kernels::{Dtype, Workspace};
 
 pub use self::card::{CardPlan, plan_on_card};
 use crate::config::{self, GradientCheckpointing, LoraOptions, ModelOptions, Targets, TrainConfig};
 use crate::data::Dataset;
 use crate::encoder::ModelEncoder;
 use crate::error::Result;
-use crate::qlora_model::QLoraModel;
+use crate::qlora_model::{QLoraModel, REFERENCE};
 use crate::trainer::Trainer;
 use crate::trainer::start::Start;
 use prepare::{Data, Prepared};
@@ -82,7 +82,8 @@ impl Session {
     }
 
     fn load(prepared: Prepared, mut progress: impl FnMut(u64, u64)) -> Result<Self> {
-        let Prepared { config, start, files, template_time, beginning, workspace, identity, data } = prepared;
+        let Prepared { config, start, files, template_time, beginning, reference, workspace, identity, data } =
+            prepared;
         let companions = Companions::of_adapter(&files)?;
         let ModelFiles { source, tokenizer, chat_template: template, generation, name, .. } = files;
         let quantization = quantization(&config.model);
@@ -95,6 +96,9 @@ impl Session {
         let on = workspace.clone();
         let mut model = beside_attention(&on, source.config(), || CausalLm::load_on(&*source, load, workspace))?;
         beginning.add_to(&mut model, config.training.seed)?;
+        if let Some(reference) = &reference {
+            model.load_adapter(REFERENCE, reference)?;
+        }
         // Until `plan_memory` has seen the data.
         model.set_gradient_checkpointing(config.training.gradient_checkpointing == GradientCheckpointing::On)?;
         let data = Mutex::new(Some(data));
@@ -133,6 +137,16 @@ impl Session {
     pub fn encoder(&self) -> ModelEncoder<'_> {
         ModelEncoder::new(&self.tokenizer, self.template.as_ref(), &self.generation.eos_token_ids)
             .with_template_kwargs(self.config.data.chat_template_kwargs.as_map())
+    }
+
+    /// What the memory plan does not say of a GPU's type, if it is not what most GPUs compute in; none on the CPU.
+    pub fn compute_note(&self) -> Option<&'static str> {
+        let asked = self.config.model.bnb_4bit_compute_dtype.is_some();
+        match self.model.workspace().gradient_dtype() {
+            Dtype::F16 if asked => Some("computes in float16, with loss scaling"),
+            Dtype::F16 => Some("computes in float16, with loss scaling: this GPU has no bfloat16"),
+            _ => None,
+        }
     }
 
     /// The configured training data and, if there is any, validation data. It was read when the session was opened; a second
@@ -183,7 +197,7 @@ impl Session {
 fn workspace(config: &TrainConfig) -> Result<Workspace> {
     let device: DeviceChoice = config.model.device.parse()?;
     let limit = config.training.memory_budget.map(|budget| (budget * 1e9) as u64);
-    let workspace = device.open(config.model.bnb_4bit_compute_dtype.into(), limit)?;
+    let workspace = device.open(config.model.bnb_4bit_compute_dtype.map(Into::into), limit)?;
     #[cfg(feature = "cuda")]
     if let Some(gpu) = workspace.gpu() {
         gpu.set_deterministic(config.training.full_determinism);

@@ -7,7 +7,6 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use qlora::batch::Batch;
-use qlora::kernels::Dtype;
 use qlora::kernels::quant::{IntBits, IntConfig, QuantConfig, QuantType};
 use qlora::lora::linear_modules;
 use qlora::model::{CausalLm, DeviceChoice, LoadOptions, Quantization};
@@ -129,7 +128,7 @@ fn measure(
     let bar = output::bar(name, "{bytes} of {total_bytes}");
     let mut progress = output::bytes_of(&bar);
     let options = LoadOptions { quantization, progress: Some(&mut progress), ..LoadOptions::default() };
-    let model = CausalLm::load_on(&*files.source, options, args.device.open(Dtype::Bf16, None)?)?;
+    let model = CausalLm::load_on(&*files.source, options, args.device.open(None, None)?)?;
     bar.finish_and_clear();
     let memory = model.memory();
     let linear: usize = linear_modules(model.config()).iter().map(|m| m.out_features * m.in_features).sum();

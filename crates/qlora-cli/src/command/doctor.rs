@@ -154,11 +154,10 @@ fn gpu() -> Vec<Finding> {
 
 #[cfg(feature = "cuda")]
 fn gpu() -> Vec<Finding> {
-    use qlora::kernels::Dtype;
     use qlora::model::DeviceChoice;
 
     let driver = nvidia_smi();
-    let workspace = match DeviceChoice::Cuda(0).open(Dtype::Bf16, None) {
+    let workspace = match DeviceChoice::Cuda(0).open(None, None) {
         Ok(workspace) => workspace,
         Err(error) => {
             let hint = match &driver {

@@ -15,7 +15,7 @@ use super::causal_lm::CausalLm;
 use crate::adapter::kinds::HEAD;
 use crate::error::{Error, Result};
 
-fn changes_head((_, chosen): &Span) -> bool {
+pub(super) fn changes_head((_, chosen): &Span) -> bool {
     matches!(chosen, Chosen::Loaded(adapter) if adapter.changes_head())
 }
 

@@ -4,17 +4,18 @@ use std::sync::Arc;
 
 use candle_core::{Tensor, Var};
 use qlora_kernels::ops::adapter_rows::{AdapterChanges, LinearChange};
-use qlora_kernels::ops::linear_cross_entropy::{self, LossSum};
+use qlora_kernels::ops::linear_cross_entropy::LossSum;
 use qlora_kernels::ops::{embedding, frozen_linear};
-use qlora_kernels::tensor::{TensorView, update_in_place};
+use qlora_kernels::tensor::update_in_place;
 use qlora_kernels::weight::FrozenWeight;
 use qlora_kernels::{Matrix, SequenceLayout, View, ViewMut, Workspace};
 
 use super::adapters::{AdapterChoice, AdapterSet, Span};
 use super::block::{Keep, Pass};
 use super::cache::KvCache;
-use super::projection::{AdapterPass, LoraSlot};
+use super::projection::LoraSlot;
 use super::stack::Stack;
+use super::train::TrainPass;
 use crate::autograd;
 use crate::batch::Batch;
 use crate::config::ModelConfig;
@@ -41,16 +42,9 @@ pub struct CausalLm {
 pub struct Adapter {
     config: LoraConfig,
     layout: AdapterLayout,
-    flat: Var,
+    pub(super) flat: Var,
     /// Its slots by module, for batches in which other sequences have other adapters.
     changes: Arc<AdapterChanges>,
-}
-
-/// What distinguishes one training pass from another.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct TrainPass {
-    /// Seeds the dropout of this pass; two passes with the same seed drop the same elements.
-    pub seed: u64,
 }
 
 /// Bytes held by a model, by part.
@@ -114,7 +108,7 @@ impl Adapter {
     }
 
     /// The dropout of a training pass, if the configuration has any.
-    fn dropout(&self, train: TrainPass) -> Option<(f32, u64)> {
+    pub(super) fn dropout(&self, train: TrainPass) -> Option<(f32, u64)> {
         (self.config.lora_dropout > 0.0).then_some((self.config.lora_dropout as f32, train.seed))
     }
 
@@ -290,48 +284,6 @@ impl CausalLm {
         autograd::ops::linear_cross_entropy(&hidden, &*self.head, &batch.targets, num_items, &self.workspace)
     }
 
-    /// One forward and backward without a candle graph: adds the gradient of `sum of losses / num_items` to `gradient`
-    /// (laid out as the adapter) and returns the sum of the losses. The same operations as [`Self::loss`], the same
-    /// bits, and no copy of the gradient.
-    ///
-    /// # Errors
-    /// As [`Self::loss`]; also if `gradient` does not have the adapter's length.
-    pub fn accumulate_gradients(
-        &self,
-        batch: &Batch,
-        num_items: usize,
-        train: TrainPass,
-        gradient: ViewMut,
-    ) -> Result<LossSum> {
-        let adapter = self.adapter_to_train()?;
-        if gradient.rows() * gradient.cols() != adapter.layout.len() {
-            let (got, expected) = (gradient.rows() * gradient.cols(), adapter.layout.len());
-            return Err(Error::Invalid(format!("the adapter has {expected} values, the gradient {got}")));
-        }
-        if num_items == 0 {
-            return Err(Error::Invalid("there is no trained token to divide the loss by".into()));
-        }
-        let values = TensorView::new("adapter", adapter.flat.as_tensor())?;
-        let dropout = adapter.dropout(train);
-        let rope = self.stack.rope(batch.layout.max_len())?;
-        let adapter = Some(AdapterPass { values: values.view(), dropout, first_row: 0, rows: None });
-        let pass = Pass { adapter, layout: &batch.layout, rope: &rope, workspace: &self.workspace };
-        let x = self.embed(&batch.tokens)?;
-        let (hidden, saved) = self.stack.forward(x, &pass, false)?;
-        let mut dhidden = self.workspace.matrix(hidden.rows(), hidden.cols())?;
-        let loss = linear_cross_entropy::enqueue(
-            hidden.view(),
-            &*self.head,
-            &batch.targets,
-            num_items,
-            dhidden.view_mut(),
-            &self.workspace,
-        )?;
-        drop(hidden);
-        self.stack.backward(saved, dhidden, &pass, gradient, false)?;
-        Ok(loss.wait()?)
-    }
-
     /// The sum of the losses of a batch, without gradient and without dropout.
     pub fn evaluate(&self, batch: &Batch) -> Result<LossSum> {
         let spans =
@@ -469,7 +421,7 @@ impl CausalLm {
         Ok(frozen_linear::forward(hidden.view(), &*self.head, logits, 0.0, &self.workspace)?)
     }
 
-    fn adapter_to_train(&self) -> Result<&Adapter> {
+    pub(super) fn adapter_to_train(&self) -> Result<&Adapter> {
         self.adapter.as_ref().ok_or_else(|| {
             Error::Invalid("the model has no adapter to train: call add_adapter or set_adapter first".into())
         })

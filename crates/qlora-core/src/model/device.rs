@@ -34,18 +34,21 @@ impl FromStr for DeviceChoice {
 }
 
 impl DeviceChoice {
-    /// Memory on the device for activations of type `dtype` (the CPU always computes in f32), at most `memory_limit` bytes
-    /// of a GPU's.
+    /// Memory on the device for activations of type `dtype` (the CPU always computes in f32; without a type a GPU computes in
+    /// bfloat16, or in float16 where it has no bfloat16), at most `memory_limit` bytes of a GPU's.
     ///
     /// # Errors
-    /// If the device is not there, or the program is not built for it; the message says what to do.
-    pub fn open(self, dtype: Dtype, memory_limit: Option<u64>) -> Result<Workspace> {
+    /// If the device is not there, does not have the type, or the program is not built for it; the message says what to do.
+    pub fn open(self, dtype: impl Into<Option<Dtype>>, memory_limit: Option<u64>) -> Result<Workspace> {
+        let dtype = dtype.into();
         match self {
             Self::Cpu => Ok(Workspace::new(&Device::Cpu)?),
             Self::Cuda(ordinal) => open_gpu(ordinal, dtype, memory_limit),
             Self::Auto if cfg!(not(feature = "cuda")) => Ok(Workspace::new(&Device::Cpu)?),
             Self::Auto => match open_gpu(0, dtype, memory_limit) {
                 Ok(workspace) => Ok(workspace),
+                // There is a GPU: a run on the CPU would take days instead of saying what to change.
+                Err(error @ Error::Unsupported(_)) => Err(error),
                 Err(error) => {
                     tracing::warn!(%error, "no GPU: the CPU is used");
                     Ok(Workspace::new(&Device::Cpu)?)
@@ -56,13 +59,15 @@ impl DeviceChoice {
 }
 
 #[cfg(feature = "cuda")]
-fn open_gpu(ordinal: usize, dtype: Dtype, memory_limit: Option<u64>) -> Result<Workspace> {
+fn open_gpu(ordinal: usize, dtype: Option<Dtype>, memory_limit: Option<u64>) -> Result<Workspace> {
     let device = qlora_kernels::cuda::device(ordinal, memory_limit)?;
+    let (major, minor) = qlora_kernels::cuda::Gpu::of(&device)?.compute_capability()?;
+    let dtype = super::compute_dtype(dtype, super::Capability { major, minor })?;
     Ok(Workspace::with_dtype(&device, dtype)?)
 }
 
 #[cfg(not(feature = "cuda"))]
-fn open_gpu(ordinal: usize, _: Dtype, _: Option<u64>) -> Result<Workspace> {
+fn open_gpu(ordinal: usize, _: Option<Dtype>, _: Option<u64>) -> Result<Workspace> {
     Err(Error::Unsupported(format!(
         "GPU {ordinal}: this program was built without CUDA; build it with `--features cuda` (scripts/cuda-toolkit.sh makes \
          a toolkit where there is none)"
@@ -87,8 +92,8 @@ mod tests {
     #[test]
     #[cfg(not(feature = "cuda"))]
     fn a_program_without_cuda_says_how_to_build_one() {
-        let error = DeviceChoice::Cuda(0).open(Dtype::Bf16, None).unwrap_err().to_string();
+        let error = DeviceChoice::Cuda(0).open(None, None).unwrap_err().to_string();
         assert!(error.contains("--features cuda"), "{error}");
-        assert_eq!(DeviceChoice::Auto.open(Dtype::Bf16, None).unwrap().dtype(), Dtype::F32);
+        assert_eq!(DeviceChoice::Auto.open(None, None).unwrap().dtype(), Dtype::F32);
     }
 }

@@ -7,6 +7,7 @@ pub mod block;
 pub mod cache;
 pub mod causal_lm;
 mod checkpoints;
+mod compute_dtype;
 #[cfg(feature = "cuda")]
 mod decode;
 #[cfg(feature = "cuda")]
@@ -18,11 +19,14 @@ pub mod plan;
 pub mod policy;
 pub mod projection;
 pub mod stack;
+mod train;
 
 pub(crate) use adapter_build::embedding_gain;
 pub use adapters::{AdapterChoice, Combination, LoadedAdapter};
 pub use cache::KvCache;
-pub use causal_lm::{Adapter, CausalLm, MemoryUse, TrainPass};
+pub use causal_lm::{Adapter, CausalLm, MemoryUse};
+pub use compute_dtype::{Capability, compute_dtype};
 pub use device::DeviceChoice;
 pub use load::{LoadOptions, Quantization};
 pub use plan::{BatchShape, MemoryPlan, Planner};
+pub use train::TrainPass;

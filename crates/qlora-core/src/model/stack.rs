@@ -197,11 +197,15 @@ impl Stack {
         let mut dx = pass.workspace.with_margin(last.rows(), last.cols(), margin)?;
         scale::in_place(dy.view_mut(), self.scales[1])?;
         rms_norm::backward(last.view(), self.final_norm.view(), rstd.view(), dy.view(), dx.view_mut(), false)?;
+        pass.workspace.round_gradient(dx.view_mut())?;
         drop((last, rstd, dy));
         let mut dx = Some(dx);
         for (index, block) in self.blocks.iter().enumerate().rev() {
             let (Some(kept), Some(dy)) = (saved.pop()?, dx.take()) else { break };
             dx = block.backward(kept, dy, pass, gradient.reborrow(), index > lowest || needs_dx)?;
+            if let Some(dx) = &mut dx {
+                pass.workspace.round_gradient(dx.view_mut())?;
+            }
         }
         let Some(mut dx) = dx.filter(|_| needs_dx) else { return Ok(None) };
         scale::in_place(dx.view_mut(), self.scales[0])?;

@@ -261,6 +261,16 @@ impl Gpu {
         &self.name
     }
 
+    /// The compute capability that kernels are chosen for: (8, 6) for 8.6.
+    ///
+    /// # Errors
+    /// If the driver does not say.
+    pub fn compute_capability(&self) -> Result<(u32, u32)> {
+        let capability = self.stream.context().compute_capability();
+        let (major, minor) = capability.map_err(|error| cuda_error("cuda device", error))?;
+        Ok((major.unsigned_abs(), minor.unsigned_abs()))
+    }
+
     /// What the GPU is called, with its number.
     pub fn name(&self) -> String {
         format!("cuda:{} ({})", self.stream.context().ordinal(), self.name)

@@ -8,25 +8,43 @@ use super::view::{CudaView, CudaViewMut};
 use crate::error::Result;
 use crate::matrix::Workspace;
 use crate::ops::frozen_linear;
-use crate::ops::linear_cross_entropy::{PendingLoss, rows_of_chunk_on_gpu};
+use crate::ops::linear_cross_entropy::{GradScale, PendingLoss, rows_of_chunk_on_gpu};
 use crate::view::ViewMut;
 use crate::weight::FrozenWeight;
 
-/// `trained`: the rows with a target, and their targets.
+/// What a gradient of the logits is multiplied by.
+#[derive(Clone, Copy)]
+enum Scale<'a> {
+    Uniform(f32),
+    /// One f32 a row with a target.
+    Each(&'a Buffer),
+}
+
+/// `trained`: the rows with a target, and their targets. `each` takes the loss of every row.
 pub(crate) fn run(
     op: &'static str,
     hidden: CudaView,
     head: &dyn FrozenWeight,
     targets: &[i64],
     trained: &[(usize, usize)],
-    gradient: Option<(ViewMut, f32)>,
+    gradient: Option<(ViewMut, GradScale)>,
+    each: Option<&mut [f64]>,
     workspace: &Workspace,
 ) -> Result<PendingLoss> {
     let gpu = hidden.gpu();
     let mut losses = workspace.zeros_f32(1, trained.len().max(1))?;
-    let (dhidden, scale) = match gradient {
-        None => (None, 0.0),
-        Some((dhidden, scale)) => (Some(dhidden.cuda(op)?), scale),
+    let scales = match &gradient {
+        Some((_, GradScale::PerRow(scales))) => {
+            let scales: Vec<f32> = trained.iter().map(|&(row, _)| scales[row]).collect();
+            Some(Buffer::upload(&gpu.arc(), op, &scales)?)
+        }
+        _ => None,
+    };
+    let (dhidden, scale) = match (gradient, &scales) {
+        (None, _) => (None, Scale::Uniform(0.0)),
+        (Some((dhidden, _)), Some(scales)) => (Some(dhidden.cuda(op)?), Scale::Each(scales)),
+        (Some((dhidden, GradScale::Uniform(scale))), None) => (Some(dhidden.cuda(op)?), Scale::Uniform(scale)),
+        (Some((_, GradScale::PerRow(_))), None) => unreachable!("they were uploaded above"),
     };
     let wanted: Vec<i64> = trained.iter().map(|&(_, target)| target as i64).collect();
     let wanted = Buffer::upload(&gpu.arc(), op, &wanted)?;
@@ -56,6 +74,10 @@ pub(crate) fn run(
             gather(op, compact.view().cuda(op)?, &ids, dhidden)?;
         }
     }
+    if let Some(each) = each {
+        let losses = losses.to_vec()?;
+        trained.iter().zip(losses).for_each(|(&(row, _), loss)| each[row] = f64::from(loss));
+    }
     let mut sum = Buffer::new(&gpu.arc(), op, 8)?;
     let (input, out) = (losses.view().cuda(op)?, sum.as_mut_ptr());
     // SAFETY: the losses are live f32 elements; one f64 is written.
@@ -69,7 +91,7 @@ fn chunks(
     head: &dyn FrozenWeight,
     targets: &Buffer,
     losses: &mut crate::matrix::Matrix,
-    mut gradient: Option<(CudaViewMut, f32)>,
+    mut gradient: Option<(CudaViewMut, Scale)>,
     workspace: &Workspace,
 ) -> Result<()> {
     let (tokens, vocab) = (inputs.rows(), head.rows());
@@ -82,8 +104,13 @@ fn chunks(
         frozen_linear::forward(inputs.slice_rows(rows.clone()).into(), head, logits.reborrow(), 0.0, workspace)?;
         let view = logits.reborrow().cuda(op)?;
         let losses = losses.view_mut().cuda(op)?.ptr() + 4 * start as u64;
-        let scale = gradient.as_ref().map_or(0.0, |(_, scale)| *scale);
-        // SAFETY: the logits are live; losses and targets have an element for every row of the inputs.
+        let (scale, scales) = match &gradient {
+            None => (0.0, std::ptr::null()),
+            Some((_, Scale::Uniform(scale))) => (*scale, std::ptr::null()),
+            // SAFETY: there is one for every row of the inputs.
+            Some((_, Scale::Each(scales))) => (0.0, unsafe { scales.as_ptr::<f32>().add(start) }),
+        };
+        // SAFETY: the logits are live; losses, targets and scales, if any, have an element for every row of the inputs.
         gpu.launch(op, |stream| unsafe {
             ffi::qlora_cross_entropy(
                 view.dtype().code(),
@@ -94,6 +121,7 @@ fn chunks(
                 rows.len() as i64,
                 vocab as i64,
                 scale,
+                scales,
                 i32::from(gradient.is_some()),
                 gpu.launch_limits(),
                 stream,

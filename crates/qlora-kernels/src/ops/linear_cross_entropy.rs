@@ -4,8 +4,11 @@
 //!
 //! ```text
 //! z = hidden W^T        loss = sum over trained tokens of (logsumexp(z) - z_y)
-//! dz = (softmax(z) - onehot_y) / num_items        dhidden = dz W
+//! dz = (softmax(z) - onehot_y) * scale            dhidden = dz W
 //! ```
+//!
+//! `scale` is `1 / num_items` for a mean, or one number a row ([`GradScale`]): an objective whose gradient is
+//! `sum_t w_t d log p_t` has `scale_t = -w_t`, because `log p_t` is minus the token's cross-entropy.
 //!
 //! Only rows with a target are multiplied: they are gathered, some hundred at a time, so that a chunk of logits takes at
 //! most 64 MiB. The gradient is made in the same pass, in place over the logits, so nothing is computed twice: the whole
@@ -38,6 +41,24 @@ pub struct LossSum {
     pub sum: f64,
     /// The tokens with a target.
     pub trained_tokens: usize,
+}
+
+/// What the gradient of each row's cross-entropy is multiplied by.
+#[derive(Clone, Copy, Debug)]
+pub enum GradScale<'a> {
+    /// The same for all rows: `1 / num_items` for a mean.
+    Uniform(f32),
+    /// One number a row of `hidden`; those of rows without a target are not read.
+    PerRow(&'a [f32]),
+}
+
+impl GradScale<'_> {
+    fn of(self, row: usize) -> f32 {
+        match self {
+            Self::Uniform(scale) => scale,
+            Self::PerRow(scales) => scales[row],
+        }
+    }
 }
 
 /// How many tokens' logits exist at a time on a GPU: 256 MB in bf16. With 128,256 tokens in the vocabulary that is 1,024
@@ -93,7 +114,17 @@ impl PendingLoss {
 /// # Errors
 /// If the shapes do not fit, or a target is neither in the vocabulary nor [`IGNORE_INDEX`].
 pub fn forward(hidden: View, head: &dyn FrozenWeight, targets: &[i64], workspace: &Workspace) -> Result<LossSum> {
-    run(hidden, head, targets, None, workspace)?.wait()
+    run(hidden, head, targets, None, None, workspace)?.wait()
+}
+
+/// The cross-entropy of each row, in nats: minus the log-probability of its target. Rows without a target have 0.
+///
+/// # Errors
+/// As [`forward`].
+pub fn token_losses(hidden: View, head: &dyn FrozenWeight, targets: &[i64], workspace: &Workspace) -> Result<Vec<f64>> {
+    let mut losses = vec![0.0; targets.len()];
+    run(hidden, head, targets, None, Some(&mut losses), workspace)?.wait()?;
+    Ok(losses)
 }
 
 /// The loss, and `d (sum / num_items) / d hidden` in `dhidden [tokens, width]`; rows without a target get zeros.
@@ -123,18 +154,40 @@ pub fn enqueue(
     dhidden: ViewMut,
     workspace: &Workspace,
 ) -> Result<PendingLoss> {
-    dhidden.expect(OP, "dhidden", hidden.rows(), hidden.cols())?;
     if num_items == 0 && targets.iter().any(|&target| target != IGNORE_INDEX) {
         return Err(Error::invalid(OP, "num_items is 0 although tokens are trained"));
     }
-    run(hidden, head, targets, Some((dhidden, 1.0 / num_items.max(1) as f32)), workspace)
+    enqueue_scaled(hidden, head, targets, GradScale::Uniform(1.0 / num_items.max(1) as f32), dhidden, workspace)
+}
+
+/// [`enqueue`] with any factor for the gradients: `dhidden = scale * d (cross-entropy) / d hidden`, row by row.
+///
+/// # Errors
+/// As [`forward`]; also if there is not one number a row.
+pub fn enqueue_scaled(
+    hidden: View,
+    head: &dyn FrozenWeight,
+    targets: &[i64],
+    scale: GradScale,
+    dhidden: ViewMut,
+    workspace: &Workspace,
+) -> Result<PendingLoss> {
+    dhidden.expect(OP, "dhidden", hidden.rows(), hidden.cols())?;
+    if let GradScale::PerRow(scales) = scale
+        && scales.len() != targets.len()
+    {
+        let message = format!("{} scales were given for {} rows", scales.len(), targets.len());
+        return Err(Error::invalid(OP, message));
+    }
+    run(hidden, head, targets, Some((dhidden, scale)), None, workspace)
 }
 
 fn run(
     hidden: View,
     head: &dyn FrozenWeight,
     targets: &[i64],
-    mut gradient: Option<(ViewMut, f32)>,
+    mut gradient: Option<(ViewMut, GradScale)>,
+    mut each: Option<&mut [f64]>,
     workspace: &Workspace,
 ) -> Result<PendingLoss> {
     let (vocab, width) = (head.rows(), head.cols());
@@ -142,7 +195,7 @@ fn run(
     let trained = trained_rows(targets, vocab)?;
     #[cfg(feature = "cuda")]
     if hidden.gpu().is_some() {
-        return crate::cuda::loss::run(OP, hidden.cuda(OP)?, head, targets, &trained, gradient, workspace);
+        return crate::cuda::loss::run(OP, hidden.cuda(OP)?, head, targets, &trained, gradient, each, workspace);
     }
     if let Some((dhidden, _)) = &mut gradient {
         dhidden.reborrow().host(OP)?.rows_mut().for_each(|row| row.fill(0.0));
@@ -162,11 +215,16 @@ fn run(
             .as_mut_slice()
             .par_chunks_exact_mut(vocab)
             .zip_eq(rayon::iter::IntoParallelRefIterator::par_iter(rows))
-            .map(|(logits, &(_, target))| cross_entropy(logits, target, scale))
+            .map(|(logits, &(row, target))| cross_entropy(logits, target, scale.map(|scale| scale.of(row))))
             .collect();
         loss.sum += losses.iter().sum::<f64>();
+        if let Some(each) = &mut each {
+            rows.iter().zip(&losses).for_each(|(&(row, _), &loss)| each[row] = loss);
+        }
         if let Some((dhidden, _)) = &mut gradient {
+            workspace.round_gradient(logits.view_mut())?;
             frozen_linear::backward(logits.view(), head, gathered.view_mut(), 0.0, workspace)?;
+            workspace.round_gradient(gathered.view_mut())?;
             let mut dhidden = dhidden.reborrow().host(OP)?;
             for (from, (to, _)) in gathered.as_slice().chunks_exact(width.max(1)).zip(rows) {
                 dhidden.row_mut(*to).copy_from_slice(from);
@@ -319,6 +377,37 @@ mod tests {
             assert_close("row", alone.as_slice(), &to_f64(&dx.as_slice()[row * width..(row + 1) * width]), 1e-3);
         }
         assert!(loss.sum > sum);
+    }
+
+    #[test]
+    fn each_row_has_its_loss_and_its_scale() {
+        let (tokens, width, vocab) = (9, 5, 31);
+        let mut random = random(3);
+        let (x, w) = (random(tokens * width), random(vocab * width));
+        let targets: Vec<i64> =
+            (0..tokens as i64).map(|i| if i % 4 == 1 { IGNORE_INDEX } else { i * 7 % vocab as i64 }).collect();
+        let scales: Vec<f32> = (0..tokens).map(|i| 0.5 - 0.25 * i as f32).collect();
+        let head = PlainWeight::new(PlainData::F32(w), vocab, width);
+        let (view, workspace) = (View::new(&x, tokens, width), Workspace::poisoned());
+        let losses = token_losses(view, &head, &targets, &workspace).unwrap();
+        let sum = forward(view, &head, &targets, &workspace).unwrap().sum;
+        assert!((losses.iter().sum::<f64>() - sum).abs() < 1e-12 * sum);
+        let gradient = |scale: GradScale| {
+            let mut dx = Window::poisoned(tokens, width, 1);
+            enqueue_scaled(view, &head, &targets, scale, dx.view_mut(), &workspace).unwrap().wait().unwrap();
+            dx.to_vec()
+        };
+        let (each, one) = (gradient(GradScale::PerRow(&scales)), gradient(GradScale::Uniform(1.0)));
+        for (row, &target) in targets.iter().enumerate() {
+            let range = row * width..(row + 1) * width;
+            let expected: Vec<f64> = one[range.clone()].iter().map(|&d| f64::from(d * scales[row])).collect();
+            assert_close("row", &each[range.clone()], &expected, 2e-6);
+            assert_eq!(losses[row] == 0.0, target == IGNORE_INDEX, "row {row}");
+        }
+        assert_eq!(gradient(GradScale::PerRow(&[0.25; 9])), gradient(GradScale::Uniform(0.25)), "the same bits");
+        let mut dx = Window::poisoned(tokens, width, 1);
+        let error = enqueue_scaled(view, &head, &targets, GradScale::PerRow(&scales[1..]), dx.view_mut(), &workspace);
+        assert_eq!(error.unwrap_err().to_string(), "linear_cross_entropy: 8 scales were given for 9 rows");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The output head and the loss.
 
-use qlora_kernels::ops::linear_cross_entropy::{self, IGNORE_INDEX};
+use qlora_kernels::ops::linear_cross_entropy::{self, GradScale, IGNORE_INDEX};
 use qlora_kernels::quant::{QuantConfig, QuantType};
 use qlora_kernels::{Dtype, View};
 
@@ -146,4 +146,37 @@ fn a_target_outside_the_vocabulary_is_refused() {
     let hidden: View = hidden.view();
     let error = linear_cross_entropy::forward(hidden, &*head, &[3, 61], &side.workspace).unwrap_err().to_string();
     assert!(error.contains("row 1 has target 61"), "{error}");
+}
+
+#[test]
+fn losses_of_rows_and_gradients_with_a_scale_a_row_agree_with_the_cpu() {
+    let Some(device) = gpu() else { return };
+    let mut report = Report::new("linear_cross_entropy by rows");
+    for dtype in DTYPES {
+        for (tokens, vocab, width) in [(1, 40, 8), (37, 61, 32), (140, 20_003, 64)] {
+            for all in [false, true] {
+                report.compare(&device, dtype, &format!("{tokens} x {vocab} x {width}, all {all}"), |side| {
+                    let head = side.weight(Kind::Plain(dtype), vocab, width);
+                    let hidden = side.scaled_input(tokens, width, 0, 3.0);
+                    let (targets, workspace) = (targets(tokens, vocab, all), &side.workspace);
+                    let scales: Vec<f32> = (0..tokens).map(|row| 0.02 * (row % 7) as f32 - 0.05).collect();
+                    let losses = linear_cross_entropy::token_losses(hidden.view(), &*head, &targets, workspace)?;
+                    let mut dhidden = side.output(tokens, width, 0);
+                    let scale = GradScale::PerRow(&scales);
+                    let pending = linear_cross_entropy::enqueue_scaled(
+                        hidden.view(),
+                        &*head,
+                        &targets,
+                        scale,
+                        dhidden.view_mut(),
+                        workspace,
+                    )?;
+                    let losses = losses.iter().map(|&loss| loss as f32).collect();
+                    let sum = pending.wait()?.sum;
+                    Ok(vec![number("loss", sum), output("losses", losses), output("dhidden", dhidden.to_vec())])
+                });
+            }
+        }
+    }
+    report.finish();
 }

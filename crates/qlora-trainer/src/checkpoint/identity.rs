@@ -11,7 +11,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::config::{SamplingStrategy, Scheduler, TrainConfig};
+use crate::config::{ObjectiveKind, SamplingStrategy, Scheduler, TrainConfig};
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
@@ -96,6 +96,12 @@ impl RunIdentity {
         }
         if matches!(schedule.kind, Scheduler::Cosine | Scheduler::Linear) {
             map.insert("number of steps".to_owned(), schedule.total_steps.into());
+        }
+        // Of plain fine-tuning, which earlier versions had alone, there is nothing to say.
+        if config.training.objective != ObjectiveKind::Sft {
+            map.insert("training.objective".to_owned(), options["training"]["objective"].clone());
+            let of_objective = options["objective"].as_object().into_iter().flatten();
+            map.extend(of_objective.map(|(key, value)| (format!("objective.{key}"), value.clone())));
         }
         let (documents, tokens, fingerprint) = (dataset.len(), dataset.stats().tokens, dataset.fingerprint());
         map.insert(

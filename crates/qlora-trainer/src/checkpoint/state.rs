@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 
 use super::identity::RunIdentity;
 use crate::data::Position;
+use crate::loss_scale::LossScale;
 use crate::metrics::{LogEntry, LogWindow};
 
 /// The version of [`QloraState`]; a checkpoint of another one is refused.
@@ -85,6 +86,9 @@ pub struct QloraState {
     /// What the chat template took for now (RFC 3339) when the data was rendered, if it asks for the time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub template_time: Option<String>,
+    /// The scale of the loss, in a run whose gradients are float16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<LossScale>,
     /// Stands for `optimizer.safetensors`.
     pub optimizer_fingerprint: String,
     /// What must be the same for a run to go on.

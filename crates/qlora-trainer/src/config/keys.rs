@@ -12,17 +12,18 @@ use toml::{Spanned, Value};
 
 use super::foreign_keys::{self, KnownKey};
 use super::known_keys::KNOWN_SECTIONS;
-use super::{DataOptions, LoraOptions, ModelOptions, TrainConfig, TrainingOptions};
+use super::{DataOptions, LoraOptions, ModelOptions, ObjectiveOptions, TrainConfig, TrainingOptions};
 
 /// A section's name and its keys.
 pub(super) type Section = (&'static str, &'static [&'static str]);
 
-pub(super) fn sections() -> [Section; 4] {
+pub(super) fn sections() -> [Section; 5] {
     [
         ("model", field_names::<ModelOptions>()),
         ("lora", field_names::<LoraOptions>()),
         ("data", field_names::<DataOptions>()),
         ("training", field_names::<TrainingOptions>()),
+        ("objective", field_names::<ObjectiveOptions>()),
     ]
 }
 

@@ -1,6 +1,6 @@
 //! The configuration of a run: a Rust struct, and the same as TOML.
 //!
-//! The file has four sections: `[model]`, `[lora]`, `[data]` and `[training]`. Keys have the names of transformers, PEFT,
+//! The file has the sections `[model]`, `[lora]`, `[data]`, `[training]` and `[objective]`. Keys have the names of transformers, PEFT,
 //! bitsandbytes and TRL, and mean here what they mean there. Only `model.model_name_or_path` and `data.train_file` must be
 //! given. An unknown key is an error that names the line and the key that was probably meant. Keys of other trainers are
 //! accepted where they ask for what happens anyway (`bias = "none"`, `report_to = "none"`), otherwise refused with what to
@@ -37,6 +37,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::objective::{DpoLoss, ObjectiveKind, ObjectiveOptions};
+
 pub use choices::{
     ComputeDtype, GradientCheckpointing, OnOverlong, OnUntrained, Optim, Paths, QuantType, Resume, SamplingStrategy,
     Scheduler, Targets, TemplateKwargs,
@@ -55,6 +57,8 @@ pub struct TrainConfig {
     pub data: DataOptions,
     /// How to train.
     pub training: TrainingOptions,
+    /// Options of the objective.
+    pub objective: ObjectiveOptions,
 }
 
 /// `[model]`: the base model and how it is held in memory.
@@ -86,8 +90,9 @@ pub struct ModelOptions {
     /// Where to train: `"auto"` (the first GPU if the program is built with the feature `cuda` and there is one, otherwise
     /// the CPU), `"cpu"`, `"cuda"` or `"cuda:1"`. Default: auto.
     pub device: String,
-    /// What a GPU computes in: `"bfloat16"`, `"float16"` or `"float32"`. The CPU computes in float32. Default: bfloat16.
-    pub bnb_4bit_compute_dtype: ComputeDtype,
+    /// What a GPU computes in: `"bfloat16"`, `"float16"` (with dynamic loss scaling) or `"float32"`. The CPU computes in float32.
+    /// Default: bfloat16, on a GPU without it (compute capability below 8.0) float16.
+    pub bnb_4bit_compute_dtype: Option<ComputeDtype>,
 }
 
 impl Default for ModelOptions {
@@ -104,7 +109,7 @@ impl Default for ModelOptions {
             blocksize: 64,
             offload_embedding: false,
             device: "auto".to_owned(),
-            bnb_4bit_compute_dtype: ComputeDtype::Bfloat16,
+            bnb_4bit_compute_dtype: None,
         }
     }
 }
@@ -222,6 +227,9 @@ pub struct TrainingOptions {
     pub memory_budget: Option<f64>,
     /// The same bits in every run on a GPU, for some speed (a CPU gives them anyway). Default: false.
     pub full_determinism: bool,
+    /// What is minimised: `"sft"` (supervised fine-tuning: the cross-entropy of answers) or `"dpo"` (direct preference
+    /// optimization, on pairs of answers; its options stand in `[objective]`). Default: sft.
+    pub objective: ObjectiveKind,
     /// The optimizer: `"adamw_torch"`, or `"adamw_8bit"` with moments of 8 bits. Default: adamw_torch.
     pub optim: Optim,
     /// The peak learning rate. Default: 2e-4, the QLoRA paper's for 7B and 13B.
@@ -276,6 +284,7 @@ impl Default for TrainingOptions {
             gradient_checkpointing: GradientCheckpointing::Auto,
             memory_budget: None,
             full_determinism: false,
+            objective: ObjectiveKind::Sft,
             optim: Optim::AdamwTorch,
             learning_rate: 2e-4,
             lr_scheduler_type: Scheduler::Linear,

@@ -193,7 +193,10 @@ mod tests {
                  write `completion_only_loss = false`",
             ),
             ("[trainig]", "line 5: unknown section [trainig]; did you mean [training]?"),
-            ("[zzz]\na = 1", "line 5: unknown section [zzz]; there are [model], [lora], [data], [training]"),
+            (
+                "[zzz]\na = 1",
+                "line 5: unknown section [zzz]; there are [model], [lora], [data], [training], [objective]",
+            ),
             ("[lora]\nqqq = 1", "line 6: unknown key `qqq` in [lora]"),
             (
                 "[lora]\nmax_lenght = 1",

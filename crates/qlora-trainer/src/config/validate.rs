@@ -2,7 +2,7 @@
 
 use qlora_core::model::DeviceChoice;
 
-use super::{Scheduler, Targets, TrainConfig};
+use super::{ObjectiveOptions, Scheduler, Targets, TrainConfig};
 use crate::error::{Error, Problem, Result};
 
 impl TrainConfig {
@@ -26,6 +26,7 @@ impl TrainConfig {
         self.check_lora(&mut check);
         self.check_data(&mut check);
         self.check_training(&mut check);
+        ObjectiveOptions::problems(self).into_iter().for_each(|(key, message)| check.that(false, key, message));
         check.problems
     }
 
@@ -249,6 +250,28 @@ mod tests {
             let message = config.validate().unwrap_err().to_string();
             assert!(message.starts_with(&format!("`{key}` ")), "{key} = {value}: {message}");
             assert_eq!(message.lines().count(), 1, "{key} = {value}: {message}");
+        }
+    }
+
+    #[test]
+    fn options_of_an_objective() {
+        let refusal = |values: &[(&str, &str)]| {
+            let mut config = valid();
+            values.iter().for_each(|(key, value)| config.set(key, value).unwrap());
+            config.validate().map_err(|error| error.to_string()).err()
+        };
+        let dpo = ("training.objective", "dpo");
+        assert_eq!(refusal(&[dpo, ("objective.beta", "0.3"), ("objective.loss_type", "ipo")]), None);
+        assert_eq!(refusal(&[dpo, ("objective.loss_type", "robust"), ("objective.label_smoothing", "0.1")]), None);
+        for (values, part) in [
+            (&[("objective.beta", "0.3")][..], "`objective` are options of objectives over pairs"),
+            (&[dpo, ("objective.beta", "0")], "`objective.beta` must be a number above 0"),
+            (&[dpo, ("objective.label_smoothing", "0.5")], "below 0.5"),
+            (&[dpo, ("objective.label_smoothing", "0.1")], "needs `loss_type = \"robust\"`"),
+            (&[dpo, ("data.completion_only_loss", "false")], "`data.completion_only_loss` must be true"),
+        ] {
+            let message = refusal(values).unwrap();
+            assert!(message.contains(part), "{values:?}: {message}");
         }
     }
 

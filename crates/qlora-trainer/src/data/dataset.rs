@@ -16,6 +16,8 @@ pub struct Dataset {
     ids: Vec<u32>,
     trained: Vec<bool>,
     bounds: Vec<usize>,
+    /// Documents of a row: 2 for pairs.
+    group_size: usize,
     origins: Vec<Origin>,
     files: Vec<PathBuf>,
     unused: Vec<Unused>,
@@ -91,6 +93,7 @@ impl Dataset {
             ids: Vec::new(),
             trained: Vec::new(),
             bounds: vec![0],
+            group_size: 1,
             origins: Vec::new(),
             files: Vec::new(),
             unused: Vec::new(),
@@ -116,6 +119,25 @@ impl Dataset {
             dataset.push(&document, Notes::default(), None);
         }
         Ok(dataset)
+    }
+
+    /// Groups of documents that were tokenized elsewhere, all of `group_size`: pairs are a chosen and a rejected one.
+    ///
+    /// # Errors
+    /// As [`Self::from_encoded`]; also if the documents do not make whole groups.
+    pub fn from_groups(group_size: usize, documents: impl IntoIterator<Item = Encoded>) -> Result<Self> {
+        let dataset = Self::from_encoded(documents)?;
+        if group_size == 0 || !dataset.len().is_multiple_of(group_size) {
+            let documents = dataset.len();
+            return Err(Error::Invalid(format!("{documents} documents do not make groups of {group_size}")));
+        }
+        Ok(Self { group_size, ..dataset })
+    }
+
+    /// Documents of a row; they follow each other and are computed together. 1 for plain fine-tuning, 2 for pairs of a chosen
+    /// and a rejected answer.
+    pub fn group_size(&self) -> usize {
+        self.group_size
     }
 
     /// The number of documents.
@@ -187,6 +209,9 @@ impl Dataset {
             }
             fingerprint.word(u64::MAX);
         }
+        if self.group_size != 1 {
+            fingerprint.word(self.group_size as u64);
+        }
         fingerprint
     }
 
@@ -242,7 +267,30 @@ impl Dataset {
         &mut self.stats
     }
 
-    pub(super) fn push(&mut self, document: &Encoded, notes: Notes, origin: Option<(u32, usize)>) {
+    /// Adds the documents of a row.
+    ///
+    /// # Errors
+    /// If earlier rows have another number of them.
+    pub(super) fn push_row(
+        &mut self,
+        documents: &[Encoded],
+        notes: Notes,
+        origin: Option<(u32, usize)>,
+    ) -> std::result::Result<(), String> {
+        if self.is_empty() {
+            self.group_size = documents.len();
+        }
+        if documents.len() != self.group_size {
+            return Err("pairs of answers (`chosen`, `rejected`) and other rows do not go together".to_owned());
+        }
+        for (document, first) in documents.iter().zip([true].into_iter().chain(std::iter::repeat(false))) {
+            // What happened to the row counts once.
+            self.push(document, if first { notes } else { Notes::default() }, origin);
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, document: &Encoded, notes: Notes, origin: Option<(u32, usize)>) {
         self.ids.extend_from_slice(&document.ids);
         self.trained.extend_from_slice(&document.trained);
         self.bounds.push(self.ids.len());

@@ -3,6 +3,7 @@
 //! - `text`: the tokenizer's tokens, EOS appended; all of it is trained.
 //! - `prompt` + `completion`: the tokens of the joined text, EOS appended; trained from the first token in which the joined
 //!   text differs from the prompt alone (with most tokenizers the completion's first token).
+//! - pairs of answers: two documents, trained from the first token that is not the prompt's.
 //! - conversations: what the chat template gives; the trained messages' tokens, each with the end-of-turn token after it.
 //!   A conversation that would end without a trained end token gets EOS.
 //!
@@ -32,6 +33,12 @@ pub trait TextEncoder: Sync {
     /// The token ids of a conversation as the chat template writes it, without looking for its messages.
     fn encode_whole_chat(&self, conversation: &Conversation) -> Result<Vec<u32>, EncodeError> {
         Ok(self.encode_chat(conversation, &mut Notes::default())?.ids)
+    }
+
+    /// The token ids of a conversation as the chat template writes it to ask for the next answer.
+    fn encode_prompt(&self, conversation: &Conversation) -> Result<Vec<u32>, EncodeError> {
+        let _ = conversation;
+        Err("this encoder cannot ask for an answer".into())
     }
 
     /// What of a conversation the chat template does not read, by the names of the row's columns.
@@ -105,6 +112,8 @@ impl From<&DataOptions> for EncodeOptions {
 pub enum Outcome {
     /// A document.
     Document(Encoded, Notes),
+    /// Documents that belong together.
+    Group(Vec<Encoded>, Notes),
     /// Left out: longer than `max_length`.
     Overlong,
     /// Left out: nothing to train on.
@@ -132,6 +141,9 @@ pub struct Notes {
 /// # Errors
 /// What is wrong with the row, without file and line.
 pub fn encode(record: &Record, encoder: &dyn TextEncoder, options: &EncodeOptions) -> Result<Outcome, String> {
+    if let Record::Preference(pair) = record {
+        return super::preference::encode_pair(pair, encoder, options);
+    }
     let mut notes = Notes::default();
     let mut encoded =
         tokens(record, encoder, options.completion_only_loss, &mut notes).map_err(|error| error.to_string())?;
@@ -192,6 +204,7 @@ fn tokens(
             let (prompt, completion) = record.instruction_text().expect("the row is an instruction");
             completion_tokens(&prompt, &completion, encoder, notes)
         }
+        Record::Preference(_) => Err("a pair of answers is no document".into()),
         Record::Text(text) => {
             let ids = encoder.encode(text, true)?;
             let mut encoded = Encoded { trained: vec![true; ids.len()], ids };
@@ -297,6 +310,7 @@ fn untrained_message(record: &Record, notes: Notes) -> String {
         Record::Completion { .. } => "the completion is empty",
         Record::Instruction { .. } => "the output is empty",
         Record::Text(_) => "the text is empty",
+        Record::Preference(_) => "an answer is empty",
     };
     format!("no token to train on: {reason}; set on_untrained = \"skip\" to leave such rows out")
 }

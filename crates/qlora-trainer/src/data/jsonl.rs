@@ -8,7 +8,7 @@ use rayon::iter::{IntoParallelRefIterator, ParallelIterator};
 use serde_json::Value;
 
 use super::dataset::{Dataset, Unused};
-use super::encode::{EncodeOptions, Outcome, TextEncoder, encode};
+use super::encode::{EncodeOptions, Encoded, Notes, Outcome, TextEncoder, encode};
 use super::lines::{Line, Lines, parse};
 use super::record::{Record, Row};
 use crate::error::{Error, Result};
@@ -115,13 +115,17 @@ fn read_file(path: &Path, encoder: &dyn TextEncoder, options: &EncodeOptions, da
         for (line, outcome) in lines.iter().zip(outcomes) {
             let (outcome, unused) = outcome?;
             dataset.note_unused(index, unused);
-            let stats = dataset.stats_mut();
-            stats.rows += 1;
+            dataset.stats_mut().rows += 1;
+            let mut push = |documents: &[Encoded], notes: Notes| {
+                let pushed = dataset.push_row(documents, notes, Some((index, line.number)));
+                pushed.map_err(|message| Error::data(path, line.number, message))
+            };
             match outcome {
-                Outcome::Document(document, notes) => dataset.push(&document, notes, Some((index, line.number))),
-                Outcome::Overlong => stats.dropped_overlong += 1,
-                Outcome::Untrained => stats.dropped_untrained += 1,
-                Outcome::UntrainedAfterTruncation => stats.dropped_after_truncation += 1,
+                Outcome::Document(document, notes) => push(&[document], notes)?,
+                Outcome::Group(documents, notes) => push(&documents, notes)?,
+                Outcome::Overlong => dataset.stats_mut().dropped_overlong += 1,
+                Outcome::Untrained => dataset.stats_mut().dropped_untrained += 1,
+                Outcome::UntrainedAfterTruncation => dataset.stats_mut().dropped_after_truncation += 1,
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Whole optimizer steps out of a data set, shuffled, from any position.
 //!
-//! An item is a document, or with packing a bin of documents. A micro-batch is `batch_size` items without padding, a step
+//! An item is a document, or a group of documents that belong together, or with packing a bin of them. A micro-batch is `batch_size` items without padding, a step
 //! is `accumulation` micro-batches. The last step of an epoch has what is left: its last micro-batch may be smaller and it
 //! may have fewer micro-batches. Because a step is handed over whole, the number of its trained tokens is known before
 //! its first micro-batch runs.
@@ -32,6 +32,8 @@ pub struct StepBatch {
     pub documents: Vec<Vec<usize>>,
     /// Trained tokens of all micro-batches: what the step's loss is divided by.
     pub num_items: usize,
+    /// Groups of documents of all micro-batches: what the loss of an objective over groups is divided by.
+    pub groups: usize,
 }
 
 impl StepBatch {
@@ -116,20 +118,22 @@ impl Loader {
         let documents: Vec<Vec<usize>> = self.whole.micro_batches(order, self.position.step).collect();
         let micro_batches: Vec<_> = documents.iter().map(|documents| self.dataset.batch(documents)).collect();
         let num_items = micro_batches.iter().map(Batch::trained_tokens).sum();
+        let groups = documents.iter().map(Vec::len).sum::<usize>() / self.dataset.group_size();
 
         self.position.step += 1;
         if self.position.step == self.steps_per_epoch() {
             self.position = Position { epoch: epoch + 1, step: 0 };
         }
-        StepBatch { micro_batches, documents, num_items }
+        StepBatch { micro_batches, documents, num_items, groups }
     }
 }
 
-/// The micro-batches of an evaluation: all documents once, in order, `batch_size` at a time.
-pub fn eval_batches(dataset: &Dataset, batch_size: usize) -> impl Iterator<Item = Batch> + '_ {
+/// The micro-batches of an evaluation: all documents once, in order, `batch_size` groups at a time.
+pub fn eval_batches(dataset: &Dataset, batch_size: usize) -> impl ExactSizeIterator<Item = Batch> + '_ {
     let all: Vec<usize> = (0..dataset.len()).collect();
-    let starts = (0..all.len()).step_by(batch_size.max(1));
-    starts.map(move |start| dataset.batch(&all[start..all.len().min(start + batch_size.max(1))]))
+    let documents = batch_size.max(1) * dataset.group_size();
+    let starts = (0..all.len()).step_by(documents);
+    starts.map(move |start| dataset.batch(&all[start..all.len().min(start + documents)]))
 }
 
 #[cfg(test)]
@@ -244,6 +248,44 @@ mod tests {
         let dataset = dataset(&[2, 3, 4, 2, 2]);
         let tokens: Vec<Vec<u32>> = eval_batches(&dataset, 2).map(|batch| batch.tokens).collect();
         assert_eq!(tokens, [vec![0, 0, 1, 1, 1], vec![2, 2, 2, 2, 3, 3], vec![4, 4]]);
+    }
+
+    #[test]
+    fn groups_stay_together() {
+        let lengths: Vec<usize> = (0..30).map(|i| 2 + i % 5).collect();
+        let all = dataset(&lengths);
+        let documents: Vec<Vec<u32>> = (0..30).map(|i| all.document(i).ids.to_vec()).collect();
+        let encoded = || documents.iter().map(|ids| Encoded { trained: vec![true; ids.len()], ids: ids.clone() });
+        for packing in [None, Some(8)] {
+            let pairs = Dataset::from_groups(2, encoded()).unwrap();
+            let mut loader = Loader::new(pairs, LoaderOptions { packing, ..OPTIONS }).unwrap();
+            let mut seen = Vec::new();
+            for _ in 0..loader.steps_per_epoch() {
+                let step = loader.next_step();
+                assert_eq!(2 * step.groups, step.documents.concat().len());
+                for (batch, documents) in step.micro_batches.iter().zip(&step.documents) {
+                    assert!(packing.is_none_or(|capacity| batch.tokens.len() <= 2 * 2 * capacity));
+                    assert!(
+                        documents.chunks(2).all(|pair| pair[0] % 2 == 0 && pair[1] == pair[0] + 1),
+                        "{documents:?}"
+                    );
+                    seen.extend(documents.iter().copied());
+                }
+            }
+            seen.sort_unstable();
+            assert_eq!(seen, (0..30).collect::<Vec<_>>());
+        }
+        let batches: Vec<_> =
+            eval_batches(loader_pairs(encoded()).dataset(), 4).map(|batch| batch.layout.sequences().len()).collect();
+        assert_eq!(batches, [8, 8, 8, 6]);
+        let error = Dataset::from_groups(4, encoded()).unwrap_err().to_string();
+        assert_eq!(error, "30 documents do not make groups of 4");
+        let plain = Dataset::from_encoded(encoded()).unwrap().fingerprint();
+        assert_ne!(Dataset::from_groups(2, encoded()).unwrap().fingerprint(), plain);
+    }
+
+    fn loader_pairs(documents: impl Iterator<Item = Encoded>) -> Loader {
+        Loader::new(Dataset::from_groups(2, documents).unwrap(), OPTIONS).unwrap()
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! | `lines` | the lines of a JSONL file, and JSON as Python writes it |
 //! | [`dataset`] | the documents of a run, as tokens |
 //! | [`packing`] | documents into bins of limited size |
+//! | `preference` | pairs of answers to token ids |
 //! | [`order`] | which documents are computed together, and when; the largest batch of a run |
 //! | [`loader`] | whole optimizer steps, shuffled, from any position |
 
@@ -18,6 +19,7 @@ mod lines;
 pub mod loader;
 pub mod order;
 pub mod packing;
+mod preference;
 pub mod record;
 #[cfg(test)]
 mod testing;
@@ -27,4 +29,4 @@ pub use encode::{EncodeOptions, Encoded, TextEncoder};
 pub use jsonl::{JsonLine, check_jsonl, load_jsonl, read_json_lines, read_records};
 pub use loader::{Loader, Position, StepBatch};
 pub use order::{LargestBatch, LoaderOptions, largest_batch};
-pub use record::{Conversation, Message, Record, Row};
+pub use record::{Conversation, Message, Preference, Record, Row};

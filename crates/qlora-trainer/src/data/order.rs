@@ -15,7 +15,8 @@ pub struct LoaderOptions {
     pub accumulation: usize,
     /// Shuffle every epoch with this seed; `None` keeps the order of the data.
     pub shuffle: Option<u64>,
-    /// Pack documents into bins of this many tokens; `None` makes every document an item.
+    /// Pack documents into bins of this many tokens, pairs into bins of twice as many; `None` makes every document or pair an
+    /// item.
     pub packing: Option<usize>,
 }
 
@@ -61,17 +62,24 @@ impl Order {
         if options.batch_size == 0 || options.accumulation == 0 {
             return Err(Error::Invalid("batch size and accumulation must be at least 1".to_owned()));
         }
+        // What belongs together is computed together: a group is never cut.
+        let size = dataset.group_size();
+        let documents = |group: usize| size * group..size * (group + 1);
+        let groups = dataset.len() / size;
         let items = match options.packing {
-            None => (0..dataset.len()).map(|i| vec![i]).collect(),
+            None => (0..groups).map(|group| documents(group).collect()).collect(),
             Some(capacity) => {
-                let lengths: Vec<_> = (0..dataset.len()).map(|i| dataset.document_len(i)).collect();
-                if let Some(i) = lengths.iter().position(|&length| length > capacity) {
-                    let (origin, length) = (dataset.origin(i), lengths[i]);
+                let capacity = capacity * size;
+                let length = |group| documents(group).map(|i| dataset.document_len(i)).sum();
+                let lengths: Vec<usize> = (0..groups).map(length).collect();
+                if let Some(group) = lengths.iter().position(|&length| length > capacity) {
+                    let (origin, length) = (dataset.origin(documents(group).start), lengths[group]);
                     return Err(Error::Invalid(format!(
                         "{origin}: {length} tokens do not fit into a bin of {capacity}"
                     )));
                 }
-                best_fit_decreasing(&lengths, capacity)
+                let bins = best_fit_decreasing(&lengths, capacity).into_iter();
+                bins.map(|bin| bin.into_iter().flat_map(documents).collect()).collect()
             }
         };
         Ok(Self { options, items })

@@ -6,6 +6,7 @@
 //! | `conversations` | the same as ShareGPT writes it: `[{"from": "human", "value": "..."}, ...]` |
 //! | `prompt`, `completion` | two texts, or two lists of messages |
 //! | `instruction`, `output` (and `input`, `system`, `history`) | Alpaca |
+//! | `prompt`, `chosen`, `rejected` | a pair of answers, texts or lists of messages; `prompt` may be left out of them |
 //! | `text` | plain text |
 //!
 //! Beside a conversation stand, if wanted, `system` (or `system_prompt`), which becomes the first message, `tools` and
@@ -18,11 +19,14 @@
 
 mod columns;
 mod messages;
+mod preference;
 
 use serde_json::{Map, Value};
 
 use columns::{ConversationColumns, describe, optional_text, string, without_nulls};
 use messages::{Reader, message_list};
+
+pub use preference::Preference;
 
 /// A message of a conversation.
 #[derive(Clone, Debug, PartialEq)]
@@ -123,6 +127,8 @@ pub enum Record {
         /// Earlier turns: instruction and answer.
         history: Vec<(String, String)>,
     },
+    /// A prompt with a chosen and a rejected answer.
+    Preference(Box<Preference>),
     /// A text.
     Text(String),
 }
@@ -144,9 +150,8 @@ impl Row {
             chat(&row, "messages", Reader::OpenAi)?
         } else if has("conversations") {
             chat(&row, "conversations", Reader::ShareGpt)?
-        } else if has("chosen") && has("rejected") {
-            return Err("preference data (`chosen`, `rejected`) is not supported; keep `prompt` and one `completion`"
-                .to_owned());
+        } else if preference::is_pair(&row) {
+            preference::read(&row)?
         } else if has("prompt") || has("completion") {
             completion(&row)?
         } else if has("instruction") {
@@ -156,7 +161,7 @@ impl Row {
         } else {
             return Err(format!(
                 "no known keys: expected `messages`, `conversations`, `prompt` and `completion`, `instruction` and \
-                 `output`, or `text`; found {}",
+                 `output`, `chosen` and `rejected`, or `text`; found {}",
                 names(&row)
             ));
         };

@@ -72,6 +72,12 @@ impl TextEncoder for ToyEncoder {
         Ok(encoded)
     }
 
+    fn encode_prompt(&self, conversation: &Conversation) -> Result<Vec<u32>, EncodeError> {
+        let mut ids = self.encode_whole_chat(conversation)?;
+        ids.extend(self.encode("<a>", false)?);
+        Ok(ids)
+    }
+
     fn bos(&self) -> Option<u32> {
         self.bos.then_some('^' as u32)
     }

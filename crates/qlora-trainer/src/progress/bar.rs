@@ -11,6 +11,7 @@ use indicatif::{ProgressDrawTarget, ProgressStyle};
 
 use super::{Event, Observer, StepInfo};
 use crate::metrics::LogEntry;
+use crate::objective::Metrics;
 use crate::trainer::Outcome;
 
 /// Time between two plain lines.
@@ -117,7 +118,8 @@ impl Observer for ProgressBar {
             }
             Event::Eval(entry) => {
                 let (step, loss, seconds) = (entry.step, entry.eval_loss, entry.eval_runtime);
-                self.say(&format!("step {step}: eval loss {loss:.4} ({})", duration(seconds)));
+                let metrics = shown_metrics(&entry.metrics, "eval_");
+                self.say(&format!("step {step}: eval loss {loss:.4}{metrics} ({})", duration(seconds)));
                 if let Display::Bar(bar) = &self.display {
                     bar.set_message(self.status.clone());
                 }
@@ -156,7 +158,18 @@ fn status(info: &StepInfo, speed: &Speed) -> String {
     let per_second = speed.tokens / speed.seconds.max(1e-9);
     let left = (info.total_steps - info.step) as f64 * speed.seconds;
     let (epoch, loss, rate) = (info.epoch, info.loss, info.learning_rate);
-    format!("epoch {epoch:.2}  loss {loss:.4}  lr {rate:.1e}  {per_second:.0} tok/s  {} left", duration(left))
+    let metrics = shown_metrics(&info.metrics, "");
+    format!("epoch {epoch:.2}  loss {loss:.4}{metrics}  lr {rate:.1e}  {per_second:.0} tok/s  {} left", duration(left))
+}
+
+/// The metrics that say most, as further words of a line.
+fn shown_metrics(metrics: &Metrics, prefix: &str) -> String {
+    let shown = [("rewards/accuracies", "accuracy"), ("rewards/margins", "margin")];
+    let word = |(name, word): (&str, &str)| {
+        let value = metrics.get(&format!("{prefix}{name}"))?;
+        Some(format!("  {word} {value:.2}"))
+    };
+    shown.into_iter().filter_map(word).collect()
 }
 
 /// `45s`, `3m20s`, `2h05m`.
@@ -201,6 +214,7 @@ mod tests {
             tokens: 500,
             trained_tokens: 200,
             seconds,
+            metrics: Metrics::new(),
         }
     }
 
@@ -209,6 +223,10 @@ mod tests {
         let mut speed = Speed::default();
         speed.add(&info(1, 2.0));
         assert_eq!(status(&info(1, 2.0), &speed), "epoch 0.50  loss 1.2346  lr 1.9e-4  250 tok/s  3m18s left");
+        let metrics = [("rewards/accuracies", 0.8125), ("rewards/margins", 0.3), ("logps/chosen", -9.0)];
+        let metrics = metrics.map(|(name, value)| (name.to_owned(), value)).into();
+        let of_pairs = status(&StepInfo { metrics, ..info(1, 2.0) }, &speed);
+        assert!(of_pairs.contains("loss 1.2346  accuracy 0.81  margin 0.30  lr"), "{of_pairs}");
         // One slow step out of many moves it a little.
         speed.add(&info(2, 12.0));
         assert!((speed.seconds - 3.0).abs() < 1e-9);
@@ -241,7 +259,14 @@ mod tests {
         progress.observe(&Event::EvalProgress { done: 1, total: 3 });
         let Display::Bar(bar) = &progress.display else { panic!("no bar") };
         assert_eq!(bar.message(), "evaluating 1/3");
-        let entry = EvalLog { step: 21, epoch: 0.0, eval_loss: 1.0, eval_trained_tokens: 1, eval_runtime: 1.0 };
+        let entry = EvalLog {
+            step: 21,
+            epoch: 0.0,
+            eval_loss: 1.0,
+            eval_trained_tokens: 1,
+            eval_runtime: 1.0,
+            metrics: Metrics::new(),
+        };
         progress.observe(&Event::Eval(&entry));
         let Display::Bar(bar) = &progress.display else { panic!("no bar") };
         assert!(bar.message().contains("loss 1.2346"));

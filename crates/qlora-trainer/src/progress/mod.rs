@@ -12,6 +12,7 @@ pub use plot::LossPlot;
 pub use report::{HtmlReport, ReportFacts};
 
 use crate::metrics::{EvalLog, LogEntry};
+use crate::objective::Metrics;
 use crate::trainer::Outcome;
 
 /// Something that is told what happens in a run. Its methods cannot fail: following a run must not end it.
@@ -75,7 +76,7 @@ pub struct StartInfo<'a> {
 }
 
 /// An optimizer step that is done.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct StepInfo {
     /// Its number, from 1.
     pub step: u64,
@@ -83,7 +84,7 @@ pub struct StepInfo {
     pub total_steps: u64,
     /// Epochs done, with the fraction of the current one.
     pub epoch: f64,
-    /// The mean cross-entropy over the step's trained tokens.
+    /// The mean cross-entropy over the step's trained tokens, or the objective's loss over its groups.
     pub loss: f64,
     /// The learning rate.
     pub learning_rate: f64,
@@ -95,4 +96,6 @@ pub struct StepInfo {
     pub trained_tokens: usize,
     /// How long it took, in seconds.
     pub seconds: f64,
+    /// What the objective measures besides the loss, by TRL's names: means over the step.
+    pub metrics: Metrics,
 }

@@ -128,11 +128,21 @@ mod tests {
                 tokens_per_second: 0.0,
                 peak_memory: None,
                 gpu_peak_memory: None,
+                loss_scale: None,
+                skipped_steps: None,
+                metrics: Default::default(),
                 anonymous_memory: None,
             }));
             if step.is_multiple_of(50) {
                 let eval_loss = 0.5 + 2.0 / (1.0 + step as f64 / 20.0);
-                let entry = EvalLog { step, epoch: 0.0, eval_loss, eval_trained_tokens: 1, eval_runtime: 0.0 };
+                let entry = EvalLog {
+                    step,
+                    epoch: 0.0,
+                    eval_loss,
+                    eval_trained_tokens: 1,
+                    eval_runtime: 0.0,
+                    metrics: Default::default(),
+                };
                 log.push(LogEntry::Eval(entry));
             }
         }

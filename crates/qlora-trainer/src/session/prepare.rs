@@ -1,7 +1,9 @@
 //! Everything of a run that needs no weights, in the order in which it is cheap: options, output folder, lock, checkpoint, data
 //! files, the model's description, its tokenizer, the data as tokens, whether the checkpoint belongs to it.
 
+use qlora_core::adapter::{self, PeftAdapter};
 use qlora_core::chat::TemplateTime;
+use qlora_core::config::ModelConfig;
 use qlora_core::open::{ModelFiles, OpenOptions, open_model};
 use qlora_kernels::Workspace;
 
@@ -11,6 +13,7 @@ use crate::config::TrainConfig;
 use crate::data::{Dataset, EncodeOptions, check_jsonl, load_jsonl};
 use crate::encoder::ModelEncoder;
 use crate::error::Result;
+use crate::objective;
 use crate::qlora_model::parameters_of;
 use crate::trainer::blueprint::{Blueprint, ModelFacts};
 use crate::trainer::start::Start;
@@ -27,6 +30,8 @@ pub(super) struct Prepared {
     pub(super) files: ModelFiles,
     pub(super) template_time: Option<String>,
     pub(super) beginning: Beginning,
+    /// The adapter that the run began from, where the objective compares with it.
+    pub(super) reference: Option<PeftAdapter>,
     pub(super) workspace: Workspace,
     pub(super) identity: Vec<(String, String)>,
     pub(super) data: Data,
@@ -37,6 +42,9 @@ impl Prepared {
     pub(super) fn new(config: &TrainConfig, writes: bool) -> Result<Self> {
         config.validate()?;
         let mut config = config.clone();
+        if objective::disables_dropout(&config) {
+            config.lora.lora_dropout = 0.0;
+        }
         let start = if writes { Some(Start::open(&config.training)?) } else { None };
         // A model that has to be downloaded first may take an hour.
         if !std::path::Path::new(&config.model.model_name_or_path).exists() {
@@ -57,6 +65,7 @@ impl Prepared {
         let template_time = stop_clock(&mut files, start.as_ref())?;
         let model = files.source.config();
         let beginning = Beginning::of(&mut config, model, start.as_ref(), &options)?;
+        let reference = reference(&config, model, &options)?;
         let facts = ModelFacts {
             parameters: parameters_of(beginning.layout()),
             identity: identity(&config, &files, &workspace),
@@ -66,8 +75,26 @@ impl Prepared {
         let encoder = encoder(&files).with_template_kwargs(config.data.chat_template_kwargs.as_map());
         let data = load(&config, &encoder)?;
         let data = check(&config, &facts, start.as_ref(), data)?;
-        Ok(Self { config, start, files, template_time, beginning, workspace, identity: facts.identity, data })
+        Ok(Self {
+            config,
+            start,
+            files,
+            template_time,
+            beginning,
+            reference,
+            workspace,
+            identity: facts.identity,
+            data,
+        })
     }
+}
+
+/// The adapter that the objective's reference has. A run that begins with a fresh one compares with the base; one that is
+/// resumed still with where it began.
+fn reference(config: &TrainConfig, model: &ModelConfig, options: &OpenOptions) -> Result<Option<PeftAdapter>> {
+    let needed = objective::of(config).is_some_and(|objective| objective.needs_reference());
+    let spec = config.lora.adapter_name_or_path.as_deref().filter(|_| needed);
+    Ok(spec.map(|spec| adapter::open(spec, None, options, model)).transpose()?)
 }
 
 /// The data of a configuration, as tokens.
@@ -106,7 +133,7 @@ fn identity(config: &TrainConfig, files: &ModelFiles, workspace: &Workspace) -> 
     ];
     if !on_cpu {
         // The CPU computes in float32, with the same bits every time.
-        identity.push(("compute type".to_owned(), format!("{:?}", config.model.bnb_4bit_compute_dtype).to_lowercase()));
+        identity.push(("compute type".to_owned(), workspace.dtype().name().to_owned()));
         identity.push(("full_determinism".to_owned(), config.training.full_determinism.to_string()));
     }
     identity

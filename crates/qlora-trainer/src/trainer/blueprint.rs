@@ -10,6 +10,7 @@ use crate::config::TrainConfig;
 use crate::data::{Dataset, Loader, LoaderOptions, Position};
 use crate::error::{Error, Result};
 use crate::model::{Parameter, TrainableModel};
+use crate::objective;
 use crate::schedule::Schedule;
 
 /// What a run has to know of a model before it begins.
@@ -70,6 +71,9 @@ impl Blueprint {
         validation: Option<&Dataset>,
     ) -> Result<Self> {
         facts.check_data(&training)?;
+        for data in validation.into_iter().chain([&training]).filter(|data| !data.is_empty()) {
+            check_groups(config, data)?;
+        }
         if let Some(data) = validation {
             facts.check_data(data)?;
             if data.is_empty() {
@@ -101,6 +105,22 @@ impl Blueprint {
         check_state(path, state, &self.schedule, &self.loader)?;
         Ok(changes)
     }
+}
+
+/// Checks that rows are of the kind that the objective trains on.
+fn check_groups(config: &TrainConfig, data: &Dataset) -> Result<()> {
+    let wanted = objective::of(config).map_or(1, |objective| objective.group_size());
+    if data.group_size() == wanted {
+        return Ok(());
+    }
+    let (origin, name) = (data.origin(0), config.training.objective.name());
+    let message = match wanted {
+        1 => format!("a pair of answers (`chosen`, `rejected`), which the objective \"{name}\" does not train on"),
+        _ => format!(
+            "the objective \"{name}\" trains on pairs of answers: a row needs `prompt`, `chosen` and `rejected`"
+        ),
+    };
+    Err(Error::Invalid(format!("{origin}: {message}; see `objective` in [training]")))
 }
 
 /// Checks that a checkpoint's step exists in a run, and where the run's data is then.

@@ -2,7 +2,7 @@
 //!
 //! Every optimizer step adds the gradients of its micro-batches to one flat f32 buffer; each is already divided by the
 //! trained tokens of the whole step, so the result does not depend on how the step is cut into micro-batches. Then the
-//! norm, clipping and AdamW.
+//! norm, clipping and AdamW. With float16 gradients the loss is scaled ([`loss_scale`](crate::loss_scale)).
 //!
 //! After a step, in this order and where due: a line in the log, an evaluation, a checkpoint. A run that was interrupted
 //! or killed at any point goes on from its last checkpoint with the same bits and the same log as one that was not.
@@ -24,10 +24,13 @@ use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
 use crate::guard::GradientGuard;
 use crate::interrupt::Interrupt;
+use crate::loss_scale::LossScale;
 use crate::metrics::{LogEntry, LogWindow};
 use crate::model::{Parameter, TrainableModel};
+use crate::objective::{self, Objective};
 use crate::optimizer::Optimizer;
 use crate::progress::{Event, Observer};
+use qlora_kernels::Dtype;
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +65,8 @@ pub struct Trainer<'a, M> {
     validation: Option<Dataset>,
     optimizer: Optimizer,
     guard: GradientGuard,
+    /// None for plain fine-tuning.
+    objective: Option<Box<dyn Objective>>,
     /// Output folder and checkpoint, where they were opened before the model.
     start: Option<Start>,
     /// What the chat template took for now when the data was rendered, if it asks.
@@ -84,6 +89,8 @@ struct Progress {
     history: Vec<LogEntry>,
     window: LogWindow,
     initial_parameters: String,
+    /// The scale of the loss, if gradients are float16.
+    loss_scale: Option<LossScale>,
     /// The last checkpoint in the output folder that this run wrote or began from, with its step.
     checkpoint: Option<(u64, PathBuf)>,
 }
@@ -108,11 +115,14 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
             );
         }
         let parameters = facts.parameters;
-        let optimizer = Optimizer::new(&config.training, masters.len(), &model.workspace()?)?;
+        let workspace = model.workspace()?;
+        let optimizer = Optimizer::new(&config.training, masters.len(), &workspace)?;
+        let loss_scale = (workspace.gradient_dtype() == Dtype::F16).then(LossScale::default);
         let initial_parameters = Fingerprint::new().floats(&masters).to_string();
         Ok(Self {
             guard: GradientGuard::new(&parameters),
-            progress: Progress { initial_parameters, ..Progress::default() },
+            objective: objective::of(&config),
+            progress: Progress { initial_parameters, loss_scale, ..Progress::default() },
             observers: Vec::new(),
             interrupt: Interrupt::new(),
             interrupt_announced: false,
@@ -209,11 +219,12 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
                     format_version: FORMAT_VERSION,
                     qlora_version: env!("CARGO_PKG_VERSION").to_owned(),
                     position: self.blueprint.loader.position(),
-                    window: progress.window,
+                    window: progress.window.clone(),
                     seed: options.seed,
                     data_seed: options.resolved_data_seed(),
                     initial_parameters: progress.initial_parameters.clone(),
                     template_time: self.template_time.clone(),
+                    loss_scale: progress.loss_scale,
                     optimizer_fingerprint: String::new(),
                     identity: self.blueprint.identity.clone(),
                 },

@@ -161,6 +161,10 @@ impl<M: TrainableModel> Trainer<'_, M> {
         progress.history = state.log_history;
         progress.window = ours.window;
         progress.initial_parameters = ours.initial_parameters;
+        if progress.loss_scale.is_some() {
+            // A checkpoint of an earlier version has none.
+            progress.loss_scale = Some(ours.loss_scale.unwrap_or_default());
+        }
         self.template_time = ours.template_time.or_else(|| self.template_time.take());
         Ok(())
     }

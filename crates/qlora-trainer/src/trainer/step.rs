@@ -8,9 +8,12 @@ use crate::data::loader::eval_batches;
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::metrics::{EvalLog, LogEntry, LogWindow, TrainLog};
-use crate::model::{LossSum, TrainableModel};
+use crate::model::{LossSum, TrainPass, TrainableModel, Weights};
+use crate::objective::{self, Judged, Metrics, Objective, Scored};
 use crate::progress::{Event, StepInfo};
 use crate::rng::derive_seed;
+use qlora_core::batch::Batch;
+use qlora_kernels::ViewMut;
 
 impl<M: TrainableModel> Trainer<'_, M> {
     /// Makes the next optimizer step. On an error neither parameters nor moments have changed.
@@ -20,14 +23,19 @@ impl<M: TrainableModel> Trainer<'_, M> {
         let batch = self.blueprint.loader.next_step();
         let step = self.progress.global_step + 1;
         let made = self.gradient_and_update(step, &batch);
-        let (loss, learning_rate, grad_norm) = match made {
-            Ok(numbers) => numbers,
+        let Made { loss, learning_rate, grad_norm, metrics } = match made {
+            Ok(made) => made,
             Err(error) => {
                 // A caller may try again; the data must not move on without the model.
                 self.blueprint.loader.seek(position)?;
                 return Err(error);
             }
         };
+        if !grad_norm.is_finite() {
+            self.skip_step(step);
+        } else if let Some(scale) = &mut self.progress.loss_scale {
+            scale.fitted();
+        }
         self.progress.global_step = step;
         self.progress.tokens_seen += batch.tokens() as u64;
         let info = StepInfo {
@@ -40,6 +48,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
             tokens: batch.tokens(),
             trained_tokens: batch.num_items,
             seconds: started.elapsed().as_secs_f64(),
+            metrics,
         };
         let window = &mut self.progress.window;
         window.steps += 1;
@@ -47,42 +56,76 @@ impl<M: TrainableModel> Trainer<'_, M> {
         window.tokens += info.tokens as u64;
         window.trained_tokens += info.trained_tokens as u64;
         window.seconds += info.seconds;
+        objective::add(&mut window.metrics, &info.metrics);
         Ok(info)
     }
 
-    /// Loss, learning rate and gradient norm of the step.
-    fn gradient_and_update(&mut self, step: u64, batch: &StepBatch) -> Result<(f64, f64, f64)> {
+    /// The gradient overflowed float16: parameters and moments stay as they are, and the scale shrinks.
+    fn skip_step(&mut self, step: u64) {
+        let Some(scale) = &mut self.progress.loss_scale else { return };
+        scale.overflowed();
+        let scale = scale.scale;
+        tracing::info!(step, scale, "a gradient overflowed float16: the step is skipped");
+        let text = format!("step {step} is skipped: a gradient overflowed float16; the loss scale is now {scale}");
+        self.notify(&Event::Message(&text));
+    }
+
+    /// What gradients are multiplied by until the optimizer divides them again.
+    fn loss_scale(&self) -> f32 {
+        self.progress.loss_scale.map_or(1.0, |scale| scale.scale)
+    }
+
+    /// Loss, learning rate and gradient norm of the step; an infinite norm if it has to be skipped.
+    fn gradient_and_update(&mut self, step: u64, batch: &StepBatch) -> Result<Made> {
         self.optimizer.grad.view_mut().fill(0.0)?;
-        let mut loss_sum = 0.0;
+        let (mut loss_sum, mut metrics) = (0.0, Metrics::new());
         for micro_batch in 0..batch.micro_batches.len() {
-            let loss = self.accumulate(step, batch, micro_batch)?;
+            let loss = self.accumulate(step, batch, micro_batch, &mut metrics)?;
             if !loss.is_finite() {
                 return Err(self.non_finite(step, batch, micro_batch, &format!("the loss is {loss}")));
             }
             loss_sum += loss;
             self.announce_interrupt();
         }
-        let norm = self.optimizer.grad_norm()?;
+        let loss = loss_sum / if self.objective.is_some() { batch.groups } else { batch.num_items } as f64;
+        let metrics = objective::means(&metrics, batch.groups, "");
+        let loss_scale = self.loss_scale();
+        let norm = self.optimizer.grad_norm()? / f64::from(loss_scale);
+        // Skipped steps are none of the schedule's, nor of the optimizer's.
+        let skipped = self.progress.loss_scale.map_or(0, |scale| scale.skipped_steps);
+        let update = step - skipped;
+        let learning_rate = self.blueprint.schedule.at(update - 1);
         if !norm.is_finite() {
+            if self.progress.loss_scale.is_some_and(|scale| scale.can_shrink()) {
+                return Ok(Made { loss, learning_rate, grad_norm: f64::INFINITY, metrics });
+            }
             return Err(self.locate_non_finite(step, batch));
         }
         if self.guard.is_waiting() {
             let (masters, grad) = (self.model.masters()?, self.optimizer.grad.to_vec()?);
             self.guard.check(step, &self.parameters, &masters, &grad)?;
         }
-        let learning_rate = self.blueprint.schedule.at(step - 1);
         let optimizer = &mut self.optimizer;
-        self.model.update_masters(&mut |masters| optimizer.update(step, learning_rate, norm, masters))?;
-        Ok((loss_sum / batch.num_items as f64, learning_rate, norm))
+        self.model
+            .update_masters(&mut |masters| optimizer.update_scaled(update, learning_rate, norm, loss_scale, masters))?;
+        Ok(Made { loss, learning_rate, grad_norm: norm, metrics })
     }
 
     /// Adds the gradient of a micro-batch, and returns its loss sum.
-    fn accumulate(&mut self, step: u64, batch: &StepBatch, micro_batch: usize) -> Result<f64> {
+    fn accumulate(&mut self, step: u64, batch: &StepBatch, micro_batch: usize, metrics: &mut Metrics) -> Result<f64> {
         let seed = derive_seed(self.config.training.seed, &[step, micro_batch as u64]);
         let tokens = &batch.micro_batches[micro_batch];
-        self.model
-            .accumulate_gradients(tokens, batch.num_items, seed, self.optimizer.grad.view_mut())
-            .map_err(|source| Error::Step { step, micro_batch: micro_batch + 1, source })
+        let pass = TrainPass::seeded(seed).with_loss_scale(self.loss_scale());
+        let grad = self.optimizer.grad.view_mut();
+        let result = match &self.objective {
+            None => self.model.accumulate_gradients(tokens, batch.num_items, pass, grad),
+            Some(objective) => {
+                let group_size = self.blueprint.loader.dataset().group_size();
+                let shares = (group_size, batch.groups);
+                accumulate_judged(&mut self.model, &**objective, tokens, shares, pass, metrics, grad)
+            }
+        };
+        result.map_err(|source| Error::Step { step, micro_batch: micro_batch + 1, source })
     }
 
     /// The step's gradient is not finite: finds the micro-batch by computing each one's gradient again.
@@ -92,7 +135,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
             if let Err(error) = self.optimizer.grad.view_mut().fill(0.0) {
                 return error.into();
             }
-            if let Err(error) = self.accumulate(step, batch, micro_batch) {
+            if let Err(error) = self.accumulate(step, batch, micro_batch, &mut Metrics::new()) {
                 return error;
             }
             if let Some(what) = self.describe_gradient("") {
@@ -137,6 +180,9 @@ impl<M: TrainableModel> Trainer<'_, M> {
             peak_memory: memory::peak_resident(),
             anonymous_memory: memory::anonymous_resident(),
             gpu_peak_memory: self.model.workspace().ok().and_then(|workspace| memory::gpu_peak(&workspace)),
+            loss_scale: self.progress.loss_scale.map(|scale| scale.scale),
+            skipped_steps: self.progress.loss_scale.map(|scale| scale.skipped_steps),
+            metrics: objective::means(&window.metrics, window.steps as usize, ""),
         })
     }
 
@@ -146,19 +192,32 @@ impl<M: TrainableModel> Trainer<'_, M> {
         let started = Instant::now();
         let options = &self.config.training;
         let batch_size = options.per_device_eval_batch_size.unwrap_or(options.per_device_train_batch_size);
-        let total = validation.len().div_ceil(batch_size);
-        let mut loss = LossSum::default();
-        for (i, batch) in eval_batches(validation, batch_size).enumerate() {
+        let batches = eval_batches(validation, batch_size);
+        let total = batches.len();
+        let (mut loss, mut judged) = (LossSum::default(), Judged::default());
+        for (i, batch) in batches.enumerate() {
             if self.interrupt.requested() {
                 return Ok(None);
             }
-            let of_batch = self.model.evaluate(&batch)?;
+            let of_batch = match &self.objective {
+                None => self.model.evaluate(&batch)?,
+                Some(objective) => {
+                    let log_probs = self.model.log_probabilities(&batch, Weights::Trained)?;
+                    let reference = reference(&mut self.model, &**objective, &batch)?;
+                    let (log_probs, reference) = (&log_probs[..], reference.as_deref());
+                    let scored = Scored::new(&batch, validation.group_size(), log_probs, reference);
+                    let of_batch = objective.judge(&scored);
+                    judged.groups += of_batch.groups;
+                    objective::add(&mut judged.metrics, &of_batch.metrics);
+                    LossSum { sum: of_batch.loss, trained_tokens: batch.trained_tokens() }
+                }
+            };
             loss.sum += of_batch.sum;
             loss.trained_tokens += of_batch.trained_tokens;
             let event = Event::EvalProgress { done: i + 1, total };
             self.observers.iter_mut().for_each(|observer| observer.observe(&event));
         }
-        let eval_loss = loss.sum / loss.trained_tokens as f64;
+        let eval_loss = loss.sum / if self.objective.is_some() { judged.groups } else { loss.trained_tokens } as f64;
         if !eval_loss.is_finite() {
             let step = self.progress.global_step;
             return Err(Error::Invalid(format!("after step {step} the loss on the validation data is {eval_loss}")));
@@ -169,6 +228,48 @@ impl<M: TrainableModel> Trainer<'_, M> {
             eval_loss,
             eval_trained_tokens: loss.trained_tokens as u64,
             eval_runtime: started.elapsed().as_secs_f64(),
+            metrics: objective::means(&judged.metrics, judged.groups, "eval_"),
         }))
     }
+}
+
+/// What a step came to.
+struct Made {
+    loss: f64,
+    learning_rate: f64,
+    /// Infinite if the step has to be skipped.
+    grad_norm: f64,
+    /// Means over the step's groups.
+    metrics: Metrics,
+}
+
+/// Adds the gradient of a micro-batch's part of the mean over the step's groups; returns the sum of its losses and adds its
+/// metrics. `shares`: the documents of a group and the groups of the step.
+fn accumulate_judged<M: TrainableModel>(
+    model: &mut M,
+    objective: &dyn Objective,
+    batch: &Batch,
+    (group_size, groups): (usize, usize),
+    pass: TrainPass,
+    metrics: &mut Metrics,
+    grad: ViewMut,
+) -> qlora_core::Result<f64> {
+    let reference = reference(model, objective, batch)?;
+    let mut loss = 0.0;
+    let mut weigh = |log_probs: &[f64]| {
+        let judged = objective.judge(&Scored::new(batch, group_size, log_probs, reference.as_deref()));
+        loss += judged.loss;
+        objective::add(metrics, &judged.metrics);
+        Ok(judged.weights.iter().map(|weight| weight / groups as f32).collect())
+    };
+    model.accumulate_weighted_gradients(batch, pass, &mut weigh, grad)?;
+    Ok(loss)
+}
+
+fn reference<M: TrainableModel>(
+    model: &mut M,
+    objective: &dyn Objective,
+    batch: &Batch,
+) -> qlora_core::Result<Option<Vec<f64>>> {
+    objective.needs_reference().then(|| model.log_probabilities(batch, Weights::Reference)).transpose()
 }

@@ -1,7 +1,7 @@
 //! Gradients and whole runs do not depend on how a step is cut into micro-batches, nor on packing.
 
-use qlora_trainer::TrainableModel;
 use qlora_trainer::data::{Loader, LoaderOptions};
+use qlora_trainer::{TrainPass, TrainableModel};
 
 use crate::toy::{Toy, config, dataset, trainer};
 
@@ -21,7 +21,7 @@ fn gradients(options: LoaderOptions, num_items: fn(usize, usize, usize) -> usize
         let mut grad = vec![0.0; toy.masters().unwrap().len()];
         for batch in &step.micro_batches {
             let items = num_items(step.num_items, batch.trained_tokens(), step.micro_batches.len());
-            toy.accumulate_gradients(batch, items, 0, (&mut grad).into()).unwrap();
+            toy.accumulate_gradients(batch, items, TrainPass::seeded(0), (&mut grad).into()).unwrap();
         }
         grad
     };

@@ -3,6 +3,7 @@
 #[cfg(unix)]
 mod ctrl_c;
 mod invariance;
+mod loss_scaling;
 mod observers;
 mod refusals;
 mod resume;

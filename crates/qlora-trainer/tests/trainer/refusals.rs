@@ -6,7 +6,7 @@ use std::path::Path;
 use qlora_trainer::checkpoint::folder;
 use qlora_trainer::config::{Resume, TrainConfig};
 use qlora_trainer::data::{Dataset, Encoded};
-use qlora_trainer::{Error, Parameter, TrainableModel, Trainer};
+use qlora_trainer::{Error, Parameter, TrainPass, TrainableModel, Trainer};
 
 use crate::toy::{Fault, Toy, VOCAB, config, dataset, trainer};
 
@@ -254,10 +254,10 @@ fn parameters_must_cover_the_buffer() {
             &mut self,
             batch: &qlora_core::batch::Batch,
             num_items: usize,
-            seed: u64,
+            pass: TrainPass,
             grad: qlora_kernels::ViewMut,
         ) -> qlora_core::Result<f64> {
-            self.0.accumulate_gradients(batch, num_items, seed, grad)
+            self.0.accumulate_gradients(batch, num_items, pass, grad)
         }
         fn evaluate(&mut self, batch: &qlora_core::batch::Batch) -> qlora_core::Result<qlora_trainer::LossSum> {
             self.0.evaluate(batch)

@@ -13,9 +13,10 @@ use std::time::Duration;
 
 use qlora_core::batch::{Batch, IGNORE_INDEX};
 use qlora_core::{Error, Result};
+use qlora_kernels::{Dtype, Workspace};
 use qlora_trainer::config::{Paths, TrainConfig};
 use qlora_trainer::data::{Dataset, Encoded};
-use qlora_trainer::{LossSum, Parameter, TrainableModel, Trainer};
+use qlora_trainer::{LossSum, Parameter, TrainPass, TrainableModel, Trainer};
 use serde_json::Value;
 
 pub(crate) const VOCAB: usize = 11;
@@ -43,10 +44,20 @@ pub(crate) struct Toy {
     pub(crate) calls: Rc<Cell<usize>>,
     /// The seeds of all calls so far.
     pub(crate) seeds: Rc<RefCell<Vec<u64>>>,
+    /// The loss scales of all calls so far.
+    pub(crate) scales: Rc<RefCell<Vec<f32>>>,
+    /// Whose type the gradients of logits have.
+    pub(crate) workspace: Workspace,
     /// Happens at this call, from 0.
     pub(crate) fault: Option<(usize, Fault)>,
     /// Happens whenever a batch holds this token in front.
     pub(crate) poisoned_token: Option<(u32, Fault)>,
+    /// This element of every gradient is infinite.
+    pub(crate) poisoned_gradient: Option<usize>,
+    /// The gradients are multiplied by this.
+    pub(crate) factor: f64,
+    /// The loss scale is not applied to gradients before they are stored, only afterwards.
+    pub(crate) ignores_scale: bool,
     /// The second pair of tensors gets no gradient.
     pub(crate) detached: bool,
     /// Drops terms at random. It depends on the row in the batch, so not when batches are compared.
@@ -70,8 +81,13 @@ impl Toy {
             flat,
             calls: Rc::default(),
             seeds: Rc::default(),
+            scales: Rc::default(),
+            workspace: Workspace::cpu(),
             fault: None,
             poisoned_token: None,
+            poisoned_gradient: None,
+            factor: 1.0,
+            ignores_scale: false,
             detached: false,
             dropout: true,
             pause: Duration::ZERO,
@@ -89,7 +105,15 @@ impl Toy {
     }
 
     /// Loss sum over the batch; adds the gradient of `sum / num_items` to `grad` if there is one.
-    fn pass(&self, batch: &Batch, num_items: usize, seed: Option<u64>, mut grad: Option<&mut [f32]>) -> f64 {
+    fn pass(
+        &self,
+        batch: &Batch,
+        num_items: usize,
+        pass: impl Into<Option<TrainPass>>,
+        mut grad: Option<&mut [f32]>,
+    ) -> f64 {
+        let pass = pass.into();
+        let (seed, scale) = (pass.map(|pass| pass.seed), pass.map_or(1.0, |pass| f64::from(pass.loss_scale)));
         let mut total = 0.0;
         for rows in batch.layout.sequences() {
             for row in rows.clone() {
@@ -105,11 +129,11 @@ impl Toy {
                     .map_or(1.0, |seed| f64::from(hash(seed as u32 ^ row as u32) % 2) * 2.0);
                 let pairs = [(0, Some(t), 1.0), (2, u, keep)];
                 let mut logits: Vec<f64> = self.base[t * VOCAB..][..VOCAB].iter().map(|&x| f64::from(x)).collect();
-                for &(pair, token, scale) in &pairs {
+                for &(pair, token, keep) in &pairs {
                     let Some(token) = token else { continue };
                     for (i, logit) in logits.iter_mut().enumerate() {
                         for r in 0..RANK {
-                            *logit += scale * self.b(pair, i, r) * self.a(pair, r, token);
+                            *logit += keep * self.b(pair, i, r) * self.a(pair, r, token);
                         }
                     }
                 }
@@ -117,11 +141,15 @@ impl Toy {
                 let sum: f64 = logits.iter().map(|logit| (logit - largest).exp()).sum();
                 total += sum.ln() + largest - logits[target];
                 let Some(grad) = grad.as_deref_mut() else { continue };
-                for &(pair, token, scale) in &pairs {
+                for &(pair, token, keep) in &pairs {
                     let Some(token) = token.filter(|_| !(self.detached && pair == 2)) else { continue };
                     for (i, logit) in logits.iter().enumerate() {
                         let probability = (logit - largest).exp() / sum;
-                        let d = scale * (probability - f64::from(u8::from(i == target))) / num_items as f64;
+                        let d = keep * (probability - f64::from(u8::from(i == target))) / num_items as f64;
+                        let d = match self.ignores_scale {
+                            true => scale * self.stored(self.factor * d),
+                            false => self.stored(scale * self.factor * d),
+                        };
                         for r in 0..RANK {
                             grad[OFFSETS[pair + 1] + i * RANK + r] += (d * self.a(pair, r, token)) as f32;
                             grad[OFFSETS[pair] + r * VOCAB + token] += (d * self.b(pair, i, r)) as f32;
@@ -131,6 +159,16 @@ impl Toy {
             }
         }
         total
+    }
+
+    /// What a device that computes in the toy's type makes of a gradient.
+    fn stored(&self, gradient: f64) -> f64 {
+        if self.workspace.gradient_dtype() == Dtype::F32 {
+            return gradient;
+        }
+        let mut stored = [gradient as f32];
+        self.workspace.round_gradient((&mut stored).into()).unwrap();
+        f64::from(stored[0])
     }
 
     fn a(&self, pair: usize, r: usize, token: usize) -> f64 {
@@ -162,6 +200,10 @@ impl TrainableModel for Toy {
         (0..4).map(parameter).collect()
     }
 
+    fn workspace(&self) -> Result<Workspace> {
+        Ok(self.workspace.clone())
+    }
+
     fn masters(&self) -> qlora_core::Result<Vec<f32>> {
         Ok(self.flat.to_vec())
     }
@@ -177,27 +219,31 @@ impl TrainableModel for Toy {
         &mut self,
         batch: &Batch,
         num_items: usize,
-        step_seed: u64,
+        pass: TrainPass,
         grad: qlora_kernels::ViewMut,
     ) -> Result<f64> {
         let mut grad = grad.host("toy")?;
         let grad = grad.row_mut(0);
-        self.seeds.borrow_mut().push(step_seed);
+        self.seeds.borrow_mut().push(pass.seed);
+        self.scales.borrow_mut().push(pass.loss_scale);
         let fault = self.fault(batch);
         if fault == Some(Fault::Killed) {
             return Err(Error::Invalid("killed".into()));
         }
-        let loss = self.pass(batch, num_items, Some(step_seed), Some(&mut *grad));
+        let loss = self.pass(batch, num_items, pass, Some(&mut *grad));
         match fault {
             Some(Fault::Loss) => return Ok(f64::NAN),
             Some(Fault::Gradient(element)) => grad[element] = f32::INFINITY,
             _ => {}
         }
+        if let Some(element) = self.poisoned_gradient {
+            grad[element] = f32::INFINITY;
+        }
         Ok(loss)
     }
 
     fn evaluate(&mut self, batch: &Batch) -> Result<LossSum> {
-        if self.fault(batch).is_some() {
+        if matches!(self.fault(batch), Some(Fault::Killed | Fault::Loss)) {
             return Err(Error::Invalid("killed".into()));
         }
         Ok(LossSum { sum: self.pass(batch, 1, None, None), trained_tokens: batch.trained_tokens() })
@@ -307,12 +353,12 @@ fn the_toys_gradient_is_right() {
     let batch = data.batch(&[0, 1, 2]);
     let num_items = batch.trained_tokens();
     let mut grad = vec![0.0; toy.flat.len()];
-    toy.accumulate_gradients(&batch, num_items, 5, (&mut grad).into()).unwrap();
+    toy.accumulate_gradients(&batch, num_items, TrainPass::seeded(5), (&mut grad).into()).unwrap();
     for (i, slope_of_model) in grad.into_iter().enumerate() {
         let original = toy.flat[i];
         let mut at = |value: f32| {
             toy.flat[i] = value;
-            toy.pass(&batch, num_items, Some(5), None) / num_items as f64
+            toy.pass(&batch, num_items, TrainPass::seeded(5), None) / num_items as f64
         };
         let (high, low) = (original + 1e-3, original - 1e-3);
         let slope = (at(high) - at(low)) / (f64::from(high) - f64::from(low));

@@ -15,6 +15,7 @@ unsafe extern "C" {
         rows: i64,
         vocab: i64,
         grad_scale: f32,
+        grad_scales: *const f32,
         write_grad: c_int,
         limits: *const DeviceLimits,
         stream: Stream,

@@ -3,6 +3,7 @@
 use qlora_core::model::DeviceChoice;
 use toml::Value;
 
+use super::super::TrainConfig;
 use super::super::choices::ComputeDtype;
 use super::super::foreign_keys::Is::{Number, Off, On, Text};
 use super::super::foreign_keys::Means::{Anyway, If, Nothing, Opposite, Ours};
@@ -86,11 +87,7 @@ pub(super) const KEYS: &[KnownKey] = &[
     key(
         &["torch_dtype", "dtype", "compute_dtype", "precision"],
         If(
-            |config, value| {
-                value
-                    .as_str()
-                    .is_some_and(|name| name == "auto" || dtype(name) == Some(config.model.bnb_4bit_compute_dtype))
-            },
+            |config, value| value.as_str().is_some_and(|name| name == "auto" || dtype(name) == Some(compute(config))),
             COMPUTE,
         ),
     ),
@@ -99,15 +96,12 @@ pub(super) const KEYS: &[KnownKey] = &[
         If(
             |config, value| match value {
                 Value::String(auto) if auto == "auto" => true,
-                value => is_off(value) != (config.model.bnb_4bit_compute_dtype == ComputeDtype::Bfloat16),
+                value => is_off(value) != (compute(config) == ComputeDtype::Bfloat16),
             },
             COMPUTE,
         ),
     ),
-    key(
-        &["fp16", "float16"],
-        If(|config, value| is_off(value) != (config.model.bnb_4bit_compute_dtype == ComputeDtype::Float16), COMPUTE),
-    ),
+    key(&["fp16", "float16"], If(|config, value| is_off(value) != (compute(config) == ComputeDtype::Float16), COMPUTE)),
     key(
         &["pure_bf16", "bf16_full_eval", "fp16_full_eval", "upcast_layernorm", "upcast_lmhead_output"],
         Anyway(&[Off], "adapters, norms and sums are kept in float32; leave it out"),
@@ -157,6 +151,11 @@ pub(super) const KEYS: &[KnownKey] = &[
     key(&["use_cache", "low_cpu_mem_usage", "use_safetensors", "return_dict", "model_init_kwargs"], Nothing),
     key(&["fast_inference", "gpu_memory_utilization", "max_lora_rank", "float8_kv_cache"], Nothing),
 ];
+
+/// The configured compute type; without one that of most GPUs.
+fn compute(config: &TrainConfig) -> ComputeDtype {
+    config.model.bnb_4bit_compute_dtype.unwrap_or(ComputeDtype::Bfloat16)
+}
 
 /// The compute type of a name as PyTorch and the command lines of trainers write it.
 fn dtype(name: &str) -> Option<ComputeDtype> {

@@ -7,8 +7,9 @@ use super::super::foreign_keys::Is::{Number, Off, On, Text};
 use super::super::foreign_keys::Means::{Anyway, If, Nothing, Ours};
 use super::super::foreign_keys::{KnownKey, is_off};
 use super::key;
+use crate::objective::ObjectiveKind;
 
-const PREFERENCE: &str = "training is supervised only: rows with a prompt and an answer";
+const PREFERENCE: &str = "write `objective` in [training]: \"sft\" or \"dpo\"; there are no other objectives";
 const TRACKER: &str = "metrics go to metrics.jsonl in output_dir; write \"none\" or leave it out";
 const NO_HUB: &str = "nothing is uploaded; leave it out and upload the adapter's folder with `hf upload`";
 const ONE_DEVICE: &str = "one device trains; leave it out, and choose the device by `device` in [model]";
@@ -262,29 +263,28 @@ pub(super) const KEYS: &[KnownKey] = &[
         ],
         Nothing,
     ),
-    key(
-        &["label_smoothing_factor", "label_smoothing"],
-        Anyway(&[Off], "the loss is the plain cross entropy; leave it out"),
-    ),
-    key(
-        &["loss_type"],
-        Anyway(&[Text("nll"), Text("chunked_nll")], "the loss is the plain cross entropy (\"nll\"); leave it out"),
-    ),
+    key(&["label_smoothing_factor"], Anyway(&[Off], "the loss is the plain cross entropy; leave it out")),
     key(
         &["neftune_noise_alpha", "noisy_embedding_alpha"],
         Anyway(&[Off], "no noise is added to embeddings; leave it out"),
     ),
     // Other kinds of training than supervised fine-tuning.
-    key(&["stage"], Anyway(&[Text("sft")], PREFERENCE)),
-    key(&["trainer_type", "training_type"], Anyway(&[Text("sft")], PREFERENCE)),
-    key(&["rl"], Anyway(&[Off], PREFERENCE)),
+    key(&["stage", "trainer_type", "training_type"], Ours("training.objective")),
+    key(
+        &["rl"],
+        If(
+            |config, value| match value.as_str() {
+                Some(name) if name == config.training.objective.name() => true,
+                _ => is_off(value) && config.training.objective == ObjectiveKind::Sft,
+            },
+            PREFERENCE,
+        ),
+    ),
+    key(&["rl_beta", "dpo_beta", "pref_beta"], Ours("objective.beta")),
+    key(&["pref_loss", "dpo_loss_type"], Ours("objective.loss_type")),
+    key(&["dpo_label_smoothing"], Ours("objective.label_smoothing")),
     key(
         &[
-            "beta",
-            "rl_beta",
-            "dpo_beta",
-            "pref_beta",
-            "pref_loss",
             "pref_ftx",
             "orpo_alpha",
             "cpo_alpha",

@@ -105,7 +105,7 @@ fn refusals_name_the_key() {
         (json!({"prompt": "p"}), "`prompt` without `completion`"),
         (json!({"completion": "p"}), "`completion` without `prompt`"),
         (json!({"prompt": "p", "completion": []}), "not a string and a list"),
-        (json!({"prompt": "p", "chosen": "a", "rejected": "b"}), "preference data"),
+        (json!({"prompt": "p", "chosen": "a", "rejected": "a"}), "are the same"),
         (json!({"instruction": "i"}), "`output` is missing"),
         (json!({"instruction": "i", "output": "o", "history": [["a"]]}), "`history` must be a list of"),
         (json!({"text": null}), "no known keys"),

@@ -1,0 +1,156 @@
+//! Training passes without a candle graph, and the log-probabilities that objectives are made of.
+//!
+//! Every objective has a gradient `sum_t w_t d log p_t` with a number `w_t` a trained token. Of plain fine-tuning
+//! `w_t = -1 / num_items` is known beforehand, so one pass of the head makes loss and gradient
+//! ([`CausalLm::accumulate_gradients`]). Where the weights depend on the log-probabilities of whole sequences, the head runs
+//! twice: once for the log-probabilities, and once for the gradient ([`CausalLm::accumulate_weighted_gradients`]).
+
+use qlora_kernels::ops::linear_cross_entropy::{self, GradScale, LossSum};
+use qlora_kernels::tensor::TensorView;
+use qlora_kernels::{Matrix, ViewMut};
+
+use super::adapters::AdapterChoice;
+use super::block::Pass;
+use super::causal_lm::{Adapter, CausalLm};
+use super::projection::AdapterPass;
+use crate::batch::Batch;
+use crate::error::{Error, Result};
+
+/// What distinguishes one training pass from another.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct TrainPass {
+    /// Seeds the dropout of this pass; two passes with the same seed drop the same elements.
+    pub seed: u64,
+    /// The gradient that a pass adds is multiplied by this, from the logits on: in float16, gradients of a large batch are
+    /// smaller than the smallest number. A power of two changes no other bit; whoever uses the gradient divides it again.
+    /// A loss in candle's graph ([`CausalLm::loss`]) does not read it.
+    pub loss_scale: f32,
+}
+
+impl Default for TrainPass {
+    fn default() -> Self {
+        Self::seeded(0)
+    }
+}
+
+impl TrainPass {
+    /// A pass with this seed, its gradient not scaled.
+    pub fn seeded(seed: u64) -> Self {
+        Self { seed, loss_scale: 1.0 }
+    }
+
+    /// With the gradient multiplied by `loss_scale`.
+    #[must_use]
+    pub fn with_loss_scale(self, loss_scale: f32) -> Self {
+        Self { loss_scale, ..self }
+    }
+}
+
+impl CausalLm {
+    /// One forward and backward without a candle graph: adds the gradient of `loss_scale * sum of losses / num_items` to
+    /// `gradient` (laid out as the adapter) and returns the sum of the losses. The same operations as [`Self::loss`], the same
+    /// bits, and no copy of the gradient.
+    ///
+    /// # Errors
+    /// As [`Self::loss`]; also if `gradient` does not have the adapter's length.
+    pub fn accumulate_gradients(
+        &self,
+        batch: &Batch,
+        num_items: usize,
+        train: TrainPass,
+        gradient: ViewMut,
+    ) -> Result<LossSum> {
+        if num_items == 0 {
+            return Err(Error::Invalid("there is no trained token to divide the loss by".into()));
+        }
+        let scale = GradScale::Uniform(train.loss_scale * (1.0 / num_items as f32));
+        self.forward_backward(batch, train, gradient, |hidden, dhidden| {
+            let (head, workspace) = (&**self.head(), self.workspace());
+            Ok(linear_cross_entropy::enqueue_scaled(hidden.view(), head, &batch.targets, scale, dhidden, workspace)?)
+        })?
+        .wait()
+        .map_err(Error::from)
+    }
+
+    /// One forward, then the weights that `weigh` gives the tokens for their log-probabilities, then one backward: adds
+    /// `loss_scale * sum over tokens of weight * d log p` to `gradient`. Weights and log-probabilities are one a row of the
+    /// batch; those of rows without a target are 0 and ignored.
+    ///
+    /// # Errors
+    /// As [`Self::accumulate_gradients`]; also what `weigh` returns, and if it does not give one weight a row.
+    pub fn accumulate_weighted_gradients(
+        &self,
+        batch: &Batch,
+        train: TrainPass,
+        weigh: &mut dyn FnMut(&[f64]) -> Result<Vec<f32>>,
+        gradient: ViewMut,
+    ) -> Result<()> {
+        self.forward_backward(batch, train, gradient, |hidden, dhidden| {
+            let (head, workspace) = (&**self.head(), self.workspace());
+            let losses = linear_cross_entropy::token_losses(hidden.view(), head, &batch.targets, workspace)?;
+            let mut scales = weigh(&negated(losses))?;
+            // The op's gradient is that of minus the log-probability.
+            scales.iter_mut().for_each(|weight| *weight *= -train.loss_scale);
+            let scales = GradScale::PerRow(&scales);
+            Ok(linear_cross_entropy::enqueue_scaled(hidden.view(), head, &batch.targets, scales, dhidden, workspace)?)
+        })?;
+        Ok(())
+    }
+
+    /// The log-probability of each row's target, without dropout, with the adapter that `choice` names for every sequence;
+    /// rows without a target have 0.
+    ///
+    /// # Errors
+    /// If the adapter is not there or changes the head, a token or target is outside the vocabulary, or a sequence is too long.
+    pub fn log_probabilities(&self, batch: &Batch, choice: AdapterChoice) -> Result<Vec<f64>> {
+        let sequences = batch.layout.sequences();
+        let choices = vec![choice; sequences.len()];
+        let spans = self.spans(sequences, &choices)?;
+        if spans.iter().any(super::adapter_ends::changes_head) {
+            let message = "log-probabilities under an adapter that changes the head are not supported";
+            return Err(Error::Unsupported(message.into()));
+        }
+        let hidden = self.hidden(&batch.tokens, &batch.layout, &spans)?;
+        let head = &**self.head();
+        Ok(negated(linear_cross_entropy::token_losses(hidden.view(), head, &batch.targets, self.workspace())?))
+    }
+
+    /// The forward, what `head` makes of its result and writes as that one's gradient, and the backward.
+    fn forward_backward<R>(
+        &self,
+        batch: &Batch,
+        train: TrainPass,
+        gradient: ViewMut,
+        head: impl FnOnce(&Matrix, ViewMut) -> Result<R>,
+    ) -> Result<R> {
+        let adapter = self.adapter_to_train()?;
+        check_length(adapter, &gradient)?;
+        let values = TensorView::new("adapter", adapter.variable().as_tensor())?;
+        let dropout = adapter.dropout(train);
+        let rope = self.stack().rope(batch.layout.max_len())?;
+        let adapter = Some(AdapterPass { values: values.view(), dropout, first_row: 0, rows: None });
+        let pass = Pass { adapter, layout: &batch.layout, rope: &rope, workspace: self.workspace() };
+        let x = self.embed(&batch.tokens)?;
+        let (hidden, saved) = self.stack().forward(x, &pass, false)?;
+        let mut dhidden = self.workspace().matrix(hidden.rows(), hidden.cols())?;
+        let result = head(&hidden, dhidden.view_mut())?;
+        drop(hidden);
+        self.stack().backward(saved, dhidden, &pass, gradient, false)?;
+        Ok(result)
+    }
+}
+
+fn check_length(adapter: &Adapter, gradient: &ViewMut) -> Result<()> {
+    let (got, expected) = (gradient.rows() * gradient.cols(), adapter.layout().len());
+    if got == expected {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!("the adapter has {expected} values, the gradient {got}")))
+}
+
+/// Log-probabilities of losses; rows without a target keep 0, not -0.
+fn negated(mut losses: Vec<f64>) -> Vec<f64> {
+    losses.iter_mut().for_each(|loss| *loss = 0.0 - *loss);
+    losses
+}
