@@ -205,6 +205,9 @@ mod tests {
             peak_memory: Some(1_500_000_000),
             gpu_peak_memory: Some(7_000_000_000 + step),
             anonymous_memory: None,
+            loss_scale: None,
+            skipped_steps: None,
+            metrics: Default::default(),
         })
     }
 
@@ -223,7 +226,14 @@ mod tests {
         let mut report = HtmlReport::new(&path, facts);
         (1..=20).for_each(|step| report.observe(&Event::Logged(&train(step))));
         assert!(!path.exists());
-        let eval = EvalLog { step: 20, epoch: 2.0, eval_loss: 0.3, eval_trained_tokens: 5, eval_runtime: 0.1 };
+        let eval = EvalLog {
+            step: 20,
+            epoch: 2.0,
+            eval_loss: 0.3,
+            eval_trained_tokens: 5,
+            eval_runtime: 0.1,
+            metrics: Default::default(),
+        };
         report.observe(&Event::Logged(&LogEntry::Eval(eval)));
         report.observe(&Event::Finished(Outcome::Finished));
         let page = std::fs::read_to_string(&path).unwrap();

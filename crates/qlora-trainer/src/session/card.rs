@@ -13,7 +13,7 @@ use super::prepare::Prepared;
 use super::quantization;
 use crate::config::TrainConfig;
 use crate::data::Dataset;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::optimizer::Optimizer;
 
 /// A configured run on a card.
@@ -36,10 +36,14 @@ pub fn plan_on_card(config: &TrainConfig, card: &Card) -> Result<CardPlan> {
     let mut config = config.clone();
     config.model.device = "cpu".to_owned();
     let Prepared { config, files, beginning, data: (training, _), .. } = Prepared::new(&config, false)?;
-    let dtype = match Dtype::from(config.model.bnb_4bit_compute_dtype) {
-        Dtype::Bf16 => card.compute_dtype(),
-        asked => asked,
-    };
+    let dtype = config.model.bnb_4bit_compute_dtype.map_or_else(|| card.compute_dtype(), Dtype::from);
+    if dtype == Dtype::Bf16 && !card.has_bf16() {
+        let message = format!(
+            "{} has no bfloat16: leave `bnb_4bit_compute_dtype` out, which takes float16 there, or write \"float16\"",
+            card.name
+        );
+        return Err(Error::Invalid(message));
+    }
     let (model, layout) = (files.source.config(), beginning.layout());
     let held = TrainedOver::of(&*files.source, quantization(&config.model))?;
     let weights = weights_in_training(model, &held, config.model.offload_embedding);
