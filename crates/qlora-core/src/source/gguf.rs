@@ -64,7 +64,7 @@ impl Gguf {
         let rest = split::open_rest(&path, &mut header)?;
         let config = config::model_config(&header, &file, &rest, &path)?;
         let spec = config.spec();
-        let names = spec.by_gguf_name();
+        let names = spec.gguf_names();
         let interleaved = spec.tensors().filter_map(|tensor| Some((tensor.name, tensor.module.interleaved_heads?)));
         let interleaved = interleaved.collect();
         let mut tensors = BTreeMap::new();
@@ -72,13 +72,12 @@ impl Gguf {
             if config::is_rope_table(&tensor.name) {
                 continue;
             }
-            let Some(name) = names.get(&tensor.name).cloned() else {
+            let Some(name) = names.hugging_face(&tensor.name) else {
                 return Err(Error::tensor(
                     &tensor.name,
                     format!(
-                        "not a tensor of a {} model of {} blocks, in {}; this model is not supported",
+                        "not a tensor of a {} model, in {}; this model is not supported",
                         config.architecture.gguf_name(),
-                        config.num_hidden_layers,
                         path.display()
                     ),
                 ));

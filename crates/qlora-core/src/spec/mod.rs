@@ -147,6 +147,24 @@ pub struct Tensor<'a> {
     pub module: &'a Module,
 }
 
+/// Hugging Face's names by GGUF's.
+pub(crate) struct GgufNames(HashMap<String, String>);
+
+impl GgufNames {
+    /// The name of a tensor, if it is one of this kind of model. One of a block beyond the model's last has a name too: it is
+    /// what messages call it.
+    pub(crate) fn hugging_face(&self, gguf: &str) -> Option<String> {
+        if let Some(name) = self.0.get(gguf) {
+            return Some(name.clone());
+        }
+        let (number, rest) = gguf.strip_prefix("blk.")?.split_once('.')?;
+        // Only the spelling that blocks have, so that two names cannot become one.
+        number.parse().ok().filter(|parsed: &u32| parsed.to_string() == number)?;
+        let first = self.0.get(&format!("blk.0.{rest}"))?;
+        Some(first.replacen(".0.", &format!(".{number}."), 1))
+    }
+}
+
 impl Module {
     /// Hugging Face's name of the weight.
     pub fn weight_name(&self) -> String {
@@ -256,9 +274,9 @@ impl ModelSpec {
         names
     }
 
-    /// Hugging Face's name of every tensor that GGUF files of this model can hold, by its name there: a linear layer's bias
-    /// and the head too, whether this model has them or not.
-    pub(crate) fn by_gguf_name(&self) -> HashMap<String, String> {
+    /// Hugging Face's names of the tensors in GGUF files of this model: of a linear layer's bias and of the head too, whether
+    /// the model has them or not.
+    pub(crate) fn gguf_names(&self) -> GgufNames {
         let mut names = HashMap::new();
         for module in self.modules().chain(self.tied.then_some(&self.head)) {
             names.insert(format!("{}.weight", module.gguf), module.weight_name());
@@ -266,7 +284,7 @@ impl ModelSpec {
                 names.insert(format!("{}.bias", module.gguf), module.bias_name());
             }
         }
-        names
+        GgufNames(names)
     }
 
     /// The linear layers of this model in words, for messages.
