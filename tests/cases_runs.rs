@@ -13,6 +13,8 @@
 //!   default and other values in the configuration, resumed after the adapter is gone, one that does not exist;
 //! - a rescue: a new learning rate, scheduler, number of steps, from the latest and from an earlier checkpoint.
 
+#[path = "cases_runs/data.rs"]
+mod data;
 #[path = "common/tiny_folder.rs"]
 mod tiny_folder;
 

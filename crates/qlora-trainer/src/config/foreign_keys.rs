@@ -226,7 +226,7 @@ mod tests {
             ("val_set_size = 0.1", &["validation_file"]),
             ("chat_template = \"chatml\"", &["chat_template_path"]),
             ("[training]\nrl = \"dpo\"", &["supervised"]),
-            ("[[datasets]]\npath = \"x\"", &["`train_file` in [data]"]),
+            ("[[datasets]]\npath = \"x\"", &["`datasets`", "it belongs in [data]"]),
             ("[quantization]\nbits = 4", &["belong in [model]"]),
             ("[adapter]\nr = 4", &["belong in [lora]"]),
         ] {

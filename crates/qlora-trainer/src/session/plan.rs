@@ -7,7 +7,7 @@ use qlora_kernels::cuda::Gpu;
 
 use super::Session;
 use crate::config::GradientCheckpointing;
-use crate::data::{Dataset, LargestBatch, LoaderOptions, largest_batch};
+use crate::data::{LargestBatch, LoaderOptions, TrainingData};
 use crate::error::Result;
 
 impl Session {
@@ -18,7 +18,7 @@ impl Session {
     /// # Errors
     /// If the data cannot be batched, or even the leanest plan needs more memory than there is; the message says how
     /// much.
-    pub fn plan_memory(&mut self, training: &Dataset) -> Result<Option<MemoryPlan>> {
+    pub fn plan_memory(&mut self, training: &TrainingData) -> Result<Option<MemoryPlan>> {
         let batch = self.largest_batch(training)?;
         #[cfg(feature = "cuda")]
         if let Some(gpu) = self.model.workspace().gpu().cloned() {
@@ -71,10 +71,9 @@ impl Session {
     }
 
     /// The largest micro-batch that the configured steps over these data will have.
-    fn largest_batch(&self, training: &Dataset) -> Result<BatchShape> {
+    fn largest_batch(&self, training: &TrainingData) -> Result<BatchShape> {
         let options = LoaderOptions::from(&self.config);
-        let steps = |per_epoch| self.config.training.total_steps(per_epoch);
-        let LargestBatch { tokens, trained_tokens, sequences, uniform_len } = largest_batch(training, options, steps)?;
+        let LargestBatch { tokens, trained_tokens, sequences, uniform_len } = training.largest_batch(&self.config)?;
         // Of packed documents the bins count: those of other batches are filled in other ways.
         let sequences = options.packing.map_or(sequences, |_| options.batch_size);
         Ok(BatchShape { tokens, uniform_len, sequences, trained_tokens })
