@@ -223,7 +223,7 @@ mod tests {
             ("max_seq_length = 2048", &["write `max_length = 2048`", "[data]"]),
             ("train_on_inputs = true", &["write `completion_only_loss = false`"]),
             ("block_size = 512", &["`max_length` in [data]", "`blocksize` in [model]"]),
-            ("val_set_size = 0.1", &["validation_file"]),
+            ("val_set_size = 0.1", &["`val_size = 0.1`"]),
             ("chat_template = \"chatml\"", &["chat_template_path"]),
             ("[training]\nrl = \"dpo\"", &["supervised"]),
             ("[[datasets]]\npath = \"x\"", &["`datasets`", "it belongs in [data]"]),

@@ -122,7 +122,8 @@ impl TrainConfig {
             format!("must be a share below 1 or a whole number of documents, not {val_size}"),
         );
         check.that(
-            val_size == 0.0 || (data.validation_file.is_empty() && data.test_datasets.is_empty()),
+            !(val_size > 0.0 && (val_size < 1.0 || val_size.fract() == 0.0))
+                || (data.validation_file.is_empty() && data.test_datasets.is_empty()),
             "data.val_size",
             "and `validation_file` or `test_datasets` exclude each other",
         );

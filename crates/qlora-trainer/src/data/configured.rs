@@ -219,12 +219,13 @@ fn hub_files(entry: &DatasetOptions, wanted: Wanted<'_>, hub: &OpenOptions) -> R
     use qlora_core::hub::{PARQUET_REVISION, dataset_snapshot};
 
     let id = entry.path.to_string_lossy();
-    let no_data = Cell::new(false);
+    // Whether what was listed has no data in a format that is read; none if nothing was listed.
+    let no_data = Cell::new(None);
     let choose = |names: &[String], get: &dyn Fn(&str) -> qlora_core::Result<PathBuf>| {
         let needs_card = wanted.data_files.is_empty() && names.iter().any(|name| name == CARD);
         let card = if needs_card { std::fs::read_to_string(get(CARD)?).ok() } else { None };
         select(names, card.as_deref(), wanted).map_err(|refusal| {
-            no_data.set(matches!(refusal, Refusal::NoData(_)));
+            no_data.set(Some(matches!(refusal, Refusal::NoData(_))));
             qlora_core::Error::Invalid(format!("{id}: {}", refusal.into_message()))
         })
     };
@@ -233,13 +234,18 @@ fn hub_files(entry: &DatasetOptions, wanted: Wanted<'_>, hub: &OpenOptions) -> R
         Ok(snapshot) => return Ok(snapshot.files),
         Err(error) => error,
     };
-    if !no_data.get() || entry.revision.is_some() || !wanted.data_files.is_empty() {
+    if no_data.get() == Some(false) || entry.revision.is_some() || !wanted.data_files.is_empty() {
         return Err(error.into());
     }
-    tracing::info!("{error}; reading the hub's export as Parquet");
-    let exported = OpenOptions { revision: Some(PARQUET_REVISION.to_owned()), ..options };
+    // Where the hub cannot be asked, the cache may have the export.
+    let offline = options.offline || no_data.get().is_none();
+    let exported = OpenOptions { revision: Some(PARQUET_REVISION.to_owned()), offline, ..options };
     match dataset_snapshot(&id, &exported, &choose) {
-        Ok(snapshot) => Ok(snapshot.files),
+        Ok(snapshot) => {
+            tracing::info!("{id}: the rows of the hub's export as Parquet ({error})");
+            Ok(snapshot.files)
+        }
+        Err(_) if offline => Err(error.into()),
         Err(of_export) => {
             Err(Error::Invalid(format!("{error}; nor does the hub's export as Parquet help: {of_export}")))
         }

@@ -215,4 +215,6 @@ fn data_sets_come_from_the_hub() {
     let config = config("[[data.datasets]]\npath = \"org/name\"");
     let sets = Sets::find_with(&config.data, &options).unwrap();
     assert!(sets.training[0].files[0].path.ends_with("default/train/0000.jsonl"), "{sets:?}");
+    let offline = OpenOptions { offline: true, ..options };
+    assert_eq!(Sets::find_with(&config.data, &offline).unwrap().training, sets.training);
 }

@@ -24,7 +24,10 @@ fn open(input: Input<'_>, from: Mark, delimiter: u8) -> Result<Box<dyn RowReader
     // A record is known by the quotes before it: one can only go on from the beginning.
     let bytes = Bounded { bytes: input.bytes_from(0)?, left: MAX_ROW_BYTES };
     let mut records = csv::ReaderBuilder::new().delimiter(delimiter).from_reader(bytes);
-    let header = records.byte_headers().map_err(|error| explain(&path, error))?;
+    let header = records.byte_headers().map_err(|error| explain(&path, error))?.clone();
+    if records.get_ref().left == 0 {
+        return Err(too_long(&path, Place::Line(1)));
+    }
     let name = |(i, bytes): (usize, &[u8])| {
         let bytes = if i == 0 { bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes) } else { bytes };
         std::str::from_utf8(bytes)

@@ -25,13 +25,15 @@ struct Reader {
     bytes: Bytes,
     /// `bytes` and `rows` are those behind the last element; `lines` the line feeds before.
     mark: Mark,
+    /// Where the last element that was given out ends.
+    given: Mark,
     /// The list's end was seen.
     ended: bool,
 }
 
 fn open(input: Input<'_>, from: Mark) -> Result<Box<dyn RowReader>> {
     let path = input.path.to_owned();
-    let mut reader = Reader { path, bytes: input.bytes_from(from.bytes)?, mark: from, ended: false };
+    let mut reader = Reader { path, bytes: input.bytes_from(from.bytes)?, mark: from, given: from, ended: false };
     if from.bytes == 0 {
         reader.begin()?;
     }
@@ -104,6 +106,7 @@ impl Reader {
         let (line, place) = (self.mark.lines as usize + 1, Place::Row(self.mark.rows as usize + 1));
         let bytes = self.value(place)?;
         self.mark.rows += 1;
+        self.given = self.mark;
         Ok(Some(RawRow { place, content: Content::Element(Element { line, bytes }) }))
     }
 
@@ -123,9 +126,12 @@ impl Reader {
         let mut value = Vec::new();
         loop {
             let buffer = self.bytes.fill_buf().map_err(|error| Error::io(&self.path, error))?;
+            if buffer.is_empty() {
+                return self.refuse("the file ends within a row");
+            }
             let (end, length) = match scan.end_in(buffer) {
                 Some(length) => (true, length),
-                None => (buffer.is_empty(), buffer.len()),
+                None => (false, buffer.len()),
             };
             value.extend_from_slice(&buffer[..length]);
             self.mark.lines += buffer[..length].iter().filter(|&&byte| byte == b'\n').count() as u64;
@@ -189,7 +195,7 @@ impl RowReader for Reader {
     }
 
     fn mark(&self) -> Mark {
-        self.mark
+        self.given
     }
 }
 
