@@ -154,7 +154,7 @@ impl Session {
             ));
         }
         match self.data()? {
-            (TrainingData::Whole(training), validation) => Ok((training, validation)),
+            (TrainingData::Whole(training), validation) => Ok((*training, validation)),
             (TrainingData::Stream(_), _) => Err(Error::Invalid("the data is a stream: use Session::data".to_owned())),
         }
     }

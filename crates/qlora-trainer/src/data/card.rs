@@ -247,6 +247,9 @@ fn by_names(names: &[String], wanted: Wanted<'_>, split: &str) -> Result<Vec<Str
     if chosen.is_empty() { Err(no_split(split, &known)) } else { Ok(chosen) }
 }
 
+/// The split that a name says.
+type Rule<'a> = dyn Fn(&str) -> Option<String> + 'a;
+
 /// The split of each file, by the first rule that finds one for any of them.
 fn splits_of<'a>(files: &[(&'a String, &str)]) -> Vec<(&'a String, Option<String>)> {
     let word = |text: &str| {
@@ -273,7 +276,7 @@ fn splits_of<'a>(files: &[(&'a String, &str)]) -> Vec<(&'a String, Option<String
     let in_file = |name: &str| word(name.rsplit('/').next().unwrap_or(name));
     // Folders count as splits if all files are in such as have a word for one, or in folders beside them.
     let any_word = files.iter().any(|(_, name)| in_folder(name).is_some());
-    let rules: [&dyn Fn(&str) -> Option<String>; 3] =
+    let rules: [&Rule<'_>; 3] =
         [&parts, &|name| if any_word { in_folder(name).or_else(|| folder(name)) } else { None }, &in_file];
     for rule in rules {
         let found: Vec<_> = files.iter().map(|(name, short)| (*name, rule(short))).collect();

@@ -12,14 +12,14 @@ use crate::error::{Error, Result};
 #[non_exhaustive]
 pub enum TrainingData {
     /// Everything, in memory.
-    Whole(Dataset),
+    Whole(Box<Dataset>),
     /// Read while it is trained on.
     Stream(Box<Stream>),
 }
 
 impl From<Dataset> for TrainingData {
     fn from(data: Dataset) -> Self {
-        Self::Whole(data)
+        Self::Whole(Box::new(data))
     }
 }
 
@@ -87,7 +87,7 @@ impl Feed {
         match data {
             TrainingData::Whole(data) => {
                 check(&data)?;
-                Ok(Self::Whole(Box::new(Loader::new(data, options)?)))
+                Ok(Self::Whole(Box::new(Loader::new(*data, options)?)))
             }
             TrainingData::Stream(stream) => Ok(Self::Stream(Box::new(StreamLoader::new(*stream, options, check)?))),
         }

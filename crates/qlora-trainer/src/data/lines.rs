@@ -261,8 +261,7 @@ mod tests {
             (b"PAR1\x15\0".to_vec(), "Parquet"),
             (b"\x1f\x8b\x08\0".to_vec(), "gzip"),
         ] {
-            let error =
-                Lines::from_mark(Path::new("x"), bytes.as_slice(), (0, 0)).next(1).err().expect(name).to_string();
+            let error = Lines::from_mark(Path::new("x"), bytes.as_slice(), (0, 0)).next(1).expect_err(name).to_string();
             assert!(error.contains(name), "{error}");
         }
     }

@@ -79,8 +79,8 @@ impl Turns {
         // 53 bits, as many as a double has.
         let mut point = (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64 * total;
         self.state.random = random.state();
-        for set in 0..sets {
-            if allowed[set] && point < weight(set) {
+        for (set, allowed) in allowed.iter().enumerate() {
+            if *allowed && point < weight(set) {
                 return set;
             }
             point -= weight(set);

@@ -128,8 +128,8 @@ fn hub(files: &'static [(&'static str, &'static str, &'static str)]) -> String {
     let answer = move |path: &str| -> Option<(String, Vec<u8>)> {
         if let Some(revision) = path.strip_prefix("/api/datasets/org/name/revision/") {
             let revision = revision.replace("%2F", "/");
-            let names: Vec<_> = files.iter().filter(|(of, _, _)| *of == revision);
-            let names: Vec<_> = names.into_iter().map(|(_, name, _)| serde_json::json!({"rfilename": name})).collect();
+            let names = files.iter().filter(|(of, _, _)| *of == revision);
+            let names: Vec<_> = names.map(|(_, name, _)| serde_json::json!({"rfilename": name})).collect();
             return Some((
                 String::new(),
                 serde_json::json!({"siblings": names, "sha": commit(&revision)?}).to_string().into_bytes(),

@@ -24,16 +24,16 @@ struct Reader {
     path: PathBuf,
     bytes: Bytes,
     /// `bytes` and `rows` are those behind the last element; `lines` the line feeds before.
-    mark: Mark,
+    at: Mark,
     /// Where the last element that was given out ends.
-    given: Mark,
+    mark: Mark,
     /// The list's end was seen.
     ended: bool,
 }
 
 fn open(input: Input<'_>, from: Mark) -> Result<Box<dyn RowReader>> {
     let path = input.path.to_owned();
-    let mut reader = Reader { path, bytes: input.bytes_from(from.bytes)?, mark: from, given: from, ended: false };
+    let mut reader = Reader { path, bytes: input.bytes_from(from.bytes)?, at: from, mark: from, ended: false };
     if from.bytes == 0 {
         reader.begin()?;
     }
@@ -49,8 +49,8 @@ impl Reader {
         let byte = self.peek()?;
         if let Some(byte) = byte {
             self.bytes.consume(1);
-            self.mark.bytes += 1;
-            self.mark.lines += u64::from(byte == b'\n');
+            self.at.bytes += 1;
+            self.at.lines += u64::from(byte == b'\n');
         }
         Ok(byte)
     }
@@ -66,7 +66,7 @@ impl Reader {
     }
 
     fn refuse<T>(&self, message: &str) -> Result<T> {
-        let (line, row) = (self.mark.lines + 1, self.mark.rows + 1);
+        let (line, row) = (self.at.lines + 1, self.at.rows + 1);
         Err(Place::Row(row as usize).refuse(&self.path, format!("not valid JSON: {message} at line {line}")))
     }
 
@@ -91,7 +91,7 @@ impl Reader {
         if self.ended {
             return Ok(None);
         }
-        let first = self.mark.rows == 0;
+        let first = self.at.rows == 0;
         match self.peek_text()? {
             Some(b']') => return self.end(),
             Some(b',') if !first => drop(self.take()?),
@@ -103,10 +103,10 @@ impl Reader {
             None | Some(b',' | b']') => return self.refuse("an object was expected"),
             Some(_) => {}
         }
-        let (line, place) = (self.mark.lines as usize + 1, Place::Row(self.mark.rows as usize + 1));
+        let (line, place) = (self.at.lines as usize + 1, Place::Row(self.at.rows as usize + 1));
         let bytes = self.value(place)?;
-        self.mark.rows += 1;
-        self.given = self.mark;
+        self.at.rows += 1;
+        self.mark = self.at;
         Ok(Some(RawRow { place, content: Content::Element(Element { line, bytes }) }))
     }
 
@@ -134,8 +134,8 @@ impl Reader {
                 None => (false, buffer.len()),
             };
             value.extend_from_slice(&buffer[..length]);
-            self.mark.lines += buffer[..length].iter().filter(|&&byte| byte == b'\n').count() as u64;
-            self.mark.bytes += length as u64;
+            self.at.lines += buffer[..length].iter().filter(|&&byte| byte == b'\n').count() as u64;
+            self.at.bytes += length as u64;
             self.bytes.consume(length);
             if value.len() > MAX_ROW_BYTES {
                 return Err(too_long(&self.path, place));
@@ -184,8 +184,8 @@ impl Scan {
 
 impl RowReader for Reader {
     fn next(&mut self, count: usize) -> Result<Vec<RawRow>> {
-        let (mut rows, start) = (Vec::new(), self.mark.bytes);
-        while rows.len() < count && self.mark.bytes - start < CHUNK_BYTES as u64 {
+        let (mut rows, start) = (Vec::new(), self.at.bytes);
+        while rows.len() < count && self.at.bytes - start < CHUNK_BYTES as u64 {
             match self.element()? {
                 Some(row) => rows.push(row),
                 None => break,
@@ -195,7 +195,7 @@ impl RowReader for Reader {
     }
 
     fn mark(&self) -> Mark {
-        self.given
+        self.mark
     }
 }
 

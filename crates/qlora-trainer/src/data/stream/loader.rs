@@ -12,6 +12,9 @@ use crate::data::loader::{Position, StepBatch};
 use crate::data::order::{LargestBatch, LoaderOptions, Order};
 use crate::error::{Error, Result};
 
+/// Looks at documents before they are trained on.
+type Check = dyn Fn(&Dataset) -> Result<()> + Send;
+
 /// Yields the steps of a run over a stream. As with a [`Loader`](crate::data::Loader) the last step of an epoch has what is left.
 pub struct StreamLoader {
     shared: Shared,
@@ -19,7 +22,7 @@ pub struct StreamLoader {
     start: ReaderPosition,
     identity: String,
     /// Looks at the documents of each block before they are trained on.
-    check: Box<dyn Fn(&Dataset) -> Result<()> + Send>,
+    check: Box<Check>,
     position: Position,
     block: Option<Block>,
     /// A reader that is open, until it is needed.

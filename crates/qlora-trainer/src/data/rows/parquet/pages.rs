@@ -8,7 +8,7 @@ use std::io::{BufReader, Read};
 
 use parquet::errors::{ParquetError, Result};
 use parquet::file::metadata::RowGroupMetaData;
-use parquet::file::reader::{ChunkReader, Length};
+use parquet::file::reader::ChunkReader;
 
 /// The most bytes of a page. Writers make pages of 1 MiB, or of one value if that is larger.
 const MAX_PAGE_BYTES: i64 = super::super::MAX_ROW_BYTES as i64;
@@ -17,7 +17,7 @@ const MAX_DEPTH: usize = 8;
 
 /// # Errors
 /// If a page is larger than [`MAX_PAGE_BYTES`], or not in the file.
-pub(super) fn check(file: &(impl ChunkReader + Length), group: &RowGroupMetaData) -> Result<()> {
+pub(super) fn check(file: &impl ChunkReader, group: &RowGroupMetaData) -> Result<()> {
     for column in group.columns() {
         let name = column.column_path().string();
         let wrong = |what: String| ParquetError::General(format!("column `{name}`: {what}"));
