@@ -77,7 +77,7 @@ fn main() -> anyhow::Result<()> {
         memory.adapter as f64 / 1e6
     );
 
-    let (training, validation) = session.datasets()?;
+    let (training, validation) = session.data()?;
     eprintln!("{}", training.stats());
     for remark in training.remarks().into_iter().chain(validation.iter().flat_map(|data| data.remarks())) {
         eprintln!("{remark}");

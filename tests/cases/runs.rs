@@ -13,6 +13,9 @@
 //!   default and other values in the configuration, resumed after the adapter is gone, one that does not exist;
 //! - a rescue: a new learning rate, scheduler, number of steps, from the latest and from an earlier checkpoint.
 
+#[path = "runs_data.rs"]
+mod data;
+
 use std::cell::{Cell, RefCell};
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -10,7 +10,8 @@ use qlora_kernels::Workspace;
 use super::adapter::Beginning;
 use super::weights;
 use crate::config::TrainConfig;
-use crate::data::{Dataset, EncodeOptions, check_jsonl, load_jsonl};
+use crate::data::configured::Sets;
+use crate::data::{Dataset, TrainingData};
 use crate::encoder::ModelEncoder;
 use crate::error::Result;
 use crate::objective;
@@ -19,7 +20,7 @@ use crate::trainer::blueprint::{Blueprint, ModelFacts};
 use crate::trainer::start::Start;
 
 /// Training data, and validation data if there is any.
-pub(super) type Data = (Dataset, Option<Dataset>);
+pub(super) type Data = (TrainingData, Option<Dataset>);
 
 /// A run without its weights.
 pub(super) struct Prepared {
@@ -46,10 +47,10 @@ impl Prepared {
             config.lora.lora_dropout = 0.0;
         }
         let start = if writes { Some(Start::open(&config.training)?) } else { None };
-        // A model that has to be downloaded first may take an hour.
-        if !std::path::Path::new(&config.model.model_name_or_path).exists() {
-            let files = [&config.data.train_file, &config.data.validation_file];
-            files.iter().flat_map(|paths| paths.as_slice()).try_for_each(|path| check_jsonl(path))?;
+        let sets = Sets::find(&config)?;
+        // A model that has to be downloaded first may take an hour. Data that is streamed may take longer to read.
+        if !config.data.streaming && !std::path::Path::new(&config.model.model_name_or_path).exists() {
+            sets.check()?;
         }
         let workspace = super::workspace(&config)?;
         let options = OpenOptions {
@@ -73,7 +74,7 @@ impl Prepared {
             max_positions: Some(model.max_position_embeddings),
         };
         let encoder = encoder(&files).with_template_kwargs(config.data.chat_template_kwargs.as_map());
-        let data = load(&config, &encoder)?;
+        let data = sets.open(&config, encoder)?;
         let data = check(&config, &facts, start.as_ref(), data)?;
         Ok(Self {
             config,
@@ -99,13 +100,7 @@ fn reference(config: &TrainConfig, model: &ModelConfig, options: &OpenOptions) -
 
 /// The data of a configuration, as tokens.
 pub(super) fn load(config: &TrainConfig, encoder: &ModelEncoder<'_>) -> Result<Data> {
-    let options = EncodeOptions::from(&config.data);
-    let training = load_jsonl(config.data.train_file.as_slice(), encoder, &options)?;
-    let validation = match config.data.validation_file.as_slice() {
-        [] => None,
-        files => Some(load_jsonl(files, encoder, &options)?),
-    };
-    Ok((training, validation))
+    Sets::find(config)?.open(config, *encoder)
 }
 
 pub(super) fn encoder(files: &ModelFiles) -> ModelEncoder<'_> {
@@ -150,5 +145,5 @@ fn check(
     if let Some(resumed) = start.and_then(|start| start.resumed.as_ref()) {
         blueprint.check_resumed(config, resumed)?;
     }
-    Ok((blueprint.loader.into_dataset(), validation))
+    Ok((blueprint.feed.into_data()?, validation))
 }
