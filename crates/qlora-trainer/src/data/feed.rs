@@ -116,6 +116,14 @@ impl Feed {
         }
     }
 
+    /// Documents of a row: 1, or 2 where rows are pairs of answers.
+    pub(crate) fn group_size(&self) -> usize {
+        match self {
+            Self::Whole(loader) => loader.dataset().group_size(),
+            Self::Stream(loader) => loader.group_size(),
+        }
+    }
+
     /// Documents of an epoch; of a stream it is not known.
     pub(crate) fn documents(&self) -> Option<usize> {
         match self {

@@ -120,7 +120,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
         let result = match &self.objective {
             None => self.model.accumulate_gradients(tokens, batch.num_items, pass, grad),
             Some(objective) => {
-                let group_size = self.blueprint.loader.dataset().group_size();
+                let group_size = self.blueprint.feed.group_size();
                 let shares = (group_size, batch.groups);
                 accumulate_judged(&mut self.model, &**objective, tokens, shares, pass, metrics, grad)
             }

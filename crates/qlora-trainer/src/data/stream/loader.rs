@@ -221,6 +221,11 @@ impl StreamLoader {
         Ok(StepBatch { micro_batches, documents, num_items, groups })
     }
 
+    /// Documents of a row in the last step.
+    pub(crate) fn group_size(&self) -> usize {
+        self.step.group_size()
+    }
+
     /// Where a document of the last step came from.
     pub fn origin(&self, document: usize) -> String {
         self.step.origin(document)
