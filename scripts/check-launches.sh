@@ -42,7 +42,8 @@ if [ -z "$objects" ]; then
             suffix=a hopper=-DQLORA_HOPPER
         fi
         "$home/bin/nvcc" -O1 -Xptxas -O0 -std=c++17 --expt-relaxed-constexpr ${hopper:+"$hopper"} \
-            "-gencode=arch=compute_90$suffix,code=sm_90$suffix" -c "kernels/$kernel.cu" -o "$work/$kernel.o"
+            "-gencode=arch=compute_90$suffix,code=sm_90$suffix" -c "kernels/$kernel.cu" -o "$work/$kernel.o" \
+            >"$work/$kernel.log" 2>&1 || { cat "$work/$kernel.log" && exit 1; }
     done
 fi
 program=$work/launches

@@ -3,10 +3,8 @@
 use anyhow::Result;
 use qlora::trainer::data::{Conversation, Message};
 
-use crate::chat::{Asker, Figures, HELP, Input, Terminal};
-use crate::model::ModelArgs;
+use crate::chat::{AskArgs, Asker, Figures, HELP, Input, Terminal};
 use crate::output::remark;
-use crate::sampling::SamplingArgs;
 
 /// Talks with a model on the terminal.
 ///
@@ -17,24 +15,14 @@ use crate::sampling::SamplingArgs;
 )]
 pub(crate) struct Args {
     #[command(flatten)]
-    model: ModelArgs,
-    #[command(flatten)]
-    sampling: SamplingArgs,
-    /// What the system message says.
-    #[arg(long)]
-    system: Option<String>,
-    /// What is said is the beginning of a text, not a message of a chat.
-    #[arg(long)]
-    raw: bool,
+    ask: AskArgs,
 }
 
 pub(crate) fn run(args: Args) -> Result<()> {
-    let loaded = args.model.load()?;
-    let config = args.sampling.config(&loaded.files.generation);
-    let asker = Asker { loaded: &loaded, encoder: loaded.encoder(&args.model), config, raw: args.raw };
+    let loaded = args.ask.load()?;
+    let asker = args.ask.asker(&loaded);
     asker.remark_unused([&Conversation::default()]);
-    let system: Vec<Message> = args.system.iter().map(|text| Message::new("system", text)).collect();
-    talk(&asker, &system)
+    talk(&asker, &args.ask.system())
 }
 
 fn talk(asker: &Asker<'_>, system: &[Message]) -> Result<()> {

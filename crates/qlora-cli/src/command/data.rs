@@ -10,7 +10,7 @@ use anyhow::{Result, anyhow};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
 use qlora::trainer::TrainConfig;
 use qlora::trainer::data::encode::{EncodeOptions, Notes, Outcome, encode};
-use qlora::trainer::data::{JsonLine, Row, read_json_lines};
+use qlora::trainer::data::{Encoded, JsonLine, Row, read_json_lines};
 use qlora::trainer::encoder::ModelEncoder;
 use serde_json::json;
 
@@ -108,8 +108,10 @@ fn read(config: &TrainConfig, encoder: &ModelEncoder<'_>, args: &Args) -> Result
                 }
                 encode(&row.record, encoder, &whole)
             });
-            let (document, notes) = match encoded {
-                Ok(Outcome::Document(document, notes)) => (document, notes),
+            let (documents, notes) = match encoded {
+                Ok(Outcome::Document(document, notes)) => (vec![document], notes),
+                // Such as a chosen and a rejected answer.
+                Ok(Outcome::Group(documents, notes)) => (documents, notes),
                 Ok(_) => {
                     found.left_out.push(format!("{place}: no token to train on"));
                     continue;
@@ -119,23 +121,40 @@ fn read(config: &TrainConfig, encoder: &ModelEncoder<'_>, args: &Args) -> Result
                     continue;
                 }
             };
-            remark(&mut found, &place, document.ids.len(), notes, config);
-            found.lengths.push(document.ids.len());
-            found.tokens += document.ids.len();
-            found.trained += document.trained_tokens();
-            match seen.get(&look::hash(&document.ids)) {
+            let longest = documents.iter().map(|document| document.ids.len()).max().unwrap_or_default();
+            remark(&mut found, &place, longest, notes, config);
+            for document in &documents {
+                found.lengths.push(document.ids.len());
+                found.tokens += document.ids.len();
+                found.trained += document.trained_tokens();
+            }
+            let hash = look::hash(&documents);
+            match seen.get(&hash) {
                 Some(first) => found.duplicates.push(format!("{place} is {first} again")),
-                None => drop(seen.insert(look::hash(&document.ids), place.clone())),
+                None => drop(seen.insert(hash, place.clone())),
             }
             if found.shown.len() < args.rows {
-                let text = look::text(&document, encoder, args.tokens).map_err(|error| anyhow!("{place}: {error}"))?;
-                let (all, trained) = (document.ids.len(), document.trained_tokens());
-                let title = format!("{TITLE}{place}{TITLE:#}{FAINT}, {all} tokens, {trained} trained{FAINT:#}");
-                found.shown.push(format!("{title}\n{text}\n"));
+                found.shown.push(shown(&place, &documents, encoder, args.tokens)?);
             }
         }
     }
     Ok(found)
+}
+
+/// A row's documents for the eye; of a pair the chosen one comes first.
+fn shown(place: &str, documents: &[Encoded], encoder: &ModelEncoder<'_>, lines: bool) -> Result<String> {
+    let mut shown = String::new();
+    for (index, document) in documents.iter().enumerate() {
+        let text = look::text(document, encoder, lines).map_err(|error| anyhow!("{place}: {error}"))?;
+        let (all, trained) = (document.ids.len(), document.trained_tokens());
+        let name = match (documents.len(), index) {
+            (2, 0) => ", chosen",
+            (2, _) => ", rejected",
+            _ => "",
+        };
+        shown += &format!("{TITLE}{place}{name}{TITLE:#}{FAINT}, {all} tokens, {trained} trained{FAINT:#}\n{text}\n");
+    }
+    Ok(shown)
 }
 
 /// Takes down what would become of a row.

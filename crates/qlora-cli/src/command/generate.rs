@@ -9,10 +9,9 @@ use qlora::generate::{Answer, CachePlan, answer_all, answer_batch_with};
 use qlora::model::AdapterChoice;
 use qlora::trainer::data::{Conversation, JsonLine, Message, read_json_lines};
 
-use crate::chat::Asker;
-use crate::model::{Loaded, ModelArgs};
+use crate::chat::{AskArgs, Asker};
+use crate::model::Loaded;
 use crate::output::{self, remark};
-use crate::sampling::SamplingArgs;
 
 /// Answers a prompt, or every line of a file.
 #[derive(clap::Args)]
@@ -24,15 +23,7 @@ Examples:
   qlora generate --adapter a=first --adapter b=second --with all \"Where is Rome?\"")]
 pub(crate) struct Args {
     #[command(flatten)]
-    model: ModelArgs,
-    #[command(flatten)]
-    sampling: SamplingArgs,
-    /// What the system message says.
-    #[arg(long)]
-    system: Option<String>,
-    /// The prompt is the beginning of a text, not a message of a chat.
-    #[arg(long)]
-    raw: bool,
+    ask: AskArgs,
     /// Answers every line of a JSONL file: {"prompt": "..."} or {"messages": [...]}.
     #[arg(long, conflicts_with = "prompt", requires = "output", value_name = "FILE")]
     batch: Option<PathBuf>,
@@ -48,10 +39,8 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let loaded = args.model.load()?;
-    let config = args.sampling.config(&loaded.files.generation);
-    let asker = Asker { loaded: &loaded, encoder: loaded.encoder(&args.model), config, raw: args.raw };
-    let system: Vec<Message> = args.system.iter().map(|text| Message::new("system", text)).collect();
+    let loaded = args.ask.load()?;
+    let (asker, system) = (args.ask.asker(&loaded), args.ask.system());
     if let (Some(input), Some(output)) = (&args.batch, &args.output) {
         return answer_file(&asker, input, output, &system, args.batch_size.max(1));
     }

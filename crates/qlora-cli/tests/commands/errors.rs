@@ -39,7 +39,7 @@ fn no_error_is_printed_twice() {
     for (name, arguments, said) in runs {
         let mut program = Command::new(super::QLORA);
         // A stack is printed where somebody asked for it.
-        program.arg(name).args(&arguments).stdin(Stdio::null()).env_remove("RUST_BACKTRACE");
+        program.arg(name).args(&arguments).current_dir(folder.path()).stdin(Stdio::null()).env_remove("RUST_BACKTRACE");
         let output = program.output().unwrap();
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success(), "{name} {arguments:?}: {text}");

@@ -156,8 +156,12 @@ fn times(state: &mut State, value: Value) -> Result<Value, Error> {
 /// Behind `/`, `//` or `%`, of which only numbers come out: at most the quotient or the divisor.
 fn over(state: &mut State, value: Value) -> Result<Value, Error> {
     if let Some(product) = made(state).products.last_mut() {
-        let divisor = f64::try_from(value.clone()).map_or(0.0, f64::abs);
-        product.size = (product.size as f64 / divisor).max(divisor).ceil() as u128 + 1;
+        let divisor = match value.kind() {
+            ValueKind::Bool => f64::from(u8::from(value.is_true())),
+            _ => f64::try_from(value.clone()).map_or(0.0, f64::abs),
+        };
+        // Behind a zero or what is no number the quotient is infinite here; rendering refuses it.
+        product.size = ((product.size as f64 / divisor).max(divisor).ceil() as u128).saturating_add(1);
         product.repeats = false;
     }
     Ok(value)

@@ -1,9 +1,9 @@
 //! The model as data: which modules a decoder consists of, what files call them, their shapes, and how its blocks differ.
 //!
-//! [`ModelConfig::spec`] makes a [`ModelSpec`] from sizes and options; what distinguishes one architecture from another is in
-//! one file of [`arch`] each. Everything that names a module or counts its elements reads the specification: the tensor list
-//! that checkpoints are checked against and merged models written from, GGUF's names in both directions, LoRA's targets, the
-//! loader, the memory planner.
+//! [`ModelConfig::spec`](crate::config::ModelConfig::spec) makes a [`ModelSpec`] from sizes and options; what distinguishes one
+//! architecture from another is in one file of [`arch`] each. Everything that names a module or counts its elements reads the
+//! specification: the tensor list that checkpoints are checked against and merged models written from, GGUF's names in both
+//! directions, LoRA's targets, the loader, the memory planner.
 //!
 //! | role | Hugging Face | GGUF | shape |
 //! |---|---|---|---|

@@ -2,13 +2,13 @@
 //!
 //! | | checkpoint | shard index | quantized | adapter | GGUF | chat template |
 //! |---|---|---|---|---|---|---|
-//! | truncated | here | here | `quantized_damage` | here | `damage_set_gguf` | |
-//! | wrong shapes, wrong dtypes, missing and extra keys, NaN | here | | `quantized_damage` | `adapter/peft_tests.rs` | `damage_set_gguf` | |
-//! | hostile sizes | here | here | here, `quantized_damage` | here | `damage_set_gguf`, `source/gguf/tests.rs` | `damage_set_chat` |
+//! | truncated | here | here | `robustness` | here | `damage_set_gguf` | |
+//! | wrong shapes, wrong dtypes, missing and extra keys, NaN | here | | `robustness` | `adapter/peft_tests.rs` | `damage_set_gguf` | |
+//! | hostile sizes | here | here | here, `robustness` | here | `damage_set_gguf`, `source/gguf/tests.rs` | `damage_set_chat` |
 //! | path tricks | | here | | | | |
 //! | loops | | | | | | `damage_set_chat` |
 //!
-//! Every test prints its counts (`--nocapture`). Damages at random are in `loading_robustness`, `quantized_damage` and the
+//! Every test prints its counts (`--nocapture`). Damages at random are in `robustness` and the
 //! adapters' own tests.
 
 use std::collections::BTreeMap;

@@ -7,6 +7,4 @@ mod damage_set;
 mod damage_set_chat;
 mod damage_set_gguf;
 mod loading;
-mod loading_robustness;
-mod quantized_damage;
 mod quantized_loading;

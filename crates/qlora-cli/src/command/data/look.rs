@@ -8,10 +8,10 @@ use qlora::trainer::data::{Encoded, TextEncoder};
 
 use crate::output::{FAINT, GOOD};
 
-/// Stands for a document's tokens.
-pub(super) fn hash(ids: &[u32]) -> u64 {
+/// Stands for the tokens of a row's documents.
+pub(super) fn hash(documents: &[Encoded]) -> u64 {
     let mut hasher = DefaultHasher::new();
-    ids.hash(&mut hasher);
+    documents.iter().for_each(|document| document.ids.hash(&mut hasher));
     hasher.finish()
 }
 
@@ -62,6 +62,8 @@ mod tests {
         let document = Encoded { ids: vec![1, 2, 3, 4], trained: vec![false, true, true, false] };
         let all: Vec<_> = runs(&document).collect();
         assert_eq!(all, [(&[1][..], false), (&[2, 3][..], true), (&[4][..], false)]);
-        assert_ne!(hash(&[1, 2]), hash(&[2, 1]));
+        let of = |ids: &[u32]| hash(&[Encoded { ids: ids.to_vec(), trained: vec![true; ids.len()] }]);
+        assert_eq!(of(&[1, 2]), of(&[1, 2]));
+        assert_ne!(of(&[1, 2]), of(&[2, 1]));
     }
 }

@@ -124,6 +124,23 @@ fn expression() -> impl Strategy<Value = String> {
     })
 }
 
+#[test]
+fn quotients_by_nothing_are_no_panic() {
+    let mut environment = minijinja::Environment::new();
+    super::super::made::install(&mut environment);
+    for expression in
+        ["[1][0] / true * 1", "1 / false * 'ab'", "1 / 0 * 2", "1 // 0", "1 % 0", "1 / 'x' * 3", "2 ** 3 / none"]
+    {
+        let render = |source: &str| environment.render_str(source, ()).map_err(|error| error.kind());
+        let source = format!("{{{{ {expression} }}}}");
+        if let Ok(plain) = render(&source) {
+            assert_eq!(render(&mark(&source).source).as_deref(), Ok(plain.as_str()), "{expression}");
+        } else {
+            render(&mark(&source).source).unwrap_err();
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(4000))]
 

@@ -1,0 +1,44 @@
+//! Whom to ask, and how: what `chat` and `generate` share.
+
+use anyhow::Result;
+use qlora::trainer::data::Message;
+
+use super::Asker;
+use crate::model::{Loaded, ModelArgs};
+use crate::sampling::SamplingArgs;
+
+/// Whom to ask, and how.
+#[derive(clap::Args)]
+pub(crate) struct AskArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// What the system message says.
+    #[arg(long)]
+    system: Option<String>,
+    /// What is said is the beginning of a text, not a message of a chat.
+    #[arg(long)]
+    raw: bool,
+}
+
+impl AskArgs {
+    /// Loads the model.
+    ///
+    /// # Errors
+    /// As [`ModelArgs::load`].
+    pub(crate) fn load(&self) -> Result<Loaded> {
+        self.model.load()
+    }
+
+    /// Asks the model that was loaded.
+    pub(crate) fn asker<'a>(&'a self, loaded: &'a Loaded) -> Asker<'a> {
+        let config = self.sampling.config(&loaded.files.generation);
+        Asker { loaded, encoder: loaded.encoder(&self.model), config, raw: self.raw }
+    }
+
+    /// The system message, if there is one.
+    pub(crate) fn system(&self) -> Vec<Message> {
+        self.system.iter().map(|text| Message::new("system", text)).collect()
+    }
+}
