@@ -9,7 +9,7 @@ use qlora::trainer::progress::{Event, Observer};
 use qlora::trainer::session::Session;
 use qlora::trainer::{Outcome, TrainConfig};
 
-use super::tiny_folder::{CHATML, config, write_model, write_rows};
+use crate::tiny_folder::{CHATML, config, write_model, write_rows};
 use super::{adapter, copy};
 
 const STEPS: i64 = 11;

@@ -94,8 +94,6 @@ pub struct ColumnNames {
     pub chosen: Option<String>,
     /// The worse answer of two.
     pub rejected: Option<String>,
-    /// Whether the answer is a good one.
-    pub kto_tag: Option<String>,
 }
 
 /// `tags`: how messages are written, in LLaMA-Factory's names and with its defaults.

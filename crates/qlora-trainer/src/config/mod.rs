@@ -156,8 +156,8 @@ impl Default for LoraOptions {
 #[serde(default, deny_unknown_fields)]
 pub struct DataOptions {
     /// Files of rows, one path or a list, relative to the working directory: JSONL, a JSON list, CSV, TSV, Parquet or text, also
-    /// compressed (`.gz`, `.zst`); a folder with such files; a pattern such as `data/*.parquet`; `-` for standard input. Must be
-    /// given, or else `datasets`.
+    /// compressed (`.gz`, `.zst`); a folder with such files; a pattern such as `data/*.parquet`; `-` for standard input; the id of
+    /// a data set on the hub (`org/name`), of which the split `train` is read. Must be given, or else `datasets`.
     pub train_file: Paths,
     /// The same to evaluate on. Default: none, no evaluation.
     pub validation_file: Paths,

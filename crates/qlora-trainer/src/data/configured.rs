@@ -20,6 +20,35 @@ use crate::config::{DataOptions, DatasetOptions, Paths, TrainConfig};
 use crate::encoder::{ModelEncoder, OwnedEncoder};
 use crate::error::{Error, Result};
 
+/// The sets that a configuration trains on. Their files are found, those on the hub downloaded; none is read.
+///
+/// # Errors
+/// If a folder or pattern has no data files, or the hub does not have a data set or does not give it.
+pub fn training_sets(config: &TrainConfig) -> Result<Vec<RowSet>> {
+    sets(&config.data.train_file, &config.data.datasets, &hub(config))
+}
+
+impl RowSet {
+    /// The files that paths mean, as `train_file` in a configuration: files, folders, patterns, `-` for standard input, or data
+    /// sets on the hub, which are downloaded as `options` say.
+    ///
+    /// # Errors
+    /// As [`training_sets`]; also without any path.
+    pub fn find(paths: &[PathBuf], options: &OpenOptions) -> Result<Self> {
+        let found = sets(&Paths::Many(paths.to_vec()), &[], options)?.pop();
+        found.ok_or_else(|| Error::Invalid("no data is named".to_owned()))
+    }
+}
+
+fn hub(config: &TrainConfig) -> OpenOptions {
+    OpenOptions {
+        cache_dir: config.model.cache_dir.clone(),
+        offline: config.model.local_files_only,
+        progress: true,
+        ..OpenOptions::default()
+    }
+}
+
 /// The sets to train on, and those to evaluate on. Their files are found, those on the hub downloaded; none is read.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Sets {
@@ -31,13 +60,7 @@ impl Sets {
     /// # Errors
     /// If a folder or pattern has no data files, or the hub does not have a data set or does not give it.
     pub(crate) fn find(config: &TrainConfig) -> Result<Self> {
-        let hub = OpenOptions {
-            cache_dir: config.model.cache_dir.clone(),
-            offline: config.model.local_files_only,
-            progress: true,
-            ..OpenOptions::default()
-        };
-        Self::find_with(&config.data, &hub)
+        Self::find_with(&config.data, &hub(config))
     }
 
     fn find_with(data: &DataOptions, hub: &OpenOptions) -> Result<Self> {
@@ -148,7 +171,7 @@ fn sets(files: &Paths, entries: &[DatasetOptions], hub: &OpenOptions) -> Result<
     if !files.is_empty() {
         let mut found = Vec::new();
         for path in files.as_slice() {
-            found.extend(expand(path)?.into_iter().map(DataFile::new));
+            found.extend(files_of(&DatasetOptions::from(path.as_path()), hub)?.into_iter().map(DataFile::new));
         }
         sets.push(RowSet::new(found));
     }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use qlora_core::batch::{Batch, IGNORE_INDEX};
 
 use super::encode::{EncodeError, Encoded, Notes, TextEncoder};
+use super::rows::Place;
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
 
@@ -38,8 +39,8 @@ struct File {
 
 impl File {
     fn place(&self, number: u32) -> String {
-        let path = self.path.display();
-        if self.by_row { format!("{path}, row {number}") } else { format!("{path}:{number}") }
+        let place = if self.by_row { Place::Row } else { Place::Line };
+        place(number as usize).in_file(&self.path)
     }
 }
 

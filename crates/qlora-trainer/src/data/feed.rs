@@ -1,5 +1,7 @@
 //! What a run is fed with: data in memory, or a stream.
 
+use std::fmt;
+
 use super::dataset::{DataStats, Dataset};
 use super::loader::{Loader, Position, StepBatch};
 use super::order::{LargestBatch, LoaderOptions, largest_batch};
@@ -43,6 +45,14 @@ impl TrainingData {
         self.read().stats()
     }
 
+    /// Stands for the data: its tokens; of a stream the sizes of its files and its first documents.
+    pub fn fingerprint(&self) -> String {
+        match self {
+            Self::Whole(data) => data.fingerprint().to_string(),
+            Self::Stream(stream) => stream.identity().to_owned(),
+        }
+    }
+
     /// What was not used or left out; of a stream in the first block.
     pub fn remarks(&self) -> Vec<String> {
         self.read().remarks()
@@ -58,6 +68,16 @@ impl TrainingData {
         match self {
             Self::Whole(data) => largest_batch(data, options, |per_epoch| config.training.total_steps(per_epoch)),
             Self::Stream(_) => Ok(super::stream::largest_batch(options, config.data.max_length)),
+        }
+    }
+}
+
+/// What was read, for people.
+impl fmt::Display for TrainingData {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Whole(data) => data.stats().fmt(f),
+            Self::Stream(stream) => write!(f, "streamed; what is read first: {}", stream.first_block().stats()),
         }
     }
 }

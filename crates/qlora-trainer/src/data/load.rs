@@ -5,7 +5,6 @@ use std::ops::Range;
 use std::path::Path;
 
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
-use serde_json::Value;
 
 use super::dataset::{Dataset, DropReason, Unused};
 use super::encode::{EncodeOptions, Encoded, Notes, Outcome, TextEncoder, encode};
@@ -38,8 +37,67 @@ impl RowSet {
         Self { files, ..Self::default() }
     }
 
+    /// Its rows, read as they are asked for. Those that cannot be used are among them.
+    pub fn rows(&self) -> Rows<'_> {
+        Rows {
+            set: self,
+            source: RowSource::new(self.files.clone()),
+            file: 0,
+            read: Vec::new().into_iter(),
+            failed: false,
+        }
+    }
+
     fn names(&self) -> impl Iterator<Item = String> + '_ {
         self.files.iter().map(|file| file.path.display().to_string())
+    }
+}
+
+/// A row of a set.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct PlacedRow<'a> {
+    /// Its file.
+    pub path: &'a Path,
+    /// Where it stands there.
+    pub place: Place,
+    /// The row as its columns are mapped; or what is wrong with it.
+    pub row: std::result::Result<Row, String>,
+}
+
+/// The rows of a set. After an error of a file there are none.
+pub struct Rows<'a> {
+    set: &'a RowSet,
+    source: RowSource,
+    file: usize,
+    read: std::vec::IntoIter<RawRow>,
+    failed: bool,
+}
+
+impl<'a> Iterator for Rows<'a> {
+    type Item = Result<PlacedRow<'a>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if let Some(row) = self.read.next() {
+                let place = row.place();
+                let path = self.set.files[self.file].path.as_path();
+                return Some(Ok(PlacedRow { path, place, row: read(row, &self.set.mapping) }));
+            }
+            if self.failed {
+                return None;
+            }
+            match self.source.next(CHUNK) {
+                Ok(next) => {
+                    let (file, rows) = next?;
+                    (self.file, self.read) = (file, rows.into_iter());
+                }
+                Err(error) => {
+                    self.failed = true;
+                    return Some(Err(error));
+                }
+            }
+        }
     }
 }
 
@@ -135,7 +193,10 @@ pub fn check(set: &RowSet) -> Result<()> {
     let mut source = RowSource::new(set.files.clone());
     while let Some((i, rows)) = source.next(CHUNK)? {
         let path = &set.files[i].path;
-        let check = |row: RawRow| read(path, row, &set.mapping).map(drop);
+        let check = |row: RawRow| {
+            let place = row.place();
+            read(row, &set.mapping).map(drop).map_err(|message| place.refuse(path, message))
+        };
         // The first problem in the order of the file.
         rows.into_par_iter().map(check).collect::<Vec<_>>().into_iter().collect::<Result<()>>()?;
     }
@@ -171,24 +232,24 @@ pub(super) fn encode_rows(
 ) -> Vec<Result<EncodedRow>> {
     let encode_one = |row: RawRow| {
         let place = row.place();
-        let (Row { record, unused: columns }, left_out) = read(path, row, mapping)?;
+        let Row { record, unused: columns } = read(row, mapping).map_err(|message| place.refuse(path, message))?;
         let outcome = encode(&record, encoder, options).map_err(|message| place.refuse(path, message))?;
         let by_template = match &record {
             Record::Chat(conversation) => encoder.unused(conversation),
             _ => Vec::new(),
         };
-        let columns = columns.into_iter().chain(left_out).collect();
         Ok(EncodedRow { place, outcome, unused: Unused { columns, by_template } })
     };
     rows.into_par_iter().map(encode_one).collect()
 }
 
-/// A row as a record, and the columns that its mapping leaves out.
-fn read(path: &Path, row: RawRow, mapping: &Mapping) -> Result<(Row, Vec<String>)> {
-    let place = row.place();
-    let mapped = |row: Value| if mapping.is_empty() { Ok((row, Vec::new())) } else { mapping.apply(row) };
-    let read = row.parse().and_then(mapped).and_then(|(row, left_out)| Ok((Row::from_json(&row)?, left_out)));
-    read.map_err(|message| place.refuse(path, message))
+/// A row as a record. Also the columns that its mapping leaves out are unused.
+fn read(row: RawRow, mapping: &Mapping) -> std::result::Result<Row, String> {
+    let row = row.parse()?;
+    let (row, left_out) = if mapping.is_empty() { (row, Vec::new()) } else { mapping.apply(row)? };
+    let mut row = Row::from_json(&row)?;
+    row.unused.extend(left_out);
+    Ok(row)
 }
 
 /// A row's documents (several where they form a group), or why it is left out.
@@ -226,7 +287,9 @@ impl Known {
         while let Some(&i) = self.0.get(&key) {
             let same = |(n, document): (usize, &Encoded)| {
                 let at = i as usize + n;
-                at < dataset.len() && dataset.document(at).ids == document.ids && dataset.document(at).trained == document.trained
+                at < dataset.len()
+                    && dataset.document(at).ids == document.ids
+                    && dataset.document(at).trained == document.trained
             };
             if documents.iter().enumerate().all(same) {
                 return false;

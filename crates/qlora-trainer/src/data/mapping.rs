@@ -93,9 +93,8 @@ impl Mapping {
     }
 
     fn add_columns(&mut self, columns: &ColumnNames) -> Result<(), String> {
-        let ColumnNames { prompt, query, response, history, messages, system, tools, chosen, rejected, kto_tag } =
-            columns;
-        let instruction = chosen.is_none() && kto_tag.is_none();
+        let ColumnNames { prompt, query, response, history, messages, system, tools, chosen, rejected } = columns;
+        let instruction = chosen.is_none();
         let (to_prompt, to_response) = if instruction { ("instruction", "output") } else { ("prompt", "completion") };
         for (from, to, required) in [
             (messages, "messages", true),
@@ -106,7 +105,6 @@ impl Mapping {
             (tools, "tools", false),
             (chosen, "chosen", true),
             (rejected, "rejected", true),
-            (kto_tag, "label", true),
         ] {
             self.add(from, to, required)?;
         }
@@ -287,9 +285,6 @@ mod tests {
         let expected =
             json!({"chosen": ours("assistant", "y"), "rejected": ours("assistant", "z"), "prompt": ours("user", "q")});
         assert_eq!(row, expected);
-        let toml = "columns = { prompt = \"q\", response = \"a\", kto_tag = \"ok\" }";
-        let (row, _) = mapped(toml, json!({"q": "do", "a": "y", "ok": true}));
-        assert_eq!(row, json!({"prompt": "do", "completion": "y", "label": true}));
     }
 
     #[test]

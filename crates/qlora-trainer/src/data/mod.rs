@@ -40,14 +40,15 @@ pub mod stream;
 #[cfg(test)]
 mod testing;
 
+pub use configured::training_sets;
 pub use dataset::{DataStats, Dataset, Document, DropReason};
 pub use encode::{EncodeOptions, Encoded, TextEncoder};
 pub use feed::TrainingData;
 pub use jsonl::{JsonLine, check_jsonl, load_jsonl, read_json_lines, read_records};
-pub use load::{Filters, RowSet};
+pub use load::{Filters, PlacedRow, RowSet, Rows};
 pub use loader::{Loader, Position, StepBatch};
 pub use mapping::Mapping;
 pub use order::{LargestBatch, LoaderOptions, largest_batch};
 pub use record::{Conversation, Message, Preference, Record, Row};
-pub use rows::{DataFile, RowPosition, RowSource};
+pub use rows::{DataFile, Place, RowPosition, RowSource};
 pub use stream::{SharedEncoder, Stream, StreamLoader, StreamOptions, StreamPosition};

@@ -59,6 +59,14 @@ impl Place {
         number
     }
 
+    /// With the file, for people.
+    pub fn in_file(self, path: &Path) -> String {
+        match self {
+            Self::Line(line) => format!("{}:{line}", path.display()),
+            Self::Row(row) => format!("{}, row {row}", path.display()),
+        }
+    }
+
     /// What is wrong with the row.
     pub(super) fn refuse(self, path: &Path, message: String) -> Error {
         match self {

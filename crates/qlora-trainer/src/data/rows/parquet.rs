@@ -3,9 +3,10 @@
 //! Nested columns become lists and objects; maps with text keys become objects. Dates and times are the numbers that the file
 //! stores, decimals texts; bytes that are no UTF-8 text become `{"bytes": <their number>}`.
 //!
-//! A page is read at a time and column. The crate's reader trusts the sizes in a file and panics on some that are damaged: sizes
-//! are checked before ([`pages`]), and a panic becomes an error.
+//! A page is read at a time and column. The crate's reader trusts the sizes and counts in a file and panics on some that are
+//! damaged: they are checked before ([`pages`], [`counts`]), and a panic becomes an error.
 
+mod counts;
 mod pages;
 
 use std::fs::File;
@@ -23,6 +24,9 @@ use serde_json::{Map, Number, Value, json};
 use super::input::{Input, STDIN};
 use super::{CHUNK_BYTES, Content, Format, Mark, Place, RawRow, RowReader};
 use crate::error::{Error, Result};
+
+/// Rows whose values are decoded together. Their pages are in memory as long.
+const BATCH: usize = 64;
 
 pub(super) const FORMAT: Format = Format { name: "parquet", extensions: &["parquet"], open };
 
@@ -87,7 +91,7 @@ impl Reader {
             let chunks = Chunks(File::open(&self.path)?);
             pages::check(&chunks, reader.metadata())?;
             let schema = self.file.metadata().file_metadata().schema_descr_ptr();
-            TreeBuilder::new().as_iter(schema, &*reader)
+            TreeBuilder::new().with_batch_size(BATCH).as_iter(schema, &counts::CheckedGroup(reader))
         })
     }
 }

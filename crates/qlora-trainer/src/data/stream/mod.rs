@@ -131,6 +131,11 @@ impl Stream {
         Ok((Self { shared, start, first, reader, identity }, validation))
     }
 
+    /// What tells these data from others, as far as that can be said without reading them.
+    pub fn identity(&self) -> &str {
+        &self.identity
+    }
+
     /// The documents that were read so far: the first block.
     pub fn first_block(&self) -> &Dataset {
         &self.first.dataset
