@@ -172,6 +172,10 @@ impl TextEncoder for OwnedEncoder {
         self.borrowed().encode_whole_chat(conversation)
     }
 
+    fn encode_prompt(&self, conversation: &Conversation) -> Result<Vec<u32>, EncodeError> {
+        self.borrowed().encode_prompt(conversation)
+    }
+
     fn unused(&self, conversation: &Conversation) -> Vec<String> {
         self.borrowed().unused(conversation)
     }
