@@ -9,8 +9,8 @@ use qlora::trainer::progress::{Event, Observer};
 use qlora::trainer::session::Session;
 use qlora::trainer::{Outcome, TrainConfig};
 
-use crate::tiny_folder::{CHATML, config, write_model, write_rows};
 use super::{adapter, copy};
+use crate::tiny_folder::{CHATML, config, write_model, write_rows};
 
 const STEPS: i64 = 11;
 

@@ -105,7 +105,8 @@ fn a_mixture_trains_and_is_evaluated() {
     worked(here, &run, "");
     let log = std::fs::read_to_string(here.join("output/metrics.jsonl")).unwrap();
     assert!(log.contains("eval_loss"), "{log}");
-    let (printed, _) = worked(here, &["eval", "--adapter", "output", "some/set", "--device", "cpu", "--exact-match"], "");
+    let (printed, _) =
+        worked(here, &["eval", "--adapter", "output", "some/set", "--device", "cpu", "--exact-match"], "");
     assert!(printed.contains("of 3 documents") && printed.contains("of 3 answers"), "{printed}");
 }
 

@@ -75,3 +75,49 @@ fn sets_are_cut_and_mapped() {
         "{message}"
     );
 }
+
+/// A set of rows is ready at 90% or more of the speed of the tokenizer alone, on the same cores. `ROWS` rows, tokenized by the
+/// tokenizer of the GGUF file `TOKENIZER`.
+#[test]
+#[ignore = "measures speed, on an idle machine; run by scripts/bench/load_rows.sh"]
+fn rows_are_ready_about_as_fast_as_they_are_tokenized() {
+    let of = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
+    let count: usize = of("ROWS").parse().unwrap();
+    let tokenizer = qlora_core::tokenizer::Tokenizer::from_gguf_file(of("TOKENIZER")).unwrap();
+    let words = "the water runs down the hill; 17 winds turned (slowly) because nobody asked either of them, and \"that\" was it. ";
+    let mut random = crate::rng::SplitMix64::new(1);
+    let mut text = |i: usize| {
+        let (from, length) = (random.below(100) as usize, 100 + random.below(900) as usize);
+        format!("{i} {}", &words.repeat(11)[from..from + length])
+    };
+    let texts: Vec<String> = (0..count).map(&mut text).collect();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("rows.jsonl");
+    let line = |text: &String| serde_json::json!({ "text": text }).to_string() + "\n";
+    std::fs::write(&path, texts.iter().map(line).collect::<String>()).unwrap();
+
+    let start = std::time::Instant::now();
+    let mut tokens = 0;
+    for chunk in texts.chunks(CHUNK) {
+        tokens +=
+            tokenizer.inner().encode_batch(chunk.to_vec(), true).unwrap().iter().map(|ids| ids.len()).sum::<usize>();
+    }
+    let alone = count as f64 / start.elapsed().as_secs_f64();
+    drop(texts);
+
+    let before = crate::memory::peak_resident();
+    let encoder = crate::encoder::ModelEncoder::new(&tokenizer, None, &[]);
+    let options = EncodeOptions::from(&DataOptions::default());
+    let start = std::time::Instant::now();
+    let (dataset, _) =
+        load(&[RowSet::new(vec![DataFile::new(&path)])], &encoder, &options, &Filters::default()).unwrap();
+    let ready = count as f64 / start.elapsed().as_secs_f64();
+    let share = 100.0 * ready / alone;
+    println!(
+        "{count} rows, {tokens} tokens: encode_batch {alone:.0} rows/s, ready {ready:.0} rows/s, {share:.0}%; peak of the process before \
+         and after: {before:?}, {:?} bytes",
+        crate::memory::peak_resident()
+    );
+    assert_eq!(dataset.len(), count);
+    assert!(share >= 90.0, "{share:.0}%");
+}
