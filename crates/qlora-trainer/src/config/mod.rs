@@ -195,7 +195,7 @@ pub struct DataOptions {
     /// row's own `chat_template_kwargs` come before them. Default: none.
     #[serde(skip_serializing_if = "TemplateKwargs::is_empty")]
     pub chat_template_kwargs: TemplateKwargs,
-    /// Read the rows while they are trained on, for data that is larger than the memory: it takes about 100 MB, whatever the
+    /// Read the rows while they are trained on, for data that is larger than the memory: it takes about 200 MB, whatever the
     /// size. Needs `max_steps`; `val_size`, if any, is a number of documents at the beginning. Default: false.
     pub streaming: bool,
     /// With `streaming`: the documents that are shuffled together. Default: 16384, as in LLaMA-Factory.
