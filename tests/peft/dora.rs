@@ -129,9 +129,15 @@ fn loss_and_gradients_are_those_of_peft() {
 #[test]
 fn recomputed_blocks_give_the_same_bits() {
     let mut case = Case::load(CASES[1]);
-    let (loss, gradient) = case.gradient();
-    case.model.set_gradient_checkpointing(true).unwrap();
-    assert_eq!(case.gradient(), (loss, gradient));
+    for lora_dropout in [0.0, 0.3] {
+        let Adapter { mut config, layout, weights } = case.adapter.clone();
+        config.lora.lora_dropout = lora_dropout;
+        case.model.set_adapter(config.lora, layout, weights).unwrap();
+        case.model.set_gradient_checkpointing(false).unwrap();
+        let (loss, gradient) = case.gradient();
+        case.model.set_gradient_checkpointing(true).unwrap();
+        assert_eq!(case.gradient(), (loss, gradient), "dropout {lora_dropout}");
+    }
 }
 
 #[test]
