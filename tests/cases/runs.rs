@@ -291,6 +291,7 @@ fn a_run_with_dora_and_patterns_is_resumed_and_gone_on_with() {
     for entry in trained.layout.entries() {
         assert_ne!(first.weights[entry.range()], trained.weights[entry.range()], "{}", entry.tensor_name());
     }
+    next.training.output_dir = at("never");
     for (key, value) in [("lora.rank_pattern", "{ q_proj = 3 }"), ("lora.alpha_pattern", "{ v_proj = 4 }")] {
         let error = refused(&with(&next, &[(key, value)]));
         assert!(error.contains(key.trim_start_matches("lora.")) && error.contains("leave it out"), "{key}: {error}");
@@ -300,7 +301,6 @@ fn a_run_with_dora_and_patterns_is_resumed_and_gone_on_with() {
     let mut plain = config.clone();
     plain.training.output_dir = at("plain");
     run(&plain).unwrap();
-    next.training.output_dir = at("never");
     let from_plain =
         with(&next, &[("lora.adapter_name_or_path", at("plain").to_str().unwrap()), ("lora.use_dora", "true")]);
     assert!(refused(&from_plain).contains("use_dora"));
