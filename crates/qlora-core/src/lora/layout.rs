@@ -1,7 +1,7 @@
 //! Where every adapter's numbers lie: all A and B of a model, back to back in one flat f32 buffer.
 //!
 //! For each module in layer order first A [r, in_features], then B [out_features, r], both row-major, then what its kind of
-//! adapter has besides (DoRA: the magnitudes [out_features]), without gaps. One
+//! adapter has besides (DoRA: the magnitudes, one for each output), without gaps. One
 //! buffer means that one loop does the optimizer step, the gradient's norm or a copy; gradients and moments have the
 //! same layout.
 
@@ -21,7 +21,7 @@ pub enum Which {
     A,
     /// B [out_features, r].
     B,
-    /// DoRA's magnitudes [out_features].
+    /// DoRA's magnitudes `[out_features]`.
     Magnitude,
 }
 
@@ -86,7 +86,7 @@ pub struct AdapterPair<'a> {
     pub a: &'a Entry,
     /// B [out_features, r].
     pub b: &'a Entry,
-    /// DoRA's magnitudes [out_features].
+    /// DoRA's magnitudes `[out_features]`.
     pub magnitude: Option<&'a Entry>,
 }
 
