@@ -24,13 +24,13 @@ pub(super) fn search(x: &[f32; SUPER], w: &[f32; SUPER], low: f32, limit: f32) -
     let largest = a.iter().fold(0f32, |max, &a| if a.abs() > max.abs() { a } else { max });
     let mut best = Fit { error: f32::INFINITY, d_stored: f16::NAN, ..Fit::new(xs, ws, 0.0, low) };
     let exact = EXACT * squares(x, w);
-    for start in 0..24u8 {
+    for start in 0..64u8 {
         let few = low > -8.0 && start < 5;
         let rounding = best.error < exact && best.error > 0.0;
         if start > 0 && !few && !rounding {
             break;
         }
-        let start = 0.5 * f32::from(start);
+        let start = if few || start == 0 { 0.5 * f32::from(start) } else { f32::from(start) };
         let mut fit = Fit::new(xs, ws, largest / (limit + start), low);
         for j in 0..GROUPS {
             fit.s[j] = lanes::nearest(a[j] * lanes::inverse(fit.d), limit, -limit - 1.0);
