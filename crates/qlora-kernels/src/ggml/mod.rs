@@ -102,6 +102,21 @@ impl BlockType {
         }
     }
 
+    /// ggml's number of the type, as GGUF files have it.
+    pub const fn id(self) -> u32 {
+        match self {
+            Self::Q4_0 => 2,
+            Self::Q4_1 => 3,
+            Self::Q5_0 => 6,
+            Self::Q5_1 => 7,
+            Self::Q2K => 10,
+            Self::Q3K => 11,
+            Self::Q4K => 12,
+            Self::Q5K => 13,
+            Self::Q6K => 14,
+        }
+    }
+
     /// Elements and bytes of a block.
     pub const fn block(self) -> (usize, usize) {
         match self {
