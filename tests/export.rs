@@ -82,13 +82,12 @@ fn the_gguf_package_finds_its_own_bytes() {
         let source = HfDirectory::open(&folder).unwrap();
         for kind in [GgufType::F32, GgufType::F16, GgufType::Bf16, GgufType::Q8_0, GgufType::Q4_0] {
             let out = temporary.path().join("model.gguf");
-            let options =
-                GgufOptions {
-                    name: Some(name),
-                    chat_template: Some("{{ messages }}"),
-                    eos_token_ids: &[2, 5],
-                    ..GgufOptions::new(kind)
-                };
+            let options = GgufOptions {
+                name: Some(name),
+                chat_template: Some("{{ messages }}"),
+                eos_token_ids: &[2, 5],
+                ..GgufOptions::new(kind)
+            };
             gguf_write::write(&source, &tokenizer, &out, &options, |_, _| ()).unwrap();
             let (file, folder) = (out.to_str().unwrap(), folder.to_str().unwrap());
             let mut arguments = vec!["--gguf", file, "--folder", folder, "--ends", "2,5"];

@@ -86,7 +86,8 @@ impl Importance {
         let mut columns = HashMap::new();
         for name in names {
             let mut sums = tensors.remove(&format!("{name}.in_sum2")).unwrap_or_default();
-            let counts = tensors.remove(&format!("{name}.counts")).ok_or_else(|| format!("{name}.counts is missing"))?;
+            let counts =
+                tensors.remove(&format!("{name}.counts")).ok_or_else(|| format!("{name}.counts is missing"))?;
             if counts.is_empty() || !sums.len().is_multiple_of(counts.len()) {
                 return Err(format!("{name}: {} sums for {} counts", sums.len(), counts.len()));
             }

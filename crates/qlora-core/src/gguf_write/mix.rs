@@ -141,7 +141,8 @@ mod tests {
             let tied = !model["output"].as_bool().unwrap();
             let (hidden, inner) = (number(model, "hidden"), number(model, "inner"));
             for (file, types) in model["types"].as_object().unwrap() {
-                let (name, importance) = file.strip_suffix("+imatrix").map_or((file.as_str(), false), |name| (name, true));
+                let (name, importance) =
+                    file.strip_suffix("+imatrix").map_or((file.as_str(), false), |name| (name, true));
                 let kind: GgufType = name.parse().unwrap();
                 let large = layers == 80 && (architecture == "qwen2" || heads != shared);
                 let mix = Mix { kind, layers, sharing: heads / shared, tied, large, importance };

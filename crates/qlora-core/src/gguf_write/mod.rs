@@ -16,6 +16,7 @@
 pub mod blocks;
 mod importance;
 mod kind;
+mod lora;
 mod metadata;
 mod mix;
 mod model;
@@ -35,6 +36,7 @@ use rayon::slice::ParallelSliceMut;
 pub use self::importance::Importance;
 pub use self::kind::GgufType;
 use self::kind::TensorType;
+pub use self::lora::write_adapter;
 use self::metadata::{ALIGNMENT, Metadata};
 use self::mix::Mix;
 use crate::atomic::PendingFile;
@@ -158,7 +160,8 @@ pub fn write(
         if files.is_empty() {
             require_space(folder, out, bytes)?;
         }
-        let mut put = |bytes: &[u8]| file.write_with(|writer| writer.write_all(bytes)).map_err(|error| full(path, error));
+        let mut put =
+            |bytes: &[u8]| file.write_with(|writer| writer.write_all(bytes)).map_err(|error| full(path, error));
         put(&part.header)?;
         for tensor in &plan[part.tensors.clone()] {
             let bytes = match (&tensor.source, &rope_table) {

@@ -33,7 +33,10 @@ pub(super) fn split(plan: &[Planned], metadata: &Metadata, out: &Path, limit: Op
             let stem = out.file_stem().unwrap_or_default().to_string_lossy();
             // Any part names all of them; the name of the first is asked for.
             let names = part_names(&format!("{stem}-00001-of-{count:05}.gguf")).ok_or_else(|| {
-                Error::Invalid(format!("{}: {count} parts are more than a name has room for; allow larger ones", out.display()))
+                Error::Invalid(format!(
+                    "{}: {count} parts are more than a name has room for; allow larger ones",
+                    out.display()
+                ))
             })?;
             names.into_iter().map(|name| out.with_file_name(name)).collect()
         }

@@ -234,7 +234,9 @@ fn every_type_is_written_and_read_again() {
         last = (difference, kind);
     }
     assert!(last.0 < 0.05, "{}", last.0);
-    for kind in [GgufType::Q3KS, GgufType::Q3KL, GgufType::Q4KS, GgufType::Q5KS, GgufType::Q4_1, GgufType::Q5_0, GgufType::Q5_1] {
+    for kind in
+        [GgufType::Q3KS, GgufType::Q3KL, GgufType::Q4KS, GgufType::Q5KS, GgufType::Q4_1, GgufType::Q5_0, GgufType::Q5_1]
+    {
         let (difference, scale) = difference_of("wide", &source, kind);
         assert!(difference < 0.5 * scale, "{kind}: {difference} of {scale}");
     }
@@ -302,5 +304,7 @@ fn importance_moves_the_error_to_columns_that_do_not_count() {
     let (weighted, missing) = error(Some(&importance));
     assert!(weighted < 0.8 * plain, "{weighted} of {plain}");
     assert!(none.is_empty());
-    assert!(missing.contains(&"blk.0.attn_q.weight".to_owned()) && !missing.contains(&"blk.2.ffn_down.weight".to_owned()));
+    assert!(
+        missing.contains(&"blk.0.attn_q.weight".to_owned()) && !missing.contains(&"blk.2.ffn_down.weight".to_owned())
+    );
 }

@@ -56,14 +56,7 @@ fn total(lanes: [f32; LANES]) -> f32 {
 }
 
 #[inline(always)]
-pub(super) fn sums<const G: usize>(
-    x: &[f32; G],
-    w: &[f32; G],
-    shift: f32,
-    inverse: f32,
-    low: f32,
-    high: f32,
-) -> Sums {
+pub(super) fn sums<const G: usize>(x: &[f32; G], w: &[f32; G], shift: f32, inverse: f32, low: f32, high: f32) -> Sums {
     let (mut sq, mut sqq, mut sxq) = ([0f32; LANES], [0f32; LANES], [0f32; LANES]);
     let rows = x.as_chunks::<LANES>().0.iter().zip(w.as_chunks::<LANES>().0);
     for (x, w) in rows {
@@ -80,14 +73,7 @@ pub(super) fn sums<const G: usize>(
 
 /// `sum w (scale q - min - x)^2`, as the group is read.
 #[inline(always)]
-pub(super) fn error<const G: usize>(
-    x: &[f32; G],
-    w: &[f32; G],
-    scale: f32,
-    min: f32,
-    low: f32,
-    high: f32,
-) -> f32 {
+pub(super) fn error<const G: usize>(x: &[f32; G], w: &[f32; G], scale: f32, min: f32, low: f32, high: f32) -> f32 {
     let inverse = inverse(scale);
     let mut sum = [0f32; LANES];
     let rows = x.as_chunks::<LANES>().0.iter().zip(w.as_chunks::<LANES>().0);

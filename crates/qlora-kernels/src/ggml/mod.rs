@@ -75,17 +75,8 @@ const EXACT: f32 = 5e-6;
 
 impl BlockType {
     /// All of them.
-    pub const ALL: [Self; 9] = [
-        Self::Q4_0,
-        Self::Q4_1,
-        Self::Q5_0,
-        Self::Q5_1,
-        Self::Q2K,
-        Self::Q3K,
-        Self::Q4K,
-        Self::Q5K,
-        Self::Q6K,
-    ];
+    pub const ALL: [Self; 9] =
+        [Self::Q4_0, Self::Q4_1, Self::Q5_0, Self::Q5_1, Self::Q2K, Self::Q3K, Self::Q4K, Self::Q5K, Self::Q6K];
 
     /// ggml's name.
     pub fn name(self) -> &'static str {
@@ -156,7 +147,8 @@ pub fn quantize(kind: BlockType, values: &[f32], first: usize, importance: Optio
         || {
             let mut fits = true;
             for (index, (x, out)) in values.chunks_exact(elements).zip(out.chunks_exact_mut(bytes)).enumerate() {
-                let weights = importance.map(|columns| &columns[(first + index * elements) % columns.len()..][..elements]);
+                let weights =
+                    importance.map(|columns| &columns[(first + index * elements) % columns.len()..][..elements]);
                 fits &= match elements {
                     SUPER => encode_super(kind, x, weights, out),
                     _ => encode_single(kind, x, weights, out),

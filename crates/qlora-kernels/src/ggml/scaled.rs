@@ -13,7 +13,6 @@ const GROUP: usize = 16;
 const GROUPS: usize = SUPER / GROUP;
 const TURNS: usize = 4;
 
-
 #[inline(always)]
 pub(super) fn search(x: &[f32; SUPER], w: &[f32; SUPER], low: f32, limit: f32) -> KBlock {
     let (xs, ws) = (x.as_chunks::<GROUP>().0, w.as_chunks::<GROUP>().0);

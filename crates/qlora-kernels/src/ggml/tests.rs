@@ -30,9 +30,11 @@ fn decode(kind: BlockType, bytes: &[u8]) -> Vec<f32> {
 }
 
 fn error(values: &[f32], read: &[f32], importance: &[f32]) -> f64 {
-    let squares = values.iter().zip(read).enumerate().map(|(i, (x, y))| {
-        f64::from(importance[i % importance.len()]) * (f64::from(*x) - f64::from(*y)).powi(2)
-    });
+    let squares = values
+        .iter()
+        .zip(read)
+        .enumerate()
+        .map(|(i, (x, y))| f64::from(importance[i % importance.len()]) * (f64::from(*x) - f64::from(*y)).powi(2));
     squares.sum()
 }
 
