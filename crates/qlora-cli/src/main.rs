@@ -4,6 +4,7 @@
 mod card;
 mod chat;
 mod command;
+mod importance;
 mod logging;
 mod model;
 mod output;

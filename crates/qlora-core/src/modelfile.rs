@@ -130,11 +130,22 @@ impl Turns {
         let with_system: Option<Vec<String>> = between(&[Message::system(system), Message::user(user)]).ok();
         let with_system = with_system.filter(|parts| parts.len() == 3);
 
-        let after_user = common_prefix(to_answer, to_generation);
-        let mut before_user = common_suffix(opening, to_user);
-        if let Some(parts) = &with_system {
-            before_user = common_suffix(before_user, &parts[1]);
-        }
+        let after_system = with_system.as_ref().map(|parts| parts[1].as_str());
+        // Where every turn ends alike, that is what ends a turn, and what follows begins the next. Otherwise any cut that fits all
+        // places does.
+        let end = turn_end(to_answer, to_user);
+        let before_user = &to_user[end.len()..];
+        let alike = to_generation.starts_with(end)
+            && opening.ends_with(before_user)
+            && after_system.is_none_or(|text| text.ends_with(before_user));
+        let (after_user, before_user) = match alike {
+            true => (end, before_user),
+            false => {
+                let suffix = common_suffix(opening, to_user);
+                let suffix = after_system.map_or(suffix, |text| common_suffix(suffix, text));
+                (common_prefix(to_answer, to_generation), suffix)
+            }
+        };
         let cut = |text: &str| text[..text.len() - before_user.len()].to_owned();
         Ok(Self {
             opening: cut(opening),
@@ -242,6 +253,14 @@ fn escape(text: &str) -> String {
 
 fn render(template: &ChatTemplate, messages: &[Message]) -> Result<String, String> {
     template.render(messages, true, &TemplateArguments::new()).map_err(|error| error.to_string())
+}
+
+/// What two texts between messages begin with, up to where a marker or a line begins.
+fn turn_end<'a>(a: &'a str, b: &str) -> &'a str {
+    let same = common_prefix(a, b);
+    let begins = |at: usize| a[..at].ends_with('\n') || a[at..].starts_with(['<', '[']);
+    let at = (0..same.len()).rev().find(|&at| same.is_char_boundary(at) && begins(at)).unwrap_or(0);
+    &same[..at]
 }
 
 fn common_prefix<'a>(a: &'a str, b: &str) -> &'a str {

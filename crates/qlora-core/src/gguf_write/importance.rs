@@ -59,6 +59,13 @@ impl Importance {
         self.columns.is_empty()
     }
 
+    /// By name.
+    pub(super) fn sorted(&self) -> Vec<(&str, &[f32])> {
+        let mut all: Vec<_> = self.columns.iter().map(|(name, values)| (name.as_str(), values.as_slice())).collect();
+        all.sort_unstable_by_key(|(name, _)| *name);
+        all
+    }
+
     /// The importance of the columns of a matrix (`blk.0.ffn_up.weight`).
     ///
     /// # Errors

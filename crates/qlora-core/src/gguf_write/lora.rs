@@ -142,3 +142,7 @@ fn factors(adapter: &PeftAdapter, config: &ModelConfig) -> Result<(f32, Vec<Fact
     }
     Ok((alpha as f32, factors))
 }
+
+#[cfg(test)]
+#[path = "lora_tests.rs"]
+mod tests;

@@ -17,6 +17,7 @@ pub mod blocks;
 mod importance;
 mod kind;
 mod lora;
+mod measure;
 mod metadata;
 mod mix;
 mod model;

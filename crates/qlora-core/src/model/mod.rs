@@ -20,6 +20,7 @@ pub mod policy;
 pub mod projection;
 pub mod stack;
 mod train;
+mod watch;
 
 pub(crate) use adapter_build::embedding_gain;
 pub use adapters::{AdapterChoice, Combination, LoadedAdapter};

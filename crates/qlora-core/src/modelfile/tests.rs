@@ -194,6 +194,16 @@ fn a_begin_token_that_ollama_adds_is_left_out() {
 }
 
 #[test]
+fn turns_end_where_a_person_would_end_them() {
+    let turns = Turns::of(&template(CHATML)).unwrap();
+    assert_eq!((turns.before_user.as_str(), turns.after_user.as_str()), ("<|im_start|>user\n", "<|im_end|>\n"));
+    assert_eq!(turns.generation, "<|im_start|>assistant\n");
+    let turns = Turns::of(&known("llama3")).unwrap();
+    assert_eq!(turns.after_user, "<|eot_id|>");
+    assert_eq!(turns.before_assistant, turns.generation);
+}
+
+#[test]
 fn a_modelfile_by_hand() {
     let file = Modelfile {
         template: Some("{{ .System }}".to_owned()),
