@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use qlora::adapter::{self, PeftAdapter, TrainedOver};
 use qlora::config::ModelConfig;
-use qlora::gguf_write::{self, GgufOptions, GgufType, Importance, WrittenGguf};
+use qlora::gguf_write::{self, GgufOptions, GgufType, WrittenGguf};
 use qlora::kernels::Dtype;
 use qlora::merge::{
     Companions, FolderOptions, MergeChoice, MergeInto, MergedSource, PeftUpdate, Rounding, WeightUpdate, write_folder,
@@ -17,6 +17,7 @@ use qlora::open::{ModelFiles, OpenOptions, open_model};
 use qlora::source::WeightSource;
 use serde_json::{Value, json};
 
+use crate::importance::ImportanceArgs;
 use crate::output::{self, line};
 
 /// Writes a model for other programs: GGUF for llama.cpp and Ollama, a folder for vLLM and transformers, an adapter alone as GGUF.
@@ -30,7 +31,8 @@ Examples:
   qlora export --adapter output --type q4_k_m --out model.gguf --modelfile
   qlora export --adapter output --format gguf-lora --out adapter.gguf
   qlora export --adapter output --format safetensors --out for-vllm
-  qlora export big-model --type q4_k_m --imatrix imatrix.gguf --split-max-size 5G --out models/")]
+  qlora export big-model --type q4_k_m --imatrix imatrix.gguf --split-max-size 5G --out models/
+  qlora export MODEL --type q3_k_m --imatrix text.txt --imatrix-out imatrix.gguf --out models/")]
 pub(crate) struct Args {
     /// The model: a folder, a GGUF file or a hub id; if not given, the base that the adapter names.
     #[arg(required_unless_present = "adapter")]
@@ -48,9 +50,8 @@ pub(crate) struct Args {
     /// The file to write (NAME.gguf), or a folder for it; for --format safetensors the folder.
     #[arg(long)]
     out: PathBuf,
-    /// An importance matrix of llama.cpp (`llama-imatrix`; GGUF or .dat), by which quantizing weighs the columns.
-    #[arg(long, value_name = "FILE")]
-    imatrix: Option<PathBuf>,
+    #[command(flatten)]
+    importance: ImportanceArgs,
     /// Splits a model over files of at most so many bytes (5G, 500M), named NAME-00001-of-0000N.gguf.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     split_max_size: Option<u64>,
@@ -125,13 +126,12 @@ pub(crate) fn remark_fallbacks(written: &WrittenGguf) {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let gguf = args.format == Format::Gguf;
-    ensure!(gguf || args.imatrix.is_none(), "--imatrix is for --format gguf: nothing else is quantized");
+    ensure!(gguf || !args.importance.is_given(), "--imatrix is for --format gguf: nothing else is quantized");
     ensure!(gguf || args.split_max_size.is_none(), "--split-max-size is for --format gguf");
     ensure!(args.format != Format::Safetensors || !args.modelfile, "--modelfile is for GGUF files");
-    let importance = args.imatrix.as_ref().map(Importance::open).transpose()?;
     let opened = Opened::new(args)?;
     match args.format {
-        Format::Gguf => export_gguf(args, &opened, importance.as_ref()),
+        Format::Gguf => export_gguf(args, &opened),
         Format::Safetensors => export_folder(args, &opened),
         Format::GgufLora => export_adapter(args, &opened),
     }
@@ -232,7 +232,7 @@ fn file(args: &Args, name: impl FnOnce() -> String) -> Result<PathBuf> {
     Ok(file)
 }
 
-fn export_gguf(args: &Args, opened: &Opened, importance: Option<&Importance>) -> Result<()> {
+fn export_gguf(args: &Args, opened: &Opened) -> Result<()> {
     let kind = args.kind.unwrap_or(GgufType::Q4KM);
     let name = opened.name(args);
     let out = file(args, || format!("{name}-{}.gguf", kind.name().to_uppercase()))?;
@@ -241,14 +241,16 @@ fn export_gguf(args: &Args, opened: &Opened, importance: Option<&Importance>) ->
         name: Some(&name),
         chat_template: files.chat_template.as_ref().map(|template| template.source()),
         eos_token_ids: &files.generation.eos_token_ids,
-        importance,
         split_bytes: args.split_max_size,
         ..GgufOptions::new(kind)
     };
     let bar = output::bar("", "{pos} of {len} tensors");
     let progress = output::count_of(&bar);
-    let written = opened
-        .weights(Rounding::None, |source| Ok(gguf_write::write(source, &files.tokenizer, &out, &options, progress)?))?;
+    let written = opened.weights(Rounding::None, |source| {
+        let importance = args.importance.of(files, source)?;
+        let options = GgufOptions { importance: importance.as_ref(), ..options };
+        Ok(gguf_write::write(source, &files.tokenizer, &out, &options, progress)?)
+    })?;
     bar.finish_and_clear();
     remark_fallbacks(&written);
     let modelfile = match args.modelfile {

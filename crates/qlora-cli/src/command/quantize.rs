@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use qlora::gguf_write::{self, GgufOptions, GgufType, Importance};
+use qlora::gguf_write::{self, GgufOptions, GgufType};
 use qlora::kernels::quant::{QuantConfig, QuantType};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
 use qlora::quantized_checkpoint;
 use qlora::trainer::memory;
 
+use crate::importance::ImportanceArgs;
 use crate::output;
 
 /// Writes a model as a 4-bit checkpoint in bitsandbytes' layout, or as a quantized GGUF file.
@@ -37,9 +38,8 @@ pub(crate) struct Args {
     /// The type of a GGUF file, as for `qlora export` (q4_k_m, if not given).
     #[arg(long = "type", value_name = "TYPE")]
     kind: Option<GgufType>,
-    /// An importance matrix of llama.cpp, by which the columns of a GGUF file's matrices are weighed.
-    #[arg(long, value_name = "FILE")]
-    imatrix: Option<PathBuf>,
+    #[command(flatten)]
+    importance: ImportanceArgs,
     /// A folder or hub id whose tokenizer and chat template are taken instead of the model's own.
     #[arg(long)]
     tokenizer: Option<PathBuf>,
@@ -56,14 +56,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         ..OpenOptions::default()
     };
     let is_gguf = args.out.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf"));
-    if !is_gguf && (args.kind.is_some() || args.imatrix.is_some()) {
+    if !is_gguf && (args.kind.is_some() || args.importance.is_given()) {
         let out = args.out.display();
         bail!("--type and --imatrix are for GGUF files, and {out} is not the name of one (NAME.gguf)");
     }
-    let importance = args.imatrix.as_ref().map(Importance::open).transpose()?;
     let files = open_model(&args.model, &options)?;
     if is_gguf {
-        return write_gguf(args, &files, importance.as_ref());
+        return write_gguf(args, &files);
     }
     let quantization =
         QuantConfig { quant_type: args.quant_type, blocksize: args.blocksize, double_quant: !args.no_double_quant };
@@ -79,16 +78,17 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn write_gguf(args: &Args, files: &ModelFiles, importance: Option<&Importance>) -> Result<()> {
+fn write_gguf(args: &Args, files: &ModelFiles) -> Result<()> {
     let out = &args.out;
     if out.exists() {
         bail!("{} exists already; choose another name or delete it", out.display());
     }
+    let importance = args.importance.of(files, &*files.source)?;
     let options = GgufOptions {
         name: out.file_stem().and_then(|name| name.to_str()),
         chat_template: files.chat_template.as_ref().map(|template| template.source()),
         eos_token_ids: &files.generation.eos_token_ids,
-        importance,
+        importance: importance.as_ref(),
         ..GgufOptions::new(args.kind.unwrap_or(GgufType::Q4KM))
     };
     let bar = output::bar("", "{pos} of {len} tensors");

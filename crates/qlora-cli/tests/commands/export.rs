@@ -110,6 +110,18 @@ fn an_importance_matrix_has_to_be_of_the_model() {
     );
     assert!(!here.join("n.gguf").exists());
     assert!(printed(here, &["quantize", "model", "n.gguf", "--type", "q6_k"]).contains("q6_k"));
+    // Made of a text, and read again: the same weights.
+    std::fs::write(here.join("text.txt"), "How much is it? Four or five. ".repeat(40)).unwrap();
+    let made = ["quantize", "model", "o.gguf", "--type", "q4_k_s", "--imatrix", "text.txt", "--imatrix-out", "i.gguf"];
+    let output = qlora(here, &made);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && !said.contains("does not know"), "{said}");
+    printed(here, &["quantize", "model", "p.gguf", "--type", "q4_k_s", "--imatrix", "i.gguf"]);
+    let bytes = |name: &str| std::fs::read(here.join(name)).unwrap();
+    let (o, p) = (bytes("o.gguf"), bytes("p.gguf"));
+    assert_eq!(o.len(), p.len());
+    // All but the name in the metadata, a letter.
+    assert!(o.iter().zip(&p).filter(|(a, b)| a != b).count() <= 1);
     let refused = qlora(here, &["quantize", "model", "folder", "--type", "q6_k"]);
     assert!(!refused.status.success() && !here.join("folder").exists());
 }
