@@ -71,7 +71,9 @@ fn texts(path: &Path, files: &ModelFiles) -> Result<Vec<Vec<u32>>> {
     let is_rows = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("jsonl"));
     if !is_rows {
         let text = std::fs::read_to_string(path).with_context(|| format!("{}: no text", path.display()))?;
-        let begin: Vec<u32> = files.tokenizer.encode("", true)?.into_iter().take(1).collect();
+        // Every chunk begins as texts do for this tokenizer.
+        let bos = files.tokenizer.bos_token_id();
+        let begin = files.tokenizer.encode("", true)?.into_iter().take(1).filter(|id| Some(*id) == bos).collect::<Vec<_>>();
         let tokens = files.tokenizer.encode(&text, false)?;
         let chunks = tokens.chunks(Importance::CHUNK - begin.len());
         return Ok(chunks.map(|chunk| [&begin, chunk].concat()).collect());
