@@ -213,7 +213,8 @@ fn wide() -> (HfDirectory, tempfile::TempDir) {
                 1 => 1.0 + 0.1 * random(),
                 _ => 0.1 * (random() + random() + random()),
             });
-            (name, shape, values.flat_map(f32::to_le_bytes).collect())
+            let bytes = values.flat_map(f32::to_le_bytes).collect();
+            (name, shape, bytes)
         })
         .collect();
     let views = tensors.iter().map(|(name, shape, bytes)| {
