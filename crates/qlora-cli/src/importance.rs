@@ -73,7 +73,8 @@ fn texts(path: &Path, files: &ModelFiles) -> Result<Vec<Vec<u32>>> {
         let text = std::fs::read_to_string(path).with_context(|| format!("{}: no text", path.display()))?;
         // Every chunk begins as texts do for this tokenizer.
         let bos = files.tokenizer.bos_token_id();
-        let begin = files.tokenizer.encode("", true)?.into_iter().take(1).filter(|id| Some(*id) == bos).collect::<Vec<_>>();
+        let begin =
+            files.tokenizer.encode("", true)?.into_iter().take(1).filter(|id| Some(*id) == bos).collect::<Vec<_>>();
         let tokens = files.tokenizer.encode(&text, false)?;
         let chunks = tokens.chunks(Importance::CHUNK - begin.len());
         return Ok(chunks.map(|chunk| [&begin, chunk].concat()).collect());

