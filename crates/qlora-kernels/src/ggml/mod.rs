@@ -28,6 +28,12 @@
 //! | `pack` | the bytes of a block |
 //! | `lanes` | sums over a group that do not depend on the machine |
 
+#![allow(
+    clippy::neg_cmp_op_on_partial_ord,
+    clippy::needless_range_loop,
+    reason = "comparisons that are false for what is no number are meant so; several arrays of a block go by one number of a group"
+)]
+
 mod affine;
 mod lanes;
 mod pack;
