@@ -82,8 +82,12 @@ fn the_gguf_package_finds_its_own_bytes() {
         let source = HfDirectory::open(&folder).unwrap();
         for kind in [GgufType::F32, GgufType::F16, GgufType::Bf16, GgufType::Q8_0, GgufType::Q4_0] {
             let out = temporary.path().join("model.gguf");
-            let options =
-                GgufOptions { kind, name: Some(name), chat_template: Some("{{ messages }}"), eos_token_ids: &[2, 5] };
+            let options = GgufOptions {
+                name: Some(name),
+                chat_template: Some("{{ messages }}"),
+                eos_token_ids: &[2, 5],
+                ..GgufOptions::new(kind)
+            };
             gguf_write::write(&source, &tokenizer, &out, &options, |_, _| ()).unwrap();
             let (file, folder) = (out.to_str().unwrap(), folder.to_str().unwrap());
             let mut arguments = vec!["--gguf", file, "--folder", folder, "--ends", "2,5"];
@@ -98,7 +102,7 @@ fn the_gguf_package_finds_its_own_bytes() {
     // transformers reads GGUF files of Llama through its own code, and un-permutes.
     let out = temporary.path().join("model.gguf");
     let folder = fixtures().join("models/llama_wide");
-    let options = GgufOptions { kind: GgufType::F32, name: None, chat_template: None, eos_token_ids: &[] };
+    let options = GgufOptions::new(GgufType::F32);
     gguf_write::write(&HfDirectory::open(&folder).unwrap(), &tokenizer, &out, &options, |_, _| ()).unwrap();
     let arguments = ["--gguf", out.to_str().unwrap(), "--folder", folder.to_str().unwrap(), "--transformers", "1e-3"];
     println!("{}", check("check_gguf.py", &arguments));

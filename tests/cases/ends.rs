@@ -355,7 +355,7 @@ fn case_39_gguf_eot() {
     let source = HfDirectory::open(at("model")).unwrap();
     let tokenizer = Tokenizer::from_folder(at("model")).unwrap();
     let write = |name: &str, template: Option<&str>| {
-        let options = GgufOptions { kind: GgufType::F32, name: None, chat_template: template, eos_token_ids: &[] };
+        let options = GgufOptions { chat_template: template, ..GgufOptions::new(GgufType::F32) };
         gguf_write::write(&source, &tokenizer, &at(name), &options, |_, _| ()).unwrap();
     };
     write("model.gguf", Some(&template));
@@ -430,10 +430,9 @@ fn merge(files: &ModelFiles, adapter: &Path, out: &Path) {
 
 fn gguf(files: &ModelFiles, out: &Path) {
     let options = GgufOptions {
-        kind: GgufType::F32,
-        name: None,
         chat_template: files.chat_template.as_ref().map(|template| template.source()),
         eos_token_ids: &files.generation.eos_token_ids,
+        ..GgufOptions::new(GgufType::F32)
     };
     gguf_write::write(&*files.source, &files.tokenizer, out, &options, |_, _| ()).unwrap();
 }

@@ -186,7 +186,7 @@ fn case_34_tied_different_head() {
     assert!(largest(&logits_of(&HfDirectory::open(&out).unwrap(), &tokens), &own) < 1e-5);
     write_tokenizer(temporary.path(), 24);
     let tokenizer = Tokenizer::from_folder(temporary.path()).unwrap();
-    let options = GgufOptions { kind: GgufType::F32, name: None, chat_template: None, eos_token_ids: &[2] };
+    let options = GgufOptions { eos_token_ids: &[2], ..GgufOptions::new(GgufType::F32) };
     let gguf = temporary.path().join("model.gguf");
     gguf_write::write(&source, &tokenizer, &gguf, &options, |_, _| ()).unwrap();
     let read = Gguf::open(&gguf).unwrap();
@@ -369,7 +369,7 @@ fn a_gguf_of_few_bits_says_what_it_is_stored_in() {
     write_tokenizer(temporary.path(), 80);
     let tokenizer = Tokenizer::from_folder(temporary.path()).unwrap();
     for (kind, expected) in [(GgufType::Q4_0, Some("Q4_0")), (GgufType::Q8_0, None), (GgufType::F16, None)] {
-        let options = GgufOptions { kind, name: None, chat_template: None, eos_token_ids: &[2] };
+        let options = GgufOptions { eos_token_ids: &[2], ..GgufOptions::new(kind) };
         let path = temporary.path().join(format!("{kind}.gguf"));
         gguf_write::write(&source, &tokenizer, &path, &options, |_, _| ()).unwrap();
         let gguf = Gguf::open(&path).unwrap();
@@ -395,7 +395,7 @@ fn a_tokenizer_can_be_given_by_hand() {
     write_tokenizer(&tokenizer_folder, 24);
     let tokenizer = Tokenizer::from_folder(&tokenizer_folder).unwrap();
     let source = HfDirectory::open(case("34-tied-different-head/own")).unwrap();
-    let options = GgufOptions { kind: GgufType::F32, name: None, chat_template: None, eos_token_ids: &[2] };
+    let options = GgufOptions { eos_token_ids: &[2], ..GgufOptions::new(GgufType::F32) };
     let gguf = temporary.path().join("model.gguf");
     gguf_write::write(&source, &tokenizer, &gguf, &options, |_, _| ()).unwrap();
     // A way of splitting text that nobody knows.

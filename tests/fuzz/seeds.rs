@@ -50,10 +50,10 @@ impl Seeds {
         let files = open_model(&model.display().to_string(), &OpenOptions::default())?;
         let gguf = folder.join("model.gguf");
         let options = GgufOptions {
-            kind: GgufType::Q8_0,
             name: Some("tiny"),
             chat_template: Some(TEMPLATE),
             eos_token_ids: &[2],
+            ..GgufOptions::new(GgufType::Q8_0)
         };
         gguf_write::write(&*files.source, &files.tokenizer, &gguf, &options, |_, _| {})?;
         let checkpoint = train(folder, &model)?;

@@ -4,6 +4,7 @@
 mod card;
 mod chat;
 mod command;
+mod importance;
 mod logging;
 mod model;
 mod output;
@@ -46,7 +47,8 @@ Examples:
   qlora train qlora.toml                                   as the file says
   qlora train HuggingFaceTB/SmolLM2-135M-Instruct train.jsonl --learning-rate 1e-4
   qlora chat --adapter output
-  qlora merge --adapter output --out model.gguf";
+  qlora merge --adapter output --out model.gguf
+  qlora export --adapter output --type q4_k_m --out model.gguf --modelfile";
 
 #[derive(Subcommand)]
 enum Command {
@@ -55,6 +57,7 @@ enum Command {
     Generate(command::generate::Args),
     Eval(command::eval::Args),
     Merge(command::merge::Args),
+    Export(command::export::Args),
     Quantize(command::quantize::Args),
     Inspect(command::inspect::Args),
     Compare(command::compare::Args),
@@ -76,6 +79,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => command::generate::run(&args),
         Command::Eval(args) => command::eval::run(&args),
         Command::Merge(args) => command::merge::run(&args),
+        Command::Export(args) => command::export::run(&args),
         Command::Quantize(args) => command::quantize::run(&args),
         Command::Inspect(args) => command::inspect::run(&args),
         Command::Compare(args) => command::compare::run(&args),

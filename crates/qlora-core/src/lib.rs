@@ -21,6 +21,7 @@ mod licence;
 pub mod lora;
 pub mod merge;
 pub mod model;
+pub mod modelfile;
 pub mod nn;
 pub mod open;
 pub mod quantized_checkpoint;

@@ -13,6 +13,7 @@
 //! | `cuda` (with the feature `cuda`) | GPUs: streams, memory, kernels |
 //! | [`sequence`] | how the tokens of a batch fall into sequences |
 //! | [`tensor`] | the bridge to and from candle tensors, without copies |
+//! | [`ggml`] | llama.cpp's quantized blocks |
 //! | [`quant`] | bitsandbytes' 4-bit formats, bit for bit |
 //! | [`weight`] | the one interface of a frozen weight: dequantize, multiply, bytes |
 //! | [`ops`] | one operation a file |
@@ -26,6 +27,7 @@ pub mod device_limits;
 mod driver;
 pub mod dtype;
 pub mod error;
+pub mod ggml;
 #[cfg(any(test, feature = "cuda"))]
 mod lru;
 pub mod mapped;

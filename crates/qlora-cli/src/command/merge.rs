@@ -51,7 +51,8 @@ pub(crate) struct Args {
     /// What is written; if not given, GGUF where the name of --out ends with .gguf.
     #[arg(long, value_enum)]
     format: Option<Format>,
-    /// Precision: for folders f32, bf16 or f16 (as the base is stored, if not given); for GGUF f32, f16, bf16, q8_0 or q4_0.
+    /// Precision: for folders f32, bf16 or f16 (as the base is stored, if not given); for GGUF those of `qlora export
+    /// --type` (f16, if not given).
     #[arg(long)]
     outtype: Option<GgufType>,
     /// Most gigabytes of one weight file of a folder.
@@ -246,12 +247,14 @@ fn write_gguf(
     progress: impl FnMut(usize, usize),
 ) -> anyhow::Result<u64> {
     let options = GgufOptions {
-        kind: args.outtype.unwrap_or(GgufType::F16),
         name: out.file_stem().and_then(|name| name.to_str()),
         chat_template: files.chat_template.as_ref().map(|template| template.source()),
         eos_token_ids: &files.generation.eos_token_ids,
+        ..GgufOptions::new(args.outtype.unwrap_or(GgufType::F16))
     };
-    Ok(gguf_write::write(merged, &files.tokenizer, out, &options, progress)?.bytes)
+    let written = gguf_write::write(merged, &files.tokenizer, out, &options, progress)?;
+    super::export::remark_fallbacks(&written);
+    Ok(written.bytes)
 }
 
 fn print_gap(

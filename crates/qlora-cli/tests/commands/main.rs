@@ -8,6 +8,7 @@ mod tiny_folder;
 mod chat;
 mod data_kinds;
 mod errors;
+mod export;
 #[cfg(target_os = "linux")]
 mod terminal;
 mod whole_way;

@@ -8,19 +8,19 @@ use serde_json::Value;
 use crate::tiny_folder::{CHATML, write_model, write_rows};
 
 /// Runs `qlora` in a folder.
-fn qlora(folder: &Path, arguments: &[&str]) -> Output {
+pub(crate) fn qlora(folder: &Path, arguments: &[&str]) -> Output {
     Command::new(super::QLORA).args(arguments).current_dir(folder).env("HF_HUB_OFFLINE", "1").output().unwrap()
 }
 
 /// What it printed; it must have worked.
-fn printed(folder: &Path, arguments: &[&str]) -> String {
+pub(crate) fn printed(folder: &Path, arguments: &[&str]) -> String {
     let output = qlora(folder, arguments);
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "qlora {}: {stderr}", arguments.join(" "));
     String::from_utf8(output.stdout).unwrap()
 }
 
-fn json(folder: &Path, arguments: &[&str]) -> Value {
+pub(crate) fn json(folder: &Path, arguments: &[&str]) -> Value {
     let text = printed(folder, arguments);
     serde_json::from_str(&text).unwrap_or_else(|error| panic!("qlora {}: {error}\n{text}", arguments.join(" ")))
 }

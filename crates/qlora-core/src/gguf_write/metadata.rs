@@ -6,7 +6,7 @@ pub(super) const ALIGNMENT: u64 = 32;
 const VERSION: u32 = 3;
 
 /// The metadata in the order in which it was added.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Metadata {
     count: u64,
     bytes: Vec<u8>,
@@ -17,6 +17,16 @@ impl Metadata {
         self.count += 1;
         string(&mut self.bytes, key);
         self.bytes.extend(kind.to_le_bytes());
+    }
+
+    pub(super) fn u16(&mut self, key: &str, value: u16) {
+        self.key(key, 2);
+        self.bytes.extend(value.to_le_bytes());
+    }
+
+    pub(super) fn i32(&mut self, key: &str, value: i32) {
+        self.key(key, 5);
+        self.bytes.extend(value.to_le_bytes());
     }
 
     pub(super) fn u32(&mut self, key: &str, value: u32) {

@@ -3,139 +3,50 @@
 //! Layout (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>), all little-endian, alignment 32: `GGUF`, version
 //! 3, the metadata (architecture, rotary embedding, tokenizer, chat template, end tokens), the tensors' descriptions, the
 //! tensors. Names and metadata are those of llama.cpp's converter; rows of q and k are interleaved for Llama and Mistral
-//! as it does; quantized blocks are bit-equal with the `gguf` package's ([`blocks`]).
+//! as it does.
 //!
-//! | type | matrices | norms and biases |
-//! |---|---|---|
-//! | f32, f16, bf16 | that type | f32 |
-//! | q8_0 | q8_0 | f32 |
-//! | q4_0 | q4_0; embedding and head q8_0, as they lose most | f32 |
+//! Which matrix has which type is llama.cpp's choice for the same name (`mix`); vectors are f32. Blocks of q8_0, and those of q4_0
+//! without an importance matrix, are bit-equal with the `gguf` package's ([`blocks`]); the others are found by a search that leaves less
+//! error than llama.cpp's ([`qlora_kernels::ggml`]).
 //!
-//! A matrix whose rows are no whole number of blocks is f16. Tensors are read, converted and written one at a time.
+//! Large models are split over several files where asked for. Tensors are read, converted and written one at a time.
 //! Before the first is read, the tokenizer is written, read back and compared with the original on a text in many
 //! scripts: a model whose tokens differ answers badly without any error.
 
 pub mod blocks;
+mod importance;
+mod kind;
+mod lora;
+mod measure;
 mod metadata;
+mod mix;
 mod model;
+mod parts;
 #[cfg(test)]
 mod tests;
 mod vocabulary;
 
-use std::fmt;
-use std::path::Path;
-use std::str::FromStr;
+use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
+use qlora_kernels::ggml::{self, BlockType};
 use qlora_kernels::weight::PlainData;
 use rayon::iter::{IndexedParallelIterator, ParallelIterator};
 use rayon::slice::ParallelSliceMut;
 
+pub use self::importance::Importance;
+pub use self::kind::GgufType;
+use self::kind::TensorType;
+pub use self::lora::write_adapter;
 use self::metadata::{ALIGNMENT, Metadata};
+use self::mix::Mix;
 use crate::atomic::PendingFile;
 use crate::error::{Error, Result};
 use crate::merge::require_space;
 use crate::safetensors_stream::disk;
 use crate::source::gguf::rows;
 use crate::source::{PlainTensor, WeightSource, again};
-use crate::spec::Kind;
 use crate::tokenizer::Tokenizer;
-
-/// The type of a GGUF file's matrices.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GgufType {
-    /// 32-bit.
-    F32,
-    /// IEEE half; a value beyond 65504 is an error.
-    F16,
-    /// bfloat16.
-    Bf16,
-    /// Blocks of 32 8-bit integers with an f16 scale: 8.5 bits a weight.
-    Q8_0,
-    /// Blocks of 32 4-bit integers with an f16 scale: 4.5 bits a weight.
-    Q4_0,
-}
-
-impl GgufType {
-    const ALL: [Self; 5] = [Self::F32, Self::F16, Self::Bf16, Self::Q8_0, Self::Q4_0];
-
-    /// Its name in llama.cpp's options: `q8_0`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::Bf16 => "bf16",
-            Self::Q8_0 => "q8_0",
-            Self::Q4_0 => "q4_0",
-        }
-    }
-
-    /// ggml's number of the type.
-    fn id(self) -> u32 {
-        match self {
-            Self::F32 => 0,
-            Self::F16 => 1,
-            Self::Bf16 => 30,
-            Self::Q8_0 => 8,
-            Self::Q4_0 => 2,
-        }
-    }
-
-    /// llama.cpp's number of a file that has mostly this type (`general.file_type`).
-    fn file_type(self) -> u32 {
-        match self {
-            Self::F32 => 0,
-            Self::F16 => 1,
-            Self::Bf16 => 32,
-            Self::Q8_0 => 7,
-            Self::Q4_0 => 2,
-        }
-    }
-
-    /// Elements and bytes of a block.
-    fn block(self) -> (usize, usize) {
-        match self {
-            Self::F32 => (1, 4),
-            Self::F16 | Self::Bf16 => (1, 2),
-            Self::Q8_0 => (blocks::BLOCK, blocks::Q8_0_BYTES),
-            Self::Q4_0 => (blocks::BLOCK, blocks::Q4_0_BYTES),
-        }
-    }
-
-    /// What a tensor becomes in a file of this type.
-    fn of(self, module: Kind, shape: &[usize]) -> Self {
-        let cols = shape.last().copied().unwrap_or(1);
-        match self {
-            _ if shape.len() < 2 => Self::F32,
-            Self::Q8_0 | Self::Q4_0 if !cols.is_multiple_of(blocks::BLOCK) => Self::F16,
-            Self::Q4_0 if module == Kind::Table => Self::Q8_0,
-            kind => kind,
-        }
-    }
-
-    fn bytes(self, elements: usize) -> u64 {
-        let (block, bytes) = self.block();
-        (elements / block * bytes) as u64
-    }
-}
-
-impl fmt::Display for GgufType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for GgufType {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let found = Self::ALL.into_iter().find(|kind| kind.name().eq_ignore_ascii_case(text));
-        found.ok_or_else(|| {
-            let names = Self::ALL.map(Self::name).join(", ");
-            Error::Invalid(format!("{text:?} is no type of GGUF files that is written; there are {names}"))
-        })
-    }
-}
 
 /// How a GGUF file is written.
 #[derive(Clone, Debug)]
@@ -148,15 +59,49 @@ pub struct GgufOptions<'a> {
     pub chat_template: Option<&'a str>,
     /// The tokens that end an answer, as `generation_config.json` has them.
     pub eos_token_ids: &'a [u32],
+    /// How much the columns of the matrices count where they are quantized.
+    pub importance: Option<&'a Importance>,
+    /// A file is closed before its tensors would have more bytes than this (a single one may have more); what follows goes into
+    /// further files, named as llama.cpp's `llama-gguf-split` does: `NAME-00001-of-00003.gguf`. None: one file.
+    pub split_bytes: Option<u64>,
+}
+
+impl GgufOptions<'_> {
+    /// One file of this type without a name and a chat template.
+    pub fn new(kind: GgufType) -> Self {
+        Self { kind, name: None, chat_template: None, eos_token_ids: &[], importance: None, split_bytes: None }
+    }
 }
 
 /// What was written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct WrittenGguf {
-    /// The file's length in bytes.
+    /// Bytes of all files.
     pub bytes: u64,
     /// The number of tensors.
     pub tensors: usize,
+    /// The files: one, or the parts of a split model.
+    pub files: Vec<PathBuf>,
+    /// Matrices whose rows are no whole number of blocks of the type they would have had.
+    pub fallbacks: Vec<Fallback>,
+    /// Matrices that were quantized without an importance though an importance matrix was given, but for the embedding: it does
+    /// not know them.
+    pub without_importance: Vec<String>,
+}
+
+/// A matrix that has another type than the file's mix has for it, because of its width.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Fallback {
+    /// llama.cpp's name of the matrix.
+    pub tensor: String,
+    /// The elements of its rows.
+    pub columns: usize,
+    /// The type that needs rows of whole blocks.
+    pub wanted: &'static str,
+    /// The type it has.
+    pub got: &'static str,
 }
 
 /// One tensor's place in the file.
@@ -167,16 +112,19 @@ struct Planned {
     interleaved: Option<usize>,
     name: String,
     shape: Vec<usize>,
-    kind: GgufType,
+    kind: TensorType,
+    /// The type that its rows do not fit.
+    wanted: Option<TensorType>,
     bytes: u64,
 }
 
-/// Writes the weights of `source` with their tokenizer to the file `out`, replacing what was there. `progress` is called
+/// Writes the weights of `source` with their tokenizer to the file `out` (or its parts), replacing what was there. `progress` is called
 /// with the number of tensors done and their total.
 ///
 /// # Errors
 /// If the model or its tokenizer has something that GGUF or llama.cpp has no place for, a tensor cannot be read or does
-/// not fit the type, or the disk is full or fails. What was at `out` is untouched in that case.
+/// not fit the type, the importance matrix is of another model, or the disk is full or fails. What was at `out` is untouched in that
+/// case.
 pub fn write(
     source: &dyn WeightSource,
     tokenizer: &Tokenizer,
@@ -184,7 +132,7 @@ pub fn write(
     options: &GgufOptions<'_>,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<WrittenGguf> {
-    if let (GgufType::Q4_0, Some(remark)) = (options.kind, again(source, options.kind.name())) {
+    if let (true, Some(remark)) = (options.kind.is_low(), again(source, options.kind.name())) {
         tracing::warn!("{remark}");
     }
     let config = source.config();
@@ -192,31 +140,63 @@ pub fn write(
     model::describe(config, options, &mut metadata)?;
     vocabulary::write(tokenizer, config, options, &mut metadata)?;
     let rope_table = model::rope_table(config);
-    let plan = plan(source, options.kind, rope_table.as_deref())?;
-    let header =
-        metadata.header(&plan.iter().map(|t| (t.name.as_str(), &*t.shape, t.kind.id(), t.bytes)).collect::<Vec<_>>());
-    let total = header.len() as u64 + plan.iter().map(|t| t.bytes.next_multiple_of(ALIGNMENT)).sum::<u64>();
-
-    let mut file = PendingFile::create(out)?;
-    let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    require_space(folder, out, total)?;
-    let mut put = |bytes: &[u8]| file.write_with(|writer| writer.write_all(bytes)).map_err(|error| full(out, error));
-    put(&header)?;
-    for (index, tensor) in plan.iter().enumerate() {
-        let bytes = match (&tensor.source, &rope_table) {
-            (Some(name), _) => encode(source, name, tensor)?,
-            (None, table) => table.iter().flatten().flat_map(|x| x.to_le_bytes()).collect(),
-        };
-        if bytes.len() as u64 != tensor.bytes {
-            let message = format!("has {} bytes as {}, expected {}", bytes.len(), tensor.kind, tensor.bytes);
-            return Err(Error::tensor(&tensor.name, message));
+    let plan = plan(source, options, rope_table.as_deref());
+    let mut without_importance = Vec::new();
+    for tensor in &plan {
+        let (Some(importance), TensorType::Blocks(_)) = (options.importance, tensor.kind) else { continue };
+        let cols = tensor.shape.last().copied().unwrap_or(1);
+        if importance.of(&tensor.name, cols)?.is_none() && tensor.name != "token_embd.weight" {
+            without_importance.push(tensor.name.clone());
         }
-        put(&bytes)?;
-        put(&[0; ALIGNMENT as usize][..(bytes.len() as u64).next_multiple_of(ALIGNMENT) as usize - bytes.len()])?;
-        progress(index + 1, plan.len());
     }
-    file.commit().map_err(|error| full(out, error))?;
-    Ok(WrittenGguf { bytes: total, tensors: plan.len() })
+    let parts = parts::split(&plan, &metadata, out, options.split_bytes)?;
+    let bytes = parts.iter().map(|part| part.bytes).sum();
+
+    let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut files = Vec::new();
+    let mut done = 0;
+    for part in &parts {
+        let path = &part.path;
+        let mut file = PendingFile::create(path)?;
+        if files.is_empty() {
+            require_space(folder, out, bytes)?;
+        }
+        let mut put =
+            |bytes: &[u8]| file.write_with(|writer| writer.write_all(bytes)).map_err(|error| full(path, error));
+        put(&part.header)?;
+        for tensor in &plan[part.tensors.clone()] {
+            let bytes = match (&tensor.source, &rope_table) {
+                (Some(name), _) => encode(source, name, tensor, options.importance)?,
+                (None, table) => table.iter().flatten().flat_map(|x| x.to_le_bytes()).collect(),
+            };
+            if bytes.len() as u64 != tensor.bytes {
+                let message = format!("has {} bytes as {}, expected {}", bytes.len(), tensor.kind.name(), tensor.bytes);
+                return Err(Error::tensor(&tensor.name, message));
+            }
+            put(&bytes)?;
+            put(&[0; ALIGNMENT as usize][..(bytes.len() as u64).next_multiple_of(ALIGNMENT) as usize - bytes.len()])?;
+            done += 1;
+            progress(done, plan.len());
+        }
+        file.sync().map_err(|error| full(path, error))?;
+        files.push(file);
+    }
+    // All are on the disk before the first gets its name.
+    for (file, part) in files.into_iter().zip(&parts) {
+        file.commit().map_err(|error| full(&part.path, error))?;
+    }
+    let fallbacks = plan.iter().filter_map(|tensor| {
+        let columns = tensor.shape.last().copied()?;
+        let (wanted, got) = (tensor.wanted?.name(), tensor.kind.name());
+        Some(Fallback { tensor: tensor.name.clone(), columns, wanted, got })
+    });
+    Ok(WrittenGguf {
+        bytes,
+        tensors: plan.len(),
+        fallbacks: fallbacks.collect(),
+        files: parts.into_iter().map(|part| part.path).collect(),
+        without_importance,
+    })
 }
 
 /// Adds what to do to the error of a full disk.
@@ -227,28 +207,38 @@ fn full(out: &Path, error: Error) -> Error {
     }
 }
 
-fn plan(source: &dyn WeightSource, kind: GgufType, rope_table: Option<&[f32]>) -> Result<Vec<Planned>> {
+fn plan(source: &dyn WeightSource, options: &GgufOptions<'_>, rope_table: Option<&[f32]>) -> Vec<Planned> {
+    let config = source.config();
+    let mix = Mix::new(options.kind, config, options.importance.is_some());
     let mut plan = Vec::new();
     if let Some(table) = rope_table {
         let (name, shape) = (model::ROPE_TABLE.to_owned(), vec![table.len()]);
-        let bytes = 4 * table.len() as u64;
-        plan.push(Planned { source: None, interleaved: None, name, shape, kind: GgufType::F32, bytes });
+        let (kind, bytes) = (TensorType::F32, 4 * table.len() as u64);
+        plan.push(Planned { source: None, interleaved: None, name, shape, kind, wanted: None, bytes });
     }
-    for tensor in source.config().spec().tensors() {
-        let kind = kind.of(tensor.module.role.kind(), &tensor.shape);
-        let bytes = kind.bytes(tensor.shape.iter().product());
+    for tensor in config.spec().tensors() {
         let (name, interleaved) = (tensor.gguf(), tensor.module.interleaved_heads);
-        plan.push(Planned { source: Some(tensor.name), interleaved, name, shape: tensor.shape, kind, bytes });
+        let (kind, wanted) = mix.of(&name, tensor.shape.len(), tensor.shape.last().copied().unwrap_or(1));
+        let bytes = kind.bytes(tensor.shape.iter().product());
+        plan.push(Planned { source: Some(tensor.name), interleaved, name, shape: tensor.shape, kind, wanted, bytes });
     }
-    Ok(plan)
+    plan
 }
 
 /// A tensor's bytes in the file.
-fn encode(source: &dyn WeightSource, name: &str, &Planned { kind, interleaved, .. }: &Planned) -> Result<Vec<u8>> {
-    let PlainTensor { mut data, .. } = source.read_finite(name)?;
-    if let Some(heads) = interleaved {
+fn encode(
+    source: &dyn WeightSource,
+    name: &str,
+    planned: &Planned,
+    importance: Option<&Importance>,
+) -> Result<Vec<u8>> {
+    let kind = planned.kind;
+    let PlainTensor { mut data, shape } = source.read_finite(name)?;
+    if let Some(heads) = planned.interleaved {
         rows::permute(&mut data, heads, source.config().head_dim);
     }
+    let cols = shape.last().copied().unwrap_or(1);
+    let importance = importance.map(|importance| importance.of(&planned.name, cols)).transpose()?.flatten();
     let (block, block_bytes) = kind.block();
     let mut out = vec![0; data.len() / block * block_bytes];
     // Whole blocks, and small enough that the f32 copies of all threads stay small.
@@ -259,34 +249,45 @@ fn encode(source: &dyn WeightSource, name: &str, &Planned { kind, interleaved, .
         .map(|(index, out)| {
             let first = index * PIECE;
             let range = first..first + out.len() / block_bytes * block;
-            encode_piece(&data, range, kind, out)
+            encode_piece(&data, range, kind, importance, out)
         })
         .collect();
     match results.iter().position(|fits| !fits) {
         None => Ok(out),
         Some(piece) => {
-            let message = format!("has a value beyond f16's range near element {}; choose bf16 or f32", piece * PIECE);
+            let message = format!(
+                "has a value beyond the range of {} near element {}; choose bf16 or f32",
+                kind.name(),
+                piece * PIECE
+            );
             Err(Error::tensor(name, message))
         }
     }
 }
 
 /// Returns whether all values fit.
-fn encode_piece(data: &PlainData, range: std::ops::Range<usize>, kind: GgufType, out: &mut [u8]) -> bool {
+fn encode_piece(
+    data: &PlainData,
+    range: std::ops::Range<usize>,
+    kind: TensorType,
+    importance: Option<&[f32]>,
+    out: &mut [u8],
+) -> bool {
     // bf16 and f16 that stay what they are need no conversion.
     match (data, kind) {
-        (PlainData::Bf16(data), GgufType::Bf16) => out.copy_from_slice(bytemuck::cast_slice(&data[range])),
-        (PlainData::F16(data), GgufType::F16) => out.copy_from_slice(bytemuck::cast_slice(&data[range])),
+        (PlainData::Bf16(data), TensorType::Bf16) => out.copy_from_slice(bytemuck::cast_slice(&data[range])),
+        (PlainData::F16(data), TensorType::F16) => out.copy_from_slice(bytemuck::cast_slice(&data[range])),
         _ => {
+            let first = range.start;
             let mut values = vec![0.0; range.len()];
             data.to_f32(range, &mut values);
             match kind {
-                GgufType::F32 => out.copy_from_slice(bytemuck::cast_slice(&values)),
-                GgufType::Bf16 => {
+                TensorType::F32 => out.copy_from_slice(bytemuck::cast_slice(&values)),
+                TensorType::Bf16 => {
                     let halves = out.as_chunks_mut().0.iter_mut().zip(&values);
                     halves.for_each(|(out, x)| *out = bf16::from_f32(*x).to_le_bytes());
                 }
-                GgufType::F16 => {
+                TensorType::F16 => {
                     for (out, x) in out.as_chunks_mut().0.iter_mut().zip(&values) {
                         let half = f16::from_f32(*x);
                         if !half.is_finite() {
@@ -295,8 +296,9 @@ fn encode_piece(data: &PlainData, range: std::ops::Range<usize>, kind: GgufType,
                         *out = half.to_le_bytes();
                     }
                 }
-                GgufType::Q8_0 => blocks::q8_0(&values, out),
-                GgufType::Q4_0 => blocks::q4_0(&values, out),
+                TensorType::Q8_0 => blocks::q8_0(&values, out),
+                TensorType::Blocks(BlockType::Q4_0) if importance.is_none() => blocks::q4_0(&values, out),
+                TensorType::Blocks(kind) => return ggml::quantize(kind, &values, first, importance, out),
             }
         }
     }

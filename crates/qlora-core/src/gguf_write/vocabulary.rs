@@ -305,7 +305,7 @@ mod tests {
     }
 
     fn options() -> GgufOptions<'static> {
-        GgufOptions { kind: GgufType::F32, name: None, chat_template: Some("{{ x }}"), eos_token_ids: &[] }
+        GgufOptions { chat_template: Some("{{ x }}"), ..GgufOptions::new(GgufType::F32) }
     }
 
     fn rewritten(tokenizer: &Tokenizer, rows: usize) -> Result<Tokenizer> {

@@ -267,6 +267,7 @@ impl Block {
             attention::cached(&self.attention, q, cache.keys(), cache.values(), out, workspace)?;
         }
         let mut mid = workspace.matrix(x.rows(), x.cols())?;
+        self.o.saw(attn.view())?;
         o.forward(attn.view_mut(), adapter, Some(x.view()), mid.view_mut(), workspace)?;
         let mut y = x;
         self.mlp(mid.view(), y.view_mut(), pass)?;
@@ -285,6 +286,7 @@ impl Block {
         let (out, lse_view) = (attn.view_mut(), lse.view_mut());
         let lse_order = attention::forward(&self.attention, q, k, v, layout, out, lse_view, workspace)?;
         let mut mid = workspace.matrix(tokens, x.cols())?;
+        self.o.saw(attn.view())?;
         let s_o = o.forward(attn.view_mut(), pass.adapter.as_ref(), Some(x.view()), mid.view_mut(), workspace)?;
         Ok(Attended { x, qkv, attn, lse, lse_order, mid, s_o })
     }
@@ -296,6 +298,7 @@ impl Block {
         let (mut n1, rstd) = self.norm(x.view(), &self.input_norm, self.qkv_margin(pass), workspace)?;
         self.renorm("input_layernorm", x.view(), n1.view_mut(), pass)?;
         group!(group, self, qkv, q, k, v);
+        self.q.saw(n1.view())?;
         let mut qkv = workspace.matrix(tokens, group.outputs())?;
         let s = group.forward(n1.view_mut(), pass.adapter.as_ref(), None, qkv.view_mut(), workspace)?;
         drop(n1);

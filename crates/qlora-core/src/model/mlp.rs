@@ -121,6 +121,7 @@ impl Block {
         let Pass { workspace, .. } = *pass;
         let (mut n2, rstd) = self.norm(mid, &self.post_attention_norm, self.gate_up_margin(pass), workspace)?;
         self.renorm("post_attention_layernorm", mid, n2.view_mut(), pass)?;
+        self.gate.saw(n2.view())?;
         group!(group, self, gate_up, gate, up);
         // The backward turns it into its own gradient, so it has the gradient's margin.
         let mut gate_up = workspace.with_margin(mid.rows(), group.outputs(), self.gate_up_margin(pass))?;
@@ -135,6 +136,7 @@ impl Block {
         let mut h = pass.workspace.with_margin(gate_up.rows(), width, margin)?;
         let (gate, up) = (gate_up.view().slice_cols(0..width), gate_up.view().slice_cols(width..gate_up.cols()));
         swiglu::forward(gate, up, h.view_mut())?;
+        self.down.saw(h.view())?;
         Ok(h)
     }
 }

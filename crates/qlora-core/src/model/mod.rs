@@ -21,6 +21,7 @@ pub mod projection;
 pub mod stack;
 mod train;
 mod trained;
+mod watch;
 
 pub(crate) use adapter_build::embedding_gain;
 pub use adapters::{AdapterChoice, Combination, LoadedAdapter};

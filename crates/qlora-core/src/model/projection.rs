@@ -2,14 +2,15 @@
 //!
 //! What it computes is in [`qlora_kernels::ops::linear_group`]: layers that read the same input run together.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 pub use qlora_kernels::ops::linear_group::{AdapterPass, LoraSlot};
 
-use qlora_kernels::Matrix;
 use qlora_kernels::ops::linear_group::Member;
 use qlora_kernels::weight::FrozenWeight;
+use qlora_kernels::{Matrix, View};
 
+use super::watch::InputSquares;
 use crate::error::{Error, Result};
 
 /// A linear layer of a block.
@@ -19,6 +20,7 @@ pub struct Projection {
     weight: Arc<dyn FrozenWeight>,
     bias: Option<Matrix>,
     slot: Option<LoraSlot>,
+    watch: OnceLock<Arc<InputSquares>>,
 }
 
 impl Projection {
@@ -33,7 +35,7 @@ impl Projection {
             let message = format!("has {elements} elements, its weight has {} rows", weight.rows());
             return Err(Error::tensor(format!("{name}.bias"), message));
         }
-        Ok(Self { name, weight, bias, slot: None })
+        Ok(Self { name, weight, bias, slot: None, watch: OnceLock::new() })
     }
 
     /// The module's name, such as `model.layers.0.self_attn.q_proj`.
@@ -69,6 +71,16 @@ impl Projection {
     /// Gives the projection an adapter, or takes it away.
     pub fn set_slot(&mut self, slot: Option<LoraSlot>) {
         self.slot = slot;
+    }
+
+    /// From here on, what the projection reads is summed up.
+    pub(crate) fn watch(&self) -> Arc<InputSquares> {
+        self.watch.get_or_init(|| Arc::new(InputSquares::new(self.inputs()))).clone()
+    }
+
+    /// Sums up an input, if anybody asked for it.
+    pub(super) fn saw(&self, x: View) -> Result<()> {
+        self.watch.get().map_or(Ok(()), |watch| watch.add(x))
     }
 
     /// As a member of a group of layers.

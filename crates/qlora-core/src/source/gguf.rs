@@ -35,6 +35,14 @@ pub(crate) fn read_vocabulary<T>(
     Header::parse(&file).and_then(vocabulary).map_err(|message| Error::format(path, message))
 }
 
+/// The f32 tensors of a GGUF file in memory that need not hold a model, by name.
+pub(crate) fn named_floats(file: &[u8]) -> std::result::Result<Vec<(String, Vec<f32>)>, String> {
+    let header = Header::parse(file)?;
+    let floats = header.tensors.iter().filter(|tensor| tensor.kind == GgmlType::F32);
+    let values = |bytes: &[u8]| bytes.as_chunks().0.iter().map(|x| f32::from_le_bytes(*x)).collect();
+    Ok(floats.map(|tensor| (tensor.name.clone(), values(&file[tensor.bytes.clone()]))).collect())
+}
+
 /// A GGUF file.
 #[derive(Debug)]
 pub struct Gguf {

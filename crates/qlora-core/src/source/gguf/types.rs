@@ -185,4 +185,29 @@ mod tests {
             assert_eq!(got, expected, "{name}");
         }
     }
+
+    /// Bit for bit, signs of zeros included. Made by scripts/fixtures/ggml_errors.py.
+    #[test]
+    fn blocks_are_read_as_by_the_gguf_package() {
+        let path =
+            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/gguf/k_quants.safetensors");
+        let bytes = std::fs::read(path).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let mut compared = 0;
+        for (id, name, ..) in TYPES {
+            let name = match name.strip_suffix("_K") {
+                Some(start) => format!("{}_K", start.to_lowercase()),
+                None => name.to_lowercase(),
+            };
+            let Ok(blocks) = file.tensor(&format!("{name}.blocks")) else { continue };
+            let values = file.tensor(&format!("{name}.values")).unwrap();
+            let expected: Vec<u32> = values.data().as_chunks().0.iter().map(|x| u32::from_le_bytes(*x)).collect();
+            let data = GgmlType(id).decode(blocks.data()).unwrap();
+            let mut got = vec![f32::NAN; expected.len()];
+            data.to_f32(0..expected.len(), &mut got);
+            assert_eq!(got.into_iter().map(f32::to_bits).collect::<Vec<_>>(), expected, "{name}");
+            compared += 1;
+        }
+        assert_eq!(compared, 9);
+    }
 }
