@@ -77,8 +77,8 @@ fn main() -> anyhow::Result<()> {
         memory.adapter as f64 / 1e6
     );
 
-    let (training, validation) = session.datasets()?;
-    eprintln!("{}", training.stats());
+    let (training, validation) = session.data()?;
+    eprintln!("{training}");
     for remark in training.remarks().into_iter().chain(validation.iter().flat_map(|data| data.remarks())) {
         eprintln!("{remark}");
     }
@@ -124,7 +124,7 @@ fn plan_for(config: &TrainConfig, name: &str, memory: Option<f64>, link: Option<
         card = card.with_host_link(rate)?;
     }
     let plan = plan_on_card(config, &card)?;
-    eprintln!("{}", plan.training.stats());
+    eprintln!("{}", plan.training);
     for remark in plan.training.remarks() {
         eprintln!("{remark}");
     }

@@ -248,7 +248,10 @@ fn twenty_nf4_steps_in_bf16_with_pefts_roundings_have_its_losses() {
         return;
     }
     let workspace = Workspace::new(&device).unwrap();
-    workspace.gpu().unwrap().set_peft_rounding(true);
+    let gpu = workspace.gpu().unwrap();
+    gpu.set_peft_rounding(true);
+    // Twenty steps in bf16 make of another order of sums another tenth of a percent.
+    gpu.set_deterministic(true);
     for peer in ["peft", "peft_autocast"] {
         let (loss, _) = parity_with(STEPS_ON_GPU, &device, Dtype::Bf16, NF4, peer);
         assert!(loss < 1e-2, "{peer}: {loss:.1e}");

@@ -28,6 +28,7 @@ fn it_has_every_key_with_its_default() {
         "revision",
         "cache_dir",
         "validation_file",
+        "max_samples",
         "chat_template_path",
         "per_device_eval_batch_size",
     ]

@@ -13,6 +13,9 @@
 //!   default and other values in the configuration, resumed after the adapter is gone, one that does not exist;
 //! - a rescue: a new learning rate, scheduler, number of steps, from the latest and from an earlier checkpoint.
 
+#[path = "runs_data.rs"]
+mod data;
+
 use std::cell::{Cell, RefCell};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -599,7 +602,7 @@ fn a_run_is_planned_for_a_card_that_is_not_there() {
     let config = with(&config, &[("model.device", "cuda:77")]);
     let on = |config: &TrainConfig, card: &str| plan_on_card(config, &Card::named(card).unwrap()).unwrap();
     let t4 = on(&config, "T4");
-    assert_eq!((t4.on.dtype, t4.training.len()), (Dtype::F16, 4));
+    assert_eq!((t4.on.dtype, t4.training.read().len()), (Dtype::F16, 4));
     let plan = t4.on.plan.as_ref().unwrap();
     assert!(plan.keep.iter().all(|&keep| keep == Keep::Everything) && plan.peak < t4.on.card.usable(), "{plan}");
     let text = t4.on.to_string();

@@ -12,7 +12,7 @@ use qlora::sampling::GenerationConfig;
 use qlora::tokenizer::Tokenizer;
 use qlora::trainer::TrainConfig;
 use qlora::trainer::config::DataOptions;
-use qlora::trainer::data::{EncodeOptions, load_jsonl};
+use qlora::trainer::data::{DataFile, EncodeOptions, RowSource, load_jsonl};
 use qlora::trainer::encoder::ModelEncoder;
 use serde_json::{Value, json};
 
@@ -30,6 +30,7 @@ pub(crate) fn all(folder: &Path, seeds: &Seeds) -> Result<Vec<Target>> {
         tokenizer_config(folder, seeds)?,
         chat_template()?,
         rows(folder, seeds)?,
+        data_files(folder)?,
         training_toml()?,
         target_modules(),
     ])
@@ -302,6 +303,60 @@ fn rows(folder: &Path, seeds: &Seeds) -> Result<Target> {
     })
 }
 
+/// Files of rows in every format, compressed or not: read to their end, each row parsed, and again from a position in between.
+fn data_files(folder: &Path) -> Result<Target> {
+    const NAMES: [&str; 13] = [
+        "conversations.parquet",
+        "conversations-gzip.parquet",
+        "conversations-lz4.parquet",
+        "conversations-none.parquet",
+        "conversations-snappy.parquet",
+        "conversations-zstd.parquet",
+        "texts.parquet",
+        "texts-plain.parquet",
+        "texts.csv",
+        "texts.tsv",
+        "texts.jsonl.zst",
+        "conversations.jsonl.gz",
+        "conversations.json",
+    ];
+    let files = NAMES.iter().map(|name| fixture(&format!("rows/{name}"))).collect::<Result<_>>()?;
+    let paths = NAMES.map(|name| folder.join(name));
+    Ok(Target {
+        name: "data files",
+        weight: 10,
+        files,
+        mutate: mutate::bytes,
+        passes: |input| {
+            let parquet = input.starts_with(b"PAR1") && input.ends_with(b"PAR1");
+            parquet
+                || input.starts_with(b"\x1f\x8b\x08")
+                || input.starts_with(b"\x28\xb5\x2f\xfd")
+                || str::from_utf8(input).is_ok()
+        },
+        run: Box::new(move |which, input| {
+            put(&paths[which], input);
+            read_rows(&paths[which]).is_some()
+        }),
+    })
+}
+
+/// Reads a file of rows; none if it is refused.
+fn read_rows(path: &Path) -> Option<()> {
+    let mut source = RowSource::new(vec![DataFile::new(path)]);
+    let mut middle = None;
+    while let Some((_, rows)) = source.next(2).ok()? {
+        for row in rows {
+            row.parse().ok()?;
+        }
+        middle.get_or_insert(source.position());
+    }
+    let mut resumed = RowSource::new(vec![DataFile::new(path)]);
+    resumed.seek(middle?);
+    while resumed.next(100).ok()?.is_some() {}
+    Some(())
+}
+
 fn training_toml() -> Result<Target> {
     let mut config = TrainConfig::default();
     config.model.model_name_or_path = "m".to_owned();
@@ -311,7 +366,9 @@ fn training_toml() -> Result<Target> {
     let foreign = "model.model_name_or_path = \"m\"\nmodel.load_in_8bit = false\nbf16 = true\n[data]\ntrain_file = ['a', \"b\"]\n\
          dataset_num_proc = 8\n[lora]\ntask_type = \"CAUSAL_LM\"\nbias = \"none\"\nmodules_to_save = []\nuse_dora = false\n\
          target_modules = '.*_proj'\n[training]\nreport_to = [\"none\"]\ntf32 = true\nlr_scheduler_kwargs = { num_cycles = 1 }\n\
-         optim = \"paged_adamw_8bit\"\nsave_strategy = \"steps\"\nlearning_rate = 2e-4\nwarmup_ratio = 0.03\n";
+         optim = \"paged_adamw_8bit\"\nsave_strategy = \"steps\"\nlearning_rate = 2e-4\nwarmup_ratio = 0.03\n\
+         [[data.datasets]]\npath = \"x\"\ncolumns = { messages = \"m\" }\ntags = { user_tag = \"u\" }\n\
+         [[data.datasets]]\npath = \"y\"\nfield_messages = \"m\"\nroles = { user = [\"a\", \"b\"] }\nnum_samples = 3\n";
     Ok(Target {
         name: "training TOML",
         weight: 10,

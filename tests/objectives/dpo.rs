@@ -32,7 +32,7 @@ fn config(folder: &Path, output: &str, training: &str, rest: &str) -> TrainConfi
 
 fn trainer(config: &TrainConfig) -> Trainer<'static, qlora::trainer::qlora_model::QLoraModel> {
     let session = Session::open(config, |_, _| ()).unwrap();
-    let (training, validation) = session.datasets().unwrap();
+    let (training, validation) = session.data().unwrap();
     session.into_trainer(training, validation).unwrap()
 }
 
@@ -71,9 +71,17 @@ fn preferences_are_learned_and_hold_for_pairs_that_were_not_trained() {
 
 #[test]
 fn a_resumed_run_ends_with_the_same_bits() {
+    resumes(false);
+    resumes(true);
+}
+
+fn resumes(streaming: bool) {
     let folder = tempfile::tempdir().unwrap();
     let of = |output: &str, more: &str| {
-        config(folder.path(), output, &format!("max_steps = 5\nlearning_rate = 1e-3\nlogging_steps = 2\n{more}"), "")
+        let training = format!("max_steps = 5\nlearning_rate = 1e-3\nlogging_steps = 2\n{more}");
+        let mut config = config(folder.path(), output, &training, "");
+        config.data.streaming = streaming;
+        config
     };
     let whole = of("whole", "");
     let mut trainer_of_whole = trainer(&whole);

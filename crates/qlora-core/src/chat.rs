@@ -43,6 +43,7 @@ pub use message::Message;
 pub type TemplateArguments = Map<String, Value>;
 
 /// A chat template with the special tokens it writes.
+#[derive(Clone)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
     source: String,

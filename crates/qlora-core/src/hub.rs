@@ -1,9 +1,10 @@
-//! Models from the Hugging Face hub: only the files that are needed, into the cache that Hugging Face's libraries share.
+//! Models and data sets from the Hugging Face hub: only the files that are needed, into the cache that Hugging Face's libraries share.
 //!
 //! A snapshot is pinned to a commit: the file list of a revision gives the commit, and every file is taken from there, so
 //! that a push in between cannot mix two states.
 
 mod blobs;
+mod dataset;
 mod errors;
 mod settings;
 mod status;
@@ -23,7 +24,8 @@ use crate::open::OpenOptions;
 use crate::source::gguf::split::part_names;
 use crate::source::hf::{INDEX, SINGLE, read_index};
 
-use settings::Settings;
+pub use dataset::{Choose, DatasetSnapshot, PARQUET_REVISION, dataset_snapshot};
+use settings::{Kind, Settings};
 pub use status::HubStatus;
 
 /// The files of a model in the cache.
@@ -144,6 +146,8 @@ enum Wanted<'a> {
     Adapter(Option<&'a str>),
     /// A tokenizer alone.
     Tokenizer,
+    /// Files of a data set.
+    Data(&'a Choose<'a>),
 }
 
 /// The files of an adapter.
@@ -159,7 +163,11 @@ fn parts_of(file: &str) -> Vec<String> {
 
 impl Request<'_> {
     fn repo(&self, revision: &str) -> Repo {
-        Repo::with_revision(self.id.to_owned(), RepoType::Model, revision.to_owned())
+        let kind = match self.settings.kind {
+            Kind::Model => RepoType::Model,
+            Kind::Dataset => RepoType::Dataset,
+        };
+        Repo::with_revision(self.id.to_owned(), kind, revision.to_owned())
     }
 
     fn folder(&self, commit: &str) -> PathBuf {
@@ -187,6 +195,12 @@ impl Request<'_> {
             Wanted::File(file) => parts_of(file).iter().try_for_each(|file| need(file))?,
             Wanted::Adapter(subfolder) => adapter_files(subfolder).iter().try_for_each(|file| need(file))?,
             Wanted::Tokenizer => need(TOKENIZER)?,
+            Wanted::Data(choose) => {
+                let files = dataset::cached_files(&folder);
+                let chosen = choose(&files, &|name| Ok(folder.join(name))).map_err(|error| error.to_string())?;
+                dataset::missing_part(&chosen).map_or(Ok(()), |missing| Err(format!("{missing} is missing")))?;
+                chosen.iter().try_for_each(|file| need(file))?;
+            }
             Wanted::Model { tokenizer } => {
                 need(CONFIG)?;
                 if tokenizer {
@@ -243,6 +257,12 @@ impl Request<'_> {
                 beside.copied().try_for_each(|name| get.file(name))?;
             }
             Wanted::Tokenizer => self.download_tokenizer(&files, &get)?,
+            Wanted::Data(choose) => {
+                let names: Vec<String> =
+                    files.iter().filter(|name| dataset::is_plain(name)).map(|name| (*name).to_owned()).collect();
+                let fetch = |name: &str| get.file(name).map(|()| get.folder.join(name));
+                choose(&names, &fetch)?.iter().try_for_each(|name| get.file(name))?;
+            }
             Wanted::Model { tokenizer } => self.download_folder(&files, &get, tokenizer)?,
         }
         if settings.revision != info.sha {

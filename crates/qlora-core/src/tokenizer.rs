@@ -21,6 +21,7 @@ pub(crate) use gguf::pre_tokenizer_of;
 pub use stream::DecodeStream;
 
 /// A tokenizer with its special tokens. Encoding neither truncates nor pads, whatever the file says.
+#[derive(Clone)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     special: SpecialTokens,

@@ -143,7 +143,7 @@ mod slice {
 
     fn address<T>(slice: &CudaSlice<T>, gpu: &Gpu) -> u64 {
         // Without event tracking the guard has nothing to record; all work is on the one stream.
-        slice.device_ptr(gpu.stream()).0
+        slice.device_ptr(gpu.stream_at_rest()).0
     }
 
     fn start(gpu: &Gpu, storage: &CudaStorage, offset: usize) -> (u64, Dtype) {

@@ -128,6 +128,75 @@ impl TextEncoder for ModelEncoder<'_> {
     }
 }
 
+/// A [`ModelEncoder`] that owns what it needs, for data that another thread reads.
+#[derive(Clone, Debug)]
+pub struct OwnedEncoder {
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+    ends: Vec<u32>,
+    template_kwargs: Map<String, Value>,
+}
+
+impl OwnedEncoder {
+    fn borrowed(&self) -> ModelEncoder<'_> {
+        ModelEncoder::new(&self.tokenizer, self.template.as_ref(), &self.ends)
+            .with_template_kwargs(&self.template_kwargs)
+    }
+}
+
+impl From<ModelEncoder<'_>> for OwnedEncoder {
+    fn from(encoder: ModelEncoder<'_>) -> Self {
+        Self {
+            tokenizer: encoder.tokenizer.clone(),
+            template: encoder.template.cloned(),
+            ends: encoder.ends.to_vec(),
+            template_kwargs: encoder.template_kwargs.cloned().unwrap_or_default(),
+        }
+    }
+}
+
+impl TextEncoder for OwnedEncoder {
+    fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, EncodeError> {
+        self.borrowed().encode(text, add_special)
+    }
+
+    fn has_chat_template(&self) -> bool {
+        self.template.is_some()
+    }
+
+    fn encode_chat(&self, conversation: &Conversation, notes: &mut Notes) -> Result<Encoded, EncodeError> {
+        self.borrowed().encode_chat(conversation, notes)
+    }
+
+    fn encode_whole_chat(&self, conversation: &Conversation) -> Result<Vec<u32>, EncodeError> {
+        self.borrowed().encode_whole_chat(conversation)
+    }
+
+    fn encode_prompt(&self, conversation: &Conversation) -> Result<Vec<u32>, EncodeError> {
+        self.borrowed().encode_prompt(conversation)
+    }
+
+    fn unused(&self, conversation: &Conversation) -> Vec<String> {
+        self.borrowed().unused(conversation)
+    }
+
+    fn bos(&self) -> Option<u32> {
+        self.borrowed().bos()
+    }
+
+    fn eos(&self) -> Option<u32> {
+        self.borrowed().eos()
+    }
+
+    fn is_end(&self, token: u32) -> bool {
+        self.borrowed().is_end(token)
+    }
+
+    fn decode(&self, tokens: &[u32]) -> Result<String, EncodeError> {
+        self.borrowed().decode(tokens)
+    }
+}
+
 /// The messages as the chat template gets them.
 fn messages(
     conversation: &Conversation,

@@ -7,7 +7,7 @@
 //! # fn main() -> qlora_trainer::Result<()> {
 //! let config = TrainConfig::from_toml_file("examples/finetune.toml")?;
 //! let session = Session::open(&config, |_, _| ())?;
-//! let (training, validation) = session.datasets()?;
+//! let (training, validation) = session.data()?;
 //! let summary = session.into_trainer(training, validation)?.with_interrupt(Interrupt::on_ctrl_c()?).run()?;
 //! println!("{:?}", summary.adapter);
 //! # Ok(())
@@ -36,9 +36,9 @@ use qlora_kernels::{Dtype, Workspace};
 pub use self::card::{CardPlan, plan_on_card};
 use crate::comm::{Alone, Communicator};
 use crate::config::{self, GradientCheckpointing, LoraOptions, ModelOptions, Targets, TrainConfig};
-use crate::data::Dataset;
+use crate::data::{Dataset, TrainingData};
 use crate::encoder::ModelEncoder;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::qlora_model::{QLoraModel, REFERENCE};
 use crate::trainer::Trainer;
 use crate::trainer::start::Start;
@@ -194,9 +194,25 @@ impl Session {
     ///
     /// # Errors
     /// If a file cannot be read or a row is not usable; the message names file and line.
-    pub fn datasets(&self) -> Result<(Dataset, Option<Dataset>)> {
+    pub fn data(&self) -> Result<(TrainingData, Option<Dataset>)> {
         let read = self.data.lock().unwrap_or_else(PoisonError::into_inner).take();
         read.map_or_else(|| prepare::load(&self.config, &self.encoder()), Ok)
+    }
+
+    /// As [`Session::data`], of data that is in memory.
+    ///
+    /// # Errors
+    /// As there; also if the configuration says that data is read while it is trained on.
+    pub fn datasets(&self) -> Result<(Dataset, Option<Dataset>)> {
+        if self.config.data.streaming {
+            return Err(Error::Invalid(
+                "with streaming = true in [data] the data is not in memory: use Session::data".to_owned(),
+            ));
+        }
+        match self.data()? {
+            (TrainingData::Whole(training), validation) => Ok((*training, validation)),
+            (TrainingData::Stream(_), _) => Err(Error::Invalid("the data is a stream: use Session::data".to_owned())),
+        }
     }
 
     /// A run over these data, planned for the memory there is.
@@ -205,9 +221,10 @@ impl Session {
     /// If the data does not fit the model, or a step does not fit the memory.
     pub fn into_trainer<'a>(
         mut self,
-        training: Dataset,
+        training: impl Into<TrainingData>,
         validation: Option<Dataset>,
     ) -> Result<Trainer<'a, QLoraModel>> {
+        let training = training.into();
         if let Some(plan) = self.plan_memory(&training)? {
             self.model.reserve_for(&plan)?;
         }

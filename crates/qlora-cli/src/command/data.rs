@@ -10,27 +10,28 @@ use anyhow::{Result, anyhow};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
 use qlora::trainer::TrainConfig;
 use qlora::trainer::data::encode::{EncodeOptions, Notes, Outcome, encode};
-use qlora::trainer::data::{Encoded, JsonLine, Row, read_json_lines};
+use qlora::trainer::data::{Encoded, PlacedRow, RowSet, training_sets};
 use qlora::trainer::encoder::ModelEncoder;
 use serde_json::json;
 
 use super::run_args::RunArgs;
 use crate::output::{self, BAD, FAINT, TITLE, WARNING};
 
-/// Shows rows as the model will see them, and what is wrong with a file.
+/// Shows rows as the model will see them, and what is wrong with the data.
 ///
 /// Trained tokens are green, or between ⟦ and ⟧ where there are no colours. Then: lengths, duplicates, what would be cut or left
-/// out, and every row that cannot be used, with its line.
+/// out, and every row that cannot be used, with its line or number.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   qlora data qlora.toml
   qlora data HuggingFaceTB/SmolLM2-135M-Instruct train.jsonl --rows 5
+  qlora data HuggingFaceTB/SmolLM2-135M-Instruct 'data/*.parquet' --max-samples 1000
   qlora data qlora.toml --rows 0 --json")]
 pub(crate) struct Args {
     #[command(flatten)]
     run: RunArgs,
-    /// How many rows to show.
+    /// How many rows of each set to show.
     #[arg(long, default_value_t = 3)]
     rows: usize,
     /// Put a line between tokens.
@@ -46,7 +47,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let files = open_files(&config)?;
     let encoder = ModelEncoder::new(&files.tokenizer, files.chat_template.as_ref(), &files.generation.eos_token_ids)
         .with_template_kwargs(config.data.chat_template_kwargs.as_map());
-    let found = read(&config, &encoder, args)?;
+    let found = read(&config, &training_sets(&config)?, &encoder, args)?;
     if args.json {
         output::print_json(&found.to_json())?;
     } else {
@@ -84,6 +85,7 @@ struct Found {
     trained: usize,
     /// Rows with a place: those that would be cut, left out, and that cannot be used.
     cut: Vec<String>,
+    short: Vec<String>,
     left_out: Vec<String>,
     problems: Vec<String>,
     /// Rows that are the same tokens as an earlier one.
@@ -91,16 +93,18 @@ struct Found {
     unused: Vec<String>,
 }
 
-fn read(config: &TrainConfig, encoder: &ModelEncoder<'_>, args: &Args) -> Result<Found> {
+fn read(config: &TrainConfig, sets: &[RowSet], encoder: &ModelEncoder<'_>, args: &Args) -> Result<Found> {
     let options = EncodeOptions::from(&config.data);
     // Lengths are those of whole documents.
     let whole = EncodeOptions { max_length: usize::MAX, ..options };
     let (mut found, mut seen) = (Found::default(), HashMap::<u64, String>::new());
-    for path in config.data.train_file.as_slice() {
-        for JsonLine { number, row, .. } in read_json_lines(path)? {
+    for set in sets {
+        let mut shown_of_set = 0;
+        for row in set.rows().take(config.data.max_samples.unwrap_or(usize::MAX)) {
+            let PlacedRow { path, place, row, .. } = row?;
             found.rows += 1;
-            let place = format!("{}:{number}", path.display());
-            let encoded = Row::from_json(&row).and_then(|row| {
+            let place = place.in_file(path);
+            let encoded = row.and_then(|row| {
                 for name in row.unused {
                     if !found.unused.contains(&name) {
                         found.unused.push(name);
@@ -133,7 +137,8 @@ fn read(config: &TrainConfig, encoder: &ModelEncoder<'_>, args: &Args) -> Result
                 Some(first) => found.duplicates.push(format!("{place} is {first} again")),
                 None => drop(seen.insert(hash, place.clone())),
             }
-            if found.shown.len() < args.rows {
+            if shown_of_set < args.rows {
+                shown_of_set += 1;
                 found.shown.push(shown(&place, &documents, encoder, args.tokens)?);
             }
         }
@@ -162,6 +167,9 @@ fn remark(found: &mut Found, place: &str, length: usize, notes: Notes, config: &
     if length > config.data.max_length {
         found.cut.push(format!("{place}: {length} tokens"));
     }
+    if length < config.data.min_sample_len {
+        found.short.push(format!("{place}: {length} tokens"));
+    }
     if notes.answers_not_found > 0 {
         let count = notes.answers_not_found;
         found.left_out.push(format!("{place}: {count} answers are not found in what the chat template writes"));
@@ -183,9 +191,11 @@ impl Found {
         );
         text += &histogram::text(&self.lengths, config.data.max_length);
         let overlong = format!("longer than max_length = {} (on_overlong)", config.data.max_length);
+        let short = format!("shorter than min_sample_len = {}: they are left out", config.data.min_sample_len);
         for (places, what, style) in [
             (&self.duplicates, "duplicates", WARNING),
             (&self.cut, overlong.as_str(), WARNING),
+            (&self.short, short.as_str(), WARNING),
             (&self.left_out, "nothing or not all to train on (on_untrained)", WARNING),
             (&self.unused, "columns that are not used", WARNING),
             (&self.problems, "rows that cannot be used", BAD),
@@ -207,7 +217,7 @@ impl Found {
     fn to_json(&self) -> serde_json::Value {
         json!({
             "rows": self.rows, "documents": self.lengths.len(), "tokens": self.tokens, "trained_tokens": self.trained,
-            "lengths": self.lengths, "duplicates": self.duplicates, "overlong": self.cut, "untrained": self.left_out,
+            "lengths": self.lengths, "duplicates": self.duplicates, "overlong": self.cut, "short": self.short, "untrained": self.left_out,
             "unused_columns": self.unused, "problems": self.problems,
         })
     }

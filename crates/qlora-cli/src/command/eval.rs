@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, anyhow, ensure};
+use qlora::open::OpenOptions;
 use qlora::trainer::config::{OnOverlong, OnUntrained};
+use qlora::trainer::data::load::load;
 use qlora::trainer::data::loader::eval_batches;
-use qlora::trainer::data::{EncodeOptions, load_jsonl, read_records};
+use qlora::trainer::data::{EncodeOptions, Filters, PlacedRow, Record, RowSet};
 use qlora::trainer::exact_match::answers;
 use serde_json::json;
 
@@ -23,7 +25,7 @@ Examples:
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// JSONL files, with rows as for training.
+    /// What to measure on, as for training: files of rows, folders, patterns, - for standard input, ids of data sets on the hub.
     #[arg(required = true)]
     data: Vec<PathBuf>,
     /// The longest document in tokens; longer ones are cut.
@@ -57,7 +59,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         on_untrained: OnUntrained::Skip,
         completion_only_loss: !args.all_tokens,
     };
-    let data = load_jsonl(&args.data, &encoder, &options)?;
+    let set = RowSet::find(&args.data, &OpenOptions { progress: true, ..OpenOptions::default() })?;
+    let (data, _) = load(std::slice::from_ref(&set), &encoder, &options, &Filters::default())?;
     output::remark(data.stats());
     let batch_size = args.batch_size.max(1);
     let bar = output::bar("loss", "{pos} of {len} batches");
@@ -72,7 +75,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     bar.finish_and_clear();
     ensure!(tokens > 0, "the rows have no token with a loss");
     let loss = sum / tokens as f64;
-    let exact = if args.exact_match { Some(exact(args, &loaded)?) } else { None };
+    let exact = if args.exact_match { Some(exact(args, &set, &loaded)?) } else { None };
     if args.json {
         let value = json!({
             "documents": data.len(), "tokens": tokens, "loss": loss, "perplexity": loss.exp(),
@@ -89,11 +92,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 /// The number of exact answers, and of rows.
-fn exact(args: &Args, loaded: &crate::model::Loaded) -> Result<(usize, usize)> {
-    let mut records = Vec::new();
-    for path in &args.data {
-        records.extend(read_records(path)?);
-    }
+fn exact(args: &Args, set: &RowSet, loaded: &crate::model::Loaded) -> Result<(usize, usize)> {
+    let record = |row: qlora::trainer::Result<PlacedRow<'_>>| -> Result<Record> {
+        let PlacedRow { path, place, row, .. } = row?;
+        Ok(row.map_err(|message| anyhow!("{}: {message}", place.in_file(path)))?.record)
+    };
+    let records = set.rows().map(record).collect::<Result<Vec<_>>>()?;
     let encoder = loaded.encoder(&args.model);
     let bar = output::bar("answers", "{pos} of {len}");
     bar.set_length(records.len() as u64);

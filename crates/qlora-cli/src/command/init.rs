@@ -26,7 +26,7 @@ pub(crate) struct Args {
     /// The model: a folder, a GGUF file or a hub id.
     #[arg(long)]
     model: Option<String>,
-    /// The file to train on.
+    /// What to train on: a file of rows, a folder, a pattern or the id of a data set on the hub.
     #[arg(long)]
     data: Option<PathBuf>,
     /// The file to write.
@@ -50,7 +50,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let model = given_or_asked(args.model.as_deref(), "--model", "Model (a folder, a GGUF file or a hub id)", None)?;
     config.set("model.model_name_or_path", &format!("{model:?}"))?;
     let data = args.data.as_ref().map(|path| path.display().to_string());
-    let data = given_or_asked(data.as_deref(), "--data", "File to train on (JSONL)", None)?;
+    let data = given_or_asked(data.as_deref(), "--data", "Data (a file of rows, a folder or a hub id)", None)?;
     config.set("data.train_file", &format!("{data:?}"))?;
     args.keys.apply(&mut config)?;
     if asks() && !args.keys.has("target_modules") {

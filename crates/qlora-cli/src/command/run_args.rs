@@ -13,7 +13,8 @@ pub(crate) struct RunArgs {
     /// A TOML file (`qlora init` writes one); or the model: a folder, a GGUF file or a hub id.
     #[arg(value_name = "CONFIG or MODEL")]
     what: String,
-    /// After a model: the files to train on.
+    /// After a model: what to train on. Files of rows (JSONL, JSON, CSV, TSV, Parquet, text; also .gz and .zst), folders, patterns, -
+    /// for standard input, or ids of data sets on the hub.
     #[arg(value_name = "DATA")]
     data: Vec<PathBuf>,
     /// Changes a key of the configuration, as `section.key=value`.
@@ -45,7 +46,7 @@ impl RunArgs {
             config.set(key.trim(), value.trim())?;
         }
         self.keys.apply(&mut config)?;
-        if !is_file && config.data.train_file.is_empty() {
+        if !is_file && config.data.train_file.is_empty() && config.data.datasets.is_empty() {
             bail!("nothing to train on: write `qlora train {} DATA.jsonl`, or the name of a TOML file", self.what);
         }
         config.validate()?;
@@ -77,8 +78,11 @@ impl KeyFlags {
     }
 }
 
-/// `q_proj,v_proj` is a list, which TOML would write with brackets and quotes.
+/// `q_proj,v_proj` is a list, which TOML would write with brackets and quotes; `0.7,0.3` is one, which it would write with brackets.
 fn as_toml(key: &DocumentedKey, value: &str) -> String {
+    if key.name == "interleave_probs" && !value.trim_start().starts_with('[') {
+        return format!("[{value}]");
+    }
     let is_name =
         |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.".contains(&b));
     let list =
@@ -163,6 +167,12 @@ mod tests {
         let config = parsed(&[&["m", "d.jsonl", "--target_modules", "q_proj, v_proj"], &flags[..]].concat()).unwrap();
         assert_eq!((config.training.learning_rate, config.lora.r, config.data.packing), (1e-5, 8, true));
         assert!(!config.model.load_in_4bit);
+        let mixed = ["--datasets", "[{ path = \"b.csv\", field = \"t\" }]", "--interleave-probs", "0.7, 0.3"];
+        let config = parsed(&[&["m", "d.jsonl", "--mix-strategy", "interleave_under"], &mixed[..]].concat()).unwrap();
+        assert_eq!(config.data.datasets[0].field.as_deref(), Some("t"));
+        assert_eq!(config.data.interleave_probs, [0.7, 0.3]);
+        let config = parsed(&[&["m", "--datasets"], &mixed[1..2]].concat()).unwrap();
+        assert!(config.data.train_file.is_empty());
         assert_eq!(
             config.lora.target_modules,
             qlora::trainer::config::Targets::List(vec!["q_proj".into(), "v_proj".into()])

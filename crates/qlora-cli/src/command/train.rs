@@ -26,6 +26,8 @@ Examples:
   qlora train qlora.toml
   qlora train qlora.toml --learning-rate 1e-4 --output-dir second
   qlora train HuggingFaceTB/SmolLM2-135M-Instruct train.jsonl --target-modules all-linear
+  qlora train HuggingFaceTB/SmolLM2-135M-Instruct 'data/*.parquet' more.csv --val-size 0.05
+  zcat rows.jsonl.gz | qlora train model - --streaming --max-steps 1000
   qlora train qlora.toml --memory-budget 8 --dry-run
   qlora train qlora.toml --nproc-per-node auto
   qlora train qlora.toml --dry-run --card T4")]
@@ -53,7 +55,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if let Some(card) = args.card.card()? {
         ensure!(args.dry_run, "--card only plans: give it with --dry-run");
         let plan = plan_on_card(&config, &card)?;
-        remark(plan.training.stats());
+        remark(&plan.training);
         plan.training.remarks().into_iter().for_each(remark);
         output::print(&plan.on.to_string())?;
         return Ok(ExitCode::SUCCESS);
@@ -77,14 +79,17 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if let Some(note) = session.ranks_note() {
         remark(note);
     }
-    let (training, validation) = session.datasets()?;
-    remark(training.stats());
+    let (training, validation) = session.data()?;
+    remark(&training);
+    if let Some(validation) = &validation {
+        remark(format!("to evaluate on: {}", validation.stats()));
+    }
     training.remarks().into_iter().chain(validation.iter().flat_map(|data| data.remarks())).for_each(remark);
     let mut facts = ReportFacts::default();
     facts.title.clone_from(&config.model.model_name_or_path);
     facts.configuration = config.to_toml();
-    facts.data = training.stats().to_string();
-    facts.data_fingerprint = training.fingerprint().to_string();
+    facts.data = training.to_string();
+    facts.data_fingerprint = training.fingerprint();
     match session.plan_memory(&training)? {
         Some(plan) => {
             remark(format!("memory plan: {plan}"));

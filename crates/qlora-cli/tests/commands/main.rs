@@ -6,6 +6,7 @@ mod random_folder;
 mod tiny_folder;
 
 mod chat;
+mod data_kinds;
 mod errors;
 #[cfg(target_os = "linux")]
 mod terminal;

@@ -24,7 +24,7 @@ fn init_asks_for_what_it_needs() {
     let mut terminal = begin(folder.path(), &["init"]);
     terminal.exp_string("Model (a folder").unwrap();
     terminal.send_line("model").unwrap();
-    terminal.exp_string("File to train on").unwrap();
+    terminal.exp_string("Data").unwrap();
     terminal.send_line("train.jsonl").unwrap();
     terminal.exp_string("Layers to adapt").unwrap();
     terminal.send_line("all-linear").unwrap();

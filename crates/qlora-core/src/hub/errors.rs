@@ -5,7 +5,7 @@ use std::path::Path;
 
 use hf_hub::api::sync::ApiError;
 
-use super::settings::Settings;
+use super::settings::{Kind, Settings};
 use crate::error::Error;
 
 /// Whether a request failed for a reason that passes: the hub limits requests or has a problem, the connection broke, or it no
@@ -56,7 +56,11 @@ pub(super) fn explain(error: &ApiError, id: &str, what: &str, settings: &Setting
         other => return Error::Invalid(format!("{id}: {}the hub's answer is not understood: {other}", prefix(what))),
     };
     let Settings { endpoint, revision, token, token_source, .. } = settings;
-    let access = format!("ask for access at {endpoint}/{id} with the account that the token belongs to");
+    let (page, kind) = match settings.kind {
+        Kind::Model => (format!("{endpoint}/{id}"), "model"),
+        Kind::Dataset => (format!("{endpoint}/datasets/{id}"), "data set"),
+    };
+    let access = format!("ask for access at {page} with the account that the token belongs to");
     let message = match request {
         ureq::Error::StatusCode(401) if token.is_some() => format!(
             "the hub does not accept the access token from {token_source} (401), or there is no such repository. Set HF_TOKEN to a \
@@ -64,7 +68,7 @@ pub(super) fn explain(error: &ApiError, id: &str, what: &str, settings: &Setting
         ),
         ureq::Error::StatusCode(401) => format!(
             "the hub wants to know who asks (401): the repository is private or gated, or does not exist. Set the environment \
-             variable HF_TOKEN to an access token from {endpoint}/settings/tokens; if the model is gated, first {access}"
+             variable HF_TOKEN to an access token from {endpoint}/settings/tokens; if the {kind} is gated, first {access}"
         ),
         ureq::Error::StatusCode(403) => {
             let with = if token.is_some() {
@@ -74,7 +78,7 @@ pub(super) fn explain(error: &ApiError, id: &str, what: &str, settings: &Setting
                     "it needs an access token: set the environment variable HF_TOKEN to one from {endpoint}/settings/tokens"
                 )
             };
-            format!("access is refused (403): {with}. The model is gated or private: {access}")
+            format!("access is refused (403): {with}. The {kind} is gated or private: {access}")
         }
         ureq::Error::StatusCode(404) if what.is_empty() => {
             let private = if token.is_some() { "" } else { " (a private repository also needs HF_TOKEN)" };
@@ -100,8 +104,12 @@ pub(super) fn explain(error: &ApiError, id: &str, what: &str, settings: &Setting
 
 /// The error for a hub that cannot be reached.
 pub(super) fn unreachable(id: &str, settings: &Settings, reason: &str) -> Error {
+    let kind = match settings.kind {
+        Kind::Model => "model",
+        Kind::Dataset => "data set",
+    };
     Error::Invalid(format!(
-        "{}: cannot reach {} ({reason}). If the model was downloaded before, set HF_HUB_OFFLINE=1 to use the cache in {}; else \
+        "{}: cannot reach {} ({reason}). If the {kind} was downloaded before, set HF_HUB_OFFLINE=1 to use the cache in {}; else \
          download it where there is a network and give the path of its folder",
         named(id),
         settings.endpoint,

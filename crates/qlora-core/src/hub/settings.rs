@@ -11,8 +11,16 @@ use crate::open::OpenOptions;
 /// How long to wait for a connection before the hub counts as unreachable.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// What a repository holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Model,
+    Dataset,
+}
+
 #[derive(Clone)]
 pub(super) struct Settings {
+    pub(super) kind: Kind,
     pub(super) endpoint: String,
     pub(super) cache: PathBuf,
     pub(super) token: Option<String>,
@@ -63,6 +71,7 @@ impl Settings {
         let endpoint = endpoint.unwrap_or_else(|| "https://huggingface.co".to_owned()).trim_end_matches('/').to_owned();
         let proxies = ["HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"];
         Ok(Self {
+            kind: Kind::Model,
             endpoint,
             cache,
             token,

@@ -81,6 +81,7 @@ fn answer(hub: &Hub, path: &str, token: Option<&str>, range: Option<&str>) -> (u
     if hub.token.is_some() && token != hub.token {
         return (401, String::new(), Vec::new());
     }
+    let path = &path.replace("/datasets/", "/").replace("/api/org", "/api/models/org");
     if path.starts_with("/api/models/org/name/revision/") {
         let names: Vec<serde_json::Value> =
             hub.files.keys().map(|name| serde_json::json!({ "rfilename": name })).collect();
@@ -584,4 +585,72 @@ fn inspecting_what_cannot_be_had_says_why() {
     };
     assert!(with_config(r#"{"model_type": "mamba"}"#).contains("\"mamba\""));
     assert!(with_config("<html>").contains("config.json"));
+}
+
+#[test]
+fn files_of_a_data_set_are_chosen_and_shared() {
+    let files = [
+        ("README.md", "card"),
+        ("data/train-00000-of-00002.jsonl", "{\"text\": \"a\"}"),
+        ("data/train-00001-of-00002.jsonl", "{\"text\": \"b\"}"),
+        ("data/test.jsonl", "{}"),
+        ("../outside", "x"),
+    ];
+    let files = files.map(|(name, content)| (name.to_owned(), content.as_bytes().to_vec())).into_iter().collect();
+    let server = Server::start(Hub { files, token: Some("t"), ..Hub::default() });
+    let cache = tempfile::tempdir().unwrap();
+    let settings = settings(&server.endpoint, cache.path(), Some("t"));
+    let choose = |names: &[String], get: &dyn Fn(&str) -> Result<PathBuf>| {
+        assert!(!names.iter().any(|name| name.contains("..")));
+        assert_eq!(fs::read_to_string(get("README.md")?).unwrap(), "card");
+        Ok(names.iter().filter(|name| name.contains("train")).cloned().collect())
+    };
+    let of = |settings: &Settings| dataset::dataset_snapshot_with("org/name", settings, &choose);
+    let snapshot = of(&settings).unwrap();
+    let folder = cache.path().join(format!("datasets--org--name/snapshots/{COMMIT}"));
+    let expected = [0, 1].map(|i| folder.join(format!("data/train-0000{i}-of-00002.jsonl")));
+    assert_eq!((snapshot.commit.as_str(), snapshot.files.as_slice()), (COMMIT, expected.as_slice()));
+    assert_eq!(fs::read_to_string(&snapshot.files[1]).unwrap(), "{\"text\": \"b\"}");
+    assert!(!server.requests().iter().any(|path| path.contains("test.jsonl")), "{:?}", server.requests());
+    assert!(server.requests()[0].starts_with("/api/datasets/org/name/revision/main"), "{:?}", server.requests());
+
+    // Again: only the list is asked for. Offline, and at the commit: nothing.
+    let before = server.requests().len();
+    assert_eq!(of(&settings).unwrap(), snapshot);
+    assert_eq!(server.requests().len(), before + 1);
+    let offline = Settings { offline: true, ..settings.clone() };
+    assert_eq!(of(&offline).unwrap(), snapshot);
+    assert_eq!(of(&Settings { revision: COMMIT.to_owned(), ..offline.clone() }).unwrap(), snapshot);
+    assert_eq!(server.requests().len(), before + 1);
+    // A part is gone.
+    fs::remove_file(&snapshot.files[1]).unwrap();
+    let error = of(&offline).unwrap_err().to_string();
+    assert!(error.contains("train-00001-of-00002.jsonl is missing"), "{error}");
+    assert_eq!(of(&settings).unwrap(), snapshot);
+
+    let error =
+        of(&Settings { token: None, cache: cache.path().join("other"), ..settings.clone() }).unwrap_err().to_string();
+    assert!(
+        error.contains("401")
+            && error.contains("if the data set is gated")
+            && error.contains("/datasets/org/name with"),
+        "{error}"
+    );
+    let error = dataset::dataset_snapshot_with("a/b/c", &settings, &choose).unwrap_err().to_string();
+    assert!(error.contains("is no file or folder here, and not the id of a data set"), "{error}");
+}
+
+/// The branch of the automatic export has slashes in its name.
+#[test]
+fn the_parquet_branch_is_a_revision() {
+    let files = [("default/train/0000.parquet".to_owned(), b"PAR1".to_vec())].into_iter().collect();
+    let server = Server::start(Hub { files, ..Hub::default() });
+    let cache = tempfile::tempdir().unwrap();
+    let settings = Settings { revision: PARQUET_REVISION.to_owned(), ..settings(&server.endpoint, cache.path(), None) };
+    let all = |names: &[String], _: &dyn Fn(&str) -> Result<PathBuf>| Ok(names.to_vec());
+    let snapshot = dataset::dataset_snapshot_with("org/name", &settings, &all).unwrap();
+    assert!(snapshot.files[0].ends_with("default/train/0000.parquet"), "{snapshot:?}");
+    assert_eq!(server.requests()[0], "/api/datasets/org/name/revision/refs%2Fconvert%2Fparquet");
+    let offline = Settings { offline: true, ..settings };
+    assert_eq!(dataset::dataset_snapshot_with("org/name", &offline, &all).unwrap(), snapshot);
 }

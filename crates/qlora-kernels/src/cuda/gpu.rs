@@ -296,6 +296,11 @@ impl Gpu {
         &self.stream
     }
 
+    /// The same, for what enqueues nothing there: addresses of candle's memory, which a recording may ask for.
+    pub(crate) fn stream_at_rest(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
     pub(crate) fn blas(&self) -> &Blas {
         &self.blas
     }

@@ -76,7 +76,12 @@ fn tensors_of_candle_are_the_same_memory() {
     use candle_core::{DType, Tensor};
     use qlora_kernels::tensor::{TensorView, update_in_place};
     let Some(device) = gpu() else { return };
-    for (dtype, candle) in [(Dtype::F32, DType::F32), (Dtype::Bf16, DType::BF16), (Dtype::F16, DType::F16)] {
+    for dtype in dtypes(&device) {
+        let candle = match dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::Bf16 => DType::BF16,
+            Dtype::F16 => DType::F16,
+        };
         let workspace = Workspace::poisoned_on(&device, dtype).unwrap();
         let values: Vec<f32> = (0..24).map(|i| i as f32 - 11.5).collect();
         let mut matrix = workspace.matrix(4, 6).unwrap();

@@ -7,7 +7,7 @@ use qlora_kernels::{Dtype, Workspace};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::harness::{dtypes, gpu, half, normal, plain, same_bits};
+use crate::harness::{dtypes, gpu, half, normal, plain, round, same_bits};
 
 fn configs() -> impl Iterator<Item = QuantConfig> {
     [QuantType::Nf4, QuantType::Fp4].into_iter().flat_map(|quant_type| {
@@ -144,7 +144,8 @@ fn values_that_cannot_be_quantized_are_named_as_on_the_cpu() {
 #[test]
 fn integer_weights_have_the_values_of_the_cpu() {
     let Some(device) = gpu() else { return };
-    let workspace = Workspace::poisoned_on(&device, half(&device)).unwrap();
+    let dtype = half(&device);
+    let workspace = Workspace::poisoned_on(&device, dtype).unwrap();
     let mut cases = 0;
     for (rows, cols) in [(33, 128), (40, 96), (7, 35), (64, 1024)] {
         let data = plain(&values(rows * cols, false, 9), Dtype::Bf16);
@@ -174,8 +175,8 @@ fn integer_weights_have_the_values_of_the_cpu() {
             assert_eq!(differ, 0, "{rows}x{cols} {weight:?}");
             let mut half = workspace.matrix(rows, cols).unwrap();
             on_gpu.dequantize(half.view_mut()).unwrap();
-            let rounded: Vec<f32> = want.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect();
-            assert_eq!(half.to_vec().unwrap(), rounded, "{rows}x{cols} {weight:?} in bf16");
+            let rounded: Vec<f32> = want.iter().map(|&x| round(x, dtype)).collect();
+            assert!(half.to_vec().unwrap() == rounded, "{rows}x{cols} {weight:?} in {}", dtype.name());
             cases += 1;
         }
     }

@@ -12,7 +12,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::config::{ObjectiveKind, SamplingStrategy, Scheduler, TrainConfig};
-use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
 use crate::model::Parameter;
@@ -42,6 +41,20 @@ const OPTIONS: &[(&str, &[&str])] = &[
     ),
 ];
 
+/// Options that change the documents of a stream, or their order.
+const STREAM_OPTIONS: [&str; 10] = [
+    "streaming",
+    "buffer_size",
+    "max_length",
+    "on_overlong",
+    "on_untrained",
+    "completion_only_loss",
+    "max_samples",
+    "min_sample_len",
+    "mix_strategy",
+    "val_size",
+];
+
 /// What may differ with `override_opt_param_scheduler`: it takes effect from the next step on.
 pub const OVERRIDABLE: [&str; 6] = [
     "number of steps",
@@ -67,12 +80,12 @@ const NOT_YET: [&str; 4] = ["model: weights", "model: device", "model: compute t
 pub struct RunIdentity(Map<String, Value>);
 
 impl RunIdentity {
-    /// The identity of a run, with what a model says of itself
+    /// The identity of a run over data of which `data` says what they are, with what a model says of itself
     /// ([`TrainableModel::identity`](crate::model::TrainableModel::identity)).
     pub fn new(
         config: &TrainConfig,
         schedule: &Schedule,
-        dataset: &Dataset,
+        data: &str,
         model: &[(String, String)],
         parameters: &[Parameter],
     ) -> Self {
@@ -103,11 +116,13 @@ impl RunIdentity {
             let of_objective = options["objective"].as_object().into_iter().flatten();
             map.extend(of_objective.map(|(key, value)| (format!("objective.{key}"), value.clone())));
         }
-        let (documents, tokens, fingerprint) = (dataset.len(), dataset.stats().tokens, dataset.fingerprint());
-        map.insert(
-            "training data".to_owned(),
-            format!("{documents} documents, {tokens} tokens, fingerprint {fingerprint}").into(),
-        );
+        // In memory the documents themselves say what became of the rows.
+        if config.data.streaming {
+            for key in STREAM_OPTIONS {
+                map.insert(format!("data.{key}"), options["data"][key].clone());
+            }
+        }
+        map.insert("training data".to_owned(), data.into());
         map.insert(PARAMETERS.to_owned(), describe(parameters).into());
         for (name, value) in model {
             map.insert(format!("model: {name}"), value.as_str().into());

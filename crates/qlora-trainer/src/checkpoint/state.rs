@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::identity::RunIdentity;
-use crate::data::Position;
+use crate::data::{Position, StreamPosition};
 use crate::loss_scale::LossScale;
 use crate::metrics::{LogEntry, LogWindow};
 
@@ -75,6 +75,9 @@ pub struct QloraState {
     pub qlora_version: String,
     /// Where the next step begins in the data.
     pub position: Position,
+    /// Where that is in data that is read while it is trained on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream: Option<StreamPosition>,
     /// What has been trained since the last log entry.
     pub(crate) window: LogWindow,
     /// Seed of initialisation and dropout.

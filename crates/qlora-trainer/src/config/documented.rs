@@ -46,8 +46,10 @@ fn read() -> Vec<DocumentedKey> {
     let known = sections();
     let (mut keys, mut help) = (Vec::new(), Vec::new());
     let mut section: Option<&(&'static str, &'static [&'static str])> = None;
+    let mut in_table = false;
     for (line, text) in EXAMPLE.lines().enumerate() {
         if let Some(name) = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')) {
+            in_table = false;
             section = known.iter().find(|(known, _)| *known == name);
             help.clear();
             continue;
@@ -56,19 +58,21 @@ fn read() -> Vec<DocumentedKey> {
             Some(rest) => (true, rest.strip_prefix(' ').unwrap_or(rest)),
             None => (false, text),
         };
-        let assigned = bare.split_once(" = ").and_then(|(name, value)| {
+        let known_key = |name: &str| {
             let (section, names) = section?;
-            names.iter().find(|known| **known == name).map(|name| (*section, *name, value))
-        });
-        match assigned {
-            Some((section, name, value)) => keys.push(DocumentedKey {
-                section,
-                name,
-                help: std::mem::take(&mut help).join(" "),
-                default: (!commented).then_some(value),
-                line,
-            }),
-            None if commented => help.push(bare.trim()),
+            names.iter().find(|known| **known == name).map(|name| (*section, *name))
+        };
+        // An entry of a list of tables stands for the list; what stands in it are no keys of the section.
+        let table = bare.strip_prefix("[[").and_then(|text| text.strip_suffix("]]"));
+        in_table = table.is_some() || (in_table && commented);
+        let entry = table.and_then(|path| known_key(path.split_once('.')?.1)).map(|key| (key, None));
+        let assigned = bare.split_once(" = ").filter(|_| !in_table);
+        let assigned = assigned.and_then(|(name, value)| Some((known_key(name)?, (!commented).then_some(value))));
+        match entry.or(assigned) {
+            Some(((section, name), default)) => {
+                keys.push(DocumentedKey { section, name, help: std::mem::take(&mut help).join(" "), default, line })
+            }
+            None if commented && !in_table => help.push(bare.trim()),
             None => help.clear(),
         }
     }
@@ -125,5 +129,8 @@ mod tests {
         assert!(!key("resume_from_checkpoint").is_flag() && !key("learning_rate").is_flag());
         assert_eq!(key("memory_budget").default, None);
         assert!(key("r").help.contains("Rank"), "{}", key("r").help);
+        let (datasets, tests) = (key("datasets"), key("test_datasets"));
+        assert!(datasets.help.starts_with("Further sets") && !datasets.help.contains("[["), "{}", datasets.help);
+        assert!(tests.help == "Further sets to evaluate on." && tests.default.is_none(), "{}", tests.help);
     }
 }

@@ -25,6 +25,7 @@
 //! ```
 
 mod choices;
+mod datasets;
 mod documented;
 mod foreign_keys;
 mod keys;
@@ -44,6 +45,8 @@ pub use choices::{
     Scheduler, Targets, TemplateKwargs,
 };
 pub use documented::{DocumentedKey, EXAMPLE, documented_keys};
+
+pub use datasets::{ColumnNames, DatasetOptions, MixStrategy, TagNames};
 
 /// Everything a run needs to know.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -152,10 +155,27 @@ impl Default for LoraOptions {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataOptions {
-    /// JSONL files, one path or a list; relative to the working directory. Must be given.
+    /// Files of rows, one path or a list, relative to the working directory: JSONL, a JSON list, CSV, TSV, Parquet or text, also
+    /// compressed (`.gz`, `.zst`); a folder with such files; a pattern such as `data/*.parquet`; `-` for standard input; the id of
+    /// a data set on the hub (`org/name`), of which the split `train` is read. Must be given, or else `datasets`.
     pub train_file: Paths,
-    /// JSONL files to evaluate on. Default: none, no evaluation.
+    /// The same to evaluate on. Default: none, no evaluation.
     pub validation_file: Paths,
+    /// A share (below 1) or a number of documents that are drawn from the training data and evaluated on instead. Default: 0.
+    pub val_size: f64,
+    /// Only the first so many rows of each set are read. Default: none, all.
+    pub max_samples: Option<usize>,
+    /// Documents of fewer tokens are left out; the number is reported (Axolotl's name). Default: 0.
+    pub min_sample_len: usize,
+    /// Of documents with the same tokens, of which the same are trained, only the first one stays; the number is reported
+    /// (Axolotl's name). Default: false.
+    pub dataset_exact_deduplication: bool,
+    /// How several sets become one: `"concat"`, `"interleave_under"` (until the first one is used up), `"interleave_over"` (until
+    /// all were seen whole, from the beginning where one is used up) or `"interleave_once"` (each row once). Default: concat.
+    pub mix_strategy: MixStrategy,
+    /// The probability of each set, `train_file` first, where they are interleaved. Default: none, they take turns.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub interleave_probs: Vec<f64>,
     /// A file with a Jinja chat template that replaces the tokenizer's own. Default: none.
     pub chat_template_path: Option<PathBuf>,
     /// The longest document in tokens, and with `packing` the size of a bin. Default: 1024.
@@ -175,6 +195,29 @@ pub struct DataOptions {
     /// row's own `chat_template_kwargs` come before them. Default: none.
     #[serde(skip_serializing_if = "TemplateKwargs::is_empty")]
     pub chat_template_kwargs: TemplateKwargs,
+    /// Read the rows while they are trained on, for data that is larger than the memory: it takes about 200 MB, whatever the
+    /// size. Needs `max_steps`; `val_size`, if any, is a number of documents at the beginning. Default: false.
+    pub streaming: bool,
+    /// With `streaming`: the documents that are shuffled together. Default: 16384, as in LLaMA-Factory.
+    pub buffer_size: usize,
+    /// `[[data.datasets]]`: sets of rows with what their columns mean, behind those of `train_file`. Default: none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub datasets: Vec<DatasetOptions>,
+    /// `[[data.test_datasets]]`: the same to evaluate on (Axolotl's name). Default: none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub test_datasets: Vec<DatasetOptions>,
+}
+
+impl DataOptions {
+    /// Whether there is something to evaluate on.
+    pub fn evaluates(&self) -> bool {
+        !self.validation_file.is_empty() || !self.test_datasets.is_empty() || self.val_size > 0.0
+    }
+
+    /// The number of sets to train on.
+    pub(crate) fn training_sets(&self) -> usize {
+        usize::from(!self.train_file.is_empty()) + self.datasets.len()
+    }
 }
 
 impl Default for DataOptions {
@@ -182,6 +225,16 @@ impl Default for DataOptions {
         Self {
             train_file: Paths::default(),
             validation_file: Paths::default(),
+            val_size: 0.0,
+            max_samples: None,
+            min_sample_len: 0,
+            dataset_exact_deduplication: false,
+            mix_strategy: MixStrategy::Concat,
+            interleave_probs: Vec::new(),
+            streaming: false,
+            buffer_size: 16_384,
+            datasets: Vec::new(),
+            test_datasets: Vec::new(),
             chat_template_path: None,
             max_length: 1024,
             on_overlong: OnOverlong::Truncate,

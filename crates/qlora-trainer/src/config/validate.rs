@@ -2,7 +2,8 @@
 
 use qlora_core::model::DeviceChoice;
 
-use super::{ObjectiveOptions, Scheduler, Targets, TrainConfig};
+use super::{MixStrategy, ObjectiveOptions, Scheduler, Targets, TrainConfig};
+use crate::data::Mapping;
 use crate::error::{Error, Problem, Result};
 
 impl TrainConfig {
@@ -78,11 +79,104 @@ impl TrainConfig {
 
     fn check_data(&self, check: &mut Checker) {
         let data = &self.data;
-        check.that(!data.train_file.is_empty(), "data.train_file", "is missing: the path of a JSONL file, or a list");
+        check.that(
+            data.training_sets() > 0,
+            "data.train_file",
+            "is missing: the path of a file or folder of rows, or a list; [[data.datasets]] says more of each set",
+        );
+        self.check_datasets(check);
         check.that(
             data.max_length >= 2,
             "data.max_length",
             format!("must be at least 2 (a token and the one it predicts), not {}", data.max_length),
+        );
+    }
+
+    fn check_datasets(&self, check: &mut Checker) {
+        let data = &self.data;
+        for (key, sets) in [("data.datasets", &data.datasets), ("data.test_datasets", &data.test_datasets)] {
+            for set in sets {
+                let path = set.path.display();
+                check.that(!set.path.as_os_str().is_empty(), key, "has an entry without `path`");
+                if let Err(message) = Mapping::new(set) {
+                    check.that(false, key, format!("has {path}: {message}"));
+                }
+                check.that(set.num_samples != Some(0), key, format!("has {path}: `num_samples` must be at least 1"));
+                let share = set.fraction.unwrap_or(1.0);
+                check.that(
+                    share.is_finite() && share > 0.0,
+                    key,
+                    format!("has {path}: `fraction` must be a number above 0, not {share}"),
+                );
+            }
+        }
+        let shares = data.datasets.iter().filter(|set| set.fraction.is_some()).count();
+        check.that(
+            shares == 0 || shares == data.training_sets(),
+            "data.datasets",
+            "must have a `fraction` in all entries or in none, and no `train_file` beside them",
+        );
+        let val_size = data.val_size;
+        check.that(
+            val_size.is_finite() && val_size >= 0.0 && (val_size < 1.0 || val_size.fract() == 0.0),
+            "data.val_size",
+            format!("must be a share below 1 or a whole number of documents, not {val_size}"),
+        );
+        check.that(
+            !(val_size > 0.0 && (val_size < 1.0 || val_size.fract() == 0.0))
+                || (data.validation_file.is_empty() && data.test_datasets.is_empty()),
+            "data.val_size",
+            "and `validation_file` or `test_datasets` exclude each other",
+        );
+        check.at_least_one("data.buffer_size", data.buffer_size as u64);
+        if data.streaming {
+            self.check_streaming(check);
+        }
+        check.that(data.max_samples != Some(0), "data.max_samples", "must be at least 1");
+        check.that(
+            data.min_sample_len <= data.max_length,
+            "data.min_sample_len",
+            format!("must be at most max_length = {}, not {}", data.max_length, data.min_sample_len),
+        );
+        let (probabilities, sets) = (&data.interleave_probs, data.training_sets());
+        check.that(
+            probabilities.is_empty() || probabilities.len() == sets,
+            "data.interleave_probs",
+            format!("must have one number for each of the {sets} sets, not {}", probabilities.len()),
+        );
+        check.that(
+            probabilities.iter().all(|p| p.is_finite() && *p > 0.0),
+            "data.interleave_probs",
+            "must be numbers above 0",
+        );
+        check.that(
+            probabilities.is_empty() || data.mix_strategy != MixStrategy::Concat,
+            "data.interleave_probs",
+            "needs a `mix_strategy` that interleaves, such as \"interleave_under\"",
+        );
+    }
+
+    fn check_streaming(&self, check: &mut Checker) {
+        let (data, training) = (&self.data, &self.training);
+        check.that(
+            training.max_steps > 0,
+            "data.streaming",
+            "needs `max_steps` in [training]: how long the data is is not known",
+        );
+        check.that(
+            !data.dataset_exact_deduplication,
+            "data.dataset_exact_deduplication",
+            "needs all data in memory, and does not go with `streaming`",
+        );
+        check.that(
+            data.val_size == 0.0 || data.val_size >= 1.0,
+            "data.val_size",
+            "must be a number of documents with `streaming`: of data whose length is not known there is no share",
+        );
+        check.that(
+            data.datasets.iter().all(|set| set.num_samples.is_none() && set.fraction.is_none()),
+            "data.datasets",
+            "must have no `num_samples` and no `fraction` with `streaming`; write `interleave_probs` or `max_samples`",
         );
     }
 
@@ -113,13 +207,13 @@ impl TrainConfig {
         }
         check.positive("training.adam_epsilon", training.adam_epsilon);
         check.at_least_one("training.logging_steps", training.logging_steps);
-        let evaluates = !self.data.validation_file.is_empty();
+        let evaluates = self.data.evaluates();
         if let Some(steps) = training.eval_steps {
             check.at_least_one("training.eval_steps", steps);
-            check.that(evaluates, "training.eval_steps", "needs a validation_file in [data]");
+            check.that(evaluates, "training.eval_steps", "needs a validation_file or a val_size in [data]");
         }
         let on_start = !training.eval_on_start || evaluates;
-        check.that(on_start, "training.eval_on_start", "needs a validation_file in [data]");
+        check.that(on_start, "training.eval_on_start", "needs a validation_file or a val_size in [data]");
         // TOML and JSON consumers read integers as i64.
         for (key, seed) in [("training.seed", Some(training.seed)), ("training.data_seed", training.data_seed)] {
             check.that(seed.is_none_or(|seed| seed <= i64::MAX as u64), key, "must be below 2^63");
@@ -224,6 +318,18 @@ mod tests {
             ("lora.adapter_name_or_path", "\"\""),
             ("data.train_file", "[]"),
             ("data.max_length", "1"),
+            ("data.val_size", "-0.1"),
+            ("data.val_size", "nan"),
+            ("data.val_size", "1.5"),
+            ("data.val_size", "3"),
+            ("data.max_samples", "0"),
+            ("data.min_sample_len", "1025"),
+            ("data.interleave_probs", "[1.0]"),
+            ("data.datasets", "[{ num_samples = 3 }]"),
+            ("data.datasets", "[{ path = \"x\", num_samples = 0 }]"),
+            ("data.datasets", "[{ path = \"x\", fraction = 0.5 }]"),
+            ("data.datasets", "[{ path = \"x\", columns = { prompt = \"q\" } }]"),
+            ("data.test_datasets", "[{ path = \"x\", columns = {} }]"),
             ("training.output_dir", "\"\""),
             ("training.num_train_epochs", "0"),
             ("training.num_train_epochs", "inf"),
@@ -288,5 +394,10 @@ mod tests {
         assert!(constant.contains("constant_with_warmup"), "{constant}");
         let no_data = refusal(&[("data.validation_file", "[]"), ("training.eval_steps", "5")]);
         assert!(no_data.contains("`training.eval_steps` needs a validation_file"), "{no_data}");
+        let interleave = ("data.mix_strategy", "\"interleave_under\"");
+        let probabilities = refusal(&[interleave, ("data.interleave_probs", "[0.5, 0.5]")]);
+        assert!(probabilities.contains("one number for each of the 1 sets, not 2"), "{probabilities}");
+        let zero = refusal(&[interleave, ("data.interleave_probs", "[0.0]")]);
+        assert!(zero.contains("must be numbers above 0"), "{zero}");
     }
 }

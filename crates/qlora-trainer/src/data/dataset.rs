@@ -1,5 +1,6 @@
 //! The documents of a run, as tokens: one flat array of ids, one of flags, and where each document begins.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -7,6 +8,7 @@ use std::path::{Path, PathBuf};
 use qlora_core::batch::{Batch, IGNORE_INDEX};
 
 use super::encode::{EncodeError, Encoded, Notes, TextEncoder};
+use super::rows::Place;
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
 
@@ -19,9 +21,62 @@ pub struct Dataset {
     /// Documents of a row: 2 for pairs.
     group_size: usize,
     origins: Vec<Origin>,
-    files: Vec<PathBuf>,
+    files: Vec<File>,
     unused: Vec<Unused>,
+    dropped: Vec<Dropped>,
+    /// The documents that count, in their order; without it all of them.
+    view: Option<Vec<u32>>,
     stats: DataStats,
+}
+
+/// A file that rows came from.
+#[derive(Clone, Debug)]
+struct File {
+    path: PathBuf,
+    /// Its rows are known by their number, not by a line.
+    by_row: bool,
+}
+
+impl File {
+    fn place(&self, number: u32) -> String {
+        let place = if self.by_row { Place::Row } else { Place::Line };
+        place(number as usize).in_file(&self.path)
+    }
+}
+
+/// Why a row was left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum DropReason {
+    /// It is longer than `max_length`.
+    Overlong,
+    /// It had nothing to train on to begin with.
+    Untrained,
+    /// Truncation left nothing to train on.
+    UntrainedAfterTruncation,
+    /// It is shorter than `min_sample_len`.
+    Short,
+    /// An earlier row has the same tokens, and the same of them are trained.
+    Duplicate,
+}
+
+impl fmt::Display for DropReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Overlong => "too long",
+            Self::Untrained => "with nothing to train on",
+            Self::UntrainedAfterTruncation => "with nothing to train on after truncation",
+            Self::Short => "too short",
+            Self::Duplicate => "the same as earlier ones",
+        })
+    }
+}
+
+/// A row that was left out.
+#[derive(Clone, Copy, Debug)]
+struct Dropped {
+    origin: Origin,
+    reason: DropReason,
 }
 
 /// What of a file's rows was not used: names, in the order in which they occurred.
@@ -33,11 +88,17 @@ pub(super) struct Unused {
     pub(super) by_template: Vec<String>,
 }
 
-/// A document's file (an index) and line.
+/// A row's file (an index) and line or number.
 #[derive(Clone, Copy, Debug)]
 struct Origin {
     file: u32,
     line: u32,
+}
+
+impl Origin {
+    fn new(file: u32, line: usize) -> Self {
+        Self { file, line: u32::try_from(line).unwrap_or(u32::MAX) }
+    }
 }
 
 /// One document.
@@ -51,6 +112,7 @@ pub struct Document<'a> {
 
 /// What was read, and what became of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct DataStats {
     /// Rows in the files.
     pub rows: usize,
@@ -70,6 +132,10 @@ pub struct DataStats {
     pub dropped_untrained: usize,
     /// Rows left out because truncation left nothing to train on.
     pub dropped_after_truncation: usize,
+    /// Rows left out because they are too short.
+    pub dropped_short: usize,
+    /// Rows left out because an earlier one is the same.
+    pub dropped_duplicates: usize,
     /// Documents that began with two BOS tokens, of which one was removed.
     pub double_bos: usize,
     /// Documents in which one token spans the end of the prompt and the start of the completion.
@@ -97,6 +163,8 @@ impl Dataset {
             origins: Vec::new(),
             files: Vec::new(),
             unused: Vec::new(),
+            dropped: Vec::new(),
+            view: None,
             stats: DataStats::default(),
         }
     }
@@ -142,7 +210,7 @@ impl Dataset {
 
     /// The number of documents.
     pub fn len(&self) -> usize {
-        self.bounds.len() - 1
+        self.view.as_ref().map_or(self.bounds.len() - 1, Vec::len)
     }
 
     /// Whether there are none.
@@ -176,12 +244,19 @@ impl Dataset {
         self.document(i).trained.iter().skip(1).filter(|&&trained| trained).count()
     }
 
-    /// Where a document came from: `train.jsonl:7`, or its place where it came from no file.
+    /// Where a document came from: `train.jsonl:7`, `train.parquet, row 7`, or its place where it came from no file.
     pub fn origin(&self, i: usize) -> String {
-        match self.origins.get(i).and_then(|origin| Some((self.files.get(origin.file as usize)?, origin.line))) {
-            Some((path, line)) => format!("{}:{line}", path.display()),
-            None => format!("document {i}"),
-        }
+        let place = self.stored(i).and_then(|i| self.origins.get(i)).and_then(|origin| self.place(*origin));
+        place.unwrap_or_else(|| format!("document {i}"))
+    }
+
+    fn place(&self, origin: Origin) -> Option<String> {
+        self.files.get(origin.file as usize).map(|file| file.place(origin.line))
+    }
+
+    /// The rows that were left out: where each stands, and why; file by file, in order.
+    pub fn dropped(&self) -> impl Iterator<Item = (String, DropReason)> + '_ {
+        self.dropped.iter().filter_map(|dropped| Some((self.place(dropped.origin)?, dropped.reason)))
     }
 
     /// What was read, and what became of it.
@@ -191,7 +266,7 @@ impl Dataset {
 
     /// The largest token id.
     pub fn largest_token(&self) -> Option<u32> {
-        self.ids.iter().copied().max()
+        (0..self.len()).filter_map(|i| self.document(i).ids.iter().copied().max()).max()
     }
 
     /// The first document that holds `token`.
@@ -224,8 +299,8 @@ impl Dataset {
             shown.join(", ") + &if more > 0 { format!(" and {more} more") } else { String::new() }
         };
         let mut remarks = Vec::new();
-        for (path, unused) in self.files.iter().zip(&self.unused) {
-            let path = path.display();
+        for (file, unused) in self.files.iter().zip(&self.unused) {
+            let path = file.path.display();
             if !unused.columns.is_empty() {
                 remarks.push(format!("{path}: columns that are not used: {}", list(&unused.columns)));
             }
@@ -233,7 +308,33 @@ impl Dataset {
                 remarks.push(format!("{path}: the chat template does not use: {}", list(&unused.by_template)));
             }
         }
+        remarks.extend(self.remarks_on_dropped());
         remarks
+    }
+
+    /// How many rows of each file were left out for which reason, and the first of them by number.
+    fn remarks_on_dropped(&self) -> Vec<String> {
+        const SHOWN: usize = 10;
+        let mut groups: BTreeMap<(u32, DropReason), (usize, Vec<String>)> = BTreeMap::new();
+        for Dropped { origin, reason } in &self.dropped {
+            let (count, shown) = groups.entry((origin.file, *reason)).or_default();
+            *count += 1;
+            if shown.len() < SHOWN {
+                shown.push(origin.line.to_string());
+            }
+        }
+        let remark = |((file, reason), (count, shown)): ((u32, DropReason), (usize, Vec<String>))| {
+            let file = &self.files[file as usize];
+            let more = if count > SHOWN { format!(" and {} more", count - SHOWN) } else { String::new() };
+            let rows = if count == 1 { "row" } else { "rows" };
+            let places = match (file.by_row, count) {
+                (true, _) => "number",
+                (false, 1) => "line",
+                (false, _) => "lines",
+            };
+            format!("{}: {count} {rows} left out, {reason}: {places} {}{more}", file.path.display(), shown.join(", "))
+        };
+        groups.into_iter().map(remark).collect()
     }
 
     /// Documents as a micro-batch, in the given order.
@@ -245,10 +346,32 @@ impl Dataset {
         Batch::from_documents(labelled.iter().map(|(ids, labels)| (*ids, labels.as_slice())))
     }
 
-    pub(super) fn add_file(&mut self, path: &Path) -> u32 {
-        self.files.push(path.to_owned());
+    /// `by_row` if its rows are known by their number, not by a line.
+    pub(super) fn add_file(&mut self, path: &Path, by_row: bool) -> u32 {
+        self.files.push(File { path: path.to_owned(), by_row });
         self.unused.push(Unused::default());
         (self.files.len() - 1) as u32
+    }
+
+    /// The file of this path, if it is there.
+    pub(super) fn file_index(&self, path: &Path) -> Option<u32> {
+        self.files.iter().rposition(|file| file.path == path).map(|i| i as u32)
+    }
+
+    /// Adds a document of another data set.
+    pub(super) fn push_from(&mut self, other: &Self, i: usize) {
+        if self.is_empty() {
+            self.group_size = other.group_size;
+        }
+        let Document { ids, trained } = other.document(i);
+        let document = Encoded { ids: ids.to_vec(), trained: trained.to_vec() };
+        let origin = other.stored(i).and_then(|i| other.origins.get(i)).map(|origin| {
+            let file = &other.files[origin.file as usize];
+            let index = self.file_index(&file.path).unwrap_or_else(|| self.add_file(&file.path, file.by_row));
+            (index, origin.line as usize)
+        });
+        self.stats.rows += 1;
+        self.push(&document, Notes::default(), origin);
     }
 
     /// Remembers columns of a file that were not used.
@@ -263,8 +386,57 @@ impl Dataset {
         }
     }
 
-    pub(super) fn stats_mut(&mut self) -> &mut DataStats {
-        &mut self.stats
+    /// Counts a row that was read.
+    pub(super) fn count_row(&mut self) {
+        self.stats.rows += 1;
+    }
+
+    /// Leaves a row out.
+    pub(super) fn drop_row(&mut self, (file, number): (u32, usize), reason: DropReason) {
+        let stats = &mut self.stats;
+        *match reason {
+            DropReason::Overlong => &mut stats.dropped_overlong,
+            DropReason::Untrained => &mut stats.dropped_untrained,
+            DropReason::UntrainedAfterTruncation => &mut stats.dropped_after_truncation,
+            DropReason::Short => &mut stats.dropped_short,
+            DropReason::Duplicate => &mut stats.dropped_duplicates,
+        } += 1;
+        self.dropped.push(Dropped { origin: Origin::new(file, number), reason });
+    }
+
+    /// Makes these documents the data set, in this order; one may be there several times. What was read stays in memory.
+    ///
+    /// # Panics
+    /// If there is no such document.
+    pub(super) fn select(&mut self, documents: &[usize]) {
+        let stored = documents.iter().map(|&i| self.stored(i).expect("the document exists") as u32).collect();
+        self.view = Some(stored);
+        let stats = DataStats { documents: 0, tokens: 0, trained_tokens: 0, longest: 0, ..self.stats };
+        self.stats = (0..self.len()).fold(stats, |mut stats, i| {
+            stats.documents += 1;
+            stats.tokens += self.document_len(i);
+            stats.trained_tokens += self.trained_tokens(i);
+            stats.longest = stats.longest.max(self.document_len(i));
+            stats
+        });
+    }
+
+    /// These documents as a data set of their own.
+    ///
+    /// # Panics
+    /// If there is no such document.
+    pub(super) fn copy_of(&self, documents: &[usize]) -> Self {
+        let mut copy = Self::new();
+        documents.iter().for_each(|&i| copy.push_from(self, i));
+        copy
+    }
+
+    /// Where a document is stored.
+    fn stored(&self, i: usize) -> Option<usize> {
+        match &self.view {
+            Some(view) => view.get(i).map(|&i| i as usize),
+            None => Some(i),
+        }
     }
 
     /// Adds the documents of a row.
@@ -297,16 +469,16 @@ impl Dataset {
         if let (Some((file, line)), 1..) = (origin, notes.answers_not_found)
             && self.stats.first_not_found.is_none()
         {
-            let (count, path) = (notes.answers_not_found, self.files.get(file as usize));
-            let path = path.map(|path| path.display().to_string()).unwrap_or_default();
+            let (count, file) = (notes.answers_not_found, self.files.get(file as usize));
+            let place = file.map(|file| file.place(Origin::new(0, line).line)).unwrap_or_default();
             tracing::warn!(
-                "{path}:{line}: {count} of the assistant's messages are not found in the text that the chat template writes, \
+                "{place}: {count} of the assistant's messages are not found in the text that the chat template writes, \
                  and are not trained"
             );
             self.stats.first_not_found = Some(line);
         }
         if let Some((file, line)) = origin {
-            self.origins.push(Origin { file, line: u32::try_from(line).unwrap_or(u32::MAX) });
+            self.origins.push(Origin::new(file, line));
         }
         let stats = &mut self.stats;
         stats.documents += 1;
@@ -320,6 +492,7 @@ impl Dataset {
     }
 
     fn range(&self, i: usize) -> Range<usize> {
+        let i = self.stored(i).expect("the document exists");
         self.bounds[i]..self.bounds[i + 1]
     }
 }
@@ -364,6 +537,8 @@ impl fmt::Display for DataStats {
             (self.dropped_overlong, "left out as too long"),
             (self.dropped_untrained, "left out with nothing to train on"),
             (self.dropped_after_truncation, "left out with nothing to train on after truncation"),
+            (self.dropped_short, "left out as too short"),
+            (self.dropped_duplicates, "left out as the same as earlier ones"),
             (self.double_bos, "with a second BOS removed"),
             (self.boundary_merged, "with a token across prompt and completion"),
         ];
@@ -379,63 +554,4 @@ impl fmt::Display for DataStats {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::testing::ToyEncoder;
-    use super::*;
-
-    fn encoded(text: &str, trained_from: usize) -> Encoded {
-        let ids: Vec<u32> = text.bytes().map(u32::from).collect();
-        Encoded { trained: (0..ids.len()).map(|i| i >= trained_from).collect(), ids }
-    }
-
-    #[test]
-    fn documents_come_back_as_they_were() {
-        let dataset = Dataset::from_encoded([encoded("abc", 1), encoded("de", 0)]).unwrap();
-        assert_eq!(dataset.len(), 2);
-        assert_eq!(dataset.document(0).ids, [97, 98, 99]);
-        assert_eq!(dataset.document(1).trained, [true, true]);
-        assert_eq!(dataset.document(0).labels(), [-100, 98, 99]);
-        assert_eq!(dataset.largest_token(), Some(101));
-        assert_eq!(dataset.first_with_token(101), Some(1));
-        assert_eq!(dataset.origin(1), "document 1");
-        let batch = dataset.batch(&[1, 0]);
-        assert_eq!(batch.tokens, [100, 101, 97, 98, 99]);
-        assert_eq!(batch.targets, [101, -100, 98, 99, -100]);
-        assert_eq!(batch.trained_tokens(), dataset.stats().trained_tokens);
-        let text = dataset.document(0).marked_text(&ToyEncoder::default(), "<<", ">>").unwrap();
-        assert_eq!(text, "a<<bc>>");
-    }
-
-    #[test]
-    fn the_fingerprint_sees_tokens_flags_and_boundaries() {
-        let of = |documents: Vec<Encoded>| Dataset::from_encoded(documents).unwrap().fingerprint();
-        let original = of(vec![encoded("abc", 1), encoded("de", 0)]);
-        assert_eq!(original, of(vec![encoded("abc", 1), encoded("de", 0)]));
-        for other in [
-            vec![encoded("abd", 1), encoded("de", 0)],
-            vec![encoded("abc", 2), encoded("de", 0)],
-            vec![encoded("ab", 1), encoded("cde", 0)],
-            vec![encoded("de", 0), encoded("abc", 1)],
-            vec![encoded("abc", 1)],
-        ] {
-            assert_ne!(of(other), original);
-        }
-    }
-
-    #[test]
-    fn unusable_documents_are_named() {
-        let refusal = |document| Dataset::from_encoded([encoded("ab", 0), document]).unwrap_err().to_string();
-        assert_eq!(refusal(encoded("ab", 2)), "document 1 has no token to train on");
-        assert_eq!(refusal(encoded("a", 0)), "document 1 has no token to train on");
-        assert_eq!(refusal(Encoded { ids: vec![1, 2], trained: vec![] }), "document 1 has 2 tokens and 0 flags");
-    }
-
-    #[test]
-    fn the_summary_mentions_only_what_happened() {
-        let stats =
-            DataStats { rows: 5, documents: 3, tokens: 30, trained_tokens: 9, longest: 12, ..Default::default() };
-        assert_eq!(stats.to_string(), "3 documents, 30 tokens (9 trained), longest 12");
-        let stats = DataStats { truncated: 2, dropped_untrained: 1, ..stats };
-        assert!(stats.to_string().ends_with("; 2 truncated; 1 left out with nothing to train on"));
-    }
-}
+mod tests;

@@ -1,20 +1,15 @@
-//! JSONL files to a [`Dataset`]: one JSON object a line, UTF-8, blank lines ignored.
+//! JSONL files: one JSON object a line, UTF-8, blank lines ignored.
 
-use std::fs::File;
-use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
-use rayon::iter::{IntoParallelRefIterator, ParallelIterator};
 use serde_json::Value;
 
-use super::dataset::{Dataset, Unused};
-use super::encode::{EncodeOptions, Encoded, Notes, Outcome, TextEncoder, encode};
-use super::lines::{Line, Lines, parse};
-use super::record::{Record, Row};
+use super::dataset::Dataset;
+use super::encode::{EncodeOptions, TextEncoder};
+use super::load::{self, Filters, RowSet};
+use super::record::Record;
+use super::rows::{DataFile, RowSource};
 use crate::error::{Error, Result};
-
-/// Rows that are encoded together, in parallel; bounds the memory that undecoded rows take.
-const CHUNK: usize = 2048;
 
 /// A row of a JSONL file as it stands there.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,17 +28,8 @@ pub struct JsonLine {
 /// no known format, one without a token to train on (unless the options say to skip those), an overlong one (if the
 /// options say so). Also files without any row, and files of which nothing is left.
 pub fn load_jsonl(paths: &[PathBuf], encoder: &dyn TextEncoder, options: &EncodeOptions) -> Result<Dataset> {
-    let mut dataset = Dataset::new();
-    for path in paths {
-        read_file(path, encoder, options, &mut dataset)?;
-    }
-    if dataset.is_empty() {
-        let paths: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
-        let stats = dataset.stats();
-        return Err(Error::Invalid(format!("{}: none of {} rows is left: {stats}", paths.join(", "), stats.rows)));
-    }
-    tracing::debug!(files = paths.len(), "{}", dataset.stats());
-    Ok(dataset)
+    let set = RowSet::new(paths.iter().map(jsonl_file).collect());
+    load::load(std::slice::from_ref(&set), encoder, options, &Filters::default()).map(|(dataset, _)| dataset)
 }
 
 /// Reads the rows of a JSONL file as records, without encoding them.
@@ -62,16 +48,16 @@ pub fn read_records(path: &Path) -> Result<Vec<Record>> {
 /// # Errors
 /// The first problem, with its file and line. Also a file without any row.
 pub fn read_json_lines(path: &Path) -> Result<Vec<JsonLine>> {
-    let mut lines = Lines::new(path, BufReader::new(File::open(path).map_err(|error| Error::io(path, error))?));
-    let read = |line: &Line| {
-        let row = parse(line).map_err(|message| Error::data(path, line.number, message))?;
-        Ok(JsonLine { number: line.number, row })
-    };
-    let rows = lines.next(usize::MAX)?.iter().map(read).collect::<Result<Vec<_>>>()?;
-    if rows.is_empty() {
-        return Err(Error::data(path, None, "the file has no rows"));
+    let mut source = RowSource::new(vec![jsonl_file(path)]);
+    let mut lines = Vec::new();
+    while let Some((_, rows)) = source.next(usize::MAX)? {
+        for row in rows {
+            let number = row.place().number();
+            let row = row.parse().map_err(|message| Error::data(path, number, message))?;
+            lines.push(JsonLine { number, row });
+        }
     }
-    Ok(rows)
+    Ok(lines)
 }
 
 /// Checks that a JSONL file can be read and every row is in a known format. Keeps nothing.
@@ -79,80 +65,17 @@ pub fn read_json_lines(path: &Path) -> Result<Vec<JsonLine>> {
 /// # Errors
 /// As [`read_records`].
 pub fn check_jsonl(path: &Path) -> Result<()> {
-    let mut reader = Lines::new(path, BufReader::new(File::open(path).map_err(|error| Error::io(path, error))?));
-    let check = |line: &Line| {
-        let row = parse(line).and_then(|row| Row::from_json(&row));
-        row.map(drop).map_err(|message| Error::data(path, line.number, message))
-    };
-    let mut rows = 0;
-    loop {
-        let lines = reader.next(CHUNK)?;
-        if lines.is_empty() {
-            break;
-        }
-        rows += lines.len();
-        // The first problem in the order of the file.
-        lines.par_iter().map(check).collect::<Vec<_>>().into_iter().collect::<Result<()>>()?;
-    }
-    if rows == 0 {
-        return Err(Error::data(path, None, "the file has no rows"));
-    }
-    Ok(())
+    load::check(&RowSet::new(vec![jsonl_file(path)]))
 }
 
-fn read_file(path: &Path, encoder: &dyn TextEncoder, options: &EncodeOptions, dataset: &mut Dataset) -> Result<()> {
-    let file = File::open(path).map_err(|error| Error::io(path, error))?;
-    let mut reader = Lines::new(path, BufReader::new(file));
-    let index = dataset.add_file(path);
-    let rows_before = dataset.stats().rows;
-    loop {
-        let lines = reader.next(CHUNK)?;
-        if lines.is_empty() {
-            break;
-        }
-        let outcomes: Vec<Result<(Outcome, Unused)>> =
-            lines.par_iter().map(|line| encode_line(path, line, encoder, options)).collect();
-        for (line, outcome) in lines.iter().zip(outcomes) {
-            let (outcome, unused) = outcome?;
-            dataset.note_unused(index, unused);
-            dataset.stats_mut().rows += 1;
-            let mut push = |documents: &[Encoded], notes: Notes| {
-                let pushed = dataset.push_row(documents, notes, Some((index, line.number)));
-                pushed.map_err(|message| Error::data(path, line.number, message))
-            };
-            match outcome {
-                Outcome::Document(document, notes) => push(&[document], notes)?,
-                Outcome::Group(documents, notes) => push(&documents, notes)?,
-                Outcome::Overlong => dataset.stats_mut().dropped_overlong += 1,
-                Outcome::Untrained => dataset.stats_mut().dropped_untrained += 1,
-                Outcome::UntrainedAfterTruncation => dataset.stats_mut().dropped_after_truncation += 1,
-            }
-        }
-    }
-    if dataset.stats().rows == rows_before {
-        return Err(Error::data(path, None, "the file has no rows"));
-    }
-    Ok(())
-}
-
-fn encode_line(
-    path: &Path,
-    line: &Line,
-    encoder: &dyn TextEncoder,
-    options: &EncodeOptions,
-) -> Result<(Outcome, Unused)> {
-    let refuse = |message: String| Error::data(path, line.number, message);
-    let Row { record, unused: columns } = parse(line).and_then(|row| Row::from_json(&row)).map_err(refuse)?;
-    let outcome = encode(&record, encoder, options).map_err(refuse)?;
-    let by_template = match &record {
-        Record::Chat(conversation) => encoder.unused(conversation),
-        _ => Vec::new(),
-    };
-    Ok((outcome, Unused { columns, by_template }))
+/// A file that is taken for JSONL whatever its name is; it may be compressed.
+fn jsonl_file(path: impl Into<PathBuf>) -> DataFile {
+    DataFile { path: path.into(), format: Some("jsonl".to_owned()) }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::load::CHUNK;
     use super::super::testing::ToyEncoder;
     use super::*;
     use crate::config::DataOptions;

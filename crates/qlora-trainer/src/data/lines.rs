@@ -3,14 +3,16 @@
 //! Lines end with LF, CR LF or, as some old programs write, CR alone; a byte order mark before a line is skipped. JSON may have
 //! Python's `NaN` and `Infinity`, which are read as null, and a key twice, of which the last one counts.
 
-use std::io::BufRead;
-use std::path::Path;
+use std::io::{BufRead, Read};
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::rows::MAX_ROW_BYTES;
 use crate::error::{Error, Result};
 
 /// A line of a file with its number, from 1.
+#[derive(Clone, Debug)]
 pub(super) struct Line {
     pub(super) number: usize,
     pub(super) bytes: Vec<u8>,
@@ -18,44 +20,64 @@ pub(super) struct Line {
 
 const UTF8_MARK: &[u8] = b"\xef\xbb\xbf";
 
+/// Lines that are read together have about this many bytes at most.
+const CHUNK_BYTES: usize = 16 << 20;
+
 /// Reads lines that are not blank.
-pub(super) struct Lines<'a, R> {
-    path: &'a Path,
+pub(super) struct Lines<R> {
+    path: PathBuf,
     reader: R,
     /// Lines begun so far.
     number: usize,
-    /// Those of the last stretch up to a line feed, the last one first.
-    ready: Vec<Line>,
+    /// Bytes behind that stretch.
+    bytes: u64,
+    /// Those of the last stretch up to a line feed, the last one first, each with the bytes up to its end.
+    ready: Vec<(Line, u64)>,
     begun: bool,
+    /// The number of the last line that was given out, and the bytes up to its end.
+    mark: (usize, u64),
 }
 
-impl<'a, R: BufRead> Lines<'a, R> {
-    pub(super) fn new(path: &'a Path, reader: R) -> Self {
-        Self { path, reader, number: 0, ready: Vec::new(), begun: false }
+impl<R: BufRead> Lines<R> {
+    /// The lines behind a [`Lines::mark`], from which on `reader` reads.
+    pub(super) fn from_mark(path: &Path, reader: R, mark: (usize, u64)) -> Self {
+        let (number, bytes) = mark;
+        Self { path: path.to_owned(), reader, number, bytes, ready: Vec::new(), begun: bytes > 0, mark }
     }
 
-    /// The next lines, at most `count`; none at the end.
+    /// Lines and bytes up to the end of the last line that was given out.
+    pub(super) fn mark(&self) -> (usize, u64) {
+        self.mark
+    }
+
+    /// The next lines, at most `count`, and fewer where they are long; none at the end.
     ///
     /// # Errors
     /// If reading fails, or the file is no text in UTF-8.
     pub(super) fn next(&mut self, count: usize) -> Result<Vec<Line>> {
         if !self.begun {
             self.begun = true;
-            let beginning = self.reader.fill_buf().map_err(|error| Error::io(self.path, error))?;
+            let beginning = self.reader.fill_buf().map_err(|error| Error::io(&self.path, error))?;
             if let Some(format) = other_format(beginning) {
-                return Err(Error::data(self.path, None, format));
+                return Err(Error::data(&self.path, None, format));
             }
         }
-        let mut lines = Vec::new();
-        while lines.len() < count {
-            if let Some(line) = self.ready.pop() {
+        let (mut lines, mut size) = (Vec::new(), 0);
+        while lines.len() < count && size < CHUNK_BYTES {
+            if let Some((line, end)) = self.ready.pop() {
+                size += line.bytes.len();
+                self.mark = (line.number, end);
                 lines.push(line);
                 continue;
             }
             let mut bytes = Vec::new();
-            let read = self.reader.read_until(b'\n', &mut bytes).map_err(|error| Error::io(self.path, error))?;
+            let limited = &mut self.reader.by_ref().take(MAX_ROW_BYTES as u64 + 1);
+            let read = limited.read_until(b'\n', &mut bytes).map_err(|error| Error::io(&self.path, error))?;
             if read == 0 {
                 break;
+            }
+            if read > MAX_ROW_BYTES {
+                return Err(super::rows::too_long(&self.path, super::rows::Place::Line(self.number + 1)));
             }
             self.split(&bytes);
         }
@@ -67,9 +89,10 @@ impl<'a, R: BufRead> Lines<'a, R> {
         while !bytes.is_empty() {
             self.number += 1;
             let end = end_of_line(bytes);
+            self.bytes += end as u64;
             let line = bytes[..end].strip_prefix(UTF8_MARK).unwrap_or(&bytes[..end]);
             if !line.trim_ascii().is_empty() {
-                self.ready.push(Line { number: self.number, bytes: line.to_vec() });
+                self.ready.push((Line { number: self.number, bytes: line.to_vec() }, self.bytes));
             }
             bytes = &bytes[end..];
         }
@@ -133,7 +156,7 @@ pub(super) fn parse(line: &Line) -> std::result::Result<Value, String> {
 }
 
 /// The text with `null` for the numbers that JSON does not have; none if it has no such number outside of strings.
-fn without_python_numbers(text: &str) -> Option<String> {
+pub(super) fn without_python_numbers(text: &str) -> Option<String> {
     const NUMBERS: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
     if !NUMBERS[1..].iter().any(|number| text.contains(number)) {
         return None;
@@ -178,7 +201,7 @@ mod tests {
     use super::*;
 
     fn lines(bytes: &[u8]) -> Vec<(usize, String)> {
-        let mut lines = Lines::new(Path::new("x"), bytes);
+        let mut lines = Lines::from_mark(Path::new("x"), bytes, (0, 0));
         let all = lines.next(usize::MAX).unwrap();
         all.into_iter().map(|line| (line.number, String::from_utf8(line.bytes).unwrap().trim().to_owned())).collect()
     }
@@ -238,7 +261,7 @@ mod tests {
             (b"PAR1\x15\0".to_vec(), "Parquet"),
             (b"\x1f\x8b\x08\0".to_vec(), "gzip"),
         ] {
-            let error = Lines::new(Path::new("x"), bytes.as_slice()).next(1).err().expect(name).to_string();
+            let error = Lines::from_mark(Path::new("x"), bytes.as_slice(), (0, 0)).next(1).expect_err(name).to_string();
             assert!(error.contains(name), "{error}");
         }
     }

@@ -93,6 +93,17 @@ impl Order {
         self.items.len().div_ceil(self.options.batch_size).div_ceil(self.options.accumulation)
     }
 
+    /// The documents of each item, in the order of one block of an epoch's stream.
+    pub(super) fn of_block(&self, epoch: u64, block: u64) -> Vec<Vec<usize>> {
+        match self.options.shuffle {
+            Some(seed) => {
+                let order = permutation(self.items.len(), derive_seed(seed, &[epoch, block]));
+                order.into_iter().map(|item| self.items[item].clone()).collect()
+            }
+            None => self.items.clone(),
+        }
+    }
+
     /// The items in the order of an epoch.
     pub(super) fn epoch(&self, epoch: u64) -> Vec<usize> {
         match self.options.shuffle {

@@ -161,7 +161,8 @@ impl Row {
         } else {
             return Err(format!(
                 "no known keys: expected `messages`, `conversations`, `prompt` and `completion`, `instruction` and \
-                 `output`, `chosen` and `rejected`, or `text`; found {}",
+                 `output`, `chosen` and `rejected`, or `text`; found {}. An entry of [[data.datasets]] says what columns of \
+                 other names mean",
                 names(&row)
             ));
         };

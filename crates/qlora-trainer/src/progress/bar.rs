@@ -100,11 +100,10 @@ impl Observer for ProgressBar {
                 if let Some(path) = info.resumed_from {
                     self.say(&format!("resuming from {} at step {}", path.display(), info.first_step));
                 }
-                let (documents, trainable) = (info.documents, info.trainable_parameters);
-                let (steps, per_epoch) = (info.total_steps, info.steps_per_epoch);
-                self.say(&format!(
-                    "{documents} documents, {trainable} trainable parameters, {steps} steps ({per_epoch} an epoch)"
-                ));
+                let (steps, trainable) = (info.total_steps, info.trainable_parameters);
+                let documents = info.documents.map_or("a stream of".to_owned(), |documents| documents.to_string());
+                let per_epoch = info.steps_per_epoch.map_or_else(String::new, |steps| format!(" ({steps} an epoch)"));
+                self.say(&format!("{documents} documents, {trainable} trainable parameters, {steps} steps{per_epoch}"));
                 if let Display::Bar(bar) = &self.display {
                     bar.set_length(info.total_steps);
                     bar.set_position(info.first_step);
@@ -244,8 +243,8 @@ mod tests {
         let start = StartInfo {
             first_step: 20,
             total_steps: 100,
-            steps_per_epoch: 50,
-            documents: 7,
+            steps_per_epoch: Some(50),
+            documents: Some(7),
             trainable_parameters: 3,
             initial_parameters: "0",
             resumed_from: Some("out/checkpoint-20".as_ref()),

@@ -61,10 +61,10 @@ pub struct StartInfo<'a> {
     pub first_step: u64,
     /// Steps of the whole run.
     pub total_steps: u64,
-    /// Steps of an epoch.
-    pub steps_per_epoch: usize,
-    /// Documents of the training data.
-    pub documents: usize,
+    /// Steps of an epoch; none if that is not known, as of a stream.
+    pub steps_per_epoch: Option<usize>,
+    /// Documents of the training data; none if that is not known.
+    pub documents: Option<usize>,
     /// Trainable parameters.
     pub trainable_parameters: usize,
     /// Stands for the parameters before the first step: equal for runs that began equally.

@@ -12,7 +12,7 @@ use super::plan::{chosen, largest_batch_of};
 use super::prepare::Prepared;
 use super::quantization;
 use crate::config::TrainConfig;
-use crate::data::Dataset;
+use crate::data::TrainingData;
 use crate::error::{Error, Result};
 use crate::optimizer::Optimizer;
 
@@ -23,7 +23,7 @@ pub struct CardPlan {
     /// Plan, longest sequence and expected speed.
     pub on: OnCard,
     /// The training data that the plan is for.
-    pub training: Dataset,
+    pub training: TrainingData,
 }
 
 /// Plans the run of `config` on `card`: what [`Session::plan_memory`](super::Session::plan_memory) would choose there, without that card

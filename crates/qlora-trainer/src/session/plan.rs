@@ -7,7 +7,7 @@ use qlora_kernels::cuda::Gpu;
 
 use super::Session;
 use crate::config::{GradientCheckpointing, TrainConfig};
-use crate::data::{Dataset, LargestBatch, LoaderOptions, largest_batch};
+use crate::data::{LargestBatch, LoaderOptions, TrainingData};
 use crate::error::Result;
 
 impl Session {
@@ -18,7 +18,7 @@ impl Session {
     /// # Errors
     /// If the data cannot be batched, or even the leanest plan needs more memory than there is; the message says how
     /// much.
-    pub fn plan_memory(&mut self, training: &Dataset) -> Result<Option<MemoryPlan>> {
+    pub fn plan_memory(&mut self, training: &TrainingData) -> Result<Option<MemoryPlan>> {
         let batch = self.largest_batch(training)?;
         #[cfg(feature = "cuda")]
         if let Some(gpu) = self.model.workspace().gpu().cloned() {
@@ -92,7 +92,7 @@ impl Session {
         Ok(rates)
     }
 
-    fn largest_batch(&self, training: &Dataset) -> Result<BatchShape> {
+    fn largest_batch(&self, training: &TrainingData) -> Result<BatchShape> {
         largest_batch_of(&self.config, training)
     }
 
@@ -122,10 +122,9 @@ impl Session {
 }
 
 /// The largest micro-batch that the configured steps over these data will have.
-pub(super) fn largest_batch_of(config: &TrainConfig, training: &Dataset) -> Result<BatchShape> {
+pub(super) fn largest_batch_of(config: &TrainConfig, training: &TrainingData) -> Result<BatchShape> {
     let options = LoaderOptions::from(config);
-    let steps = |per_epoch| config.training.total_steps(per_epoch);
-    let LargestBatch { tokens, trained_tokens, sequences, uniform_len } = largest_batch(training, options, steps)?;
+    let LargestBatch { tokens, trained_tokens, sequences, uniform_len } = training.largest_batch(config)?;
     // Of packed documents the bins count: those of other batches are filled in other ways.
     let sequences = options.packing.map_or(sequences, |_| options.batch_size);
     Ok(BatchShape { tokens, uniform_len, sequences, trained_tokens })

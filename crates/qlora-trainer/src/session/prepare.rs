@@ -11,7 +11,8 @@ use super::adapter::Beginning;
 use super::weights;
 use crate::comm::{Alone, Communicator, check_same_program, check_same_run};
 use crate::config::TrainConfig;
-use crate::data::{Dataset, EncodeOptions, check_jsonl, load_jsonl};
+use crate::data::configured::Sets;
+use crate::data::{Dataset, TrainingData};
 use crate::encoder::ModelEncoder;
 use crate::error::{Error, Result};
 use crate::objective;
@@ -20,7 +21,7 @@ use crate::trainer::blueprint::{Blueprint, ModelFacts};
 use crate::trainer::start::Start;
 
 /// Training data, and validation data if there is any.
-pub(super) type Data = (Dataset, Option<Dataset>);
+pub(super) type Data = (TrainingData, Option<Dataset>);
 
 /// A run without its weights.
 pub(super) struct Prepared {
@@ -54,10 +55,10 @@ impl Prepared {
         }
         let start = if writes { Some(Start::open_on(&config.training, &mut **comm)?) } else { None };
         config.training.gradient_accumulation_steps = micro_batches(&config, start.as_ref(), comm.size())?;
-        // A model that has to be downloaded first may take an hour.
-        if !std::path::Path::new(&config.model.model_name_or_path).exists() {
-            let files = [&config.data.train_file, &config.data.validation_file];
-            files.iter().flat_map(|paths| paths.as_slice()).try_for_each(|path| check_jsonl(path))?;
+        let sets = Sets::find(&config)?;
+        // A model that has to be downloaded first may take an hour. Data that is streamed may take longer to read.
+        if !config.data.streaming && !std::path::Path::new(&config.model.model_name_or_path).exists() {
+            sets.check()?;
         }
         let workspace = super::workspace(&config, comm.local_rank())?;
         #[cfg(feature = "cuda")]
@@ -83,7 +84,7 @@ impl Prepared {
             max_positions: Some(model.max_position_embeddings),
         };
         let encoder = encoder(&files).with_template_kwargs(config.data.chat_template_kwargs.as_map());
-        let data = load(&config, &encoder)?;
+        let data = sets.open(&config, encoder)?;
         let data = check(&config, &facts, start.as_ref(), &mut **comm, data)?;
         Ok(Self {
             config,
@@ -134,13 +135,7 @@ fn micro_batches(config: &TrainConfig, start: Option<&Start>, ranks: usize) -> R
 
 /// The data of a configuration, as tokens.
 pub(super) fn load(config: &TrainConfig, encoder: &ModelEncoder<'_>) -> Result<Data> {
-    let options = EncodeOptions::from(&config.data);
-    let training = load_jsonl(config.data.train_file.as_slice(), encoder, &options)?;
-    let validation = match config.data.validation_file.as_slice() {
-        [] => None,
-        files => Some(load_jsonl(files, encoder, &options)?),
-    };
-    Ok((training, validation))
+    Sets::find(config)?.open(config, *encoder)
 }
 
 pub(super) fn encoder(files: &ModelFiles) -> ModelEncoder<'_> {
@@ -187,5 +182,5 @@ fn check(
     if let Some(resumed) = start.and_then(|start| start.resumed.as_ref()) {
         blueprint.check_resumed(config, resumed)?;
     }
-    Ok((blueprint.loader.into_dataset(), validation))
+    Ok((blueprint.feed.into_data()?, validation))
 }

@@ -7,7 +7,8 @@ use super::start::Resumed;
 use crate::checkpoint::identity::RunIdentity;
 use crate::checkpoint::state::TrainerState;
 use crate::config::TrainConfig;
-use crate::data::{Dataset, Loader, LoaderOptions, Position};
+use crate::data::feed::Feed;
+use crate::data::{Dataset, LoaderOptions, Position, TrainingData};
 use crate::error::{Error, Result};
 use crate::model::{Parameter, TrainableModel};
 use crate::objective;
@@ -31,8 +32,17 @@ impl ModelFacts {
             max_positions: model.max_positions(),
         }
     }
+}
 
-    fn check_data(&self, dataset: &Dataset) -> Result<()> {
+/// What documents a model can take.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    vocab_size: Option<usize>,
+    max_positions: Option<usize>,
+}
+
+impl Limits {
+    fn check(&self, dataset: &Dataset) -> Result<()> {
         if let (Some(size), Some(largest)) = (self.vocab_size, dataset.largest_token())
             && largest as usize >= size
         {
@@ -55,7 +65,7 @@ impl ModelFacts {
 
 /// The plan of a run.
 pub(crate) struct Blueprint {
-    pub(crate) loader: Loader,
+    pub(crate) feed: Feed,
     pub(crate) schedule: Schedule,
     pub(crate) identity: RunIdentity,
 }
@@ -67,22 +77,25 @@ impl Blueprint {
     pub(crate) fn new(
         config: &TrainConfig,
         facts: &ModelFacts,
-        training: Dataset,
+        training: TrainingData,
         validation: Option<&Dataset>,
     ) -> Result<Self> {
-        facts.check_data(&training)?;
-        for data in validation.into_iter().chain([&training]).filter(|data| !data.is_empty()) {
-            check_groups(config, data)?;
-        }
+        let limits = Limits { vocab_size: facts.vocab_size, max_positions: facts.max_positions };
+        let kind = RowKind::of(config);
+        let check = move |data: &Dataset| {
+            limits.check(data)?;
+            kind.check(data)
+        };
+        let feed = Feed::new(training, LoaderOptions::from(config), check)?;
         if let Some(data) = validation {
-            facts.check_data(data)?;
+            check(data)?;
             if data.is_empty() {
                 return Err(Error::Invalid("the validation data is empty".to_owned()));
             }
         }
         let options = &config.training;
-        let loader = Loader::new(training, LoaderOptions::from(config))?;
-        let schedule = Schedule::new(options, options.total_steps(loader.steps_per_epoch()));
+        // A stream has `max_steps`.
+        let schedule = Schedule::new(options, options.total_steps(feed.steps_per_epoch().unwrap_or(0)));
         if schedule.trains_nothing() {
             return Err(Error::Invalid(
                 "the run has one step, and it is a warmup step, whose learning rate is 0: nothing would be trained. Set \
@@ -90,8 +103,8 @@ impl Blueprint {
                     .to_owned(),
             ));
         }
-        let identity = RunIdentity::new(config, &schedule, loader.dataset(), &facts.identity, &facts.parameters);
-        Ok(Self { loader, schedule, identity })
+        let identity = RunIdentity::new(config, &schedule, &feed.identity(), &facts.identity, &facts.parameters);
+        Ok(Self { feed, schedule, identity })
     }
 
     /// Checks that the run can go on from a checkpoint, and returns in what it does not go on as it was.
@@ -102,34 +115,54 @@ impl Blueprint {
         let (path, state) = (&resumed.path, &resumed.checkpoint.state);
         let saved = &state.stateful_callbacks.qlora.identity;
         let changes = saved.check(path, &self.identity, config.training.override_opt_param_scheduler)?;
-        check_state(path, state, &self.schedule, &self.loader)?;
+        check_state(path, state, &self.schedule, &self.feed)?;
         Ok(changes)
     }
 }
 
-/// Checks that rows are of the kind that the objective trains on.
-fn check_groups(config: &TrainConfig, data: &Dataset) -> Result<()> {
-    let wanted = objective::of(config).map_or(1, |objective| objective.group_size());
-    if data.group_size() == wanted {
-        return Ok(());
+/// The rows that an objective trains on.
+#[derive(Clone, Copy)]
+struct RowKind {
+    /// Documents that are made of a row.
+    group_size: usize,
+    objective: &'static str,
+}
+
+impl RowKind {
+    fn of(config: &TrainConfig) -> Self {
+        let group_size = objective::of(config).map_or(1, |objective| objective.group_size());
+        Self { group_size, objective: config.training.objective.name() }
     }
-    let (origin, name) = (data.origin(0), config.training.objective.name());
-    let message = match wanted {
-        1 => format!("a pair of answers (`chosen`, `rejected`), which the objective \"{name}\" does not train on"),
-        _ => format!(
-            "the objective \"{name}\" trains on pairs of answers: a row needs `prompt`, `chosen` and `rejected`"
-        ),
-    };
-    Err(Error::Invalid(format!("{origin}: {message}; see `objective` in [training]")))
+
+    fn check(self, data: &Dataset) -> Result<()> {
+        if data.is_empty() || data.group_size() == self.group_size {
+            return Ok(());
+        }
+        let (origin, name) = (data.origin(0), self.objective);
+        let message = match self.group_size {
+            1 => format!("a pair of answers (`chosen`, `rejected`), which the objective \"{name}\" does not train on"),
+            _ => format!(
+                "the objective \"{name}\" trains on pairs of answers: a row needs `prompt`, `chosen` and `rejected`"
+            ),
+        };
+        Err(Error::Invalid(format!("{origin}: {message}; see `objective` in [training]")))
+    }
 }
 
 /// Checks that a checkpoint's step exists in a run, and where the run's data is then.
-pub(super) fn check_state(path: &Path, state: &TrainerState, schedule: &Schedule, loader: &Loader) -> Result<()> {
+pub(super) fn check_state(path: &Path, state: &TrainerState, schedule: &Schedule, feed: &Feed) -> Result<()> {
     let (step, total) = (state.global_step, schedule.total_steps);
     if step > total {
         return Err(Error::checkpoint(path, format!("it is at step {step}, but the run has only {total} steps")));
     }
-    let per_epoch = loader.steps_per_epoch() as u64;
+    let Some(per_epoch) = feed.steps_per_epoch().map(|steps| steps as u64) else {
+        let known = state.stateful_callbacks.qlora.stream.is_some();
+        return if known {
+            Ok(())
+        } else {
+            Err(Error::checkpoint(path, "it does not say where the run is in the data"))
+        };
+    };
     let position = Position { epoch: step / per_epoch, step: (step % per_epoch) as usize };
     if state.stateful_callbacks.qlora.position != position {
         return Err(Error::checkpoint(path, "step and position in the data do not belong together"));

@@ -21,7 +21,8 @@ use start::Start;
 use crate::checkpoint::state::{FORMAT_VERSION, QloraState, StatefulCallbacks, TrainerState};
 use crate::comm::{Alone, Communicator};
 use crate::config::TrainConfig;
-use crate::data::Dataset;
+use crate::data::feed::FeedPosition;
+use crate::data::{Dataset, TrainingData};
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
 use crate::guard::GradientGuard;
@@ -107,11 +108,16 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
     /// # Errors
     /// If the configuration is not valid, the data is empty, holds token ids that the model does not have or documents
     /// longer than the model can take, or the model's parameters do not cover its buffer.
-    pub fn new(config: TrainConfig, model: M, training: Dataset, validation: Option<Dataset>) -> Result<Self> {
+    pub fn new(
+        config: TrainConfig,
+        model: M,
+        training: impl Into<TrainingData>,
+        validation: Option<Dataset>,
+    ) -> Result<Self> {
         config.validate()?;
         let facts = ModelFacts::of(&model);
         let masters = model.masters()?;
-        let blueprint = Blueprint::new(&config, &facts, training, validation.as_ref())?;
+        let blueprint = Blueprint::new(&config, &facts, training.into(), validation.as_ref())?;
         check_parameters(&facts.parameters, masters.len())?;
         if blueprint.schedule.is_all_warmup() {
             let steps = blueprint.schedule.total_steps;
@@ -214,11 +220,12 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
     /// `trainer_state.json` as of now.
     fn state(&self) -> TrainerState {
         let (options, progress) = (&self.config.training, &self.progress);
+        let FeedPosition { position, stream } = self.blueprint.feed.position();
         TrainerState {
             best_global_step: None,
             best_metric: None,
             best_model_checkpoint: None,
-            epoch: self.blueprint.loader.epochs(),
+            epoch: self.blueprint.feed.epochs(),
             eval_steps: options.eval_steps.unwrap_or(0),
             global_step: progress.global_step,
             is_hyper_param_search: false,
@@ -230,15 +237,16 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
             num_input_tokens_seen: progress.tokens_seen,
             num_train_epochs: self
                 .blueprint
-                .schedule
-                .total_steps
-                .div_ceil(self.blueprint.loader.steps_per_epoch() as u64),
+                .feed
+                .steps_per_epoch()
+                .map_or(1, |per_epoch| self.blueprint.schedule.total_steps.div_ceil(per_epoch as u64)),
             save_steps: options.save_steps,
             stateful_callbacks: StatefulCallbacks {
                 qlora: QloraState {
                     format_version: FORMAT_VERSION,
                     qlora_version: env!("CARGO_PKG_VERSION").to_owned(),
-                    position: self.blueprint.loader.position(),
+                    position,
+                    stream,
                     window: progress.window.clone(),
                     seed: options.seed,
                     data_seed: options.resolved_data_seed(),

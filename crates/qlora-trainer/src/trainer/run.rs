@@ -8,6 +8,7 @@ use crate::checkpoint::folder::{self, OutputFolder};
 use crate::checkpoint::tensors::OptimizerTensors;
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::Resume;
+use crate::data::feed::FeedPosition;
 use crate::error::{Error, Result};
 use qlora_kernels::View;
 
@@ -169,7 +170,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
             return Err(Error::checkpoint(path, format!("it has {found} parameters, the model {len}")));
         }
         let ours = state.stateful_callbacks.qlora;
-        self.blueprint.loader.seek(ours.position)?;
+        self.blueprint.feed.seek(&FeedPosition { position: ours.position, stream: ours.stream })?;
         self.model.update_masters(&mut |masters| masters.copy_from(View::vector(&tensors.master)))?;
         self.optimizer
             .set_moments(tensors.moments, &self.model.workspace()?)
@@ -193,8 +194,8 @@ impl<M: TrainableModel> Trainer<'_, M> {
         let info = StartInfo {
             first_step: self.progress.global_step,
             total_steps: self.blueprint.schedule.total_steps,
-            steps_per_epoch: self.blueprint.loader.steps_per_epoch(),
-            documents: self.blueprint.loader.dataset().len(),
+            steps_per_epoch: self.blueprint.feed.steps_per_epoch(),
+            documents: self.blueprint.feed.documents(),
             trainable_parameters: self.trainable_parameters(),
             initial_parameters: &initial,
             resumed_from,

@@ -20,15 +20,15 @@ impl<M: TrainableModel> Trainer<'_, M> {
     /// Makes the next optimizer step. On an error neither parameters nor moments have changed.
     pub(super) fn step(&mut self) -> Result<StepInfo> {
         let started = Instant::now();
-        let position = self.blueprint.loader.position();
-        let batch = self.blueprint.loader.next_step();
+        let position = self.blueprint.feed.position();
+        let batch = self.blueprint.feed.next_step()?;
         let step = self.progress.global_step + 1;
         let made = self.gradient_and_update(step, &batch);
         let Made { loss, learning_rate, grad_norm, metrics } = match made {
             Ok(made) => made,
             Err(error) => {
                 // A caller may try again; the data must not move on without the model.
-                self.blueprint.loader.seek(position)?;
+                self.blueprint.feed.seek(&position)?;
                 return Err(error);
             }
         };
@@ -42,7 +42,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
         let info = StepInfo {
             step,
             total_steps: self.blueprint.schedule.total_steps,
-            epoch: self.blueprint.loader.epochs(),
+            epoch: self.blueprint.feed.epochs(),
             loss,
             learning_rate,
             grad_norm,
@@ -118,7 +118,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
         let result = match &self.objective {
             None => self.model.accumulate_gradients(tokens, batch.num_items, pass, grad),
             Some(objective) => {
-                let group_size = self.blueprint.loader.dataset().group_size();
+                let group_size = self.blueprint.feed.group_size();
                 let shares = (group_size, batch.groups);
                 accumulate_judged(&mut self.model, &**objective, tokens, shares, pass, metrics, grad)
             }
@@ -160,7 +160,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
     pub(super) fn non_finite(&self, step: u64, batch: &StepBatch, micro_batch: usize, what: &str) -> Error {
         const SHOWN: usize = 4;
         let documents = &batch.documents[micro_batch];
-        let named: Vec<_> = documents.iter().take(SHOWN).map(|&i| self.blueprint.loader.dataset().origin(i)).collect();
+        let named: Vec<_> = documents.iter().take(SHOWN).map(|&i| self.blueprint.feed.origin(i)).collect();
         let more = documents.len().saturating_sub(SHOWN);
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
         let documents = format!("{}{more}", named.join(", "));
@@ -227,7 +227,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
         }
         Ok(Some(EvalLog {
             step: self.progress.global_step,
-            epoch: self.blueprint.loader.epochs(),
+            epoch: self.blueprint.feed.epochs(),
             eval_loss,
             eval_trained_tokens: whole.trained_tokens as u64,
             eval_runtime: started.elapsed().as_secs_f64(),

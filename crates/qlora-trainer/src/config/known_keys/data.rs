@@ -28,7 +28,6 @@ pub(super) const KEYS: &[KnownKey] = &[
     key(
         &[
             "dataset",
-            "datasets",
             "dataset_name",
             "dataset_path",
             "data_path",
@@ -50,7 +49,6 @@ pub(super) const KEYS: &[KnownKey] = &[
             "valid_file",
             "dev_file",
             "eval_dataset",
-            "test_datasets",
             "validation_data",
             "val_data",
             "validation_path",
@@ -58,10 +56,8 @@ pub(super) const KEYS: &[KnownKey] = &[
         ],
         Ours("data.validation_file"),
     ),
-    key(
-        &["val_set_size", "val_size", "eval_size", "validation_split_percentage", "test_size"],
-        Anyway(&[Off], "no rows are split off; write some to a file of their own: `validation_file` in [data]"),
-    ),
+    key(&["val_set_size", "eval_size", "test_size", "test_split_size"], Ours("data.val_size")),
+    key(&["validation_split_percentage"], Anyway(&[Off], "write the share as `val_size` in [data]: 0.05 for 5")),
     key(
         &[
             "dataset_config",
@@ -71,7 +67,10 @@ pub(super) const KEYS: &[KnownKey] = &[
             "dataset_test_split",
             "dataset_dir",
         ],
-        If(|_, _| false, "data are JSONL files: write their paths as `train_file` in [data]"),
+        If(
+            |_, _| false,
+            "write it in an entry of [[data.datasets]]: `path`, `name`, `split`, `revision`, `data_files`",
+        ),
     ),
     key(&["dataset_text_field"], Anyway(&[Text("text")], ROWS)),
     key(
@@ -79,8 +78,6 @@ pub(super) const KEYS: &[KnownKey] = &[
             "text_column",
             "prompt_column",
             "response_column",
-            "field_messages",
-            "message_property_mappings",
             "roles_to_train",
             "formatting_func",
             "dataset_kwargs",
@@ -90,9 +87,29 @@ pub(super) const KEYS: &[KnownKey] = &[
         Anyway(&[Off], ROWS),
     ),
     key(
-        &["max_samples", "max_train_samples", "max_eval_samples"],
-        Anyway(&[Off], "all rows are used: cut the file (`head -n`), or write `max_steps` in [training]"),
+        &[
+            "columns",
+            "tags",
+            "field_messages",
+            "message_property_mappings",
+            "message_field_training",
+            "field_instruction",
+            "field_input",
+            "field_output",
+            "field_system",
+            "field_tools",
+            "ds_type",
+            "split",
+            "data_dir",
+            "subset",
+        ],
+        Anyway(&[Off], "write it in an entry of [[data.datasets]]"),
     ),
+    key(&["max_train_samples"], Ours("data.max_samples")),
+    key(&["max_eval_samples"], Anyway(&[Off], "all rows of the validation data are used: cut the file (`head -n`)")),
+    key(&["deduplicate", "dedup", "drop_duplicates"], Ours("data.dataset_exact_deduplication")),
+    key(&["mixing_strategy", "stopping_strategy"], Anyway(&[Off], "write `mix_strategy` in [data]")),
+    key(&["probabilities", "interleave_prob"], Ours("data.interleave_probs")),
     key(&["sample_packing", "neat_packing", "use_packing", "multipack"], Ours("data.packing")),
     key(
         &["eval_packing", "eval_sample_packing"],
@@ -164,7 +181,8 @@ pub(super) const KEYS: &[KnownKey] = &[
         ],
         Nothing,
     ),
-    key(&["streaming", "pretraining_dataset"], Anyway(&[Off], "files are read whole; leave it out")),
+    key(&["pretraining_dataset"], Anyway(&[Off], "write `train_file` and `streaming = true` in [data]")),
+    key(&["shuffle_buffer_size", "streaming_multipack_buffer_size", "streaming_buffer_size"], Ours("data.buffer_size")),
     key(
         &["disable_shuffling"],
         If(

@@ -20,16 +20,13 @@ pub(super) const KEYS: &[KnownKey] = &[
     key(&["do_predict", "predict_with_generate"], Anyway(&[Off], "answers are made by `qlora generate`; leave it out")),
     key(
         &["do_eval"],
-        If(
-            |config, value| is_off(value) || !config.data.validation_file.is_empty(),
-            "write `validation_file` in [data]",
-        ),
+        If(|config, value| is_off(value) || config.data.evaluates(), "write `validation_file` or `val_size` in [data]"),
     ),
     key(
         &["eval_strategy", "evaluation_strategy"],
         If(
             |config, value| match value.as_str() {
-                Some("no") => config.data.validation_file.is_empty(),
+                Some("no") => !config.data.evaluates(),
                 Some("steps") => config.training.eval_steps.is_some(),
                 _ => false,
             },
