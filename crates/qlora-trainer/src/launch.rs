@@ -14,7 +14,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::error::{Error, Result};
@@ -70,9 +71,10 @@ fn gpus() -> usize {
 
 /// To be called early by a program that may be a rank: it ends when the process is gone that started it.
 pub fn end_with_launcher() {
+    #[cfg(target_os = "linux")]
     if env::var_os(LAUNCHED).is_some() {
-        // Where the system does not have it the ranks notice each other's end all the same.
-        let _ = set_parent_process_death_signal(Some(Signal::KILL));
+        // Elsewhere, and if this fails, the ranks notice each other's end all the same.
+        let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
     }
 }
 
@@ -192,13 +194,13 @@ fn wait(mut ranks: Vec<Child>, signal: &AtomicUsize) -> u8 {
 
 fn tell(ranks: &[Child], ended: &[Option<ExitStatus>], number: i32) {
     let signal = match number {
-        SIGINT => Signal::INT,
-        SIGHUP => Signal::HUP,
-        _ => Signal::TERM,
+        SIGINT => Signal::SIGINT,
+        SIGHUP => Signal::SIGHUP,
+        _ => Signal::SIGTERM,
     };
     for (child, _) in ranks.iter().zip(ended).filter(|(_, ended)| ended.is_none()) {
-        if let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
-            let _ = kill_process(pid, signal);
+        if let Ok(id) = i32::try_from(child.id()) {
+            let _ = kill(Pid::from_raw(id), signal);
         }
     }
 }

@@ -84,6 +84,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
             let complete = step == self.blueprint.schedule.total_steps && !self.eval_is_due(step);
             let stop = self.stops_here() && !complete;
             if self.save_is_due(step) || stop {
+                self.check_same_parameters()?;
                 self.save(output)?;
             }
             if complete {
@@ -228,7 +229,6 @@ impl<M: TrainableModel> Trainer<'_, M> {
         if step == 0 || self.progress.checkpoint.as_ref().is_some_and(|(of, _)| *of == step) {
             return Ok(());
         }
-        self.check_same_parameters()?;
         let Some(output) = output else { return Ok(()) };
         let tensors = OptimizerTensors { master: self.model.masters()?, moments: self.optimizer.moments()? };
         let path = checkpoint::save(output, &self.model, &tensors, &self.state(), &self.config)?;

@@ -29,7 +29,12 @@ impl<M: TrainableModel> Trainer<'_, M> {
             Err(error) => {
                 // A caller may try again; the data must not move on without the model.
                 self.blueprint.feed.seek(&position)?;
-                return Err(error);
+                return Err(match error {
+                    Error::Rank { rank, message } => {
+                        Error::rank(rank, format!("{message}; this rank was in step {step}"))
+                    }
+                    other => other,
+                });
             }
         };
         if !grad_norm.is_finite() {
