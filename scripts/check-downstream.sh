@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Builds and runs a crate outside the workspace that depends on `qlora` by path, as a user's crate does.
+# Builds and runs the crates outside the workspace that depend on `qlora` by path, as users' crates do: a model of their own
+# (tests/downstream) and a training loop of their own (tests/downstream_loop).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# The same dependency versions and target folder as the workspace, so that only the crate itself is compiled.
-cp Cargo.lock tests/downstream/Cargo.lock
-CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target} cargo run --quiet --manifest-path tests/downstream/Cargo.toml
+for crate in downstream downstream_loop; do
+  # The same dependency versions and target folder as the workspace, so that only the crate itself is compiled.
+  cp Cargo.lock "tests/$crate/Cargo.lock"
+  CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target} cargo run --quiet --manifest-path "tests/$crate/Cargo.toml"
+done

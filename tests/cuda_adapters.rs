@@ -461,3 +461,42 @@ fn steps_of_generation_mix_adapters() {
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
+
+/// A model with a DoRA adapter of values that are not zero.
+fn with_dora(workspace: Workspace) -> CausalLm {
+    let mut model = base("models/llama", workspace);
+    let config = LoraConfig { r: 3, use_dora: true, target_modules: TargetModules::AllLinear, ..LoraConfig::default() };
+    model.add_adapter(config, 1).unwrap();
+    let adapter = model.adapter().unwrap();
+    let changed = |(i, value): (usize, f32)| value * (1.0 + (i % 7) as f32 / 20.0) + (i % 5) as f32 / 100.0;
+    let values: Vec<f32> = adapter.values().unwrap().into_iter().enumerate().map(changed).collect();
+    adapter.set_values(&values).unwrap();
+    model
+}
+
+#[test]
+fn training_with_dora_gives_the_gradients_of_the_cpu() {
+    let Some(device) = gpu() else { return };
+    let _turn = turn();
+    let tokens: Vec<u32> = (0..37).map(|i| (i * 31 + 5) % 90 + 3).collect();
+    let labels: Vec<i64> = tokens.iter().map(|&id| i64::from(id)).collect();
+    let batch = Batch::from_documents([(tokens.as_slice(), labels.as_slice())]);
+    let run = |workspace: Workspace| {
+        let model = with_dora(workspace);
+        let len = model.adapter().unwrap().layout().len();
+        let mut gradient = model.workspace().zeros_f32(1, len).unwrap();
+        let pass = qlora::model::TrainPass::default();
+        let loss = model.accumulate_gradients(&batch, tokens.len(), pass, gradient.view_mut()).unwrap().sum;
+        (loss, gradient.to_vec().unwrap(), logits(&model, &tokens, AdapterChoice::Active))
+    };
+    let (loss, gradient, expected) = run(Workspace::poisoned());
+    for (dtype, limit) in [(Dtype::F32, 2e-4), (Dtype::Bf16, 6e-2)] {
+        if !computes(&device, dtype) {
+            continue;
+        }
+        let (got, got_gradient, got_logits) = run(on(&device, dtype));
+        assert!((got - loss).abs() < limit * loss, "{}: loss {got}, {loss}", dtype.name());
+        let errors = [error(&got_gradient, &gradient), error(&got_logits, &expected)];
+        assert!(errors.iter().all(|error| *error < limit), "{}: gradient and logits {errors:?}", dtype.name());
+    }
+}

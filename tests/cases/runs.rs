@@ -261,6 +261,51 @@ fn case_23_continue_from_adapter() {
     assert!(adapter(&at("out-other")) == expected);
 }
 
+#[test]
+fn a_run_with_dora_and_patterns_is_resumed_and_gone_on_with() {
+    let (folder, config) = job();
+    let at = |name: &str| folder.path().join(name);
+    let dora = with(
+        &config,
+        &[("lora.use_dora", "true"), ("lora.rank_pattern", "{ q_proj = 2 }"), ("lora.alpha_pattern", "{ v_proj = 3 }")],
+    );
+    let dora = with(&dora, &[("training.save_steps", "1"), ("lora.lora_dropout", "0.1")]);
+    run(&dora).unwrap();
+    let whole = adapter(&at("out"));
+    fs::remove_dir_all(at("out/checkpoint-2")).unwrap();
+    let resumed = with(&dora, &[("training.resume_from_checkpoint", "true")]);
+    let other_alpha = with(&resumed, &[("lora.alpha_pattern", "{ v_proj = 4 }")]);
+    assert!(refused(&other_alpha).contains("lora.alpha_pattern"));
+    let (_, told) = run_told(&resumed);
+    assert_eq!(told.first_step.get(), 1);
+    assert!(adapter(&at("out")) == whole);
+
+    let out = at("out");
+    let mut next = with(&config, &[("lora.adapter_name_or_path", out.to_str().unwrap())]);
+    next.training.output_dir = at("next");
+    run(&next).unwrap();
+    let model = model_config(&at("model"));
+    let [first, trained] = [&out, &next.training.output_dir].map(|dir| qlora::adapter::load(dir, &model).unwrap());
+    assert!(trained.config.lora.use_dora && first.layout == trained.layout);
+    assert_eq!(trained.config.lora.alpha_pattern, first.config.lora.alpha_pattern);
+    for entry in trained.layout.entries() {
+        assert_ne!(first.weights[entry.range()], trained.weights[entry.range()], "{}", entry.tensor_name());
+    }
+    next.training.output_dir = at("never");
+    for (key, value) in [("lora.rank_pattern", "{ q_proj = 3 }"), ("lora.alpha_pattern", "{ v_proj = 4 }")] {
+        let error = refused(&with(&next, &[(key, value)]));
+        assert!(error.contains(key.trim_start_matches("lora.")) && error.contains("leave it out"), "{key}: {error}");
+    }
+
+    // Magnitudes do not come to an adapter that was trained without.
+    let mut plain = config.clone();
+    plain.training.output_dir = at("plain");
+    run(&plain).unwrap();
+    let from_plain =
+        with(&next, &[("lora.adapter_name_or_path", at("plain").to_str().unwrap()), ("lora.use_dora", "true")]);
+    assert!(refused(&from_plain).contains("use_dora"));
+}
+
 fn model_config(folder: &Path) -> qlora::config::ModelConfig {
     qlora::config::ModelConfig::from_json_file(folder.join("config.json")).unwrap()
 }

@@ -1,5 +1,8 @@
 //! Adapters and Python's PEFT: files both ways, every kind of adapter, answers of trained ones.
 
+#[path = "../common/mod.rs"]
+mod common;
+mod dora;
 mod kinds;
 mod roundtrip;
 mod trained_by_peft;

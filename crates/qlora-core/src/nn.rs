@@ -74,6 +74,10 @@ impl QLoraLinear {
         workspace: Workspace,
     ) -> Result<Self> {
         lora.validate()?;
+        if lora.use_dora {
+            let message = "use_dora: a QLoraLinear has A and B alone; CausalLm::add_adapter trains DoRA";
+            return Err(Error::Unsupported(message.into()));
+        }
         if let Some(bias) = bias.as_ref().filter(|bias| bias.dims() != [weight.rows()]) {
             let (got, rows) = (bias.dims(), weight.rows());
             return Err(Error::tensor("bias", format!("has shape {got:?}, the weight has {rows} rows")));

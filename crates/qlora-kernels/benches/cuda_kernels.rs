@@ -195,7 +195,7 @@ fn weights(bench: &mut Bench) -> Result<()> {
 fn group(bench: &mut Bench, weight: &CudaWeight, rows: usize, cols: usize) -> Result<()> {
     const RANK: usize = 16;
     let (a, b) = (0..RANK * cols, RANK * cols..RANK * (cols + rows));
-    let slot = LoraSlot { a, b: b.clone(), rank: RANK, scale: 2.0, stream: 0 };
+    let slot = LoraSlot { a, b: b.clone(), rank: RANK, scale: 2.0, stream: 0, kind: Default::default() };
     let values = bench.workspace.upload(&vec![0.01; b.end], 1, b.end)?;
     let members = [Member { name: "", weight, bias: None, lora: Some(&slot) }];
     let cache = WeightCache::default();
@@ -242,7 +242,7 @@ fn few_tokens(bench: &mut Bench, name: &str, rows: &[usize]) -> Result<()> {
     for &rows in rows {
         let (a, b) = (end..end + RANK * HIDDEN, end + RANK * HIDDEN..end + RANK * (HIDDEN + rows));
         end = b.end;
-        slots.push(LoraSlot { a, b, rank: RANK, scale: 2.0, stream: 0 });
+        slots.push(LoraSlot { a, b, rank: RANK, scale: 2.0, stream: 0, kind: Default::default() });
     }
     let values = workspace.upload(&vec![0.01; end], 1, end)?;
     let pass = AdapterPass::new(values.view());

@@ -57,7 +57,7 @@ pub(crate) fn parameters_of(layout: &AdapterLayout) -> Vec<Parameter> {
     let parameter = |entry: &Entry| Parameter {
         name: entry.tensor_name(),
         range: entry.range(),
-        shape: vec![entry.rows, entry.cols],
+        shape: entry.shape(),
         silenced_by: if entry.which == Which::A { partner(&entry.module) } else { None },
     };
     entries.iter().map(parameter).collect()

@@ -26,7 +26,7 @@ use qlora_core::adapter::{AdapterDtype, SaveOptions, TrainedOver};
 use qlora_core::chat::ChatTemplate;
 use qlora_core::companions::Companions;
 use qlora_core::config::ModelConfig;
-use qlora_core::lora::{LoraConfig, ModuleFilter, ModulePattern, TargetModules};
+use qlora_core::lora::{ByModule, LoraConfig, ModuleFilter, ModulePattern, TargetModules};
 use qlora_core::model::{CausalLm, DeviceChoice, LoadOptions, Quantization};
 use qlora_core::open::{GenerationDefaults, ModelFiles};
 use qlora_core::tokenizer::Tokenizer;
@@ -317,6 +317,9 @@ pub fn lora_config(options: &LoraOptions) -> Result<LoraConfig> {
         lora_alpha: options.lora_alpha,
         lora_dropout: options.lora_dropout,
         use_rslora: options.use_rslora,
+        use_dora: options.use_dora,
+        rank_pattern: ByModule::new(options.rank_pattern.clone())?,
+        alpha_pattern: ByModule::new(options.alpha_pattern.clone())?,
         target_modules,
         ..LoraConfig::default()
     })

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use clap::Subcommand;
 use qlora::adapter::{self, AdapterConfig, AdapterDtype, AdapterKinds, SaveOptions, TrainedOver};
+use qlora::lora::LoraConfig;
 use qlora::open::{OpenOptions, open_config};
 use serde_json::{Value, json};
 
@@ -148,18 +149,18 @@ fn describe(folder: &Path) -> Result<Value> {
         "scaling": lora.scaling(),
         "use_rslora": lora.use_rslora,
         "target_modules": serde_json::to_value(&lora.target_modules)?,
-        "kinds": kind_names(&kinds),
+        "kinds": kind_names(&lora, &kinds),
         "trained_over": TrainedOver::read(folder)?.map(|over| over.to_string()),
         "file": weights.map(|(path, _)| path.file_name().map(|name| name.to_string_lossy().into_owned())),
         "bytes": weights.map(|(_, bytes)| bytes),
     }))
 }
 
-fn kind_names(kinds: &AdapterKinds) -> Vec<&'static str> {
+fn kind_names(lora: &LoraConfig, kinds: &AdapterKinds) -> Vec<&'static str> {
     let optional = [
-        (kinds.use_dora, "DoRA"),
+        (lora.use_dora, "DoRA"),
         (kinds.lora_bias, "bias of B"),
-        (!kinds.rank_pattern.is_empty() || !kinds.alpha_pattern.is_empty(), "ranks or alphas by layer"),
+        (!lora.rank_pattern.is_empty() || !lora.alpha_pattern.is_empty(), "ranks or alphas by layer"),
         (!kinds.modules_to_save.is_empty(), "whole modules"),
         (!kinds.trainable_token_indices.is_empty(), "token rows"),
         (kinds.bias != adapter::TrainedBias::None, "biases"),

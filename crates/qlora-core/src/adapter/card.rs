@@ -25,9 +25,10 @@ pub(super) fn text(config: &LoraConfig, layout: &AdapterLayout, options: &SaveOp
     let over = options.trained_over.as_ref().map_or_else(String::new, |over| format!("- trained over {over}\n"));
     let of = base.map_or_else(String::new, |name| format!(" of `{name}`"));
     // Writing to a string cannot fail.
+    let kind = if config.use_dora { "DoRA" } else { "LoRA" };
     let _ = write!(
         card,
-        "A LoRA fine-tune{of}, made with qlora {} and stored in PEFT's format.\n\n\
+        "A {kind} fine-tune{of}, made with qlora {} and stored in PEFT's format.\n\n\
          - r {}, lora_alpha {}, scaling {} ({})\n- lora_dropout {}\n- layers: {} ({} adapters)\n- {} trained parameters\n{over}\n\
          In Python: `PeftModel.from_pretrained(base_model, \"path/to/this/folder\")`.\n",
         env!("CARGO_PKG_VERSION"),

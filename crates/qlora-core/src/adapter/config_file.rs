@@ -5,9 +5,9 @@
 //! warn about keys they don't know. Read: every key of PEFT 0.21.2. One that changes what the adapter computes and is
 //! not supported is an error that names it; one that nobody knows is a warning.
 
-use super::kinds::{AdapterKinds, MAX_RANK};
+use super::kinds::AdapterKinds;
 use super::save::SaveOptions;
-use crate::lora::{AdapterLayout, LoraConfig, ModuleFilter, TargetModules};
+use crate::lora::{AdapterLayout, ByModule, Layers, LoraConfig, MAX_RANK, ModuleFilter, TargetModules};
 use crate::{Error, Result, file};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
@@ -42,21 +42,12 @@ const UNSUPPORTED: [&str; 10] = [
 ];
 
 /// Options that inference supports ([`AdapterKinds`]) and training does not.
-const INFERENCE_ONLY: [&str; 9] = [
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_bias",
-    "modules_to_save",
-    "rank_pattern",
-    "trainable_token_indices",
-    "use_dora",
-];
+const INFERENCE_ONLY: [&str; 4] = ["fan_in_fan_out", "lora_bias", "modules_to_save", "trainable_token_indices"];
 
 /// Options that do not change what a trained adapter computes, or that are read elsewhere in this file. The
 /// configurations of initializations belong here: the initialization itself is checked.
-const HARMLESS: [&str; 22] = [
+const HARMLESS: [&str; 27] = [
+    "alpha_pattern",
     "auto_mapping",
     "base_model_name_or_path",
     "bias",
@@ -66,6 +57,8 @@ const HARMLESS: [&str; 22] = [
     "exclude_modules",
     "inference_mode",
     "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
     "loftq_config",
     "lora_alpha",
     "lora_dropout",
@@ -75,10 +68,12 @@ const HARMLESS: [&str; 22] = [
     "peft_version",
     "qalora_group_size",
     "r",
+    "rank_pattern",
     "revision",
     "runtime_config",
     "target_modules",
     "task_type",
+    "use_dora",
 ];
 
 /// The file's text.
@@ -93,24 +88,31 @@ pub(super) fn to_json(config: &LoraConfig, layout: &AdapterLayout, options: &Sav
         keys.insert("target_modules".to_owned(), json!(last_names(layout)));
     }
     keys.entry("task_type".to_owned()).or_insert(Value::Null);
+    layers_to_json(config, &mut keys);
     let fixed = json!({
-        "alpha_pattern": {},
         "auto_mapping": null,
         "base_model_name_or_path": options.base_model_name_or_path,
         "fan_in_fan_out": false,
         "inference_mode": true,
-        "layers_pattern": null,
-        "layers_to_transform": null,
         "modules_to_save": null,
         "peft_type": "LORA",
-        "rank_pattern": {},
         "revision": options.revision,
-        "use_dora": false,
     });
     if let Value::Object(fixed) = fixed {
         keys.extend(fixed);
     }
     Ok(escape_non_ascii(&serde_json::to_string_pretty(&keys).map_err(lora)?))
+}
+
+/// The keys of options that differ from module to module, which are there in any case.
+pub(super) fn layers_to_json(config: &LoraConfig, keys: &mut BTreeMap<String, Value>) {
+    for key in ["rank_pattern", "alpha_pattern"] {
+        keys.entry(key.to_owned()).or_insert_with(|| json!({}));
+    }
+    let numbers = config.layers.as_ref().map(|layers| &layers.numbers);
+    let before: Vec<&str> = config.layers.iter().flat_map(Layers::patterns).collect();
+    keys.insert("layers_to_transform".to_owned(), json!(numbers));
+    keys.insert("layers_pattern".to_owned(), if before.is_empty() { Value::Null } else { json!(before) });
 }
 
 /// The last parts of the modules' names, each once, in the order in which a block has them.
@@ -140,7 +142,7 @@ pub(super) fn escape_non_ascii(json: &str) -> String {
     text
 }
 
-/// Reads the file's text for training, which takes A and B of one rank on linear layers of the blocks; `path` is for messages.
+/// Reads the file's text for training, which takes LoRA and DoRA on linear layers of the blocks; `path` is for messages.
 pub(super) fn parse(path: &Path, text: &[u8]) -> Result<AdapterConfig> {
     let keys = keys(path, text)?;
     const WHY: &str = "in training; for inference, qlora::adapter::open and CausalLm::load_adapter take it";
@@ -159,13 +161,8 @@ pub(super) fn parse(path: &Path, text: &[u8]) -> Result<AdapterConfig> {
 pub(super) fn parse_any(path: &Path, text: &[u8]) -> Result<(AdapterConfig, AdapterKinds)> {
     let keys = keys(path, text)?;
     let (config, kinds) = (common(path, &keys)?, AdapterKinds::parse(path, &keys)?);
-    // As PEFT has it: an expression names its layers itself.
-    if let (Some(_), TargetModules::Selected(ModuleFilter::Pattern(pattern))) =
-        (&kinds.layers_to_transform, &config.lora.target_modules)
-    {
-        let message =
-            format!("layers_to_transform does not go with the expression {:?} as target_modules", pattern.as_str());
-        return Err(Error::format(path, message));
+    if kinds.lora_bias && config.lora.use_dora {
+        return Err(Error::format(path, "lora_bias and use_dora together"));
     }
     Ok((config, kinds))
 }
@@ -204,6 +201,10 @@ fn common(path: &Path, keys: &Map<String, Value>) -> Result<AdapterConfig> {
         lora_alpha: read(path, keys, "lora_alpha")?.unwrap_or(8.0),
         lora_dropout: read(path, keys, "lora_dropout")?.unwrap_or(0.0),
         use_rslora: read(path, keys, "use_rslora")?.unwrap_or(false),
+        use_dora: read(path, keys, "use_dora")?.unwrap_or(false),
+        rank_pattern: by_module(path, keys, "rank_pattern")?,
+        alpha_pattern: by_module(path, keys, "alpha_pattern")?,
+        layers: layers(path, keys)?,
         target_modules: targets.ok_or_else(|| Error::format(path, "target_modules is missing"))?,
         exclude_modules: read(path, keys, "exclude_modules")?
             .filter(|filter| !matches!(filter, ModuleFilter::List(entries) if entries.is_empty())),
@@ -220,6 +221,37 @@ fn common(path: &Path, keys: &Map<String, Value>) -> Result<AdapterConfig> {
         base_model_name_or_path: read(path, keys, "base_model_name_or_path")?,
         revision: read(path, keys, "revision")?,
     })
+}
+
+/// The keys' values by module.
+fn by_module<T: DeserializeOwned>(path: &Path, keys: &Map<String, Value>, key: &str) -> Result<ByModule<T>> {
+    let map: BTreeMap<String, T> = read(path, keys, key)?.unwrap_or_default();
+    ByModule::new(map).map_err(|error| in_file(path, error))
+}
+
+/// `layers_to_transform`, one number or several, and `layers_pattern`, one expression or several.
+fn layers(path: &Path, keys: &Map<String, Value>) -> Result<Option<Layers>> {
+    let numbers = match keys.get("layers_to_transform") {
+        Some(Value::Number(_)) => read(path, keys, "layers_to_transform")?.map(|layer| vec![layer]),
+        _ => read::<Vec<usize>>(path, keys, "layers_to_transform")?.filter(|layers| !layers.is_empty()),
+    };
+    let patterns: Vec<String> = match keys.get("layers_pattern") {
+        Some(Value::String(one)) => Some(vec![one.clone()]).filter(|_| !one.is_empty()),
+        _ => read(path, keys, "layers_pattern")?,
+    }
+    .unwrap_or_default();
+    match numbers {
+        Some(numbers) => Layers::new(numbers, patterns).map(Some).map_err(|error| in_file(path, error)),
+        None if patterns.is_empty() => Ok(None),
+        None => Err(Error::format(path, "layers_pattern without layers_to_transform")),
+    }
+}
+
+fn in_file(path: &Path, error: Error) -> Error {
+    match error {
+        Error::Unsupported(message) => Error::Unsupported(format!("{}: {message}", path.display())),
+        other => Error::format(path, other.to_string()),
+    }
 }
 
 /// Initializations that only choose the adapter's start values say nothing about a trained one. The others also change
@@ -360,8 +392,8 @@ mod tests {
         }
         for (key, value) in [
             ("bias", json!("lora_only")),
-            ("use_dora", json!(true)),
-            ("layers_to_transform", json!(0)),
+            ("lora_bias", json!(true)),
+            ("modules_to_save", json!(["lm_head"])),
             ("init_lora_weights", json!("pissa_niter_16")),
             ("init_lora_weights", json!("loftq")),
             ("peft_type", json!("IA3")),

@@ -56,9 +56,15 @@ pub fn load_into(dir: impl AsRef<Path>, config: &LoraConfig, layout: &AdapterLay
     assert_eq!(flat.len(), layout.len(), "the buffer does not have the layout's length");
     let dir = dir.as_ref();
     let saved = read_config(dir)?.lora;
-    if (saved.r, saved.scaling()) != (config.r, config.scaling()) {
-        let text =
-            |of: &LoraConfig| format!("r = {}, lora_alpha = {}, use_rslora = {}", of.r, of.lora_alpha, of.use_rslora);
+    let patterns = |of: &LoraConfig| (of.rank_pattern.clone(), of.alpha_pattern.clone());
+    let same = (saved.r, saved.scaling(), saved.use_dora) == (config.r, config.scaling(), config.use_dora);
+    if !same || patterns(&saved) != patterns(config) {
+        let text = |of: &LoraConfig| {
+            format!(
+                "r = {}, lora_alpha = {}, use_rslora = {}, use_dora = {}",
+                of.r, of.lora_alpha, of.use_rslora, of.use_dora
+            )
+        };
         return Err(Error::format(
             dir.join(CONFIG_FILE),
             format!("the adapter has {}, but this run has {}", text(&saved), text(config)),
@@ -78,7 +84,7 @@ pub fn read_config(dir: impl AsRef<Path>) -> Result<AdapterConfig> {
     config_file::parse(&path, &read_file(&path)?)
 }
 
-/// [`read_config`] of an adapter of any kind, with what makes it more than A and B of one rank.
+/// [`read_config`] of an adapter of any kind, with what it has besides layers with adapters.
 ///
 /// # Errors
 /// As there.
@@ -203,7 +209,7 @@ impl<'a> Values<'a> {
     fn of(path: &Path, file: &AdapterFile<'a>, entry: &Entry) -> Result<Self> {
         let tensor = file.tensor(&entry.tensor_name());
         let tensor = tensor.ok_or_else(|| in_file(path, entry, "is missing".to_owned()))?;
-        let (shape, expected) = (tensor.shape(), [entry.rows, entry.cols]);
+        let (shape, expected) = (tensor.shape(), entry.shape());
         if shape != expected {
             return Err(in_file(path, entry, wrong_shape(shape, &expected)));
         }

@@ -7,7 +7,7 @@
 //! shape, a number that is not finite, or an option that would change the result and is not supported is an error,
 //! never a warning.
 //!
-//! [`load`] and [`save`] are for adapters that are trained: A and B of one rank on linear layers of the blocks. [`open`] and
+//! [`load`] and [`save`] are for adapters that are trained: LoRA and DoRA on linear layers of the blocks. [`open`] and
 //! [`open_folder`] read every kind of PEFT's LoRA, for [`CausalLm::load_adapter`](crate::model::CausalLm::load_adapter).
 
 mod card;

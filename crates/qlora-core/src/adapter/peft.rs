@@ -36,7 +36,7 @@ use crate::{Error, Result};
 pub struct PeftAdapter {
     /// Its options, and the base model that it names.
     pub config: AdapterConfig,
-    /// What makes it more than A and B of one rank.
+    /// What it has besides layers with adapters.
     pub kinds: AdapterKinds,
     /// The modules with A and B, in the model's order; among them possibly `lm_head` and `model.embed_tokens`.
     pub modules: Vec<LoraModule>,
@@ -131,7 +131,7 @@ pub(super) fn assemble(
     let mut modules = Vec::with_capacity(expected.modules.len());
     for module in &expected.modules {
         let key = |end: &str| format!("{PREFIX}{}.{end}", module.name);
-        let (rank, scaling) = kinds.rank_and_scaling(&config, &module.name);
+        let (rank, scaling) = (config.lora.rank_of(&module.name), config.lora.scaling_of(&module.name));
         let [a, b] = factor_names(&module.name);
         if !expected.tensors[&key(a)].required && file.tensor(&key(a)).is_none() {
             continue;
@@ -144,7 +144,7 @@ pub(super) fn assemble(
             a: a?,
             b: b?,
             bias: kinds.lora_bias.then(|| reader.f32(&key("lora_B.bias"))).transpose()?,
-            magnitude: kinds.use_dora.then(|| reader.f32(&key("lora_magnitude_vector"))).transpose()?,
+            magnitude: config.lora.use_dora.then(|| reader.f32(&key("lora_magnitude_vector"))).transpose()?,
         });
     }
     let mut tokens = Vec::new();
@@ -213,7 +213,7 @@ impl Expected {
         let mut modules = kinds.resolve(config, model);
         let mut this = Self { modules: Vec::new(), tokens: Vec::new(), tensors: BTreeMap::new() };
         for module in &modules {
-            let (rank, _) = kinds.rank_and_scaling(config, &module.name);
+            let rank = config.lora.rank_of(&module.name);
             let [a, b] = factor_names(&module.name);
             this.require(&module.name, a, &[rank, module.in_features]);
             this.require(&module.name, b, &[module.out_features, rank]);
@@ -223,7 +223,7 @@ impl Expected {
             if kinds.lora_bias {
                 this.require(&module.name, "lora_B.bias", &[module.out_features]);
             }
-            if kinds.use_dora {
+            if config.lora.use_dora {
                 this.require(&module.name, "lora_magnitude_vector", &[module.out_features]);
             }
         }
@@ -234,7 +234,7 @@ impl Expected {
             && modules.iter().all(|module| module.name != HEAD);
         if tied_head {
             let (vocab, hidden) = (model.vocab_size, model.hidden_size);
-            let (rank, _) = kinds.rank_and_scaling(config, HEAD);
+            let rank = config.lora.rank_of(HEAD);
             this.require(HEAD, "lora_A.weight", &[rank, hidden]);
             this.require(HEAD, "lora_B.weight", &[vocab, rank]);
             for end in ["lora_A.weight", "lora_B.weight"] {

@@ -12,7 +12,7 @@ use safetensors::Dtype;
 use safetensors::tensor::View;
 use serde_json::{Value, json};
 
-use super::config_file::escape_non_ascii;
+use super::config_file::{escape_non_ascii, layers_to_json};
 use super::kinds::TrainedBias;
 use super::peft::{PREFIX, PeftAdapter, TOKEN_ROWS, factor_names};
 use super::save::{AdapterDtype, SaveOptions};
@@ -82,14 +82,7 @@ impl PeftAdapter {
         let mut keys: BTreeMap<String, Value> = own.into_iter().collect();
         keys.entry("task_type".to_owned()).or_insert(Value::Null);
         let kinds = &self.kinds;
-        // What the reader put around the patterns.
-        fn inside<'a>(pattern: &'a str, before: &str, after: &str) -> &'a str {
-            pattern.strip_prefix(before).and_then(|rest| rest.strip_suffix(after)).unwrap_or(pattern)
-        }
-        let end = |pattern: &'_ crate::lora::ModulePattern| inside(pattern.as_str(), r"(.*\.)?(", ")").to_owned();
-        let ranks: BTreeMap<String, usize> = kinds.rank_pattern.iter().map(|(p, rank)| (end(p), *rank)).collect();
-        let alphas: BTreeMap<String, f64> = kinds.alpha_pattern.iter().map(|(p, alpha)| (end(p), *alpha)).collect();
-        let before: Vec<&str> = kinds.layers_pattern.iter().map(|p| inside(p.as_str(), r"(?:.*\.)?", "")).collect();
+        layers_to_json(&self.config.lora, &mut keys);
         let tokens: BTreeMap<&str, &[u32]> =
             kinds.trainable_token_indices.iter().map(|(module, ids)| (module.as_str(), ids.as_slice())).collect();
         let some = |there: bool, value: Value| if there { value } else { Value::Null };
@@ -99,20 +92,15 @@ impl PeftAdapter {
             TrainedBias::LoraOnly => "lora_only",
         };
         let fixed = json!({
-            "alpha_pattern": alphas,
             "auto_mapping": null,
             "base_model_name_or_path":
                 options.base_model_name_or_path.as_ref().or(self.config.base_model_name_or_path.as_ref()),
             "bias": bias,
             "fan_in_fan_out": false,
             "inference_mode": true,
-            "layers_pattern": some(!before.is_empty(), json!(before)),
-            "layers_to_transform": kinds.layers_to_transform,
             "modules_to_save": some(!kinds.modules_to_save.is_empty(), json!(kinds.modules_to_save)),
             "peft_type": "LORA",
-            "rank_pattern": ranks,
             "revision": options.revision.as_ref().or(self.config.revision.as_ref()),
-            "use_dora": kinds.use_dora,
         });
         if let Value::Object(fixed) = fixed {
             keys.extend(fixed);

@@ -114,10 +114,12 @@ fn check(config: &LoraConfig, layout: &AdapterLayout, flat: &[f32], dtype: Adapt
     }
     for module in layout.modules() {
         let rank = layout.get(module).map_or(0, |pair| pair.rank());
-        if !config.targets(module) || rank != config.r {
+        let kind = layout.get(module).is_some_and(|pair| pair.magnitude.is_some() == config.use_dora);
+        if !config.targets(module) || rank != config.rank_of(module) || !kind {
             return Err(Error::Invalid(format!(
-                "the adapter of {module} with rank {rank} does not belong to these options (r = {})",
-                config.r
+                "the adapter of {module} with rank {rank} does not belong to these options (r = {}, use_dora = {})",
+                config.rank_of(module),
+                config.use_dora
             )));
         }
     }
@@ -146,10 +148,7 @@ fn write_files(
         .entries()
         .iter()
         .map(|entry| {
-            (
-                entry.tensor_name(),
-                Matrix { shape: [entry.rows, entry.cols], data: &flat[entry.range()], dtype: options.dtype },
-            )
+            (entry.tensor_name(), Matrix { shape: entry.shape(), data: &flat[entry.range()], dtype: options.dtype })
         })
         .collect();
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
@@ -174,9 +173,9 @@ fn write_files(
     files.into_iter().try_for_each(PendingFile::commit)
 }
 
-/// A matrix of the flat buffer in the form it has on disk.
+/// A tensor of the flat buffer in the form it has on disk.
 struct Matrix<'a> {
-    shape: [usize; 2],
+    shape: Vec<usize>,
     data: &'a [f32],
     dtype: AdapterDtype,
 }

@@ -11,6 +11,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
 use qlora_kernels::tensor::TensorView;
 use qlora_kernels::{Matrix, SequenceLayout, Workspace};
 
+use crate::adapter::kinds::dora;
 use crate::error::{Error, Result};
 use crate::model::block::Pass;
 use crate::model::projection::AdapterPass;
@@ -22,6 +23,8 @@ struct StackNode {
     stack: Arc<Stack>,
     layout: Arc<SequenceLayout>,
     dropout: Option<(f32, u64)>,
+    /// Of the weights with an adapter with magnitudes, which the backward takes for constants.
+    inverse_norms: Option<Matrix>,
     workspace: Workspace,
     result: Mutex<Option<Matrix>>,
     saved: Mutex<Option<SavedStack>>,
@@ -39,20 +42,24 @@ pub fn apply(
     dropout: Option<(f32, u64)>,
     workspace: &Workspace,
 ) -> Result<Tensor> {
-    let (result, saved) = {
+    let (result, saved, inverse_norms) = {
         let input = TensorView::new(OP, x)?;
         let values = TensorView::new(OP, flat)?;
         let mut copy = workspace.matrix(input.view().rows(), input.view().cols())?;
         copy.view_mut().copy_from(input.view())?;
         let rope = stack.rope(layout.max_len())?;
-        let adapter = Some(AdapterPass { values: values.view(), dropout, first_row: 0, rows: None });
+        let norms = dora::inverse_norms(stack.adapted(), values.view(), workspace)?;
+        let inverse_norms = norms.as_ref().map(Matrix::view);
+        let adapter = Some(AdapterPass { dropout, inverse_norms, ..AdapterPass::new(values.view()) });
         let pass = Pass { adapter, layout: &layout, rope: &rope, workspace };
-        stack.forward(copy, &pass, x.track_op())?
+        let (result, saved) = stack.forward(copy, &pass, x.track_op())?;
+        (result, saved, norms)
     };
     let node = StackNode {
         stack: stack.clone(),
         layout,
         dropout,
+        inverse_norms,
         workspace: workspace.clone(),
         result: Mutex::new(Some(result)),
         saved: Mutex::new(Some(saved)),
@@ -109,7 +116,8 @@ impl CustomOp2 for StackNode {
             dy.view_mut().copy_from(gradient.view())?;
             let values = TensorView::new(OP, flat)?;
             let rope = self.stack.rope(self.layout.max_len())?;
-            let adapter = Some(AdapterPass { values: values.view(), dropout: self.dropout, first_row: 0, rows: None });
+            let inverse_norms = self.inverse_norms.as_ref().map(Matrix::view);
+            let adapter = Some(AdapterPass { dropout: self.dropout, inverse_norms, ..AdapterPass::new(values.view()) });
             let pass = Pass { adapter, layout: &self.layout, rope: &rope, workspace: &self.workspace };
             self.stack.backward(saved, dy, &pass, dflat.view_mut(), x.track_op())?
         };

@@ -1,5 +1,6 @@
 //! LoRA's options in PEFT's names, and the layers they select in a model.
 
+use super::by_module::{ByModule, Layers};
 use super::modules::LinearModule;
 use super::targets::{ModuleFilter, TargetModules, entry_matches};
 use crate::config::ModelConfig;
@@ -22,6 +23,18 @@ pub struct LoraConfig {
     pub lora_dropout: f64,
     /// Rank-stabilized scaling: `lora_alpha / sqrt(r)` instead of `lora_alpha / r`.
     pub use_rslora: bool,
+    /// DoRA: LoRA with a trained magnitude for every output of a layer (arXiv 2402.09353).
+    pub use_dora: bool,
+    /// Other ranks than `r`, by the end of a module's name.
+    #[serde(skip_serializing_if = "ByModule::is_empty")]
+    pub rank_pattern: ByModule<usize>,
+    /// Other numerators of the scaling than `lora_alpha`, likewise.
+    #[serde(skip_serializing_if = "ByModule::is_empty")]
+    pub alpha_pattern: ByModule<f64>,
+    /// Of a list of targets only those in these blocks. In `adapter_config.json` it is `layers_to_transform` and
+    /// `layers_pattern`, elsewhere it has no key.
+    #[serde(skip)]
+    pub layers: Option<Layers>,
     /// Which linear layers get an adapter.
     pub target_modules: TargetModules,
     /// Which of them are left out.
@@ -43,6 +56,10 @@ impl Default for LoraConfig {
             lora_alpha: 8.0,
             lora_dropout: 0.0,
             use_rslora: false,
+            use_dora: false,
+            rank_pattern: ByModule::default(),
+            alpha_pattern: ByModule::default(),
+            layers: None,
             target_modules: TargetModules::default(),
             exclude_modules: None,
             bias: Bias::None,
@@ -55,8 +72,18 @@ impl Default for LoraConfig {
 impl LoraConfig {
     /// What the adapter's output is multiplied by: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
     pub fn scaling(&self) -> f64 {
-        let rank = self.r as f64;
-        self.lora_alpha / if self.use_rslora { rank.sqrt() } else { rank }
+        scaling(self.lora_alpha, self.r, self.use_rslora)
+    }
+
+    /// The rank of the adapter of this module: `r`, unless `rank_pattern` has another.
+    pub fn rank_of(&self, module: &str) -> usize {
+        self.rank_pattern.get(module).unwrap_or(self.r)
+    }
+
+    /// [`Self::scaling`] of the adapter of this module, with its rank and its alpha.
+    pub fn scaling_of(&self, module: &str) -> f64 {
+        let alpha = self.alpha_pattern.get(module).unwrap_or(self.lora_alpha);
+        scaling(alpha, self.rank_of(module), self.use_rslora)
     }
 
     /// Checks what can be checked without a model.
@@ -77,15 +104,34 @@ impl LoraConfig {
                 self.lora_dropout
             )));
         }
-        if let TargetModules::Selected(filter) = &self.target_modules {
-            filter.validate("target_modules")?;
+        if let Some((end, rank)) = self.rank_pattern.iter().find(|(_, rank)| !(1..=MAX_RANK).contains(*rank)) {
+            return Err(Error::Invalid(format!("rank_pattern: {end:?} has the rank {rank}")));
+        }
+        if let Some((end, alpha)) = self.alpha_pattern.iter().find(|(_, alpha)| !(**alpha as f32).is_finite()) {
+            return Err(Error::Invalid(format!("alpha_pattern: {end:?} has lora_alpha {alpha}")));
+        }
+        match (&self.target_modules, &self.layers) {
+            // As PEFT has it: an expression names its layers itself.
+            (TargetModules::Selected(ModuleFilter::Pattern(pattern)), Some(_)) => {
+                return Err(Error::Invalid(format!(
+                    "layers_to_transform does not go with the expression {:?} as target_modules",
+                    pattern.as_str()
+                )));
+            }
+            (TargetModules::Selected(filter), _) => filter.validate("target_modules")?,
+            (TargetModules::AllLinear, Some(_)) => {
+                let message = "layers_to_transform does not go with target_modules = \"all-linear\": list the modules";
+                return Err(Error::Invalid(message.to_owned()));
+            }
+            (TargetModules::AllLinear, None) => {}
         }
         self.exclude_modules.as_ref().map_or(Ok(()), |filter| filter.validate("exclude_modules"))
     }
 
     /// Whether the module of this full name gets an adapter: targeted and not excluded.
     pub fn targets(&self, module: &str) -> bool {
-        !self.excludes(module) && self.target_modules.matches(module)
+        let in_layers = self.layers.as_ref().is_none_or(|layers| layers.contain(module));
+        !self.excludes(module) && self.target_modules.matches(module) && in_layers
     }
 
     fn excludes(&self, module: &str) -> bool {
@@ -143,6 +189,14 @@ impl LoraConfig {
         let names = || spec.linear().map(|module| &module.name).chain(&other);
         entries.iter().map(String::as_str).filter(|entry| !names().any(|name| entry_matches(entry, name))).collect()
     }
+}
+
+/// More than any layer has use for: a larger one is a mistake or an attack.
+pub(crate) const MAX_RANK: usize = 1 << 16;
+
+fn scaling(alpha: f64, rank: usize, rank_stabilized: bool) -> f64 {
+    let rank = rank as f64;
+    alpha / if rank_stabilized { rank.sqrt() } else { rank }
 }
 
 /// Which biases are trained with an adapter.

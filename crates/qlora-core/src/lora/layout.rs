@@ -1,6 +1,7 @@
 //! Where every adapter's numbers lie: all A and B of a model, back to back in one flat f32 buffer.
 //!
-//! For each module in layer order first A [r, in_features], then B [out_features, r], both row-major, without gaps. One
+//! For each module in layer order first A [r, in_features], then B [out_features, r], both row-major, then what its kind of
+//! adapter has besides (DoRA: the magnitudes, one for each output), without gaps. One
 //! buffer means that one loop does the optimizer step, the gradient's norm or a copy; gradients and moments have the
 //! same layout.
 
@@ -12,27 +13,30 @@ use qlora_kernels::{View, ViewMut};
 use std::collections::HashMap;
 use std::ops::Range;
 
-/// Which factor of an adapter.
+/// Which tensor of an adapter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Which {
     /// A [r, in_features], applied first.
     A,
     /// B [out_features, r].
     B,
+    /// DoRA's magnitudes `[out_features]`.
+    Magnitude,
 }
 
-/// One matrix in the flat buffer.
+/// One matrix or vector in the flat buffer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// The module that the adapter belongs to: `model.layers.3.self_attn.q_proj`.
     pub module: String,
-    /// A or B.
+    /// A, B or a further tensor.
     pub which: Which,
     /// Index of the first number in the buffer.
     pub offset: usize,
     /// Rows of the matrix.
     pub rows: usize,
-    /// Columns of the matrix.
+    /// Columns of the matrix; 1 for a vector.
     pub cols: usize,
 }
 
@@ -57,21 +61,33 @@ impl Entry {
 
     /// The tensor's name in PEFT's `adapter_model.safetensors`.
     pub fn tensor_name(&self) -> String {
-        let which = match self.which {
-            Which::A => "lora_A",
-            Which::B => "lora_B",
+        let end = match self.which {
+            Which::A => "lora_A.weight",
+            Which::B => "lora_B.weight",
+            Which::Magnitude => "lora_magnitude_vector",
         };
-        format!("base_model.model.{}.{which}.weight", self.module)
+        format!("base_model.model.{}.{end}", self.module)
+    }
+
+    /// The tensor's shape in that file.
+    pub fn shape(&self) -> Vec<usize> {
+        match self.which {
+            Which::A | Which::B => vec![self.rows, self.cols],
+            Which::Magnitude => vec![self.rows],
+        }
     }
 }
 
-/// The two factors of one module's adapter.
+/// The two factors of one module's adapter, and what it has besides.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct AdapterPair<'a> {
     /// A [r, in_features].
     pub a: &'a Entry,
     /// B [out_features, r].
     pub b: &'a Entry,
+    /// DoRA's magnitudes `[out_features]`.
+    pub magnitude: Option<&'a Entry>,
 }
 
 impl AdapterPair<'_> {
@@ -105,21 +121,32 @@ impl AdapterPair<'_> {
 pub struct AdapterLayout {
     entries: Vec<Entry>,
     len: usize,
-    /// Index of a module's A; its B is the next entry.
+    /// Index of a module's A; its B and its other entries follow.
     modules: HashMap<String, usize>,
 }
 
 impl AdapterLayout {
-    /// The layout for `modules` in this order, each with rank `r`.
+    /// The layout for `modules` in this order, each with A and B of rank `r`.
     ///
     /// # Panics
     /// If a module comes twice.
     pub fn new(modules: &[LinearModule], r: usize) -> Self {
+        Self::of(modules, &LoraConfig { r, ..LoraConfig::default() })
+    }
+
+    /// The layout for `modules` in this order, with the ranks and the kind of `config`, whatever it targets.
+    ///
+    /// # Panics
+    /// If a module comes twice.
+    pub fn of(modules: &[LinearModule], config: &LoraConfig) -> Self {
         let mut layout = Self { entries: Vec::new(), len: 0, modules: HashMap::new() };
         for module in modules {
             let before = layout.modules.insert(module.name.clone(), layout.entries.len());
             assert!(before.is_none(), "{} comes twice", module.name);
-            for (which, rows, cols) in [(Which::A, r, module.in_features), (Which::B, module.out_features, r)] {
+            let (r, outputs) = (config.rank_of(&module.name), module.out_features);
+            let factors = [(Which::A, r, module.in_features), (Which::B, outputs, r)];
+            let magnitude = config.use_dora.then_some((Which::Magnitude, outputs, 1));
+            for (which, rows, cols) in factors.into_iter().chain(magnitude) {
                 layout.entries.push(Entry { module: module.name.clone(), which, offset: layout.len, rows, cols });
                 layout.len += rows * cols;
             }
@@ -132,10 +159,10 @@ impl AdapterLayout {
     /// # Errors
     /// Those of [`LoraConfig::resolve`].
     pub fn for_model(config: &LoraConfig, model: &ModelConfig) -> Result<Self> {
-        Ok(Self::new(&config.resolve(model)?, config.r))
+        Ok(Self::of(&config.resolve(model)?, config))
     }
 
-    /// All matrices in the order in which they lie in the buffer.
+    /// All tensors in the order in which they lie in the buffer.
     pub fn entries(&self) -> &[Entry] {
         &self.entries
     }
@@ -152,16 +179,17 @@ impl AdapterLayout {
 
     /// The names of the modules that have an adapter, in order.
     pub fn modules(&self) -> impl Iterator<Item = &str> {
-        self.entries.iter().step_by(2).map(|entry| entry.module.as_str())
+        self.entries.iter().filter(|entry| entry.which == Which::A).map(|entry| entry.module.as_str())
     }
 
     /// The adapter of the module of this full name, if it has one.
     pub fn get(&self, module: &str) -> Option<AdapterPair<'_>> {
         let &first = self.modules.get(module)?;
-        Some(AdapterPair { a: &self.entries[first], b: &self.entries[first + 1] })
+        let magnitude = self.entries.get(first + 2).filter(|entry| entry.which == Which::Magnitude);
+        Some(AdapterPair { a: &self.entries[first], b: &self.entries[first + 1], magnitude })
     }
 
-    /// The matrix that holds the number at `index` of the buffer, if there is one: names what a bad number belongs to.
+    /// The tensor that holds the number at `index` of the buffer, if there is one: names what a bad number belongs to.
     pub fn entry_at(&self, index: usize) -> Option<&Entry> {
         let after = self.entries.partition_point(|entry| entry.offset <= index);
         after.checked_sub(1).map(|i| &self.entries[i]).filter(|entry| entry.range().contains(&index))
@@ -194,6 +222,26 @@ mod tests {
         assert_eq!(layout.len(), end);
         assert_eq!(end, 2 * 3 * (64 + 80 + 96 + 64));
         assert_eq!(layout.entries()[6].tensor_name(), "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight");
+    }
+
+    #[test]
+    fn magnitudes_follow_their_factors_and_ranks_their_patterns() {
+        let ranks = [("1.mlp.down_proj".to_owned(), 5)].into();
+        let config = LoraConfig {
+            r: 3,
+            use_dora: true,
+            rank_pattern: super::super::ByModule::new(ranks).unwrap(),
+            target_modules: TargetModules::list(["q_proj", "down_proj"]),
+            ..Default::default()
+        };
+        let layout = AdapterLayout::for_model(&config, &tiny_model(2)).unwrap();
+        assert_eq!(layout.modules().count(), 4);
+        let pair = layout.get("model.layers.1.mlp.down_proj").unwrap();
+        let magnitude = pair.magnitude.unwrap();
+        assert_eq!((pair.rank(), pair.b.range().end, magnitude.shape()), (5, magnitude.offset, vec![64]));
+        assert_eq!(magnitude.tensor_name(), "base_model.model.model.layers.1.mlp.down_proj.lora_magnitude_vector");
+        assert_eq!(magnitude.range().end, layout.len());
+        assert_eq!(layout.get("model.layers.0.self_attn.q_proj").unwrap().rank(), 3);
     }
 
     #[test]

@@ -7,9 +7,11 @@
 //!
 //! - [`LoraConfig`]: the options, in PEFT's names; [`LoraConfig::resolve`] turns them into the layers of one model.
 //! - [`TargetModules`], [`ModuleFilter`], [`ModulePattern`]: how a list or a regular expression selects layers.
-//! - [`AdapterLayout`]: all A and B of a model, back to back in one flat f32 buffer.
+//! - [`ByModule`], [`Layers`]: ranks, alphas and blocks that differ from module to module.
+//! - [`AdapterLayout`]: all A and B of a model (and the magnitudes of DoRA), back to back in one flat f32 buffer.
 //! - [`init`]: the start values; [`fingerprint`]: a hash of a buffer, to compare two runs.
 
+mod by_module;
 mod config;
 mod init;
 mod layout;
@@ -17,6 +19,8 @@ mod modules;
 mod pattern;
 mod targets;
 
+pub use by_module::{ByModule, Layers};
+pub(crate) use config::MAX_RANK;
 pub use config::{Bias, InitLoraWeights, LoraConfig};
 pub use init::{fingerprint, init};
 pub use layout::{AdapterLayout, AdapterPair, Entry, Which};

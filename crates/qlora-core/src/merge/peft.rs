@@ -18,7 +18,7 @@ use qlora_kernels::weight::{PlainData, PlainWeight};
 use qlora_kernels::{View, ViewMut};
 
 use super::update::WeightUpdate;
-use crate::adapter::kinds::{EMBEDDING, HEAD};
+use crate::adapter::kinds::{EMBEDDING, HEAD, dora};
 use crate::adapter::{LoraModule, PeftAdapter, TokenRows};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
@@ -115,16 +115,7 @@ impl<'a> PeftUpdate<'a> {
         let (a, b) = (View::new(&module.a, rank, cols), View::new(&module.b, module.b.len() / rank, rank));
         matmul::nn(b.slice_rows(rows.clone()), a, ViewMut::new(weight, rows.len(), cols), scale, 1.0)?;
         let Some(magnitude) = &module.magnitude else { return Ok(()) };
-        for (row, m) in weight.chunks_exact_mut(cols.max(1)).zip(&magnitude[rows]) {
-            let norm = row.iter().map(|&w| f64::from(w) * f64::from(w)).sum::<f64>().sqrt();
-            let gain = (f64::from(*m) / norm) as f32;
-            if !gain.is_finite() {
-                let message = "a row of the weight with its adapter is zero: DoRA divides by its norm";
-                return Err(Error::tensor(&module.name, message));
-            }
-            row.iter_mut().for_each(|w| *w *= gain);
-        }
-        Ok(())
+        dora::rescale(&module.name, rows, cols, weight, magnitude)
     }
 
     fn add_to_embedding(

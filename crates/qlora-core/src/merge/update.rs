@@ -7,12 +7,12 @@ use qlora_kernels::ViewMut;
 use qlora_kernels::ops::matmul;
 
 use crate::adapter::Adapter;
+use crate::adapter::kinds::dora;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::lora::LoraConfig;
 use crate::source::PlainTensor;
 
-/// A change of a base's weights that an adapter stands for. Kinds other than LoRA implement this: DoRA scales rows in
+/// A change of a base's weights that an adapter stands for: LoRA and DoRA change rows in
 /// [`WeightUpdate::apply`], fully trained modules are [`WeightUpdate::replacement`]s, a resized vocabulary is in
 /// [`WeightUpdate::config`].
 pub trait WeightUpdate: Send + Sync + fmt::Debug {
@@ -38,7 +38,7 @@ pub trait WeightUpdate: Send + Sync + fmt::Debug {
     }
 }
 
-/// LoRA: `W + s B A`.
+/// An adapter as training has it: `W + s B A`, and with DoRA each row scaled to its magnitude.
 #[derive(Debug)]
 pub struct LoraUpdate<'a> {
     adapter: &'a Adapter,
@@ -55,18 +55,13 @@ impl<'a> LoraUpdate<'a> {
             return Err(Error::Invalid(format!("the adapter has {expected} values by its layout, but holds {got}")));
         }
         for module in adapter.layout.modules() {
-            let scale = scaling(&adapter.config.lora, module);
+            let scale = adapter.config.lora.scaling_of(module) as f32;
             if !scale.is_finite() {
                 return Err(Error::Invalid(format!("the adapter's scaling is {scale} for {module}")));
             }
         }
         Ok(Self { adapter })
     }
-}
-
-/// The scaling of one module's adapter.
-fn scaling(config: &LoraConfig, _module: &str) -> f32 {
-    config.scaling() as f32
 }
 
 impl WeightUpdate for LoraUpdate<'_> {
@@ -86,8 +81,10 @@ impl WeightUpdate for LoraUpdate<'_> {
             );
             return Err(Error::tensor(name, message));
         }
-        let scale = scaling(&self.adapter.config.lora, module);
+        let scale = self.adapter.config.lora.scaling_of(module) as f32;
         let target = ViewMut::new(weight, rows.len(), cols);
-        Ok(matmul::nn(b.slice_rows(rows), a, target, scale, 1.0)?)
+        matmul::nn(b.slice_rows(rows.clone()), a, target, scale, 1.0)?;
+        let Some(magnitude) = pair.magnitude else { return Ok(()) };
+        dora::rescale(module, rows, cols, weight, &self.adapter.weights[magnitude.range()])
     }
 }

@@ -9,9 +9,7 @@ use std::sync::Arc;
 
 use qlora_kernels::ops::adapter_rows::{AdapterChanges, LinearChange};
 use qlora_kernels::ops::linear_group::LoraSlot;
-use qlora_kernels::ops::matmul;
-#[cfg(feature = "cuda")]
-use qlora_kernels::ops::rms_norm;
+use qlora_kernels::ops::{dora_linear, matmul};
 use qlora_kernels::weight::{FrozenWeight, PlainData, PlainWeight};
 use qlora_kernels::{Matrix, View, ViewMut, Workspace};
 
@@ -181,7 +179,7 @@ impl<'a> Builder<'a> {
     fn lora(&mut self, module: &LoraModule) -> Result<()> {
         let (a, b) = (push(&mut self.values, &module.a), push(&mut self.values, &module.b));
         let scale = module.scaling as f32;
-        let slot = LoraSlot { a, b, rank: module.rank, scale, stream: 0 };
+        let slot = LoraSlot { a, b, rank: module.rank, scale, stream: 0, kind: Default::default() };
         let (vocab, hidden) = (self.model.config().vocab_size, self.model.config().hidden_size);
         if module.name == EMBEDDING {
             self.check(module, vocab, hidden)?;
@@ -248,7 +246,8 @@ impl<'a> Builder<'a> {
         debug_assert_eq!((module.a.len(), module.b.len()), (rank * vocab, rank * hidden));
         let a = push(&mut self.values, &transposed(&module.b, rank));
         let b = push(&mut self.values, &transposed(&module.a, vocab));
-        self.linear(HEAD).lora = Some(LoraSlot { a, b, rank, scale: module.scaling as f32, stream: 0 });
+        self.linear(HEAD).lora =
+            Some(LoraSlot { a, b, rank, scale: module.scaling as f32, stream: 0, kind: Default::default() });
         Ok(())
     }
 
@@ -317,52 +316,19 @@ fn same(left: &dyn FrozenWeight, right: &dyn FrozenWeight) -> bool {
 
 /// `m / ||W + s B A||` of every row.
 fn gain(weight: &dyn FrozenWeight, module: &LoraModule, magnitude: &[f32], workspace: &Workspace) -> Result<Vec<f32>> {
+    let (rows, cols, scale) = (weight.rows(), weight.cols(), module.scaling as f32);
     #[cfg(feature = "cuda")]
-    if let (Some(weight), Some(gpu)) = (weight.as_cuda(), workspace.gpu()) {
-        let workspace = Workspace::with_dtype(&gpu.device(), qlora_kernels::Dtype::F32)?;
-        return finite(module, gain_on_gpu(weight, module, magnitude, &workspace)?);
+    if weight.as_cuda().is_some() && workspace.gpu().is_some() {
+        let a = workspace.upload(&module.a, module.rank, cols)?;
+        let b = workspace.upload(&module.b, rows, module.rank)?;
+        let mut inverse = workspace.matrix_f32(1, rows)?;
+        dora_linear::inverse_norms(weight, a.view(), b.view(), scale, inverse.view_mut())?;
+        return finite(module, inverse.to_vec()?.iter().zip(magnitude).map(|(inverse, m)| m * inverse).collect());
     }
     let _ = workspace;
-    let cols = weight.cols();
-    let a = View::new(&module.a, module.rank, cols);
-    let b = View::new(&module.b, weight.rows(), module.rank);
-    let (mut gain, mut memory) = (Vec::with_capacity(weight.rows()), Vec::new());
-    for rows in chunks(weight) {
-        memory.resize(rows.len() * cols, 0.0);
-        weight.dequantize_rows(rows.clone(), &mut memory);
-        let sum = ViewMut::new(&mut memory, rows.len(), cols);
-        matmul::nn(b.slice_rows(rows.clone()), a, sum, module.scaling as f32, 1.0)?;
-        for (row, m) in memory.chunks_exact(cols.max(1)).zip(&magnitude[rows]) {
-            let square: f64 = row.iter().map(|&w| f64::from(w) * f64::from(w)).sum();
-            gain.push((f64::from(*m) / square.sqrt()) as f32);
-        }
-    }
-    finite(module, gain)
-}
-
-/// [`gain`] where the weight is, in f32: the root of a row's mean square is what a norm divides by.
-#[cfg(feature = "cuda")]
-fn gain_on_gpu(
-    weight: &qlora_kernels::cuda::CudaWeight,
-    module: &LoraModule,
-    magnitude: &[f32],
-    workspace: &Workspace,
-) -> Result<Vec<f32>> {
-    let cols = weight.cols();
-    let a = workspace.upload(&module.a, module.rank, cols)?;
-    let b = workspace.upload(&module.b, weight.rows(), module.rank)?;
-    let ones = workspace.upload(&vec![1.0; cols], 1, cols)?;
-    let mut gain = Vec::with_capacity(weight.rows());
-    for rows in chunks(weight) {
-        let mut sum = workspace.matrix(rows.len(), cols)?;
-        weight.dequantize_into(rows.start, sum.view_mut().cuda("dora")?)?;
-        matmul::nn(b.view().slice_rows(rows.clone()), a.view(), sum.view_mut(), module.scaling as f32, 1.0)?;
-        let (mut normed, mut rstd) = (workspace.matrix(rows.len(), cols)?, workspace.matrix(rows.len(), 1)?);
-        rms_norm::forward(sum.view(), ones.view(), 0.0, normed.view_mut(), rstd.view_mut())?;
-        let root = (cols as f32).sqrt();
-        gain.extend(rstd.to_vec()?.iter().zip(&magnitude[rows]).map(|(rstd, m)| m * (rstd / root)));
-    }
-    Ok(gain)
+    let (a, b) = (View::new(&module.a, module.rank, cols), View::new(&module.b, rows, module.rank));
+    let squares = dora_linear::row_squares(weight, a, b, scale)?;
+    finite(module, squares.iter().zip(magnitude).map(|(square, m)| (f64::from(*m) / square.sqrt()) as f32).collect())
 }
 
 /// `m / ||E + s (B A)^T||` of every column of the table.
@@ -449,7 +415,7 @@ fn concatenated(parts: &[(&[f32], &LoraSlot, f32)], values: &mut Vec<f32>) -> Lo
         }
     }
     let rank = parts.iter().map(|(_, slot, _)| slot.rank).sum();
-    LoraSlot { a: start..middle, b: middle..values.len(), rank, scale: 1.0, stream: 0 }
+    LoraSlot { a: start..middle, b: middle..values.len(), rank, scale: 1.0, stream: 0, kind: Default::default() }
 }
 
 /// `sum of sign(w) sqrt|w| A` and `sum of sqrt|w| B`.
@@ -471,5 +437,12 @@ fn summed(name: &str, parts: &[(&[f32], &LoraSlot, f32)], values: &mut Vec<f32>)
         b.iter_mut().zip(&of[slot.b.clone()]).for_each(|(sum, b)| *sum += root * b);
     }
     let middle = start + first.a.len();
-    Ok(LoraSlot { a: start..middle, b: middle..values.len(), rank: first.rank, scale: 1.0, stream: 0 })
+    Ok(LoraSlot {
+        a: start..middle,
+        b: middle..values.len(),
+        rank: first.rank,
+        scale: 1.0,
+        stream: 0,
+        kind: Default::default(),
+    })
 }

@@ -307,19 +307,18 @@ impl CausalLm {
 
     /// Runs `f` with the adapters of these spans.
     pub(super) fn with_pass<R>(&self, spans: &[Span], f: impl FnOnce(Option<AdapterPass>) -> Result<R>) -> Result<R> {
-        let trained = match spans.iter().any(|(_, chosen)| matches!(chosen, Chosen::Trained)) {
-            false => None,
-            true => {
-                self.adapter().map(|adapter| TensorView::new("adapter", adapter.variable().as_tensor())).transpose()?
-            }
-        };
+        let runs = spans.iter().any(|(_, chosen)| matches!(chosen, Chosen::Trained));
+        let adapter = self.adapter().filter(|_| runs);
         if spans.iter().all(|(_, chosen)| matches!(chosen, Chosen::Base)) {
             return f(None);
         }
-        if let (Some(values), true) = (&trained, spans.len() == 1) {
+        let more = adapter.map(|adapter| adapter.for_inference(self.stack(), self.workspace())).transpose()?.flatten();
+        let trained = adapter.map(|adapter| TensorView::new("adapter", adapter.flat.as_tensor())).transpose()?;
+        if let (Some(values), None, true) = (&trained, &more, spans.len() == 1) {
             return f(Some(AdapterPass::new(values.view())));
         }
-        let rows = self.rows(spans, trained.as_ref().map(|values| values.view()))?;
+        let trained = more.as_deref().map(Matrix::view).or(trained.as_ref().map(|values| values.view()));
+        let rows = self.rows(spans, trained)?;
         f(Some(AdapterPass::by_rows(&rows)))
     }
 

@@ -3,12 +3,11 @@
 use std::sync::Arc;
 
 use candle_core::{Tensor, Var};
-use qlora_kernels::ops::adapter_rows::{AdapterChanges, LinearChange};
+use qlora_kernels::ops::adapter_rows::AdapterChanges;
 use qlora_kernels::ops::linear_cross_entropy::LossSum;
 use qlora_kernels::ops::{embedding, frozen_linear};
-use qlora_kernels::tensor::update_in_place;
 use qlora_kernels::weight::FrozenWeight;
-use qlora_kernels::{Matrix, SequenceLayout, View, ViewMut, Workspace};
+use qlora_kernels::{Matrix, SequenceLayout, ViewMut, Workspace};
 
 use super::adapters::{AdapterChoice, AdapterSet, Span};
 use super::block::{Keep, Pass};
@@ -16,11 +15,13 @@ use super::cache::KvCache;
 use super::projection::LoraSlot;
 use super::stack::Stack;
 use super::train::TrainPass;
+use super::trained::Adapter;
+use crate::adapter::kinds::dora;
 use crate::autograd;
 use crate::batch::Batch;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::lora::{AdapterLayout, LoraConfig};
+use crate::lora::{AdapterLayout, LoraConfig, Which};
 
 /// A model with frozen weights and, once [`Self::add_adapter`] or [`Self::set_adapter`] was called, a trainable adapter.
 #[derive(Debug)]
@@ -35,16 +36,6 @@ pub struct CausalLm {
     workspace: Workspace,
     #[cfg(feature = "cuda")]
     pub(super) steps: super::decode_graph::DecodeSteps,
-}
-
-/// A LoRA adapter in memory: all tensors back to back in one candle variable.
-#[derive(Clone, Debug)]
-pub struct Adapter {
-    config: LoraConfig,
-    layout: AdapterLayout,
-    pub(super) flat: Var,
-    /// Its slots by module, for batches in which other sequences have other adapters.
-    changes: Arc<AdapterChanges>,
 }
 
 /// Bytes held by a model, by part.
@@ -66,55 +57,6 @@ impl MemoryUse {
     /// All parts.
     pub fn total(&self) -> usize {
         self.projections + self.embeddings + self.vectors + self.adapter + self.loaded_adapters
-    }
-}
-
-impl Adapter {
-    /// Its configuration.
-    pub fn config(&self) -> &LoraConfig {
-        &self.config
-    }
-
-    /// Where each tensor lies in the flat buffer.
-    pub fn layout(&self) -> &AdapterLayout {
-        &self.layout
-    }
-
-    /// All tensors back to back, f32, one dimension: what a candle optimizer trains.
-    pub fn variable(&self) -> &Var {
-        &self.flat
-    }
-
-    /// A copy of all values.
-    pub fn values(&self) -> Result<Vec<f32>> {
-        Ok(self.flat.as_tensor().to_vec1()?)
-    }
-
-    /// Replaces all values.
-    ///
-    /// # Errors
-    /// If there is another number of them.
-    pub fn set_values(&self, values: &[f32]) -> Result<()> {
-        if values.len() != self.layout.len() {
-            let (got, expected) = (values.len(), self.layout.len());
-            return Err(Error::Invalid(format!("the adapter has {expected} values, {got} were given")));
-        }
-        self.update(|flat| flat.copy_from(View::vector(values)))
-    }
-
-    /// What it changes.
-    pub(super) fn changes(&self) -> &AdapterChanges {
-        &self.changes
-    }
-
-    /// The dropout of a training pass, if the configuration has any.
-    pub(super) fn dropout(&self, train: TrainPass) -> Option<(f32, u64)> {
-        (self.config.lora_dropout > 0.0).then_some((self.config.lora_dropout as f32, train.seed))
-    }
-
-    /// Changes the values where they are: one row, f32, on the model's device.
-    pub fn update(&self, update: impl FnOnce(ViewMut) -> qlora_kernels::Result<()>) -> Result<()> {
-        Ok(update_in_place("adapter", self.flat.as_tensor(), update)?)
     }
 }
 
@@ -172,14 +114,28 @@ impl CausalLm {
         &self.stack
     }
 
-    /// A fresh adapter: A kaiming-uniform from `seed`, B zero, so that the model computes what it did before.
+    /// A fresh adapter: A kaiming-uniform from `seed`, B zero, DoRA's magnitudes the norms of the weights' rows, so that the model
+    /// computes what it did before.
     ///
     /// # Errors
-    /// If the configuration targets nothing, or a graph of this model is still alive.
+    /// If the configuration targets nothing, a graph of this model is still alive, or a weight with a row of zeros gets a magnitude.
     pub fn add_adapter(&mut self, config: LoraConfig, seed: u64) -> Result<()> {
         let layout = AdapterLayout::for_model(&config, &self.config)?;
         let values = crate::lora::init(&layout, seed);
-        self.set_adapter(config, layout, values)
+        self.set_adapter(config, layout, values)?;
+        if let Err(error) = self.start_magnitudes() {
+            self.remove_adapter()?;
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    fn start_magnitudes(&self) -> Result<()> {
+        let adapter = self.adapter_to_train()?;
+        let Some(norms) = adapter.inverse_norms(&self.stack, &self.workspace)? else { return Ok(()) };
+        let mut values = adapter.values()?;
+        dora::start(self.stack.adapted(), &mut values, &norms.to_vec()?)?;
+        adapter.set_values(&values)
     }
 
     /// An adapter with given values, as [`crate::adapter::load`] returns them.
@@ -191,38 +147,43 @@ impl CausalLm {
             let (got, expected) = (values.len(), layout.len());
             return Err(Error::Invalid(format!("the adapter has {expected} values, {got} were given")));
         }
+        if layout.entries().iter().any(|entry| entry.which == Which::Magnitude) != config.use_dora {
+            return Err(Error::Invalid(format!("use_dora = {}: the layout is of another kind", config.use_dora)));
+        }
         let stack = self.stack_mut()?;
         let mut changes = AdapterChanges::default();
-        let mut placed = 0;
+        let (mut placed, mut norms) = (0, 0);
         for (index, projection) in stack.blocks_mut().iter_mut().flat_map(|block| block.projections_mut()).enumerate() {
             let slot = layout.get(projection.name()).map(|pair| -> Result<LoraSlot> {
                 let rank = pair.rank();
-                for (entry, shape) in [(pair.a, [rank, projection.inputs()]), (pair.b, [projection.outputs(), rank])] {
+                let factors = [(pair.a, [rank, projection.inputs()]), (pair.b, [projection.outputs(), rank])];
+                let magnitude = pair.magnitude.map(|entry| (entry, [projection.outputs(), 1]));
+                for (entry, shape) in factors.into_iter().chain(magnitude) {
                     if [entry.rows, entry.cols] != shape {
                         let message = format!("has shape {:?}, expected {shape:?}", [entry.rows, entry.cols]);
                         return Err(Error::tensor(entry.tensor_name(), message));
                     }
                 }
                 let (a, b) = (pair.a.range(), pair.b.range());
-                Ok(LoraSlot { a, b, rank, scale: config.scaling() as f32, stream: index as u64 })
+                let scale = config.scaling_of(projection.name()) as f32;
+                let kind = dora::slot_kind(&pair, &mut norms);
+                Ok(LoraSlot { a, b, rank, scale, stream: index as u64, kind })
             });
             placed += usize::from(slot.is_some());
             let slot = slot.transpose()?;
-            if slot.is_some() {
-                let change = LinearChange { lora: slot.clone(), ..LinearChange::default() };
-                changes.linears.insert(projection.name().to_owned(), change);
+            if let Some(slot) = &slot {
+                changes.linears.insert(projection.name().to_owned(), dora::change(slot, layout.len()));
             }
             projection.set_slot(slot);
         }
-        if 2 * placed != layout.entries().len() {
+        let modules = layout.modules().count();
+        if placed != modules {
             return Err(Error::Invalid(format!(
-                "the adapter has {} tensors, {} of them find their place in the model",
-                layout.entries().len(),
-                2 * placed
+                "the adapter is on {modules} modules, {placed} of them are linear layers of the model's blocks"
             )));
         }
         let flat = Var::from_tensor(&Tensor::from_vec(values, layout.len(), &self.workspace.device())?)?;
-        self.adapter = Some(Adapter { config, layout, flat, changes: Arc::new(changes) });
+        self.adapter = Some(Adapter::new(config, layout, flat, changes));
         Ok(())
     }
 
@@ -399,7 +360,7 @@ impl CausalLm {
         }
         memory.vectors += self.stack.final_norm().bytes();
         memory.loaded_adapters = self.loaded_bytes();
-        memory.adapter = self.adapter.as_ref().map_or(0, |adapter| adapter.layout.len() * size_of::<f32>());
+        memory.adapter = self.adapter.as_ref().map_or(0, |adapter| adapter.layout().len() * size_of::<f32>());
         memory
     }
 

@@ -103,9 +103,14 @@ impl CausalLm {
             Err(TryLockError::WouldBlock) => None,
         };
         let kept = shared.as_deref_mut().unwrap_or(&mut own);
-        // The trained adapter's values are candle's memory, which a recording keeps.
         let trained = spans.iter().any(|(_, chosen)| matches!(chosen, Chosen::Trained));
-        let values = self.adapter().filter(|_| trained).map(|adapter| adapter.variable().as_tensor());
+        let adapter = self.adapter().filter(|_| trained);
+        // Its gains lie in other memory after every step of a training, which a recording would go on reading.
+        if adapter.is_some_and(|adapter| adapter.config().use_dora) {
+            return Ok(None);
+        }
+        // The trained adapter's values are candle's memory, which a recording keeps.
+        let values = adapter.map(|adapter| adapter.flat.as_tensor());
         let values = values.map(|values| DeviceTensor::new("decode", values)).transpose()?;
         let logits = self.with_pass(spans, |adapter| {
             let pass = Pass { adapter, layout, rope, workspace: self.workspace() };

@@ -20,13 +20,15 @@ pub mod policy;
 pub mod projection;
 pub mod stack;
 mod train;
+mod trained;
 
 pub(crate) use adapter_build::embedding_gain;
 pub use adapters::{AdapterChoice, Combination, LoadedAdapter};
 pub use cache::KvCache;
-pub use causal_lm::{Adapter, CausalLm, MemoryUse};
+pub use causal_lm::{CausalLm, MemoryUse};
 pub use compute_dtype::{Capability, compute_dtype};
 pub use device::DeviceChoice;
 pub use load::{LoadOptions, Quantization};
 pub use plan::{BatchShape, MemoryPlan, Planner};
 pub use train::TrainPass;
+pub use trained::Adapter;

@@ -179,7 +179,8 @@ impl Planner {
             projections().map(|p| (p.name(), p.slot().map_or(0, |slot| slot.rank))).collect();
         let rank = |module: &str| ranks.get(module).copied().unwrap_or(0);
         let dtype = model.workspace().dtype();
-        Ok(Self::of_spec(&model.config().spec(), rank, dtype, batch, attention, resident))
+        let by_member = model.adapter().is_some_and(|adapter| adapter.config().use_dora);
+        Ok(Self::of_spec(&model.config().spec(), rank, by_member, dtype, batch, attention, resident))
     }
 
     /// For a model on a GPU, asked for what its attention takes. `more` is what will stay on the device besides what is

@@ -14,6 +14,7 @@ use qlora_kernels::{Matrix, ViewMut, Workspace};
 use super::block::{Block, Keep, Pass};
 use super::cache::KvCache;
 use super::checkpoints::Checkpoints;
+use crate::adapter::kinds::dora::Adapted;
 use crate::error::{Error, Result};
 
 /// All blocks of a decoder and its final norm.
@@ -98,6 +99,14 @@ impl Stack {
     /// The blocks, from the embedding up.
     pub fn blocks(&self) -> &[Block] {
         &self.blocks
+    }
+
+    /// The layers with an adapter that is trained, in the order of its layout.
+    pub(crate) fn adapted(&self) -> impl Iterator<Item = Adapted<'_>> + Clone {
+        self.blocks.iter().flat_map(Block::projections).filter_map(|projection| {
+            let slot = projection.slot()?;
+            Some(Adapted { name: projection.name(), weight: &**projection.weight(), slot })
+        })
     }
 
     /// The weight of the last norm, one f32 row.

@@ -11,8 +11,9 @@ use qlora_kernels::{Matrix, ViewMut};
 
 use super::adapters::AdapterChoice;
 use super::block::Pass;
-use super::causal_lm::{Adapter, CausalLm};
+use super::causal_lm::CausalLm;
 use super::projection::AdapterPass;
+use super::trained::Adapter;
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 
@@ -126,10 +127,12 @@ impl CausalLm {
     ) -> Result<R> {
         let adapter = self.adapter_to_train()?;
         check_length(adapter, &gradient)?;
-        let values = TensorView::new("adapter", adapter.variable().as_tensor())?;
         let dropout = adapter.dropout(train);
         let rope = self.stack().rope(batch.layout.max_len())?;
-        let adapter = Some(AdapterPass { values: values.view(), dropout, first_row: 0, rows: None });
+        let norms = adapter.inverse_norms(self.stack(), self.workspace())?;
+        let values = TensorView::new("adapter", adapter.flat.as_tensor())?;
+        let inverse_norms = norms.as_deref().map(Matrix::view);
+        let adapter = Some(AdapterPass { dropout, inverse_norms, ..AdapterPass::new(values.view()) });
         let pass = Pass { adapter, layout: &batch.layout, rope: &rope, workspace: self.workspace() };
         let x = self.embed(&batch.tokens)?;
         let (hidden, saved) = self.stack().forward(x, &pass, false)?;

@@ -436,7 +436,7 @@ mod tests {
         let (a, b, gain, own_bias) = (random(2 * IN), random(OUT * 2), random(OUT), random(OUT));
         let values = [a.as_slice(), &b, &gain, &own_bias].concat();
         let (ab, ag) = (2 * IN + 2 * OUT, 2 * IN + 3 * OUT);
-        let slot = LoraSlot { a: 0..2 * IN, b: 2 * IN..ab, rank: 2, scale: 0.5, stream: 0 };
+        let slot = LoraSlot { a: 0..2 * IN, b: 2 * IN..ab, rank: 2, scale: 0.5, stream: 0, kind: Default::default() };
         let change = |lora: bool, gain: bool, bias: bool, weight: bool| {
             let change = LinearChange {
                 lora: lora.then(|| slot.clone()),

@@ -145,7 +145,7 @@ mod tests {
         let mut random = random(5);
         let values = random(RANK * VOCABULARY + WIDTH * RANK + WIDTH + 2 * WIDTH);
         let (ab, gain) = (RANK * VOCABULARY, RANK * VOCABULARY + WIDTH * RANK);
-        let slot = LoraSlot { a: 0..ab, b: ab..gain, rank: RANK, scale: -0.7, stream: 0 };
+        let slot = LoraSlot { a: 0..ab, b: ab..gain, rank: RANK, scale: -0.7, stream: 0, kind: Default::default() };
         let (gain, own) = (gain..gain + WIDTH, gain + WIDTH);
         let trained = HashMap::from([(4, own..own + WIDTH), (10, own + WIDTH..own + 2 * WIDTH)]);
         let (none, ids) = (HashMap::new(), [4u32, 0, 10, 4, 7]);

@@ -11,7 +11,8 @@
 //! `y [tokens, sum of out]` holds the members' outputs side by side. The weights and biases are frozen. All adapters of a
 //! model lie in one flat f32 buffer, in which a [`LoraSlot`] says where A and B are.
 //!
-//! On the CPU the members run one after the other. On CUDA the group is one matrix product forward and one backward, by
+//! On the CPU the members run one after the other, and so they do on CUDA where an adapter is of another kind than LoRA
+//! ([`SlotKind`]). Otherwise, on CUDA, the group is one matrix product forward and one backward, by
 //! **augmented K**: the weights are dequantized into one buffer with `R = sum of r` extra columns that hold `s B` (block
 //! diagonal) and `R` extra rows that hold A. `S` is written into extra columns of x and `dS` into extra columns of dy
 //! (their matrices' margin), so that
@@ -27,11 +28,13 @@
 //! is 5 to 9% above that of the same run in f32, ours within 0.5% (`tests/cuda_smollm2.rs`, and
 //! `tests/fixtures/parity/smollm2_20_steps_gpu.json` for PEFT's).
 
+pub(super) mod by_member;
+mod lora;
+
 use std::ops::Range;
 
 use super::adapter_rows::AdapterRows;
 use super::dropout::Dropout;
-use super::{frozen_linear, lora_linear};
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Workspace};
 use crate::view::{View, ViewMut};
@@ -63,6 +66,28 @@ pub struct LoraSlot {
     pub scale: f32,
     /// Tells this layer's dropout mask from the others'.
     pub stream: u64,
+    /// What the adapter computes with A and B, and its further parameters.
+    pub kind: SlotKind,
+}
+
+/// The kinds of adapters that are trained.
+#[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub enum SlotKind {
+    /// LoRA: A and B alone.
+    #[default]
+    Lora,
+    /// DoRA ([`super::dora_linear`]).
+    Dora(DoraPlaces),
+}
+
+/// Where the numbers of DoRA lie that A and B are not.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DoraPlaces {
+    /// The elements of m `[out]` in the flat adapter buffer.
+    pub magnitude: Range<usize>,
+    /// The elements of `1 / n [out]` in [`AdapterPass::inverse_norms`].
+    pub norms: Range<usize>,
 }
 
 /// The norm that a group's input comes from: `y = weight x / sqrt(mean x^2 + eps)`.
@@ -85,17 +110,19 @@ pub struct AdapterPass<'a> {
     pub first_row: usize,
     /// Without a backward: the adapters of the rows, instead of the one whose places the layers know.
     pub rows: Option<&'a AdapterRows<'a>>,
+    /// Of adapters with magnitudes: one over the norm of each row of the weights with their adapters, f32, one row.
+    pub inverse_norms: Option<View<'a>>,
 }
 
 impl<'a> AdapterPass<'a> {
     /// A pass without dropout.
     pub fn new(values: impl Into<View<'a>>) -> Self {
-        Self { values: values.into(), dropout: None, first_row: 0, rows: None }
+        Self { values: values.into(), dropout: None, first_row: 0, rows: None, inverse_norms: None }
     }
 
     /// A pass without a backward in which rows have different adapters.
     pub fn by_rows(rows: &'a AdapterRows<'a>) -> Self {
-        Self { values: View::vector(&[]), dropout: None, first_row: 0, rows: Some(rows) }
+        Self { rows: Some(rows), ..Self::new(View::vector(&[])) }
     }
 
     /// Whether inputs are dropped in this pass.
@@ -158,7 +185,14 @@ pub fn margin<'a>(members: impl IntoIterator<Item = Option<&'a LoraSlot>>) -> us
 }
 
 impl Group<'_> {
-    const OP: &'static str = "linear_group";
+    pub(crate) const OP: &'static str = "linear_group";
+
+    /// Whether the members run one after the other even on a GPU: the fused product knows only LoRA.
+    #[cfg(feature = "cuda")]
+    fn is_by_member(&self, adapter: Option<&AdapterPass>) -> bool {
+        let other = |member: &Member| member.lora.is_some_and(|slot| slot.kind != SlotKind::Lora);
+        adapter.is_some() && self.members.iter().any(other)
+    }
 
     /// Output features of all members.
     pub fn outputs(&self) -> usize {
@@ -179,7 +213,7 @@ impl Group<'_> {
         x: ViewMut,
         adapter: Option<&AdapterPass>,
         residual: Option<View>,
-        mut y: ViewMut,
+        y: ViewMut,
         workspace: &Workspace,
     ) -> Result<Shrunk> {
         self.check(x.as_view(), y.as_view())?;
@@ -191,39 +225,10 @@ impl Group<'_> {
             return Ok(Shrunk::default());
         }
         #[cfg(feature = "cuda")]
-        if y.gpu().is_some() {
+        if y.gpu().is_some() && !self.is_by_member(adapter) {
             return crate::cuda::linear_group::forward(Self::OP, self, x, adapter, residual, y, workspace);
         }
-        let beta = match residual {
-            None => 0.0,
-            Some(residual) => {
-                y.reborrow().copy_from(residual)?;
-                1.0
-            }
-        };
-        let mut shrunk = Vec::with_capacity(self.members.len());
-        let mut start = 0;
-        for member in self.members {
-            let end = start + member.weight.rows();
-            let mut y = y.reborrow().slice_cols(start..end);
-            let x = x.as_view();
-            frozen_linear::forward(x, member.weight, y.reborrow(), beta, workspace)?;
-            if let Some(bias) = member.bias {
-                add_bias(y.reborrow(), bias)?;
-            }
-            shrunk.push(match (member.lora, adapter) {
-                (Some(slot), Some(pass)) => {
-                    let (a, b) = slot.factors(pass.values, self.inputs(), end - start);
-                    let mut s = workspace.matrix(x.rows(), slot.rank)?;
-                    let dropout = pass.dropout_of(slot);
-                    lora_linear::forward(x, a, b, slot.scale, dropout, s.view_mut(), y, workspace)?;
-                    Some(s)
-                }
-                _ => None,
-            });
-            start = end;
-        }
-        Ok(Shrunk::new(shrunk))
+        by_member::forward(self, x.as_view(), adapter, residual, y, workspace)
     }
 
     /// [`Self::forward`] where no backward follows: on CUDA, a few tokens are multiplied with 4-bit weights as they lie.
@@ -248,7 +253,7 @@ impl Group<'_> {
             return rows.infer(self, x, residual, y, workspace);
         }
         #[cfg(feature = "cuda")]
-        if y.gpu().is_some() {
+        if y.gpu().is_some() && !self.is_by_member(adapter) {
             use crate::cuda::few_tokens;
             let from = residual.map(|residual| residual.cuda(Self::OP)).transpose()?;
             let (x, y) = (x.as_view().cuda(Self::OP)?, y.reborrow().cuda(Self::OP)?);
@@ -278,7 +283,10 @@ impl Group<'_> {
         y.expect(Self::OP, "the output", x.rows(), width)?;
         Error::check_shape(Self::OP, "the norm's weight", &[norm.weight.rows() * norm.weight.cols()], &[x.cols()])?;
         #[cfg(feature = "cuda")]
-        if y.gpu().is_some() && adapter.is_some_and(|pass| pass.rows.is_none()) && (!swiglu || self.members.len() == 2)
+        if y.gpu().is_some()
+            && adapter.is_some_and(|pass| pass.rows.is_none())
+            && !self.is_by_member(adapter)
+            && (!swiglu || self.members.len() == 2)
         {
             use crate::cuda::few_tokens;
             let (x, y) = (x.cuda(Self::OP)?, y.cuda(Self::OP)?);
@@ -307,7 +315,7 @@ impl Group<'_> {
             return rows.infer_swiglu(self, x, h, workspace);
         }
         #[cfg(feature = "cuda")]
-        if self.members.len() == 2 && h.gpu().is_some() {
+        if self.members.len() == 2 && h.gpu().is_some() && !self.is_by_member(adapter) {
             use crate::cuda::few_tokens;
             let (x, h) = (x.cuda(Self::OP)?, h.cuda(Self::OP)?);
             return few_tokens::forward(Self::OP, self, x, None, adapter, None, h, true, workspace);
@@ -323,17 +331,10 @@ impl Group<'_> {
     pub fn shrink(&self, x: View, adapter: Option<&AdapterPass>, workspace: &Workspace) -> Result<Shrunk> {
         let Some(pass) = adapter else { return Ok(Shrunk::default()) };
         #[cfg(feature = "cuda")]
-        if x.gpu().is_some() {
+        if x.gpu().is_some() && !self.is_by_member(adapter) {
             return crate::cuda::linear_group::shrink(Self::OP, self, x, pass, workspace);
         }
-        let shrink = |member: &Member| -> Result<Option<Matrix>> {
-            let Some(slot) = member.lora else { return Ok(None) };
-            let (a, _) = slot.factors(pass.values, self.inputs(), member.weight.rows());
-            let mut s = workspace.matrix(x.rows(), slot.rank)?;
-            lora_linear::shrink(x, a, pass.dropout_of(slot), s.view_mut(), workspace)?;
-            Ok(Some(s))
-        };
-        self.members.iter().map(shrink).collect::<Result<_>>().map(Shrunk::new)
+        by_member::shrink(self, x, pass, workspace)
     }
 
     /// Writes `dx` (unless nothing below needs it) and returns `dS` for [`Self::backward_adapter`]. `dy` is not changed,
@@ -361,43 +362,21 @@ impl Group<'_> {
         dy: ViewMut,
         s: Option<&Shrunk>,
         adapter: &AdapterPass,
-        mut dx: Option<ViewMut>,
+        dx: Option<ViewMut>,
         workspace: &Workspace,
     ) -> Result<Shrunk> {
         if let Some(dx) = &dx {
             self.check(dx.as_view(), dy.as_view())?;
         }
         #[cfg(feature = "cuda")]
-        if dy.gpu().is_some() {
+        if dy.gpu().is_some() && !self.is_by_member(Some(adapter)) {
             return crate::cuda::linear_group::backward_input(Self::OP, self, dy, s, adapter, dx, workspace);
         }
         let _ = s;
-        let mut shrunk = Vec::with_capacity(self.members.len());
-        let mut start = 0;
-        for (index, member) in self.members.iter().enumerate() {
-            let end = start + member.weight.rows();
-            let dy = dy.as_view().slice_cols(start..end);
-            if let Some(dx) = &mut dx {
-                let beta = if index == 0 { 0.0 } else { 1.0 };
-                frozen_linear::backward(dy, member.weight, dx.reborrow(), beta, workspace)?;
-            }
-            shrunk.push(match member.lora {
-                None => None,
-                Some(slot) => {
-                    let (a, b) = slot.factors(adapter.values, self.inputs(), end - start);
-                    let mut ds = workspace.matrix(dy.rows(), slot.rank)?;
-                    let dropout = adapter.dropout_of(slot);
-                    let dx = dx.as_mut().map(ViewMut::reborrow);
-                    lora_linear::backward_input(dy, a, b, slot.scale, dropout, ds.view_mut(), dx, workspace)?;
-                    Some(ds)
-                }
-            });
-            start = end;
-        }
-        Ok(Shrunk::new(shrunk))
+        by_member::backward_input(self, dy.as_view(), adapter, dx, workspace)
     }
 
-    /// Adds the gradients of the members' A and B to their places in `gradient` (f32, one row, laid out as the adapter).
+    /// Adds the gradients of the members' adapters to their places in `gradient` (f32, one row, laid out as the adapter).
     ///
     /// `x`: the forward's input; `s`: from the forward; `dy` and `ds`: of [`Self::backward_input`].
     ///
@@ -410,7 +389,7 @@ impl Group<'_> {
         dy: View,
         ds: &Shrunk,
         adapter: &AdapterPass,
-        mut gradient: ViewMut,
+        gradient: ViewMut,
         workspace: &Workspace,
     ) -> Result<()> {
         self.check(x, dy)?;
@@ -418,7 +397,7 @@ impl Group<'_> {
             return Ok(());
         }
         #[cfg(feature = "cuda")]
-        if dy.gpu().is_some() {
+        if dy.gpu().is_some() && !self.is_by_member(Some(adapter)) {
             return crate::cuda::linear_group::backward_adapter(
                 Self::OP,
                 self,
@@ -431,22 +410,7 @@ impl Group<'_> {
                 workspace,
             );
         }
-        let mut start = 0;
-        for (index, member) in self.members.iter().enumerate() {
-            let end = start + member.weight.rows();
-            let dy = dy.slice_cols(start..end);
-            start = end;
-            let Some(slot) = member.lora else { continue };
-            let factor = |shrunk: &Shrunk| shrunk.parts.get(index).is_some_and(Option::is_some);
-            if !factor(s) || !factor(ds) {
-                return Err(Error::invalid(Self::OP, "a backward without its forward's S"));
-            }
-            let (s, ds) = (s.parts[index].as_ref().expect("checked"), ds.parts[index].as_ref().expect("checked"));
-            let (da, db) = slot.factors_mut(gradient.reborrow(), self.inputs(), dy.cols());
-            let dropout = adapter.dropout_of(slot);
-            lora_linear::backward_adapter(x, slot.scale, dropout, s.view(), dy, ds.view(), da, db, workspace)?;
-        }
-        Ok(())
+        by_member::backward_adapter(self, x, s, dy, ds, adapter, gradient, workspace)
     }
 
     fn check(&self, x: View, y: View) -> Result<()> {
@@ -467,13 +431,18 @@ impl Group<'_> {
 
 impl LoraSlot {
     /// A and B.
-    fn factors<'a>(&self, values: View<'a>, inputs: usize, outputs: usize) -> (View<'a>, View<'a>) {
+    pub(super) fn factors<'a>(&self, values: View<'a>, inputs: usize, outputs: usize) -> (View<'a>, View<'a>) {
         let part = |range: &Range<usize>| values.slice_cols(range.clone());
         (part(&self.a).reshape(self.rank, inputs), part(&self.b).reshape(outputs, self.rank))
     }
 
     /// The gradients of A and B, which never overlap, whichever comes first in the buffer.
-    fn factors_mut<'a>(&self, values: ViewMut<'a>, inputs: usize, outputs: usize) -> (ViewMut<'a>, ViewMut<'a>) {
+    pub(super) fn factors_mut<'a>(
+        &self,
+        values: ViewMut<'a>,
+        inputs: usize,
+        outputs: usize,
+    ) -> (ViewMut<'a>, ViewMut<'a>) {
         let (a, b) = if self.a.end <= self.b.start {
             let (low, high) = values.split_cols(self.b.start);
             (low.slice_cols(self.a.clone()), high.slice_cols(0..self.b.len()))
@@ -485,9 +454,14 @@ impl LoraSlot {
     }
 }
 
-fn add_bias(y: ViewMut, bias: View) -> Result<()> {
+/// Adds a bias to every row.
+pub(super) fn add_bias(y: ViewMut, bias: View) -> Result<()> {
     const OP: &str = "bias";
     Error::check_shape(OP, "bias", &[bias.rows() * bias.cols()], &[y.cols()])?;
+    #[cfg(feature = "cuda")]
+    if y.gpu().is_some() {
+        return crate::cuda::ops::add_bias(OP, y.cuda(OP)?, bias.cuda(OP)?);
+    }
     let bias = bias.host(OP)?;
     let bias = bias.as_slice().ok_or_else(|| Error::invalid(OP, "a bias has gaps between its elements"))?;
     y.host(OP)?.rows_mut().for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));

@@ -55,7 +55,14 @@ fn adapter(side: &Side, case: &Case, does: Does, first: usize) -> Adapter {
         let rank = does.rank.saturating_sub(index);
         let (a, b) = (take(rank * case.inputs), take(rank * outputs));
         let change = LinearChange {
-            lora: (rank > 0).then_some(LoraSlot { a, b, rank, scale: 0.5 + index as f32, stream: 0 }),
+            lora: (rank > 0).then_some(LoraSlot {
+                a,
+                b,
+                rank,
+                scale: 0.5 + index as f32,
+                stream: 0,
+                kind: Default::default(),
+            }),
             gain: does.gain.then(|| take(outputs)),
             bias: does.bias.then(|| take(outputs)),
             weight: does.weight.then(|| side.weight(Kind::Plain(Dtype::Bf16), outputs, case.inputs)),
@@ -72,7 +79,7 @@ pub(crate) fn run(side: &Side, case: &Case) -> Result<Vec<Output>> {
     let biases: Vec<_> = case.layers.iter().map(|&(rows, _)| side.vector(rows, 0.0, 1.0)).collect();
     let names: Vec<String> = (0..case.layers.len()).map(|index| index.to_string()).collect();
     // The members have an adapter of their own, which these rows do not use.
-    let other = LoraSlot { a: 0..1 << 40, b: 0..1 << 40, rank: 7, scale: 1.0, stream: 0 };
+    let other = LoraSlot { a: 0..1 << 40, b: 0..1 << 40, rank: 7, scale: 1.0, stream: 0, kind: Default::default() };
     let members: Vec<Member> = (case.layers.iter().zip(&weights).zip(&biases).zip(&names))
         .map(|(((&(_, has_bias), weight), bias), name)| Member {
             name,
@@ -173,7 +180,7 @@ pub(crate) fn tokens(side: &Side, rank: usize, [vocabulary, width, gap]: [usize;
         .into();
     let none = HashMap::new();
     let values = side.vector(end + 3 * width, 0.2, 0.5);
-    let slot = LoraSlot { a, b, rank, scale: -1.5, stream: 0 };
+    let slot = LoraSlot { a, b, rank, scale: -1.5, stream: 0, kind: Default::default() };
     let mut results = Vec::new();
     for (name, tokens, lora, gain) in [
         ("own rows", &trained, None, None),
@@ -218,7 +225,14 @@ fn an_adapter_that_does_not_fit_is_refused() {
     let cache = WeightCache::default();
     let group = Group { members: &members, cache: &cache, split: false };
     let values = workspace.zeros_f32(1, 2 * 64 + 2 * 8 - 1).unwrap();
-    let slot = |outputs: usize| LoraSlot { a: 0..128, b: 128..128 + 2 * outputs, rank: 2, scale: 1.0, stream: 0 };
+    let slot = |outputs: usize| LoraSlot {
+        a: 0..128,
+        b: 128..128 + 2 * outputs,
+        rank: 2,
+        scale: 1.0,
+        stream: 0,
+        kind: Default::default(),
+    };
     for (outputs, rows, values, message) in [
         (8, 0..2, values.view(), "elements 128..144 of an adapter of 143"),
         (7, 0..2, values.view(), "B has shape [14], expected [16]"),

@@ -28,7 +28,7 @@ pub(crate) fn products(
     for &(rows, rank, _) in members {
         let (a, b) = (end..end + rank * inputs, end + rank * inputs..end + rank * (inputs + rows));
         end = b.end;
-        slots.push((rank > 0).then_some(LoraSlot { a, b, rank, scale: 1.5, stream: 0 }));
+        slots.push((rank > 0).then_some(LoraSlot { a, b, rank, scale: 1.5, stream: 0, kind: Default::default() }));
     }
     let flat = side.vector(end.max(1), 0.0, 0.2);
     let members: Vec<Member> = (members.iter().zip(&weights).zip(&biases).zip(&slots))
@@ -158,7 +158,7 @@ fn by_kernels(side: &Side, tokens: usize, inputs: usize, members: &[(usize, usiz
     for &(rows, rank) in members {
         let (a, b) = (end..end + rank * inputs, end + rank * inputs..end + rank * (inputs + rows));
         end = b.end;
-        slots.push(LoraSlot { a, b, rank, scale: 1.5, stream: 0 });
+        slots.push(LoraSlot { a, b, rank, scale: 1.5, stream: 0, kind: Default::default() });
     }
     let members: Vec<Member> = (weights.iter().zip(&slots))
         .map(|(weight, slot)| Member { name: "", weight: &**weight, bias: None, lora: Some(slot) })

@@ -63,7 +63,7 @@ pub(crate) fn group(side: &Side, tokens: usize, with_margin: bool) -> Result<Vec
         for (weight, rank) in weights.iter().zip([4, 0, 3]) {
             let (a, b) = (end..end + rank * cols, end + rank * cols..end + rank * (cols + weight.rows()));
             end = b.end;
-            slots.push((rank > 0).then_some(LoraSlot { a, b, rank, scale: 1.5, stream: 0 }));
+            slots.push((rank > 0).then_some(LoraSlot { a, b, rank, scale: 1.5, stream: 0, kind: Default::default() }));
         }
         let flat = side.vector(end, 0.0, 0.2);
         let bias = side.vector(weights[0].rows(), 0.0, 1.0);

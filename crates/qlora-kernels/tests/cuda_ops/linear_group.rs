@@ -48,7 +48,14 @@ pub(crate) fn run(side: &Side, case: &Case) -> Result<Vec<Output>> {
         let (first, second) = (end..end + sizes[0], end + sizes[0]..end + sizes[0] + sizes[1]);
         end = second.end;
         let (a, b) = if index == 1 { (second, first) } else { (first, second) };
-        slots.push((rank > 0).then_some(LoraSlot { a, b, rank, scale: 0.5 + index as f32, stream: index as u64 }));
+        slots.push((rank > 0).then_some(LoraSlot {
+            a,
+            b,
+            rank,
+            scale: 0.5 + index as f32,
+            stream: index as u64,
+            kind: Default::default(),
+        }));
     }
     let flat = side.vector(end.max(1), 0.0, 0.2);
     let members: Vec<Member> = (members.iter().zip(&weights).zip(&biases).zip(&slots))
@@ -64,7 +71,7 @@ pub(crate) fn run(side: &Side, case: &Case) -> Result<Vec<Output>> {
     let group = Group { members: &members, cache: &cache, split };
     let outputs = group.outputs();
     let room = if margins { margin(slots.iter().map(Option::as_ref)) } else { 0 };
-    let pass = AdapterPass { values: flat.view(), dropout, first_row: 0, rows: None };
+    let pass = AdapterPass { dropout, ..AdapterPass::new(flat.view()) };
     let residual = residual.then(|| side.input(tokens, outputs, 0));
     let residual = residual.as_ref().map(|residual| residual.view());
 
@@ -164,7 +171,7 @@ fn a_shape_that_does_not_fit_is_named() {
     let side = Side::gpu(&device, half(&device), 1);
     let workspace: &Workspace = &side.workspace;
     let weight = side.weight(Kind::Plain(Dtype::Bf16), 8, 16);
-    let slot = LoraSlot { a: 0..32, b: 32..48, rank: 2, scale: 1.0, stream: 0 };
+    let slot = LoraSlot { a: 0..32, b: 32..48, rank: 2, scale: 1.0, stream: 0, kind: Default::default() };
     let members = [Member { name: "", weight: &*weight, bias: None, lora: Some(&slot) }];
     let cache = WeightCache::default();
     let group = Group { members: &members, cache: &cache, split: false };

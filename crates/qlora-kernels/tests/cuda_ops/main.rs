@@ -8,6 +8,7 @@
 mod adapter_rows;
 mod attention;
 mod copies;
+mod dora_linear;
 mod dropout;
 mod elementwise;
 mod few_tokens;

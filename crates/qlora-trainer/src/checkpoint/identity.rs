@@ -20,7 +20,7 @@ use crate::schedule::Schedule;
 /// Options by section that change the numbers, besides those that need more thought (see [`RunIdentity::new`]).
 const OPTIONS: &[(&str, &[&str])] = &[
     ("model", &["load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "blocksize"]),
-    ("lora", &["r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"]),
+    ("lora", &["r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "alpha_pattern"]),
     ("data", &["packing"]),
     (
         "training",
@@ -149,6 +149,7 @@ impl RunIdentity {
             let old = match (then, now) {
                 // Checkpoints without the key are from before there was a choice.
                 (None, Some(now)) if name == "training.optim" => now == "adamw_torch",
+                (None, Some(now)) if name == "lora.alpha_pattern" => now.as_object().is_some_and(Map::is_empty),
                 (None, Some(_)) => NOT_YET.contains(&name),
                 (Some(_), None) => NO_LONGER.contains(&name),
                 _ => false,

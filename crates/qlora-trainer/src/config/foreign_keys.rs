@@ -202,7 +202,7 @@ mod tests {
         for (line, parts) in [
             ("[lora]\nbias = \"all\"", &["`bias = \"all\"`", "\"none\""][..]),
             ("[lora]\ntask_type = \"SEQ_CLS\"", &["task_type", "causal"]),
-            ("[lora]\nuse_dora = true", &["use_dora", "DoRA"]),
+            ("[lora]\npeft_use_dora = true", &["`use_dora` in [lora]"]),
             ("[lora]\ninit_lora_weights = \"pissa\"", &["init_lora_weights", "leave it out"]),
             ("[lora]\nmodules_to_save = [\"lm_head\"]", &["modules_to_save"]),
             ("[lora]\nlora_target_linear = true", &["all-linear"]),

@@ -34,6 +34,7 @@ mod parse;
 mod validate;
 mod values;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -132,9 +133,17 @@ pub struct LoraOptions {
     pub target_modules: Targets,
     /// Divide `lora_alpha` by the square root of `r` instead of `r`. Default: false.
     pub use_rslora: bool,
+    /// DoRA: a trained magnitude for every output of the layers beside A and B. Default: false.
+    pub use_dora: bool,
+    /// Other ranks than `r`, by the end of a layer's name (a regular expression); the first match in sorted order counts.
+    /// Default: none.
+    pub rank_pattern: BTreeMap<String, usize>,
+    /// Other values of `lora_alpha`, likewise. Default: none.
+    pub alpha_pattern: BTreeMap<String, f64>,
     /// Begin from this trained adapter (a folder, such as the output or a checkpoint of another run, or a hub id) instead of a
     /// fresh one, with a fresh optimizer and learning rate schedule; PEFT's `is_trainable = True`. Its `r`, `lora_alpha`,
-    /// `use_rslora` and layers are taken; `lora_dropout` is this configuration's. Default: none.
+    /// `use_rslora`, `use_dora`, patterns and layers are
+    /// taken; `lora_dropout` is this configuration's. Default: none.
     pub adapter_name_or_path: Option<String>,
 }
 
@@ -146,6 +155,9 @@ impl Default for LoraOptions {
             lora_dropout: 0.0,
             target_modules: Targets::List(["q_proj", "k_proj", "v_proj", "o_proj"].map(String::from).to_vec()),
             use_rslora: false,
+            use_dora: false,
+            rank_pattern: BTreeMap::new(),
+            alpha_pattern: BTreeMap::new(),
             adapter_name_or_path: None,
         }
     }

@@ -1,10 +1,11 @@
 //! The adapter that a run begins with: a fresh one, or one that was trained before.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use qlora_core::adapter;
 use qlora_core::config::ModelConfig;
-use qlora_core::lora::{AdapterLayout, LoraConfig};
+use qlora_core::lora::{AdapterLayout, ByModule, LoraConfig};
 use qlora_core::model::CausalLm;
 use qlora_core::open::OpenOptions;
 
@@ -51,8 +52,11 @@ impl Beginning {
             ))
         })?;
         trained.config.lora.lora_dropout = config.lora.lora_dropout;
-        let LoraConfig { r, lora_alpha, use_rslora, .. } = trained.config.lora;
-        (config.lora.r, config.lora.lora_alpha, config.lora.use_rslora) = (r, lora_alpha, use_rslora);
+        let LoraConfig { r, lora_alpha, use_rslora, use_dora, ref rank_pattern, ref alpha_pattern, .. } =
+            trained.config.lora;
+        let (rank_pattern, alpha_pattern) = (table(rank_pattern), table(alpha_pattern));
+        config.lora =
+            LoraOptions { r, lora_alpha, use_rslora, use_dora, rank_pattern, alpha_pattern, ..config.lora.clone() };
         Ok(Self::Trained(Box::new(trained)))
     }
 
@@ -75,6 +79,11 @@ impl Beginning {
     }
 }
 
+/// The expressions and their values, as a configuration has them.
+fn table<T: Copy>(of: &ByModule<T>) -> BTreeMap<String, T> {
+    of.iter().map(|(end, value)| (end.to_owned(), *value)).collect()
+}
+
 /// Whether what was asked for, where it is not the default, is what the adapter has; else what is not.
 fn agree(asked: &LoraOptions, trained: &adapter::Adapter, model: &ModelConfig) -> std::result::Result<(), String> {
     let (default, has) = (LoraOptions::default(), &trained.config.lora);
@@ -89,13 +98,25 @@ fn agree(asked: &LoraOptions, trained: &adapter::Adapter, model: &ModelConfig) -
     if asked.use_rslora && !has.use_rslora {
         return differs("use_rslora", "true".to_owned(), "false".to_owned());
     }
+    if asked.use_dora && !has.use_dora {
+        return differs("use_dora", "true".to_owned(), "false".to_owned());
+    }
+    if !asked.rank_pattern.is_empty() && asked.rank_pattern != table(&has.rank_pattern) {
+        return differs("rank_pattern", format!("{:?}", asked.rank_pattern), format!("{:?}", table(&has.rank_pattern)));
+    }
+    if !asked.alpha_pattern.is_empty() && asked.alpha_pattern != table(&has.alpha_pattern) {
+        return differs(
+            "alpha_pattern",
+            format!("{:?}", asked.alpha_pattern),
+            format!("{:?}", table(&has.alpha_pattern)),
+        );
+    }
     if asked.target_modules != default.target_modules {
-        let options = LoraOptions { r: has.r, ..asked.clone() };
-        let layout = lora_config(&options)
-            .map_err(|error| error.to_string())
-            .and_then(|lora| AdapterLayout::for_model(&lora, model).map_err(|error| error.to_string()))?;
+        let asked = lora_config(asked).map_err(|error| error.to_string())?;
+        let lora = LoraConfig { target_modules: asked.target_modules, layers: None, ..has.clone() };
+        let layout = AdapterLayout::for_model(&lora, model).map_err(|error| error.to_string())?;
         if layout != trained.layout {
-            let count = |layout: &AdapterLayout| format!("{} layers", layout.entries().len() / 2);
+            let count = |layout: &AdapterLayout| format!("{} layers", layout.modules().count());
             return Err(format!(
                 "the adapter is on {}, not on the {} of target_modules",
                 count(&trained.layout),

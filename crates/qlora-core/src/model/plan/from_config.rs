@@ -6,7 +6,7 @@ use super::sizes::Sizes;
 use super::{AttentionWorkspace, BatchShape, Planner};
 use crate::card::Rates;
 use crate::config::ModelConfig;
-use crate::lora::AdapterLayout;
+use crate::lora::{AdapterLayout, Which};
 use crate::spec::{ModelSpec, Module, Role};
 
 impl Planner {
@@ -24,6 +24,7 @@ impl Planner {
         Self::of_spec(
             &config.spec(),
             |module| layout.get(module).map_or(0, |pair| pair.rank()),
+            layout.entries().iter().any(|entry| entry.which == Which::Magnitude),
             dtype,
             batch,
             attention,
@@ -31,10 +32,12 @@ impl Planner {
         )
     }
 
-    /// For a model of this specification; `rank` gives the rank of a module's adapter, 0 where it has none.
+    /// For a model of this specification; `rank` gives the rank of a module's adapter, 0 where it has none, `by_member` says
+    /// whether the layers of a group run one after the other.
     pub(super) fn of_spec(
         spec: &ModelSpec,
         rank: impl Fn(&str) -> usize,
+        by_member: bool,
         dtype: Dtype,
         batch: BatchShape,
         attention: AttentionWorkspace,
@@ -70,6 +73,7 @@ impl Planner {
             heads: first.map_or(0, |block| block.attention.heads) as u64,
             qk_norm: first.is_some_and(|block| block.get(Role::QueryNorm).is_some()),
             rp,
+            by_member,
             attention,
         };
         let len = (batch.tokens / batch.sequences.max(1)) as u64;

@@ -25,6 +25,8 @@ pub(super) struct Sizes {
     pub(super) qk_norm: bool,
     /// Extra columns of the groups qkv, o, gate|up, down.
     pub(super) rp: [u64; 4],
+    /// Whether the layers of a group run one after the other, as with DoRA.
+    pub(super) by_member: bool,
     pub(super) attention: AttentionWorkspace,
 }
 
@@ -81,6 +83,13 @@ impl Sizes {
             _ => (hidden, mlp),
         };
         if cached { 0 } else { self.weight(outputs, inputs, rp[group]) }
+    }
+
+    /// What DoRA has beside a group: a copy of an output or its gradient, and rows in f32 that candle's kernels work on (`on_gpu` in
+    /// `dora_linear`: two factors and their product, 32 MiB each).
+    fn by_member(&self, rows: u64) -> u64 {
+        const CANDLE: u64 = 3 * (4 << 23);
+        if self.by_member { rows * self.hidden.max(self.q).max(self.mlp) * self.size + CANDLE } else { 0 }
     }
 
     /// q and k before their norms.
@@ -163,6 +172,7 @@ impl Sizes {
         let kept = if whole { gate_up + piece(rp[2]) + 4 * rows } else { 0 };
         let down = live + kept + h + piece(rp[3]) + weight3 + stay(weight2);
         [self.attend(choice, cached, false), up, hidden_mlp, down].into_iter().max().unwrap_or(0)
+            + self.by_member(self.tokens)
     }
 
     /// The peak of a block's backward beside what the blocks below hold: `dy` and the block's activations included.
@@ -219,6 +229,7 @@ impl Sizes {
             + act(padded(qkv, rp[0]) + hidden + rp[0])
             + (weight(0) + factors_b(qkv, 0) - shared0).max(act(hidden) + factors(qkv, hidden, 0));
         [recompute, up, down, mlp_input, out, attend, input].into_iter().max().unwrap_or(0)
+            + self.by_member(self.tokens)
     }
 
     /// The peak of loss and head, beside what the blocks hold.

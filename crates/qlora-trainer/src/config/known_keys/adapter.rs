@@ -17,12 +17,15 @@ pub(super) const KEYS: &[KnownKey] = &[
         &["init_lora_weights"],
         Anyway(&[On, Text("default")], "A starts as PEFT's default (Kaiming uniform), B as zero; leave it out"),
     ),
-    key(&["use_dora", "peft_use_dora"], Anyway(&[Off], "DoRA cannot be trained; leave it out for LoRA")),
+    key(&["peft_use_dora"], Ours("lora.use_dora")),
     key(&["peft_use_rslora"], Ours("lora.use_rslora")),
     key(&["use_lora", "use_qlora", "use_peft"], Anyway(&[On], "adapters are always trained; leave it out")),
     key(
         &["use_qalora", "use_bdlora", "use_vera", "use_relora", "relora", "relora_steps", "loraplus_lr_ratio"],
-        Anyway(&[Off], "of LoRA's variants only rank-stabilized LoRA (`use_rslora`) can be trained; leave it out"),
+        Anyway(
+            &[Off],
+            "of LoRA's variants rank-stabilized LoRA (`use_rslora`) and DoRA (`use_dora`) can be trained; leave it out",
+        ),
     ),
     key(&["qalora_group_size", "loraplus_lr_embedding", "megatron_core"], Nothing),
     key(
@@ -61,10 +64,6 @@ pub(super) const KEYS: &[KnownKey] = &[
             "write a regular expression for the wanted modules as `target_modules` in [lora], such as \
              'model\\.layers\\.(0|1)\\..*_proj'",
         ),
-    ),
-    key(
-        &["rank_pattern", "alpha_pattern"],
-        Anyway(&[Off], "all adapters have the rank `r` and the scale `lora_alpha`; leave it out"),
     ),
     key(
         &["layer_replication", "alora_invocation_tokens", "megatron_config", "auto_mapping", "ensure_weight_tying"],

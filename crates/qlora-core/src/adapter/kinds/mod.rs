@@ -16,29 +16,21 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+pub(crate) mod dora;
+
 use super::config_file::{AdapterConfig, read};
 use crate::config::ModelConfig;
-use crate::lora::{LinearModule, ModuleFilter, ModulePattern, TargetModules};
+use crate::lora::{LinearModule, TargetModules};
 use crate::spec::Module;
 use crate::{Error, Result};
 
 pub(crate) use crate::spec::{EMBEDDING, HEAD};
 
-/// The options that only inference takes.
+/// The options that only inference takes; those that training takes too are in [`LoraConfig`](crate::lora::LoraConfig).
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct AdapterKinds {
-    /// Ranks by the end of a module's name, in the order in which they are tried.
-    pub rank_pattern: Vec<(ModulePattern, usize)>,
-    /// `lora_alpha` by the end of a module's name, likewise.
-    pub alpha_pattern: Vec<(ModulePattern, f64)>,
-    /// The blocks that are adapted, if not all.
-    pub layers_to_transform: Option<Vec<usize>>,
-    /// What stands before the block's number in a module's name; empty: anything.
-    pub layers_pattern: Vec<ModulePattern>,
     /// Whether B has a bias.
     pub lora_bias: bool,
-    /// Whether there are magnitudes (DoRA).
-    pub use_dora: bool,
     /// The ends of the names of modules that the adapter holds whole.
     pub modules_to_save: Vec<String>,
     /// Modules, by the end of their names, and the tokens whose rows the adapter holds.
@@ -68,20 +60,6 @@ impl AdapterKinds {
             // As in PEFT: it is about GPT-2's Conv1D; on other layers it has no effect.
             tracing::warn!("{}: fan_in_fan_out has no effect on this model's layers", path.display());
         }
-        let layers_to_transform = match keys.get("layers_to_transform") {
-            Some(Value::Number(_)) => read(path, keys, "layers_to_transform")?.map(|layer| vec![layer]),
-            _ => read::<Vec<usize>>(path, keys, "layers_to_transform")?.filter(|layers| !layers.is_empty()),
-        };
-        let patterns: Vec<String> = match keys.get("layers_pattern") {
-            Some(Value::String(one)) => Some(vec![one.clone()]).filter(|_| !one.is_empty()),
-            _ => read(path, keys, "layers_pattern")?,
-        }
-        .unwrap_or_default();
-        if !patterns.is_empty() && layers_to_transform.is_none() {
-            return Err(Error::format(path, "layers_pattern without layers_to_transform"));
-        }
-        let prefix =
-            |pattern: &String| ModulePattern::new(format!(r"(?:.*\.)?{pattern}")).map_err(|e| in_file(path, e));
         let bias = match read::<String>(path, keys, "bias")?.as_deref() {
             None | Some("none") => TrainedBias::None,
             Some("all") => TrainedBias::All,
@@ -96,47 +74,16 @@ impl AdapterKinds {
             _ => read::<Vec<u32>>(path, keys, TOKENS)?.map(|ids| vec![("embed_tokens".to_owned(), ids)]),
         };
         let kinds = Self {
-            rank_pattern: pattern_map(path, keys, "rank_pattern")?,
-            alpha_pattern: pattern_map(path, keys, "alpha_pattern")?,
-            layers_to_transform,
-            layers_pattern: patterns.iter().map(prefix).collect::<Result<_>>()?,
             lora_bias: flag("lora_bias")?,
-            use_dora: flag("use_dora")?,
             modules_to_save: read(path, keys, "modules_to_save")?.unwrap_or_default(),
             trainable_token_indices: tokens.unwrap_or_default(),
             ensure_weight_tying: flag("ensure_weight_tying")?,
             bias,
         };
-        kinds.validate(path)?;
+        if kinds.modules_to_save.iter().any(String::is_empty) {
+            return Err(Error::format(path, "modules_to_save has an empty entry"));
+        }
         Ok(kinds)
-    }
-
-    fn validate(&self, path: &Path) -> Result<()> {
-        let wrong = |message: String| Err(Error::format(path, message));
-        if let Some((pattern, rank)) = self.rank_pattern.iter().find(|(_, rank)| !(1..=MAX_RANK).contains(rank)) {
-            return wrong(format!("rank_pattern: {:?} has the rank {rank}", pattern.as_str()));
-        }
-        if let Some((pattern, alpha)) = self.alpha_pattern.iter().find(|(_, alpha)| !(*alpha as f32).is_finite()) {
-            return wrong(format!("alpha_pattern: {:?} has lora_alpha {alpha}", pattern.as_str()));
-        }
-        if self.lora_bias && self.use_dora {
-            return wrong("lora_bias and use_dora together".to_owned());
-        }
-        if self.modules_to_save.iter().any(String::is_empty) {
-            return wrong("modules_to_save has an empty entry".to_owned());
-        }
-        Ok(())
-    }
-
-    /// Rank and scaling of a module.
-    pub fn rank_and_scaling(&self, config: &AdapterConfig, module: &str) -> (usize, f64) {
-        fn first<T: Copy>(patterns: &[(ModulePattern, T)], module: &str) -> Option<T> {
-            patterns.iter().find(|(pattern, _)| pattern.matches(module)).map(|(_, value)| *value)
-        }
-        let mut lora = config.lora.clone();
-        lora.r = first(&self.rank_pattern, module).unwrap_or(lora.r);
-        lora.lora_alpha = first(&self.alpha_pattern, module).unwrap_or(lora.lora_alpha);
-        (lora.r, lora.scaling())
     }
 
     /// Whether the adapter holds the module of this name whole, or a part of the model that contains it.
@@ -155,21 +102,7 @@ impl AdapterKinds {
 
     /// Whether the module of this name gets A and B.
     pub fn targets(&self, config: &AdapterConfig, module: &str) -> bool {
-        if !config.lora.targets(module) || self.excluded_as_saved(module) {
-            return false;
-        }
-        let (Some(layers), TargetModules::Selected(ModuleFilter::List(_))) =
-            (&self.layers_to_transform, &config.lora.target_modules)
-        else {
-            return true;
-        };
-        let Some((before, number)) = block_of(module) else { return false };
-        let pattern = if self.layers_pattern.is_empty() {
-            before.contains('.')
-        } else {
-            self.layers_pattern.iter().any(|pattern| pattern.matches(before))
-        };
-        pattern && layers.contains(&number)
+        config.lora.targets(module) && !self.excluded_as_saved(module)
     }
 
     /// PEFT's rule against A and B on saved modules: an entry is a whole part of the name.
@@ -200,45 +133,6 @@ impl AdapterKinds {
 
 const TOKENS: &str = "trainable_token_indices";
 
-/// More than any layer has use for: a larger one is a mistake or an attack.
-pub(super) const MAX_RANK: usize = 1 << 16;
-
-/// What stands before the number in a module's name, and the number: `model.layers` and 3 of `model.layers.3.mlp`.
-fn block_of(module: &str) -> Option<(&str, usize)> {
-    let mut start = 0;
-    for part in module.split('.') {
-        if start > 0
-            && start + part.len() < module.len()
-            && let Ok(number) = part.parse()
-        {
-            return Some((&module[..start - 1], number));
-        }
-        start += part.len() + 1;
-    }
-    None
-}
-
-fn in_file(path: &Path, error: Error) -> Error {
-    match error {
-        Error::Unsupported(message) => Error::Unsupported(format!("{}: {message}", path.display())),
-        other => Error::format(path, other.to_string()),
-    }
-}
-
-/// PEFT tries the patterns in the file's order, which is sorted, as the map is here.
-fn pattern_map<T: serde::de::DeserializeOwned>(
-    path: &Path,
-    keys: &Map<String, Value>,
-    key: &str,
-) -> Result<Vec<(ModulePattern, T)>> {
-    let map: std::collections::BTreeMap<String, T> = read(path, keys, key)?.unwrap_or_default();
-    let compile = |(pattern, value): (String, T)| {
-        let pattern = ModulePattern::new(format!(r"(.*\.)?({pattern})")).map_err(|error| in_file(path, error))?;
-        Ok((pattern, value))
-    };
-    map.into_iter().map(compile).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::config_file::parse_any;
@@ -253,12 +147,12 @@ mod tests {
 
     #[test]
     fn patterns_give_rank_and_scaling_by_the_end_of_the_name() {
-        let (config, kinds) = parse(json!({
+        let (config, _) = parse(json!({
             "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 16, "a|self_attn": 9},
             "alpha_pattern": {"model.layers.0.self_attn.q_proj": 1, "proj": 100},
         }))
         .unwrap();
-        let of = |module: &str| kinds.rank_and_scaling(&config, module);
+        let of = |module: &str| (config.lora.rank_of(module), config.lora.scaling_of(module));
         assert_eq!(of("model.layers.0.self_attn.q_proj"), (2, 0.5));
         assert_eq!(of("model.layers.1.self_attn.q_proj"), (2, 4.0));
         assert_eq!(of("model.layers.1.mlp.up_proj"), (16, 0.5));
