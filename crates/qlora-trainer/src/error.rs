@@ -84,6 +84,15 @@ pub enum Error {
         names: Vec<String>,
     },
 
+    /// A rank of the run failed or is gone, which ends the run on every rank.
+    #[error("rank {rank} {message}")]
+    Rank {
+        /// Its number.
+        rank: usize,
+        /// What happened to it.
+        message: String,
+    },
+
     /// An argument makes no sense.
     #[error("{0}")]
     Invalid(String),
@@ -183,6 +192,11 @@ impl Error {
     /// An [`Error::Data`] for a line of a file.
     pub fn data(path: impl AsRef<Path>, line: impl Into<Option<usize>>, message: impl Into<String>) -> Self {
         Self::Data { path: path.as_ref().to_owned(), line: line.into(), message: message.into() }
+    }
+
+    /// An [`Error::Rank`].
+    pub fn rank(rank: usize, message: impl Into<String>) -> Self {
+        Self::Rank { rank, message: message.into() }
     }
 
     /// An [`Error::Checkpoint`] for a folder or file.

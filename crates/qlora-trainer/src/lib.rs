@@ -13,12 +13,14 @@
 //! | [`loss_scale`] | what keeps float16 gradients in range |
 //! | [`checkpoint`] | atomic checkpoints, resumed bit for bit |
 //! | [`exact_match`] | generated answers against expected ones |
+//! | [`comm`] | the ranks of a run: several processes that train one model |
 //! | [`metrics`], [`progress`] | the log, a progress bar, a plot of the loss |
 //! | [`interrupt`], [`memory`], [`fingerprint`] | Ctrl-C, memory of the process, fingerprints |
 
 #![forbid(unsafe_code)]
 
 pub mod checkpoint;
+pub mod comm;
 pub mod config;
 pub mod data;
 pub mod encoder;
@@ -27,6 +29,8 @@ pub mod exact_match;
 pub mod fingerprint;
 mod guard;
 pub mod interrupt;
+#[cfg(unix)]
+pub mod launch;
 pub mod loss_scale;
 pub mod memory;
 pub mod metrics;

@@ -34,6 +34,7 @@ use qlora_kernels::quant::{QuantConfig, QuantType};
 use qlora_kernels::{Dtype, Workspace};
 
 pub use self::card::{CardPlan, plan_on_card};
+use crate::comm::{Alone, Communicator};
 use crate::config::{self, GradientCheckpointing, LoraOptions, ModelOptions, Targets, TrainConfig};
 use crate::data::{Dataset, TrainingData};
 use crate::encoder::ModelEncoder;
@@ -57,6 +58,8 @@ pub struct Session {
     start: Option<Start>,
     template_time: Option<String>,
     identity: Vec<(String, String)>,
+    /// The other processes of the run.
+    comm: Box<dyn Communicator>,
     /// Until somebody asks for it.
     data: Mutex<Option<Data>>,
 }
@@ -70,7 +73,28 @@ impl Session {
     /// If the configuration is not valid, the output folder, the checkpoint or the data cannot be used, or the model cannot be
     /// found or read; the message names the file, the line or the tensor.
     pub fn open(config: &TrainConfig, progress: impl FnMut(u64, u64)) -> Result<Self> {
-        Self::load(Prepared::new(config, true)?, progress)
+        Self::open_on(config, Box::new(Alone), progress)
+    }
+
+    /// As [`Session::open`] for one of several processes that train together ([`comm`](crate::comm)). On each the configuration
+    /// is the same; `gradient_accumulation_steps` counts the micro-batches of one rank, as in transformers. Rank 0 alone has the
+    /// output folder.
+    ///
+    /// # Errors
+    /// As [`Session::open`], on every rank if one of them fails, or if they do not have the same configuration and data.
+    pub fn open_on(
+        config: &TrainConfig,
+        mut comm: Box<dyn Communicator>,
+        progress: impl FnMut(u64, u64),
+    ) -> Result<Self> {
+        let opened = Prepared::new(config, true, &mut comm).and_then(|prepared| Self::load(prepared, progress));
+        match opened {
+            Ok(session) => Ok(Self { comm, ..session }),
+            Err(error) => {
+                comm.fail(&format!("failed: {error}"));
+                Err(error)
+            }
+        }
     }
 
     /// As [`Session::open`] to plan a run only: no output folder is made or locked, no checkpoint read.
@@ -78,7 +102,7 @@ impl Session {
     /// # Errors
     /// As [`Session::open`].
     pub fn open_dry_run(config: &TrainConfig, progress: impl FnMut(u64, u64)) -> Result<Self> {
-        Self::load(Prepared::new(config, false)?, progress)
+        Self::load(Prepared::planned(config)?, progress)
     }
 
     fn load(prepared: Prepared, mut progress: impl FnMut(u64, u64)) -> Result<Self> {
@@ -114,8 +138,24 @@ impl Session {
             start,
             template_time,
             identity,
+            comm: Box::new(Alone),
             data,
         })
+    }
+
+    /// The number of this process among the ranks; 0 for a process of its own.
+    pub fn rank(&self) -> usize {
+        self.comm.rank()
+    }
+
+    /// What the ranks are, for a line at the start of the run; none for a process of its own.
+    pub fn ranks_note(&self) -> Option<String> {
+        let (ranks, options) = (self.comm.size(), &self.config.training);
+        let described = self.comm.describe()?;
+        let micro_batches = options.gradient_accumulation_steps;
+        let (batch, each) = (options.per_device_train_batch_size, micro_batches.div_ceil(ranks));
+        let items = if self.config.data.packing { "bins" } else { "rows" };
+        Some(format!("{described}; {} {items} a step: batches of {batch}, {each} on each rank", batch * micro_batches))
     }
 
     /// The configuration.
@@ -189,8 +229,15 @@ impl Session {
             self.model.reserve_for(&plan)?;
         }
         let (start, template_time) = (self.start.take(), self.template_time.take());
-        let (model, config) = self.into_model()?;
-        Ok(Trainer::new(config, model, training, validation)?.with_start(start, template_time))
+        let mut comm = std::mem::replace(&mut self.comm, Box::new(Alone));
+        let made = self.into_model().and_then(|(model, config)| Trainer::new(config, model, training, validation));
+        match made {
+            Ok(trainer) => Ok(trainer.with_start(start, template_time).with_communicator(comm)),
+            Err(error) => {
+                comm.fail(&format!("failed: {error}"));
+                Err(error)
+            }
+        }
     }
 
     /// The model as the training loop drives it, and the configuration.
@@ -210,11 +257,16 @@ impl Session {
     }
 }
 
-/// The memory of the configured device.
-fn workspace(config: &TrainConfig) -> Result<Workspace> {
+/// The memory of the configured device; `auto` and `cuda` are the GPU of the rank.
+fn workspace(config: &TrainConfig, local_rank: usize) -> Result<Workspace> {
     let device: DeviceChoice = config.model.device.parse()?;
+    let device = match config.model.device.as_str() {
+        "cuda" => DeviceChoice::Cuda(DeviceChoice::of_rank(local_rank)),
+        _ => device,
+    };
     let limit = config.training.memory_budget.map(|budget| (budget * 1e9) as u64);
-    let workspace = device.open(config.model.bnb_4bit_compute_dtype.map(Into::into), limit)?;
+    let dtype = config.model.bnb_4bit_compute_dtype.map(Into::into);
+    let workspace = device.open_for_rank(local_rank, dtype, limit)?;
     #[cfg(feature = "cuda")]
     if let Some(gpu) = workspace.gpu() {
         gpu.set_deterministic(config.training.full_determinism);

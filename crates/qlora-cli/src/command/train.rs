@@ -1,8 +1,13 @@
 //! `qlora train`.
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Result, ensure};
+use qlora::trainer::comm::tcp::TcpOptions;
+use qlora::trainer::comm::{self, Communicator, Ranks};
+#[cfg(unix)]
+use qlora::trainer::launch::{self, Processes};
 use qlora::trainer::progress::{HtmlReport, LossPlot, ProgressBar, ReportFacts};
 use qlora::trainer::session::{Session, plan_on_card};
 use qlora::trainer::{Interrupt, Outcome, TrainConfig};
@@ -24,6 +29,7 @@ Examples:
   qlora train HuggingFaceTB/SmolLM2-135M-Instruct 'data/*.parquet' more.csv --val-size 0.05
   zcat rows.jsonl.gz | qlora train model - --streaming --max-steps 1000
   qlora train qlora.toml --memory-budget 8 --dry-run
+  qlora train qlora.toml --nproc-per-node auto
   qlora train qlora.toml --dry-run --card T4")]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -31,12 +37,20 @@ pub(crate) struct Args {
     /// Load the model, say what the run takes and what it would do, and stop.
     #[arg(long)]
     dry_run: bool,
+    /// Train on several GPUs of this host, with a process for each: a number, or auto for all of them.
+    #[cfg(unix)]
+    #[arg(long, value_name = "N", conflicts_with = "dry_run")]
+    nproc_per_node: Option<Processes>,
     // With --dry-run only; nothing is loaded then.
     #[command(flatten)]
     card: CardArgs,
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    #[cfg(unix)]
+    if let Some(code) = start_ranks(args)? {
+        return Ok(code);
+    }
     let config = args.run.config()?;
     if let Some(card) = args.card.card()? {
         ensure!(args.dry_run, "--card only plans: give it with --dry-run");
@@ -46,12 +60,13 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         output::print(&plan.on.to_string())?;
         return Ok(ExitCode::SUCCESS);
     }
+    let comm = ranks()?;
     remark(format!("loading {}", config.model.model_name_or_path));
     let bar = output::bar("", "{bytes} of {total_bytes}");
     let progress = output::bytes_of(&bar);
     let mut session = match args.dry_run {
         true => Session::open_dry_run(&config, progress)?,
-        false => Session::open(&config, progress)?,
+        false => Session::open_on(&config, comm, progress)?,
     };
     bar.finish_and_clear();
     let memory = session.model().memory();
@@ -61,6 +76,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         memory.projections as f64 / 1e6,
         memory.adapter as f64 / 1e6
     ));
+    if let Some(note) = session.ranks_note() {
+        remark(note);
+    }
     let (training, validation) = session.data()?;
     remark(&training);
     if let Some(validation) = &validation {
@@ -90,21 +108,49 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     // Only now is there something to save; until here signals end the program at once.
     let interrupt = Interrupt::on_ctrl_c()?;
     let (plot, report) = (output.join("loss.svg"), output.join("report.html"));
-    let summary = session
-        .into_trainer(training, validation)?
-        .with_interrupt(interrupt.clone())
-        .with_observer(ProgressBar::new())
-        .with_observer(LossPlot::new(plot, "training loss"))
-        .with_observer(HtmlReport::new(report.clone(), facts))
-        .run()?;
+    let first = session.rank() == 0;
+    let mut trainer = session.into_trainer(training, validation)?.with_interrupt(interrupt.clone());
+    if first {
+        trainer = trainer
+            .with_observer(ProgressBar::new())
+            .with_observer(LossPlot::new(plot, "training loss"))
+            .with_observer(HtmlReport::new(report.clone(), facts));
+    }
+    let summary = trainer.run()?;
     if summary.outcome == Outcome::Interrupted {
         // The progress bar has said so; after SIGHUP there is nobody to tell.
         return Ok(ExitCode::from(u8::try_from(interrupt.exit_code()).unwrap_or(u8::MAX)));
+    }
+    if !first {
+        return Ok(ExitCode::SUCCESS);
     }
     let folder = output.display();
     output::print(&format!("adapter: {folder}\nreport: {}\n", report.display()))?;
     remark(format!("try it: qlora chat --adapter {folder}"));
     Ok(ExitCode::SUCCESS)
+}
+
+/// Starts a process for each GPU, unless this is one of them; then returns what they ended with.
+#[cfg(unix)]
+fn start_ranks(args: &Args) -> Result<Option<ExitCode>> {
+    launch::end_with_launcher();
+    match args.nproc_per_node.map(Processes::number) {
+        Some(size) if size > 1 && Ranks::from_env()?.is_none() => Ok(Some(ExitCode::from(launch::launch(size)?))),
+        _ => Ok(None),
+    }
+}
+
+/// The other processes of the run. One that hangs in a step while another is gone is ended.
+fn ranks() -> Result<Box<dyn Communicator>> {
+    let when_lost = Arc::new(|error: &qlora::trainer::Error| {
+        output::error(&anyhow::anyhow!("{error}"));
+        std::process::exit(1);
+    });
+    let comm = comm::from_env(&TcpOptions { when_lost, ..TcpOptions::default() })?;
+    if comm.rank() > 0 {
+        output::set_quiet(true);
+    }
+    Ok(comm)
 }
 
 /// Which files a run writes.

@@ -40,12 +40,30 @@ impl DeviceChoice {
     /// # Errors
     /// If the device is not there, does not have the type, or the program is not built for it; the message says what to do.
     pub fn open(self, dtype: impl Into<Option<Dtype>>, memory_limit: Option<u64>) -> Result<Workspace> {
+        self.open_for_rank(0, dtype, memory_limit)
+    }
+
+    /// The GPU of a process that is number `local_rank` on its host: the one with that number, or the only one it can see.
+    pub fn of_rank(local_rank: usize) -> usize {
+        if gpus() == 1 { 0 } else { local_rank }
+    }
+
+    /// As [`Self::open`], where `auto` is the GPU of a process that is number `local_rank` on its host.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open_for_rank(
+        self,
+        local_rank: usize,
+        dtype: impl Into<Option<Dtype>>,
+        memory_limit: Option<u64>,
+    ) -> Result<Workspace> {
         let dtype = dtype.into();
         match self {
             Self::Cpu => Ok(Workspace::new(&Device::Cpu)?),
             Self::Cuda(ordinal) => open_gpu(ordinal, dtype, memory_limit),
             Self::Auto if cfg!(not(feature = "cuda")) => Ok(Workspace::new(&Device::Cpu)?),
-            Self::Auto => match open_gpu(0, dtype, memory_limit) {
+            Self::Auto => match open_gpu(Self::of_rank(local_rank), dtype, memory_limit) {
                 Ok(workspace) => Ok(workspace),
                 // There is a GPU: a run on the CPU would take days instead of saying what to change.
                 Err(error @ Error::Unsupported(_)) => Err(error),
@@ -56,6 +74,17 @@ impl DeviceChoice {
             },
         }
     }
+}
+
+/// The number of GPUs that this process can see.
+#[cfg(feature = "cuda")]
+fn gpus() -> usize {
+    qlora_kernels::cuda::device_count()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpus() -> usize {
+    0
 }
 
 #[cfg(feature = "cuda")]

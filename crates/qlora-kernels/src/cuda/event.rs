@@ -1,6 +1,6 @@
 //! A point in the work of a stream that other streams and the host can wait for.
 
-use candle_core::cuda_backend::cudarc::driver::{CudaStream, result, sys};
+use candle_core::cuda_backend::cudarc::driver::{CudaStream, DriverError, result, sys};
 
 use super::gpu::cuda_error;
 use crate::error::Result;
@@ -29,6 +29,12 @@ impl Event {
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
         // SAFETY: both are alive; the driver keeps what it needs of the event.
         unsafe { result::stream::wait_event(stream.cu_stream(), self.0, flags) }.map_err(|error| cuda_error(op, error))
+    }
+
+    /// Success if the event has happened, `CUDA_ERROR_NOT_READY` if not.
+    pub(super) fn query(&self) -> std::result::Result<(), DriverError> {
+        // SAFETY: the event is alive.
+        unsafe { result::event::query(self.0) }
     }
 
     /// The host waits until the event has happened.

@@ -68,6 +68,11 @@ pub fn device(ordinal: usize, memory_limit: Option<u64>) -> Result<Device> {
     Ok(Device::Cuda(device))
 }
 
+/// How many GPUs this process can see; none if the driver is not there.
+pub fn device_count() -> usize {
+    CudaContext::device_count().map_or(0, |count| usize::try_from(count).unwrap_or(0))
+}
+
 fn describe_start(ordinal: usize, error: &candle_core::Error) -> Error {
     const OP: &str = "cuda device";
     let text = error.to_string();
@@ -298,6 +303,12 @@ impl Gpu {
 
     pub(crate) fn blas(&self) -> &Blas {
         &self.blas
+    }
+
+    /// What tells this GPU from all others, as hexadecimal digits; empty if the driver does not say.
+    pub fn uuid(&self) -> String {
+        let bytes = self.stream.context().uuid().map(|uuid| uuid.bytes);
+        bytes.map_or_else(|_| String::new(), |bytes| bytes.iter().map(|byte| format!("{:02x}", *byte as u8)).collect())
     }
 
     /// The memory pool, for its counters.

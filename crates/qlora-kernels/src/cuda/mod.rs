@@ -12,6 +12,7 @@
 //! | [`DeviceFacts`], [`DeviceRates`] | what the driver says of it, and how fast it is |
 //! | [`Counters`] | how much of what is slow to make was made |
 //! | [`decode`] | the keys and values of a step of generation |
+//! | [`nccl`] | sums between the GPUs of several processes |
 //! | [`CudaWeight`] | a frozen weight on the GPU |
 //!
 //! The operations in [`crate::ops`] check shapes and then come here if their arguments are on a GPU. Each function
@@ -35,9 +36,11 @@ mod gpu;
 mod graph;
 mod int8_activations;
 mod int_weight;
+mod libraries;
 pub(crate) mod linear;
 pub(crate) mod linear_group;
 pub(crate) mod loss;
+pub mod nccl;
 mod offload;
 pub(crate) mod ops;
 pub(crate) mod optimizer;
@@ -56,7 +59,7 @@ pub(crate) use cache::OnDevice;
 pub use counters::Counters;
 pub(crate) use cudnn_attention::AttentionBatch;
 pub use cudnn_attention::{AttentionCalls, AttentionLibrary};
-pub use gpu::{Gpu, device};
+pub use gpu::{Gpu, device, device_count};
 pub use graph::Graph;
 pub use offload::{Arriving, Leaving, Offloaded};
 pub use pool::Pool;

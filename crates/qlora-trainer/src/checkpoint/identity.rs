@@ -130,6 +130,11 @@ impl RunIdentity {
         Self(map)
     }
 
+    /// Micro-batches of a step, over all ranks.
+    pub(crate) fn micro_batches(&self) -> Option<usize> {
+        self.0.get("training.gradient_accumulation_steps")?.as_u64().and_then(|n| usize::try_from(n).ok())
+    }
+
     /// Checks that `self`, of the checkpoint at `path`, is the same as that of the run. With `overridden`, what is
     /// [`OVERRIDABLE`] may differ; those differences are returned.
     ///

@@ -79,6 +79,34 @@ pub fn save<M: TrainableModel + ?Sized>(
     Ok(path)
 }
 
+/// The two files that a rank needs of a checkpoint: `trainer_state.json` and `optimizer.safetensors`.
+pub(crate) type Files = (Vec<u8>, Vec<u8>);
+
+/// Reads a checkpoint's files, to send them.
+///
+/// # Errors
+/// If one cannot be read.
+pub(crate) fn read_files(path: &Path) -> Result<Files> {
+    let read = |name: &str| {
+        let file = path.join(name);
+        fs::read(&file).map_err(|error| damaged(&file, error))
+    };
+    Ok((read(STATE)?, read(OPTIMIZER)?))
+}
+
+/// A checkpoint from its files' content; `path` is where rank 0 has it.
+///
+/// # Errors
+/// If they are not what was read there.
+pub(crate) fn from_files(path: &Path, (state, tensors): &Files) -> Result<Checkpoint> {
+    let file = path.join(STATE);
+    let text = std::str::from_utf8(state).map_err(|error| damaged(&file, error))?;
+    let state = TrainerState::from_json(text).map_err(|error| damaged(&file, error))?;
+    let file = path.join(OPTIMIZER);
+    let tensors = OptimizerTensors::parse(tensors).map_err(|problem| damaged(&file, problem))?;
+    checked(&file, state, tensors)
+}
+
 /// Reads a checkpoint and checks that it is whole. Whether it belongs to the run is another question:
 /// [`identity::RunIdentity::check`].
 ///
@@ -93,9 +121,13 @@ pub fn load(path: &Path) -> Result<Checkpoint> {
     let state = TrainerState::from_json(&text).map_err(|error| damaged(&file, error))?;
     let file = path.join(OPTIMIZER);
     let tensors = OptimizerTensors::read(&file).map_err(|problem| damaged(&file, problem))?;
+    checked(&file, state, tensors)
+}
+
+fn checked(file: &Path, state: TrainerState, tensors: OptimizerTensors) -> Result<Checkpoint> {
     let (expected, found) = (&state.stateful_callbacks.qlora.optimizer_fingerprint, tensors.fingerprint().to_string());
     if *expected != found {
-        return Err(damaged(&file, format!("its fingerprint is {found}, not {expected}")));
+        return Err(damaged(file, format!("its fingerprint is {found}, not {expected}")));
     }
     Ok(Checkpoint { state, tensors })
 }

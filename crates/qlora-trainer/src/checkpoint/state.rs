@@ -92,10 +92,22 @@ pub struct QloraState {
     /// The scale of the loss, in a run whose gradients are float16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<LossScale>,
+    /// How many ranks made the steps so far.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub ranks: usize,
     /// Stands for `optimizer.safetensors`.
     pub optimizer_fingerprint: String,
     /// What must be the same for a run to go on.
     pub identity: RunIdentity,
+}
+
+fn one() -> usize {
+    1
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde asks with a reference")]
+fn is_one(ranks: &usize) -> bool {
+    *ranks == 1
 }
 
 impl TrainerState {

@@ -88,8 +88,12 @@ impl OptimizerTensors {
 
     /// Reads the file; the error is what is wrong with it.
     pub(super) fn read(path: &Path) -> Result<Self, String> {
-        let bytes = fs::read(path).map_err(|error| error.to_string())?;
-        let file = SafeTensors::deserialize(&bytes).map_err(|error| error.to_string())?;
+        Self::parse(&fs::read(path).map_err(|error| error.to_string())?)
+    }
+
+    /// Reads the file's content.
+    pub(super) fn parse(bytes: &[u8]) -> Result<Self, String> {
+        let file = SafeTensors::deserialize(bytes).map_err(|error| error.to_string())?;
         let flat = |name: &str, expected: Dtype| {
             let view = file.tensor(name).map_err(|_| format!("tensor {name} is missing"))?;
             if view.dtype() != expected || view.shape().len() != 1 {

@@ -35,7 +35,7 @@ pub struct CardPlan {
 pub fn plan_on_card(config: &TrainConfig, card: &Card) -> Result<CardPlan> {
     let mut config = config.clone();
     config.model.device = "cpu".to_owned();
-    let Prepared { config, files, beginning, data: (training, _), .. } = Prepared::new(&config, false)?;
+    let Prepared { config, files, beginning, data: (training, _), .. } = Prepared::planned(&config)?;
     let dtype = config.model.bnb_4bit_compute_dtype.map_or_else(|| card.compute_dtype(), Dtype::from);
     if dtype == Dtype::Bf16 && !card.has_bf16() {
         let message = format!(

@@ -9,11 +9,12 @@ use qlora_kernels::Workspace;
 
 use super::adapter::Beginning;
 use super::weights;
+use crate::comm::{Alone, Communicator, check_same_program, check_same_run};
 use crate::config::TrainConfig;
 use crate::data::configured::Sets;
 use crate::data::{Dataset, TrainingData};
 use crate::encoder::ModelEncoder;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::objective;
 use crate::qlora_model::parameters_of;
 use crate::trainer::blueprint::{Blueprint, ModelFacts};
@@ -39,20 +40,29 @@ pub(super) struct Prepared {
 }
 
 impl Prepared {
+    /// A run that is only planned: no output folder is opened, no checkpoint read.
+    pub(super) fn planned(config: &TrainConfig) -> Result<Self> {
+        Self::new(config, false, &mut (Box::new(Alone) as Box<dyn Communicator>))
+    }
+
     /// `writes` opens the output folder and the checkpoint.
-    pub(super) fn new(config: &TrainConfig, writes: bool) -> Result<Self> {
+    pub(super) fn new(config: &TrainConfig, writes: bool, comm: &mut Box<dyn Communicator>) -> Result<Self> {
         config.validate()?;
+        check_same_program(&mut **comm, config)?;
         let mut config = config.clone();
         if objective::disables_dropout(&config) {
             config.lora.lora_dropout = 0.0;
         }
-        let start = if writes { Some(Start::open(&config.training)?) } else { None };
+        let start = if writes { Some(Start::open_on(&config.training, &mut **comm)?) } else { None };
+        config.training.gradient_accumulation_steps = micro_batches(&config, start.as_ref(), comm.size())?;
         let sets = Sets::find(&config)?;
         // A model that has to be downloaded first may take an hour. Data that is streamed may take longer to read.
         if !config.data.streaming && !std::path::Path::new(&config.model.model_name_or_path).exists() {
             sets.check()?;
         }
-        let workspace = super::workspace(&config)?;
+        let workspace = super::workspace(&config, comm.local_rank())?;
+        #[cfg(feature = "cuda")]
+        crate::comm::nccl::sum_on_gpus(comm, &workspace)?;
         let options = OpenOptions {
             revision: config.model.revision.clone(),
             cache_dir: config.model.cache_dir.clone(),
@@ -75,7 +85,7 @@ impl Prepared {
         };
         let encoder = encoder(&files).with_template_kwargs(config.data.chat_template_kwargs.as_map());
         let data = sets.open(&config, encoder)?;
-        let data = check(&config, &facts, start.as_ref(), data)?;
+        let data = check(&config, &facts, start.as_ref(), &mut **comm, data)?;
         Ok(Self {
             config,
             start,
@@ -96,6 +106,31 @@ fn reference(config: &TrainConfig, model: &ModelConfig, options: &OpenOptions) -
     let needed = objective::of(config).is_some_and(|objective| objective.needs_reference());
     let spec = config.lora.adapter_name_or_path.as_deref().filter(|_| needed);
     Ok(spec.map(|spec| adapter::open(spec, None, options, model)).transpose()?)
+}
+
+/// Micro-batches of a step over all ranks. A run that goes on with another number of ranks keeps that of its checkpoint.
+fn micro_batches(config: &TrainConfig, start: Option<&Start>, ranks: usize) -> Result<usize> {
+    let wanted = config.training.gradient_accumulation_steps * ranks;
+    let Some(resumed) = start.and_then(|start| start.resumed.as_ref()) else { return Ok(wanted) };
+    let saved = &resumed.checkpoint.state.stateful_callbacks.qlora;
+    let Some(kept) = saved.identity.micro_batches().filter(|_| saved.ranks != ranks) else { return Ok(wanted) };
+    if kept == 0 || !kept.is_multiple_of(ranks) {
+        let possible: Vec<_> = (1..=kept).filter(|n| kept.is_multiple_of(*n)).map(|n| n.to_string()).collect();
+        return Err(Error::checkpoint(
+            &resumed.path,
+            format!(
+                "its steps have {kept} micro-batches, which {ranks} ranks cannot share evenly; go on with {} ranks",
+                possible.join(", ")
+            ),
+        ));
+    }
+    if kept != wanted {
+        let each = kept / ranks;
+        tracing::warn!(
+            "the run keeps its {kept} micro-batches a step: gradient_accumulation_steps is {each} on each of {ranks} ranks"
+        );
+    }
+    Ok(kept)
 }
 
 /// The data of a configuration, as tokens.
@@ -139,9 +174,11 @@ fn check(
     config: &TrainConfig,
     facts: &ModelFacts,
     start: Option<&Start>,
+    comm: &mut dyn Communicator,
     (training, validation): Data,
 ) -> Result<Data> {
     let blueprint = Blueprint::new(config, facts, training, validation.as_ref())?;
+    check_same_run(comm, &blueprint.identity)?;
     if let Some(resumed) = start.and_then(|start| start.resumed.as_ref()) {
         blueprint.check_resumed(config, resumed)?;
     }

@@ -8,6 +8,7 @@
 //! or killed at any point goes on from its last checkpoint with the same bits and the same log as one that was not.
 
 pub(crate) mod blueprint;
+mod ranks;
 mod run;
 pub(crate) mod start;
 mod step;
@@ -18,6 +19,7 @@ use blueprint::{Blueprint, ModelFacts};
 use start::Start;
 
 use crate::checkpoint::state::{FORMAT_VERSION, QloraState, StatefulCallbacks, TrainerState};
+use crate::comm::{Alone, Communicator};
 use crate::config::TrainConfig;
 use crate::data::feed::FeedPosition;
 use crate::data::{Dataset, TrainingData};
@@ -74,6 +76,10 @@ pub struct Trainer<'a, M> {
     template_time: Option<String>,
     observers: Vec<Box<dyn Observer + 'a>>,
     interrupt: Interrupt,
+    /// The other processes of the run.
+    comm: Box<dyn Communicator>,
+    /// Whether the ranks have agreed to stop.
+    stop_agreed: bool,
     /// Whether the observers know that somebody asked to stop.
     interrupt_announced: bool,
     progress: Progress,
@@ -131,6 +137,8 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
             progress: Progress { initial_parameters, loss_scale, ..Progress::default() },
             observers: Vec::new(),
             interrupt: Interrupt::new(),
+            comm: Box::new(Alone),
+            stop_agreed: false,
             interrupt_announced: false,
             start: None,
             template_time: None,
@@ -149,6 +157,18 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
     pub(crate) fn with_start(mut self, start: Option<Start>, template_time: Option<String>) -> Self {
         (self.start, self.template_time) = (start, template_time);
         self
+    }
+
+    /// Trains together with other processes. The configuration's `gradient_accumulation_steps` counts the micro-batches of all
+    /// of them.
+    pub(crate) fn with_communicator(mut self, comm: Box<dyn Communicator>) -> Self {
+        self.comm = comm;
+        self
+    }
+
+    /// Whether the run is to stop here. With other ranks that is what all of them know, after the step.
+    fn stops_here(&self) -> bool {
+        if self.comm.size() == 1 { self.interrupt.requested() } else { self.stop_agreed }
     }
 
     /// Adds somebody who is told what happens.
@@ -233,6 +253,7 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
                     initial_parameters: progress.initial_parameters.clone(),
                     template_time: self.template_time.clone(),
                     loss_scale: progress.loss_scale,
+                    ranks: self.comm.size(),
                     optimizer_fingerprint: String::new(),
                     identity: self.blueprint.identity.clone(),
                 },

@@ -24,28 +24,43 @@ impl<M: TrainableModel> Trainer<'_, M> {
     /// If the output folder cannot be used, a checkpoint cannot be resumed or written, the model fails, or a loss or
     /// gradient is not finite. The checkpoints that were written before stay.
     pub fn run(&mut self) -> Result<Summary> {
+        let ended = self.run_to_end();
+        match &ended {
+            Ok(_) => self.comm.leave(),
+            Err(error) => self.comm.fail(&format!("failed: {error}")),
+        }
+        ended
+    }
+
+    fn run_to_end(&mut self) -> Result<Summary> {
         let (output, resumed_from) = if self.progress.global_step == 0 {
             let start = match self.start.take() {
                 Some(start) => start,
-                None => Start::open(&self.config.training)?,
+                None => Start::open_on(&self.config.training, &mut *self.comm)?,
             };
             self.begin(start)?
+        } else if self.comm.rank() == 0 {
+            (Some(OutputFolder::open(&self.config.training.output_dir)?), None)
         } else {
-            (OutputFolder::open(&self.config.training.output_dir)?, None)
+            (None, None)
         };
-        let mut metrics = MetricsFile::open(output.path(), &self.progress.history)?;
+        self.check_same_beginning()?;
+        let path = output.as_ref().map(OutputFolder::path);
+        let mut metrics = path.map(|path| MetricsFile::open(path, &self.progress.history)).transpose()?;
         self.announce(resumed_from.as_deref());
 
-        self.interrupt_announced = false;
-        let outcome = self.run_loop(output.path(), &mut metrics)?;
+        (self.interrupt_announced, self.stop_agreed) = (false, false);
+        let outcome = self.run_loop(path, &mut metrics)?;
         self.report_what_was_made();
-        let adapter = match outcome {
-            Outcome::Finished => {
-                self.model.save_adapter(output.path())?;
-                Some(output.path().to_owned())
+        let adapter = match (outcome, path) {
+            (Outcome::Finished, Some(path)) => {
+                self.model.save_adapter(path)?;
+                Some(path.to_owned())
             }
-            Outcome::Interrupted => None,
+            _ => None,
         };
+        // Who is done early must not look lost to who still writes.
+        self.meet("end of the run")?;
         self.notify(&Event::Finished(outcome));
         let eval_loss = self.progress.history.iter().rev().find_map(|entry| match entry {
             LogEntry::Eval(entry) => Some(entry.eval_loss),
@@ -55,7 +70,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
         Ok(Summary { outcome, steps: self.progress.global_step, eval_loss, checkpoint, adapter })
     }
 
-    fn run_loop(&mut self, output: &Path, metrics: &mut MetricsFile) -> Result<Outcome> {
+    fn run_loop(&mut self, output: Option<&Path>, metrics: &mut Option<MetricsFile>) -> Result<Outcome> {
         loop {
             let step = self.progress.global_step;
             if self.eval_is_due(step)
@@ -67,8 +82,9 @@ impl<M: TrainableModel> Trainer<'_, M> {
                 self.progress.checkpoint.take_if(|(of, _)| *of == step);
             }
             let complete = step == self.blueprint.schedule.total_steps && !self.eval_is_due(step);
-            let stop = self.interrupt.requested() && !complete;
+            let stop = self.stops_here() && !complete;
             if self.save_is_due(step) || stop {
+                self.check_same_parameters()?;
                 self.save(output)?;
             }
             if complete {
@@ -110,20 +126,24 @@ impl<M: TrainableModel> Trainer<'_, M> {
 
     /// Prepares a run that has not made a step: resumes, or makes room for a new one. Returns the output folder, and the
     /// checkpoint that was resumed.
-    fn begin(&mut self, start: Start) -> Result<(OutputFolder, Option<PathBuf>)> {
+    fn begin(&mut self, start: Start) -> Result<(Option<OutputFolder>, Option<PathBuf>)> {
         let goes_on_inside = start.goes_on_inside();
         let Start { output, resumed } = start;
+        let folder = output.as_ref().map(OutputFolder::path);
+        let checkpoints = || folder.map_or_else(|| Ok(Vec::new()), folder::list);
         let Some(resumed) = resumed else {
-            if self.config.training.resume_from_checkpoint == Resume::Latest {
-                let text = format!("{} holds no checkpoint: the run begins", output.path().display());
+            if let Some(folder) = folder
+                && self.config.training.resume_from_checkpoint == Resume::Latest
+            {
+                let text = format!("{} holds no checkpoint: the run begins", folder.display());
                 self.notify(&Event::Message(&text));
             }
-            folder::list(output.path())?.iter().try_for_each(|(_, path)| folder::remove(path))?;
+            checkpoints()?.iter().try_for_each(|(_, path)| folder::remove(path))?;
             return Ok((output, None));
         };
         let changes = self.blueprint.check_resumed(&self.config, &resumed)?;
         if !goes_on_inside {
-            folder::list(output.path())?.iter().try_for_each(|(_, path)| folder::remove(path))?;
+            checkpoints()?.iter().try_for_each(|(_, path)| folder::remove(path))?;
         }
         let path = resumed.path.clone();
         self.restore(resumed)?;
@@ -133,7 +153,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
         if !changes.is_empty() {
             self.notify(&Event::Message(&format!("from here on {}", changes.join("; "))));
             // The checkpoints behind this one are of a run that this one is no longer.
-            for (step, later) in folder::list(output.path())? {
+            for (step, later) in checkpoints()? {
                 if step > self.progress.global_step {
                     let aside = folder::set_aside(&later)?;
                     self.notify(&Event::Message(&format!("{} is now {}", later.display(), aside.display())));
@@ -195,18 +215,21 @@ impl<M: TrainableModel> Trainer<'_, M> {
         self.parameters.iter().map(|parameter| parameter.range.len()).sum()
     }
 
-    fn log(&mut self, entry: LogEntry, metrics: &mut MetricsFile) -> Result<()> {
-        metrics.write(&entry)?;
+    fn log(&mut self, entry: LogEntry, metrics: &mut Option<MetricsFile>) -> Result<()> {
+        if let Some(metrics) = metrics {
+            metrics.write(&entry)?;
+        }
         self.notify(&Event::Logged(&entry));
         self.progress.history.push(entry);
         Ok(())
     }
 
-    fn save(&mut self, output: &Path) -> Result<()> {
+    fn save(&mut self, output: Option<&Path>) -> Result<()> {
         let step = self.progress.global_step;
         if step == 0 || self.progress.checkpoint.as_ref().is_some_and(|(of, _)| *of == step) {
             return Ok(());
         }
+        let Some(output) = output else { return Ok(()) };
         let tensors = OptimizerTensors { master: self.model.masters()?, moments: self.optimizer.moments()? };
         let path = checkpoint::save(output, &self.model, &tensors, &self.state(), &self.config)?;
         self.notify(&Event::Checkpoint(&path));

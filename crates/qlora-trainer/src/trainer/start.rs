@@ -4,13 +4,15 @@ use std::path::{Path, PathBuf};
 
 use crate::checkpoint::folder::{self, OutputFolder};
 use crate::checkpoint::{self, Checkpoint};
+use crate::comm::{Communicator, exchange, from_first};
 use crate::config::{Resume, TrainingOptions};
 use crate::error::{Error, Result};
 
 /// The output folder, locked, and the checkpoint to go on from, read.
 #[derive(Debug)]
 pub(crate) struct Start {
-    pub(crate) output: OutputFolder,
+    /// None on ranks that write nothing.
+    pub(crate) output: Option<OutputFolder>,
     pub(crate) resumed: Option<Resumed>,
 }
 
@@ -40,10 +42,12 @@ impl Start {
             let checkpoint = checkpoint::load(&path)?;
             Ok(Resumed { path, checkpoint })
         };
-        let start = Self { resumed: from.map(load).transpose()?, output };
+        let resumed = from.map(load).transpose()?;
+        let earlier = folder::list(output.path())?.pop();
+        let start = Self { resumed, output: Some(output) };
         if !start.goes_on_inside()
             && !options.overwrite_output_dir
-            && let Some((_, newest)) = folder::list(start.output.path())?.last()
+            && let Some((_, newest)) = earlier
         {
             return Err(Error::checkpoint(
                 newest,
@@ -54,9 +58,40 @@ impl Start {
         Ok(start)
     }
 
+    /// [`Self::open`] on rank 0, which alone writes; the others get the checkpoint from it.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn open_on(options: &TrainingOptions, comm: &mut dyn Communicator) -> Result<Self> {
+        if comm.size() == 1 {
+            return Self::open(options);
+        }
+        let own = if comm.rank() == 0 { Some(Self::open(options)?) } else { None };
+        let resumed = own.as_ref().and_then(|start| start.resumed.as_ref());
+        let files = resumed.map(|resumed| checkpoint::read_files(&resumed.path)).transpose()?;
+        let path = resumed.map(|resumed| resumed.path.display().to_string());
+        let path: Option<String> = exchange(comm, "checkpoint", &path)?.swap_remove(0);
+        let Some(path) = path.map(PathBuf::from) else {
+            return Ok(own.unwrap_or(Self { output: None, resumed: None }));
+        };
+        let (state, tensors) = files.unwrap_or_default();
+        let state = from_first(comm, "state of the run", state)?;
+        let tensors = from_first(comm, "state of the optimizer", tensors)?;
+        match own {
+            Some(own) => Ok(own),
+            None => {
+                let checkpoint = checkpoint::from_files(&path, &(state, tensors))?;
+                Ok(Self { output: None, resumed: Some(Resumed { path, checkpoint }) })
+            }
+        }
+    }
+
     /// Whether the run goes on from a checkpoint of its own output folder.
     pub(crate) fn goes_on_inside(&self) -> bool {
-        self.resumed.as_ref().is_some_and(|resumed| is_in(&resumed.path, self.output.path()))
+        match (&self.resumed, &self.output) {
+            (Some(resumed), Some(output)) => is_in(&resumed.path, output.path()),
+            _ => false,
+        }
     }
 }
 

@@ -3,13 +3,14 @@
 use std::time::Instant;
 
 use super::Trainer;
+use super::ranks::EvalPart;
 use crate::data::StepBatch;
 use crate::data::loader::eval_batches;
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::metrics::{EvalLog, LogEntry, LogWindow, TrainLog};
-use crate::model::{LossSum, TrainPass, TrainableModel, Weights};
-use crate::objective::{self, Judged, Metrics, Objective, Scored};
+use crate::model::{TrainPass, TrainableModel, Weights};
+use crate::objective::{self, Metrics, Objective, Scored};
 use crate::progress::{Event, StepInfo};
 use crate::rng::derive_seed;
 use qlora_core::batch::Batch;
@@ -28,7 +29,12 @@ impl<M: TrainableModel> Trainer<'_, M> {
             Err(error) => {
                 // A caller may try again; the data must not move on without the model.
                 self.blueprint.feed.seek(&position)?;
-                return Err(error);
+                return Err(match error {
+                    Error::Rank { rank, message } => {
+                        Error::rank(rank, format!("{message}; this rank was in step {step}"))
+                    }
+                    other => other,
+                });
             }
         };
         if !grad_norm.is_finite() {
@@ -77,16 +83,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
 
     /// Loss, learning rate and gradient norm of the step; an infinite norm if it has to be skipped.
     fn gradient_and_update(&mut self, step: u64, batch: &StepBatch) -> Result<Made> {
-        self.optimizer.grad.view_mut().fill(0.0)?;
-        let (mut loss_sum, mut metrics) = (0.0, Metrics::new());
-        for micro_batch in 0..batch.micro_batches.len() {
-            let loss = self.accumulate(step, batch, micro_batch, &mut metrics)?;
-            if !loss.is_finite() {
-                return Err(self.non_finite(step, batch, micro_batch, &format!("the loss is {loss}")));
-            }
-            loss_sum += loss;
-            self.announce_interrupt();
-        }
+        let (loss_sum, metrics) = self.gradient(step, batch)?;
         let loss = loss_sum / if self.objective.is_some() { batch.groups } else { batch.num_items } as f64;
         let metrics = objective::means(&metrics, batch.groups, "");
         let loss_scale = self.loss_scale();
@@ -112,7 +109,13 @@ impl<M: TrainableModel> Trainer<'_, M> {
     }
 
     /// Adds the gradient of a micro-batch, and returns its loss sum.
-    fn accumulate(&mut self, step: u64, batch: &StepBatch, micro_batch: usize, metrics: &mut Metrics) -> Result<f64> {
+    pub(super) fn accumulate(
+        &mut self,
+        step: u64,
+        batch: &StepBatch,
+        micro_batch: usize,
+        metrics: &mut Metrics,
+    ) -> Result<f64> {
         let seed = derive_seed(self.config.training.seed, &[step, micro_batch as u64]);
         let tokens = &batch.micro_batches[micro_batch];
         let pass = TrainPass::seeded(seed).with_loss_scale(self.loss_scale());
@@ -131,19 +134,24 @@ impl<M: TrainableModel> Trainer<'_, M> {
     /// The step's gradient is not finite: finds the micro-batch by computing each one's gradient again.
     fn locate_non_finite(&mut self, step: u64, batch: &StepBatch) -> Error {
         let of_sum = self.describe_gradient("the sum over the step of ");
-        for micro_batch in 0..batch.micro_batches.len() {
-            if let Err(error) = self.optimizer.grad.view_mut().fill(0.0) {
-                return error.into();
-            }
-            if let Err(error) = self.accumulate(step, batch, micro_batch, &mut Metrics::new()) {
-                return error;
-            }
-            if let Some(what) = self.describe_gradient("") {
-                return self.non_finite(step, batch, micro_batch, &what);
+        match self.first_non_finite(step, batch) {
+            Some(error) => error,
+            None => {
+                let what = of_sum.unwrap_or_else(|| "the gradient's norm is not finite".to_owned());
+                self.non_finite(step, batch, batch.micro_batches.len() - 1, &what)
             }
         }
-        let what = of_sum.unwrap_or_else(|| "the gradient's norm is not finite".to_owned());
-        self.non_finite(step, batch, batch.micro_batches.len() - 1, &what)
+    }
+
+    /// What is wrong with the gradient of a micro-batch alone, if anything is.
+    pub(super) fn problem_of(&mut self, step: u64, batch: &StepBatch, micro_batch: usize) -> Option<Error> {
+        if let Err(error) = self.optimizer.grad.view_mut().fill(0.0) {
+            return Some(error.into());
+        }
+        if let Err(error) = self.accumulate(step, batch, micro_batch, &mut Metrics::new()) {
+            return Some(error);
+        }
+        self.describe_gradient("").map(|what| self.non_finite(step, batch, micro_batch, &what))
     }
 
     /// The first element of the gradient that is not finite, in words.
@@ -154,7 +162,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
         Some(format!("{prefix}the gradient of {} is {value}", parameter.name))
     }
 
-    fn non_finite(&self, step: u64, batch: &StepBatch, micro_batch: usize, what: &str) -> Error {
+    pub(super) fn non_finite(&self, step: u64, batch: &StepBatch, micro_batch: usize, what: &str) -> Error {
         const SHOWN: usize = 4;
         let documents = &batch.documents[micro_batch];
         let named: Vec<_> = documents.iter().take(SHOWN).map(|&i| self.blueprint.feed.origin(i)).collect();
@@ -194,30 +202,30 @@ impl<M: TrainableModel> Trainer<'_, M> {
         let batch_size = options.per_device_eval_batch_size.unwrap_or(options.per_device_train_batch_size);
         let batches = eval_batches(validation, batch_size);
         let total = batches.len();
-        let (mut loss, mut judged) = (LossSum::default(), Judged::default());
-        for (i, batch) in batches.enumerate() {
+        let (rank, ranks) = (self.comm.rank(), self.comm.size());
+        let mut parts = Vec::new();
+        for (i, batch) in batches.enumerate().filter(|(i, _)| i % ranks == rank) {
             if self.interrupt.requested() {
-                return Ok(None);
+                break;
             }
-            let of_batch = match &self.objective {
-                None => self.model.evaluate(&batch)?,
+            self.comm.check()?;
+            parts.push(match &self.objective {
+                None => EvalPart::from(self.model.evaluate(&batch)?),
                 Some(objective) => {
                     let log_probs = self.model.log_probabilities(&batch, Weights::Trained)?;
                     let reference = reference(&mut self.model, &**objective, &batch)?;
                     let (log_probs, reference) = (&log_probs[..], reference.as_deref());
                     let scored = Scored::new(&batch, validation.group_size(), log_probs, reference);
-                    let of_batch = objective.judge(&scored);
-                    judged.groups += of_batch.groups;
-                    objective::add(&mut judged.metrics, &of_batch.metrics);
-                    LossSum { sum: of_batch.loss, trained_tokens: batch.trained_tokens() }
+                    EvalPart::of(objective.judge(&scored), batch.trained_tokens())
                 }
-            };
-            loss.sum += of_batch.sum;
-            loss.trained_tokens += of_batch.trained_tokens;
+            });
             let event = Event::EvalProgress { done: i + 1, total };
             self.observers.iter_mut().for_each(|observer| observer.observe(&event));
         }
-        let eval_loss = loss.sum / if self.objective.is_some() { judged.groups } else { loss.trained_tokens } as f64;
+        let interrupted = self.interrupt.requested();
+        let Some(whole) = self.whole_evaluation(parts, interrupted)? else { return Ok(None) };
+        let divisor = if self.objective.is_some() { whole.groups } else { whole.trained_tokens };
+        let eval_loss = whole.loss / divisor as f64;
         if !eval_loss.is_finite() {
             let step = self.progress.global_step;
             return Err(Error::Invalid(format!("after step {step} the loss on the validation data is {eval_loss}")));
@@ -226,9 +234,9 @@ impl<M: TrainableModel> Trainer<'_, M> {
             step: self.progress.global_step,
             epoch: self.blueprint.feed.epochs(),
             eval_loss,
-            eval_trained_tokens: loss.trained_tokens as u64,
+            eval_trained_tokens: whole.trained_tokens as u64,
             eval_runtime: started.elapsed().as_secs_f64(),
-            metrics: objective::means(&judged.metrics, judged.groups, "eval_"),
+            metrics: objective::means(&whole.metrics, whole.groups, "eval_"),
         }))
     }
 }

@@ -1,10 +1,10 @@
 //! Where cuDNN may lie, and which versions are good enough.
 
 use std::env;
-use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use super::super::libraries::{children, folders};
 use super::api::Api;
 use super::companions;
 use super::error::{CudnnError, Result};
@@ -94,7 +94,7 @@ fn candidates() -> Vec<Candidate> {
         return vec![Candidate { path: if path.is_dir() { path.join(FILE) } else { path }, version: None }];
     }
     let mut found: Vec<Candidate> = Vec::new();
-    for folder in folders() {
+    for folder in folders("cudnn") {
         let path = folder.join(FILE);
         if path.is_file() && found.iter().all(|known| known.path != path) {
             found.push(Candidate { version: version_of_file(&path), path });
@@ -104,27 +104,6 @@ fn candidates() -> Vec<Candidate> {
     found.sort_by_key(|candidate| std::cmp::Reverse(candidate.version));
     found.push(Candidate { path: PathBuf::from(FILE), version: None });
     found
-}
-
-/// Where the library may lie: the loader's own paths, as far as they are known, and the packages of Python.
-fn folders() -> Vec<PathBuf> {
-    let mut folders: Vec<PathBuf> = env::split_paths(&env::var_os("LD_LIBRARY_PATH").unwrap_or_default()).collect();
-    if cfg!(windows) {
-        folders.extend(env::split_paths(&env::var_os("PATH").unwrap_or_default()));
-    }
-    for prefix in python_prefixes() {
-        for library in children(&prefix.join("lib"), "python3").into_iter().chain([prefix.join("Lib")]) {
-            for packages in ["site-packages", "dist-packages"] {
-                let folder = library.join(packages).join("nvidia").join("cudnn");
-                folders.push(folder.join(if cfg!(windows) { "bin" } else { "lib" }));
-            }
-        }
-    }
-    folders
-        .extend(["CUDA_HOME", "CUDA_PATH"].iter().filter_map(env::var_os).map(|path| Path::new(&path).join("lib64")));
-    let fixed = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/local/cuda/lib64"];
-    folders.extend(fixed.map(PathBuf::from));
-    folders
 }
 
 /// The version from the name that a link leads to (`libcudnn.so.9.14.0`), or from the Python package beside it
@@ -147,32 +126,6 @@ fn parse_version(text: &str) -> Option<usize> {
     let mut parts = text.split('.').map(str::parse::<usize>);
     let mut part = || parts.next()?.ok();
     Some(part()? * 10_000 + part()? * 100 + part()?)
-}
-
-/// Directories that hold Python installations: the active environments, then whatever is on the search path.
-fn python_prefixes() -> Vec<PathBuf> {
-    let mut prefixes: Vec<PathBuf> =
-        ["VIRTUAL_ENV", "CONDA_PREFIX"].iter().filter_map(env::var_os).map(PathBuf::from).collect();
-    let path = env::var_os("PATH").unwrap_or_default();
-    for folder in env::split_paths(&path) {
-        if ["python3", "python", "python.exe"].iter().any(|name| folder.join(name).exists()) {
-            prefixes.extend(folder.parent().map(Path::to_path_buf));
-        }
-    }
-    if let Some(home) = env::var_os("HOME") {
-        prefixes.push(Path::new(&home).join(".local"));
-    }
-    prefixes.push(PathBuf::from("/usr/local"));
-    prefixes
-}
-
-/// Entries of `folder` whose name starts with `start`, in a fixed order.
-fn children(folder: &Path, start: &str) -> Vec<PathBuf> {
-    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
-    let starts = |path: &Path| path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with(start));
-    let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).filter(|path| starts(path)).collect();
-    paths.sort();
-    paths
 }
 
 #[cfg(test)]

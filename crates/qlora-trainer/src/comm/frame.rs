@@ -1,0 +1,147 @@
+//! One message between two ranks, as bytes.
+//!
+//! ```text
+//! "QLRA"  kind u8  sequence u64  length of the name u8  name  length of the content u64  content      (little-endian)
+//! ```
+//! Sequence and name say which call a message belongs to: ranks that are at different places of the program find out instead
+//! of waiting for each other.
+
+use std::io::{self, Read, Write};
+
+/// What a stray client does not send.
+const MAGIC: [u8; 4] = *b"QLRA";
+/// The most that is taken for granted: memory is taken as bytes come, not as they are announced.
+const PIECE: u64 = 1 << 20;
+/// The longest content of anybody who is not known yet.
+pub(super) const MOST_OF_STRANGERS: u64 = 1 << 16;
+/// The longest content of a rank: a gradient of a billion parameters, with room.
+pub(super) const MOST: u64 = 1 << 34;
+
+/// The kinds of messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Kind {
+    /// Who connects.
+    Hello = 1,
+    /// Everybody is there.
+    Welcome = 2,
+    /// Somebody cannot take part, and why.
+    Refused = 3,
+    /// Nothing, but alive.
+    Beat = 4,
+    /// A part of a call.
+    Data = 5,
+    /// A rank fails, and why.
+    Failed = 6,
+    /// A rank is done.
+    Left = 7,
+}
+
+impl Kind {
+    const ALL: [Self; 7] =
+        [Self::Hello, Self::Welcome, Self::Refused, Self::Beat, Self::Data, Self::Failed, Self::Left];
+}
+
+/// A message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Frame {
+    pub(super) kind: Kind,
+    pub(super) sequence: u64,
+    pub(super) name: String,
+    pub(super) content: Vec<u8>,
+}
+
+impl Frame {
+    /// Writes a frame with this head and content.
+    pub(super) fn write(to: &mut impl Write, kind: Kind, sequence: u64, name: &str, content: &[u8]) -> io::Result<()> {
+        let name = &name.as_bytes()[..name.len().min(usize::from(u8::MAX))];
+        let mut head = Vec::with_capacity(22 + name.len());
+        head.extend(MAGIC);
+        head.push(kind as u8);
+        head.extend(sequence.to_le_bytes());
+        head.push(name.len() as u8);
+        head.extend(name);
+        head.extend((content.len() as u64).to_le_bytes());
+        to.write_all(&head)?;
+        to.write_all(content)?;
+        to.flush()
+    }
+
+    /// Reads a frame whose content has at most `most` bytes.
+    pub(super) fn read(from: &mut impl Read, most: u64) -> io::Result<Self> {
+        let mut head = [0; 14];
+        from.read_exact(&mut head)?;
+        let (magic, rest) = head.split_at(4);
+        if magic != MAGIC {
+            return Err(wrong("it is no message of qlora's"));
+        }
+        let kind = Kind::ALL.into_iter().find(|kind| *kind as u8 == rest[0]);
+        let kind = kind.ok_or_else(|| wrong("it is a message of another version of qlora"))?;
+        let sequence = u64::from_le_bytes(rest[1..9].try_into().expect("eight bytes"));
+        let mut name = vec![0; usize::from(rest[9])];
+        from.read_exact(&mut name)?;
+        let name = String::from_utf8(name).map_err(|_| wrong("its name is no text"))?;
+        let mut length = [0; 8];
+        from.read_exact(&mut length)?;
+        let length = u64::from_le_bytes(length);
+        if length > most {
+            return Err(wrong("it is longer than any message"));
+        }
+        let mut content = Vec::new();
+        while (content.len() as u64) < length {
+            let piece = PIECE.min(length - content.len() as u64);
+            if from.by_ref().take(piece).read_to_end(&mut content)? as u64 != piece {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+        Ok(Self { kind, sequence, name, content })
+    }
+}
+
+fn wrong(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(kind: Kind, sequence: u64, name: &str, content: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        Frame::write(&mut bytes, kind, sequence, name, content).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn frames_come_back() {
+        for kind in Kind::ALL {
+            for length in [0, 1, PIECE as usize - 1, PIECE as usize, 2 * PIECE as usize + 3] {
+                let content: Vec<u8> = (0..length).map(|i| (i % 251) as u8).collect();
+                let bytes = bytes(kind, u64::MAX - 1, "sum of gradients", &content);
+                let back = Frame::read(&mut &bytes[..], MOST).unwrap();
+                assert_eq!((back.kind, back.sequence, back.name.as_str()), (kind, u64::MAX - 1, "sum of gradients"));
+                assert!(back.content == content);
+            }
+        }
+    }
+
+    #[test]
+    fn strangers_and_broken_frames_are_refused() {
+        let whole = bytes(Kind::Data, 3, "x", &[7; 100]);
+        for end in 0..whole.len() {
+            assert!(Frame::read(&mut &whole[..end], MOST).is_err(), "{end} bytes");
+        }
+        let refused = |bytes: &[u8], part: &str| {
+            let text = Frame::read(&mut &bytes[..], MOST_OF_STRANGERS).unwrap_err().to_string();
+            assert!(text.contains(part), "{text}");
+        };
+        refused(b"GET / HTTP/1.1\r\n\r\n", "no message of qlora's");
+        let mut other = whole.clone();
+        other[4] = 200;
+        refused(&other, "another version");
+        // A length that nobody can hold is refused before any memory is taken.
+        let mut long = whole;
+        long[15..23].copy_from_slice(&u64::MAX.to_le_bytes());
+        refused(&long, "longer than any");
+    }
+}

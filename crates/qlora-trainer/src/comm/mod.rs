@@ -1,0 +1,149 @@
+//! The ranks of a run: several processes, one for each GPU, that train one model together.
+//!
+//! Every rank holds the whole model and computes every `size`-th micro-batch of a step; the gradients are added, and each rank
+//! makes the same update. The training loop knows of other ranks through [`Communicator`] alone.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`ranks`] | which rank a process is: from torchrun, Slurm, Open MPI or [`launch`](crate::launch) |
+//! | [`tcp`] | messages between processes, sums in the order of the ranks, heartbeats |
+//! | [`store`] | a client of torchrun's key-value store, through which its workers find each other |
+//! | `nccl` | sums between GPUs (feature `cuda`) |
+//!
+//! A rank that dies, hangs or fails ends the run on every rank, with an error that names it ([`Error::Rank`]).
+
+mod agree;
+mod frame;
+#[cfg(feature = "cuda")]
+pub mod nccl;
+pub mod ranks;
+pub mod store;
+pub mod tcp;
+
+use std::fmt;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::error::{Error, Result};
+use qlora_kernels::ViewMut;
+
+pub(crate) use agree::{check_same_program, check_same_run};
+pub use ranks::{Place, Ranks};
+
+/// How the ranks of a run talk to each other. All ranks make the same calls in the same order; `what` says in messages (and to
+/// a rank that is elsewhere in the program) which call it is.
+pub trait Communicator: fmt::Debug + Send {
+    /// The number of this process among the ranks, from 0. Rank 0 writes files and prints.
+    fn rank(&self) -> usize;
+
+    /// The number of ranks.
+    fn size(&self) -> usize;
+
+    /// The number of this process on its host: which GPU it takes.
+    fn local_rank(&self) -> usize {
+        0
+    }
+
+    /// Everybody's message, in the order of the ranks.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] if a rank failed, is gone, or is elsewhere in the program.
+    fn gather(&mut self, what: &'static str, mine: Vec<u8>) -> Result<Vec<Vec<u8>>>;
+
+    /// Adds everybody's values (one row, f32), in the order of the ranks where that is possible: `((v0 + v1) + v2) + ...`. The
+    /// sum has the same bits everywhere.
+    ///
+    /// # Errors
+    /// As [`Self::gather`], or if a device fails.
+    fn sum(&mut self, what: &'static str, values: ViewMut) -> Result<()>;
+
+    /// Whether [`Self::sum`] adds in the order of the ranks, so that a step has the bits of one that a single process
+    /// accumulates.
+    fn sums_in_order(&self) -> bool;
+
+    /// Fails if the run is known to be over: what a rank looks at during long work.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] with the rank that is gone.
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Tells the others that this rank fails, and why; they end with it. Errors here are nobody's concern any more.
+    fn fail(&mut self, why: &str) {
+        let _ = why;
+    }
+
+    /// Leaves in peace: everybody has what it needs of this rank.
+    fn leave(&mut self) {}
+
+    /// Where the ranks are, for a line at the start of the run; none for a process of its own.
+    fn describe(&self) -> Option<String> {
+        None
+    }
+}
+
+/// One process.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Alone;
+
+impl Communicator for Alone {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn size(&self) -> usize {
+        1
+    }
+
+    fn gather(&mut self, _: &'static str, mine: Vec<u8>) -> Result<Vec<Vec<u8>>> {
+        Ok(vec![mine])
+    }
+
+    fn sum(&mut self, _: &'static str, _: ViewMut) -> Result<()> {
+        Ok(())
+    }
+
+    fn sums_in_order(&self) -> bool {
+        true
+    }
+}
+
+/// The ranks that the environment says this process belongs to; [`Alone`] if it says nothing.
+///
+/// # Errors
+/// If the environment contradicts itself, or the others do not come.
+pub fn from_env(options: &tcp::TcpOptions) -> Result<Box<dyn Communicator>> {
+    match Ranks::from_env()? {
+        None => Ok(Box::new(Alone)),
+        Some(ranks) => Ok(Box::new(tcp::Tcp::connect(&ranks, options)?)),
+    }
+}
+
+/// [`Communicator::gather`] of values that have a JSON form.
+///
+/// # Errors
+/// As there.
+pub fn exchange<T: Serialize + DeserializeOwned>(
+    comm: &mut dyn Communicator,
+    what: &'static str,
+    mine: &T,
+) -> Result<Vec<T>> {
+    let mine = serde_json::to_vec(mine).expect("numbers and strings have a JSON form");
+    let all = comm.gather(what, mine)?;
+    let read = |(rank, bytes): (usize, &Vec<u8>)| {
+        serde_json::from_slice(bytes)
+            .map_err(|error| Error::rank(rank, format!("sent something else than expected ({what}): {error}")))
+    };
+    all.iter().enumerate().map(read).collect()
+}
+
+/// Rank 0's bytes, on every rank. What the others give is not sent.
+///
+/// # Errors
+/// As [`Communicator::gather`].
+pub(crate) fn from_first(comm: &mut dyn Communicator, what: &'static str, mine: Vec<u8>) -> Result<Vec<u8>> {
+    let mine = if comm.rank() == 0 { mine } else { Vec::new() };
+    Ok(comm.gather(what, mine)?.swap_remove(0))
+}

@@ -1,0 +1,227 @@
+//! Starts the ranks of a run on this host: `--nproc-per-node`.
+//!
+//! The program starts itself once for each rank, with torchrun's variables, and waits. Rank 0 has the terminal; what the others
+//! print appears with their number before it. Signals go on to all ranks, which agree to save and leave. When a rank fails the
+//! others notice ([`comm`](crate::comm)) and end by themselves; who does not is asked to after [`PATIENCE`], and killed after
+//! as long again. If this process is killed, the ranks end with it.
+
+use std::env;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+use crate::error::{Error, Result};
+
+/// How long the other ranks have to end after one failed.
+pub const PATIENCE: Duration = Duration::from_secs(15);
+
+/// Says to a rank that it was started by [`launch`].
+const LAUNCHED: &str = "QLORA_LAUNCHED";
+
+/// How many processes `--nproc-per-node` asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Processes {
+    /// One for each GPU.
+    Auto,
+    /// So many.
+    Number(usize),
+}
+
+impl std::str::FromStr for Processes {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "auto" | "gpu" => Ok(Self::Auto),
+            _ => match text.parse() {
+                Ok(number) if number > 0 => Ok(Self::Number(number)),
+                _ => Err(format!("{text:?} is not a number of processes, nor auto")),
+            },
+        }
+    }
+}
+
+impl Processes {
+    /// The number; one where there is no GPU.
+    pub fn number(self) -> usize {
+        match self {
+            Self::Number(number) => number,
+            Self::Auto => gpus().max(1),
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn gpus() -> usize {
+    qlora_kernels::cuda::device_count()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpus() -> usize {
+    0
+}
+
+/// To be called early by a program that may be a rank: it ends when the process is gone that started it.
+pub fn end_with_launcher() {
+    #[cfg(target_os = "linux")]
+    if env::var_os(LAUNCHED).is_some() {
+        // Elsewhere, and if this fails, the ranks notice each other's end all the same.
+        let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
+    }
+}
+
+/// Runs this program, with its arguments, as `size` ranks, and returns the code to end with: that of the first rank that
+/// failed, 128 and the signal's number for one that was killed.
+///
+/// # Errors
+/// If a process cannot be started.
+pub fn launch(size: usize) -> Result<u8> {
+    let failed = |what: &str, error: io::Error| Error::Invalid(format!("{what}: {error}"));
+    let program =
+        env::current_exe().map_err(|error| failed("this program cannot be found to be started again", error))?;
+    // Given back before rank 0 takes it.
+    let port = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
+    let port = port.map_err(|error| failed("no port for the ranks to meet", error))?.port();
+    let signal = Arc::new(AtomicUsize::new(0));
+    for number in [SIGINT, SIGTERM, SIGHUP] {
+        signal_hook::flag::register_usize(number, Arc::clone(&signal), number as usize)
+            .map_err(|error| failed("signals cannot be passed on", error))?;
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = (cores / size).max(1).to_string();
+    let mut ranks = Vec::new();
+    for rank in 0..size {
+        let mut command = Command::new(&program);
+        command.args(env::args_os().skip(1));
+        for (name, value) in [
+            ("RANK", rank.to_string()),
+            ("LOCAL_RANK", rank.to_string()),
+            ("WORLD_SIZE", size.to_string()),
+            ("LOCAL_WORLD_SIZE", size.to_string()),
+            ("MASTER_ADDR", "127.0.0.1".to_owned()),
+            ("MASTER_PORT", port.to_string()),
+            ("QLORA_JOB", format!("{}", std::process::id())),
+            (LAUNCHED, "1".to_owned()),
+        ] {
+            command.env(name, value);
+        }
+        if env::var_os("RAYON_NUM_THREADS").is_none() {
+            // Ranks that compute on the CPU share it.
+            command.env("RAYON_NUM_THREADS", &threads);
+        }
+        if rank > 0 {
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        }
+        match command.spawn() {
+            Ok(mut child) => {
+                if let Some(stdout) = child.stdout.take() {
+                    pass_on(rank, stdout);
+                }
+                if let Some(stderr) = child.stderr.take() {
+                    pass_on(rank, stderr);
+                }
+                ranks.push(child);
+            }
+            Err(error) => {
+                ranks.iter_mut().for_each(|child: &mut Child| drop(child.kill()));
+                return Err(failed(&format!("rank {rank} cannot be started"), error));
+            }
+        }
+    }
+    Ok(wait(ranks, &signal))
+}
+
+/// What a rank prints, line by line with its number.
+fn pass_on(rank: usize, from: impl Read + Send + 'static) {
+    std::thread::spawn(move || {
+        for line in BufReader::new(from).split(b'\n').map_while(io::Result::ok) {
+            let mut text = format!("[rank {rank}] ").into_bytes();
+            text.extend(line);
+            text.push(b'\n');
+            // One write: lines of several ranks stay whole.
+            let _ = io::stderr().lock().write_all(&text);
+        }
+    });
+}
+
+fn wait(mut ranks: Vec<Child>, signal: &AtomicUsize) -> u8 {
+    let mut ended: Vec<Option<ExitStatus>> = vec![None; ranks.len()];
+    let (mut first_failure, mut since, mut asked) = (None, None::<Instant>, false);
+    while ended.iter().any(Option::is_none) {
+        std::thread::sleep(Duration::from_millis(20));
+        let number = signal.swap(0, Ordering::SeqCst);
+        if number > 0 {
+            // A terminal tells the whole group of Ctrl-C; more than one would end the ranks at once.
+            let to_all = number as i32 != SIGINT || !came_from_terminal();
+            if to_all {
+                tell(&ranks, &ended, number as i32);
+            }
+        }
+        for (rank, child) in ranks.iter_mut().enumerate() {
+            if ended[rank].is_none()
+                && let Ok(Some(status)) = child.try_wait()
+            {
+                ended[rank] = Some(status);
+                if !status.success() && first_failure.is_none() {
+                    first_failure = Some(status);
+                    since = Some(Instant::now());
+                }
+            }
+        }
+        let Some(since) = since else { continue };
+        if since.elapsed() > 2 * PATIENCE {
+            for (child, _) in ranks.iter_mut().zip(&ended).filter(|(_, ended)| ended.is_none()) {
+                let _ = child.kill();
+            }
+        } else if since.elapsed() > PATIENCE && !asked {
+            asked = true;
+            tell(&ranks, &ended, SIGTERM);
+        }
+    }
+    first_failure.map_or(0, |status| {
+        let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(1);
+        u8::try_from(code).unwrap_or(1)
+    })
+}
+
+fn tell(ranks: &[Child], ended: &[Option<ExitStatus>], number: i32) {
+    let signal = match number {
+        SIGINT => Signal::SIGINT,
+        SIGHUP => Signal::SIGHUP,
+        _ => Signal::SIGTERM,
+    };
+    for (child, _) in ranks.iter().zip(ended).filter(|(_, ended)| ended.is_none()) {
+        if let Ok(id) = i32::try_from(child.id()) {
+            let _ = kill(Pid::from_raw(id), signal);
+        }
+    }
+}
+
+/// Whether a Ctrl-C came from a terminal, which has told the ranks too.
+fn came_from_terminal() -> bool {
+    use std::io::IsTerminal as _;
+    io::stdin().is_terminal() || io::stderr().is_terminal()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_of_processes_are_read() {
+        assert_eq!("auto".parse(), Ok(Processes::Auto));
+        assert_eq!("4".parse(), Ok(Processes::Number(4)));
+        assert_eq!(Processes::Number(3).number(), 3);
+        for wrong in ["0", "-1", "all", ""] {
+            assert!(wrong.parse::<Processes>().unwrap_err().contains("auto"), "{wrong}");
+        }
+    }
+}

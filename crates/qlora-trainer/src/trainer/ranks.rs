@@ -1,0 +1,196 @@
+//! What the ranks of a run do together in a step, an evaluation, a save.
+//!
+//! Micro-batch `i` of a step is that of rank `i % size`. Its number, its seed and the step's trained tokens do not depend on
+//! how many ranks there are, so a step of the same micro-batches is the same step however they are spread. Where the sums are
+//! made in order ([`Communicator::sums_in_order`]) it has the same bits too: rank 0 goes on from the sum so far, the others
+//! begin at zero, and after every round each has the sum that one process would have accumulated. (Up to the rounding of a
+//! micro-batch's gradient, which a process alone adds to the sum while it is made: where the adapter's scaling is a power of
+//! two, as it is by default, that changes no bit.)
+//!
+//! [`Communicator::sums_in_order`]: crate::comm::Communicator::sums_in_order
+
+use serde::{Deserialize, Serialize};
+
+use super::Trainer;
+use crate::comm::exchange;
+use crate::data::StepBatch;
+use crate::error::{Error, Result};
+use crate::fingerprint::Fingerprint;
+use crate::model::{LossSum, TrainableModel};
+use crate::objective::{self, Judged, Metrics};
+
+/// What a rank has to say after its part of a step.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct StepReport {
+    /// Whether somebody asked this rank to stop.
+    interrupted: bool,
+    /// The loss sum and the metrics of each of its micro-batches.
+    parts: Vec<(f64, Metrics)>,
+}
+
+/// The losses of a batch of an evaluation.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct EvalPart {
+    pub(super) loss: f64,
+    pub(super) trained_tokens: usize,
+    pub(super) groups: usize,
+    pub(super) metrics: Metrics,
+}
+
+impl From<LossSum> for EvalPart {
+    fn from(LossSum { sum, trained_tokens }: LossSum) -> Self {
+        Self { loss: sum, trained_tokens, ..Self::default() }
+    }
+}
+
+impl EvalPart {
+    pub(super) fn of(judged: Judged, trained_tokens: usize) -> Self {
+        Self { loss: judged.loss, trained_tokens, groups: judged.groups, metrics: judged.metrics }
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.loss += other.loss;
+        self.trained_tokens += other.trained_tokens;
+        self.groups += other.groups;
+        objective::add(&mut self.metrics, &other.metrics);
+    }
+}
+
+/// What each rank has, in the order in which one process would have made it: the first of each rank, then the second.
+fn in_turns<T>(ranks: Vec<Vec<T>>) -> impl Iterator<Item = T> {
+    let mut ranks: Vec<_> = ranks.into_iter().map(Vec::into_iter).collect();
+    let most = ranks.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
+    (0..most).flat_map(move |_| ranks.iter_mut().filter_map(Iterator::next).collect::<Vec<_>>())
+}
+
+impl<M: TrainableModel> Trainer<'_, M> {
+    /// Makes the gradient of a step, the sum over all ranks. Returns the sums of its losses and metrics.
+    pub(super) fn gradient(&mut self, step: u64, batch: &StepBatch) -> Result<(f64, Metrics)> {
+        let (rank, ranks) = (self.comm.rank(), self.comm.size());
+        let in_order = self.comm.sums_in_order();
+        let micro_batches = batch.micro_batches.len();
+        let mut own = StepReport::default();
+        self.optimizer.grad.view_mut().fill(0.0)?;
+        for round in 0..micro_batches.div_ceil(ranks) {
+            // Rank 0 has the sum so far.
+            if in_order && rank > 0 && round > 0 {
+                self.optimizer.grad.view_mut().fill(0.0)?;
+            }
+            let micro_batch = round * ranks + rank;
+            if micro_batch < micro_batches {
+                let mut metrics = Metrics::new();
+                let loss = self.accumulate(step, batch, micro_batch, &mut metrics)?;
+                if !loss.is_finite() {
+                    return Err(self.non_finite(step, batch, micro_batch, &format!("the loss is {loss}")));
+                }
+                own.parts.push((loss, metrics));
+            }
+            self.announce_interrupt();
+            self.comm.check()?;
+            if in_order && ranks > 1 {
+                self.comm.sum("gradient", self.optimizer.grad.view_mut())?;
+            }
+        }
+        if !in_order {
+            self.comm.sum("gradient", self.optimizer.grad.view_mut())?;
+        }
+        own.interrupted = self.interrupt.requested();
+        let all = if ranks == 1 { vec![own] } else { exchange(&mut *self.comm, "end of a step", &own)? };
+        self.stop_agreed |= all.iter().any(|report| report.interrupted);
+        let (mut loss_sum, mut sums) = (0.0, Metrics::new());
+        for (loss, metrics) in in_turns(all.into_iter().map(|report| report.parts).collect()) {
+            loss_sum += loss;
+            objective::add(&mut sums, &metrics);
+        }
+        Ok((loss_sum, sums))
+    }
+
+    /// The first micro-batch of the step whose gradient alone is not finite, on whichever rank.
+    pub(super) fn first_non_finite(&mut self, step: u64, batch: &StepBatch) -> Option<Error> {
+        let (rank, ranks) = (self.comm.rank(), self.comm.size());
+        let mut own = None;
+        for micro_batch in (rank..batch.micro_batches.len()).step_by(ranks) {
+            own = self.problem_of(step, batch, micro_batch).map(|error| (micro_batch, error));
+            if own.is_some() {
+                break;
+            }
+        }
+        if ranks == 1 {
+            return own.map(|(_, error)| error);
+        }
+        let found = own.as_ref().map(|(micro_batch, error)| (*micro_batch, error.to_string()));
+        let all = match exchange(&mut *self.comm, "search for what is not finite", &found) {
+            Ok(all) => all,
+            Err(error) => return Some(error),
+        };
+        let named = all.into_iter().enumerate().filter_map(|(of, found)| found.map(|(at, text)| (at, of, text)));
+        let (_, of, text) = named.min_by_key(|(at, ..)| *at)?;
+        match own {
+            Some((_, error)) if of == rank => Some(error),
+            _ => Some(Error::rank(of, format!("found: {text}"))),
+        }
+    }
+
+    /// An evaluation of which each rank has made a part; `None` if one of them was asked to stop.
+    pub(super) fn whole_evaluation(&mut self, parts: Vec<EvalPart>, interrupted: bool) -> Result<Option<EvalPart>> {
+        let all = match self.comm.size() {
+            1 => vec![(interrupted, parts)],
+            _ => exchange(&mut *self.comm, "evaluation", &(interrupted, parts))?,
+        };
+        if all.iter().any(|(interrupted, _)| *interrupted) {
+            self.stop_agreed = true;
+            return Ok(None);
+        }
+        let mut whole = EvalPart::default();
+        in_turns(all.into_iter().map(|(_, parts)| parts).collect()).for_each(|part| whole.add(&part));
+        Ok(Some(whole))
+    }
+
+    /// Checks that all ranks begin with the same parameters.
+    pub(super) fn check_same_beginning(&mut self) -> Result<()> {
+        self.check_same("first parameters", |this| Ok(this.progress.initial_parameters.clone()))?;
+        self.check_same_parameters()
+    }
+
+    /// Checks that all ranks have the same parameters now: each makes every update by itself.
+    pub(super) fn check_same_parameters(&mut self) -> Result<()> {
+        self.check_same("parameters", |this| Ok(Fingerprint::new().floats(&this.model.masters()?).to_string()))
+    }
+
+    /// Waits until all ranks are here.
+    pub(super) fn meet(&mut self, place: &'static str) -> Result<()> {
+        if self.comm.size() > 1 {
+            self.comm.gather(place, Vec::new())?;
+        }
+        Ok(())
+    }
+
+    fn check_same(&mut self, what: &'static str, of: impl FnOnce(&Self) -> Result<String>) -> Result<()> {
+        if self.comm.size() == 1 {
+            return Ok(());
+        }
+        let mine = of(self)?;
+        let all = exchange(&mut *self.comm, what, &mine)?;
+        let others: Vec<_> = (1..all.len()).filter(|&rank| all[rank] != all[0]).collect();
+        if others.is_empty() {
+            return Ok(());
+        }
+        let step = self.progress.global_step;
+        Err(Error::Invalid(format!(
+            "after step {step} the {what} of ranks {others:?} are not those of rank 0: different GPUs, libraries or a memory fault; \
+             the last checkpoint is from before it"
+        )))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_come_in_the_order_of_one_process() {
+        let all = in_turns(vec![vec![0, 3, 6], vec![1, 4], vec![2, 5]]).collect::<Vec<_>>();
+        assert_eq!(all, [0, 1, 2, 3, 4, 5, 6]);
+        assert_eq!(in_turns::<i32>(vec![vec![], vec![]]).count(), 0);
+    }
+}
