@@ -22,6 +22,7 @@ mod linear_group;
 mod lora_linear;
 mod matmul;
 mod memory;
+mod nccl;
 mod optimizer;
 mod packed_attention;
 mod quantization;
