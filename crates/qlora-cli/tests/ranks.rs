@@ -119,7 +119,9 @@ fn a_run_goes_on_with_another_number_of_ranks() {
         ]
         .concat(),
     );
-    for (steps, ranks, each) in [("20", "4", "1"), ("40", "2", "2"), ("50", "1", "1")] {
+    for (steps, ranks, each) in
+        [("20", "4", "1"), ("30", "2", "2"), ("34", "2", "1"), ("40", "2", "1"), ("50", "1", "1")]
+    {
         let done = part(steps, ranks, each);
         assert!(done.status.success(), "{ranks} ranks: {}", said(&done));
     }

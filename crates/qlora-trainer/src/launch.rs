@@ -8,10 +8,11 @@
 use std::env;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -97,7 +98,7 @@ pub fn launch(size: usize) -> Result<u8> {
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = (cores / size).max(1).to_string();
-    let mut ranks = Vec::new();
+    let (mut ranks, mut said) = (Vec::new(), Vec::new());
     for rank in 0..size {
         let mut command = Command::new(&program);
         command.args(env::args_os().skip(1));
@@ -117,17 +118,15 @@ pub fn launch(size: usize) -> Result<u8> {
             // Ranks that compute on the CPU share it.
             command.env("RAYON_NUM_THREADS", &threads);
         }
+        // In a group of its own a rank gets a signal once: from here.
+        command.process_group(0);
         if rank > 0 {
             command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         }
         match command.spawn() {
             Ok(mut child) => {
-                if let Some(stdout) = child.stdout.take() {
-                    pass_on(rank, stdout);
-                }
-                if let Some(stderr) = child.stderr.take() {
-                    pass_on(rank, stderr);
-                }
+                said.extend(child.stdout.take().map(|stdout| pass_on(rank, stdout)));
+                said.extend(child.stderr.take().map(|stderr| pass_on(rank, stderr)));
                 ranks.push(child);
             }
             Err(error) => {
@@ -136,11 +135,17 @@ pub fn launch(size: usize) -> Result<u8> {
             }
         }
     }
-    Ok(wait(ranks, &signal))
+    let code = wait(ranks, &signal);
+    // Their last words; who else holds a pipe is not waited for.
+    let until = Instant::now() + Duration::from_secs(2);
+    while said.iter().any(|thread: &JoinHandle<()>| !thread.is_finished()) && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(code)
 }
 
 /// What a rank prints, line by line with its number.
-fn pass_on(rank: usize, from: impl Read + Send + 'static) {
+fn pass_on(rank: usize, from: impl Read + Send + 'static) -> JoinHandle<()> {
     std::thread::spawn(move || {
         for line in BufReader::new(from).split(b'\n').map_while(io::Result::ok) {
             let mut text = format!("[rank {rank}] ").into_bytes();
@@ -149,7 +154,7 @@ fn pass_on(rank: usize, from: impl Read + Send + 'static) {
             // One write: lines of several ranks stay whole.
             let _ = io::stderr().lock().write_all(&text);
         }
-    });
+    })
 }
 
 fn wait(mut ranks: Vec<Child>, signal: &AtomicUsize) -> u8 {
@@ -159,11 +164,7 @@ fn wait(mut ranks: Vec<Child>, signal: &AtomicUsize) -> u8 {
         std::thread::sleep(Duration::from_millis(20));
         let number = signal.swap(0, Ordering::SeqCst);
         if number > 0 {
-            // A terminal tells the whole group of Ctrl-C; more than one would end the ranks at once.
-            let to_all = number as i32 != SIGINT || !came_from_terminal();
-            if to_all {
-                tell(&ranks, &ended, number as i32);
-            }
+            tell(&ranks, &ended, number as i32);
         }
         for (rank, child) in ranks.iter_mut().enumerate() {
             if ended[rank].is_none()
@@ -203,12 +204,6 @@ fn tell(ranks: &[Child], ended: &[Option<ExitStatus>], number: i32) {
             let _ = kill(Pid::from_raw(id), signal);
         }
     }
-}
-
-/// Whether a Ctrl-C came from a terminal, which has told the ranks too.
-fn came_from_terminal() -> bool {
-    use std::io::IsTerminal as _;
-    io::stdin().is_terminal() || io::stderr().is_terminal()
 }
 
 #[cfg(test)]

@@ -225,8 +225,11 @@ impl Session {
         validation: Option<Dataset>,
     ) -> Result<Trainer<'a, QLoraModel>> {
         let training = training.into();
-        if let Some(plan) = self.plan_memory(&training)? {
-            self.model.reserve_for(&plan)?;
+        if let Some(plan) = self.plan_memory(&training)?
+            && let Err(error) = self.model.reserve_for(&plan)
+        {
+            self.comm.fail(&format!("failed: {error}"));
+            return Err(error.into());
         }
         let (start, template_time) = (self.start.take(), self.template_time.take());
         let mut comm = std::mem::replace(&mut self.comm, Box::new(Alone));

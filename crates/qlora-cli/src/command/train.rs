@@ -2,10 +2,11 @@
 
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use qlora::trainer::comm::tcp::TcpOptions;
-use qlora::trainer::comm::{self, Communicator, Ranks};
+use qlora::trainer::comm::{self, Alone, Communicator, Ranks};
 #[cfg(unix)]
 use qlora::trainer::launch::{self, Processes};
 use qlora::trainer::progress::{HtmlReport, LossPlot, ProgressBar, ReportFacts};
@@ -60,7 +61,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         output::print(&plan.on.to_string())?;
         return Ok(ExitCode::SUCCESS);
     }
-    let comm = ranks()?;
+    let comm = if args.dry_run { Box::new(Alone) } else { ranks()? };
     remark(format!("loading {}", config.model.model_name_or_path));
     let bar = output::bar("", "{bytes} of {total_bytes}");
     let progress = output::bytes_of(&bar);
@@ -144,6 +145,11 @@ fn start_ranks(args: &Args) -> Result<Option<ExitCode>> {
 fn ranks() -> Result<Box<dyn Communicator>> {
     let when_lost = Arc::new(|error: &qlora::trainer::Error| {
         output::error(&anyhow::anyhow!("{error}"));
+        // Libraries that are in the middle of something may keep an orderly end from coming.
+        std::thread::spawn(|| {
+            std::thread::sleep(Duration::from_secs(2));
+            std::process::abort();
+        });
         std::process::exit(1);
     });
     let comm = comm::from_env(&TcpOptions { when_lost, ..TcpOptions::default() })?;

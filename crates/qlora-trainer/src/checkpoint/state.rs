@@ -92,7 +92,7 @@ pub struct QloraState {
     /// The scale of the loss, in a run whose gradients are float16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<LossScale>,
-    /// How many ranks made the steps so far.
+    /// The number of ranks for which the micro-batches of a step were chosen.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub ranks: usize,
     /// Stands for `optimizer.safetensors`.

@@ -70,6 +70,16 @@ pub trait Communicator: fmt::Debug + Send {
         Ok(())
     }
 
+    /// Says in which step this rank is, for messages.
+    fn at_step(&self, step: u64) {
+        let _ = step;
+    }
+
+    /// Whether something is being written that must not be cut short, whatever became of the others.
+    fn writing(&self, on: bool) {
+        let _ = on;
+    }
+
     /// Tells the others that this rank fails, and why; they end with it. Errors here are nobody's concern any more.
     fn fail(&mut self, why: &str) {
         let _ = why;

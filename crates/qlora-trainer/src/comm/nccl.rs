@@ -12,6 +12,12 @@ use crate::error::{Error, Result};
 /// How long the GPUs may take to find each other.
 const PATIENCE: Duration = Duration::from_secs(180);
 
+/// How long it may take until the end of a rank is known after a connection of its GPU broke.
+const AFTERMATH: Duration = Duration::from_secs(2);
+
+/// The values of the first sum: as many as make NCCL connect all that larger ones use.
+const FIRST_SUM: usize = 1 << 22;
+
 /// Lets the GPUs of several ranks add by themselves. Where a rank has no NCCL, sums go through the hosts' memory, and a warning
 /// says what is missing.
 ///
@@ -56,7 +62,9 @@ pub(crate) fn sum_on_gpus(comm: &mut Box<dyn Communicator>, workspace: &Workspac
         }
         Ok(())
     };
-    let nccl = Nccl::join(&gpu.device(), id, comm.rank(), comm.size(), &keep_waiting)?;
+    let mut nccl = Nccl::join(&gpu.device(), id, comm.rank(), comm.size(), &keep_waiting)?;
+    // NCCL connects, and takes its memory, at the first sum: before the plan asks what is free.
+    nccl.sum(workspace.zeros_f32(1, FIRST_SUM)?.view_mut(), &keep_waiting)?;
     if comm.rank() == 0 {
         tracing::info!(library = libraries[0].as_deref().unwrap_or_default(), "gradients are added");
     }
@@ -119,10 +127,16 @@ impl Communicator for Gpus {
         let control = &self.control;
         let keep_waiting = || control.check().map_err(|error| error.to_string());
         let summed = self.nccl.sum(values, &keep_waiting);
-        // A connection that breaks because a rank is gone is that rank's doing.
-        summed.map_err(|error| match self.control.check() {
-            Err(lost) => lost,
-            Ok(()) => error.into(),
+        // A connection that breaks because a rank is gone is that rank's doing, which the others may not have heard of yet.
+        summed.map_err(|error| {
+            let until = Instant::now() + AFTERMATH;
+            loop {
+                match self.control.check() {
+                    Err(lost) => return lost,
+                    Ok(()) if Instant::now() > until => return error.into(),
+                    Ok(()) => std::thread::sleep(Duration::from_millis(20)),
+                }
+            }
         })
     }
 
@@ -132,6 +146,14 @@ impl Communicator for Gpus {
 
     fn check(&self) -> Result<()> {
         self.control.check()
+    }
+
+    fn at_step(&self, step: u64) {
+        self.control.at_step(step);
+    }
+
+    fn writing(&self, on: bool) {
+        self.control.writing(on);
     }
 
     fn fail(&mut self, why: &str) {

@@ -36,8 +36,8 @@ pub struct Ranks {
 const FAMILIES: [(&str, [&str; 3]); 4] = [
     ("torchrun", ["RANK", "WORLD_SIZE", "LOCAL_RANK"]),
     ("Open MPI", ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"]),
-    ("MPICH", ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"]),
     ("Slurm", ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"]),
+    ("MPICH", ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"]),
 ];
 
 const HOST: &str = "MASTER_ADDR";
@@ -59,16 +59,19 @@ impl Ranks {
             parsed.map(Some).map_err(|_| Error::Invalid(format!("{name} is {text:?}, which is not a number of ranks")))
         };
         let mut found: Option<(&'static str, Place, [&str; 3])> = None;
+        let mut has_local_rank = false;
         for (launcher, names) in FAMILIES {
             let [Some(rank), Some(size)] = [number(names[0])?, number(names[1])?] else { continue };
             // An interactive shell in an allocation looks like the first of one task.
             if launcher == "Slurm" && (size < 2 || get("SLURM_STEP_ID").is_none()) {
                 continue;
             }
-            // A launcher of one process a host leaves the local rank out.
-            let local_rank = number(names[2])?.unwrap_or(0);
-            let place = Place { rank, size, local_rank };
-            if let Some((_, known, of)) = &found {
+            let local_rank = number(names[2])?;
+            if let Some((of_launcher, known, of)) = &mut found {
+                // The daemons of mpirun are a step of Slurm's, with numbers of their own.
+                if launcher == "Slurm" && *of_launcher == "Open MPI" {
+                    continue;
+                }
                 if known.rank != rank || known.size != size {
                     return Err(Error::Invalid(format!(
                         "{} = {} and {} = {} say rank {} of {}, but {} = {rank} and {} = {size} say otherwise: unset those of \
@@ -76,8 +79,19 @@ impl Ranks {
                         of[0], known.rank, of[1], known.size, known.rank, known.size, names[0], names[1]
                     )));
                 }
+                // `srun` with a script that exports RANK and WORLD_SIZE: Slurm knows the rest.
+                has_local_rank |= local_rank.is_some_and(|local_rank| {
+                    let missing = !has_local_rank;
+                    if missing {
+                        known.local_rank = local_rank;
+                    }
+                    missing
+                });
                 continue;
             }
+            has_local_rank = local_rank.is_some();
+            // A launcher of one process a host leaves the local rank out.
+            let place = Place { rank, size, local_rank: local_rank.unwrap_or(0) };
             if rank >= size {
                 return Err(Error::Invalid(format!("{} is {rank}, but {} only {size}", names[0], names[1])));
             }
@@ -91,7 +105,9 @@ impl Ranks {
         };
         let address = match get(HOST) {
             Some(address) => address,
-            None if launcher == "Slurm" => first_host(get)?,
+            None if launcher == "Slurm" || (launcher != "Open MPI" && get("SLURM_STEP_NODELIST").is_some()) => {
+                first_host(get)?
+            }
             // All ranks on one host.
             None if place.local_rank == place.rank => "127.0.0.1".to_owned(),
             None => {
@@ -214,6 +230,33 @@ mod tests {
         ];
         let found = ranks(&open_mpi).unwrap().unwrap();
         assert_eq!((found.address.as_str(), found.place.local_rank, found.launcher), ("127.0.0.1", 1, "Open MPI"));
+    }
+
+    #[test]
+    fn launchers_inside_of_slurm_are_understood() {
+        let slurm = [
+            ("SLURM_PROCID", "3"),
+            ("SLURM_NTASKS", "4"),
+            ("SLURM_LOCALID", "1"),
+            ("SLURM_STEP_ID", "0"),
+            ("SLURM_STEP_NODELIST", "node[1-2]"),
+        ];
+        let with = |more: &[(&'static str, &'static str)]| {
+            ranks(&[&slurm[..], more].concat()).map(|found| found.unwrap()).map(|found| (found.place, found.address))
+        };
+        let expected = (Place { rank: 3, size: 4, local_rank: 1 }, "node1".to_owned());
+        assert_eq!(with(&[]).unwrap(), expected);
+        // srun --mpi=pmi2, and a script with `export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS`.
+        assert_eq!(with(&[("PMI_RANK", "3"), ("PMI_SIZE", "4")]).unwrap(), expected);
+        assert_eq!(with(&[("RANK", "3"), ("WORLD_SIZE", "4")]).unwrap(), expected);
+        // mpirun, whose daemon is process 3 of the step.
+        let mpi = [
+            ("OMPI_COMM_WORLD_RANK", "6"),
+            ("OMPI_COMM_WORLD_SIZE", "8"),
+            ("OMPI_COMM_WORLD_LOCAL_RANK", "0"),
+            ("MASTER_ADDR", "a"),
+        ];
+        assert_eq!(with(&mpi).unwrap(), (Place { rank: 6, size: 8, local_rank: 0 }, "a".to_owned()));
     }
 
     #[test]

@@ -14,7 +14,7 @@ mod line;
 mod meet;
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -32,7 +32,9 @@ pub const BEAT: Duration = Duration::from_secs(2);
 /// After how long a silent rank counts as gone.
 pub const SILENCE: Duration = Duration::from_secs(10);
 /// How long a rank may go on after another was lost before it is ended from outside.
-pub const GRACE: Duration = Duration::from_secs(2);
+pub const GRACE: Duration = Duration::from_secs(4);
+/// How often a rank that waits for another says so.
+const REMINDER: Duration = Duration::from_secs(60);
 
 /// How ranks meet and end.
 #[derive(Clone)]
@@ -61,12 +63,19 @@ pub struct Tcp {
     described: String,
 }
 
-/// What the threads of a communicator know together.
+/// The state that the threads of a communicator share.
+#[derive(Default)]
 struct Shared {
     /// The rank that ended the run, and why.
     lost: Mutex<Option<(usize, String)>>,
     /// Whether this rank is done.
     left: AtomicBool,
+    /// Whether its communicator is gone.
+    dropped: AtomicBool,
+    /// The step in which it is.
+    step: AtomicU64,
+    /// Whether it writes something that must not be cut short.
+    writing: AtomicBool,
 }
 
 impl Shared {
@@ -93,7 +102,7 @@ impl Tcp {
     /// If they do not all come, cannot be reached, or do not belong together; the message names who is missing or what differs.
     pub fn connect(ranks: &Ranks, options: &TcpOptions) -> Result<Self> {
         let place = ranks.place.clone();
-        let shared = Arc::new(Shared { lost: Mutex::new(None), left: AtomicBool::new(false) });
+        let shared = Arc::new(Shared::default());
         let met = meet::meet(ranks, options.patience)?;
         let described = met.described;
         let lines = met.lines.into_iter().map(|(rank, name, stream)| Line::new(rank, name, stream, &shared));
@@ -118,7 +127,13 @@ impl Tcp {
 
     /// The next message of a rank, which has to belong to this call.
     fn receive(&self, line: &Line, sequence: u64, what: &str) -> Result<Vec<u8>> {
+        let (since, mut reminded) = (Instant::now(), Instant::now());
         loop {
+            if reminded.elapsed() > REMINDER {
+                reminded = Instant::now();
+                let (seconds, name) = (since.elapsed().as_secs(), &line.name);
+                tracing::warn!("waiting for rank {} {name} at {what:?} for {seconds} s; it is alive", line.rank);
+            }
             match line.inbox.recv_timeout(Duration::from_millis(100)) {
                 Ok(Frame { sequence: theirs, name, content, .. }) => {
                     if theirs == sequence && name == what {
@@ -209,13 +224,23 @@ impl Communicator for Tcp {
         if !self.shared.left.swap(true, Ordering::SeqCst) {
             let lost = self.shared.lost();
             for line in &self.lines {
-                // Rank 0 may leave before its watch has told the others why.
-                if let Some((rank, why)) = lost.as_ref().filter(|(rank, _)| *rank != line.rank) {
-                    line.tell_failure(*rank, why);
+                // Rank 0 may leave before its watch has told the others why. A rank that is gone may be one that does not read.
+                match &lost {
+                    Some((rank, _)) if *rank == line.rank => continue,
+                    Some((rank, why)) => line.tell_failure(*rank, why),
+                    None => (),
                 }
                 let _ = line.send(Kind::Left, 0, "", &[]);
             }
         }
+    }
+
+    fn at_step(&self, step: u64) {
+        self.shared.step.store(step, Ordering::SeqCst);
+    }
+
+    fn writing(&self, on: bool) {
+        self.shared.writing.store(on, Ordering::SeqCst);
     }
 
     fn describe(&self) -> Option<String> {
@@ -229,6 +254,7 @@ impl Drop for Tcp {
         if !self.shared.left.load(Ordering::SeqCst) {
             self.fail("ended before the run did");
         }
+        self.shared.dropped.store(true, Ordering::SeqCst);
         if let Some(watch) = self.watch.take() {
             let _ = watch.join();
         }
@@ -247,8 +273,13 @@ fn watch(lines: &[Line], shared: &Arc<Shared>, when_lost: Arc<dyn Fn(&Error) + S
     let (lines, shared) = (lines.iter().map(Line::handle).collect::<Vec<_>>(), Arc::clone(shared));
     std::thread::spawn(move || {
         let (mut beaten, mut told, mut lost_at, mut ended) = (Instant::now(), false, None, false);
-        while !shared.left.load(Ordering::SeqCst) {
+        while !shared.dropped.load(Ordering::SeqCst) {
+            let slept = Instant::now();
             std::thread::sleep(Duration::from_millis(50));
+            if slept.elapsed() > BEAT {
+                // This process was stopped, or had no processor: the others' beats are still to be read.
+                lines.iter().for_each(|line| line.hear());
+            }
             if beaten.elapsed() >= BEAT {
                 beaten = Instant::now();
                 lines.iter().for_each(|line| line.beat());
@@ -261,13 +292,17 @@ fn watch(lines: &[Line], shared: &Arc<Shared>, when_lost: Arc<dyn Fn(&Error) + S
             }
             let Some((rank, why)) = shared.lost() else { continue };
             let since = *lost_at.get_or_insert_with(Instant::now);
-            if !told {
+            if !told && !shared.left.load(Ordering::SeqCst) {
                 told = true;
                 lines.iter().filter(|line| line.rank != rank).for_each(|line| line.tell_failure(rank, &why));
             }
-            if since.elapsed() > GRACE && !ended {
+            if since.elapsed() > GRACE && !ended && !shared.writing.load(Ordering::SeqCst) {
                 ended = true;
-                when_lost(&Error::rank(rank, why));
+                let step = match shared.step.load(Ordering::SeqCst) {
+                    0 => String::new(),
+                    step => format!("; this rank was in step {step}"),
+                };
+                when_lost(&Error::rank(rank, format!("{why}{step}")));
             }
         }
     })

@@ -79,6 +79,12 @@ impl Sets {
         self.training.iter().chain(&self.validation).filter(is_file).try_for_each(load::check)
     }
 
+    /// A pipe or standard input among the files, which can be read once only.
+    pub(crate) fn pipe(&self) -> Option<&Path> {
+        let files = self.training.iter().chain(&self.validation).flat_map(|set| &set.files);
+        files.map(|file| file.path.as_path()).find(|path| is_pipe(path))
+    }
+
     /// Reads the data, or opens it if it is read while it is trained on.
     ///
     /// # Errors

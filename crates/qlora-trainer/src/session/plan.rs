@@ -19,6 +19,14 @@ impl Session {
     /// If the data cannot be batched, or even the leanest plan needs more memory than there is; the message says how
     /// much.
     pub fn plan_memory(&mut self, training: &TrainingData) -> Result<Option<MemoryPlan>> {
+        let planned = self.plan_of(training);
+        if let Err(error) = &planned {
+            self.comm.fail(&format!("failed: {error}"));
+        }
+        planned
+    }
+
+    fn plan_of(&mut self, training: &TrainingData) -> Result<Option<MemoryPlan>> {
         let batch = self.largest_batch(training)?;
         #[cfg(feature = "cuda")]
         if let Some(gpu) = self.model.workspace().gpu().cloned() {

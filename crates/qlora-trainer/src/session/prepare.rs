@@ -9,7 +9,7 @@ use qlora_kernels::Workspace;
 
 use super::adapter::Beginning;
 use super::weights;
-use crate::comm::{Alone, Communicator, check_same_program, check_same_run};
+use crate::comm::{Alone, Communicator, check_same_program, check_same_run, exchange};
 use crate::config::TrainConfig;
 use crate::data::configured::Sets;
 use crate::data::{Dataset, TrainingData};
@@ -56,6 +56,14 @@ impl Prepared {
         let start = if writes { Some(Start::open_on(&config.training, &mut **comm)?) } else { None };
         config.training.gradient_accumulation_steps = micro_batches(&config, start.as_ref(), comm.size())?;
         let sets = Sets::find(&config)?;
+        if comm.size() > 1
+            && let Some(pipe) = sets.pipe()
+        {
+            return Err(Error::Invalid(format!(
+                "{}: what comes through a pipe or from standard input reaches one rank only: give several ranks a file",
+                pipe.display()
+            )));
+        }
         // A model that has to be downloaded first may take an hour. Data that is streamed may take longer to read.
         if !config.data.streaming && !std::path::Path::new(&config.model.model_name_or_path).exists() {
             sets.check()?;
@@ -73,7 +81,7 @@ impl Prepared {
             ..OpenOptions::default()
         };
         let mut files = open_model(&config.model.model_name_or_path, &options)?;
-        let template_time = stop_clock(&mut files, start.as_ref())?;
+        let template_time = stop_clock(&mut files, start.as_ref(), &mut **comm)?;
         let model = files.source.config();
         let beginning = Beginning::of(&mut config, model, start.as_ref(), &options)?;
         let reference = reference(&config, model, &options)?;
@@ -143,13 +151,15 @@ pub(super) fn encoder(files: &ModelFiles) -> ModelEncoder<'_> {
 }
 
 /// A template that asks for the time gets that of the run's first start, so that the data is the same on every day.
-fn stop_clock(files: &mut ModelFiles, start: Option<&Start>) -> Result<Option<String>> {
+fn stop_clock(files: &mut ModelFiles, start: Option<&Start>, comm: &mut dyn Communicator) -> Result<Option<String>> {
     let Some(template) = files.chat_template.as_mut().filter(|template| template.reads_clock()) else {
         return Ok(None);
     };
     let resumed = start.and_then(|start| start.resumed.as_ref());
     let saved = resumed.and_then(|resumed| resumed.checkpoint.state.stateful_callbacks.qlora.template_time.as_deref());
-    let time = saved.map_or_else(|| Ok(TemplateTime::now()), str::parse)?;
+    let time: TemplateTime = saved.map_or_else(|| Ok(TemplateTime::now()), str::parse)?;
+    // Of several ranks, the first one's clock counts.
+    let time: TemplateTime = exchange(comm, "time of the template", &time.to_string())?[0].parse()?;
     template.set_time(time);
     Ok(Some(time.to_string()))
 }

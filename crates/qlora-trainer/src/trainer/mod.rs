@@ -96,6 +96,8 @@ struct Progress {
     history: Vec<LogEntry>,
     window: LogWindow,
     initial_parameters: String,
+    /// The ranks for which the run's micro-batches a step were chosen, if it was resumed.
+    ranks: Option<usize>,
     /// The scale of the loss, if gradients are float16.
     loss_scale: Option<LossScale>,
     /// The last checkpoint in the output folder that this run wrote or began from, with its step.
@@ -253,7 +255,7 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
                     initial_parameters: progress.initial_parameters.clone(),
                     template_time: self.template_time.clone(),
                     loss_scale: progress.loss_scale,
-                    ranks: self.comm.size(),
+                    ranks: progress.ranks.unwrap_or(self.comm.size()),
                     optimizer_fingerprint: String::new(),
                     identity: self.blueprint.identity.clone(),
                 },

@@ -19,17 +19,56 @@ use crate::fingerprint::Fingerprint;
 use crate::model::{LossSum, TrainableModel};
 use crate::objective::{self, Judged, Metrics};
 
-/// What a rank has to say after its part of a step.
+/// A rank's report at the end of a step.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct StepReport {
     /// Whether somebody asked this rank to stop.
     interrupted: bool,
+    /// The step's data, all of it: every rank must have the same.
+    data: String,
     /// The loss sum and the metrics of each of its micro-batches.
-    parts: Vec<(f64, Metrics)>,
+    parts: Vec<(Bits, Vec<(String, Bits)>)>,
+}
+
+/// A number as its bits: JSON has neither NaN nor infinity.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+struct Bits(u64);
+
+impl From<f64> for Bits {
+    fn from(value: f64) -> Self {
+        Self(value.to_bits())
+    }
+}
+
+impl From<Bits> for f64 {
+    fn from(Bits(bits): Bits) -> Self {
+        Self::from_bits(bits)
+    }
+}
+
+fn to_bits(metrics: Metrics) -> Vec<(String, Bits)> {
+    metrics.into_iter().map(|(name, value)| (name, value.into())).collect()
+}
+
+fn from_bits(metrics: Vec<(String, Bits)>) -> Metrics {
+    metrics.into_iter().map(|(name, value)| (name, value.into())).collect()
+}
+
+/// Stands for everything that a step trains on.
+fn describe(batch: &StepBatch) -> String {
+    let mut fingerprint = Fingerprint::new();
+    for micro_batch in &batch.micro_batches {
+        fingerprint.word(micro_batch.tokens.len() as u64);
+        micro_batch.tokens.iter().for_each(|&token| {
+            fingerprint.word(u64::from(token));
+        });
+    }
+    let (micro_batches, tokens) = (batch.micro_batches.len(), batch.tokens());
+    format!("{micro_batches} micro-batches, {tokens} tokens, {} trained, fingerprint {fingerprint}", batch.num_items)
 }
 
 /// The losses of a batch of an evaluation.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct EvalPart {
     pub(super) loss: f64,
     pub(super) trained_tokens: usize,
@@ -64,13 +103,14 @@ fn in_turns<T>(ranks: Vec<Vec<T>>) -> impl Iterator<Item = T> {
 }
 
 impl<M: TrainableModel> Trainer<'_, M> {
-    /// Makes the gradient of a step, the sum over all ranks. Returns the sums of its losses and metrics.
+    /// The gradient of a step, summed over all ranks. Returns the sums of its losses and metrics.
     pub(super) fn gradient(&mut self, step: u64, batch: &StepBatch) -> Result<(f64, Metrics)> {
         let (rank, ranks) = (self.comm.rank(), self.comm.size());
         let in_order = self.comm.sums_in_order();
         let micro_batches = batch.micro_batches.len();
         let mut own = StepReport::default();
         self.optimizer.grad.view_mut().fill(0.0)?;
+        self.comm.at_step(step);
         for round in 0..micro_batches.div_ceil(ranks) {
             // Rank 0 has the sum so far.
             if in_order && rank > 0 && round > 0 {
@@ -83,7 +123,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
                 if !loss.is_finite() {
                     return Err(self.non_finite(step, batch, micro_batch, &format!("the loss is {loss}")));
                 }
-                own.parts.push((loss, metrics));
+                own.parts.push((loss.into(), to_bits(metrics)));
             }
             self.announce_interrupt();
             self.comm.check()?;
@@ -95,12 +135,23 @@ impl<M: TrainableModel> Trainer<'_, M> {
             self.comm.sum("gradient", self.optimizer.grad.view_mut())?;
         }
         own.interrupted = self.interrupt.requested();
-        let all = if ranks == 1 { vec![own] } else { exchange(&mut *self.comm, "end of a step", &own)? };
+        let all = if ranks == 1 {
+            vec![own]
+        } else {
+            own.data = describe(batch);
+            exchange(&mut *self.comm, "end of a step", &own)?
+        };
+        if let Some(other) = (1..all.len()).find(|&rank| all[rank].data != all[0].data) {
+            return Err(Error::Invalid(format!(
+                "step {step}: the data is not the same on all ranks: {} at rank 0, {} at rank {other}",
+                all[0].data, all[other].data
+            )));
+        }
         self.stop_agreed |= all.iter().any(|report| report.interrupted);
         let (mut loss_sum, mut sums) = (0.0, Metrics::new());
         for (loss, metrics) in in_turns(all.into_iter().map(|report| report.parts).collect()) {
-            loss_sum += loss;
-            objective::add(&mut sums, &metrics);
+            loss_sum += f64::from(loss);
+            objective::add(&mut sums, &from_bits(metrics));
         }
         Ok((loss_sum, sums))
     }
@@ -135,7 +186,16 @@ impl<M: TrainableModel> Trainer<'_, M> {
     pub(super) fn whole_evaluation(&mut self, parts: Vec<EvalPart>, interrupted: bool) -> Result<Option<EvalPart>> {
         let all = match self.comm.size() {
             1 => vec![(interrupted, parts)],
-            _ => exchange(&mut *self.comm, "evaluation", &(interrupted, parts))?,
+            _ => {
+                let sent =
+                    |part: EvalPart| (Bits::from(part.loss), part.trained_tokens, part.groups, to_bits(part.metrics));
+                let mine: (bool, Vec<_>) = (interrupted, parts.into_iter().map(sent).collect());
+                let all = exchange(&mut *self.comm, "evaluation", &mine)?;
+                let received = |(loss, trained_tokens, groups, metrics): (Bits, usize, usize, Vec<(String, Bits)>)| {
+                    EvalPart { loss: loss.into(), trained_tokens, groups, metrics: from_bits(metrics) }
+                };
+                all.into_iter().map(|(asked, parts)| (asked, parts.into_iter().map(received).collect())).collect()
+            }
         };
         if all.iter().any(|(interrupted, _)| *interrupted) {
             self.stop_agreed = true;
@@ -186,6 +246,15 @@ impl<M: TrainableModel> Trainer<'_, M> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_that_json_does_not_have_arrive() {
+        for value in [0.1, -0.0, f64::NAN, f64::INFINITY, f64::MIN_POSITIVE / 3.0] {
+            let text = serde_json::to_string(&Bits::from(value)).unwrap();
+            let back: f64 = serde_json::from_str::<Bits>(&text).unwrap().into();
+            assert_eq!(back.to_bits(), value.to_bits());
+        }
+    }
 
     #[test]
     fn parts_come_in_the_order_of_one_process() {

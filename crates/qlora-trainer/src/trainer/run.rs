@@ -54,7 +54,10 @@ impl<M: TrainableModel> Trainer<'_, M> {
         self.report_what_was_made();
         let adapter = match (outcome, path) {
             (Outcome::Finished, Some(path)) => {
-                self.model.save_adapter(path)?;
+                self.comm.writing(true);
+                let saved = self.model.save_adapter(path);
+                self.comm.writing(false);
+                saved?;
                 Some(path.to_owned())
             }
             _ => None,
@@ -85,7 +88,10 @@ impl<M: TrainableModel> Trainer<'_, M> {
             let stop = self.stops_here() && !complete;
             if self.save_is_due(step) || stop {
                 self.check_same_parameters()?;
-                self.save(output)?;
+                self.comm.writing(true);
+                let saved = self.save(output);
+                self.comm.writing(false);
+                saved?;
             }
             if complete {
                 return Ok(Outcome::Finished);
@@ -182,6 +188,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
         progress.history = state.log_history;
         progress.window = ours.window;
         progress.initial_parameters = ours.initial_parameters;
+        progress.ranks = Some(ours.ranks);
         if progress.loss_scale.is_some() {
             // A checkpoint of an earlier version has none.
             progress.loss_scale = Some(ours.loss_scale.unwrap_or_default());

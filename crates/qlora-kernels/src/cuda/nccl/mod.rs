@@ -95,6 +95,18 @@ impl Nccl {
     /// # Errors
     /// If `keep_waiting` fails, a process or connection is lost, or the values are not f32 of this GPU.
     pub fn sum(&mut self, values: ViewMut, keep_waiting: KeepWaiting<'_>) -> Result<()> {
+        if self.comm.is_null() {
+            return Err(Error::invalid(OP, "the connection was given up after an earlier failure"));
+        }
+        let summed = self.enqueue_sum(values, keep_waiting);
+        if summed.is_err() {
+            // A kernel that waits for another GPU would keep the stream, and whoever waits for it, for ever.
+            self.abort();
+        }
+        summed
+    }
+
+    fn enqueue_sum(&mut self, values: ViewMut, keep_waiting: KeepWaiting<'_>) -> Result<()> {
         let values = values.cuda(OP)?;
         let len = values.rows() * values.cols();
         super::view::one_gpu(OP, &self.gpu, [values.gpu()])?;
@@ -108,6 +120,16 @@ impl Nccl {
         self.finish("ncclAllReduce", status, keep_waiting)?;
         let done = Event::record(OP, &stream)?;
         self.wait(|| done.happened(OP), "ncclAllReduce", keep_waiting)
+    }
+
+    /// Ends the connection. Unlike destroying it, that waits for nobody.
+    fn abort(&mut self) {
+        let comm = std::mem::replace(&mut self.comm, std::ptr::null_mut());
+        if !comm.is_null() {
+            let _ = self.gpu.bind(OP);
+            // SAFETY: a communicator that is not used again.
+            unsafe { (self.api.abort)(comm) };
+        }
     }
 
     /// Waits until a call has enqueued what it has to.
@@ -159,12 +181,7 @@ impl Event {
 
 impl Drop for Nccl {
     fn drop(&mut self) {
-        if !self.comm.is_null() {
-            let _ = self.gpu.bind(OP);
-            // Unlike destroying, aborting waits for nobody; nothing of ours is under way after a sum has returned.
-            // SAFETY: a communicator that is not used again.
-            unsafe { (self.api.abort)(self.comm) };
-        }
+        self.abort();
     }
 }
 

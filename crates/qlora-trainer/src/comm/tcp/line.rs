@@ -102,7 +102,7 @@ impl Handle {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
     }
 
-    fn hear(&self) {
+    pub(super) fn hear(&self) {
         *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -169,6 +169,14 @@ fn listen(ranks: &Ranks) -> Result<TcpListener> {
         io::ErrorKind::AddrNotAvailable => TcpListener::bind(("0.0.0.0", wanted)),
         _ => Err(error),
     });
+    // Debian and Ubuntu give a machine's own name the address 127.0.1.1, where no other host gets.
+    let bound = match bound {
+        Ok(listener) if !is_loopback(address) && listener.local_addr().is_ok_and(|at| at.ip().is_loopback()) => {
+            drop(listener);
+            TcpListener::bind(("0.0.0.0", wanted))
+        }
+        other => other,
+    };
     let listener = bound.map_err(|error| {
         let hint = match error.kind() {
             io::ErrorKind::AddrInUse => ": another run has the port; set MASTER_PORT to a free one, on every rank",
@@ -183,6 +191,10 @@ fn listen(ranks: &Ranks) -> Result<TcpListener> {
         Store::connect(ranks, Duration::from_secs(60))?.set(ADDRESS, &format!("{address}:{port}"))?;
     }
     Ok(listener)
+}
+
+fn is_loopback(address: &str) -> bool {
+    address == "localhost" || address.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
 fn introduction(stream: &mut TcpStream) -> io::Result<Hello> {
@@ -231,12 +243,22 @@ fn go_to_first(ranks: &Ranks, deadline: Instant) -> Result<Met> {
 }
 
 fn connect(at: &str, deadline: Instant) -> Result<TcpStream> {
-    let mut pause = Duration::from_millis(20);
+    let (mut pause, mut reminded) = (Duration::from_millis(20), Instant::now());
     loop {
-        let tried = at.to_socket_addrs().and_then(|mut addresses| {
-            let address = addresses.next().ok_or(io::ErrorKind::NotFound)?;
-            TcpStream::connect_timeout(&address, Duration::from_secs(5))
+        let tried = at.to_socket_addrs().and_then(|addresses| {
+            let mut last = io::ErrorKind::NotFound.into();
+            for address in addresses {
+                match TcpStream::connect_timeout(&address, Duration::from_secs(5)) {
+                    Ok(stream) => return Ok(stream),
+                    Err(error) => last = error,
+                }
+            }
+            Err(last)
         });
+        if reminded.elapsed() > REMINDER {
+            reminded = Instant::now();
+            tracing::warn!("waiting for rank 0 at {at}");
+        }
         match tried {
             Ok(stream) => return Ok(stream),
             Err(error) if Instant::now() > deadline => {
