@@ -22,7 +22,7 @@ use tempfile::NamedTempFile;
 /// The folder must exist. A symbolic link at `path` is replaced, not followed.
 ///
 /// # Errors
-/// What `write` returned, or what the file system said, with the path.
+/// The error of `write`, or one of the file system, with the path.
 pub fn write_atomically<T>(path: impl AsRef<Path>, write: impl FnOnce(&mut dyn Write) -> io::Result<T>) -> Result<T> {
     let mut file = PendingFile::create(path)?;
     let value = file.write_with(write)?;
@@ -55,7 +55,7 @@ impl PendingFile {
     /// Writes to the file; what goes wrong is reported with the final path.
     ///
     /// # Errors
-    /// What `write` returned.
+    /// The error of `write`.
     pub fn write_with<T>(&mut self, write: impl FnOnce(&mut dyn Write) -> io::Result<T>) -> Result<T> {
         write(&mut self.writer).map_err(|error| Error::io(&self.path, error))
     }
@@ -91,7 +91,7 @@ impl PendingFile {
 /// (`name.tmp-...`) complete.
 ///
 /// # Errors
-/// What `fill` returned, or what the file system said, with the path. The old folder is then untouched.
+/// The error of `fill`, or one of the file system, with the path. The old folder is then untouched.
 pub fn replace_directory<T>(path: impl AsRef<Path>, fill: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
     let path = path.as_ref();
     let (folder, prefix) = temporary_place(path)?;
@@ -111,7 +111,7 @@ pub fn replace_directory<T>(path: impl AsRef<Path>, fill: impl FnOnce(&Path) -> 
         Ok(_) => return Err(Error::io(path, io::Error::new(io::ErrorKind::NotADirectory, "is a file, not a folder"))),
     }
     sync_parent(path)?;
-    // What has the temporary name now is the old folder, or nothing.
+    // The temporary name now holds the old folder, or nothing.
     drop(temporary);
     Ok(value)
 }

@@ -1,4 +1,4 @@
-//! What loading, building or running a model can refuse.
+//! Errors of loading, building and running a model.
 
 use std::path::{Path, PathBuf};
 
@@ -17,7 +17,7 @@ pub enum Error {
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the operating system said.
+        /// The operating system's error.
         r#source: std::io::Error,
     },
 
@@ -26,7 +26,7 @@ pub enum Error {
     Format {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it, and where in it.
+        /// A description of the problem, and its place in the file.
         message: String,
     },
 
@@ -35,7 +35,7 @@ pub enum Error {
     Tensor {
         /// The tensor's name in its file.
         name: String,
-        /// What is wrong with it.
+        /// A description of the problem.
         message: String,
     },
 

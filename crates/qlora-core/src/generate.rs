@@ -131,7 +131,7 @@ impl Sequence {
         })
     }
 
-    /// What the model has not seen yet: the prompt at first, then the last token.
+    /// The tokens that the model has not processed yet: the prompt at first, then the last token.
     fn pending(&self) -> &[u32] {
         &self.text[self.cache.len()..]
     }

@@ -69,7 +69,7 @@ pub struct ModelFiles {
     pub tokenizer: Tokenizer,
     /// The chat template, if the model has one.
     pub chat_template: Option<ChatTemplate>,
-    /// What the model's authors recommend for generating.
+    /// The generation settings that the model's authors recommend.
     pub generation: GenerationDefaults,
     /// The model's hub id, or its path as it was given: what an adapter names as its base model.
     pub name: String,
@@ -159,7 +159,7 @@ pub fn open_config(spec: &str, options: &OpenOptions) -> Result<ModelConfig> {
     }
 }
 
-/// What a model was given as.
+/// The kind of a model argument: a folder, a GGUF file or a hub id.
 #[derive(Debug, PartialEq, Eq)]
 enum Spec {
     Folder(PathBuf),
@@ -285,7 +285,8 @@ fn other_template(options: &OpenOptions, tokenizer: &Tokenizer, folder: Option<&
     template.map(|template| template.with_special_tokens(tokenizer, folder)).transpose()
 }
 
-/// What is recommended for generating, with every end token, and the file that says it: the adapter's, else the model's.
+/// The recommended generation settings, with every end token, and the file they are from: the adapter's, else the
+/// model's.
 fn generation(
     options: &OpenOptions,
     model: Option<&Path>,

@@ -23,7 +23,7 @@ use crate::safetensors_stream::SafetensorsStream;
 use crate::source::WeightSource;
 use crate::spec::Module;
 
-/// What a quantized checkpoint takes.
+/// The size of a quantized checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QuantizedSize {
     /// Bytes of all weights in their source.

@@ -121,7 +121,8 @@ pub trait WeightSource: Send + Sync + fmt::Debug {
         None
     }
 
-    /// What the files hold otherwise than their configuration says, and what was made of it, in whole sentences.
+    /// Remarks, in whole sentences, on contents of the files that differ from their configuration, and how they were
+    /// read.
     fn remarks(&self) -> &[String] {
         &[]
     }
@@ -189,7 +190,7 @@ pub trait WeightSource: Send + Sync + fmt::Debug {
     }
 }
 
-/// What there is to say before weights that are stored in few bits are quantized to `target`.
+/// A warning that weights stored in few bits are quantized again, to `target`; none if they are not stored so.
 pub(crate) fn again(source: &dyn WeightSource, target: &str) -> Option<String> {
     source.block_type().map(|stored| {
         format!(

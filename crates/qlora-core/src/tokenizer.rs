@@ -47,7 +47,7 @@ pub struct Piece {
     pub bytes: Range<usize>,
 }
 
-/// What helps where a model's own tokenizer is missing or not known.
+/// Advice for a model whose own tokenizer is missing or not known, as the end of a message.
 const BY_HAND: &str = "; another folder or hub id with the model's tokenizer.json can be given (`--tokenizer`, or \
                        `tokenizer_name_or_path` in [model])";
 

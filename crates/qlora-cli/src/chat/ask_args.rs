@@ -14,10 +14,10 @@ pub(crate) struct AskArgs {
     model: ModelArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// What the system message says.
+    /// The text of the system message.
     #[arg(long)]
     system: Option<String>,
-    /// What is said is the beginning of a text, not a message of a chat.
+    /// Continues the prompt as plain text, instead of sending it as a chat message.
     #[arg(long)]
     raw: bool,
 }

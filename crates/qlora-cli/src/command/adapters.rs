@@ -136,7 +136,7 @@ fn show(adapter: &str, json: bool) -> Result<()> {
     Ok(output::print(&text)?)
 }
 
-/// What the files of an adapter say.
+/// A JSON description of an adapter folder: its configuration, its kinds of modules and its weight file.
 fn describe(folder: &Path) -> Result<Value> {
     let (AdapterConfig { lora, base_model_name_or_path, revision }, kinds) = adapter::read_any_config(folder)?;
     let weights = ["adapter_model.safetensors", "adapter_model.bin"].map(|name| folder.join(name));

@@ -43,7 +43,7 @@ pub(crate) struct Args {
 
 const TEXT: &str = include_str!("text.md");
 
-/// What is compared: a new kind is a line here.
+/// The quantization kinds to compare; add a new kind as a line here.
 fn kinds() -> Vec<(&'static str, Quantization)> {
     let bits4 = |quant_type, double_quant| {
         Quantization::Bits4(QuantConfig { quant_type, double_quant, ..QuantConfig::default() })

@@ -74,7 +74,7 @@ fn open_files(config: &TrainConfig) -> Result<ModelFiles> {
     Ok(open_model(&config.model.model_name_or_path, &options)?)
 }
 
-/// What is to be said about the files of a run.
+/// Statistics and remarks collected from the data files of a run.
 #[derive(Default)]
 struct Found {
     shown: Vec<String>,

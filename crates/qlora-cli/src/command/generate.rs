@@ -33,7 +33,7 @@ pub(crate) struct Args {
     /// Lines of --batch that are answered together.
     #[arg(long, default_value_t = 8)]
     batch_size: usize,
-    /// What the user says.
+    /// The user's message.
     #[arg(required_unless_present = "batch")]
     prompt: Option<String>,
 }

@@ -48,7 +48,7 @@ pub(crate) struct Args {
     /// Which weights the adapter is added to; if not given, those that it was trained over, as its folder says.
     #[arg(long, value_enum)]
     into: Option<Into>,
-    /// What is written; if not given, GGUF where the name of --out ends with .gguf.
+    /// The output format; if not given, GGUF where the name of --out ends with .gguf.
     #[arg(long, value_enum)]
     format: Option<Format>,
     /// Precision: for folders f32, bf16 or f16 (as the base is stored, if not given); for GGUF those of `qlora export
@@ -89,7 +89,7 @@ pub(crate) struct Args {
 enum Into {
     /// The weights as they are stored.
     Original,
-    /// What is left of them after quantization: what the adapter was trained on.
+    /// The dequantized weights, which the adapter was trained on.
     Dequantized,
 }
 
@@ -163,7 +163,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What is written: --format, else what the name of --out says.
+/// The output format: --format, else the one that the name of --out implies.
 fn format_of(args: &Args) -> anyhow::Result<Format> {
     let named =
         args.out.as_deref().is_some_and(|out| out.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf")));
@@ -301,7 +301,7 @@ fn print_gap(
     row("as written", &reference.gap(&written)?)
 }
 
-/// What was written.
+/// Opens the written model as a weight source.
 fn written(format: Format, out: &Path) -> anyhow::Result<Box<dyn WeightSource>> {
     Ok(match format {
         Format::Hf => Box::new(HfDirectory::open(out)?),

@@ -18,8 +18,8 @@ use crate::output::{self, remark};
 
 /// Fine-tunes a model.
 ///
-/// What is set by no flag and no file has the default that its flag names. Ctrl-C, SIGTERM and SIGHUP save a checkpoint and end
-/// with exit code 130, 143 or 129; --resume-from-checkpoint true goes on from it, bit for bit.
+/// An option that is set by no flag and no file has the default that its flag names. Ctrl-C, SIGTERM and SIGHUP save a
+/// checkpoint and end with exit code 130, 143 or 129; --resume-from-checkpoint true goes on from it, bit for bit.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:

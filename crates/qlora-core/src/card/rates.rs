@@ -1,6 +1,6 @@
 //! Rates that plans are ranked with, and how a measurement at the start corrects them.
 
-/// What a card reaches in a training step, in operations and bytes a second.
+/// The throughput of a GPU in a training step, in operations and bytes a second.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Rates {
@@ -44,7 +44,7 @@ impl Rates {
     }
 }
 
-/// What a measurement at the start found, in operations and bytes a second; 0 where it found nothing.
+/// The throughput measured at the start, in operations and bytes a second; 0 where nothing was measured.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct MeasuredRates {
     /// Operations in a large 16-bit product.

@@ -88,7 +88,7 @@ fn compile_here(source: &str) -> Result<(Environment<'static>, Marks), Error> {
     made::install(&mut environment);
     environment.add_function("raise_exception", |message: Value| -> Result<Value, Error> {
         let mut text = limits::LimitedString::default();
-        // What was written of a message that is too long is enough.
+        // The beginning of an overlong message is enough.
         let _ = write!(text, "{}", python::Str(&message));
         text.0.truncate(text.0.floor_char_boundary(MAX_MESSAGE));
         Err(Error::new(ErrorKind::InvalidOperation, text.0))

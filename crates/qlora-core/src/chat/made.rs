@@ -3,7 +3,7 @@
 //! Steps are counted by minijinja, but a step can double a text. So everything that makes a text or a list out of others pays
 //! for it before or right after: the operands of `~`, `+`, `*` and slices (which [`super::operators`] marks with the filters
 //! below), what filters and methods give, and what is written, be it to the output or into a `set` block or a macro.
-//! What a rendering makes is never more than [`MAX_MADE`] and the last value before it was refused.
+//! The bytes that a rendering makes in all are never more than [`MAX_MADE`] and the last value before it was refused.
 
 use std::fmt::{self, Write};
 
@@ -26,18 +26,18 @@ const MAX_ITEMS: usize = MAX_OUTPUT / ITEM;
 pub(super) const OPERAND: &str = "__operand";
 /// As [`OPERAND`], where the value becomes a part of a text.
 pub(super) const TEXT: &str = "__text";
-/// What a list or map is asked for: its hash takes as long as its text.
+/// The filter around the key that is looked up in a list or map: its hash takes as long as its text.
 pub(super) const KEY: &str = "__key";
 /// The first factor of a product.
 pub(super) const FACTOR: &str = "__factor";
 /// A factor behind `*`.
 pub(super) const TIMES: &str = "__times";
-/// What is behind another operator of the same rank.
+/// The filter around the right operand of another operator of the same precedence.
 pub(super) const OVER: &str = "__over";
 /// A whole product.
 pub(super) const PRODUCT: &str = "__product";
 
-/// What a rendering has made so far.
+/// The size of the values that a rendering has made so far, in bytes, and the products being computed.
 #[derive(Default)]
 struct Made {
     bytes: usize,

@@ -29,7 +29,7 @@ enum Kind {
     Math(char),
     Dot,
     Pipe,
-    /// What ends an expression: comparisons, `,`, `:`, `=`.
+    /// A token that ends an expression: comparisons, `,`, `:`, `=`.
     Other,
 }
 
@@ -214,7 +214,7 @@ struct Operand {
     small: bool,
 }
 
-/// What is known of the operand that is being read.
+/// The state of parsing the current operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reading {
     /// Nothing yet, or a sign, a dot or a pipe: more has to follow.

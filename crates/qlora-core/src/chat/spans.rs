@@ -168,7 +168,7 @@ fn behind_part(text: &str, prompt: &str) -> Option<usize> {
     ends.filter(|&end| prompt[..end].ends_with(['>', ']', '\n', ':'])).find_map(|end| {
         let part = &prompt[..end];
         let at = text.rfind(part)? + end;
-        // What is left is the answer's only if the header is complete.
+        // The rest belongs to the answer only if the header is complete.
         (names(part) || text[at..].trim().is_empty()).then_some(at)
     })
 }

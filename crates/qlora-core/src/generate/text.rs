@@ -46,7 +46,7 @@ impl<'a> AnswerText<'a> {
         self.stops.found().is_some()
     }
 
-    /// What was held back.
+    /// The text that was held back until more tokens came.
     ///
     /// # Errors
     /// If the tokenizer's decoder fails.
@@ -131,7 +131,7 @@ fn answer_from(
     texts.into_iter().zip(generations).map(answer).collect()
 }
 
-/// What the keys and values of a generation take at most.
+/// The upper bound of the memory of a generation's KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CachePlan {
     /// Sequences that run together.

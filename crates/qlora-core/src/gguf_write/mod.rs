@@ -73,7 +73,7 @@ impl GgufOptions<'_> {
     }
 }
 
-/// What was written.
+/// The size of a written GGUF file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct WrittenGguf {

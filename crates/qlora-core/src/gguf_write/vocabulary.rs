@@ -28,7 +28,7 @@ const PROBE: &str = "Hello, world! I'm sure it's 12345.678 or 1/2\u{a0}km;  two 
                      \u{939}\u{93f}\u{928}\u{94d}\u{926}\u{940} \u{d55c}\u{ad6d}\u{c5b4} \u{1f44b}\u{1f3fd} 2\u{b2} \u{663}\u{664} THE'LL we'Re \
                      https://example.org/?a=b&c=%20 {\"k\": [1, null]} ...---*** \u{2014}";
 
-/// What of the tokenizer goes into the file.
+/// The tokenizer's data that is written to the GGUF file.
 struct Vocabulary {
     tokens: Vec<String>,
     types: Vec<i32>,

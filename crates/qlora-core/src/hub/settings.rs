@@ -11,7 +11,7 @@ use crate::open::OpenOptions;
 /// How long to wait for a connection before the hub counts as unreachable.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What a repository holds.
+/// The type of a hub repository.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Model,

@@ -1,4 +1,4 @@
-//! What [`inspect`](super) computes for a model, as a text for people.
+//! Formats the figures of [`inspect`](super) for a model as readable text.
 
 use std::fmt::Write;
 

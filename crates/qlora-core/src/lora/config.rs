@@ -42,9 +42,9 @@ pub struct LoraConfig {
     pub exclude_modules: Option<ModuleFilter>,
     /// Which biases are trained.
     pub bias: Bias,
-    /// What A and B start as.
+    /// The initialization of A and B.
     pub init_lora_weights: InitLoraWeights,
-    /// What the model is for, in PEFT's terms; written to `adapter_config.json`.
+    /// The task type in PEFT's terms, such as `CAUSAL_LM`; written to `adapter_config.json`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub task_type: Option<String>,
 }
@@ -70,7 +70,7 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
-    /// What the adapter's output is multiplied by: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+    /// The factor of the adapter's output: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
     pub fn scaling(&self) -> f64 {
         scaling(self.lora_alpha, self.r, self.use_rslora)
     }
@@ -225,7 +225,7 @@ impl<'de> Deserialize<'de> for Bias {
     }
 }
 
-/// What an adapter starts as.
+/// The initialization of an adapter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum InitLoraWeights {

@@ -75,7 +75,7 @@ enum Problem {
 
 type Step<T> = std::result::Result<T, Problem>;
 
-/// What stands before the current position, for the rules about repeats.
+/// The element before the current position, for the rules about repeats.
 #[derive(Clone, Copy, PartialEq)]
 enum Before {
     /// The start of an alternative.

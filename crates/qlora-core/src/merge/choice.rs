@@ -14,9 +14,9 @@ use crate::source::WeightSource;
 pub struct MergeChoice {
     /// Which weights the adapter is added to.
     pub into: MergeInto,
-    /// What the adapter was trained over, as far as this base can be held so.
+    /// The quantization that the adapter was trained over, as far as this base can be held so.
     pub quantization: Quantization,
-    /// What a user should know about it.
+    /// A remark on the choice for the user.
     pub remark: Option<String>,
 }
 

@@ -69,7 +69,7 @@ pub struct LoadedAdapter {
     pub(super) scalings: BTreeMap<String, f32>,
 }
 
-/// What an adapter does to the embedding; ranges are of its values.
+/// An adapter's change of the embedding; ranges are of its values.
 #[derive(Debug, Default)]
 pub(super) struct EmbeddingChange {
     pub(super) table: Option<Arc<dyn FrozenWeight>>,
@@ -85,7 +85,7 @@ impl LoadedAdapter {
         self.values.bytes() + self.weights.iter().map(|weight| weight.bytes()).sum::<usize>()
     }
 
-    /// What its A and B are multiplied by besides their scaling.
+    /// The adapter's weight: a factor of its A and B besides their scaling.
     pub fn weight(&self) -> f32 {
         self.weight
     }

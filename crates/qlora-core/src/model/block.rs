@@ -60,7 +60,7 @@ pub struct Block {
     pub policy: MemoryPolicy,
 }
 
-/// What all blocks share in one pass.
+/// The inputs of a forward or backward pass that all blocks share.
 #[derive(Clone, Copy, Debug)]
 pub struct Pass<'a> {
     /// The adapter; none runs the base model.
@@ -88,18 +88,18 @@ impl Pass<'_> {
     }
 }
 
-/// What a block keeps from its forward for its backward.
+/// The activations that a block saves in its forward for its backward.
 #[derive(Debug)]
 pub(super) enum Saved {
     /// Everything the backward reads.
     Everything(Box<Attended>, Box<MlpSaved>),
-    /// What the block made before the MLP, which the backward runs again.
+    /// The activations up to the MLP, whose forward the backward runs again.
     Attention(Box<Attended>),
     /// The block's input alone: the backward runs the forward again, up to the last projection.
     Input(Matrix),
 }
 
-/// What the backward of the block's first half reads, and `mid`, which is its output.
+/// The activations that the backward of the block's first half reads, and `mid`, which is its output.
 #[derive(Debug)]
 pub(super) struct Attended {
     x: Matrix,

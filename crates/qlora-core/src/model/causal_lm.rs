@@ -211,7 +211,7 @@ impl CausalLm {
         Ok(())
     }
 
-    /// What each block keeps for its backward (one choice a block).
+    /// Sets the activations that each block keeps for its backward (one choice a block).
     ///
     /// # Errors
     /// If there is not one choice a block, or a loss of this model is still alive.

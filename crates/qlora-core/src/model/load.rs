@@ -40,7 +40,7 @@ pub enum Quantization {
     Int(IntConfig),
 }
 
-/// What loading can be told.
+/// Options of loading a model.
 #[derive(Default)]
 pub struct LoadOptions<'a> {
     /// How the projections are held. Embeddings, norms and the head stay as stored.
@@ -91,7 +91,7 @@ impl CausalLm {
     }
 }
 
-/// What is left of loading when all tensors are on their device.
+/// The inputs for building the model once all tensors are on their device.
 struct Assembly<'a> {
     config: &'a ModelConfig,
     spec: &'a ModelSpec,
@@ -186,7 +186,7 @@ impl Assembly<'_> {
     }
 }
 
-/// What the norms add to the mean square of a residual stream that is kept divided by the residual multiplier `m`.
+/// The epsilon of the norms for a residual stream that is kept divided by the residual multiplier `m`.
 ///
 /// Such a stream needs no multiplier in the blocks: with `z = x / m`, `x + m f(norm(x; eps))` is `z + f(norm(z; eps / m^2))`, as
 /// a norm keeps its value when its input and the root of eps have the same factor. So the residual sums stay where they are

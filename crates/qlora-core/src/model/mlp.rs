@@ -13,7 +13,7 @@ use super::block::{Block, Pass, group};
 use super::policy::pieces;
 use crate::error::Result;
 
-/// What the backward of the MLP reads besides its input.
+/// The activations that the backward of the MLP reads besides its input.
 #[derive(Debug)]
 pub(super) struct MlpSaved {
     rstd: Matrix,

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use qlora_kernels::weight::WeightCache;
 
-/// What a block's forward keeps.
+/// The activations that a block's forward keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Keep {
     /// Nothing: no backward follows.
@@ -15,7 +15,7 @@ pub enum Keep {
     Input,
     /// The input, in pinned host memory while the blocks above run (on the CPU the same as `Input`).
     Offload,
-    /// What attention and its projections made, up to the MLP's input: the backward recomputes the MLP alone.
+    /// The activations of attention and its projections, up to the MLP's input: the backward recomputes the MLP alone.
     Attention,
     /// The same, in pinned host memory (on the CPU the same as `Attention`).
     OffloadAttention,

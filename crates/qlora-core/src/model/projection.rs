@@ -1,6 +1,6 @@
 //! One linear layer of a block: a frozen weight, its bias, and its slot in the flat adapter buffer.
 //!
-//! What it computes is in [`qlora_kernels::ops::linear_group`]: layers that read the same input run together.
+//! The computation is in [`qlora_kernels::ops::linear_group`]: layers that read the same input run together.
 
 use std::sync::{Arc, OnceLock};
 

@@ -17,7 +17,7 @@ use super::trained::Adapter;
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 
-/// What distinguishes one training pass from another.
+/// The parameters of a training pass: those that differ from pass to pass.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct TrainPass {

@@ -25,7 +25,7 @@ pub struct Adapter {
     derived: Arc<Derived>,
 }
 
-/// What follows from an adapter's values and the weights, made when it is first asked for.
+/// Values derived from an adapter's values and the weights, computed when first asked for.
 #[derive(Debug, Default)]
 struct Derived {
     /// The variable was handed out: whoever has it may change the values at any time, so nothing is remembered.
@@ -78,7 +78,7 @@ impl Adapter {
         self.update(|flat| flat.copy_from(View::vector(values)))
     }
 
-    /// What it changes.
+    /// The adapter's changes of the model, by module.
     pub(super) fn changes(&self) -> &AdapterChanges {
         &self.changes
     }
@@ -104,7 +104,7 @@ impl Adapter {
         }
     }
 
-    /// What a training pass has to know of the weights with the adapter; none where it is LoRA.
+    /// The inverse norms that a DoRA training pass needs, from the weights with the adapter; none where it is LoRA.
     ///
     /// # Errors
     /// If the device fails.

@@ -14,7 +14,7 @@ use std::path::Path;
 pub struct GenerationConfig {
     /// The most tokens to generate.
     pub max_new_tokens: usize,
-    /// What the logits are divided by; none or 0 takes the most probable token each time. Below
+    /// The temperature, which divides the logits; none or 0 takes the most probable token each time. Below
     /// [`GenerationConfig::GREEDY_BELOW`] it counts as 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f64>,
@@ -140,7 +140,7 @@ impl GenerationConfig {
         Ok(config)
     }
 
-    /// What the text of a `generation_config.json` says; see [`GenerationConfig::for_model`].
+    /// Parses the text of a `generation_config.json`; see [`GenerationConfig::for_model`].
     ///
     /// # Errors
     /// If the text is no JSON, or has values that make no sense.

@@ -293,7 +293,7 @@ fn twice(name: &str, first: &Path, second: &Path) -> Error {
     Error::tensor(name, format!("in two files: {} and {}", first.display(), second.display()))
 }
 
-/// What is left when the quantized layers are taken out must be plain: companions that no quantized layer needs, or
+/// Checks that the tensors beside the quantized layers are plain: companions that no quantized layer needs, or
 /// integers, mean that files and configuration do not fit.
 fn refuse_quantized(shard: &Shard, name: &str, quantization: Option<&CheckpointQuantization>) -> Result<()> {
     const COMPANIONS: [&str; 14] = [

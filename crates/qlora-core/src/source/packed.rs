@@ -191,7 +191,7 @@ pub(super) fn find(
 pub(super) fn read(raw: &Raw<'_>, name: &str, packed: &Packed) -> Result<SourceWeight> {
     let module = name.trim_end_matches(".weight");
     let shape = packed.shape;
-    // What the kernels' checks say, with the place.
+    // The errors of the kernels' checks, with the place added.
     let place = || raw.shards[packed.shard].path().display();
     let tensor = |error: qlora_kernels::Error| Error::tensor(name, format!("{error}, in {}", place()));
     Ok(match &packed.kind {

@@ -1,4 +1,4 @@
-//! What a decoder is made of: one description for all supported architectures.
+//! The configuration of a decoder: one description for all supported architectures.
 //!
 //! [`ModelConfig::from_json_file`] reads the `config.json` of transformers 4 and 5. What it cannot represent is an error
 //! that names the option; sizes are checked, so that no file can ask for an absurd allocation.
@@ -49,7 +49,7 @@ pub struct ModelConfig {
     pub sliding_window: Vec<Option<usize>>,
     /// For each block, whether its queries and keys are left unrotated; blocks beyond the list are rotated.
     pub without_rope: Vec<bool>,
-    /// What the architecture multiplies with.
+    /// The constant factors of the architecture.
     pub scalings: Scalings,
     /// Whether the output head is the embedding.
     pub tie_word_embeddings: bool,

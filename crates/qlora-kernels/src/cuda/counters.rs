@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::gpu::Gpu;
 
-/// What a GPU was asked to make since the device was opened. See [`Gpu::counters`].
+/// Counts of a GPU's slow operations since the device was opened: allocations and the like. See [`Gpu::counters`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Counters {
@@ -24,7 +24,7 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// What was made since `earlier`.
+    /// The differences from an `earlier` reading.
     pub fn since(self, earlier: Self) -> Self {
         Self {
             device_allocations: self.device_allocations.saturating_sub(earlier.device_allocations),
@@ -73,7 +73,7 @@ pub(super) fn count(counter: &AtomicU64) {
 }
 
 impl Gpu {
-    /// What was made so far of the things that are slow to make.
+    /// Reads the counts of slow operations so far.
     pub fn counters(&self) -> Counters {
         let counting = self.counting();
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);

@@ -48,7 +48,7 @@ pub struct AttentionLibrary {
 struct State {
     /// The library, or why it cannot be used.
     library: Option<std::result::Result<Arc<Cudnn>, String>>,
-    /// What became of each kind of attention: what the self-test said, or why a call failed later.
+    /// The state of each kind of attention: its self-test's result, or the reason why a call failed later.
     kinds: HashMap<Kind, std::result::Result<f64, String>>,
     /// Why single shapes are left to our own kernels, the first few.
     refusals: Vec<String>,
@@ -139,7 +139,7 @@ impl AttentionLibrary {
         state.library.as_ref().and_then(|library| library.as_ref().ok()).map_or(Vec::new(), |cudnn| cudnn.plans())
     }
 
-    /// What was found, in words.
+    /// The state of cuDNN's attention, in words.
     pub fn describe(&self) -> String {
         let state = self.state();
         match &state.library {
@@ -163,7 +163,7 @@ impl AttentionLibrary {
         }
     }
 
-    /// What cuDNN is to compute of a batch, if anything. The windows of the call must allow it.
+    /// The attention task of a batch for cuDNN; none if our own kernels run it. The windows of the call must allow it.
     pub(super) fn task<'a>(
         &self,
         gpu: &Gpu,

@@ -24,7 +24,7 @@ impl Event {
         Ok(event)
     }
 
-    /// What is enqueued on `stream` from now on runs after the event.
+    /// Makes work that is enqueued on `stream` from now on wait for the event.
     pub(super) fn hold(&self, op: &'static str, stream: &CudaStream) -> Result<()> {
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
         // SAFETY: both are alive; the driver keeps what it needs of the event.

@@ -11,7 +11,7 @@ use candle_core::cuda_backend::cudarc::driver::{result, sys};
 use super::gpu::{Gpu, cuda_error};
 use crate::error::Result;
 
-/// What one kind of operation took.
+/// The time of one kind of operation.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ProfileEntry {
     /// The operation. Matrix products have the kind and, after it, the sizes.

@@ -108,7 +108,7 @@ pub(crate) fn with_gains<'a>(
     Ok(workspace.upload(&all, 1, all.len())?)
 }
 
-/// What a layer's adapter of any kind is for inference over a flat adapter of `len` numbers.
+/// The change of a linear layer by an adapter of any kind, for inference over a flat adapter of `len` numbers.
 pub(crate) fn change(slot: &LoraSlot, len: usize) -> LinearChange {
     let gain = match &slot.kind {
         SlotKind::Dora(places) => Some(len + places.norms.start..len + places.norms.end),

@@ -12,7 +12,7 @@
 
 use super::{MemoryPlan, Planner};
 
-/// What launches of a block cost beside their work, forward and backward: some 60 of 4 us.
+/// The launch overhead of a block, forward and backward, in seconds: some 60 launches of 4 us.
 const BLOCK: f64 = 250e-6;
 
 /// The speed that a cost model expects. Nothing was run for it.

@@ -22,7 +22,7 @@ const MAX_NAME: u64 = 65_535;
 const MAX_NESTING: u32 = 4;
 const DEFAULT_ALIGNMENT: u64 = 32;
 
-/// What went wrong, without the path.
+/// The result of parsing; the error is a message without the path.
 pub(super) type Parse<T> = std::result::Result<T, String>;
 
 /// A metadata value; strings and arrays stay in the file.

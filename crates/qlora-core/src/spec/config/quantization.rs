@@ -29,7 +29,7 @@ pub enum CheckpointQuantization {
         bits: usize,
         /// Input features that share a scale; none for all.
         group_size: Option<usize>,
-        /// What is added to a stored zero point: 1 in the format `gptq`, 0 in `gptq_v2`.
+        /// The offset of a stored zero point, added when it is read: 1 in the format `gptq`, 0 in `gptq_v2`.
         zero_offset: u8,
         /// Modules may have bits and groups of their own (`dynamic`).
         per_module: bool,
@@ -41,7 +41,7 @@ pub enum CheckpointQuantization {
     },
 }
 
-/// What is read, for messages.
+/// The supported quantization methods, for messages.
 const SUPPORTED: &str = "bitsandbytes (4-bit NF4 and FP4, 8-bit), gptq (4 and 8 bits; checkpoint_format gptq and \
                          gptq_v2) and awq (4 bits; version gemm)";
 

@@ -158,7 +158,7 @@ impl Algorithms {
         if !known.chosen.contains_key(&of_size) {
             let expected = self.expected.load(Ordering::Relaxed);
             for size in sizes(expected) {
-                // What the library has nothing for is reported where it is needed.
+                // A product that the library has no algorithm for is reported where it is needed.
                 let _ = self.choose(&mut known, op, handle, key.with_rows(size));
             }
         }

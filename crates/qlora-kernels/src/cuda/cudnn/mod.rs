@@ -77,7 +77,7 @@ unsafe impl Send for Cudnn {}
 // SAFETY: as above.
 unsafe impl Sync for Cudnn {}
 
-/// What a plan is made for.
+/// The key of a cached plan: the shape, the strides, and forward or backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     shape: SdpaShape,

@@ -12,7 +12,7 @@ use super::graph::{Graph, Tensor};
 /// How many configurations of the heuristics are tried before giving up.
 const ATTEMPTS: usize = 8;
 
-/// What plans are made for.
+/// The target of a plan: a device that is present, or the description of one.
 pub(super) enum Target {
     /// The device of a library handle.
     Handle(Handle),

@@ -41,7 +41,7 @@ pub(super) struct Ports {
     pub(super) offsets: Vec<(i64, Tensor)>,
 }
 
-/// What is being built.
+/// The state of building an attention graph.
 struct Builder<'a> {
     graph: Graph,
     ports: Ports,

@@ -1,4 +1,4 @@
-//! What the caller says about an attention call: sizes, element type, and where the tensors lie.
+//! The description of an attention call: sizes, element type, and where the tensors lie.
 
 use super::api::DataType;
 use super::error::{CudnnError, Result};

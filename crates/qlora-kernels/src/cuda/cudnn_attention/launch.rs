@@ -12,7 +12,7 @@ use crate::ops::attention::AttentionConfig;
 /// Bytes that plans may want besides what [`packed_workspace`] derives.
 const SLACK: u64 = 4 << 20;
 
-/// What cuDNN is to compute: sequences of one length, or packed ones.
+/// An attention task for cuDNN: sequences of one length, or packed ones.
 #[derive(Clone, Copy)]
 pub(in crate::cuda) struct Task<'a> {
     pub(super) shape: SdpaShape,

@@ -77,7 +77,7 @@ pub(super) fn forward(
         let rounded = rounded.and_then(|(_, rounded)| rounded);
         let mut y = y.reborrow().slice_cols(columns.clone());
         let residual = residual.map(|residual| residual.slice_cols(columns));
-        // What the adapters add to a product that does not bring it along.
+        // Adds the adapters' part to a product that does not include it.
         let add_adapters = |y| match &s {
             Some(s) => gpu.matmul(op, Kind::Nt, s.view().cuda(op)?, w.margin(rp), y, 1.0, 1.0),
             None => Ok(()),
