@@ -1,4 +1,4 @@
-//! What the benches share of a command line and a results file.
+//! Code shared by the benches: parsing of the command line, writing of a results file.
 
 use std::io::Write;
 use std::path::Path;

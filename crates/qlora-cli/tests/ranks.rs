@@ -172,7 +172,7 @@ impl Running {
         assert!(Command::new("kill").args([format!("-{name}"), id.to_string()]).status().unwrap().success());
     }
 
-    /// What was said until all ranks had ended, which they must within `limit`.
+    /// Waits until all ranks have ended, at most `limit`; the exit code and the output.
     fn end(mut self, limit: Duration) -> (Option<i32>, String) {
         let begin = Instant::now();
         while self.launcher.try_wait().unwrap().is_none() {

@@ -1,4 +1,4 @@
-//! What an operation can refuse.
+//! Errors of the operations.
 
 /// The result of an operation.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -25,7 +25,7 @@ pub enum Error {
     Invalid {
         /// The operation.
         op: &'static str,
-        /// What is wrong, with the value.
+        /// A description of the problem, with the value.
         message: String,
     },
 
@@ -61,7 +61,7 @@ pub enum Error {
         op: &'static str,
         /// The `cudaError_t`.
         code: i32,
-        /// What it means.
+        /// The meaning of the error code.
         what: &'static str,
         /// The operation that this thread enqueued last: kernels run later than they are enqueued, so `op` is only where
         /// a fault showed.
@@ -73,7 +73,7 @@ pub enum Error {
     Io {
         /// The operation.
         op: &'static str,
-        /// What the operating system says.
+        /// The operating system's error.
         error: std::io::Error,
     },
 
@@ -149,7 +149,7 @@ mod tests {
             assert!(late.contains(part), "{late}");
         }
         assert!(!text(700, None).contains("last:"));
-        // What a launch itself reports is where it happened.
+        // An error of a launch itself is reported at the operation that failed.
         assert_eq!(text(1, Some("attention")), "loss: a kernel failed (CUDA error 1)");
     }
 }

@@ -119,7 +119,7 @@ impl SequenceLayout {
         self.device.get_or_make(gpu, || self.bounds.iter().map(bound).collect::<Vec<i32>>())
     }
 
-    /// What attention on a GPU decided for this batch, and its copies there.
+    /// The GPU attention path chosen for this batch, and the batch's copies on the GPU.
     #[cfg(feature = "cuda")]
     pub(crate) fn attention(&self) -> &AttentionBatch {
         &self.attention

@@ -242,7 +242,7 @@ impl Matrix {
     }
 }
 
-/// What a custom op's forward is given, seen as `[product of the leading dimensions, last dimension]`.
+/// The input of a custom op's forward as a matrix `[product of the leading dimensions, last dimension]`.
 ///
 /// # Errors
 /// If the storage is not contiguous f32; the error names `op`.
@@ -258,7 +258,7 @@ pub fn storage_view<'a>(op: &'static str, storage: &'a CpuStorage, layout: &Layo
     Ok(View::new(&data[start..end], rows, cols))
 }
 
-/// What a custom op's forward is given on a GPU: holds on to the GPU, so that views can be borrowed.
+/// The input of a custom op's forward on a GPU: holds on to the GPU, so that views can be borrowed.
 #[cfg(feature = "cuda")]
 pub struct CudaStorageView<'a> {
     gpu: std::sync::Arc<crate::cuda::Gpu>,

@@ -19,9 +19,9 @@ use crate::error::{Error, Result};
 pub struct Answer {
     /// The last message before the answer.
     pub prompt: String,
-    /// What the data says.
+    /// The answer in the data.
     pub expected: String,
-    /// What the model says.
+    /// The answer of the model.
     pub given: String,
 }
 

@@ -139,7 +139,7 @@ pub fn launch(size: usize) -> Result<u8> {
     Ok(wait(ranks, &signal))
 }
 
-/// What a rank prints, line by line with its number.
+/// Passes a rank's output on, line by line with the rank's number.
 fn pass_on(rank: usize, from: impl Read + Send + 'static) {
     std::thread::spawn(move || {
         for line in BufReader::new(from).split(b'\n').map_while(io::Result::ok) {

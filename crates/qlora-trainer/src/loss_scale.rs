@@ -15,7 +15,7 @@ const GROWTH_INTERVAL: u64 = 2000;
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct LossScale {
-    /// What the loss of the next step is multiplied by: a power of two.
+    /// The factor of the loss in the next step: a power of two.
     pub scale: f32,
     /// Steps since the last change of the scale.
     pub growth_tracker: u64,

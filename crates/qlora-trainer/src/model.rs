@@ -1,4 +1,4 @@
-//! What the training loop asks of a model.
+//! The interface that the training loop needs of a model.
 
 use std::ops::Range;
 use std::path::Path;
@@ -108,8 +108,8 @@ pub trait TrainableModel {
     /// Whatever went wrong; nothing half-written may be left under the adapter's final names.
     fn save_adapter(&self, folder: &Path) -> Result<()>;
 
-    /// What makes this model a different one, as names and values: its files, quantization, adapter options. A checkpoint
-    /// is only taken by a model with the same.
+    /// The identity of this model, as names and values: its files, quantization, adapter options. A checkpoint is only
+    /// taken by a model with the same.
     fn identity(&self) -> Vec<(String, String)> {
         Vec::new()
     }

@@ -148,7 +148,7 @@ impl Session {
         self.comm.rank()
     }
 
-    /// What the ranks are, for a line at the start of the run; none for a process of its own.
+    /// A description of the ranks, for a line at the start of the run; none for a process of its own.
     pub fn ranks_note(&self) -> Option<String> {
         let (ranks, options) = (self.comm.size(), &self.config.training);
         let described = self.comm.describe()?;
@@ -179,7 +179,8 @@ impl Session {
             .with_template_kwargs(self.config.data.chat_template_kwargs.as_map())
     }
 
-    /// What the memory plan does not say of a GPU's type, if it is not what most GPUs compute in; none on the CPU.
+    /// A note on the compute type if it is not bfloat16, which most GPUs use, and that the memory plan does not state;
+    /// none on the CPU.
     pub fn compute_note(&self) -> Option<&'static str> {
         let asked = self.config.model.bnb_4bit_compute_dtype.is_some();
         match self.model.workspace().gradient_dtype() {

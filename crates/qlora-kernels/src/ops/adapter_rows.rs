@@ -27,7 +27,7 @@ use crate::matrix::Workspace;
 use crate::view::{View, ViewMut};
 use crate::weight::{FrozenWeight, WeightCache};
 
-/// What an adapter does to one linear layer.
+/// The change that an adapter makes to one linear layer.
 #[derive(Clone, Debug, Default)]
 pub struct LinearChange {
     /// LoRA's factors in the adapter's values.
@@ -47,7 +47,7 @@ impl LinearChange {
     }
 }
 
-/// What an adapter does to a model, by the modules' names.
+/// The changes that an adapter makes to a model, by the modules' names.
 #[derive(Clone, Debug, Default)]
 pub struct AdapterChanges {
     /// Linear layers.
@@ -63,7 +63,7 @@ pub struct RowAdapter<'a> {
     pub rows: Range<usize>,
     /// The adapter's numbers, f32, one row.
     pub values: View<'a>,
-    /// What they are for.
+    /// The changes that the values belong to.
     pub changes: &'a AdapterChanges,
 }
 

@@ -58,7 +58,7 @@ pub struct AttentionConfig {
     pub kv_heads: usize,
     /// Elements of one head.
     pub head_dim: usize,
-    /// What scores are multiplied by, usually `1 / sqrt(head_dim)`.
+    /// The factor of the attention scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
     /// How many positions a token sees, itself included; none: all up to itself.
     pub window: Option<usize>,

@@ -72,7 +72,7 @@ impl Dropout {
         Mask::new(self).keeps(index)
     }
 
-    /// What kept elements are multiplied by: `1 / (1 - p)`.
+    /// The factor of the elements that are kept: `1 / (1 - p)`.
     pub fn scale(&self) -> f32 {
         Mask::new(self).scale
     }

@@ -54,7 +54,7 @@ fn sum_of_squares(chunk: &[f32]) -> f64 {
     )
 }
 
-/// What a gradient of norm `norm` is multiplied by so that its norm is at most `max_norm`; NaN if `norm` is NaN.
+/// The factor that scales a gradient of norm `norm` to a norm of at most `max_norm`; NaN if `norm` is NaN.
 pub fn clip_coefficient(norm: f64, max_norm: f64) -> f32 {
     let coefficient = max_norm / (norm + 1e-6);
     // Not `min`, which would turn NaN into 1.

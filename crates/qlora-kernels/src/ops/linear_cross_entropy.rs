@@ -43,7 +43,7 @@ pub struct LossSum {
     pub trained_tokens: usize,
 }
 
-/// What the gradient of each row's cross-entropy is multiplied by.
+/// The factor of the gradient of each row's cross-entropy.
 #[derive(Clone, Copy, Debug)]
 pub enum GradScale<'a> {
     /// The same for all rows: `1 / num_items` for a mean.

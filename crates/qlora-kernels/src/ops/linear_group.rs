@@ -62,11 +62,11 @@ pub struct LoraSlot {
     pub b: Range<usize>,
     /// The rank.
     pub rank: usize,
-    /// What the adapter's output is multiplied by.
+    /// The factor of the adapter's output.
     pub scale: f32,
     /// Tells this layer's dropout mask from the others'.
     pub stream: u64,
-    /// What the adapter computes with A and B, and its further parameters.
+    /// The kind of the adapter, with its parameters besides A and B.
     pub kind: SlotKind,
 }
 

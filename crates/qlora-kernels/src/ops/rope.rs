@@ -61,7 +61,7 @@ pub enum RopeScaling {
         beta_fast: f64,
         /// Rotations below which a frequency is scaled whole (1).
         beta_slow: f64,
-        /// What cos and sin are multiplied by; none: `0.1 ln(factor) + 1`.
+        /// The factor of cos and sin; none: `0.1 ln(factor) + 1`.
         attention_factor: Option<f64>,
         /// Whether the correction range is rounded to whole dimensions.
         truncate: bool,
@@ -156,7 +156,7 @@ impl RopeTable {
         &self.inverse_frequencies
     }
 
-    /// What cos and sin are multiplied by: 1 except with YaRN.
+    /// The factor of cos and sin: 1 except with YaRN.
     pub fn attention_factor(&self) -> f32 {
         self.attention_factor
     }

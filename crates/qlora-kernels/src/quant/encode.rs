@@ -95,8 +95,8 @@ pub(super) fn encode<T: Element>(
     refused.map_or(Ok(()), Err)
 }
 
-/// What one thread does. Not a closure: the shim that calls one is not always inlined where the vector instructions
-/// are.
+/// The piece of the work that one thread does. Not a closure: the shim that calls one is not always inlined where the
+/// vector instructions are.
 struct Piece<'a, T> {
     quant_type: QuantType,
     blocksize: usize,

@@ -47,7 +47,7 @@ pub struct TrainerState {
     pub num_train_epochs: u64,
     /// Steps between two checkpoints.
     pub save_steps: u64,
-    /// What this crate adds.
+    /// The state that this crate adds to transformers' keys.
     pub stateful_callbacks: StatefulCallbacks,
     /// Always 0.
     pub total_flos: f64,
@@ -66,7 +66,7 @@ pub struct StatefulCallbacks {
     pub qlora: QloraState,
 }
 
-/// What a resumed run needs beyond transformers' keys.
+/// The state that a resumed run needs beyond transformers' keys.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct QloraState {
     /// The version of this struct.
@@ -78,7 +78,7 @@ pub struct QloraState {
     /// Where that is in data that is read while it is trained on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stream: Option<StreamPosition>,
-    /// What has been trained since the last log entry.
+    /// The sums of the steps since the last log entry.
     pub(crate) window: LogWindow,
     /// Seed of initialisation and dropout.
     pub seed: u64,
@@ -86,7 +86,8 @@ pub struct QloraState {
     pub data_seed: u64,
     /// Stands for the parameters before the first step: equal for runs that began equally.
     pub initial_parameters: String,
-    /// What the chat template took for now (RFC 3339) when the data was rendered, if it asks for the time.
+    /// The current time (RFC 3339) that the chat template was given when the data was rendered, if it asks for the
+    /// time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub template_time: Option<String>,
     /// The scale of the loss, in a run whose gradients are float16.
@@ -97,7 +98,7 @@ pub struct QloraState {
     pub ranks: usize,
     /// Stands for `optimizer.safetensors`.
     pub optimizer_fingerprint: String,
-    /// What must be the same for a run to go on.
+    /// The identity of the run, which a resumed run must have, too.
     pub identity: RunIdentity,
 }
 

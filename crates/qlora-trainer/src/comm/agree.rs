@@ -1,4 +1,4 @@
-//! What the ranks of a run must have in common, compared before the first step.
+//! The settings that all ranks of a run must have in common, compared before the first step.
 
 use std::collections::BTreeMap;
 

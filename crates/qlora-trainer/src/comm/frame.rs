@@ -8,7 +8,7 @@
 
 use std::io::{self, Read, Write};
 
-/// What a stray client does not send.
+/// The first bytes of a message, by which a stray client is told from a rank.
 const MAGIC: [u8; 4] = *b"QLRA";
 /// The most that is taken for granted: memory is taken as bytes come, not as they are announced.
 const PIECE: u64 = 1 << 20;

@@ -15,7 +15,7 @@ pub struct Place {
     pub local_rank: usize,
 }
 
-/// What a launcher said.
+/// The place of a process among the ranks, as the launcher gave it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ranks {
     /// This process.
@@ -44,7 +44,7 @@ const HOST: &str = "MASTER_ADDR";
 const PORT: &str = "MASTER_PORT";
 
 impl Ranks {
-    /// What the environment says; `None` for a process of its own.
+    /// Reads the ranks from the environment; `None` for a process of its own.
     ///
     /// # Errors
     /// If it says half of it, or contradicts itself; the message names the variables.

@@ -16,7 +16,7 @@ const VALIDATE: u8 = 0x00;
 const SET: u8 = 0x01;
 const GET: u8 = 0x03;
 const CHECK: u8 = 0x05;
-/// What the first request has to hold.
+/// The number that the first request has to hold.
 const MAGIC: u32 = 0x3C85_F7CE;
 /// The longest value that is taken: an address.
 const LONGEST: u64 = 1 << 12;

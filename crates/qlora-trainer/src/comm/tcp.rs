@@ -61,7 +61,7 @@ pub struct Tcp {
     described: String,
 }
 
-/// What the threads of a communicator know together.
+/// The state that the threads of a communicator share.
 struct Shared {
     /// The rank that ended the run, and why.
     lost: Mutex<Option<(usize, String)>>,

@@ -115,7 +115,7 @@ pub enum Scheduler {
     Linear,
 }
 
-/// What happens to a document of more than `max_length` tokens.
+/// The treatment of a document of more than `max_length` tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnOverlong {
@@ -127,7 +127,7 @@ pub enum OnOverlong {
     Truncate,
 }
 
-/// What happens to a row that has no token to train on.
+/// The treatment of a row that has no token to train on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnUntrained {

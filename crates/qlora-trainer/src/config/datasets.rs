@@ -36,7 +36,7 @@ pub struct DatasetOptions {
     /// The set's share of the mixture: of each set the first rows, as many as the shares allow (TRL). All sets have one, or
     /// none. Default: none.
     pub fraction: Option<f64>,
-    /// What columns mean, in LLaMA-Factory's names; columns that are not named are left out. Default: none.
+    /// The roles of the columns, in LLaMA-Factory's names; columns that are not named are left out. Default: none.
     pub columns: Option<ColumnNames>,
     /// How the messages of `columns.messages` are written, in LLaMA-Factory's names. Default: none.
     pub tags: Option<TagNames>,

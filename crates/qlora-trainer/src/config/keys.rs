@@ -46,7 +46,7 @@ struct Foreign {
     value: Value,
 }
 
-/// What the keys of a text are.
+/// The keys of a configuration's text, with their lines.
 #[derive(Default)]
 pub(super) struct Keys {
     /// The line of every section and of every `section.key` of ours.
@@ -125,7 +125,7 @@ impl Keys {
         true
     }
 
-    /// What is wrong with the keys that are not ours, with their lines, in a file that otherwise says `config`.
+    /// The problems of the keys that are not ours, with their lines, in a file that otherwise says `config`.
     pub(super) fn problems(mut self, config: &TrainConfig) -> Vec<(usize, String)> {
         for Foreign { line, section, key, known, value } in self.foreign {
             match known.refusal(config, &key, &value) {
@@ -158,7 +158,7 @@ fn unknown_section(section: &str, known: &[Section]) -> String {
     format!("unknown section [{section}]; {hint}")
 }
 
-/// What to write instead of a `key` in `section` that nobody knows, as the end of a message.
+/// A suggestion for an unknown `key` in `section`, as the end of a message.
 pub(super) fn suggestion(section: &str, key: &str, known: &[Section]) -> String {
     if let Some((name, _)) = known.iter().find(|(_, keys)| keys.contains(&key)) {
         return format!("; it belongs in [{name}]");

@@ -21,7 +21,7 @@ const fn key(names: &'static [&'static str], means: Means) -> KnownKey {
 const ADAPTERS: &str = "adapters are LoRA here; leave it out";
 const TOKENIZER: &str = "the tokenizer and its tokens are the model's own; leave it out";
 
-/// What the keys of a section of another trainer belong to.
+/// The meanings of section names in other trainers' files: our section, and their names for it.
 pub(super) const KNOWN_SECTIONS: &[(&str, &[&str])] = &[
     (
         "model",

@@ -57,7 +57,7 @@ pub struct TrainConfig {
     pub model: ModelOptions,
     /// The adapters.
     pub lora: LoraOptions,
-    /// What to train on.
+    /// The data to train on.
     pub data: DataOptions,
     /// How to train.
     pub training: TrainingOptions,
@@ -94,8 +94,8 @@ pub struct ModelOptions {
     /// Where to train: `"auto"` (the first GPU if the program is built with the feature `cuda` and there is one, otherwise
     /// the CPU), `"cpu"`, `"cuda"` or `"cuda:1"`. Default: auto.
     pub device: String,
-    /// What a GPU computes in: `"bfloat16"`, `"float16"` (with dynamic loss scaling) or `"float32"`. The CPU computes in float32.
-    /// Default: bfloat16, on a GPU without it (compute capability below 8.0) float16.
+    /// The compute type on a GPU: `"bfloat16"`, `"float16"` (with dynamic loss scaling) or `"float32"`. The CPU
+    /// computes in float32. Default: bfloat16, on a GPU without it (compute capability below 8.0) float16.
     pub bnb_4bit_compute_dtype: Option<ComputeDtype>,
 }
 
@@ -192,10 +192,10 @@ pub struct DataOptions {
     pub chat_template_path: Option<PathBuf>,
     /// The longest document in tokens, and with `packing` the size of a bin. Default: 1024.
     pub max_length: usize,
-    /// What happens to a longer document: `"truncate"` keeps its start, `"drop"` leaves it out, `"error"` stops.
+    /// The treatment of a longer document: `"truncate"` keeps its start, `"drop"` leaves it out, `"error"` stops.
     /// Default: truncate; the number is reported.
     pub on_overlong: OnOverlong,
-    /// What happens to a row without a token to train on: `"error"` or `"skip"`. Default: error.
+    /// The treatment of a row without a token to train on: `"error"` or `"skip"`. Default: error.
     pub on_untrained: OnUntrained,
     /// Train on the assistant's messages and on completions only. False trains on every token. Plain `text` rows are
     /// always trained whole. Default: true.
@@ -292,8 +292,8 @@ pub struct TrainingOptions {
     pub memory_budget: Option<f64>,
     /// The same bits in every run on a GPU, for some speed (a CPU gives them anyway). Default: false.
     pub full_determinism: bool,
-    /// What is minimised: `"sft"` (supervised fine-tuning: the cross-entropy of answers) or `"dpo"` (direct preference
-    /// optimization, on pairs of answers; its options stand in `[objective]`). Default: sft.
+    /// The training objective: `"sft"` (supervised fine-tuning: the cross-entropy of answers) or `"dpo"` (direct
+    /// preference optimization, on pairs of answers; its options stand in `[objective]`). Default: sft.
     pub objective: ObjectiveKind,
     /// The optimizer: `"adamw_torch"`, or `"adamw_8bit"` with moments of 8 bits. Default: adamw_torch.
     pub optim: Optim,

@@ -12,7 +12,7 @@ use serde::Deserialize;
 
 use super::rows::{PATTERNS, data_extension, is_data};
 
-/// What is wanted of a data set.
+/// The part of a hub data set that is requested.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Wanted<'a> {
     /// The configuration.
@@ -30,7 +30,7 @@ pub(crate) struct Wanted<'a> {
 pub(crate) enum Refusal {
     /// There are none in a format that is read.
     NoData(String),
-    /// What was asked for is not there.
+    /// The requested part does not exist.
     NotThere(String),
 }
 
@@ -146,7 +146,7 @@ fn config_of(card: Option<&str>, wanted: Wanted<'_>) -> Result<Option<Config>, R
     }
 }
 
-/// What stands between the two lines `---` at a card's beginning.
+/// The text between the two lines `---` at a card's beginning.
 fn front_matter(card: &str) -> Option<&str> {
     let rest = card.trim_start_matches('\u{feff}').trim_start().strip_prefix("---")?;
     rest.split_once("\n---").map(|(front, _)| front)

@@ -79,7 +79,7 @@ struct Dropped {
     reason: DropReason,
 }
 
-/// What of a file's rows was not used: names, in the order in which they occurred.
+/// The unused parts of a file's rows: names, in the order in which they occurred.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Unused {
     /// Columns that mean nothing in the rows' format.
@@ -110,7 +110,7 @@ pub struct Document<'a> {
     pub trained: &'a [bool],
 }
 
-/// What was read, and what became of it.
+/// Statistics of the data that was read: rows, documents, and how many were cut or left out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DataStats {
@@ -259,7 +259,7 @@ impl Dataset {
         self.dropped.iter().filter_map(|dropped| Some((self.place(dropped.origin)?, dropped.reason)))
     }
 
-    /// What was read, and what became of it.
+    /// The statistics of the data that was read.
     pub fn stats(&self) -> &DataStats {
         &self.stats
     }
@@ -290,8 +290,8 @@ impl Dataset {
         fingerprint
     }
 
-    /// What was not used of the files, a line for each file and reason: columns that mean nothing in the rows' format, and
-    /// those that the chat template does not read.
+    /// Remarks on unused parts of the files, a line for each file and reason: columns that mean nothing in the rows'
+    /// format, and those that the chat template does not read.
     pub fn remarks(&self) -> Vec<String> {
         let list = |names: &[String]| {
             let shown: Vec<_> = names.iter().take(20).map(|name| format!("`{name}`")).collect();
@@ -456,7 +456,7 @@ impl Dataset {
             return Err("pairs of answers (`chosen`, `rejected`) and other rows do not go together".to_owned());
         }
         for (document, first) in documents.iter().zip([true].into_iter().chain(std::iter::repeat(false))) {
-            // What happened to the row counts once.
+            // The notes of a row count once.
             self.push(document, if first { notes } else { Notes::default() }, origin);
         }
         Ok(())

@@ -112,7 +112,7 @@ fn end_of_line(bytes: &[u8]) -> usize {
     bytes.len()
 }
 
-/// What a file is that is not UTF-8 text, and how to make that of it.
+/// The format of a file that is not UTF-8 text, with advice on how to convert it.
 fn other_format(beginning: &[u8]) -> Option<&'static str> {
     const UTF32: &str =
         "the file is UTF-32 text, not UTF-8; `iconv -f UTF-32 -t UTF-8 old.jsonl > new.jsonl` converts it";
@@ -135,7 +135,7 @@ fn other_format(beginning: &[u8]) -> Option<&'static str> {
 /// The JSON of a line.
 ///
 /// # Errors
-/// What is wrong, with the column.
+/// A description of the problem, with the column.
 pub(super) fn parse(line: &Line) -> std::result::Result<Value, String> {
     if let Some(at) = line.bytes.iter().position(|&byte| byte == 0) {
         return Err(format!(

@@ -23,7 +23,7 @@ pub(super) const CHUNK: usize = 2048;
 pub struct RowSet {
     /// The files, in order.
     pub files: Vec<DataFile>,
-    /// What the columns mean.
+    /// The mapping of the columns.
     pub mapping: Mapping,
     /// As many rows, drawn at random.
     pub num_samples: Option<usize>,

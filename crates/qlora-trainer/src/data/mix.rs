@@ -23,7 +23,7 @@ pub(super) struct Turns {
     state: TurnState,
 }
 
-/// What of it changes from row to row.
+/// The state of the turns, which changes from row to row.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct TurnState {
     pub(super) random: u64,

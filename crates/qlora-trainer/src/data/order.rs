@@ -62,7 +62,7 @@ impl Order {
         if options.batch_size == 0 || options.accumulation == 0 {
             return Err(Error::Invalid("batch size and accumulation must be at least 1".to_owned()));
         }
-        // What belongs together is computed together: a group is never cut.
+        // Documents of a group are computed together: a group is never cut.
         let size = dataset.group_size();
         let documents = |group: usize| size * group..size * (group + 1);
         let groups = dataset.len() / size;

@@ -34,7 +34,7 @@ pub use preference::Preference;
 pub struct Message {
     /// Who speaks: `system`, `user`, `assistant`, `tool`, or whatever else the chat template knows.
     pub role: String,
-    /// What is said. Of a message that only calls tools this is empty, or the call as ShareGPT writes it.
+    /// The text of the message. Of a message that only calls tools this is empty, or the call as ShareGPT writes it.
     pub content: String,
     /// The content as the chat template gets it, where that is not the text: null, or a list of parts.
     pub template_content: Option<Value>,
@@ -75,7 +75,7 @@ impl Conversation {
     /// the same columns beside them as in training.
     ///
     /// # Errors
-    /// What is missing or of the wrong type.
+    /// A column that is missing or of the wrong type.
     pub fn prompt_from_json(row: &Value) -> Result<Self, String> {
         let row = object(row)?;
         if row.contains_key("messages") {
@@ -116,7 +116,7 @@ pub enum Record {
     },
     /// Alpaca. A tokenizer with a chat template sees [`Record::instruction_chat`], another [`Record::instruction_text`].
     Instruction {
-        /// What to do.
+        /// The instruction.
         instruction: String,
         /// With what; may be empty.
         input: String,
@@ -142,7 +142,7 @@ impl Row {
     /// Reads a row.
     ///
     /// # Errors
-    /// What is missing or of the wrong type.
+    /// A column that is missing or of the wrong type.
     pub fn from_json(row: &Value) -> Result<Self, String> {
         let row = object(row)?;
         let has = |key: &str| row.contains_key(key);
@@ -175,7 +175,7 @@ impl Record {
     /// Reads a row; see [`Row::from_json`] for what was not used of it.
     ///
     /// # Errors
-    /// What is missing or of the wrong type.
+    /// A column that is missing or of the wrong type.
     pub fn from_json(row: &Value) -> Result<Self, String> {
         Row::from_json(row).map(|row| row.record)
     }

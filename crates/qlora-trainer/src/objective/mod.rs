@@ -1,4 +1,4 @@
-//! What a run minimises.
+//! The objectives that a run minimises.
 //!
 //! An objective turns the log-probabilities of a micro-batch's tokens into a loss, a weight a token and metrics: its gradient
 //! is `sum_t w_t d log p_t`, whatever it is, so the model needs to know none of them
@@ -124,7 +124,7 @@ impl<'a> Scored<'a> {
     }
 }
 
-/// What an objective makes of a micro-batch: sums over its groups, which whoever asked divides.
+/// An objective's result for a micro-batch: sums over its groups, which the caller divides.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct Judged {

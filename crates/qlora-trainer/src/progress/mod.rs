@@ -27,7 +27,7 @@ impl<O: Observer + ?Sized> Observer for &mut O {
     }
 }
 
-/// What happens in a run.
+/// An event of a run, as observers get it.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub enum Event<'a> {
@@ -54,7 +54,7 @@ pub enum Event<'a> {
     Finished(Outcome),
 }
 
-/// What is known before the first step.
+/// The facts of a run that are known before its first step.
 #[derive(Clone, Copy, Debug)]
 pub struct StartInfo<'a> {
     /// Steps that are done already, in a resumed run.
@@ -96,6 +96,6 @@ pub struct StepInfo {
     pub trained_tokens: usize,
     /// How long it took, in seconds.
     pub seconds: f64,
-    /// What the objective measures besides the loss, by TRL's names: means over the step.
+    /// The objective's metrics besides the loss, by TRL's names: means over the step.
     pub metrics: Metrics,
 }

@@ -14,7 +14,7 @@ use crate::config::{LoraOptions, TrainConfig};
 use crate::error::{Error, Result};
 use crate::trainer::start::Start;
 
-/// What an adapter is before there is a model.
+/// The adapter of a run before the model is loaded.
 pub(super) enum Beginning {
     /// Not there yet.
     Fresh(Box<LoraConfig>, AdapterLayout),

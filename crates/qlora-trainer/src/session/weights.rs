@@ -1,4 +1,4 @@
-//! What tells one model's weights from another's, without reading all of them.
+//! The fingerprint of a model's weights, computed without reading all of them.
 
 use std::collections::BTreeSet;
 use std::fs::File;

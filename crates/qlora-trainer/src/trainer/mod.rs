@@ -44,7 +44,7 @@ pub enum Outcome {
     Interrupted,
 }
 
-/// What a run leaves.
+/// The result of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
     /// How it ended.
@@ -72,7 +72,7 @@ pub struct Trainer<'a, M> {
     objective: Option<Box<dyn Objective>>,
     /// Output folder and checkpoint, where they were opened before the model.
     start: Option<Start>,
-    /// What the chat template took for now when the data was rendered, if it asks.
+    /// The current time that the chat template was given when the data was rendered, if it asks for it.
     template_time: Option<String>,
     observers: Vec<Box<dyn Observer + 'a>>,
     interrupt: Interrupt,
@@ -83,12 +83,12 @@ pub struct Trainer<'a, M> {
     /// Whether the observers know that somebody asked to stop.
     interrupt_announced: bool,
     progress: Progress,
-    /// What the GPU had made up to the last step.
+    /// The GPU's counters after the last step.
     #[cfg(feature = "cuda")]
     made: qlora_kernels::cuda::Counters,
 }
 
-/// What changes from step to step besides model, optimizer and loader.
+/// The progress of a run: the state that changes from step to step besides model, optimizer and loader.
 #[derive(Clone, Debug, Default)]
 struct Progress {
     global_step: u64,

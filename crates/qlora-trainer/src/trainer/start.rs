@@ -95,7 +95,7 @@ impl Start {
     }
 }
 
-/// What people give for a checkpoint that is none: the output folder, or an adapter.
+/// Refuses folders that are mistaken for a checkpoint: the output folder, or an adapter.
 fn check_is_checkpoint(path: &Path) -> Result<()> {
     let has = |name: &str| path.join(name).exists();
     if !path.is_dir() || has(checkpoint::STATE) || has(checkpoint::OPTIMIZER) {

@@ -25,7 +25,7 @@ const TENSOR: usize = VOCAB * RANK;
 /// A1, B1, A2, B2.
 const OFFSETS: [usize; 4] = [0, TENSOR, 2 * TENSOR, 3 * TENSOR];
 
-/// What goes wrong, and when.
+/// An injected fault, and its time.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Fault {
     /// The loss is NaN.
@@ -161,7 +161,7 @@ impl Toy {
         total
     }
 
-    /// What a device that computes in the toy's type makes of a gradient.
+    /// A gradient as a device stores it that computes in the toy's type.
     fn stored(&self, gradient: f64) -> f64 {
         if self.workspace.gradient_dtype() == Dtype::F32 {
             return gradient;

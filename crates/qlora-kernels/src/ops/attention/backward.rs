@@ -113,7 +113,7 @@ impl AttentionConfig {
     }
 }
 
-/// What the backward reads, of the whole batch or of one key/value head of a sequence.
+/// The inputs of the backward, of the whole batch or of one key/value head of a sequence.
 #[derive(Clone, Copy)]
 struct Inputs<'a> {
     q: HostView<'a>,

@@ -47,7 +47,7 @@ pub enum AttentionPath {
     CudnnPacked,
 }
 
-/// What the choice depends on.
+/// The properties of a batch that determine the choice of an attention path.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct BatchFacts {
     pub(crate) sequences: usize,
@@ -261,7 +261,7 @@ mod tests {
         }
         // A length without plans of its own goes the packed way.
         assert_eq!(automatic(&[1337], Offers { uniform: false, ..ALL }), CudnnPacked);
-        // What is asked for comes before what is fast, if it can be had.
+        // A path that is asked for comes before the fastest one, if it is available.
         let asked = |path| choose(&facts(&[5, 5]), ALL, Some(path));
         assert_eq!([Own, CudnnUniform, CudnnPacked].map(asked), [Own, CudnnUniform, CudnnPacked]);
         assert_eq!(choose(&facts(&[5, 6]), ALL, Some(CudnnUniform)), Own);

@@ -20,7 +20,7 @@ pub(super) struct Line {
     handle: Arc<Handle>,
 }
 
-/// What other threads need of a line.
+/// The part of a line that other threads use.
 pub(super) struct Handle {
     pub(super) rank: usize,
     pub(super) name: String,

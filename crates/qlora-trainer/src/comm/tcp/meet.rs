@@ -50,7 +50,7 @@ impl Hello {
         format!("(process {} on {})", self.pid, self.host)
     }
 
-    /// What keeps `other` from being a rank of the same run; an error ends the run for all.
+    /// Checks that `other` is a rank of the same run and returns the difference if not; an error ends the run for all.
     fn check(&self, other: &Self) -> std::result::Result<(), String> {
         let differs = |what: &str, ours: &dyn std::fmt::Display, theirs: &dyn std::fmt::Display| {
             Err(format!("{what}: {ours} at rank 0, {theirs} at rank {} {}", other.rank, other.name()))

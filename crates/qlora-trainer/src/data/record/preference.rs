@@ -15,7 +15,7 @@ use super::{ASSISTANT, Conversation, Message, Record, Refusal, Used, with_column
 pub enum Preference {
     /// Texts.
     Text {
-        /// What both go on from.
+        /// The prompt of both answers.
         prompt: String,
         /// The better one.
         chosen: String,
@@ -24,7 +24,7 @@ pub enum Preference {
     },
     /// Messages.
     Chat {
-        /// What both go on from, with the row's tools and template arguments.
+        /// The prompt of both answers, with the row's tools and template arguments.
         prompt: Conversation,
         /// The better messages.
         chosen: Vec<Message>,

@@ -62,7 +62,7 @@ fn buffered(reader: impl Read + Send + 'static) -> Bytes {
 }
 
 const BUFFER: usize = 256 << 10;
-/// What of the beginning is looked at.
+/// The number of bytes at the file's beginning that are inspected.
 const PEEKED: usize = 4 << 10;
 
 /// An opened file at its beginning.

@@ -67,7 +67,7 @@ impl Place {
         }
     }
 
-    /// What is wrong with the row.
+    /// An error that describes the row's problem, with its place.
     pub(super) fn refuse(self, path: &Path, message: String) -> Error {
         match self {
             Self::Line(line) => Error::data(path, line, message),
@@ -107,7 +107,7 @@ impl RawRow {
     /// The row as JSON, usually an object.
     ///
     /// # Errors
-    /// What is wrong with it, without file and place.
+    /// A description of the row's problem, without file and place.
     pub fn parse(self) -> std::result::Result<Value, String> {
         match self.content {
             Content::Line(line) => lines::parse(&line),

@@ -87,7 +87,7 @@ impl StreamLoader {
         Some(Stream { shared, start, first: block?.documents, reader: reader?, identity })
     }
 
-    /// What stands for the data.
+    /// The fingerprint of the data.
     pub(crate) fn identity(&self) -> &str {
         &self.identity
     }

@@ -43,7 +43,7 @@ pub type SharedEncoder = Arc<dyn TextEncoder + Send + Sync>;
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct StreamOptions {
-    /// What happens to long documents, and what is trained.
+    /// Options of encoding: the treatment of long documents, and the mask of trained tokens.
     pub encode: EncodeOptions,
     /// Documents of fewer tokens are left out.
     pub min_sample_len: usize,
@@ -86,7 +86,7 @@ pub struct StreamPosition {
     pub items: usize,
 }
 
-/// What a stream's reader has to know; it does not change.
+/// The constant inputs of a stream's reader.
 #[derive(Clone)]
 pub(super) struct Shared {
     sets: Arc<[RowSet]>,
@@ -131,7 +131,7 @@ impl Stream {
         Ok((Self { shared, start, first, reader, identity }, validation))
     }
 
-    /// What tells these data from others, as far as that can be said without reading them.
+    /// The fingerprint of these data, as far as it can be computed without reading all of them.
     pub fn identity(&self) -> &str {
         &self.identity
     }
