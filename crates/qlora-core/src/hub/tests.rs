@@ -422,7 +422,7 @@ fn a_mistyped_folder_is_told_apart_from_an_id() {
         let error = adapter_snapshot_with("org/name", None, &settings).unwrap_err().to_string();
         assert!(error.starts_with(both), "{error}");
     }
-    // A name that is known to be a repository is not reported as a folder.
+    // For a name that is known to be a repository, the error says nothing of a missing folder.
     let error = refused(Hub { statuses: vec![("/config.json", 404)], ..model() }, None);
     assert!(!error.contains("no such folder"), "{error}");
 }

@@ -25,7 +25,7 @@ const TENSOR: usize = VOCAB * RANK;
 /// A1, B1, A2, B2.
 const OFFSETS: [usize; 4] = [0, TENSOR, 2 * TENSOR, 3 * TENSOR];
 
-/// An injected fault, and its time.
+/// An injected fault of the toy model.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Fault {
     /// The loss is NaN.
