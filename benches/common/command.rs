@@ -20,7 +20,7 @@ impl Arguments {
         Ok(self.value(name).map_or(Ok(default), |text| text.parse())?)
     }
 
-    /// Where and when: the last columns of every results file.
+    /// The place and time of the run: the last columns of every results file.
     pub(crate) fn place(&self) -> String {
         ["--gpu", "--driver", "--commit", "--date"].map(|name| self.value(name).unwrap_or_default()).join(",")
     }

@@ -1,5 +1,5 @@
-//! Where an answer ends, and that what says so goes wherever the model goes. Each test is a public report of another program's
-//! fault; the reports are named in its comment.
+//! Tests of the end of an answer, and of its record, which has to go wherever the model goes. Each test is a public
+//! report of another program's fault; the reports are named in its comment.
 //!
 //! Other inputs of the same kind that these tests try:
 //! - the end token named by `generation_config.json` alone, by `config.json` alone (one, a list), by `tokenizer_config.json` alone

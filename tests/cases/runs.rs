@@ -50,7 +50,7 @@ fn run(config: &TrainConfig) -> Result<Summary> {
     session.into_trainer(training, validation)?.run()
 }
 
-/// Why a configuration is refused, before a byte of the weights is read.
+/// The reason why a configuration is refused, before a byte of the weights is read.
 fn refused(config: &TrainConfig) -> String {
     let loaded = Cell::new(false);
     let error = Session::open(config, |_, _| loaded.set(true)).unwrap_err().to_string();

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tiny_folder::{CHATML, write_model, write_rows};
 
-/// How long the other ranks may take to end after one did.
+/// The time limit for the other ranks to end after one did.
 const END: Duration = Duration::from_secs(15);
 
 /// A model and rows of different lengths, some to evaluate on.

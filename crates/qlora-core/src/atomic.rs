@@ -126,7 +126,7 @@ fn temporary_place(path: &Path) -> Result<(&Path, String)> {
 }
 
 /// A new temporary file or folder, after what killed processes left of earlier ones is gone. `make` also says whether it could
-/// be claimed: somebody who removes leftovers may have come in between.
+/// be claimed: a removal of leftovers may have come in between.
 fn claimed<T>(folder: &Path, prefix: &str, make: impl Fn() -> Result<(bool, T)>) -> Result<T> {
     const ATTEMPTS: usize = 8;
     leftovers::sweep(folder, prefix.strip_suffix(leftovers::MARK).unwrap_or(prefix));

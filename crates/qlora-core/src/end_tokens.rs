@@ -1,4 +1,4 @@
-//! Which tokens end an answer: one notion for training, generation, merging, quantizing and GGUF files.
+//! The tokens that end an answer: one notion for training, generation, merging, quantizing and GGUF files.
 //!
 //! A model's files often disagree. Base models name the end of a document in `generation_config.json`, while the chat template
 //! that they are trained with ends a turn with another token; GGUF files of Llama 3 name `<|end_of_text|>` alone. transformers

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 /// The result of anything in this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why something in this crate failed. Messages name the file, tensor or layer, and say what to do where that is known.
+/// An error of this crate. Messages name the file, tensor or layer, and say what to do where that is known.
 ///
 /// A message is whole: it holds what the operating system or another crate said, which therefore is no
-/// [`source`](std::error::Error::source) too. Whoever prints a chain of errors (anyhow does) prints nothing twice.
+/// [`source`](std::error::Error::source) too. A printed chain of errors (as by anyhow) repeats nothing.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

@@ -135,7 +135,7 @@ struct Request<'a> {
     settings: &'a Settings,
 }
 
-/// Which files of a repository.
+/// The files of a repository to download.
 #[derive(Clone, Copy)]
 enum Wanted<'a> {
     /// A model in Hugging Face's layout, with its tokenizer or with another one.

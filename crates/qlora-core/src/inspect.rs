@@ -30,7 +30,7 @@ use crate::model::plan::AttentionWorkspace;
 use crate::model::{BatchShape, Planner};
 use crate::spec::{BlockSpec, Kind};
 
-/// How the blocks' linear layers are held.
+/// The precision of the blocks' linear layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
     /// 32-bit.

@@ -13,7 +13,7 @@ use std::fmt::Write;
 use crate::chat::{ChatTemplate, Message, TemplateArguments};
 use crate::tokenizer::Tokenizer;
 
-/// How many conversations a Go template is compared on.
+/// The number of conversations on which a Go template is compared.
 pub const CONVERSATIONS: usize = 20;
 
 /// The contents of a Modelfile.

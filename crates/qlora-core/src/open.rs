@@ -15,14 +15,15 @@ use crate::source::gguf::split;
 use crate::source::{Gguf, HfDirectory, WeightSource};
 use crate::tokenizer::Tokenizer;
 
-/// How a model is looked for. The defaults are those of Hugging Face's libraries, their environment variables included.
+/// Options of finding and opening a model. The defaults are those of Hugging Face's libraries, their environment
+/// variables included.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct OpenOptions {
     /// Branch, tag or commit on the hub (`main`).
     pub revision: Option<String>,
     /// Access token for the hub; else `HF_TOKEN`, else the one that `hf auth login` stored.
     pub token: Option<String>,
-    /// Where downloads are kept; else `HF_HUB_CACHE`, `HF_HOME/hub` or `~/.cache/huggingface/hub`.
+    /// The folder of downloads; else `HF_HUB_CACHE`, `HF_HOME/hub` or `~/.cache/huggingface/hub`.
     pub cache_dir: Option<PathBuf>,
     /// Use only what was downloaded before; also on with `HF_HUB_OFFLINE=1`.
     pub offline: bool,
@@ -38,7 +39,7 @@ pub struct OpenOptions {
     pub adapter: Option<PathBuf>,
     /// A file with the chat template to take, whatever others there are.
     pub chat_template_path: Option<PathBuf>,
-    /// Which chat template to take where a model has several ("default").
+    /// The name of the chat template to take where a model has several ("default").
     pub chat_template: Option<String>,
 }
 
@@ -78,7 +79,7 @@ pub struct ModelFiles {
     pub(crate) origins: Origins,
 }
 
-/// Where what belongs to a model beside its weights was found.
+/// The places where the files that belong to a model beside its weights were found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Origins {
     /// The tokenizer's folder; none if it is inside a GGUF file.

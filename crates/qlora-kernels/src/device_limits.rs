@@ -37,7 +37,7 @@ pub struct DeviceLimits {
     pub shared_per_block: u32,
     /// Shared memory of a multiprocessor, which its blocks share, in bytes.
     pub shared_per_multiprocessor: u32,
-    /// How many multiprocessors there are.
+    /// The number of multiprocessors.
     pub multiprocessors: u32,
     /// Whether the tensor cores take bf16: from 8.0 (Ampere) on.
     pub bf16: bool,

@@ -3,7 +3,7 @@
 /// The result of an operation.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why an operation did not run.
+/// An error of an operation.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -12,7 +12,7 @@ pub enum Error {
     Shape {
         /// The operation.
         op: &'static str,
-        /// Which argument.
+        /// The name of the argument.
         what: &'static str,
         /// The shape it has.
         got: Vec<usize>,
@@ -34,7 +34,7 @@ pub enum Error {
     Device {
         /// The operation.
         op: &'static str,
-        /// Where the arguments are.
+        /// The device of the arguments.
         device: String,
     },
 
@@ -97,7 +97,7 @@ impl Error {
     }
 }
 
-/// How to find the kernel behind a fault that shows later than it happens.
+/// Advice on finding the kernel behind a fault that shows later than it happens.
 fn where_to_look(code: i32, last: Option<&'static str>) -> String {
     // Illegal addresses and instructions, misaligned accesses, time-outs, asserts, launches that failed while running.
     if !matches!(code, 700 | 702 | 710 | 714..=719) {

@@ -1,4 +1,4 @@
-//! How the rows of a batch fall into sequences.
+//! The layout of a batch: the sequences among its rows.
 //!
 //! A batch is always its documents one after the other, without padding: `tokens` rows, cut into sequences that do not
 //! see each other. Positions restart at 0 in each (what Hugging Face calls padding-free, with `cu_seqlens`).

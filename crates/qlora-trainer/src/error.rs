@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 /// The result of anything in this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why something in this crate failed. Messages name the file and line, the key, the step or the tensor.
+/// An error of this crate. Messages name the file and line, the key, the step or the tensor.
 ///
 /// A message is whole, as [`qlora_core::Error`]'s: what it holds of another error is no source too.
 #[derive(Debug, thiserror::Error)]
@@ -69,7 +69,7 @@ pub enum Error {
         micro_batch: usize,
         /// The value that is not finite: the loss, or a tensor's gradient.
         what: String,
-        /// Where the micro-batch's documents come from.
+        /// The origin of the micro-batch's documents.
         documents: String,
     },
 
@@ -78,7 +78,7 @@ pub enum Error {
     NoGradient {
         /// The optimizer step, from 1.
         step: u64,
-        /// How many trainable tensors there are.
+        /// The number of trainable tensors.
         total: usize,
         /// The tensors without gradient.
         names: Vec<String>,

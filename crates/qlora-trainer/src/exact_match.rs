@@ -1,4 +1,4 @@
-//! How often a model's greedy answer equals the expected one, character for character.
+//! The exact-match rate of a model's greedy answers, compared with the expected ones character for character.
 
 use std::fmt;
 

@@ -18,7 +18,7 @@ pub struct Interrupt {
 }
 
 impl Interrupt {
-    /// A request that nobody has made yet.
+    /// A request that is not made yet.
     pub fn new() -> Self {
         Self::default()
     }
@@ -77,7 +77,7 @@ impl Interrupt {
         self.requested.store(false, Ordering::SeqCst);
     }
 
-    /// Whether somebody asked the loop to stop.
+    /// Whether the loop was asked to stop.
     pub fn requested(&self) -> bool {
         self.requested.load(Ordering::SeqCst)
     }

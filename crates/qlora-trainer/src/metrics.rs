@@ -89,7 +89,7 @@ pub struct EvalLog {
     pub eval_loss: f64,
     /// The number of those tokens.
     pub eval_trained_tokens: u64,
-    /// How long it took, in seconds.
+    /// The duration of the evaluation, in seconds.
     pub eval_runtime: f64,
     /// The objective's metrics besides the loss, by TRL's names with `eval_` in front: means over the validation data.
     #[serde(flatten)]

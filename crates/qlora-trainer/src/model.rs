@@ -23,7 +23,7 @@ pub struct Parameter {
     pub silenced_by: Option<usize>,
 }
 
-/// Which weights compute log-probabilities.
+/// The weights that compute log-probabilities.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Weights {
     /// As they are now.
@@ -40,7 +40,7 @@ pub trait TrainableModel {
     /// The trainable tensors. Their ranges follow each other without a gap and cover [`TrainableModel::masters`].
     fn parameters(&self) -> Vec<Parameter>;
 
-    /// Where the parameters are, and the gradient and the optimizer's state with them: the CPU by default.
+    /// The device and allocator of the parameters, the gradient and the optimizer's state: the CPU by default.
     ///
     /// # Errors
     /// If the device cannot be used.

@@ -60,7 +60,7 @@ pub struct Session {
     identity: Vec<(String, String)>,
     /// The other processes of the run.
     comm: Box<dyn Communicator>,
-    /// Until somebody asks for it.
+    /// Not yet read.
     data: Mutex<Option<Data>>,
 }
 
@@ -290,7 +290,7 @@ fn beside_attention<T>(workspace: &Workspace, config: &ModelConfig, load: impl F
     load()
 }
 
-/// How the configured base is held in memory.
+/// The quantization of the configured base in memory.
 pub fn quantization(options: &ModelOptions) -> Quantization {
     if !options.load_in_4bit {
         return Quantization::None;

@@ -98,7 +98,7 @@ impl Asker<'_> {
     }
 }
 
-/// How long an answer took, and its memory.
+/// The duration of an answer, its speed, and its memory.
 pub(crate) struct Figures {
     /// Tokens of the prompt.
     pub(crate) prompt: usize,

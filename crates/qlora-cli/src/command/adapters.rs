@@ -22,7 +22,7 @@ pub(crate) struct Args {
 enum Action {
     /// Lists the adapters below a folder.
     List {
-        /// Where to look.
+        /// The folder in which adapters are searched.
         #[arg(default_value = ".")]
         folder: PathBuf,
         /// Prints JSON.

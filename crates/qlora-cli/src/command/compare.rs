@@ -36,7 +36,7 @@ pub(crate) struct Args {
     /// auto, cpu, cuda, or such as cuda:1.
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
-    /// Where to draw the table as a picture (SVG).
+    /// The path of a picture of the table (SVG).
     #[arg(long)]
     picture: Option<PathBuf>,
 }

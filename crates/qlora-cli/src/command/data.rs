@@ -31,7 +31,7 @@ Examples:
 pub(crate) struct Args {
     #[command(flatten)]
     run: RunArgs,
-    /// How many rows of each set to show.
+    /// The number of rows of each set to show.
     #[arg(long, default_value_t = 3)]
     rows: usize,
     /// Put a line between tokens.

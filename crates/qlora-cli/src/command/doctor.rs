@@ -17,7 +17,7 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// How a finding is meant.
+/// The severity of a finding.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
     Good,

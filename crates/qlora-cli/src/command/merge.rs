@@ -45,7 +45,7 @@ pub(crate) struct Args {
     /// The folder or GGUF file to write.
     #[arg(long, required_unless_present = "heldout")]
     out: Option<PathBuf>,
-    /// Which weights the adapter is added to; if not given, those that it was trained over, as its folder says.
+    /// The weights to which the adapter is added; if not given, those that it was trained over, as its folder says.
     #[arg(long, value_enum)]
     into: Option<Into>,
     /// The output format; if not given, GGUF where the name of --out ends with .gguf.
@@ -58,7 +58,7 @@ pub(crate) struct Args {
     /// Most gigabytes of one weight file of a folder.
     #[arg(long, default_value_t = 5.0)]
     max_shard_size: f64,
-    /// How the base was quantized in training (nf4 or fp4), where the adapter's folder does not say it.
+    /// The quantization of the base in training (nf4 or fp4), where the adapter's folder does not say it.
     #[arg(long)]
     quant_type: Option<QuantType>,
     /// Elements that shared a scale in training (64).
@@ -174,7 +174,8 @@ fn format_of(args: &Args) -> anyhow::Result<Format> {
     }
 }
 
-/// Which weights the adapter is added to, and what the base is held in where the two are compared: what it was trained over.
+/// The weights to which the adapter is added, and the quantization of the base where the two are compared: the one that
+/// the adapter was trained over.
 fn merge_into(args: &Args, adapter: &Path, files: &ModelFiles) -> anyhow::Result<MergeChoice> {
     let given = args.quant_type.is_some() || args.blocksize.is_some() || args.no_double_quant;
     let default = QuantConfig::default();

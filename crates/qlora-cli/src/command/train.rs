@@ -153,7 +153,7 @@ fn ranks() -> Result<Box<dyn Communicator>> {
     Ok(comm)
 }
 
-/// Which files a run writes.
+/// A list of the files that a run would write.
 fn would_do(config: &TrainConfig) -> String {
     let options = &config.training;
     let folder = options.output_dir.display();

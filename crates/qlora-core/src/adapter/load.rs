@@ -18,7 +18,7 @@ use std::path::Path;
 pub struct Adapter {
     /// Its options, and the base model that it names.
     pub config: AdapterConfig,
-    /// Where its numbers lie in `weights`.
+    /// The places of the factors in `weights`.
     pub layout: AdapterLayout,
     /// All A and B, in f32.
     pub weights: Vec<f32>,

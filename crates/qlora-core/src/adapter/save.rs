@@ -52,7 +52,7 @@ impl AdapterDtype {
     }
 }
 
-/// How an adapter is written.
+/// Options of saving an adapter.
 #[derive(Clone, Debug)]
 pub struct SaveOptions {
     /// The tensors' dtype.

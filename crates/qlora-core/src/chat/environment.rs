@@ -36,10 +36,10 @@ const MAX_KEPT: usize = 1 << 30;
 /// Room for the parser, which calls itself for every level of a template's syntax tree.
 const STACK: usize = 64 << 20;
 
-/// Who marks the assistant's answers in [`MARKED`].
+/// The origin of the marks around the assistant's answers in [`MARKED`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Marks {
-    /// Nobody: there is no such template.
+    /// None: there is no such template.
     None,
     /// The template itself.
     Own,

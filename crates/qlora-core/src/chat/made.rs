@@ -1,4 +1,4 @@
-//! How much a template makes in all.
+//! Limits on the total size of the values that a template makes.
 //!
 //! Steps are counted by minijinja, but a step can double a text. So everything that makes a text or a list out of others pays
 //! for it before or right after: the operands of `~`, `+`, `*` and slices (which [`super::operators`] marks with the filters

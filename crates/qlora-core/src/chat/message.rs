@@ -6,12 +6,12 @@ use serde_json::{Map, Value};
 /// A message as chat data sets and chat APIs write it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Message {
-    /// Who speaks: `system`, `user`, `assistant`, `tool`.
+    /// The role of the speaker: `system`, `user`, `assistant`, `tool`.
     pub role: String,
     /// The content: a text, a list of parts, or null (a call of a tool).
     #[serde(default)]
     pub content: Value,
-    /// Whatever else a template may read: `tool_calls`, `reasoning_content`, `name`, ...
+    /// Further fields that a template may read: `tool_calls`, `reasoning_content`, `name`, ...
     #[serde(flatten)]
     pub extra: Map<String, Value>,
 }

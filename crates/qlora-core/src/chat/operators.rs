@@ -115,7 +115,7 @@ fn raw_begin(rest: &str) -> Option<usize> {
     Some(rest.len() - after.strip_prefix("%}")?.len())
 }
 
-/// Where a raw block ends whose body begins at `from`.
+/// Finds the end of a raw block whose body begins at `from`.
 fn raw_end(source: &str, from: usize) -> Option<usize> {
     let mut at = from;
     while let Some(found) = source[at..].find("{%") {
@@ -407,7 +407,7 @@ struct Chain {
     operators: Vec<char>,
     /// The operand that is being read.
     operand: Option<Operand>,
-    /// Where it begins without its sign.
+    /// The start of the operand without its sign.
     atom: Option<usize>,
     /// Whether it has no filter, test or power yet: only such can be sliced.
     plain: bool,

@@ -31,7 +31,7 @@ pub(super) struct Mark {
     pub(super) closes: bool,
 }
 
-/// How a message is marked.
+/// The placement of a message's sentinels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Placement {
     /// All its texts, at their ends.

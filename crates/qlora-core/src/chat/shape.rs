@@ -224,7 +224,7 @@ fn any(role: &str, index: usize) -> Message {
     sentinel::mark(&Message::new(role, ANY), index, Placement::Edges)
 }
 
-/// How far two texts are the same, back to where a tag or a line ends.
+/// The length of two texts' common beginning, back to where a tag or a line ends.
 fn common(a: &str, b: &str) -> usize {
     let shared = a.chars().zip(b.chars()).take_while(|(a, b)| a == b).map(|(c, _)| c.len_utf8()).sum();
     if shared == a.len() || shared == b.len() {

@@ -62,7 +62,7 @@ pub struct Answer {
     pub text: String,
     /// Tokens that were generated.
     pub tokens: usize,
-    /// Why there are no more; [`StopReason::Caller`] stands for a stop string.
+    /// The reason why the generation ended; [`StopReason::Caller`] stands for a stop string.
     pub stop: StopReason,
 }
 

@@ -49,7 +49,7 @@ impl Importance {
         Self { columns }
     }
 
-    /// How many matrices it knows.
+    /// The number of matrices it knows.
     pub fn len(&self) -> usize {
         self.columns.len()
     }

@@ -48,7 +48,7 @@ use crate::source::gguf::rows;
 use crate::source::{PlainTensor, WeightSource, again};
 use crate::tokenizer::Tokenizer;
 
-/// How a GGUF file is written.
+/// Options of writing a GGUF file.
 #[derive(Clone, Debug)]
 pub struct GgufOptions<'a> {
     /// The type of the matrices.
@@ -59,7 +59,7 @@ pub struct GgufOptions<'a> {
     pub chat_template: Option<&'a str>,
     /// The tokens that end an answer, as `generation_config.json` has them.
     pub eos_token_ids: &'a [u32],
-    /// How much the columns of the matrices count where they are quantized.
+    /// The weights of the matrices' columns in quantization.
     pub importance: Option<&'a Importance>,
     /// A file is closed before its tensors would have more bytes than this (a single one may have more); what follows goes into
     /// further files, named as llama.cpp's `llama-gguf-split` does: `NAME-00001-of-00003.gguf`. None: one file.

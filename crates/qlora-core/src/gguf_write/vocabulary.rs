@@ -273,7 +273,8 @@ fn verify(tokenizer: &Tokenizer, metadata: &Metadata) -> Result<()> {
     Ok(())
 }
 
-/// Where two tokenizers differ on a text, if they do; a text that the first cannot encode is not compared.
+/// Finds the difference between two tokenizers on a text, if there is one; a text that the first cannot encode is not
+/// compared.
 fn difference(tokenizer: &Tokenizer, written: &Tokenizer, text: &str) -> Result<Option<String>> {
     for add in [true, false] {
         let Ok(expected) = tokenizer.encode(text, add) else { continue };

@@ -496,7 +496,7 @@ fn an_adapter_is_two_files_possibly_in_a_folder() {
     assert!(adapter_snapshot_with("org/name", Some("c"), &offline).is_err());
 }
 
-/// The options of somebody who inspects a model on this server.
+/// The options of inspecting a model on this server.
 fn inspecting(server: &Server, cache: &Path, token: Option<&str>) -> OpenOptions {
     OpenOptions {
         endpoint: Some(server.endpoint.clone()),

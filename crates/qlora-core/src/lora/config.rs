@@ -35,12 +35,12 @@ pub struct LoraConfig {
     /// `layers_pattern`, elsewhere it has no key.
     #[serde(skip)]
     pub layers: Option<Layers>,
-    /// Which linear layers get an adapter.
+    /// The linear layers that get an adapter.
     pub target_modules: TargetModules,
-    /// Which of them are left out.
+    /// The modules left out of them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exclude_modules: Option<ModuleFilter>,
-    /// Which biases are trained.
+    /// The biases that are trained.
     pub bias: Bias,
     /// The initialization of A and B.
     pub init_lora_weights: InitLoraWeights,
@@ -199,7 +199,7 @@ fn scaling(alpha: f64, rank: usize, rank_stabilized: bool) -> f64 {
     alpha / if rank_stabilized { rank.sqrt() } else { rank }
 }
 
-/// Which biases are trained with an adapter.
+/// The biases that are trained with an adapter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Bias {

@@ -101,7 +101,7 @@ struct Translator {
     at: usize,
     out: String,
     before: Before,
-    /// How many groups are open.
+    /// The number of open groups.
     depth: usize,
     /// Flags for the whole pattern, from `(?i)` at its start.
     global_flags: String,

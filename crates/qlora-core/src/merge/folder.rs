@@ -18,7 +18,7 @@ use crate::source::WeightSource;
 use crate::source::hf::{INDEX, SINGLE};
 use crate::spec::Module;
 
-/// How a model folder is written.
+/// Options of writing a model folder.
 #[derive(Clone, Debug)]
 pub struct FolderOptions {
     /// The text of the base's `config.json`, of which everything is kept that merging does not change. None: it is

@@ -25,8 +25,8 @@ use crate::spec::{EMBEDDING_WEIGHT, Module};
 /// Elements of a piece that a thread merges at a time.
 const PIECE: usize = 1 << 20;
 
-/// Which weights an adapter is added to. Of a base that is stored quantized these are in any case the ones that its layers stand
-/// for, and layers that it stores plain stay as they are.
+/// The weights to which an adapter is added. Of a base that is stored quantized these are in any case the ones that its
+/// layers stand for, and layers that it stores plain stay as they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MergeInto {
     /// The weights as they are stored.

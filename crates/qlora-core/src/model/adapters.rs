@@ -23,7 +23,7 @@ use crate::adapter::PeftAdapter;
 use crate::adapter::kinds::{EMBEDDING, HEAD};
 use crate::error::{Error, Result};
 
-/// Which adapter computes a sequence.
+/// The adapter that computes a sequence.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AdapterChoice<'a> {
     /// The one that is switched on: the last that was activated, else the trained one, else none.
@@ -35,7 +35,7 @@ pub enum AdapterChoice<'a> {
     Named(&'a str),
 }
 
-/// How [`CausalLm::add_weighted_adapter`] combines adapters (PEFT's `combination_type`).
+/// The method by which [`CausalLm::add_weighted_adapter`] combines adapters (PEFT's `combination_type`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Combination {
     /// The weighted sums of the A and of the B, all of one rank, each with the root of weight times scaling: cheap, and a rough
@@ -106,7 +106,7 @@ impl LoadedAdapter {
     }
 }
 
-/// Whose rows these are.
+/// The adapter chosen for some rows.
 #[derive(Clone, Copy)]
 pub(super) enum Chosen<'a> {
     Base,
@@ -273,7 +273,7 @@ impl CausalLm {
         self.adapters.loaded.values().map(LoadedAdapter::bytes).sum()
     }
 
-    /// Whose rows the sequences are; neighbours with the same adapter become one span.
+    /// The adapters of the sequences' rows; neighbours with the same adapter become one span.
     pub(super) fn spans(
         &self,
         rows: impl ExactSizeIterator<Item = Range<usize>>,

@@ -56,7 +56,7 @@ pub struct Block {
     pub up: Projection,
     /// The MLP's output projection.
     pub down: Projection,
-    /// How it uses memory.
+    /// The block's use of memory.
     pub policy: MemoryPolicy,
 }
 
@@ -69,7 +69,7 @@ pub struct Pass<'a> {
     pub layout: &'a SequenceLayout,
     /// Rotation angles by position.
     pub rope: &'a Rotation,
-    /// Where memory comes from.
+    /// The allocator of matrices.
     pub workspace: &'a Workspace,
 }
 

@@ -94,7 +94,7 @@ impl CausalLm {
         self.adapter.as_ref()
     }
 
-    /// Where this model's activations live.
+    /// The device and allocator of this model's activations.
     pub fn workspace(&self) -> &Workspace {
         &self.workspace
     }

@@ -25,8 +25,9 @@ use crate::error::{Error, Result};
 use crate::source::{WeightSource, again};
 use crate::spec::{BlockSpec, HEAD_WEIGHT, Kind, ModelSpec, Module, Role, Tensor};
 
-/// How the frozen projections are held. A checkpoint that is stored quantized is always held as it is stored, its plain
-/// layers too: with one, [`Quantization::None`] or what it is stored in are the only values that are not refused.
+/// The storage of the frozen projections in memory. A checkpoint that is stored quantized is always held as it is
+/// stored, its plain layers too: with one, [`Quantization::None`] or what it is stored in are the only values that are
+/// not refused.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Quantization {
     /// As stored: LoRA without quantization.
@@ -43,7 +44,7 @@ pub enum Quantization {
 /// Options of loading a model.
 #[derive(Default)]
 pub struct LoadOptions<'a> {
-    /// How the projections are held. Embeddings, norms and the head stay as stored.
+    /// The storage of the projections in memory. Embeddings, norms and the head stay as stored.
     pub quantization: Quantization,
     /// Leave the embedding's table in host memory: only the rows of a batch go to the GPU. A head that is tied to it is
     /// on the GPU in any case.

@@ -70,7 +70,7 @@ pub struct AttentionWorkspace {
 pub struct MemoryPlan {
     /// The activations that each block keeps, by block.
     pub keep: Vec<Keep>,
-    /// How many blocks, from the lowest on, keep their dequantized weights.
+    /// The number of blocks, from the lowest on, that keep their dequantized weights.
     pub cached_blocks: usize,
     /// Whether uses of a weight that follow each other share one dequantization.
     pub shared_weights: bool,

@@ -1,5 +1,5 @@
-//! How a block uses memory: what it keeps for its backward, where dequantized weights stay, how much of a batch the MLP
-//! sees at a time. The [planner](super::plan) chooses.
+//! The memory policy of a block: the activations kept for its backward, the place of dequantized weights, the share of
+//! a batch that the MLP sees at a time. The [planner](super::plan) chooses.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -30,7 +30,7 @@ impl Keep {
     }
 }
 
-/// Where the dequantized weights of a block's groups may be kept, and how long batches are handled.
+/// The caches for the dequantized weights of a block's groups, and the treatment of long batches.
 #[derive(Debug, Default)]
 pub struct MemoryPolicy {
     pub(super) qkv: WeightCache,

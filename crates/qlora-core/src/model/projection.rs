@@ -78,7 +78,7 @@ impl Projection {
         self.watch.get_or_init(|| Arc::new(InputSquares::new(self.inputs()))).clone()
     }
 
-    /// Sums up an input, if anybody asked for it.
+    /// Sums up an input, if a watch was set.
     pub(super) fn saw(&self, x: View) -> Result<()> {
         self.watch.get().map_or(Ok(()), |watch| watch.add(x))
     }

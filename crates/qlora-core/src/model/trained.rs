@@ -28,7 +28,7 @@ pub struct Adapter {
 /// Values derived from an adapter's values and the weights, computed when first asked for.
 #[derive(Debug, Default)]
 struct Derived {
-    /// The variable was handed out: whoever has it may change the values at any time, so nothing is remembered.
+    /// The variable was handed out: its holder may change the values at any time, so nothing is remembered.
     handed_out: AtomicBool,
     remembered: Mutex<Remembered>,
 }
@@ -49,7 +49,7 @@ impl Adapter {
         &self.config
     }
 
-    /// Where each tensor lies in the flat buffer.
+    /// The layout of the tensors in the flat buffer.
     pub fn layout(&self) -> &AdapterLayout {
         &self.layout
     }

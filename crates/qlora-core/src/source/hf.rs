@@ -232,7 +232,8 @@ fn weight_files(folder: &Path) -> Result<WeightFiles> {
     Ok((Some(index), files))
 }
 
-/// Which shard holds which tensor. Shard names must be plain file names: an index cannot point outside its folder.
+/// Reads the index that assigns tensors to shards. Shard names must be plain file names: an index cannot point outside
+/// its folder.
 pub(crate) fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     let object = file::read_object(path, LARGE)?;
     let Some(Value::Object(map)) = object.get("weight_map") else {

@@ -1,5 +1,5 @@
-//! Where a folder's files and its `config.json` say different things, as programs that save models leave them, and what is
-//! right then: what transformers 5.17 makes of them, or an error.
+//! Contradictions between a folder's files and its `config.json`, as programs that save models leave them, and their
+//! resolution: that of transformers 5.17, or an error.
 //!
 //! | the files | what is made of it |
 //! |---|---|

@@ -23,7 +23,7 @@ pub(crate) use write::decimal;
 /// A decoder's parts and sizes, in the names of Hugging Face's `config.json`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
-    /// Which architecture the file named.
+    /// The architecture named in the file.
     pub architecture: Architecture,
     /// Rows of the embedding.
     pub vocab_size: usize,

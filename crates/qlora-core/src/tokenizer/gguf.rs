@@ -59,7 +59,7 @@ fn vocab(vocabulary: &Vocabulary<'_>) -> Result<Vocab, String> {
     Ok(vocab)
 }
 
-/// How a byte-level vocabulary splits text before BPE.
+/// The rule by which a byte-level vocabulary splits text before BPE.
 enum PreTokenizer {
     /// GPT-2's expression.
     Gpt2,

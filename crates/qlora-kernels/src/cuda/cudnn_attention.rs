@@ -50,7 +50,7 @@ struct State {
     library: Option<std::result::Result<Arc<Cudnn>, String>>,
     /// The state of each kind of attention: its self-test's result, or the reason why a call failed later.
     kinds: HashMap<Kind, std::result::Result<f64, String>>,
-    /// Why single shapes are left to our own kernels, the first few.
+    /// The reasons why single shapes are left to our own kernels, the first few.
     refusals: Vec<String>,
     asked: Option<AttentionPath>,
     admission: Admission,
@@ -71,7 +71,7 @@ impl Kind {
     }
 }
 
-/// How many calls, forward and backward, went each way.
+/// The number of attention calls, forward and backward, on each path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct AttentionCalls {
@@ -118,7 +118,7 @@ impl AttentionLibrary {
         self.state().asked = path;
     }
 
-    /// How many calls went each way so far.
+    /// The number of calls on each path so far.
     pub fn calls(&self) -> AttentionCalls {
         let [own, cudnn_uniform, cudnn_packed] = self.calls.each_ref().map(|calls| calls.load(Ordering::Relaxed));
         AttentionCalls { own, cudnn_uniform, cudnn_packed }
@@ -128,7 +128,7 @@ impl AttentionLibrary {
         count(&self.calls[path as usize]);
     }
 
-    /// How many plans cuDNN made.
+    /// The number of plans that cuDNN made.
     pub(super) fn plans_made(&self) -> u64 {
         self.state().library.as_ref().and_then(|library| library.as_ref().ok()).map_or(0, |cudnn| cudnn.plans_made())
     }

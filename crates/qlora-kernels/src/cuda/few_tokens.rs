@@ -37,7 +37,7 @@ pub(super) struct Workspaces {
     gemv: Mutex<Option<Buffer>>,
     gemm: Mutex<Option<Buffer>>,
     pub(super) attention: Mutex<Option<Buffer>>,
-    /// How often one of them got another address, which graphs have.
+    /// The number of times one of them got another address, which graphs have.
     pub(super) moves: AtomicU64,
     moving: Mutex<()>,
 }

@@ -68,7 +68,7 @@ pub fn device(ordinal: usize, memory_limit: Option<u64>) -> Result<Device> {
     Ok(Device::Cuda(device))
 }
 
-/// How many GPUs this process can see; none if the driver is not there.
+/// The number of GPUs that this process can see; none if the driver is not there.
 pub fn device_count() -> usize {
     CudaContext::device_count().map_or(0, |count| usize::try_from(count).unwrap_or(0))
 }
@@ -466,7 +466,7 @@ pub(crate) struct RawMemory {
 }
 
 impl RawMemory {
-    /// Memory that was allocated on this stream and that nobody else frees.
+    /// Memory that was allocated on this stream and that no other owner frees.
     pub(super) fn from_ptr(ptr: sys::CUdeviceptr, bytes: usize, stream: Arc<CudaStream>) -> Self {
         Self { ptr, bytes, stream, home: None }
     }

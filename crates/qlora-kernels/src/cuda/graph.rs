@@ -43,7 +43,7 @@ thread_local! {
 struct Notes {
     addresses: Vec<sys::CUdeviceptr>,
     tables: Vec<Arc<AtomicBool>>,
-    /// Where the tensors lie that the graph will keep.
+    /// The memory of the tensors that the graph will keep.
     kept: Vec<Range<sys::CUdeviceptr>>,
 }
 

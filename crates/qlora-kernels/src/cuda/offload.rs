@@ -23,7 +23,7 @@ use crate::matrix::{Matrix, Workspace};
 
 const OP: &str = "offload";
 
-/// The copy stream of a GPU and the pinned memory that nobody holds.
+/// The copy stream of a GPU and its idle pinned memory.
 #[derive(Debug, Default)]
 pub(super) struct Offloader {
     stream: Mutex<Option<Arc<CudaStream>>>,

@@ -1,4 +1,4 @@
-//! Where the GPU's time goes: an event before and after every launch while a profile is taken, summed by operation.
+//! A profile of the GPU's time: an event before and after every launch while a profile is taken, summed by operation.
 //!
 //! Costs a few microseconds a launch while it runs and one atomic load otherwise.
 

@@ -2,7 +2,7 @@
 //!
 //! A step of generation makes and drops some three hundred small matrices. Taken from CUDA's pool, each costs two calls of
 //! the driver. So inside [`StepMemory::reuse`] what is dropped is kept, and the next request of about its size gets it: with
-//! one stream, whoever gets it runs after whoever had it. It counts as in use; it is given back with the [`StepMemory`].
+//! one stream, its next user runs after the one before. It counts as in use; it is given back with the [`StepMemory`].
 
 use std::cell::RefCell;
 use std::marker::PhantomData;

@@ -61,8 +61,8 @@ impl GradScale<'_> {
     }
 }
 
-/// How many tokens' logits exist at a time on a GPU: 256 MB in bf16. With 128,256 tokens in the vocabulary that is 1,024
-/// rows, enough for matrix products at full speed.
+/// The number of tokens whose logits exist at a time on a GPU: 256 MB in bf16. With 128,256 tokens in the vocabulary
+/// that is 1,024 rows, enough for matrix products at full speed.
 pub fn rows_of_chunk_on_gpu(vocab: usize) -> usize {
     const ELEMENTS: usize = 1 << 27;
     let rows = (ELEMENTS / vocab.max(1)).max(1);

@@ -53,7 +53,7 @@ pub struct Member<'a> {
     pub lora: Option<&'a LoraSlot>,
 }
 
-/// Where a layer's A and B lie in the flat adapter buffer, and how they are used.
+/// The places of a layer's A and B in the flat adapter buffer, and their use.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraSlot {
     /// The elements of A `[rank, in]`.
@@ -81,7 +81,7 @@ pub enum SlotKind {
     Dora(DoraPlaces),
 }
 
-/// Where the numbers of DoRA lie that A and B are not.
+/// The places of DoRA's values besides A and B.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DoraPlaces {
     /// The elements of m `[out]` in the flat adapter buffer.
@@ -171,7 +171,7 @@ impl Shrunk {
 pub struct Group<'a> {
     /// The layers, at most three.
     pub members: &'a [Member<'a>],
-    /// Where the dequantized weights may be kept between uses.
+    /// The cache for the dequantized weights between uses.
     pub cache: &'a WeightCache,
     /// On CUDA: dequantize one member's weight at a time, for less memory; the sums are then made in another order.
     pub split: bool,

@@ -49,7 +49,7 @@ pub fn forward(
     matmul::nt(s.as_view(), b, y, scale, 1.0)
 }
 
-/// `s = drop(x) A^T` alone: what a recomputed layer needs whose output nobody reads.
+/// `s = drop(x) A^T` alone: for a recomputed layer whose output is not read.
 ///
 /// Shapes as in [`forward`].
 ///

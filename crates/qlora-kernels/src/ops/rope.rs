@@ -22,7 +22,7 @@ use crate::sequence::Positions;
 use crate::simd::vectorize;
 use crate::view::ViewMut;
 
-/// How the rotation angles of a model are made.
+/// The parameters of a model's rotary position embedding.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeConfig {
     /// The base of the angles' geometric series (`rope_theta`).

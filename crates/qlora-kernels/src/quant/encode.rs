@@ -17,7 +17,7 @@ pub type SourceDtype = crate::dtype::Dtype;
 
 /// An element type that can be quantized: f32, bf16 or f16.
 pub trait Element: Copy + Send + Sync + sealed::Sealed + 'static {
-    /// Which one.
+    /// The dtype of the elements.
     const DTYPE: SourceDtype;
 
     /// Converts to f32, exactly; both slices have the same length.

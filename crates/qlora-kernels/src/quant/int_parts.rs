@@ -56,14 +56,14 @@ pub struct IntParts {
     pub zeros: Option<Vec<f32>>,
     /// Columns that are not quantized.
     pub outliers: Option<OutlierColumns>,
-    /// How the forward product rounds its input, if it does.
+    /// The rounding of the forward product's input, if there is one.
     pub activations: Option<Int8Activations>,
 }
 
 /// Columns of a weight that are kept in 16 bits.
 #[derive(Clone)]
 pub struct OutlierColumns {
-    /// Which columns, ascending.
+    /// The indices of the columns, ascending.
     pub columns: Vec<u32>,
     /// Their elements, `[rows, columns.len()]`, bf16 or f16.
     pub values: PlainData,

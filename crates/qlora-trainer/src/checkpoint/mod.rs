@@ -43,7 +43,7 @@ const CONFIG: &str = "config.toml";
 /// The contents of a checkpoint besides the adapter.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Checkpoint {
-    /// Where the run is.
+    /// The progress of the run.
     pub state: TrainerState,
     /// Masters and moments.
     pub tensors: OptimizerTensors,

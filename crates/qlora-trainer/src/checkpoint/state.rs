@@ -73,9 +73,9 @@ pub struct QloraState {
     pub format_version: u32,
     /// The version of the crate that wrote it.
     pub qlora_version: String,
-    /// Where the next step begins in the data.
+    /// The position in the data at which the next step begins.
     pub position: Position,
-    /// Where that is in data that is read while it is trained on.
+    /// The same position in data that is read while it is trained on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stream: Option<StreamPosition>,
     /// The sums of the steps since the last log entry.
@@ -93,7 +93,7 @@ pub struct QloraState {
     /// The scale of the loss, in a run whose gradients are float16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<LossScale>,
-    /// How many ranks made the steps so far.
+    /// The number of ranks that made the steps so far.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub ranks: usize,
     /// Stands for `optimizer.safetensors`.

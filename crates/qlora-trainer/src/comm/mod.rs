@@ -31,8 +31,8 @@ use qlora_kernels::ViewMut;
 pub(crate) use agree::{check_same_program, check_same_run};
 pub use ranks::{Place, Ranks};
 
-/// How the ranks of a run talk to each other. All ranks make the same calls in the same order; `what` says in messages (and to
-/// a rank that is elsewhere in the program) which call it is.
+/// The communication between the ranks of a run. All ranks make the same calls in the same order; `what` says in
+/// messages (and to a rank that is elsewhere in the program) which call it is.
 pub trait Communicator: fmt::Debug + Send {
     /// The number of this process among the ranks, from 0. Rank 0 writes files and prints.
     fn rank(&self) -> usize;
@@ -70,7 +70,7 @@ pub trait Communicator: fmt::Debug + Send {
         Ok(())
     }
 
-    /// Tells the others that this rank fails, and why; they end with it. Errors here are nobody's concern any more.
+    /// Tells the others that this rank fails, and why; they end with it. Errors here are ignored.
     fn fail(&mut self, why: &str) {
         let _ = why;
     }
@@ -78,7 +78,7 @@ pub trait Communicator: fmt::Debug + Send {
     /// Leaves in peace: everybody has what it needs of this rank.
     fn leave(&mut self) {}
 
-    /// Where the ranks are, for a line at the start of the run; none for a process of its own.
+    /// A description of the ranks' connection, for a line at the start of the run; none for a process of its own.
     fn describe(&self) -> Option<String> {
         None
     }

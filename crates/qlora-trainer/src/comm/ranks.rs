@@ -1,4 +1,4 @@
-//! Which rank this process is, and where rank 0 can be found: what launchers say in environment variables.
+//! The number of this process among the ranks, and the address of rank 0, from the environment variables of launchers.
 
 use std::env;
 
@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 pub struct Place {
     /// Its number, from 0.
     pub rank: usize,
-    /// How many there are.
+    /// The number of ranks.
     pub size: usize,
     /// Its number on its host: the number of its GPU.
     pub local_rank: usize,

@@ -33,7 +33,7 @@ impl Store {
     /// Connects, trying for as long as `patience`.
     ///
     /// # Errors
-    /// If nobody answers there.
+    /// If there is no answer.
     pub fn connect(ranks: &Ranks, patience: Duration) -> Result<Self> {
         let at = format!("{}:{}", ranks.address, ranks.port);
         let deadline = Instant::now() + patience;
@@ -72,10 +72,10 @@ impl Store {
         self.stream.write_all(&request).map_err(|error| failed(&self.at, &error))
     }
 
-    /// The value of a key, once somebody has written it.
+    /// The value of a key, once it is written.
     ///
     /// # Errors
-    /// If nobody does before the deadline, or the store is gone.
+    /// If it is not written before the deadline, or the store is gone.
     pub fn wait_for(&mut self, key: &str, deadline: Instant) -> Result<String> {
         while !self.has(key)? {
             if Instant::now() > deadline {

@@ -27,17 +27,17 @@ use crate::error::{Error, Result};
 use line::Line;
 use qlora_kernels::{View, ViewMut};
 
-/// How often a rank says that it is alive.
+/// The interval at which a rank says that it is alive.
 pub const BEAT: Duration = Duration::from_secs(2);
 /// After how long a silent rank counts as gone.
 pub const SILENCE: Duration = Duration::from_secs(10);
-/// How long a rank may go on after another was lost before it is ended from outside.
+/// The time that a rank may go on after another was lost before it is ended from outside.
 pub const GRACE: Duration = Duration::from_secs(2);
 
-/// How ranks meet and end.
+/// Options of connecting the ranks and of ending them.
 #[derive(Clone)]
 pub struct TcpOptions {
-    /// How long rank 0 waits for the others, and they for it.
+    /// The time that rank 0 waits for the others, and they for it.
     pub patience: Duration,
     /// Called once if a rank was lost and this one did not notice within [`GRACE`]: a program ends itself here. Nothing, unless
     /// set.

@@ -45,7 +45,7 @@ impl From<ComputeDtype> for qlora_kernels::Dtype {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "CheckpointingValue", into = "CheckpointingValue")]
 pub enum GradientCheckpointing {
-    /// Whatever is fastest in the memory there is.
+    /// The fastest choice that fits into the available memory.
     #[default]
     Auto,
     /// Every block recomputes.
@@ -100,7 +100,7 @@ pub enum Optim {
     Adamw8bit,
 }
 
-/// How the learning rate goes on after the warmup.
+/// The learning rate schedule after the warmup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Scheduler {
@@ -185,7 +185,7 @@ impl From<&Path> for Paths {
     }
 }
 
-/// Which linear layers get an adapter, as PEFT reads `target_modules`.
+/// The linear layers that get an adapter, as PEFT reads `target_modules`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "expected \"all-linear\", a regular expression or a list of module names")]
 pub enum Targets {

@@ -31,7 +31,7 @@ pub(super) fn sections() -> [Section; 5] {
 pub(super) struct Place {
     /// `section.key`.
     pub(super) key: String,
-    /// Where its value stands.
+    /// The position of its value.
     pub(super) span: Range<usize>,
     /// Its value.
     pub(super) value: Value,

@@ -59,7 +59,7 @@ pub struct TrainConfig {
     pub lora: LoraOptions,
     /// The data to train on.
     pub data: DataOptions,
-    /// How to train.
+    /// Options of the training.
     pub training: TrainingOptions,
     /// Options of the objective.
     pub objective: ObjectiveOptions,
@@ -76,7 +76,7 @@ pub struct ModelOptions {
     pub tokenizer_name_or_path: Option<PathBuf>,
     /// Branch, tag or commit on the hub. Default: none, the main branch.
     pub revision: Option<String>,
-    /// Where downloads are kept. Default: none, the hub's own cache folder.
+    /// The folder of downloads. Default: none, the hub's own cache folder.
     pub cache_dir: Option<PathBuf>,
     /// Never ask the network. Default: false.
     pub local_files_only: bool,
@@ -91,8 +91,8 @@ pub struct ModelOptions {
     /// Leave the embedding's table in host memory while training on a GPU: 1 GB less for Llama 3.1 8B, a little more time.
     /// Default: false.
     pub offload_embedding: bool,
-    /// Where to train: `"auto"` (the first GPU if the program is built with the feature `cuda` and there is one, otherwise
-    /// the CPU), `"cpu"`, `"cuda"` or `"cuda:1"`. Default: auto.
+    /// The device to train on: `"auto"` (the first GPU if the program is built with the feature `cuda` and there is
+    /// one, otherwise the CPU), `"cpu"`, `"cuda"` or `"cuda:1"`. Default: auto.
     pub device: String,
     /// The compute type on a GPU: `"bfloat16"`, `"float16"` (with dynamic loss scaling) or `"float32"`. The CPU
     /// computes in float32. Default: bfloat16, on a GPU without it (compute capability below 8.0) float16.
@@ -128,7 +128,7 @@ pub struct LoraOptions {
     pub lora_alpha: f64,
     /// Dropout before A. Default: 0.
     pub lora_dropout: f64,
-    /// Which linear layers get an adapter: a list of names, one regular expression, or `"all-linear"`. Default: the
+    /// The linear layers that get an adapter: a list of names, one regular expression, or `"all-linear"`. Default: the
     /// attention's q, k, v and o projections. The QLoRA paper needs `"all-linear"` to match full fine-tuning.
     pub target_modules: Targets,
     /// Divide `lora_alpha` by the square root of `r` instead of `r`. Default: false.
@@ -182,8 +182,9 @@ pub struct DataOptions {
     /// Of documents with the same tokens, of which the same are trained, only the first one stays; the number is reported
     /// (Axolotl's name). Default: false.
     pub dataset_exact_deduplication: bool,
-    /// How several sets become one: `"concat"`, `"interleave_under"` (until the first one is used up), `"interleave_over"` (until
-    /// all were seen whole, from the beginning where one is used up) or `"interleave_once"` (each row once). Default: concat.
+    /// The way several data sets are combined: `"concat"`, `"interleave_under"` (until the first one is used up),
+    /// `"interleave_over"` (until all were seen whole, from the beginning where one is used up) or `"interleave_once"`
+    /// (each row once). Default: concat.
     pub mix_strategy: MixStrategy,
     /// The probability of each set, `train_file` first, where they are interleaved. Default: none, they take turns.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -262,7 +263,7 @@ impl Default for DataOptions {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainingOptions {
-    /// Where checkpoints, metrics and the final adapter go. Default: `output`.
+    /// The folder of checkpoints, metrics and the final adapter. Default: `output`.
     pub output_dir: PathBuf,
     /// Delete the checkpoints of an earlier run that lie in `output_dir`. Default: false, such a folder is refused.
     pub overwrite_output_dir: bool,
@@ -299,7 +300,7 @@ pub struct TrainingOptions {
     pub optim: Optim,
     /// The peak learning rate. Default: 2e-4, the QLoRA paper's for 7B and 13B.
     pub learning_rate: f64,
-    /// How the learning rate goes on after the warmup. Default: linear (down to zero).
+    /// The learning rate schedule after the warmup. Default: linear (down to zero).
     pub lr_scheduler_type: Scheduler,
     /// Steps in which the learning rate rises from zero; below 1 it is a share of all steps. Default: none.
     pub warmup_steps: Option<f64>,
@@ -330,7 +331,7 @@ pub struct TrainingOptions {
     pub eval_on_start: bool,
     /// Steps between two checkpoints; 0 for one at the end only. Default: 100.
     pub save_steps: u64,
-    /// How many checkpoints are kept; 0 for all. Default: 2.
+    /// The number of checkpoints that are kept; 0 for all. Default: 2.
     pub save_total_limit: usize,
 }
 

@@ -1,4 +1,4 @@
-//! Which values make sense.
+//! The validation of the configuration's values.
 
 use qlora_core::model::DeviceChoice;
 

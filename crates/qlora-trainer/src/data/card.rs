@@ -1,4 +1,4 @@
-//! Which files of a data set are a split: what its card (`README.md`) says, and without that what their names say, as Hugging
+//! The files of a data set's split: as its card (`README.md`) says, and without that as their names say, as Hugging
 //! Face's `datasets` reads both.
 //!
 //! Names are those in the repository or folder, with `/`. The order of the rules: `data_files` that were asked for; the card's
@@ -25,7 +25,7 @@ pub(crate) struct Wanted<'a> {
     pub(crate) data_dir: Option<&'a str>,
 }
 
-/// Why no files are chosen.
+/// The reason why no files are chosen.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Refusal {
     /// There are none in a format that is read.

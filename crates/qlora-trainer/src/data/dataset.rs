@@ -44,7 +44,7 @@ impl File {
     }
 }
 
-/// Why a row was left out.
+/// The reason why a row was left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum DropReason {
@@ -244,7 +244,7 @@ impl Dataset {
         self.document(i).trained.iter().skip(1).filter(|&&trained| trained).count()
     }
 
-    /// Where a document came from: `train.jsonl:7`, `train.parquet, row 7`, or its place where it came from no file.
+    /// The origin of a document: `train.jsonl:7`, `train.parquet, row 7`, or its place where it came from no file.
     pub fn origin(&self, i: usize) -> String {
         let place = self.stored(i).and_then(|i| self.origins.get(i)).and_then(|origin| self.place(*origin));
         place.unwrap_or_else(|| format!("document {i}"))
@@ -312,7 +312,7 @@ impl Dataset {
         remarks
     }
 
-    /// How many rows of each file were left out for which reason, and the first of them by number.
+    /// Remarks on the rows that were left out: for each file and reason their number, and the first of them by number.
     fn remarks_on_dropped(&self) -> Vec<String> {
         const SHOWN: usize = 10;
         let mut groups: BTreeMap<(u32, DropReason), (usize, Vec<String>)> = BTreeMap::new();
@@ -431,7 +431,7 @@ impl Dataset {
         copy
     }
 
-    /// Where a document is stored.
+    /// The index at which a document is stored.
     fn stored(&self, i: usize) -> Option<usize> {
         match &self.view {
             Some(view) => view.get(i).map(|&i| i as usize),

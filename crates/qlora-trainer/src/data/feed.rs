@@ -82,11 +82,11 @@ impl fmt::Display for TrainingData {
     }
 }
 
-/// Where a run is in its data.
+/// The position of a run in its data.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct FeedPosition {
     pub(crate) position: Position,
-    /// Where that is in a stream.
+    /// The same position in a stream.
     pub(crate) stream: Option<StreamPosition>,
 }
 
@@ -192,7 +192,7 @@ impl Feed {
         }
     }
 
-    /// Where a document of the last step came from.
+    /// The origin of a document of the last step.
     pub(crate) fn origin(&self, document: usize) -> String {
         match self {
             Self::Whole(loader) => loader.dataset().origin(document),

@@ -100,8 +100,9 @@ impl<R: BufRead> Lines<R> {
     }
 }
 
-/// Where the first line ends: behind its line feed, or behind a carriage return that follows `}` (or nothing) and does not
-/// belong to a line feed. Inside of JSON a carriage return is white space, and `}` is not followed by `{` there.
+/// Finds the end of the first line: behind its line feed, or behind a carriage return that follows `}` (or nothing) and
+/// does not belong to a line feed. Inside of JSON a carriage return is white space, and `}` is not followed by `{`
+/// there.
 fn end_of_line(bytes: &[u8]) -> usize {
     for (at, _) in bytes.iter().enumerate().filter(|(_, byte)| **byte == b'\r') {
         let (before, after) = (bytes[..at].trim_ascii_end(), bytes[at + 1..].trim_ascii_start());

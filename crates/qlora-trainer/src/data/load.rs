@@ -59,7 +59,7 @@ impl RowSet {
 pub struct PlacedRow<'a> {
     /// Its file.
     pub path: &'a Path,
-    /// Where it stands there.
+    /// The place of the row in its file.
     pub place: Place,
     /// The row as its columns are mapped; or what is wrong with it.
     pub row: std::result::Result<Row, String>,
@@ -101,7 +101,7 @@ impl<'a> Iterator for Rows<'a> {
     }
 }
 
-/// Which rows are left out.
+/// The filters that leave rows out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Filters {

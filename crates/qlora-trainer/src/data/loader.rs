@@ -14,7 +14,7 @@ use super::dataset::Dataset;
 use super::order::{LoaderOptions, Order};
 use crate::error::{Error, Result};
 
-/// How far a run is in its data.
+/// The position of a run in its data.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Position {
     /// Whole epochs behind.
@@ -83,7 +83,7 @@ impl Loader {
         self.whole.steps_per_epoch()
     }
 
-    /// Where the next step begins.
+    /// The position at which the next step begins.
     pub fn position(&self) -> Position {
         self.position
     }

@@ -14,7 +14,7 @@ const SAMPLES: u64 = 1;
 const TURNS: u64 = 2;
 pub(super) const SPLIT: u64 = 3;
 
-/// Whose turn it is.
+/// The order in which the sets of a mixture give rows.
 #[derive(Clone, Debug)]
 pub(super) struct Turns {
     strategy: MixStrategy,

@@ -1,4 +1,4 @@
-//! Which documents are computed together, and when: known before a run begins.
+//! The order of the documents and their division into micro-batches: known before a run begins.
 
 use super::dataset::Dataset;
 use super::packing::best_fit_decreasing;
@@ -6,7 +6,7 @@ use crate::config::{SamplingStrategy, TrainConfig};
 use crate::error::{Error, Result};
 use crate::rng::{derive_seed, permutation};
 
-/// How a [`Loader`](super::Loader) cuts a data set into steps.
+/// The division of a data set into steps by a [`Loader`](super::Loader).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoaderOptions {
     /// Items in a micro-batch.

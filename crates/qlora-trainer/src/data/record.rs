@@ -32,7 +32,7 @@ pub use preference::Preference;
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Message {
-    /// Who speaks: `system`, `user`, `assistant`, `tool`, or whatever else the chat template knows.
+    /// The role of the speaker: `system`, `user`, `assistant`, `tool`, or any other that the chat template knows.
     pub role: String,
     /// The text of the message. Of a message that only calls tools this is empty, or the call as ShareGPT writes it.
     pub content: String,
@@ -111,7 +111,7 @@ pub enum Record {
     Completion {
         /// The text.
         prompt: String,
-        /// How it goes on.
+        /// The completion.
         completion: String,
     },
     /// Alpaca. A tokenizer with a chat template sees [`Record::instruction_chat`], another [`Record::instruction_text`].
@@ -135,7 +135,7 @@ pub enum Record {
 
 const ASSISTANT: &str = "assistant";
 
-/// Why a row is none of the formats; the caller adds file and line.
+/// The reason why a row is none of the formats; the caller adds file and line.
 type Refusal = String;
 
 impl Row {

@@ -45,7 +45,7 @@ impl ObjectiveKind {
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct ObjectiveOptions {
-    /// How far the model may go from the reference: the larger, the nearer it stays. Default: 0.1.
+    /// The strength with which the model is held to the reference: the larger, the nearer it stays. Default: 0.1.
     pub beta: f64,
     /// The loss of a pair: `"sigmoid"`, `"hinge"`, `"ipo"` or `"robust"`. Default: sigmoid.
     pub loss_type: DpoLoss,
@@ -134,7 +134,7 @@ pub struct Judged {
     pub weights: Vec<f32>,
     /// Sums over the groups.
     pub metrics: Metrics,
-    /// How many groups there are.
+    /// The number of groups.
     pub groups: usize,
 }
 

@@ -94,7 +94,7 @@ pub struct StepInfo {
     pub tokens: usize,
     /// Tokens with a loss.
     pub trained_tokens: usize,
-    /// How long it took, in seconds.
+    /// The duration of the step, in seconds.
     pub seconds: f64,
     /// The objective's metrics besides the loss, by TRL's names: means over the step.
     pub metrics: Metrics,

@@ -35,19 +35,19 @@ use crate::optimizer::Optimizer;
 use crate::progress::{Event, Observer};
 use qlora_kernels::Dtype;
 
-/// How a run ended.
+/// The outcome of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// All steps are done.
     Finished,
-    /// Somebody asked it to stop; it can be resumed.
+    /// The run was interrupted on request; it can be resumed.
     Interrupted,
 }
 
 /// The result of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
-    /// How it ended.
+    /// The outcome of the run.
     pub outcome: Outcome,
     /// Optimizer steps done.
     pub steps: u64,
@@ -80,7 +80,7 @@ pub struct Trainer<'a, M> {
     comm: Box<dyn Communicator>,
     /// Whether the ranks have agreed to stop.
     stop_agreed: bool,
-    /// Whether the observers know that somebody asked to stop.
+    /// Whether the observers know of the request to stop.
     interrupt_announced: bool,
     progress: Progress,
     /// The GPU's counters after the last step.
@@ -171,7 +171,7 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
         if self.comm.size() == 1 { self.interrupt.requested() } else { self.stop_agreed }
     }
 
-    /// Adds somebody who is told what happens.
+    /// Adds an observer, which gets the events of the run.
     #[must_use]
     pub fn with_observer(mut self, observer: impl Observer + 'a) -> Self {
         self.observers.push(Box::new(observer));
@@ -209,7 +209,7 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
         self.observers.iter_mut().for_each(|observer| observer.observe(event));
     }
 
-    /// Tells the observers once that somebody asked to stop: until the step is done that is all a person sees of it.
+    /// Tells the observers once of a request to stop: until the step is done that is all a person sees of it.
     fn announce_interrupt(&mut self) {
         if self.interrupt.requested() && !self.interrupt_announced {
             self.interrupt_announced = true;

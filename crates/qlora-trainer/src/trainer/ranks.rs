@@ -22,7 +22,7 @@ use crate::objective::{self, Judged, Metrics};
 /// A rank's report at the end of its part of a step: its losses, its metrics, and whether it was asked to stop.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct StepReport {
-    /// Whether somebody asked this rank to stop.
+    /// Whether this rank was asked to stop.
     interrupted: bool,
     /// The loss sum and the metrics of each of its micro-batches.
     parts: Vec<(f64, Metrics)>,

@@ -1,4 +1,5 @@
-//! Where a run writes and what it goes on from: everything that is known, and can be wrong, before there is a model.
+//! The checks of a run's output folder and of the checkpoint it resumes from: everything that is known, and can be
+//! wrong, before there is a model.
 
 use std::path::{Path, PathBuf};
 

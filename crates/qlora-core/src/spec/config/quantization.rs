@@ -12,7 +12,7 @@ use super::json::Fields;
 use crate::error::Result;
 use crate::file;
 
-/// How a checkpoint's linear layers are stored. Modules that are stored plain (skip lists) are always allowed.
+/// The quantization of a checkpoint's linear layers. Modules that are stored plain (skip lists) are always allowed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum CheckpointQuantization {

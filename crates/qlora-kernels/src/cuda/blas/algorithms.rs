@@ -1,4 +1,4 @@
-//! Which of cuBLASLt's algorithms multiplies what.
+//! The choice of cuBLASLt's algorithm for each product.
 //!
 //! The heuristics take up to 0.1 ms, and batches of varied length bring a new number of rows with nearly every step. So the
 //! number of rows is rounded up to one of eight sizes an octave, and the algorithm chosen for that size multiplies every

@@ -14,7 +14,7 @@ pub enum CudnnError {
         version: String,
         /// Path or name that the library was opened by.
         path: String,
-        /// Why this version is refused.
+        /// The reason why this version is refused.
         reason: String,
     },
 

@@ -44,7 +44,8 @@ pub use error::{CudnnError, Result};
 pub use self_test::SelfTestDevice;
 pub use shape::{PackedLayout, Packing, Rows, SdpaBackward, SdpaForward, SdpaShape, SdpaType};
 
-/// How many plans are kept. A plan is some hundred kilobytes of host memory, a forward and a backward of each shape in use.
+/// The number of plans that are kept. A plan is some hundred kilobytes of host memory, a forward and a backward of each
+/// shape in use.
 const PLANS: usize = 64;
 
 /// Rows behind those of packed sequences in the sums of the backward.
@@ -65,7 +66,7 @@ pub struct Cudnn {
     /// Plans that had to go; work of theirs may still be under way.
     retired: Mutex<Vec<Arc<SdpaPlan>>>,
     made: AtomicU64,
-    /// How packed backwards are written: see [`sdpa::backward`]. The self-test finds out.
+    /// The form of packed backwards: see [`sdpa::backward`]. The self-test finds out.
     padding_first: AtomicBool,
     /// Held while the stream of the handle is set and work is launched on it.
     launching: Mutex<()>,
@@ -147,7 +148,7 @@ impl Cudnn {
         shape.check(self.capability, self.api.version())
     }
 
-    /// How many plans were made so far, those included that could not be made; each takes about 0.05 s.
+    /// The number of plans made so far, those included that could not be made; each takes about 0.05 s.
     pub fn plans_made(&self) -> u64 {
         self.made.load(Ordering::Relaxed)
     }
@@ -298,7 +299,7 @@ impl Drop for Cudnn {
     }
 }
 
-/// Plans that nobody finds any more.
+/// Plans that are no longer found by their key.
 pub struct Retired(Vec<Arc<SdpaPlan>>);
 
 impl Retired {

@@ -123,8 +123,8 @@ pub struct SdpaBackward<'a> {
     pub packing: Option<Packing<'a>>,
 }
 
-/// Where packed sequences lie. All arrays are in device memory and may be shared by every layer of a step. Rows that
-/// belong to no sequence are neither read nor written.
+/// The layout of packed sequences. All arrays are in device memory and may be shared by every layer of a step. Rows
+/// that belong to no sequence are neither read nor written.
 #[derive(Clone, Copy, Debug)]
 pub struct Packing<'a> {
     /// Rows of all sequences together (a bound is enough): sizes the workspace of the backward.

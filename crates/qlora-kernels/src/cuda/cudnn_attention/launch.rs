@@ -23,7 +23,7 @@ fn rows(view: CudaView) -> Rows {
     Rows { pointer: view.ptr(), stride: view.ld() }
 }
 
-/// Why a call did not run.
+/// The reason why a call did not run.
 pub(super) enum Failure {
     /// There is no plan for its shape, or none that is to be used.
     Refused(String),

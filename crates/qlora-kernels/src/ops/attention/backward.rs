@@ -207,7 +207,7 @@ struct Task<'a> {
     sums: Sums<'a>,
 }
 
-/// Where a task adds up the gradients of keys and values, from `first_key` on.
+/// The sums of the gradients of keys and values of a task, from `first_key` on.
 struct Sums<'a> {
     first_key: usize,
     dk: HostViewMut<'a>,

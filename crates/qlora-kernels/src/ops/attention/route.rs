@@ -1,4 +1,4 @@
-//! Which attention runs a batch on a GPU, and the sizes that cuDNN's plans are made for.
+//! The choice of the attention path for a batch on a GPU, and the sizes for which cuDNN's plans are made.
 //!
 //! There are three paths: our own kernels, which take every batch; cuDNN for sequences of one length; and cuDNN for sequences
 //! of any lengths, one behind the other ("packed", "THD"). The choice depends on the batch's lengths alone, so that forward and
@@ -32,7 +32,8 @@ pub(crate) const ROWS_PER_TOKEN: f64 = 3.0;
 /// So many rows are always allowed.
 const FEW_ROWS: usize = 2048;
 
-/// How many bounds and how many uniform shapes are remembered; fewer than plans are kept, so that none is made in turns.
+/// The number of bounds and of uniform shapes that are remembered; fewer than plans are kept, so that none is made in
+/// turns.
 const MOST_SHAPES: usize = 12;
 
 /// An implementation of attention on a GPU.

@@ -1,4 +1,4 @@
-//! The connection to another rank: a thread reads what comes, anybody may send.
+//! The connection to another rank: a thread reads its messages, every thread may send.
 
 use std::io::{self, BufReader, Read};
 use std::net::{Shutdown, TcpStream};

@@ -101,7 +101,7 @@ fn pair(preference: Preference) -> Record {
     Record::Preference(Box::new(preference))
 }
 
-/// How many messages both begin with; the last message of the shorter one is never among them.
+/// The number of messages with which both begin; the last message of the shorter one is never among them.
 fn shared_messages(chosen: &[Message], rejected: &[Message]) -> usize {
     let shared = chosen.iter().zip(rejected).take_while(|(a, b)| a == b).count();
     shared.min(chosen.len().min(rejected.len()).saturating_sub(1))

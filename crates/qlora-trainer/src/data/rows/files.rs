@@ -9,7 +9,7 @@ use super::FORMATS;
 use super::input::{STDIN, data_extension};
 use crate::error::{Error, Result};
 
-/// How the names of data files end, besides `.gz` and `.zst` behind it.
+/// The extensions of data files, before a `.gz` or `.zst`.
 pub fn data_extensions() -> impl Iterator<Item = &'static str> {
     FORMATS.iter().flat_map(|format| format.extensions).copied()
 }
