@@ -71,7 +71,7 @@ impl Modelfile {
 /// The Go template that asks as a Jinja template does.
 ///
 /// # Errors
-/// Why there is none, as a sentence about the template.
+/// The reason why there is none, as a sentence about the template.
 pub fn go_template(template: &ChatTemplate, tokenizer: &Tokenizer) -> Result<String, String> {
     let begin = begin_token(tokenizer);
     let turns = Turns::of(template)?;

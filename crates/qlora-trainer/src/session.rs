@@ -60,7 +60,7 @@ pub struct Session {
     identity: Vec<(String, String)>,
     /// The other processes of the run.
     comm: Box<dyn Communicator>,
-    /// Not yet read.
+    /// The data that was read when the session was opened, until it is taken.
     data: Mutex<Option<Data>>,
 }
 

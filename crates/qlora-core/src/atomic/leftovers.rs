@@ -1,8 +1,8 @@
 //! Temporary files and folders that a killed process left behind.
 //!
-//! The writer of a temporary name holds an advisory lock on it, which the operating system drops with the process. So
-//! a name that can be locked has no writer any more, and the next writer of the same name removes it. Where a file system has no
-//! locks nothing is removed.
+//! The writer of a temporary name holds an advisory lock on it, which the operating system drops with the process. So a
+//! name that can be locked has no writer any more, and the next writer of the same name removes it. Where a file system
+//! has no locks nothing is removed.
 
 use std::fs::{self, File, TryLockError};
 use std::io;

@@ -5,7 +5,7 @@
 //! tensors. Names and metadata are those of llama.cpp's converter; rows of q and k are interleaved for Llama and Mistral
 //! as it does.
 //!
-//! Which matrix has which type is llama.cpp's choice for the same name (`mix`); vectors are f32. Blocks of q8_0, and those of q4_0
+//! The type of each matrix is llama.cpp's choice for the same name (`mix`); vectors are f32. Blocks of q8_0, and those of q4_0
 //! without an importance matrix, are bit-equal with the `gguf` package's ([`blocks`]); the others are found by a search that leaves less
 //! error than llama.cpp's ([`qlora_kernels::ggml`]).
 //!

@@ -32,7 +32,7 @@ pub struct OnCard {
 /// planner of a batch, `choose` takes its plan for so many bytes.
 ///
 /// # Errors
-/// Whatever `planner_of` returns. That no plan fits is a result.
+/// The error of `planner_of`. That no plan fits is a result.
 pub fn on_card(
     card: &Card,
     dtype: Dtype,

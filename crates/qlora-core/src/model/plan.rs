@@ -226,7 +226,7 @@ impl Planner {
     /// `planner_of` makes the planner for a length. Exact to 64 tokens.
     ///
     /// # Errors
-    /// Whatever `planner_of` returns.
+    /// The error of `planner_of`.
     pub fn longest_sequence(limit: usize, budget: u64, planner_of: impl Fn(usize) -> Result<Self>) -> Result<usize> {
         const STEP: usize = 64;
         let fits = |tokens: usize| Ok::<_, Error>(planner_of(tokens)?.leanest().peak <= budget);

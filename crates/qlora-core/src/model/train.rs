@@ -24,7 +24,7 @@ pub struct TrainPass {
     /// Seeds the dropout of this pass; two passes with the same seed drop the same elements.
     pub seed: u64,
     /// The gradient that a pass adds is multiplied by this, from the logits on: in float16, gradients of a large batch are
-    /// smaller than the smallest number. A power of two changes no other bit; the user of the gradient divides it again.
+    /// smaller than the smallest number. A power of two changes no other bit; the gradient's user divides it again.
     /// A loss in candle's graph ([`CausalLm::loss`]) does not read it.
     pub loss_scale: f32,
 }

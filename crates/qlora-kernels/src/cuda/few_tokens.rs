@@ -49,7 +49,7 @@ impl Workspaces {
     }
 }
 
-/// Runs `launch` with the address of at least `bytes` bytes that were zero at first (none for 0 bytes). Nobody else gets
+/// Runs `launch` with the address of at least `bytes` bytes that were zero at first (none for 0 bytes). No other call gets
 /// them before the launch is enqueued: a larger request frees them behind it.
 pub(super) fn with_zeroed(
     gpu: &Gpu,

@@ -377,7 +377,7 @@ impl Gpu {
     /// The milliseconds that the GPU spends on what `work` enqueues, by its own clock.
     ///
     /// # Errors
-    /// Whatever `work` returns, or if the device fails.
+    /// The error of `work`, or a failure of the device.
     pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
         const OP: &str = "timing";
         self.bind(OP)?;

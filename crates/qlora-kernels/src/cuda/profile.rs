@@ -89,7 +89,7 @@ impl Gpu {
     /// waited.
     ///
     /// # Errors
-    /// Whatever `work` returns, or if the device fails.
+    /// The error of `work`, or a failure of the device.
     pub fn profile(&self, work: impl FnOnce() -> Result<()>) -> Result<Vec<ProfileEntry>> {
         const OP: &str = "profile";
         let profiler = self.profiler();
