@@ -52,7 +52,7 @@ impl PendingFile {
         Ok(Self { writer: BufWriter::with_capacity(1 << 20, file), path })
     }
 
-    /// Writes to the file; what goes wrong is reported with the final path.
+    /// Writes to the file; errors are reported with the final path.
     ///
     /// # Errors
     /// The error of `write`.

@@ -35,7 +35,7 @@ const KNOWN: [&str; 15] = [
     "[EOT]",
 ];
 
-/// Further ones, of models whose files name them.
+/// Further end tokens, of models whose files name them.
 const KNOWN_HERE: [&str; 5] = [
     "<|eot|>",
     "<|eom|>",
@@ -47,7 +47,7 @@ const KNOWN_HERE: [&str; 5] = [
 /// Texts that may also be written in code or prose: an end only as a token that was added to the vocabulary.
 const KNOWN_IF_ADDED: [&str; 3] = ["</s>", "<eos>", "[EOS]"];
 
-/// Whether a token with this text ends an answer whatever the model's files say.
+/// Whether a token with this text ends an answer, independently of the model's files.
 pub fn is_known_text(text: &str) -> bool {
     KNOWN.contains(&text) || KNOWN_HERE.contains(&text) || KNOWN_IF_ADDED.contains(&text)
 }

@@ -21,7 +21,7 @@ pub enum Error {
         r#source: std::io::Error,
     },
 
-    /// A file does not hold what its format asks for.
+    /// A file violates its format.
     #[error("{path}: {message}")]
     Format {
         /// The file.

@@ -174,7 +174,7 @@ impl Request<'_> {
         Cache::new(self.settings.cache.clone()).repo(self.repo(commit)).pointer_path(commit)
     }
 
-    /// The snapshot, if the cache has all of it; else what is missing.
+    /// The snapshot, if the cache has all of it; else the names of the missing files.
     fn cached(&self) -> std::result::Result<Snapshot, String> {
         let revision = &self.settings.revision;
         let commit = if is_commit(revision) {

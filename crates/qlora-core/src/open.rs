@@ -64,7 +64,7 @@ impl fmt::Debug for OpenOptions {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct ModelFiles {
-    /// The weights and the configuration, whose end tokens are all that are known ([`crate::end_tokens`]).
+    /// The weights and the configuration, with all known end tokens ([`crate::end_tokens`]).
     pub source: Box<dyn WeightSource>,
     /// The tokenizer.
     pub tokenizer: Tokenizer,
@@ -88,7 +88,7 @@ pub(crate) struct Origins {
     pub(crate) generation: Option<PathBuf>,
 }
 
-/// The options of `generation_config.json`; what is not there is none.
+/// The options of `generation_config.json`; options that are not there are none.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GenerationDefaults {
     /// Tokens that end a generation. [`ModelFiles`] has all that are known ([`crate::end_tokens`]), not those of this file alone.

@@ -118,7 +118,7 @@ fn write_with(
     })
 }
 
-/// The model's configuration with what transformers needs to load the checkpoint.
+/// The model's configuration with the entries that transformers needs to load the checkpoint.
 fn config_with_quantization(source: &dyn WeightSource, config: &str, quantization: &QuantConfig) -> Result<String> {
     let mut config = source.config().rewrite(Some(config))?;
     let dtype = config.get("torch_dtype").or_else(|| config.get("dtype")).and_then(Value::as_str);

@@ -218,7 +218,7 @@ impl Tokenizer {
         self.special.eos
     }
 
-    /// The token for what the vocabulary does not have.
+    /// The token for text that the vocabulary does not have.
     pub fn unk_token_id(&self) -> Option<u32> {
         self.special.unknown
     }

@@ -20,7 +20,7 @@ pub enum Error {
         expected: Vec<usize>,
     },
 
-    /// An argument has a value outside what the operation is defined for.
+    /// An argument has a value for which the operation is not defined.
     #[error("{op}: {message}")]
     Invalid {
         /// The operation.

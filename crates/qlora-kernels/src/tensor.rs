@@ -224,13 +224,13 @@ impl Matrix {
         Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
     }
 
-    /// The candle storage of a CPU tensor of `shape`: what a custom op's forward returns.
+    /// The candle storage of a CPU tensor of `shape`: the result of a custom op's forward.
     pub fn into_storage(self, shape: &Shape) -> Result<CpuStorage> {
         Error::check_shape("into_storage", "the matrix", &[self.rows() * self.cols()], &[shape.elem_count()])?;
         Ok(CpuStorage::F32(self.into_vec()))
     }
 
-    /// The candle storage of a GPU tensor of `shape`: what a custom op's forward returns.
+    /// The candle storage of a GPU tensor of `shape`: the result of a custom op's forward.
     #[cfg(feature = "cuda")]
     pub fn into_cuda_storage(self, shape: &Shape) -> Result<CudaStorage> {
         const OP: &str = "into_storage";

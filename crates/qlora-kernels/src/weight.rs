@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use half::{bf16, f16};
 
-/// A frozen weight `[rows = output features, cols = input features]`: plain, 4-bit, integers, and whatever comes later.
+/// A frozen weight `[rows = output features, cols = input features]`: plain, 4-bit, integers.
 ///
 /// Training and inference only need to read rows of it; [`crate::ops::frozen_linear`] multiplies with any of them.
 pub trait FrozenWeight: Send + Sync + fmt::Debug {

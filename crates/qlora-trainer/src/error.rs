@@ -25,7 +25,7 @@ pub enum Error {
     #[error("{}", ProblemList(.0))]
     Config(Vec<Problem>),
 
-    /// A data file does not hold what it should.
+    /// A data file has a row or a structure that is not valid.
     #[error("{}", Location(path, *line, message))]
     Data {
         /// The file.

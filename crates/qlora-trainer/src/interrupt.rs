@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::error::{Error, Result};
 
-/// SIGINT's number, which is also what a request without a signal counts as.
+/// SIGINT's number, which also stands for a request without a signal.
 const SIGINT: i32 = 2;
 
 /// A request to stop that the training loop looks at after every step. Clones share the request.

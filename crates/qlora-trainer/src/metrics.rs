@@ -62,7 +62,7 @@ pub struct TrainLog {
     /// there on the CPU, nor in logs of earlier versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu_peak_memory: Option<u64>,
-    /// In a run whose gradients are float16: what the loss of the next step is multiplied by.
+    /// In a run whose gradients are float16: the factor of the next step's loss.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<f32>,
     /// In such a run: the steps so far that were skipped because a gradient overflowed.

@@ -1,4 +1,4 @@
-//! Whom to ask, and how: what `chat` and `generate` share.
+//! The options of the model and the prompt that `chat` and `generate` share.
 
 use anyhow::Result;
 use qlora::trainer::data::Message;
@@ -7,7 +7,7 @@ use super::Asker;
 use crate::model::{Loaded, ModelArgs};
 use crate::sampling::SamplingArgs;
 
-/// Whom to ask, and how.
+/// Options of the model, the sampling and the prompt.
 #[derive(clap::Args)]
 pub(crate) struct AskArgs {
     #[command(flatten)]

@@ -41,7 +41,7 @@ impl Asker<'_> {
         self.encoder.prompt(conversation).map_err(|error| anyhow!("{error}"))
     }
 
-    /// Says what the chat template does not read of these conversations.
+    /// Prints a remark on the parts of these conversations that the chat template does not read.
     pub(crate) fn remark_unused<'c>(&self, conversations: impl IntoIterator<Item = &'c Conversation>) {
         let unused: BTreeSet<String> =
             conversations.into_iter().flat_map(|conversation| self.encoder.unused(conversation)).collect();

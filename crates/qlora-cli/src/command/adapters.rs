@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::output::{self, TITLE};
 
-/// Lists adapters, shows what is in one, stores one in another precision.
+/// Lists adapters, shows an adapter's contents, stores one in another precision.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -29,7 +29,7 @@ enum Action {
         #[arg(long)]
         json: bool,
     },
-    /// Shows what an adapter is.
+    /// Shows an adapter's options, kinds and file.
     Show {
         /// A folder or a hub id.
         adapter: String,

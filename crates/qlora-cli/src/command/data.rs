@@ -162,7 +162,7 @@ fn shown(place: &str, documents: &[Encoded], encoder: &ModelEncoder<'_>, lines: 
     Ok(shown)
 }
 
-/// Takes down what would become of a row.
+/// Records whether a row is cut, too short, or has answers that are not found.
 fn remark(found: &mut Found, place: &str, length: usize, notes: Notes, config: &TrainConfig) {
     if length > config.data.max_length {
         found.cut.push(format!("{place}: {length} tokens"));

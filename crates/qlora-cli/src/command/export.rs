@@ -302,7 +302,7 @@ fn export_folder(args: &Args, opened: &Opened) -> Result<()> {
 /// The path of the written Modelfile, and the reason why it has no template where it has none.
 type WrittenModelfile = (PathBuf, Option<String>);
 
-/// `base` is what an adapter is put over.
+/// `base` is the model that the adapter belongs to.
 fn write_modelfile(
     args: &Args,
     files: &ModelFiles,

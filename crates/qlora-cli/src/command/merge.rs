@@ -197,7 +197,7 @@ fn merge_into(args: &Args, adapter: &Path, files: &ModelFiles) -> anyhow::Result
     })
 }
 
-/// Writes the merged model, and prints what merging changed.
+/// Writes the merged model, and prints the figures of the merge.
 fn write(
     args: &Args,
     format: Format,
@@ -310,7 +310,7 @@ fn written(format: Format, out: &Path) -> anyhow::Result<Box<dyn WeightSource>> 
     })
 }
 
-/// Exact answers of base and adapter, of both merged models, and of what was written.
+/// Prints the numbers of exact answers of base and adapter, of both merged models, and of the written model.
 fn print_exact(
     args: &Args,
     format: Format,

@@ -130,7 +130,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Starts a process for each GPU, unless this is one of them; then returns what they ended with.
+/// Starts a process for each GPU, unless this is one of them; then returns the exit code of the processes.
 #[cfg(unix)]
 fn start_ranks(args: &Args) -> Result<Option<ExitCode>> {
     launch::end_with_launcher();

@@ -84,7 +84,7 @@ pub fn read_config(dir: impl AsRef<Path>) -> Result<AdapterConfig> {
     config_file::parse(&path, &read_file(&path)?)
 }
 
-/// [`read_config`] of an adapter of any kind, with what it has besides layers with adapters.
+/// [`read_config`] of an adapter of any kind, with its parts besides layers with adapters.
 ///
 /// # Errors
 /// As there.

@@ -49,7 +49,7 @@ pub struct PeftAdapter {
     pub vocab_size: Option<usize>,
 }
 
-/// A, B and what goes with them for one module.
+/// The adapter of one module: A and B with their rank and scaling, and its bias and magnitude if it has them.
 #[derive(Clone, Debug)]
 pub struct LoraModule {
     /// Its name in the model.

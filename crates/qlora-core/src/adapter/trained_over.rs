@@ -26,7 +26,7 @@ pub enum TrainedOver {
     Plain,
     /// NF4 or FP4: QLoRA.
     Bits4 {
-        /// How.
+        /// The quantization.
         config: QuantConfig,
         /// The base is stored so, and was not quantized while loading.
         stored: bool,

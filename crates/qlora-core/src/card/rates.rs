@@ -27,7 +27,7 @@ impl Rates {
         Self { products, attention: products * 4.0 / 7.0, memory, host }
     }
 
-    /// The same rates, corrected by what was measured.
+    /// The same rates, corrected by a measurement.
     ///
     /// A measurement of a fraction of a second scatters by some percent, sees a card before it is warm, and must not choose another
     /// plan in every run. So a rate is replaced only where it is far off, and then by a step of a coarse ladder: the rate times a

@@ -47,7 +47,7 @@ pub(super) enum Marks {
     Known,
 }
 
-/// Compiles a template; also says who marks the assistant's answers.
+/// Compiles a template; also returns the origin of the marks around the assistant's answers.
 pub(super) fn compile(source: &str) -> Result<(Environment<'static>, Marks), Error> {
     limits::check_source(source)?;
     let failed = |what: &str| Error::new(ErrorKind::InvalidOperation, format!("the parser's thread {what}"));

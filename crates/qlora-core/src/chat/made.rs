@@ -70,7 +70,7 @@ fn pay(state: &mut State, bytes: usize) -> Result<(), Error> {
     Ok(())
 }
 
-/// Bytes of a text, or of a list without what its items point to.
+/// Bytes of a text, or of a list without the values that its items point to.
 fn size(value: &Value) -> Result<usize, Error> {
     let bytes = match value.kind() {
         ValueKind::String => value.as_str().unwrap_or_default().len(),
@@ -172,7 +172,7 @@ fn product(state: &mut State, value: Value) -> Result<Value, Error> {
     operand(state, value)
 }
 
-/// Filters that hand out what was there before.
+/// Filters that hand out an existing value.
 const PASSING: [&str; 13] =
     ["abs", "attr", "bool", "count", "d", "default", "first", "float", "int", "last", "length", "max", "min"];
 /// Filters that take lists and maps as such; the others write them as texts.
@@ -208,7 +208,7 @@ const TAKING_LISTS: [&str; 29] = [
     "zip",
 ];
 
-/// Looks at what a filter or method gets.
+/// Checks the arguments of a filter or method.
 fn check_arguments(name: &str, arguments: &[Value]) -> Result<(), Error> {
     for value in arguments {
         size(value)?;
@@ -251,7 +251,7 @@ pub(super) fn write(out: &mut Output, state: &mut State, value: &Value) -> Resul
     }
 }
 
-/// Passes on what is written as long as there is room.
+/// A writer that passes bytes on as long as there is room.
 struct Counted<'a, 'out> {
     out: &'a mut Output<'out>,
     room: usize,

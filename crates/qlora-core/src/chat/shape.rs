@@ -194,7 +194,7 @@ impl<'a> Shape<'a> {
         self.is_usable(i).then(|| between(self.text, &self.marks, i)).flatten()
     }
 
-    /// Whether what stands behind an answer ends it: nothing of its own does.
+    /// Whether the text behind an answer ends it: a part of the answer's own does not.
     fn is_usable(&self, i: usize) -> bool {
         is_plain(&self.messages[i]) && matches!(self.placements[i], Placement::Edges | Placement::Content)
     }

@@ -29,7 +29,7 @@ impl<'a> AnswerText<'a> {
         }
     }
 
-    /// Takes the next token and returns what can be shown: whole characters that belong to no stop string.
+    /// Takes the next token and returns the text that can be shown: whole characters that belong to no stop string.
     ///
     /// # Errors
     /// If the tokenizer's decoder fails.

@@ -1,5 +1,5 @@
-//! Importance matrices of llama.cpp (`llama-imatrix`): for every matrix the mean square of what each of its columns is multiplied
-//! with, over some text.
+//! Importance matrices of llama.cpp (`llama-imatrix`): for every matrix the mean square of the inputs of each of its
+//! columns, over some text.
 //!
 //! Two formats are read. GGUF (`general.type` is `imatrix`): for a matrix NAME the tensors `NAME.in_sum2`, sums of squares, and
 //! `NAME.counts`, how many were summed. The older one (usually `.dat`), all little-endian: i32 entries; of each i32 length and name,

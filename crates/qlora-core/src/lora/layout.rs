@@ -189,7 +189,7 @@ impl AdapterLayout {
         Some(AdapterPair { a: &self.entries[first], b: &self.entries[first + 1], magnitude })
     }
 
-    /// The tensor that holds the number at `index` of the buffer, if there is one: names what a bad number belongs to.
+    /// The tensor that holds the number at `index` of the buffer, if there is one, to name the place of a bad number.
     pub fn entry_at(&self, index: usize) -> Option<&Entry> {
         let after = self.entries.partition_point(|entry| entry.offset <= index);
         after.checked_sub(1).map(|i| &self.entries[i]).filter(|entry| entry.range().contains(&index))

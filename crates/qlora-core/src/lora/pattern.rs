@@ -182,7 +182,7 @@ impl Translator {
         self.push(&text, Before::Item);
     }
 
-    /// After a repeat's text: checks what it repeats and writes it.
+    /// After a repeat's text: checks the repeated element and writes the repeat.
     fn repeat(&mut self, repeat: String) -> Step<()> {
         match self.before {
             Before::Nothing | Before::Anchor => return self.invalid("nothing to repeat"),

@@ -41,7 +41,7 @@ pub enum Combination {
     /// The weighted sums of the A and of the B, all of one rank, each with the root of weight times scaling: cheap, and a rough
     /// approximation, as the sum of products is not the product of sums.
     Linear,
-    /// The ranks one after the other: exactly the weighted sum of what the adapters add.
+    /// The ranks one after the other: exactly the weighted sum of the adapters' outputs.
     Cat,
 }
 
@@ -124,7 +124,7 @@ impl Chosen<'_> {
     }
 }
 
-/// Some rows and whose they are.
+/// Some rows and their adapter.
 pub(super) type Span<'a> = (Range<usize>, Chosen<'a>);
 
 impl CausalLm {
@@ -166,12 +166,13 @@ impl CausalLm {
         Ok(())
     }
 
-    /// The base, or the trained adapter if there is one, computes what chooses nothing else.
+    /// Returns to the trained adapter, or the base if there is none, for sequences that choose nothing else.
     pub fn deactivate_adapter(&mut self) {
         self.adapters.active = None;
     }
 
-    /// The base computes what chooses nothing else, until [`Self::activate_adapter`] or [`Self::enable_adapter`].
+    /// Switches to the base for sequences that choose nothing else, until [`Self::activate_adapter`] or
+    /// [`Self::enable_adapter`].
     pub fn disable_adapters(&mut self) {
         self.enable_adapter(false);
     }
@@ -198,7 +199,7 @@ impl CausalLm {
         })
     }
 
-    /// Multiplies what an adapter adds by `weight` (1 as it is loaded).
+    /// Multiplies the adapter's output by `weight` (1 as it is loaded).
     ///
     /// # Errors
     /// If there is none of this name, the weight is not finite, or the adapter does more than add (DoRA, biases, replaced

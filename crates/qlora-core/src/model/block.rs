@@ -82,7 +82,7 @@ impl Pass<'_> {
         }
     }
 
-    /// The same pass for the batch's rows from `row` on, for what looks at no other row.
+    /// The same pass for the batch's rows from `row` on, for operations that work row by row.
     pub(super) fn at_row(self, row: usize) -> Self {
         Self { adapter: self.adapter.map(|adapter| adapter.at_row(row)), ..self }
     }
@@ -134,7 +134,7 @@ impl Attended {
     }
 }
 
-/// Queries, keys and values side by side, normed and rotated, and what the backward needs of how they were made.
+/// Queries, keys and values side by side, normed and rotated, and the intermediate values that their backward needs.
 #[derive(Debug)]
 struct Qkv {
     qkv: Matrix,
@@ -188,12 +188,13 @@ impl Block {
         margin_of(&[self.o.member()]).max(margin_of(&[self.down.member()]))
     }
 
-    /// The margin of what q, k and v read, or of their gradient.
+    /// The margin of the input of q, k and v, or of its gradient.
     fn qkv_margin(&self, pass: &Pass) -> usize {
         pass.margin_of(&[self.q.member(), self.k.member(), self.v.member()])
     }
 
-    /// Runs the block on `x [tokens, hidden]`; also what [`Self::backward`] needs, as `keep` says.
+    /// Runs the block on `x [tokens, hidden]`; also returns the activations that [`Self::backward`] needs, as `keep`
+    /// says.
     pub(super) fn forward(&self, x: Matrix, pass: &Pass, keep: Keep) -> Result<(Matrix, Option<Saved>)> {
         let attended = self.attend(x, pass)?;
         let [tokens, hidden] = attended.mid.view().shape();

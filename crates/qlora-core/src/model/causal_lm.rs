@@ -388,7 +388,7 @@ impl CausalLm {
         })
     }
 
-    /// Steps of generation that were recorded hold addresses and scales of what is about to change.
+    /// Drops recorded steps of generation: they hold addresses and scales that are about to change.
     pub(super) fn forget_steps(&mut self) {
         #[cfg(feature = "cuda")]
         self.steps.forget();

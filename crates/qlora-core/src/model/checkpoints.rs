@@ -42,7 +42,7 @@ impl Checkpoints {
         }
     }
 
-    /// Takes what the next block kept.
+    /// Takes the activations that the next block saved.
     pub(crate) fn push(&mut self, saved: Option<Saved>, keep: Keep, workspace: &Workspace) -> Result<()> {
         // The block above the one that left has run: its copy is done, or nearly.
         self.settle()?;
@@ -69,7 +69,7 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// Frees the device memory of what is being copied out.
+    /// Frees the device memory of matrices that are being copied out.
     pub(crate) fn settle(&mut self) -> Result<()> {
         #[cfg(feature = "cuda")]
         for leaving in self.leaving.drain(..) {

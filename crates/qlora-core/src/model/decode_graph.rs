@@ -33,7 +33,7 @@ struct Kept {
     disabled: bool,
 }
 
-/// The sizes of the last step, and what came of them.
+/// The key of the last step, and its recorded graph.
 #[derive(Debug)]
 struct Last {
     key: Key,

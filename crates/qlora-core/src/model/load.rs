@@ -206,7 +206,7 @@ fn part(block: &BlockSpec, role: Role) -> Result<&Module> {
     block.get(role).ok_or_else(|| Error::Unsupported(format!("{}: a block without {role:?}", block.name)))
 }
 
-/// A tensor that nothing reads means that the model is not what its configuration says.
+/// Refuses tensors that no part of the model reads: the model is then not the one that its configuration describes.
 fn check_all_used(source: &dyn WeightSource, jobs: &[Job]) -> Result<()> {
     let tied = source.config().tie_word_embeddings;
     let harmless = |name: &str| name.ends_with("rotary_emb.inv_freq") || (tied && name == HEAD_WEIGHT);
@@ -220,7 +220,7 @@ fn check_all_used(source: &dyn WeightSource, jobs: &[Job]) -> Result<()> {
     Err(Error::Unsupported(format!("the checkpoint has tensors that this architecture does not use: {shown}{more}")))
 }
 
-/// Quantizing what is quantized already would lose precision without saying so.
+/// Refuses to quantize weights that are quantized already, which would lose precision without saying so.
 fn check_quantization(asked: Quantization, stored: &CheckpointQuantization, source: &dyn WeightSource) -> Result<()> {
     let asked = match (asked, stored) {
         (Quantization::None, _)

@@ -28,7 +28,7 @@ impl Block {
         pass.margin_of(&[self.gate.member(), self.up.member()])
     }
 
-    /// Writes `y`; returns what the backward needs.
+    /// Writes `y`; returns the activations that the backward needs.
     pub(super) fn mlp_kept(&self, mid: View, mut y: ViewMut, pass: &Pass) -> Result<MlpSaved> {
         let mut saved = self.mlp_to_gate_up(mid, pass)?;
         let mut h = self.mlp_hidden(&saved.gate_up, pass)?;

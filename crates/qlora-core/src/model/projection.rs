@@ -73,7 +73,7 @@ impl Projection {
         self.slot = slot;
     }
 
-    /// From here on, what the projection reads is summed up.
+    /// Sums up the projection's inputs from here on.
     pub(crate) fn watch(&self) -> Arc<InputSquares> {
         self.watch.get_or_init(|| Arc::new(InputSquares::new(self.inputs()))).clone()
     }

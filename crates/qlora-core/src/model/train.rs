@@ -117,7 +117,7 @@ impl CausalLm {
         Ok(negated(linear_cross_entropy::token_losses(hidden.view(), head, &batch.targets, self.workspace())?))
     }
 
-    /// The forward, what `head` makes of its result and writes as that one's gradient, and the backward.
+    /// Runs the forward, `head` on its result (it writes the result's gradient), and the backward.
     fn forward_backward<R>(
         &self,
         batch: &Batch,

@@ -1,4 +1,4 @@
-//! The adapter that is trained: all its tensors back to back in one candle variable, and what follows from their values.
+//! The trained adapter: all its tensors back to back in one candle variable, and the values derived from them.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -54,8 +54,9 @@ impl Adapter {
         &self.layout
     }
 
-    /// All tensors back to back, f32, one dimension: what a candle optimizer trains. Once it was asked for, the norms that DoRA
-    /// needs are computed for every pass, generated tokens included: the variable may change at any time.
+    /// All tensors back to back, f32, one dimension: the variable that a candle optimizer trains Once it was asked for,
+    /// the norms that DoRA needs are computed for every pass, generated tokens included: the variable may change at any
+    /// time.
     pub fn variable(&self) -> &Var {
         self.derived.handed_out.store(true, Ordering::Relaxed);
         &self.flat

@@ -62,7 +62,7 @@ impl StopStrings {
         self.release(keep)
     }
 
-    /// Takes the first `len` bytes off the held text, and returns what is shown of them.
+    /// Takes the first `len` bytes off the held text, and returns the part of them that is shown.
     fn release(&mut self, len: usize) -> String {
         let rest = self.held.split_off(len);
         let text = std::mem::replace(&mut self.held, rest);
@@ -85,7 +85,7 @@ impl StopStrings {
         self.found.map(|i| self.stops[i].as_str())
     }
 
-    /// At the end of the text: what was held back and turned out to be no stop string.
+    /// At the end of the text: the held text, which turned out to be no stop string.
     pub fn finish(&mut self) -> String {
         self.release(self.held.len())
     }

@@ -333,7 +333,7 @@ fn refuse_quantized(shard: &Shard, name: &str, quantization: Option<&CheckpointQ
     }
 }
 
-/// Says what a folder holds instead of weights.
+/// The error for a folder without weights, with the files it holds instead.
 fn no_weights(folder: &Path) -> Error {
     let names: Vec<String> = fs::read_dir(folder)
         .into_iter()

@@ -1,4 +1,4 @@
-//! Linear layers that a checkpoint stores quantized: which tensors make up each of them, and how they are read.
+//! Linear layers that a checkpoint stores quantized: the tensors of each of them, and their reading.
 //!
 //! A module is quantized if the tensors that its method adds to a weight are there; all others are plain weights. What the
 //! headers say is checked when the source is opened: presence, dtypes, shapes, the JSON state of 4-bit tensors. Values are

@@ -1,4 +1,4 @@
-//! The model as data: which modules a decoder consists of, what files call them, their shapes, and how its blocks differ.
+//! The model as data: the modules of a decoder, their names in files, their shapes, and the differences between blocks.
 //!
 //! [`ModelConfig::spec`](crate::config::ModelConfig::spec) makes a [`ModelSpec`] from sizes and options; what distinguishes one
 //! architecture from another is in one file of [`arch`] each. Everything that names a module or counts its elements reads the

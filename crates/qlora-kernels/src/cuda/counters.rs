@@ -1,4 +1,4 @@
-//! Counts of what is slow to make and should be made once: memory, plans, graphs.
+//! Counts of things that are slow to make and should be made once: memory, plans, graphs.
 //!
 //! A run that is warm makes no more of them; one that does is losing time in every step.
 

@@ -36,7 +36,7 @@ const OP: &str = "cudnn attention";
 /// Columns that a gradient's buffer may have besides those of q, k and v: an adapter's factors.
 const MARGIN: usize = 256;
 
-/// Whether cuDNN's attention may be used, and what became of it.
+/// The state of cuDNN's attention: whether it may be used, its library, and its failures.
 pub struct AttentionLibrary {
     enabled: AtomicBool,
     capability: i32,
@@ -133,7 +133,7 @@ impl AttentionLibrary {
         self.state().library.as_ref().and_then(|library| library.as_ref().ok()).map_or(0, |cudnn| cudnn.plans_made())
     }
 
-    /// The plans that are kept, in words: what for, which engine, how much workspace.
+    /// The plans that are kept, in words: their shapes, engines and workspaces.
     pub fn plans(&self) -> Vec<String> {
         let state = self.state();
         state.library.as_ref().and_then(|library| library.as_ref().ok()).map_or(Vec::new(), |cudnn| cudnn.plans())

@@ -14,7 +14,7 @@ unsafe impl Send for Event {}
 unsafe impl Sync for Event {}
 
 impl Event {
-    /// Marks what is enqueued on `stream` so far.
+    /// Marks the work that is enqueued on `stream` so far.
     pub(super) fn record(op: &'static str, stream: &CudaStream) -> Result<Self> {
         let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
             .map_err(|error| cuda_error(op, error))?;

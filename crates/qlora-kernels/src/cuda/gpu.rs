@@ -336,7 +336,7 @@ impl Gpu {
         &self.profiler
     }
 
-    /// Whether and how cuDNN's attention is used.
+    /// The use of cuDNN's attention.
     pub fn attention(&self) -> &AttentionLibrary {
         &self.attention
     }
@@ -374,7 +374,7 @@ impl Gpu {
         self.stream.synchronize().map_err(|error| cuda_error(op, error))
     }
 
-    /// The milliseconds that the GPU spends on what `work` enqueues, by its own clock.
+    /// The milliseconds that the GPU spends on the launches of `work`, by its own clock.
     ///
     /// # Errors
     /// The error of `work`, or a failure of the device.

@@ -1,4 +1,4 @@
-//! The 2-norm of all gradients together, and what clipping multiplies them by (`torch.nn.utils.clip_grad_norm_`).
+//! The 2-norm of all gradients together, and the factor that clips them (`torch.nn.utils.clip_grad_norm_`).
 //!
 //! ```text
 //! norm = sqrt(sum grad^2)         coefficient = min(1, max_norm / (norm + 1e-6))

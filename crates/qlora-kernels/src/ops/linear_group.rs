@@ -142,7 +142,7 @@ impl<'a> AdapterPass<'a> {
     }
 }
 
-/// `S` (or `dS`) of a group: what its backward needs of its forward besides the input.
+/// `S` (or `dS`) of a group: the matrix of its forward that its backward needs besides the input.
 #[derive(Debug, Default)]
 pub struct Shrunk {
     pub(crate) parts: Vec<Option<Matrix>>,

@@ -1,4 +1,4 @@
-//! The low-rank part of a LoRA linear layer (arXiv 2106.09685), added to what the frozen part wrote.
+//! The low-rank part of a LoRA linear layer (arXiv 2106.09685), added to the output of the frozen part.
 //!
 //! With `x [tokens, in]`, `A [r, in]`, `B [out, r]` and `drop` the dropout of `x`:
 //!

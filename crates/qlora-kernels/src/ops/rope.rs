@@ -37,12 +37,12 @@ pub struct RopeConfig {
 pub enum RopeScaling {
     /// All angles divided by `factor`.
     Linear {
-        /// By how much the sequence grows.
+        /// The factor by which the sequence grows.
         factor: f64,
     },
     /// Llama 3.1: low frequencies divided by `factor`, high ones kept, a smooth step between.
     Llama3 {
-        /// By how much the sequence grows.
+        /// The factor by which the sequence grows.
         factor: f64,
         /// Wavelengths above `original_max_position_embeddings / low_freq_factor` are scaled whole.
         low_freq_factor: f64,
@@ -53,7 +53,7 @@ pub enum RopeScaling {
     },
     /// YaRN (arXiv 2309.00071).
     Yarn {
-        /// By how much the sequence grows.
+        /// The factor by which the sequence grows.
         factor: f64,
         /// The length the model was first trained for.
         original_max_position_embeddings: usize,

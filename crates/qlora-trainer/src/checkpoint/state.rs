@@ -119,7 +119,7 @@ impl TrainerState {
         text
     }
 
-    /// Reads the file's text; the error is what is wrong with it.
+    /// Reads the file's text; the error describes the problem.
     pub(crate) fn from_json(text: &str) -> Result<Self, String> {
         let json: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
         let Some(version) = json.pointer("/stateful_callbacks/qlora/format_version") else {

@@ -62,7 +62,7 @@ pub trait Communicator: fmt::Debug + Send {
     /// accumulates.
     fn sums_in_order(&self) -> bool;
 
-    /// Fails if the run is known to be over: what a rank looks at during long work.
+    /// Fails if the run is known to be over; a rank calls it during long work.
     ///
     /// # Errors
     /// [`Error::Rank`] with the rank that is gone.
@@ -75,7 +75,7 @@ pub trait Communicator: fmt::Debug + Send {
         let _ = why;
     }
 
-    /// Leaves in peace: everybody has what it needs of this rank.
+    /// Leaves in peace: the other ranks have everything that they need of this one.
     fn leave(&mut self) {}
 
     /// A description of the ranks' connection, for a line at the start of the run; none for a process of its own.

@@ -29,7 +29,7 @@ use qlora_kernels::{View, ViewMut};
 
 /// The interval at which a rank says that it is alive.
 pub const BEAT: Duration = Duration::from_secs(2);
-/// After how long a silent rank counts as gone.
+/// The time after which a silent rank counts as gone.
 pub const SILENCE: Duration = Duration::from_secs(10);
 /// The time that a rank may go on after another was lost before it is ended from outside.
 pub const GRACE: Duration = Duration::from_secs(2);
@@ -74,7 +74,7 @@ impl Shared {
         self.lost.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The first loss counts; what follows from it does not.
+    /// Records the first loss; its consequences do not count.
     fn lose(&self, rank: usize, why: String) {
         if !self.left.load(Ordering::SeqCst) {
             self.lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert((rank, why));

@@ -50,7 +50,7 @@ pub enum GradientCheckpointing {
     Auto,
     /// Every block recomputes.
     On,
-    /// Nothing is recomputed; what does not fit is refused.
+    /// Nothing is recomputed; a batch that does not fit is refused.
     Off,
 }
 

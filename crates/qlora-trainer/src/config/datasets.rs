@@ -71,7 +71,7 @@ impl From<&Path> for DatasetOptions {
     }
 }
 
-/// `columns`: which column is what, in LLaMA-Factory's names.
+/// `columns`: the roles of the columns, in LLaMA-Factory's names.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
@@ -96,7 +96,7 @@ pub struct ColumnNames {
     pub rejected: Option<String>,
 }
 
-/// `tags`: how messages are written, in LLaMA-Factory's names and with its defaults.
+/// `tags`: the keys and roles of messages, in LLaMA-Factory's names and with its defaults.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]

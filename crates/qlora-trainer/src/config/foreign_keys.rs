@@ -1,4 +1,4 @@
-//! Keys of other trainers: accepted where they ask for what happens anyway, otherwise refused with what to write instead.
+//! Keys of other trainers: accepted where they ask for the behaviour here, otherwise refused with a suggestion.
 //!
 //! The keys themselves are data, in [`known_keys`](super::known_keys).
 

@@ -58,7 +58,7 @@ pub(super) struct Keys {
 }
 
 impl Keys {
-    /// The part of the table that is ours, and what all of its keys are.
+    /// The part of the table that is ours, and the sorted keys of all of it.
     pub(super) fn sort<'a>(text: &str, table: DeTable<'a>) -> (DeTable<'a>, Self) {
         let known = sections();
         let (mut ours, mut keys) = (DeTable::new(), Self::default());
@@ -138,7 +138,7 @@ impl Keys {
     }
 }
 
-/// A value without its place; none for what has no form of its own (an integer beyond 64 bits).
+/// A value without its place; none for values without a form of their own (an integer beyond 64 bits).
 fn plain(value: &Spanned<DeValue<'_>>) -> Option<Value> {
     Value::deserialize(value.clone().into_deserializer()).ok()
 }

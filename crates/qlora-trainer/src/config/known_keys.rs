@@ -1,4 +1,4 @@
-//! The keys of other trainers that people copy into a configuration, with what happens to each.
+//! The keys of other trainers that people copy into a configuration, with the treatment of each.
 //!
 //! Sources: TRL 1.16 (`SFTConfig`), transformers 5.24 and 4 (`TrainingArguments`, `from_pretrained`), PEFT 0.21
 //! (`LoraConfig`), bitsandbytes by transformers' `BitsAndBytesConfig`, and the keys that the documentation of Unsloth,

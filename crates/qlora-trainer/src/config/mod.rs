@@ -53,7 +53,7 @@ pub use datasets::{ColumnNames, DatasetOptions, MixStrategy, TagNames};
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainConfig {
-    /// The base model and how it is held in memory.
+    /// The base model and its quantization.
     pub model: ModelOptions,
     /// The adapters.
     pub lora: LoraOptions,
@@ -65,7 +65,7 @@ pub struct TrainConfig {
     pub objective: ObjectiveOptions,
 }
 
-/// `[model]`: the base model and how it is held in memory.
+/// `[model]`: the base model and its quantization.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelOptions {
@@ -163,7 +163,7 @@ impl Default for LoraOptions {
     }
 }
 
-/// `[data]`: what to train on.
+/// `[data]`: the training and validation data.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataOptions {
@@ -213,7 +213,7 @@ pub struct DataOptions {
     pub streaming: bool,
     /// With `streaming`: the documents that are shuffled together. Default: 16384, as in LLaMA-Factory.
     pub buffer_size: usize,
-    /// `[[data.datasets]]`: sets of rows with what their columns mean, behind those of `train_file`. Default: none.
+    /// `[[data.datasets]]`: sets of rows with the roles of their columns, behind those of `train_file`. Default: none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub datasets: Vec<DatasetOptions>,
     /// `[[data.test_datasets]]`: the same to evaluate on (Axolotl's name). Default: none.
@@ -259,7 +259,7 @@ impl Default for DataOptions {
     }
 }
 
-/// `[training]`: how to train.
+/// `[training]`: the options of training.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainingOptions {

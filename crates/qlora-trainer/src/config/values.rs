@@ -4,7 +4,7 @@ use toml::Value;
 
 use super::TrainConfig;
 
-/// Values of other trainers, by key: what to write instead, and why.
+/// Values of other trainers, by key: a suggestion, and the reason.
 const FOREIGN_VALUES: &[(&str, &[&str], &str)] = &[
     ("lr_scheduler_type", &["polynomial"], "write \"linear\", which it is with transformers' default power of 1"),
     (

@@ -115,7 +115,7 @@ pub(crate) fn select(names: &[String], card: Option<&str>, wanted: Wanted<'_>) -
     Ok(of_one_format(files))
 }
 
-/// The configuration that the card has for what is wanted; none without a card that lists files.
+/// The configuration that the card has for the requested part; none without a card that lists files.
 fn config_of(card: Option<&str>, wanted: Wanted<'_>) -> Result<Option<Config>, Refusal> {
     let Some(front) = card.and_then(front_matter) else { return Ok(None) };
     // Cards are written by hand: one that cannot be read says nothing.

@@ -504,8 +504,8 @@ impl Document<'_> {
         self.ids.iter().zip(self.trained).map(label).collect()
     }
 
-    /// The document's text with the trained stretches between `open` and `close`: what to look at when a model learns
-    /// the wrong thing.
+    /// The document's text with the trained stretches between `open` and `close`, for debugging a model that learns the
+    /// wrong thing.
     ///
     /// # Errors
     /// If the encoder cannot decode the tokens.

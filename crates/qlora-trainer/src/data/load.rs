@@ -17,7 +17,7 @@ use crate::fingerprint::Fingerprint;
 /// Rows that are encoded together, in parallel; bounds the memory that undecoded rows take.
 pub(super) const CHUNK: usize = 2048;
 
-/// Files whose rows belong together, and what their columns mean.
+/// Files whose rows belong together, and the roles of their columns.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct RowSet {
@@ -32,7 +32,7 @@ pub struct RowSet {
 }
 
 impl RowSet {
-    /// A set whose rows say themselves what they are.
+    /// A set without a mapping: the format is found out from its rows.
     pub fn new(files: Vec<DataFile>) -> Self {
         Self { files, ..Self::default() }
     }
@@ -61,7 +61,7 @@ pub struct PlacedRow<'a> {
     pub path: &'a Path,
     /// The place of the row in its file.
     pub place: Place,
-    /// The row as its columns are mapped; or what is wrong with it.
+    /// The row as its columns are mapped; or a description of its problem.
     pub row: std::result::Result<Row, String>,
 }
 

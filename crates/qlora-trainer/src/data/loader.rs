@@ -30,9 +30,9 @@ pub struct StepBatch {
     pub micro_batches: Vec<Batch>,
     /// The documents of each micro-batch, as indices into the data set.
     pub documents: Vec<Vec<usize>>,
-    /// Trained tokens of all micro-batches: what the step's loss is divided by.
+    /// Trained tokens of all micro-batches: the divisor of the step's loss.
     pub num_items: usize,
-    /// Groups of documents of all micro-batches: what the loss of an objective over groups is divided by.
+    /// Groups of documents of all micro-batches: the divisor of the loss of an objective over groups.
     pub groups: usize,
 }
 

@@ -53,13 +53,13 @@ impl Message {
     }
 }
 
-/// Messages, and what else the chat template gets.
+/// Messages, and the further inputs of the chat template.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct Conversation {
     /// In order.
     pub messages: Vec<Message>,
-    /// The row's `tools`: what the assistant may call.
+    /// The row's `tools`: the functions that the assistant may call.
     pub tools: Option<Value>,
     /// The row's `chat_template_kwargs`: further arguments of the template, such as `enable_thinking`.
     pub template_kwargs: Map<String, Value>,
@@ -107,7 +107,7 @@ pub struct Row {
 pub enum Record {
     /// A conversation.
     Chat(Conversation),
-    /// A text and how it goes on.
+    /// A prompt and its completion.
     Completion {
         /// The text.
         prompt: String,
@@ -118,7 +118,7 @@ pub enum Record {
     Instruction {
         /// The instruction.
         instruction: String,
-        /// With what; may be empty.
+        /// The input of the instruction; may be empty.
         input: String,
         /// The answer.
         output: String,
@@ -172,7 +172,7 @@ impl Row {
 }
 
 impl Record {
-    /// Reads a row; see [`Row::from_json`] for what was not used of it.
+    /// Reads a row; see [`Row::from_json`] for its unused columns.
     ///
     /// # Errors
     /// A column that is missing or of the wrong type.

@@ -62,7 +62,7 @@ impl Default for ObjectiveOptions {
 }
 
 impl ObjectiveOptions {
-    /// Every value that makes no sense in a run of this configuration: its key and what is wrong.
+    /// Every value that makes no sense in a run of this configuration: its key and a description of the problem.
     pub(crate) fn problems(config: &TrainConfig) -> Vec<(&'static str, String)> {
         let Self { beta, loss_type, label_smoothing, .. } = config.objective;
         if config.training.objective == ObjectiveKind::Sft {
@@ -171,7 +171,7 @@ pub(crate) fn add(sums: &mut Metrics, metrics: &Metrics) {
     metrics.iter().for_each(|(name, value)| *sums.entry(name.clone()).or_default() += value);
 }
 
-/// Sums divided by how many they run over, under names that begin with `prefix`.
+/// Sums divided by their numbers of terms, under names that begin with `prefix`.
 pub(crate) fn means(sums: &Metrics, count: usize, prefix: &str) -> Metrics {
     sums.iter().map(|(name, sum)| (format!("{prefix}{name}"), sum / count as f64)).collect()
 }

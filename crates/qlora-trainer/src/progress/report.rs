@@ -22,7 +22,7 @@ pub struct ReportFacts {
     pub title: String,
     /// The configuration as TOML.
     pub configuration: String,
-    /// The data: numbers of documents and tokens, what was cut or left out.
+    /// The data: numbers of documents and tokens, and of those that were cut or left out.
     pub data: String,
     /// Stands for the data's tokens.
     pub data_fingerprint: String,

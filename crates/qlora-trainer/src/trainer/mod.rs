@@ -153,7 +153,7 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
         })
     }
 
-    /// Begins from what was opened before there was a model.
+    /// Begins with the state that was opened before there was a model.
     pub(crate) fn with_start(mut self, start: Option<Start>, template_time: Option<String>) -> Self {
         (self.start, self.template_time) = (start, template_time);
         self

@@ -172,7 +172,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
         Error::NonFinite { step, micro_batch: micro_batch + 1, what: what.to_owned(), documents }
     }
 
-    /// The log entry for what was trained since the last one.
+    /// The log entry for the steps since the last one.
     pub(super) fn log_entry(&mut self, info: &StepInfo) -> LogEntry {
         let window: LogWindow = std::mem::take(&mut self.progress.window);
         LogEntry::Train(TrainLog {

@@ -86,7 +86,8 @@ pub(crate) fn start<'a>(
     Ok(())
 }
 
-/// The flat adapter followed by the factors `m / n` of all outputs: what inference over it reads ([`change`]).
+/// The flat adapter followed by the factors `m / n` of all outputs: the values that inference over it reads
+/// ([`change`]).
 ///
 /// # Errors
 /// If the device fails.

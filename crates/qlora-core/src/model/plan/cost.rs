@@ -52,7 +52,7 @@ impl BlockCost {
         0.35 * 3.5 * 2.0 * tokens * len * q / rates.attention
     }
 
-    /// Seconds that one block takes beyond what every choice needs.
+    /// Seconds that one block takes beyond the costs that all choices share.
     pub(super) fn block(&self, keep: Keep, choice: &Choice, cached: bool, sizes: &Sizes) -> f64 {
         if keep == Keep::Nothing {
             return 0.0;

@@ -1,6 +1,6 @@
-//! The memory of a training step as a sum: what is alive in each stage of each block, with sizes that follow from the model
-//! and the batch. It mirrors [`block`](super::super::block) and [`mlp`](super::super::mlp) line by line, and changes with
-//! them.
+//! The memory of a training step as a sum: the live matrices in each stage of each block, with sizes that follow from
+//! the model and the batch It mirrors [`block`](super::super::block) and [`mlp`](super::super::mlp) line by line, and
+//! changes with them.
 
 use qlora_kernels::matrix::padded_cols;
 use qlora_kernels::ops::linear_cross_entropy::rows_of_chunk_on_gpu;

@@ -1,4 +1,5 @@
-//! The expected time of a step: what every choice pays, by counting, and on top what the plan's choices cost (`cost.rs`).
+//! The expected time of a step: the costs that all choices share, by counting, and on top those of the plan's choices
+//! (`cost.rs`).
 //!
 //! ```text
 //! products   2 operations a weight and token forward, 2 for dX; the head's for trained tokens only

@@ -121,7 +121,7 @@ pub(crate) trait Definition: Sync {
     /// If an option has a value that this architecture does not take; the message names it.
     fn read_json(&self, fields: &Fields<'_>, config: &mut ModelConfig) -> Result<()>;
 
-    /// Writes what [`Self::read_json`] reads.
+    /// Writes the keys that [`Self::read_json`] reads.
     fn write_json(&self, config: &ModelConfig, map: &mut Map<String, Json>);
 
     /// Keys of GGUF metadata that this architecture reads and others refuse.

@@ -1,4 +1,4 @@
-//! `quantization_config`: how the weights of a checkpoint are stored, where they are stored quantized.
+//! `quantization_config`: the quantization of a checkpoint's weights.
 //!
 //! Keys that are missing get the default of the method's configuration class in transformers (checked against 5.23). What
 //! a module's tensors are is decided by the tensors themselves; the configuration gives what they do not say.

@@ -112,7 +112,7 @@ fn sizes(most: usize) -> impl Iterator<Item = usize> {
 }
 
 impl Key {
-    /// The rows of the batch: what differs from batch to batch.
+    /// The rows of the batch, which differ from batch to batch.
     fn rows(&self) -> usize {
         match self.kind {
             Kind::Nt | Kind::Nn => self.m,

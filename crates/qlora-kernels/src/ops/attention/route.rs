@@ -100,7 +100,7 @@ fn packed_from(tokens: usize) -> f64 {
     if tokens >= PACKED_LARGE { PACKED_FROM } else { PACKED_ALONE_FROM }
 }
 
-/// Room for sequences: what a packed plan is made for.
+/// Room for sequences: the sizes for which a packed plan is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Bounds {
     pub(crate) sequences: usize,

@@ -107,7 +107,7 @@ fn shared_messages(chosen: &[Message], rejected: &[Message]) -> usize {
     shared.min(chosen.len().min(rejected.len()).saturating_sub(1))
 }
 
-/// Splits two texts behind what both begin with; a space before the split belongs to the answers.
+/// Splits two texts behind their common beginning; a space before the split belongs to the answers.
 fn split_texts(chosen: &str, rejected: &str) -> Preference {
     let shared: usize =
         chosen.chars().zip(rejected.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum();

@@ -27,7 +27,7 @@ const NO_DATA: [&str; 7] = [
 /// Folders in folders.
 const MAX_DEPTH: usize = 16;
 
-/// As a shell does, but `**` may stand for no folder, and what is hidden is left out.
+/// As a shell does, but `**` may stand for no folder, and hidden files are left out.
 pub(crate) const PATTERNS: MatchOptions =
     MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: true };
 

@@ -128,7 +128,7 @@ fn guarded<T>(path: &Path, row: Option<u64>, read: impl FnOnce() -> std::result:
     }
 }
 
-/// A file whose chunks are within it.
+/// A file with the ranges of its chunks checked to be within it.
 struct Chunks(File);
 
 impl Length for Chunks {
