@@ -84,7 +84,7 @@ impl PendingFile {
 }
 
 /// Fills a new folder through `fill`, which is given the temporary path, and puts it at `path` once all of its files
-/// are on the disk. What was at `path` is removed after that. The folders above are created.
+/// are on the disk. The old contents of `path` are removed after that. The folders above are created.
 ///
 /// Where the system cannot exchange two folders in one step (not Linux, or a file system without it) a folder that is
 /// replaced has no name for a moment; a crash in that moment leaves both the old one (`name.old-...`) and the new one

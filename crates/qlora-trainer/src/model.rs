@@ -55,7 +55,7 @@ pub trait TrainableModel {
     fn masters(&self) -> Result<Vec<f32>>;
 
     /// Lets `update` change the f32 master parameters where they are, as one row: the optimizer's step, or the values of
-    /// a resumed run. What the model derives from them follows before this returns.
+    /// a resumed run. Values that the model derives from them are updated before this returns.
     ///
     /// # Errors
     /// The error of `update`, or one of the model; it ends the run.

@@ -40,7 +40,7 @@ struct Token {
     end: usize,
 }
 
-/// Marks a template. What cannot be read is left as it is: compiling it fails with the right message.
+/// Marks a template. A part that cannot be read is left as it is: compiling it fails with the right message.
 pub(super) fn mark(source: &str) -> Marked {
     let mut marks = Marks { source, inserted: Vec::new() };
     let (mut at, mut kept_blocks, mut longest_kept, mut recursive) = (0, 0usize, 0, false);

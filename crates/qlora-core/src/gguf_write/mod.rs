@@ -123,8 +123,8 @@ struct Planned {
 ///
 /// # Errors
 /// If the model or its tokenizer has something that GGUF or llama.cpp has no place for, a tensor cannot be read or does
-/// not fit the type, the importance matrix is of another model, or the disk is full or fails. What was at `out` is untouched in that
-/// case.
+/// not fit the type, the importance matrix is of another model, or the disk is full or fails. The old contents of `out`
+/// are untouched in that case.
 pub fn write(
     source: &dyn WeightSource,
     tokenizer: &Tokenizer,

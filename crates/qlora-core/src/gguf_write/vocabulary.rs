@@ -1,7 +1,7 @@
 //! A tokenizer as GGUF metadata: tokens, their types, merges or scores, special tokens, chat template.
 //!
 //! GGUF has no `tokenizer.json`: it names the kind of BPE and, for byte-level ones, how text is split before it
-//! (`tokenizer.ggml.pre`). What was written is read back and has to give the same ids as the original.
+//! (`tokenizer.ggml.pre`). The written vocabulary is read back and has to give the same ids as the original.
 
 use std::collections::HashMap;
 use std::io::Write;

@@ -3,8 +3,9 @@
 //! Python's syntax and that of the `regex` crate overlap but differ: `[a&&b]`, `[[:alpha:]]`, `a**`, `\<`, `{,3}`, `\Z`
 //! are read differently or by one side only, and `a*+` is possessive in one and a plain repeat in the other. So the
 //! pattern is read here with Python 3.11's grammar and written out again in a form that leaves the crate no choice:
-//! every literal as a code point, every repeat as one the crate has. What has no counterpart in a linear-time engine
-//! (lookaround, backreferences, conditionals, atomic groups, possessive repeats) is an error that names it.
+//! every literal as a code point, every repeat as one the crate has. An expression without a counterpart in a
+//! linear-time engine (lookaround, backreferences, conditionals, atomic groups, possessive repeats) is an error that
+//! names it.
 //!
 //! Not reproduced, as module names are ASCII and not empty: how the two classify characters beyond ASCII (`\w`), and
 //! that `\B` does not match the empty string before Python 3.14.

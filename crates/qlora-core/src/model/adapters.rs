@@ -2,8 +2,8 @@
 //!
 //! An adapter of any of PEFT's kinds ([`PeftAdapter`]) becomes one row of numbers on the model's device and a table of what they
 //! change ([`LoadedAdapter`]). It costs these numbers and the weights that it holds whole, nothing else: the base is never
-//! copied or changed, so switching takes no time. What is constant once training is over is computed when it is loaded: DoRA's
-//! magnitude over the norm of `W + s B A`, a bias together with B's bias.
+//! copied or changed, so switching takes no time. Values that are constant once training is over are computed when it
+//! is loaded: DoRA's magnitude over the norm of `W + s B A`, a bias together with B's bias.
 //!
 //! The adapter that is trained ([`CausalLm::add_adapter`]) is not among them, but may be in the same batch.
 

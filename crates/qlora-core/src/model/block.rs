@@ -8,9 +8,9 @@
 //! ```
 //!
 //! All activations are `[tokens, width]`: f32 on the CPU, bf16 (or f16, f32) on CUDA. q, k and v are the columns of one
-//! matrix, and so are gate and up. What the backward needs is kept in `Saved`; normed inputs and `h` are cheap and made
-//! again. The residual sums happen inside the projections that end in them. Matrices that a projection with adapters
-//! reads, and gradients of those it writes, have a margin for the adapters' small factors
+//! matrix, and so are gate and up. The activations that the backward needs are kept in `Saved`; normed inputs and `h`
+//! are cheap and made again. The residual sums happen inside the projections that end in them. Matrices that a
+//! projection with adapters reads, and gradients of those it writes, have a margin for the adapters' small factors
 //! ([`qlora_kernels::ops::linear_group`]).
 
 use qlora_kernels::ops::attention::{self, AttentionConfig, LseOrder};

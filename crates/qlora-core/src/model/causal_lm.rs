@@ -282,8 +282,8 @@ impl CausalLm {
         self.next_logits_batch_with(sequences, caches, &vec![AdapterChoice::Active; sequences.len()])
     }
 
-    /// [`Self::next_logits_batch`] with an adapter for every sequence. What a cache holds was made with the adapter of its
-    /// sequence: a sequence keeps its choice.
+    /// [`Self::next_logits_batch`] with an adapter for every sequence. The contents of a cache were made with the
+    /// adapter of its sequence: a sequence keeps its choice.
     ///
     /// # Errors
     /// As there; also if there is not one choice a sequence, or a chosen adapter is not there.

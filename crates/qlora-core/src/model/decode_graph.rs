@@ -2,8 +2,8 @@
 //!
 //! Every step enqueues the same few hundred kernels; only the tokens, the positions and the caches' addresses differ, and these
 //! lie in device memory that is written before the step. So the first step with given sizes runs as usual, from memory that is
-//! kept for the next; the second is recorded; from then on a step is one launch. What cannot be recorded (a product by cuBLAS,
-//! an adapter that needs a copy from the host in every step) runs as usual.
+//! kept for the next; the second is recorded; from then on a step is one launch. Operations that cannot be recorded (a
+//! product by cuBLAS, an adapter that needs a copy from the host in every step) run as usual.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};

@@ -1,7 +1,7 @@
 //! Stop strings in a text that comes in pieces.
 //!
-//! A stop string may begin in one piece and end in a later one. What could be its beginning is held back until the next
-//! piece decides, so that no part of a stop string is ever shown.
+//! A stop string may begin in one piece and end in a later one. A text that could be its beginning is held back until
+//! the next piece decides, so that no part of a stop string is ever shown.
 //!
 //! Of several stop strings the one that is complete first wins, and of those that end together the longest. So a text
 //! stops at the same place however it is cut into pieces, and never waits for a longer stop string once one is there.

@@ -1,7 +1,7 @@
 //! The configuration of a decoder: one description for all supported architectures.
 //!
-//! [`ModelConfig::from_json_file`] reads the `config.json` of transformers 4 and 5. What it cannot represent is an error
-//! that names the option; sizes are checked, so that no file can ask for an absurd allocation.
+//! [`ModelConfig::from_json_file`] reads the `config.json` of transformers 4 and 5. A property that it cannot represent
+//! is an error that names the option; sizes are checked, so that no file can ask for an absurd allocation.
 
 mod json;
 mod layers;

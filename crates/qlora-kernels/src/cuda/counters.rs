@@ -11,7 +11,8 @@ use super::gpu::Gpu;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Counters {
-    /// The number of times the memory pool took more memory from the system. What it gives out again is not counted.
+    /// The number of times the memory pool took more memory from the system. Memory that it gives out again is not
+    /// counted.
     pub device_allocations: u64,
     /// Page-locked host buffers that were allocated.
     pub pinned_allocations: u64,

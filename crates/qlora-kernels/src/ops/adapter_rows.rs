@@ -7,8 +7,9 @@
 //! ```
 //!
 //! A `[r, in]` and B `[out, r]`: LoRA's factors; g `[out]`: DoRA's magnitude over the norm of the weight's rows (arXiv
-//! 2402.09353, constant once training is over); bias' and W': instead of the layer's own. What a [`LinearChange`] does not have
-//! leaves the layer as it is. All of an adapter's numbers lie in one f32 row on the model's device, but for whole weights.
+//! 2402.09353, constant once training is over); bias' and W': instead of the layer's own. A part that a
+//! [`LinearChange`] does not have leaves the layer as it is. All of an adapter's numbers lie in one f32 row on the
+//! model's device, but for whole weights.
 //!
 //! The base's product is made once for all rows whose adapters only add to it. Sums are f32 on the CPU.
 //!

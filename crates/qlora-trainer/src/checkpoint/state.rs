@@ -1,7 +1,7 @@
 //! `trainer_state.json`: where a run is.
 //!
-//! The keys are those of transformers' `TrainerState`, which can read the file. What a resumed run needs beyond them is in
-//! `stateful_callbacks.qlora`.
+//! The keys are those of transformers' `TrainerState`, which can read the file. The state that a resumed run needs
+//! beyond them is in `stateful_callbacks.qlora`.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};

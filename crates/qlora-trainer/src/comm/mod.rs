@@ -139,7 +139,7 @@ pub fn exchange<T: Serialize + DeserializeOwned>(
     all.iter().enumerate().map(read).collect()
 }
 
-/// Rank 0's bytes, on every rank. What the others give is not sent.
+/// Rank 0's bytes, on every rank. The bytes that the other ranks give are not sent.
 ///
 /// # Errors
 /// As [`Communicator::gather`].

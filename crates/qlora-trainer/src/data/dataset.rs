@@ -404,7 +404,8 @@ impl Dataset {
         self.dropped.push(Dropped { origin: Origin::new(file, number), reason });
     }
 
-    /// Makes these documents the data set, in this order; one may be there several times. What was read stays in memory.
+    /// Makes these documents the data set, in this order; one may be there several times. The documents that were read
+    /// stay in memory.
     ///
     /// # Panics
     /// If there is no such document.

@@ -58,8 +58,8 @@ impl TrainingData {
         self.read().remarks()
     }
 
-    /// The largest micro-batch of a configured run. What a stream will hold is not known: its batches are taken to be full of
-    /// documents of `max_length` tokens.
+    /// The largest micro-batch of a configured run. The contents of a stream are not known in advance: its batches are
+    /// taken to be full of documents of `max_length` tokens.
     ///
     /// # Errors
     /// As [`Loader::new`].

@@ -2,7 +2,7 @@
 //!
 //! cuDNN is NVIDIA's library and not ours to ship or to link: it is opened at run time where it happens to be
 //! installed (with PyTorch, for example), and everything here may fail without harm. The caller has kernels of its
-//! own for that case. What makes it worth the trouble: on an H100 it is 1.8 times as fast as FlashAttention-2.
+//! own for that case. It is worth the trouble: on an H100 it is 1.8 times as fast as FlashAttention-2.
 //!
 //! ```text
 //! Cudnn::open()             once for each device; finds the library, checks its version, makes a handle

@@ -1,8 +1,8 @@
 //! A group whose weights are dequantized one member at a time into the same memory.
 //!
-//! Only the products with the frozen weights are made member by member. What the adapters add is made for the whole group at
-//! once, as where the weights are there together: one `S = x A^T`, one `dS` and `dB`, one `dA`; the members' parts of `dx`
-//! are summed by the products themselves (beta = 1), and the last one brings `dS A` along.
+//! Only the products with the frozen weights are made member by member. The adapters' part is made for the whole group
+//! at once, as where the weights are there together: one `S = x A^T`, one `dS` and `dB`, one `dA`; the members' parts
+//! of `dx` are summed by the products themselves (beta = 1), and the last one brings `dS A` along.
 
 use std::ops::Range;
 

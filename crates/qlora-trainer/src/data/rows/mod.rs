@@ -7,8 +7,8 @@
 //! | `source` | the rows of several files one after the other, with a [`RowPosition`] to go on from |
 //! | `jsonl`, `json_array`, `csv`, `text`, `parquet` | one file format each |
 //!
-//! A new format is a file with a `Format` and its line in `FORMATS`. What is read is not trusted: a row has at most
-//! [`MAX_ROW_BYTES`], and errors name the file and the line or row.
+//! A new format is a file with a `Format` and its line in `FORMATS`. The contents of files are not trusted: a row has
+//! at most [`MAX_ROW_BYTES`], and errors name the file and the line or row.
 
 mod csv;
 mod files;
