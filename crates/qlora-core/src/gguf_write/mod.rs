@@ -5,9 +5,9 @@
 //! tensors. Names and metadata are those of llama.cpp's converter; rows of q and k are interleaved for Llama and Mistral
 //! as it does.
 //!
-//! The type of each matrix is llama.cpp's choice for the same name (`mix`); vectors are f32. Blocks of q8_0, and those of q4_0
-//! without an importance matrix, are bit-equal with the `gguf` package's ([`blocks`]); the others are found by a search that leaves less
-//! error than llama.cpp's ([`qlora_kernels::ggml`]).
+//! The type of each matrix is llama.cpp's choice for the same name (`mix`); vectors are f32. Blocks of q8_0, and those
+//! of q4_0 without an importance matrix, are bit-equal with the `gguf` package's ([`blocks`]); the others are found by
+//! a search that leaves less error than llama.cpp's ([`qlora_kernels::ggml`]).
 //!
 //! Large models are split over several files where asked for. Tensors are read, converted and written one at a time.
 //! Before the first is read, the tokenizer is written, read back and compared with the original on a text in many

@@ -49,8 +49,8 @@ impl Workspaces {
     }
 }
 
-/// Runs `launch` with the address of at least `bytes` bytes that were zero at first (none for 0 bytes). No other call gets
-/// them before the launch is enqueued: a larger request frees them behind it.
+/// Runs `launch` with the address of at least `bytes` bytes that were zero at first (none for 0 bytes). No other call
+/// gets them before the launch is enqueued: a larger request frees them behind it.
 pub(super) fn with_zeroed(
     gpu: &Gpu,
     op: &'static str,

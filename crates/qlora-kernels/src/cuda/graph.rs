@@ -11,8 +11,8 @@
 //! of them was freed since, where a shared workspace has moved, or where a [`DecodeTables`](super::decode::DecodeTables) that
 //! tells the kernels of caches is gone. Memory of candle's is freed without our knowing: a graph keeps the tensors that
 //! [`Gpu::capture`] is given, and work that reads others cannot be recorded. The results are the caller's care: what was
-//! recorded is written again by every launch, so temporary memory comes from a [`StepMemory`](super::StepMemory) that has
-//! no other user in between.
+//! recorded is written again by every launch, so temporary memory comes from a [`StepMemory`](super::StepMemory) that
+//! has no other user in between.
 
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
