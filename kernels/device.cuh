@@ -17,7 +17,7 @@ typedef struct {
 } QloraLimits;
 }
 
-// The dynamic shared memory that every device from sm_75 on allows a block: tiles of at most so many bytes need no
+// The shared memory that every device from sm_75 on allows a block: tiles of at most so many bytes need no
 // smaller form.
 constexpr int SMALLEST_SHARED = 64 * 1024;
 

@@ -413,7 +413,7 @@ template <int NT, int KI, int DEPTH> Shape shape_of(int64_t k, int tiles, int ra
     s.warps = warps_of(k, KI, NT, limits, s.splits);
     s.split_chunks = s.warps * CHUNKS * KI;
     s.lora_columns = static_cast<int>(divide_up(rank, s.warps));
-    // The static shared memory of a kernel, in bytes: the maps, and a KiB that the system takes.
+    // The shared memory of a block besides the dynamic part, in bytes: the maps, and a KiB that the system takes.
     constexpr size_t STATIC = sizeof(float) * 3 * 256 + 1280;
     const size_t limit = limits.shared_per_multiprocessor;
     for (s.batch = s.warps * 32 / (128 * NT);; s.batch--) {

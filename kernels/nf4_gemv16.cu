@@ -347,7 +347,7 @@ struct Shape {
     int64_t shared;
 };
 
-// The static shared memory of a kernel, in bytes: the maps, the rows, and a KiB that the system takes.
+// The shared memory of a block besides the dynamic part, in bytes: the maps, the rows, and a KiB that the system takes.
 constexpr int64_t STATIC_SHARED = sizeof(float) * 3 * 256 + 1024 + 16 * 16 * MOST_TILES;
 
 // The smallest number of blocks that need at most `limit` bytes each; 0 blocks if there is none.
