@@ -46,7 +46,7 @@ impl<'a> AnswerText<'a> {
         self.stops.found().is_some()
     }
 
-    /// The text that was held back until more tokens came.
+    /// Ends the text and returns the part of it that was still held back.
     ///
     /// # Errors
     /// If the tokenizer's decoder fails.

@@ -154,7 +154,7 @@ fn stop_clock(files: &mut ModelFiles, start: Option<&Start>) -> Result<Option<St
     Ok(Some(time.to_string()))
 }
 
-/// The identity of a model: its weights, and the device and types that compute with them.
+/// The identity of a model: its weights, its device, and on a GPU the compute type and the determinism setting.
 fn identity(config: &TrainConfig, files: &ModelFiles, workspace: &Workspace) -> Vec<(String, String)> {
     let on_cpu = workspace.device().is_cpu();
     let mut identity = vec![
