@@ -87,7 +87,7 @@ fn useful_flops(model: &CausalLm, trainable: usize) -> f64 {
     (4 * weights - 2 * lowest + 4 * head + 6 * trainable) as f64
 }
 
-/// What the matrix library reaches on a large product, in GFLOP/s.
+/// The speed of the matrix library on a large product, in GFLOP/s.
 fn matmul_gflops() -> anyhow::Result<f64> {
     let n = 1536;
     let (a, b, mut c) = (vec![1.0; n * n], vec![1.0; n * n], vec![0.0; n * n]);

@@ -23,7 +23,7 @@ use qlora::trainer::encoder::ModelEncoder;
 struct Args {
     /// A folder, a GGUF file or a hub id.
     model: String,
-    /// What the user says.
+    /// The user's message.
     prompt: String,
     /// The folder of a PEFT adapter.
     #[arg(long)]

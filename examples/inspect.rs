@@ -1,5 +1,5 @@
-//! What a model takes, from its configuration alone: parameters, bytes at each precision, an adapter's size, the memory of a training
-//! step, the KV cache, and which GPUs it fits. `qlora inspect` has the options.
+//! A model's sizes and memory needs, from its configuration alone: parameters, bytes at each precision, an adapter's
+//! size, the memory of a training step, the KV cache, and which GPUs it fits. `qlora inspect` has the options.
 //!
 //!     cargo run --release --example inspect -- meta-llama/Llama-3.1-8B
 //!     cargo run --release --example inspect -- path/to/config.json "RTX 3060"

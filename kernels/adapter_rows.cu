@@ -16,7 +16,7 @@
 #include "few_tokens.cuh"
 
 extern "C" {
-// What an adapter does to one layer.
+// The change that an adapter makes to one layer.
 typedef struct {
     const float *a, *b;        // NULL: no low-rank part
     const float *gain, *bias;  // NULL: none

@@ -1,4 +1,4 @@
-// What an adapter does where tokens meet vectors (ops/adapter_tokens.rs): to rows that the embedding made, and to the
+// An adapter's changes between tokens and vectors (ops/adapter_tokens.rs): of rows that the embedding made, and of the
 // logits of tokens whose rows of the head were trained.
 //
 //     x[m, j]          = gain[j] * (e[m, j] + scale * sum_c B[j, c] A[c, id[m]])     e = own row of id[m], or else x

@@ -1,4 +1,4 @@
-// What all kernels share: element types, conversions, vector access, sums over threads, launches over matrices.
+// Code shared by all kernels: element types, conversions, vector access, sums over threads, launches over matrices.
 //
 // Matrices are row-major; row i starts at `ptr + i * ld` (ld in elements, at least the number of columns). Arithmetic
 // is in f32; a value is rounded once, when it is stored. Sizes and indices are 64-bit: tokens x width passes 2^31.

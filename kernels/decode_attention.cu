@@ -43,7 +43,7 @@ struct DecodeArgs {
 };
 
 template <int D, int STAGES> constexpr int SHARED_BYTES = ROWS * D * 2 + STAGES * 2 * KEYS * D * 2;
-// What a kernel has besides.
+// The static shared memory of a kernel, in bytes.
 constexpr int STATIC_BYTES = 128;
 
 template <typename T, int D, int STAGES>

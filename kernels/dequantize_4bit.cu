@@ -9,8 +9,8 @@
 // loads a thread hide the latency of the codes. Stores are ordinary ones: streaming stores are 2% faster by themselves,
 // but whoever reads a weight of 4096 x 4096 next no longer finds it in the L2 cache.
 //
-// What remains is a launch's start and end, 4 us: a launch begins before its predecessor has ended (dependent.cuh), and
-// reads codes and scales at once, which nobody writes. Only the stores wait.
+// The remaining time is a launch's start and end, 4 us: a launch begins before its predecessor has ended
+// (dependent.cuh), and reads codes and scales at once, which nobody writes. Only the stores wait.
 
 #include "dependent.cuh"
 #include "nf4.cuh"

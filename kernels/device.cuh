@@ -17,7 +17,8 @@ typedef struct {
 } QloraLimits;
 }
 
-// What every device from sm_75 on allows a block: tiles of at most so many bytes need no smaller form.
+// The shared memory that every device from sm_75 on allows a block: tiles of at most so many bytes need no
+// smaller form.
 constexpr int SMALLEST_SHARED = 64 * 1024;
 
 // Allows a kernel its dynamic shared memory on the current device. cudaErrorLaunchOutOfResources where that is more than

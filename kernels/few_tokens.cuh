@@ -1,5 +1,5 @@
-// What the kernels of a decode step share: the argument structs of a group of weights, the table that decodes a byte of
-// two codes at once, and launches that may begin early.
+// Code shared by the kernels of a decode step: the argument structs of a group of weights, the table that decodes a
+// byte of two codes at once, and launches that may begin early.
 //
 // A 4-bit weight [rows, k] is the A operand of mma.sync m16n8k16 (16 weight rows, 8 tokens are the columns): the order
 // of k within a product is free as long as both operands agree. A lane (g, t) = (lane / 4, lane % 4) takes the 8 bytes
@@ -117,7 +117,7 @@ inline bool is_activation(int dtype, const QloraLimits& limits) {
 
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-// What the 4-bit kernels can take: whole chunks of 64 of k in a row, a block never smaller than a chunk.
+// Whether the 4-bit kernels can take the weights: whole chunks of 64 of k in a row, a block never smaller than a chunk.
 inline bool takes(const QloraFewWeights& w) {
     if (w.count < 1 || w.count > 3 || w.k <= 0 || w.k % 64 != 0 || !nf4::is_blocksize(w.blocksize) ||
         w.blocksize < 64 || w.quant_type < 0 || w.quant_type > 1) {

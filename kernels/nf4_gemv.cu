@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1) gemv_kernel(const __grid_c
         if (!a.swiglu && member > 1) column += a.rows[1];
         return row < a.rows[member] && token < a.tokens;
     };
-    // What is added to the element, apart from the adapter's part: fetched a batch ahead.
+    // The terms added to the element, apart from the adapter's part: fetched a batch ahead.
     const auto addends = [&](int base) {
         const int tile = base + of_batch * stride;
         float sum = 0.0f;
@@ -413,7 +413,7 @@ template <int NT, int KI, int DEPTH> Shape shape_of(int64_t k, int tiles, int ra
     s.warps = warps_of(k, KI, NT, limits, s.splits);
     s.split_chunks = s.warps * CHUNKS * KI;
     s.lora_columns = static_cast<int>(divide_up(rank, s.warps));
-    // What a kernel has besides: the maps, and a KiB that the system takes.
+    // The shared memory of a block besides the dynamic part, in bytes: the maps, and a KiB that the system takes.
     constexpr size_t STATIC = sizeof(float) * 3 * 256 + 1280;
     const size_t limit = limits.shared_per_multiprocessor;
     for (s.batch = s.warps * 32 / (128 * NT);; s.batch--) {

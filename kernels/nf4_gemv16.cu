@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) gemv_kernel(const __gr
             else value = __ldg(m.absmax + block);
             scales[slot * a.scale_pitch + chunk] = value;
         }
-        // What multiplies the zeros behind the last chunk.
+        // The scales of the zeros behind the last chunk.
         for (int i = threadIdx.x; i < tiles * 16; i += threads) scales[i * a.scale_pitch + a.chunks] = 0.0f;
     }
     __syncthreads();
@@ -347,7 +347,7 @@ struct Shape {
     int64_t shared;
 };
 
-// What a kernel has besides: the maps, the rows, and a KiB that the system takes.
+// The shared memory of a block besides the dynamic part, in bytes: the maps, the rows, and a KiB that the system takes.
 constexpr int64_t STATIC_SHARED = sizeof(float) * 3 * 256 + 1024 + 16 * 16 * MOST_TILES;
 
 // The smallest number of blocks that need at most `limit` bytes each; 0 blocks if there is none.
@@ -435,8 +435,8 @@ extern "C" int qlora_nf4_gemv16(int dtype, QloraFewWeights weights, const void* 
     a.first_tile[3] = static_cast<int32_t>(tiles);
     const auto with_type = [&](auto zero) {
         using T = decltype(zero);
-        // What measured best on an H100: one block of 16 warps where it has many tiles or a long k, else two of 8
-        // warps.
+        // The best launch shape measured on an H100: one block of 16 warps where it has many tiles or a long k, else
+        // two of 8 warps.
         const int64_t sms = limits->multiprocessors;
         const bool wide = weights.k >= 8192 || (tiles > 4 * sms && tiles <= MOST_TILES * sms);
         if (!wide) return launch_gemv<T, 2, MOST_TILES, 8, 4>(a, most_rank, *limits, early, stream);

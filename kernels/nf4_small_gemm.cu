@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM) gemm_kernel(const __gri
     const int all_stages = (a.chunks + STAGE_CHUNKS - 1) / STAGE_CHUNKS;
     const int first = split * a.split_stages, stages = min(a.split_stages, all_stages - first);
 
-    // What a thread copies of a stage lies a fixed number of rows apart: its first row, and steps from there.
+    // The pieces of a stage that a thread copies lie a fixed number of rows apart: its first row, and steps from there.
     constexpr int CODE_LINE = STAGE_CHUNKS * 2, CODE_STEP = C::THREADS / CODE_LINE;   // pieces of 16 bytes, slots
     static_assert(CODE_STEP % 16 == 0 && C::BN % CODE_STEP == 0, "the steps keep member and permutation");
     const auto code_from = [&] {

@@ -1,5 +1,5 @@
-// What the code that runs on a device was compiled for: the driver may have translated code for an older architecture,
-// which has none of the newer instructions whatever the device has. Asked once, when a device is opened.
+// The architecture for which the running code was compiled: the driver may have translated code for an older
+// architecture, which has none of the newer instructions whatever the device has. Asked once, when a device is opened.
 
 #include "wgmma.cuh"
 

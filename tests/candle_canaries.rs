@@ -175,7 +175,7 @@ fn what_launches_kernels_of_candles_is_known() {
                 folders.push(path);
                 continue;
             }
-            // What only tests use.
+            // Files that only tests use are skipped.
             if !name.ends_with(".rs") || ["tests.rs", "testing.rs", "test_support.rs"].contains(&name) {
                 continue;
             }

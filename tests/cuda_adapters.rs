@@ -34,7 +34,7 @@ fn turn() -> MutexGuard<'static, ()> {
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Where the program was built, or else here: it may run on another machine.
+/// The folder of fixtures: where the program was built, or else here, as it may run on another machine.
 fn fixtures() -> PathBuf {
     let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
     if built.exists() { built } else { "tests/fixtures".into() }

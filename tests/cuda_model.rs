@@ -230,7 +230,7 @@ fn scaled_float16_gradients_have_the_norms_of_f32() {
     }
 }
 
-/// What objectives are made of: log-probabilities, and the gradient for weights that depend on them.
+/// The building blocks of objectives: log-probabilities, and the gradient for weights that depend on them.
 #[test]
 fn weighted_gradients_agree_with_the_cpu() {
     let Some(device) = gpu() else { return };

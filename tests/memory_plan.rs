@@ -36,7 +36,7 @@ fn less_memory_keeps_less_and_never_more_than_the_budget() {
         let plan = planner.plan(budget).unwrap();
         assert!(plan.peak <= budget, "{plan}");
         assert!(plan.overhead_us >= overhead, "less memory is never faster: {plan}");
-        // What is kept is kept at the top, where the backward begins.
+        // Blocks that keep their activations are at the top, where the backward begins.
         assert!(plan.keep.is_sorted_by_key(|&keep| keep == Keep::Everything), "{plan}");
         overhead = plan.overhead_us;
         peaks.push(plan.peak);

@@ -52,7 +52,7 @@ impl Fixture {
         Matrix { data: self.f32(name), rows, cols }
     }
 
-    /// What stands before the last dot in the tensors' names.
+    /// The names of the cases: the part of the tensors' names before the last dot.
     fn cases(&self) -> Vec<&str> {
         let mut cases: Vec<_> = self.tensors.keys().map(|name| name.rsplit_once('.').unwrap().0).collect();
         cases.sort_unstable();

@@ -1,4 +1,4 @@
-//! What errors say: nothing twice. The tests of what programs print are those of the command `qlora`.
+//! The texts of errors: nothing is said twice. The tests of what programs print are those of the command `qlora`.
 
 #[test]
 fn nothing_is_said_twice_in_a_chain_of_errors() {

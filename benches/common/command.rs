@@ -1,4 +1,4 @@
-//! What the benches share of a command line and a results file.
+//! Code shared by the benches: parsing of the command line, writing of a results file.
 
 use std::io::Write;
 use std::path::Path;
@@ -20,7 +20,7 @@ impl Arguments {
         Ok(self.value(name).map_or(Ok(default), |text| text.parse())?)
     }
 
-    /// Where and when: the last columns of every results file.
+    /// The place and time of the run: the last columns of every results file.
     pub(crate) fn place(&self) -> String {
         ["--gpu", "--driver", "--commit", "--date"].map(|name| self.value(name).unwrap_or_default()).join(",")
     }

@@ -1,5 +1,5 @@
-//! What a step cannot do without, measured piece by piece on the same card in the same run: the floor that a step is
-//! compared with.
+//! The indispensable parts of a step, measured piece by piece on the same card in the same run: the floor that a step
+//! is compared with.
 //!
 //! - the matrix products of the frozen layers forward and for dX, those that the plan recomputes, and the head's, each
 //!   alone and without adapters;

@@ -89,7 +89,7 @@ fn major_version(nvcc: &Path) -> Option<u32> {
     release.split('.').next()?.parse().ok()
 }
 
-/// What to compile for.
+/// The architectures to compile for.
 enum Targets {
     /// Machine code for these architectures, and intermediate code for what is newer.
     Machine(Vec<String>),

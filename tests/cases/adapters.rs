@@ -43,7 +43,7 @@ fn with_adapter(source: &dyn WeightSource, adapter: &PeftAdapter, quantization: 
     model
 }
 
-/// What another program makes of a tensor's name.
+/// A renaming of tensors as another program does it.
 type Rename = dyn Fn(&str) -> String;
 
 #[test]
@@ -78,7 +78,7 @@ fn case_30_adapter_keys() {
         let original = adapter::load(&good, source.config()).unwrap();
         assert_eq!(trained.weights, original.weights, "{what}");
     }
-    // What is no model of this class's is named with what is too much.
+    // The error for another class's model names the excess part of the tensor names.
     for prefix in ["base_model.model.model.language_model.", "transformer.model.", "diffusion_model."] {
         write(&|name| name.replace("base_model.model.model.", prefix));
         for error in [
@@ -249,7 +249,7 @@ fn case_37_merge_onto_4bit() {
         let folder = temporary.path().join(format!("stored-{number}"));
         quantized_checkpoint::write(&source, &config_json, &config, &folder, |_, _| ()).unwrap();
         let stored = HfDirectory::open(&folder).unwrap();
-        // What it was trained over is known from the base, whatever else is said.
+        // The quantization that it was trained over is known from the base, whatever else is said.
         let choice = MergeChoice::new(&stored, None);
         assert_eq!((choice.into, choice.quantization), (MergeInto::Original, Quantization::None));
         assert!(choice.remark.unwrap().contains("bitsandbytes 4-bit"));

@@ -1,5 +1,5 @@
-//! Where an answer ends, and that what says so goes wherever the model goes. Each test is a public report of another program's
-//! fault; the reports are named in its comment.
+//! Tests of the end of an answer, and of its record, which has to go wherever the model goes. Each test is a public
+//! report of another program's fault; the reports are named in its comment.
 //!
 //! Other inputs of the same kind that these tests try:
 //! - the end token named by `generation_config.json` alone, by `config.json` alone (one, a list), by `tokenizer_config.json` alone
@@ -34,7 +34,7 @@ fn open(path: &Path, options: &OpenOptions) -> ModelFiles {
     open_model(path.to_str().unwrap(), options).unwrap()
 }
 
-/// What a model says to "x", as the example `generate` asks it.
+/// The model's answer to "x", as the example `generate` asks it.
 fn answer_with(files: &ModelFiles, adapter: Option<&Path>, stop: &[&str]) -> String {
     let mut model = CausalLm::load(&*files.source, LoadOptions::default()).unwrap();
     if let Some(folder) = adapter {
@@ -111,7 +111,7 @@ fn case_08_eos_only_in_tokenizer() {
     assert_eq!(answer(&folder.path().join("model")), "Hi");
     let config = run(folder.path(), "model", &[("x", "Hi")], "");
     assert_eq!(tokens(&config).1, "Hi<|im_end|>");
-    // What the run's model would say goes through the same ends.
+    // The answers of the run's model end at the same tokens.
     let files = open(&folder.path().join("model"), &OpenOptions::default());
     assert_eq!(files.source.config().eos_token_ids, files.generation.eos_token_ids);
     assert_eq!(files.generation.eos_token_ids, [0, 2]);
@@ -160,7 +160,7 @@ fn an_end_that_one_file_names_is_an_end() {
     }
 }
 
-/// What is written for an answer to end at is what a stop string may name, too.
+/// The end of an answer as it is written may also be named by a stop string.
 #[test]
 fn stop_strings_name_special_tokens() {
     let folder = tempfile::tempdir().unwrap();
@@ -368,7 +368,7 @@ fn case_39_gguf_eot() {
     assert_eq!(answer_with(&open(&at("bare.gguf"), &options), None, &[]), "Hi");
     assert_eq!(open(&at("bare.gguf"), &OpenOptions::default()).generation.eos_token_ids, [0, 2]);
 
-    // What we write from the model names the turn's end, and what we train ends with it.
+    // A GGUF file that we write from the model names the turn's end, and a model that we train ends with it.
     gguf(&open(&at("model"), &OpenOptions::default()), &at("ours.gguf"));
     let raw = qlora::source::Gguf::open(at("ours.gguf")).unwrap();
     assert_eq!(qlora::source::WeightSource::config(&raw).eos_token_ids, [0, 2]);

@@ -329,7 +329,7 @@ fn case_24_added_tokens_config() {
         for id in ids(&variant["special"]) {
             assert!(tokenizer.is_special(id), "{name}: {id}");
         }
-        // What is saved knows the tokens by itself.
+        // A saved tokenizer knows the tokens by itself.
         let saved = folder.path().join("saved.json");
         tokenizer.save(&saved).unwrap();
         if name != "split_special_tokens" {
@@ -401,7 +401,7 @@ fn case_28_truncated_answers() {
     assert!(error.contains("train.jsonl:1: ") && error.contains("more than max_length = 40"), "{error}");
 }
 
-/// What `generate --batch` reads of a line.
+/// The prompts that `generate --batch` reads from lines.
 #[test]
 fn prompts_of_a_file() {
     let asked = |row: Value| Conversation::prompt_from_json(&row);

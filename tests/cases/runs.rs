@@ -50,7 +50,7 @@ fn run(config: &TrainConfig) -> Result<Summary> {
     session.into_trainer(training, validation)?.run()
 }
 
-/// Why a configuration is refused, before a byte of the weights is read.
+/// The reason why a configuration is refused, before a byte of the weights is read.
 fn refused(config: &TrainConfig) -> String {
     let loaded = Cell::new(false);
     let error = Session::open(config, |_, _| loaded.set(true)).unwrap_err().to_string();
@@ -79,7 +79,7 @@ fn lora_b(output: &Path) -> Vec<f32> {
     .collect()
 }
 
-/// What is told while a run goes on.
+/// A record of the events of a run.
 #[derive(Clone, Default)]
 struct Told {
     initial: Rc<RefCell<String>>,
@@ -220,7 +220,7 @@ fn case_23_continue_from_adapter() {
     assert!(refused(&more_steps).contains("override_opt_param_scheduler = true"));
     assert!(!refused(&other_data).contains("override_opt_param_scheduler"));
 
-    // What the refusals say works: from where the first run ended, with a fresh optimizer and schedule.
+    // The way out that the refusals name works: from where the first run ended, with a fresh optimizer and schedule.
     other_data.training.resume_from_checkpoint = Resume::No;
     other_data.training.save_steps = 1;
     for from in [&out, &checkpoint] {
@@ -502,7 +502,7 @@ fn a_run_can_be_rescued() {
         told.messages.borrow()
     );
     assert!(adapter(&out) != diverged);
-    // What came after is out of the way, so that "the latest" is the rescued run's.
+    // Later checkpoints are moved out of the way, so that "the latest" is the rescued run's.
     for step in [4, 6] {
         assert!(
             out.join(format!("superseded-checkpoint-{step}")).exists()
@@ -534,7 +534,7 @@ mod signals {
         let program = crate::tiny_folder::example("finetune");
         let before = lines(config);
         let mut command = match shell {
-            // What started the tests may ignore signals, as nohup does, and a child would ignore them too.
+            // The parent of the tests may ignore signals, as nohup does, and a child would ignore them too.
             None if signals_are_ignored() => {
                 let mut command = Command::new("env");
                 command.arg("--default-signal=HUP,INT,TERM").arg(program);

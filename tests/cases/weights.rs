@@ -81,7 +81,7 @@ fn case_33_index_vs_shards() {
     );
     same(sharded(&without, &[("model.layers.0.self_attn.rotary_emb.inv_freq", 0)], &[]).path());
 
-    // What the model needs is never made up, and what nobody knows is never dropped.
+    // Tensors that the model needs are never made up, and unknown tensors are never dropped.
     let refused = |folder: tempfile::TempDir, what: &[&str]| {
         let error = HfDirectory::open(folder.path()).unwrap_err().to_string();
         assert!(what.iter().all(|what| error.contains(what)), "{what:?}: {error}");

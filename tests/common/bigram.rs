@@ -21,7 +21,7 @@ pub(crate) const CHATML: &str = "{%- for m in messages %}
 {{- '<|im_start|>assistant\\n' }}
 {%- endif %}";
 
-/// What the model says after a new line: "Hi", the token `end`, and, where that ends nothing, "OopsOops...".
+/// The model's transitions after a new line: "Hi", the token `end`, and, where that ends nothing, "OopsOops...".
 pub(crate) fn chain(end: &str) -> Vec<(&str, &str)> {
     vec![("\u{10a}", "H"), ("H", "i"), ("i", end), (end, "O"), ("O", "o"), ("o", "p"), ("p", "s"), ("s", "O")]
 }

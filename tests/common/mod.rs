@@ -1,4 +1,4 @@
-//! What several test files share: tiny random models and comparisons.
+//! Helpers shared by several test files: tiny random models and comparisons.
 #![allow(dead_code)]
 
 pub(crate) mod bigram;

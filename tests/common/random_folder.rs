@@ -16,7 +16,7 @@ pub(crate) const TEMPLATE: &str = "{% for m in messages %}{{ bos_token if loop.f
      {% if m['content'] is string %}{{ m['content'] | trim }}{% else %}{{ m['content'] | tojson }}{% endif %}</s>\n\
      {% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}";
 
-/// What chat models come with.
+/// The `generation_config.json` of a typical chat model.
 pub(crate) const GENERATION: &str = r#"{"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0, "do_sample": true,
     "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05, "max_new_tokens": 512, "min_p": 0.0,
     "num_beams": 1, "transformers_version": "5.24.0"}"#;

@@ -86,7 +86,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// What happened to the inputs of one parser.
+/// Counts of the inputs of one parser, by result.
 #[derive(Default)]
 struct Tally {
     inputs: u64,
@@ -222,7 +222,7 @@ fn make(target: &Target, seed: u64, index: u64) -> (usize, Vec<u8>) {
     (which, (target.mutate)(&mut rng, &target.files[which], &target.files[other]))
 }
 
-/// What the last panic said.
+/// The message of the last panic.
 struct Panics(Arc<Mutex<String>>);
 
 fn catch_panics() -> Panics {

@@ -212,7 +212,7 @@ fn try_template(template: &ChatTemplate) -> bool {
     template.render(&messages, false, &arguments).is_ok() || short
 }
 
-/// What templates are made of.
+/// Fragments of which templates are composed.
 const JINJA: [&str; 40] = [
     "{{",
     "}}",
@@ -388,7 +388,7 @@ fn training_toml() -> Result<Target> {
     })
 }
 
-/// What regular expressions are made of.
+/// Fragments of which regular expressions are composed.
 const REGEX: [&str; 24] = [
     "(",
     ")",

@@ -182,7 +182,7 @@ fn twenty_steps_give_the_losses_of_peft() {
         let number = step as u64 + 1;
         trained.update(|values| adamw::step(&options, number, clip, values, &gradient, &mut m, &mut v)).unwrap();
     }
-    // What 20 steps of Adam make of a rounding of small gradients, which it divides by themselves.
+    // The tolerance covers 20 steps of Adam on small gradients with rounding errors, which it divides by themselves.
     case.check("after", &trained.values().unwrap(), 1e-2);
 }
 

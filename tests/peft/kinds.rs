@@ -340,7 +340,7 @@ fn training_refuses_what_it_does_not_train() {
     }
 }
 
-/// What is saved again is the same adapter.
+/// Saves the adapter of a kind again, which must leave it the same; the folder.
 fn resaved(kind: &str, model: &CausalLm) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     read(kind, model).save(folder.path(), &SaveOptions::default()).unwrap();

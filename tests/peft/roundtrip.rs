@@ -153,7 +153,7 @@ fn a_configuration_saved_again_says_what_peft_said() {
         for (key, value) in ours.as_object().unwrap() {
             assert_eq!(Some(value), theirs.get(key), "{name}: {key}");
         }
-        // What is left out is off in PEFT's file too, or does not concern the adapter's result.
+        // An entry that is left out is off in PEFT's file too, or does not concern the adapter's result.
         let harmless = ["peft_version", "megatron_core", "qalora_group_size"];
         for (key, value) in theirs.as_object().unwrap() {
             let off = value.is_null() || *value == false || *value == serde_json::json!({});

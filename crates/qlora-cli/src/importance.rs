@@ -14,7 +14,7 @@ use qlora::trainer::encoder::ModelEncoder;
 
 use crate::output;
 
-/// How the columns of matrices are weighed when they are quantized.
+/// Options for the weights of matrix columns in quantization.
 #[derive(clap::Args)]
 pub(crate) struct ImportanceArgs {
     /// An importance matrix of llama.cpp (GGUF or .dat); or a text, or JSONL rows as for training, that the model reads to make one.

@@ -26,7 +26,7 @@ struct Cli {
     command: Command,
 }
 
-/// What every command takes.
+/// Options common to all commands.
 #[derive(clap::Args)]
 struct Global {
     /// Log more: -v what a run makes of memory and plans, -vv its steps.

@@ -12,7 +12,7 @@ use qlora::trainer::encoder::ModelEncoder;
 
 use crate::output;
 
-/// Which model answers.
+/// Options that choose the model.
 #[derive(clap::Args)]
 pub(crate) struct ModelArgs {
     /// A folder, a GGUF file or a hub id; if not given, what the first adapter names as its base.
@@ -21,7 +21,7 @@ pub(crate) struct ModelArgs {
     /// A PEFT adapter: a folder or a hub id; as NAME=ADAPTER it has a name. May be given several times.
     #[arg(long)]
     pub(crate) adapter: Vec<String>,
-    /// Which adapter answers: its name, "base" for none, or "all" for all of them (the first one is the default).
+    /// The adapter that answers: its name, "base" for none, or "all" for all of them (the first one is the default).
     #[arg(long)]
     pub(crate) with: Option<String>,
     /// A folder or hub id whose tokenizer and chat template are taken instead of the model's own.

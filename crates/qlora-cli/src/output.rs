@@ -54,7 +54,7 @@ pub(crate) fn set_quiet(quiet: bool) {
 /// Prints a result. Colours are taken out where there is no terminal.
 ///
 /// # Errors
-/// If nobody reads it.
+/// If the reader of the output has closed it.
 pub(crate) fn print(text: &str) -> io::Result<()> {
     let mut stdout = anstream::stdout().lock();
     stdout.write_all(text.as_bytes())?;
@@ -70,7 +70,7 @@ pub(crate) use line;
 /// Prints a result for programs.
 ///
 /// # Errors
-/// If nobody reads it.
+/// If the reader of the output has closed it.
 pub(crate) fn print_json(value: &Value) -> io::Result<()> {
     print(&format!("{value:#}\n"))
 }
@@ -88,7 +88,7 @@ pub(crate) fn error(error: &anyhow::Error) {
     let _ = writeln!(anstream::stderr(), "{BAD}error:{BAD:#} {error:#}");
 }
 
-/// Whether an error says that nobody reads the output.
+/// Whether an error says that the reader of the output has closed it.
 pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let cause = error.chain().find_map(|cause| cause.downcast_ref::<io::Error>());
     cause.is_some_and(|cause| cause.kind() == io::ErrorKind::BrokenPipe)

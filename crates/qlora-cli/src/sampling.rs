@@ -1,9 +1,9 @@
-//! How tokens are drawn: options that `chat`, `generate` and `eval` share.
+//! Sampling options that `chat`, `generate` and `eval` share.
 
 use qlora::open::GenerationDefaults;
 use qlora::sampling::GenerationConfig;
 
-/// How tokens are drawn.
+/// Sampling options.
 #[derive(clap::Args, Clone)]
 #[command(next_help_heading = "Sampling")]
 pub(crate) struct SamplingArgs {

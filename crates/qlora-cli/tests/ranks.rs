@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tiny_folder::{CHATML, write_model, write_rows};
 
-/// How long the other ranks may take to end after one did.
+/// The time limit for the other ranks to end after one did.
 const END: Duration = Duration::from_secs(15);
 
 /// A model and rows of different lengths, some to evaluate on.
@@ -174,7 +174,7 @@ impl Running {
         assert!(Command::new("kill").args([format!("-{name}"), id.to_string()]).status().unwrap().success());
     }
 
-    /// What was said until all ranks had ended, which they must within `limit`.
+    /// Waits until all ranks have ended, at most `limit`; the exit code and the output.
     fn end(mut self, limit: Duration) -> (Option<i32>, String) {
         let begin = Instant::now();
         while self.launcher.try_wait().unwrap().is_none() {

@@ -22,7 +22,7 @@ use tempfile::NamedTempFile;
 /// The folder must exist. A symbolic link at `path` is replaced, not followed.
 ///
 /// # Errors
-/// What `write` returned, or what the file system said, with the path.
+/// The error of `write`, or one of the file system, with the path.
 pub fn write_atomically<T>(path: impl AsRef<Path>, write: impl FnOnce(&mut dyn Write) -> io::Result<T>) -> Result<T> {
     let mut file = PendingFile::create(path)?;
     let value = file.write_with(write)?;
@@ -52,10 +52,10 @@ impl PendingFile {
         Ok(Self { writer: BufWriter::with_capacity(1 << 20, file), path })
     }
 
-    /// Writes to the file; what goes wrong is reported with the final path.
+    /// Writes to the file; errors are reported with the final path.
     ///
     /// # Errors
-    /// What `write` returned.
+    /// The error of `write`.
     pub fn write_with<T>(&mut self, write: impl FnOnce(&mut dyn Write) -> io::Result<T>) -> Result<T> {
         write(&mut self.writer).map_err(|error| Error::io(&self.path, error))
     }
@@ -84,14 +84,14 @@ impl PendingFile {
 }
 
 /// Fills a new folder through `fill`, which is given the temporary path, and puts it at `path` once all of its files
-/// are on the disk. What was at `path` is removed after that. The folders above are created.
+/// are on the disk. The old contents of `path` are removed after that. The folders above are created.
 ///
 /// Where the system cannot exchange two folders in one step (not Linux, or a file system without it) a folder that is
 /// replaced has no name for a moment; a crash in that moment leaves both the old one (`name.old-...`) and the new one
 /// (`name.tmp-...`) complete.
 ///
 /// # Errors
-/// What `fill` returned, or what the file system said, with the path. The old folder is then untouched.
+/// The error of `fill`, or one of the file system, with the path. The old folder is then untouched.
 pub fn replace_directory<T>(path: impl AsRef<Path>, fill: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
     let path = path.as_ref();
     let (folder, prefix) = temporary_place(path)?;
@@ -111,7 +111,7 @@ pub fn replace_directory<T>(path: impl AsRef<Path>, fill: impl FnOnce(&Path) -> 
         Ok(_) => return Err(Error::io(path, io::Error::new(io::ErrorKind::NotADirectory, "is a file, not a folder"))),
     }
     sync_parent(path)?;
-    // What has the temporary name now is the old folder, or nothing.
+    // The temporary name now holds the old folder, or nothing.
     drop(temporary);
     Ok(value)
 }
@@ -126,7 +126,7 @@ fn temporary_place(path: &Path) -> Result<(&Path, String)> {
 }
 
 /// A new temporary file or folder, after what killed processes left of earlier ones is gone. `make` also says whether it could
-/// be claimed: somebody who removes leftovers may have come in between.
+/// be claimed: a removal of leftovers may have come in between.
 fn claimed<T>(folder: &Path, prefix: &str, make: impl Fn() -> Result<(bool, T)>) -> Result<T> {
     const ATTEMPTS: usize = 8;
     leftovers::sweep(folder, prefix.strip_suffix(leftovers::MARK).unwrap_or(prefix));

@@ -12,7 +12,7 @@ pub struct Batch {
     pub tokens: Vec<u32>,
     /// For each token, the id of the one that follows it in its document if that one is trained, else [`IGNORE_INDEX`].
     pub targets: Vec<i64>,
-    /// Where each document begins and ends.
+    /// The bounds of the documents.
     pub layout: SequenceLayout,
 }
 
@@ -37,7 +37,7 @@ impl Batch {
         Self { tokens, targets, layout: SequenceLayout::from_lengths(&lengths) }
     }
 
-    /// How many tokens have a target: what the loss of an optimizer step is divided by, summed over its micro-batches.
+    /// The number of tokens that have a target: the divisor of an optimizer step's loss, summed over its micro-batches.
     pub fn trained_tokens(&self) -> usize {
         self.targets.iter().filter(|&&target| target != IGNORE_INDEX).count()
     }

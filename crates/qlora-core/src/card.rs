@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Card {
-    /// What it is called: `RTX 4090`.
+    /// The name of the GPU: `RTX 4090`.
     pub name: String,
     /// Bytes of memory that its driver reports.
     pub memory: u64,
@@ -143,7 +143,7 @@ impl Card {
         self.compute_capability >= (8, 0)
     }
 
-    /// What it computes in where nothing was asked for.
+    /// The default compute type: bfloat16 where the GPU has it, else float16.
     pub fn compute_dtype(&self) -> Dtype {
         if self.has_bf16() { Dtype::Bf16 } else { Dtype::F16 }
     }

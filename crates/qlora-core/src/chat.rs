@@ -47,7 +47,7 @@ pub type TemplateArguments = Map<String, Value>;
 pub struct ChatTemplate {
     environment: Environment<'static>,
     source: String,
-    // What transformers passes beside the conversation: `bos_token`, `eos_token`, ...
+    // The variables that transformers passes beside the conversation: `bos_token`, `eos_token`, ...
     special_tokens: Map<String, Value>,
     marks: Marks,
     // The model's template for conversations with tools, where it has one of its own for them.
@@ -210,7 +210,7 @@ impl ChatTemplate {
     /// Renders a conversation. With `add_generation_prompt` the text ends where the assistant's next answer begins.
     ///
     /// # Errors
-    /// What the template refuses (`raise_exception`), an error in it, or too many steps.
+    /// A refusal by the template (`raise_exception`), an error in it, or too many steps.
     pub fn render(
         &self,
         messages: &[Message],
@@ -221,7 +221,7 @@ impl ChatTemplate {
         template.render_as(environment::PLAIN, messages, add_generation_prompt, arguments)
     }
 
-    /// What the template writes of what it is given; with `tools` among the arguments that is the template for tools.
+    /// The inputs that the template renders; with `tools` among the arguments, those of the template for tools.
     pub fn capabilities(&self, arguments: &TemplateArguments) -> &Capabilities {
         let template = self.for_arguments(arguments);
         template.capabilities.get_or_init(|| Capabilities::of(template))
@@ -265,7 +265,7 @@ impl ChatTemplate {
         let template = self.for_arguments(arguments);
         match template.marks {
             Marks::Own => spans::by_marks(template, messages, arguments),
-            // What the published template does with an odd conversation, its marked form need not do.
+            // The marked form need not reproduce the published template's results for odd conversations.
             Marks::Known => spans::by_marks(template, messages, arguments)
                 .or_else(|_| spans::by_sentinels(template, messages, arguments)),
             Marks::None => spans::by_sentinels(template, messages, arguments),

@@ -3,7 +3,7 @@
 //!
 //! Files are taken as they are, with three exceptions. The chat template in use is the one that is written, as
 //! `chat_template.jinja`. `generation_config.json` lists every token that ends an answer ([`crate::end_tokens`]), since
-//! transformers stops at no others. What only a GGUF file's metadata says is written as the files that say it.
+//! transformers stops at no others. Facts that only a GGUF file's metadata has are written as the files that say it.
 
 use std::collections::BTreeMap;
 use std::fmt;

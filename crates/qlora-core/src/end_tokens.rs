@@ -1,4 +1,4 @@
-//! Which tokens end an answer: one notion for training, generation, merging, quantizing and GGUF files.
+//! The tokens that end an answer: one notion for training, generation, merging, quantizing and GGUF files.
 //!
 //! A model's files often disagree. Base models name the end of a document in `generation_config.json`, while the chat template
 //! that they are trained with ends a turn with another token; GGUF files of Llama 3 name `<|end_of_text|>` alone. transformers
@@ -35,7 +35,7 @@ const KNOWN: [&str; 15] = [
     "[EOT]",
 ];
 
-/// Further ones, of models whose files name them.
+/// Further end tokens, of models whose files name them.
 const KNOWN_HERE: [&str; 5] = [
     "<|eot|>",
     "<|eom|>",
@@ -47,7 +47,7 @@ const KNOWN_HERE: [&str; 5] = [
 /// Texts that may also be written in code or prose: an end only as a token that was added to the vocabulary.
 const KNOWN_IF_ADDED: [&str; 3] = ["</s>", "<eos>", "[EOS]"];
 
-/// Whether a token with this text ends an answer whatever the model's files say.
+/// Whether a token with this text ends an answer, independently of the model's files.
 pub fn is_known_text(text: &str) -> bool {
     KNOWN.contains(&text) || KNOWN_HERE.contains(&text) || KNOWN_IF_ADDED.contains(&text)
 }

@@ -1,14 +1,14 @@
-//! What loading, building or running a model can refuse.
+//! Errors of loading, building and running a model.
 
 use std::path::{Path, PathBuf};
 
 /// The result of anything in this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why something in this crate failed. Messages name the file, tensor or layer, and say what to do where that is known.
+/// An error of this crate. Messages name the file, tensor or layer, and say what to do where that is known.
 ///
 /// A message is whole: it holds what the operating system or another crate said, which therefore is no
-/// [`source`](std::error::Error::source) too. Whoever prints a chain of errors (anyhow does) prints nothing twice.
+/// [`source`](std::error::Error::source) too. A printed chain of errors (as by anyhow) repeats nothing.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -17,16 +17,16 @@ pub enum Error {
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the operating system said.
+        /// The operating system's error.
         r#source: std::io::Error,
     },
 
-    /// A file does not hold what its format asks for.
+    /// A file violates its format.
     #[error("{path}: {message}")]
     Format {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it, and where in it.
+        /// A description of the problem, and its place in the file.
         message: String,
     },
 
@@ -35,7 +35,7 @@ pub enum Error {
     Tensor {
         /// The tensor's name in its file.
         name: String,
-        /// What is wrong with it.
+        /// A description of the problem.
         message: String,
     },
 

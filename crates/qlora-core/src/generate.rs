@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::model::{AdapterChoice, CausalLm, KvCache};
 use crate::sampling::{GenerationConfig, Sampler};
 
-/// Why a generation ended.
+/// The reason why a generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StopReason {
     /// The model produced this end token; it is not part of the answer.
@@ -29,7 +29,7 @@ pub enum StopReason {
 pub struct Generation {
     /// The new tokens, without the end token.
     pub tokens: Vec<u32>,
-    /// Why there are no more.
+    /// The reason why the generation ended.
     pub stop: StopReason,
 }
 
@@ -131,7 +131,7 @@ impl Sequence {
         })
     }
 
-    /// What the model has not seen yet: the prompt at first, then the last token.
+    /// The tokens that the model has not processed yet: the prompt at first, then the last token.
     fn pending(&self) -> &[u32] {
         &self.text[self.cache.len()..]
     }

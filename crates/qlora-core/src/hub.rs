@@ -135,7 +135,7 @@ struct Request<'a> {
     settings: &'a Settings,
 }
 
-/// Which files of a repository.
+/// The files of a repository to download.
 #[derive(Clone, Copy)]
 enum Wanted<'a> {
     /// A model in Hugging Face's layout, with its tokenizer or with another one.
@@ -174,7 +174,7 @@ impl Request<'_> {
         Cache::new(self.settings.cache.clone()).repo(self.repo(commit)).pointer_path(commit)
     }
 
-    /// The snapshot, if the cache has all of it; else what is missing.
+    /// The snapshot, if the cache has all of it; else the names of the missing files.
     fn cached(&self) -> std::result::Result<Snapshot, String> {
         let revision = &self.settings.revision;
         let commit = if is_commit(revision) {
@@ -251,7 +251,7 @@ impl Request<'_> {
                     return Err(self.lacks(&files, missing));
                 }
                 wanted.iter().try_for_each(|file| get.file(file))?;
-                // What the adapter was trained with.
+                // The tokenizer and template files that belong to the adapter.
                 let folder = subfolder.map_or_else(String::new, |folder| format!("{folder}/"));
                 let beside = files.iter().filter(|name| name.strip_prefix(folder.as_str()).is_some_and(is_companion));
                 beside.copied().try_for_each(|name| get.file(name))?;
@@ -287,7 +287,7 @@ impl Request<'_> {
         if tokenizer {
             get.file(TOKENIZER)?;
         }
-        // What goes along wherever the model goes, licences included.
+        // Tokenizer, template and licence files, which accompany the model wherever it goes.
         files.iter().filter(|name| is_companion(name)).try_for_each(|name| get.file(name))?;
         if has(SINGLE) {
             return get.file(SINGLE);

@@ -1,4 +1,5 @@
-//! What a model takes, computed from its configuration alone: before it is downloaded, without its weights.
+//! A model's sizes and memory needs, computed from its configuration alone: before it is downloaded, without its
+//! weights.
 //!
 //! ```text
 //! linear layers   f32 4n, bf16 2n, int8 n + 4 rows (one f32 a row)
@@ -29,7 +30,7 @@ use crate::model::plan::AttentionWorkspace;
 use crate::model::{BatchShape, Planner};
 use crate::spec::{BlockSpec, Kind};
 
-/// How the blocks' linear layers are held.
+/// The precision of the blocks' linear layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
     /// 32-bit.
@@ -137,7 +138,7 @@ impl WeightBytes {
     }
 }
 
-/// What training an adapter holds beside the weights.
+/// The memory of an adapter in training, beside the weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AdapterBytes {
     /// Trainable parameters.

@@ -1,4 +1,4 @@
-//! Which files of a model state the terms that go with it.
+//! The files of a model that state its terms: licences, notices, terms of use.
 
 /// Whether a file in a model's own folder is its licence, its notice or its terms of use, by its name: `LICENSE`, `LICENCE.txt`,
 /// `Llama-3.1-LICENSE.md`, `COPYING`, `NOTICE`, `USE_POLICY.md`.

@@ -13,10 +13,10 @@ use std::fmt::Write;
 use crate::chat::{ChatTemplate, Message, TemplateArguments};
 use crate::tokenizer::Tokenizer;
 
-/// How many conversations a Go template is compared on.
+/// The number of conversations on which a Go template is compared.
 pub const CONVERSATIONS: usize = 20;
 
-/// What goes into a Modelfile.
+/// The contents of a Modelfile.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct Modelfile {
@@ -26,7 +26,7 @@ pub struct Modelfile {
     pub adapter: Option<String>,
     /// The chat template in Go's syntax.
     pub template: Option<String>,
-    /// What every conversation begins with.
+    /// The system message that every conversation begins with.
     pub system: Option<String>,
     /// Texts that end an answer.
     pub stop: Vec<String>,
@@ -71,7 +71,7 @@ impl Modelfile {
 /// The Go template that asks as a Jinja template does.
 ///
 /// # Errors
-/// Why there is none, as a sentence about the template.
+/// The reason why there is none, as a sentence about the template.
 pub fn go_template(template: &ChatTemplate, tokenizer: &Tokenizer) -> Result<String, String> {
     let begin = begin_token(tokenizer);
     let turns = Turns::of(template)?;
@@ -255,7 +255,7 @@ fn render(template: &ChatTemplate, messages: &[Message]) -> Result<String, Strin
     template.render(messages, true, &TemplateArguments::new()).map_err(|error| error.to_string())
 }
 
-/// What two texts between messages begin with, up to where a marker or a line begins.
+/// The common beginning of two texts between messages, up to where a marker or a line begins.
 fn turn_end<'a>(a: &'a str, b: &str) -> &'a str {
     let same = common_prefix(a, b);
     let begins = |at: usize| a[..at].ends_with('\n') || a[at..].starts_with(['<', '[']);

@@ -15,14 +15,15 @@ use crate::source::gguf::split;
 use crate::source::{Gguf, HfDirectory, WeightSource};
 use crate::tokenizer::Tokenizer;
 
-/// How a model is looked for. The defaults are those of Hugging Face's libraries, their environment variables included.
+/// Options of finding and opening a model. The defaults are those of Hugging Face's libraries, their environment
+/// variables included.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct OpenOptions {
     /// Branch, tag or commit on the hub (`main`).
     pub revision: Option<String>,
     /// Access token for the hub; else `HF_TOKEN`, else the one that `hf auth login` stored.
     pub token: Option<String>,
-    /// Where downloads are kept; else `HF_HUB_CACHE`, `HF_HOME/hub` or `~/.cache/huggingface/hub`.
+    /// The folder of downloads; else `HF_HUB_CACHE`, `HF_HOME/hub` or `~/.cache/huggingface/hub`.
     pub cache_dir: Option<PathBuf>,
     /// Use only what was downloaded before; also on with `HF_HUB_OFFLINE=1`.
     pub offline: bool,
@@ -38,7 +39,7 @@ pub struct OpenOptions {
     pub adapter: Option<PathBuf>,
     /// A file with the chat template to take, whatever others there are.
     pub chat_template_path: Option<PathBuf>,
-    /// Which chat template to take where a model has several ("default").
+    /// The name of the chat template to take where a model has several ("default").
     pub chat_template: Option<String>,
 }
 
@@ -63,13 +64,13 @@ impl fmt::Debug for OpenOptions {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct ModelFiles {
-    /// The weights and the configuration, whose end tokens are all that are known ([`crate::end_tokens`]).
+    /// The weights and the configuration, with all known end tokens ([`crate::end_tokens`]).
     pub source: Box<dyn WeightSource>,
     /// The tokenizer.
     pub tokenizer: Tokenizer,
     /// The chat template, if the model has one.
     pub chat_template: Option<ChatTemplate>,
-    /// What the model's authors recommend for generating.
+    /// The generation settings that the model's authors recommend.
     pub generation: GenerationDefaults,
     /// The model's hub id, or its path as it was given: what an adapter names as its base model.
     pub name: String,
@@ -78,7 +79,7 @@ pub struct ModelFiles {
     pub(crate) origins: Origins,
 }
 
-/// Where what belongs to a model beside its weights was found.
+/// The places where the files that belong to a model beside its weights were found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Origins {
     /// The tokenizer's folder; none if it is inside a GGUF file.
@@ -87,7 +88,7 @@ pub(crate) struct Origins {
     pub(crate) generation: Option<PathBuf>,
 }
 
-/// The options of `generation_config.json`; what is not there is none.
+/// The options of `generation_config.json`; options that are not there are none.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GenerationDefaults {
     /// Tokens that end a generation. [`ModelFiles`] has all that are known ([`crate::end_tokens`]), not those of this file alone.
@@ -159,7 +160,7 @@ pub fn open_config(spec: &str, options: &OpenOptions) -> Result<ModelConfig> {
     }
 }
 
-/// What a model was given as.
+/// The kind of a model argument: a folder, a GGUF file or a hub id.
 #[derive(Debug, PartialEq, Eq)]
 enum Spec {
     Folder(PathBuf),
@@ -285,7 +286,8 @@ fn other_template(options: &OpenOptions, tokenizer: &Tokenizer, folder: Option<&
     template.map(|template| template.with_special_tokens(tokenizer, folder)).transpose()
 }
 
-/// What is recommended for generating, with every end token, and the file that says it: the adapter's, else the model's.
+/// The recommended generation settings, with every end token, and the file they are from: the adapter's, else the
+/// model's.
 fn generation(
     options: &OpenOptions,
     model: Option<&Path>,

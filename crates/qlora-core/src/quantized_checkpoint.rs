@@ -23,7 +23,7 @@ use crate::safetensors_stream::SafetensorsStream;
 use crate::source::WeightSource;
 use crate::spec::Module;
 
-/// What a quantized checkpoint takes.
+/// The size of a quantized checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QuantizedSize {
     /// Bytes of all weights in their source.
@@ -118,7 +118,7 @@ fn write_with(
     })
 }
 
-/// The model's configuration with what transformers needs to load the checkpoint.
+/// The model's configuration with the entries that transformers needs to load the checkpoint.
 fn config_with_quantization(source: &dyn WeightSource, config: &str, quantization: &QuantConfig) -> Result<String> {
     let mut config = source.config().rewrite(Some(config))?;
     let dtype = config.get("torch_dtype").or_else(|| config.get("dtype")).and_then(Value::as_str);

@@ -127,7 +127,7 @@ impl SafetensorsStream {
     }
 }
 
-/// What went wrong with writing, and what to do if the disk is full.
+/// A write error, with advice if the disk is full.
 pub(crate) fn disk(path: &Path, error: io::Error) -> Error {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {

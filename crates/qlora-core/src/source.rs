@@ -1,4 +1,4 @@
-//! Where a model's weights come from: one interface over a Hugging Face folder and a GGUF file.
+//! Sources of a model's weights: one interface over a Hugging Face folder and a GGUF file.
 //!
 //! A source maps its files into memory and hands out one tensor at a time, so that quantizing a model needs anonymous
 //! memory for the tensor at hand only. Names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`), whatever the
@@ -86,7 +86,7 @@ impl fmt::Debug for PlainTensor {
     }
 }
 
-/// Where a tensor lies in its file, in the form in which it is used.
+/// A tensor in its file, in the form in which it is used.
 #[derive(Clone, Copy, Debug)]
 pub struct StoredTensor<'a> {
     /// The elements, row-major and little-endian.
@@ -116,12 +116,14 @@ pub trait WeightSource: Send + Sync + fmt::Debug {
     /// A tensor's shape, if there is one of that name.
     fn shape(&self, name: &str) -> Option<Vec<usize>>;
 
-    /// How the linear layers are stored, if they are stored quantized. Not all of them need be: see [`Self::is_packed`].
+    /// The quantization of the linear layers, if they are stored quantized. Not all of them need be: see
+    /// [`Self::is_packed`].
     fn quantization(&self) -> Option<&CheckpointQuantization> {
         None
     }
 
-    /// What the files hold otherwise than their configuration says, and what was made of it, in whole sentences.
+    /// Remarks, in whole sentences, on contents of the files that differ from their configuration, and how they were
+    /// read.
     fn remarks(&self) -> &[String] {
         &[]
     }
@@ -189,7 +191,7 @@ pub trait WeightSource: Send + Sync + fmt::Debug {
     }
 }
 
-/// What there is to say before weights that are stored in few bits are quantized to `target`.
+/// A warning that weights stored in few bits are quantized again, to `target`; none if they are not stored so.
 pub(crate) fn again(source: &dyn WeightSource, target: &str) -> Option<String> {
     source.block_type().map(|stored| {
         format!(

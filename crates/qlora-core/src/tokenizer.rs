@@ -47,7 +47,7 @@ pub struct Piece {
     pub bytes: Range<usize>,
 }
 
-/// What helps where a model's own tokenizer is missing or not known.
+/// Advice for a model whose own tokenizer is missing or not known, as the end of a message.
 const BY_HAND: &str = "; another folder or hub id with the model's tokenizer.json can be given (`--tokenizer`, or \
                        `tokenizer_name_or_path` in [model])";
 
@@ -218,7 +218,7 @@ impl Tokenizer {
         self.special.eos
     }
 
-    /// The token for what the vocabulary does not have.
+    /// The token for text that the vocabulary does not have.
     pub fn unk_token_id(&self) -> Option<u32> {
         self.special.unknown
     }

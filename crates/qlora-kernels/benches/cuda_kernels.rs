@@ -38,7 +38,7 @@ struct Bench<'a> {
     rows: Vec<String>,
 }
 
-/// What bounds an operation.
+/// The lower bound of an operation's time: the bytes it moves or the operations it computes.
 #[derive(Clone, Copy)]
 enum Floor {
     Bytes(f64),

@@ -1,5 +1,5 @@
-//! What a GPU allows: its architecture, its shared memory, its processors. Every kernel chooses its tiles by these numbers,
-//! which are asked once for each device when it is opened.
+//! The limits of a GPU: its architecture, its shared memory, its processors. Every kernel chooses its tiles by these
+//! numbers, which are asked once for each device when it is opened.
 //!
 //! # Another card's limits
 //! The environment variable `QLORA_DEVICE_LIMITS` makes any GPU report the limits of a smaller one, so that what runs on a
@@ -37,7 +37,7 @@ pub struct DeviceLimits {
     pub shared_per_block: u32,
     /// Shared memory of a multiprocessor, which its blocks share, in bytes.
     pub shared_per_multiprocessor: u32,
-    /// How many multiprocessors there are.
+    /// The number of multiprocessors.
     pub multiprocessors: u32,
     /// Whether the tensor cores take bf16: from 8.0 (Ampere) on.
     pub bf16: bool,
@@ -88,7 +88,7 @@ impl DeviceLimits {
         Some(Self::new(capability, block * KIB, all * KIB, multiprocessors))
     }
 
-    /// What is left where the code that runs was compiled for `architecture`, such as 86, with Hopper's instructions or
+    /// The limits where the running code was compiled for `architecture`, such as 86, with Hopper's instructions or
     /// without: an older architecture's code has none of the newer instructions.
     #[must_use]
     pub fn with_code(mut self, architecture: u32, wgmma: bool) -> Self {

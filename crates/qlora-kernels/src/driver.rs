@@ -49,8 +49,8 @@ pub(crate) fn driver_number(text: &str) -> Option<&str> {
     line.split_whitespace().find(is_number)
 }
 
-/// What to say where the driver is too old: which it is (its number and the CUDA version it supports, where known), which is needed,
-/// and what to do. `built` is the CUDA version of the program.
+/// The error message for a driver that is too old: which it is (its number and the CUDA version it supports, where
+/// known), which is needed, and what to do. `built` is the CUDA version of the program.
 pub(crate) fn too_old(number: Option<&str>, supports: Option<(u32, u32)>, built: (u32, u32)) -> String {
     let version = |(major, minor)| format!("CUDA {major}.{minor}");
     let found = match (number, supports) {

@@ -1,9 +1,9 @@
-//! What an operation can refuse.
+//! Errors of the operations.
 
 /// The result of an operation.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why an operation did not run.
+/// An error of an operation.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -12,7 +12,7 @@ pub enum Error {
     Shape {
         /// The operation.
         op: &'static str,
-        /// Which argument.
+        /// The name of the argument.
         what: &'static str,
         /// The shape it has.
         got: Vec<usize>,
@@ -20,12 +20,12 @@ pub enum Error {
         expected: Vec<usize>,
     },
 
-    /// An argument has a value outside what the operation is defined for.
+    /// An argument has a value for which the operation is not defined.
     #[error("{op}: {message}")]
     Invalid {
         /// The operation.
         op: &'static str,
-        /// What is wrong, with the value.
+        /// A description of the problem, with the value.
         message: String,
     },
 
@@ -34,7 +34,7 @@ pub enum Error {
     Device {
         /// The operation.
         op: &'static str,
-        /// Where the arguments are.
+        /// The device of the arguments.
         device: String,
     },
 
@@ -61,7 +61,7 @@ pub enum Error {
         op: &'static str,
         /// The `cudaError_t`.
         code: i32,
-        /// What it means.
+        /// The meaning of the error code.
         what: &'static str,
         /// The operation that this thread enqueued last: kernels run later than they are enqueued, so `op` is only where
         /// a fault showed.
@@ -73,7 +73,7 @@ pub enum Error {
     Io {
         /// The operation.
         op: &'static str,
-        /// What the operating system says.
+        /// The operating system's error.
         error: std::io::Error,
     },
 
@@ -97,7 +97,7 @@ impl Error {
     }
 }
 
-/// How to find the kernel behind a fault that shows later than it happens.
+/// Advice on finding the kernel behind a fault that shows later than it happens.
 fn where_to_look(code: i32, last: Option<&'static str>) -> String {
     // Illegal addresses and instructions, misaligned accesses, time-outs, asserts, launches that failed while running.
     if !matches!(code, 700 | 702 | 710 | 714..=719) {
@@ -149,7 +149,7 @@ mod tests {
             assert!(late.contains(part), "{late}");
         }
         assert!(!text(700, None).contains("last:"));
-        // What a launch itself reports is where it happened.
+        // An error of a launch itself is reported at the operation that failed.
         assert_eq!(text(1, Some("attention")), "loss: a kernel failed (CUDA error 1)");
     }
 }

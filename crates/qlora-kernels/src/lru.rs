@@ -1,4 +1,4 @@
-//! A small map that forgets what was not used for longest.
+//! A small map that forgets the least recently used entry.
 
 /// At most `capacity` entries. Looking one up goes through all of them: made for tens.
 #[derive(Debug)]
@@ -22,7 +22,7 @@ impl<K: PartialEq, V> Lru<K, V> {
         self.entries.last().map(|(_, value)| value)
     }
 
-    /// Adds what is not there yet; gives what had to go for it.
+    /// Adds a new entry; returns the one that had to go for it.
     pub(crate) fn insert(&mut self, key: K, value: V) -> Option<V> {
         let forgotten = (self.entries.len() >= self.capacity).then(|| self.entries.remove(0).1);
         self.entries.push((key, value));

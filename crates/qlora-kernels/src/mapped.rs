@@ -33,7 +33,7 @@ impl MappedFile {
     /// Maps the whole of `path`.
     ///
     /// # Errors
-    /// What the operating system says; a path that is no regular file (folder, pipe) is refused before it is opened.
+    /// The operating system's error; a path that is no regular file (folder, pipe) is refused before it is opened.
     pub fn open(path: impl AsRef<Path>) -> io::Result<Self> {
         let path = path.as_ref();
         if !fs::metadata(path)?.is_file() {
@@ -92,7 +92,7 @@ impl FileBytes<'_> {
     /// instead of a signal.
     ///
     /// # Errors
-    /// What the operating system says.
+    /// The operating system's error.
     ///
     /// # Panics
     /// If there are not so many bytes.

@@ -62,7 +62,7 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// How many accumulators a sum has: two AVX-512 registers, enough to hide the latency of the addition.
+/// The number of accumulators of a sum: two AVX-512 registers, enough to hide the latency of the addition.
 const LANES: usize = 32;
 
 /// `sum_i a[i] b[i]`.

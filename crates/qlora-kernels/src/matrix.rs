@@ -43,7 +43,7 @@ enum Storage {
 #[derive(Clone)]
 pub struct Workspace {
     place: Place,
-    /// What gradients between operations are rounded to; on a GPU that is the type they are stored in.
+    /// The type to which gradients between operations are rounded; on a GPU that is the type they are stored in.
     gradients: Dtype,
 }
 

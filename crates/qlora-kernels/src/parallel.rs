@@ -1,4 +1,4 @@
-//! How much work a thread takes at a time.
+//! The amount of work that a thread takes at a time.
 //!
 //! The split decides only who computes a value, never how: every row, and every element of a flat buffer, is computed
 //! the same way whichever task it falls into, so results do not depend on the number of threads.

@@ -1,4 +1,4 @@
-//! How the rows of a batch fall into sequences.
+//! The layout of a batch: the sequences among its rows.
 //!
 //! A batch is always its documents one after the other, without padding: `tokens` rows, cut into sequences that do not
 //! see each other. Positions restart at 0 in each (what Hugging Face calls padding-free, with `cu_seqlens`).
@@ -119,7 +119,7 @@ impl SequenceLayout {
         self.device.get_or_make(gpu, || self.bounds.iter().map(bound).collect::<Vec<i32>>())
     }
 
-    /// What attention on a GPU decided for this batch, and its copies there.
+    /// The GPU attention path chosen for this batch, and the batch's copies on the GPU.
     #[cfg(feature = "cuda")]
     pub(crate) fn attention(&self) -> &AttentionBatch {
         &self.attention

@@ -224,13 +224,13 @@ impl Matrix {
         Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
     }
 
-    /// The candle storage of a CPU tensor of `shape`: what a custom op's forward returns.
+    /// The candle storage of a CPU tensor of `shape`: the result of a custom op's forward.
     pub fn into_storage(self, shape: &Shape) -> Result<CpuStorage> {
         Error::check_shape("into_storage", "the matrix", &[self.rows() * self.cols()], &[shape.elem_count()])?;
         Ok(CpuStorage::F32(self.into_vec()))
     }
 
-    /// The candle storage of a GPU tensor of `shape`: what a custom op's forward returns.
+    /// The candle storage of a GPU tensor of `shape`: the result of a custom op's forward.
     #[cfg(feature = "cuda")]
     pub fn into_cuda_storage(self, shape: &Shape) -> Result<CudaStorage> {
         const OP: &str = "into_storage";
@@ -242,7 +242,7 @@ impl Matrix {
     }
 }
 
-/// What a custom op's forward is given, seen as `[product of the leading dimensions, last dimension]`.
+/// The input of a custom op's forward as a matrix `[product of the leading dimensions, last dimension]`.
 ///
 /// # Errors
 /// If the storage is not contiguous f32; the error names `op`.
@@ -258,7 +258,7 @@ pub fn storage_view<'a>(op: &'static str, storage: &'a CpuStorage, layout: &Layo
     Ok(View::new(&data[start..end], rows, cols))
 }
 
-/// What a custom op's forward is given on a GPU: holds on to the GPU, so that views can be borrowed.
+/// The input of a custom op's forward on a GPU: holds on to the GPU, so that views can be borrowed.
 #[cfg(feature = "cuda")]
 pub struct CudaStorageView<'a> {
     gpu: std::sync::Arc<crate::cuda::Gpu>,

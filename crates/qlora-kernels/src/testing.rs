@@ -1,4 +1,4 @@
-//! What the tests of the operations share: random data, windows with poisoned surroundings, f64 gradients.
+//! Helpers shared by the tests of the operations: random data, windows with poisoned surroundings, f64 gradients.
 
 use rand::{RngExt, SeedableRng};
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use half::{bf16, f16};
 
-/// A frozen weight `[rows = output features, cols = input features]`: plain, 4-bit, integers, and whatever comes later.
+/// A frozen weight `[rows = output features, cols = input features]`: plain, 4-bit, integers.
 ///
 /// Training and inference only need to read rows of it; [`crate::ops::frozen_linear`] multiplies with any of them.
 pub trait FrozenWeight: Send + Sync + fmt::Debug {
@@ -28,8 +28,8 @@ pub trait FrozenWeight: Send + Sync + fmt::Debug {
         None
     }
 
-    /// How the forward product rounds its input, for kinds that do (LLM.int8). The backward, and so every gradient, uses the
-    /// dequantized weight.
+    /// The rounding of the forward product's input, for kinds that have one (LLM.int8). The backward, and so every
+    /// gradient, uses the dequantized weight.
     fn int8_activations(&self) -> Option<Int8Activations> {
         None
     }
@@ -58,7 +58,8 @@ impl Int8Activations {
     pub const THRESHOLD: f32 = 6.0;
 }
 
-/// Where a group of layers keeps its dequantized weights between uses, if it may: memory for speed. Only CUDA uses it.
+/// A cache for the dequantized weights of a group of layers between uses, if it is enabled: memory for speed. Only CUDA
+/// uses it.
 #[derive(Default)]
 pub struct WeightCache {
     enabled: AtomicBool,

@@ -1,4 +1,4 @@
-//! What holds for 4-bit weights of any shape, and how large their errors are.
+//! Properties that hold for 4-bit weights of any shape, and the bounds of their errors.
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};

@@ -128,7 +128,7 @@ impl TextEncoder for ModelEncoder<'_> {
     }
 }
 
-/// A [`ModelEncoder`] that owns what it needs, for data that another thread reads.
+/// A [`ModelEncoder`] that owns its tokenizer and template, for data that another thread reads.
 #[derive(Clone, Debug)]
 pub struct OwnedEncoder {
     tokenizer: Tokenizer,

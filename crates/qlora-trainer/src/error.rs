@@ -1,4 +1,4 @@
-//! What configuration, data, checkpoints and training can refuse.
+//! Errors of configuration, data, checkpoints and training.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 /// The result of anything in this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why something in this crate failed. Messages name the file and line, the key, the step or the tensor.
+/// An error of this crate. Messages name the file and line, the key, the step or the tensor.
 ///
 /// A message is whole, as [`qlora_core::Error`]'s: what it holds of another error is no source too.
 #[derive(Debug, thiserror::Error)]
@@ -17,7 +17,7 @@ pub enum Error {
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the operating system said.
+        /// The operating system's error.
         r#source: std::io::Error,
     },
 
@@ -25,14 +25,14 @@ pub enum Error {
     #[error("{}", ProblemList(.0))]
     Config(Vec<Problem>),
 
-    /// A data file does not hold what it should.
+    /// A data file has a row or a structure that is not valid.
     #[error("{}", Location(path, *line, message))]
     Data {
         /// The file.
         path: PathBuf,
         /// The line, from 1, if the problem is that of one line.
         line: Option<usize>,
-        /// What is wrong.
+        /// A description of the problem.
         message: String,
     },
 
@@ -41,7 +41,7 @@ pub enum Error {
     Checkpoint {
         /// The checkpoint's folder, or the file in it.
         path: PathBuf,
-        /// What is wrong, and what to do.
+        /// A description of the problem, with advice.
         message: String,
     },
 
@@ -50,7 +50,7 @@ pub enum Error {
     Mismatch {
         /// The checkpoint's folder.
         path: PathBuf,
-        /// What differs: name, value in the checkpoint, value now.
+        /// The entries that differ: name, value in the checkpoint, value now.
         differences: Vec<String>,
         /// Whether the run could go on all the same, if its configuration said so.
         overridable: bool,
@@ -67,9 +67,9 @@ pub enum Error {
         step: u64,
         /// The micro-batch within the step, from 1.
         micro_batch: usize,
-        /// What is not finite: the loss, or a tensor's gradient.
+        /// The value that is not finite: the loss, or a tensor's gradient.
         what: String,
-        /// Where the micro-batch's documents come from.
+        /// The origin of the micro-batch's documents.
         documents: String,
     },
 
@@ -78,7 +78,7 @@ pub enum Error {
     NoGradient {
         /// The optimizer step, from 1.
         step: u64,
-        /// How many trainable tensors there are.
+        /// The number of trainable tensors.
         total: usize,
         /// The tensors without gradient.
         names: Vec<String>,
@@ -89,7 +89,7 @@ pub enum Error {
     Rank {
         /// Its number.
         rank: usize,
-        /// What happened to it.
+        /// A description of its failure.
         message: String,
     },
 
@@ -112,7 +112,7 @@ pub enum Error {
         step: u64,
         /// The micro-batch within the step, from 1.
         micro_batch: usize,
-        /// What it said.
+        /// The model's error.
         r#source: qlora_core::Error,
     },
 }
@@ -124,7 +124,7 @@ pub struct Problem {
     pub path: Option<PathBuf>,
     /// The line, from 1, if the key stands in the file.
     pub line: Option<usize>,
-    /// What is wrong; names the key.
+    /// A description of the problem; names the key.
     pub message: String,
 }
 
@@ -162,7 +162,7 @@ impl fmt::Display for ProblemList<'_> {
     }
 }
 
-/// What to do with a checkpoint that cannot be resumed as it is.
+/// Advice on a checkpoint that cannot be resumed as it is.
 fn instead_of_resuming(path: &Path, overridable: bool) -> String {
     let go_on = "To go on from it with the values given now, set override_opt_param_scheduler = true in [training]. ";
     format!(

@@ -1,4 +1,4 @@
-//! How often a model's greedy answer equals the expected one, character for character.
+//! The exact-match rate of a model's greedy answers, compared with the expected ones character for character.
 
 use std::fmt;
 
@@ -19,9 +19,9 @@ use crate::error::{Error, Result};
 pub struct Answer {
     /// The last message before the answer.
     pub prompt: String,
-    /// What the data says.
+    /// The answer in the data.
     pub expected: String,
-    /// What the model says.
+    /// The answer of the model.
     pub given: String,
 }
 

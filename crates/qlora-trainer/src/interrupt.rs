@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::error::{Error, Result};
 
-/// SIGINT's number, which is also what a request without a signal counts as.
+/// SIGINT's number, which also stands for a request without a signal.
 const SIGINT: i32 = 2;
 
 /// A request to stop that the training loop looks at after every step. Clones share the request.
@@ -18,7 +18,7 @@ pub struct Interrupt {
 }
 
 impl Interrupt {
-    /// A request that nobody has made yet.
+    /// A request that is not made yet.
     pub fn new() -> Self {
         Self::default()
     }
@@ -77,7 +77,7 @@ impl Interrupt {
         self.requested.store(false, Ordering::SeqCst);
     }
 
-    /// Whether somebody asked the loop to stop.
+    /// Whether the loop was asked to stop.
     pub fn requested(&self) -> bool {
         self.requested.load(Ordering::SeqCst)
     }

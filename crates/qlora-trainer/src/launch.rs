@@ -21,13 +21,13 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::error::{Error, Result};
 
-/// How long the other ranks have to end after one failed.
+/// The time that the other ranks have to end after one failed.
 pub const PATIENCE: Duration = Duration::from_secs(15);
 
 /// Says to a rank that it was started by [`launch`].
 const LAUNCHED: &str = "QLORA_LAUNCHED";
 
-/// How many processes `--nproc-per-node` asks for.
+/// The number of processes that `--nproc-per-node` asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Processes {
     /// One for each GPU.

@@ -11,11 +11,11 @@ use serde::{Deserialize, Serialize};
 /// Steps without an overflow after which the scale is doubled.
 const GROWTH_INTERVAL: u64 = 2000;
 
-/// The scale of a float16 run's loss, and how it got there; part of a checkpoint.
+/// The scale of a float16 run's loss, and its recent history; part of a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct LossScale {
-    /// What the loss of the next step is multiplied by: a power of two.
+    /// The factor of the loss in the next step: a power of two.
     pub scale: f32,
     /// Steps since the last change of the scale.
     pub growth_tracker: u64,

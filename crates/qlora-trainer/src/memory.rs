@@ -1,4 +1,5 @@
-//! How much memory the process uses: of the host from `/proc/self/status` (Linux; `None` elsewhere), of a GPU from its pool.
+//! The memory use of the process: of the host from `/proc/self/status` (Linux; `None` elsewhere), of a GPU from its
+//! pool.
 
 use qlora_kernels::Workspace;
 

@@ -1,4 +1,4 @@
-//! What a run writes down: the lines of `metrics.jsonl`, which are also `log_history` in `trainer_state.json`.
+//! The log of a run: the lines of `metrics.jsonl`, which are also `log_history` in `trainer_state.json`.
 
 use std::fs::File;
 use std::io::Write;
@@ -62,13 +62,13 @@ pub struct TrainLog {
     /// there on the CPU, nor in logs of earlier versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu_peak_memory: Option<u64>,
-    /// In a run whose gradients are float16: what the loss of the next step is multiplied by.
+    /// In a run whose gradients are float16: the factor of the next step's loss.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<f32>,
     /// In such a run: the steps so far that were skipped because a gradient overflowed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skipped_steps: Option<u64>,
-    /// What the objective measures besides the loss, by TRL's names: means over the steps of the entry.
+    /// The objective's metrics besides the loss, by TRL's names: means over the steps of the entry.
     #[serde(flatten)]
     pub metrics: Metrics,
 }
@@ -89,14 +89,14 @@ pub struct EvalLog {
     pub eval_loss: f64,
     /// The number of those tokens.
     pub eval_trained_tokens: u64,
-    /// How long it took, in seconds.
+    /// The duration of the evaluation, in seconds.
     pub eval_runtime: f64,
-    /// What the objective measures besides the loss, by TRL's names with `eval_` in front: means over the validation data.
+    /// The objective's metrics besides the loss, by TRL's names with `eval_` in front: means over the validation data.
     #[serde(flatten)]
     pub metrics: Metrics,
 }
 
-/// What has been trained since the last [`TrainLog`]; part of a checkpoint, so that a resumed run logs the same.
+/// The sums of the steps since the last [`TrainLog`]; part of a checkpoint, so that a resumed run logs the same.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct LogWindow {
     pub(crate) steps: u64,

@@ -1,4 +1,4 @@
-//! What the training loop asks of a model.
+//! The interface that the training loop needs of a model.
 
 use std::ops::Range;
 use std::path::Path;
@@ -23,7 +23,7 @@ pub struct Parameter {
     pub silenced_by: Option<usize>,
 }
 
-/// Which weights compute log-probabilities.
+/// The weights that compute log-probabilities.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Weights {
     /// As they are now.
@@ -40,7 +40,7 @@ pub trait TrainableModel {
     /// The trainable tensors. Their ranges follow each other without a gap and cover [`TrainableModel::masters`].
     fn parameters(&self) -> Vec<Parameter>;
 
-    /// Where the parameters are, and the gradient and the optimizer's state with them: the CPU by default.
+    /// The device and allocator of the parameters, the gradient and the optimizer's state: the CPU by default.
     ///
     /// # Errors
     /// If the device cannot be used.
@@ -55,10 +55,10 @@ pub trait TrainableModel {
     fn masters(&self) -> Result<Vec<f32>>;
 
     /// Lets `update` change the f32 master parameters where they are, as one row: the optimizer's step, or the values of
-    /// a resumed run. What the model derives from them follows before this returns.
+    /// a resumed run. Values that the model derives from them are updated before this returns.
     ///
     /// # Errors
-    /// Whatever `update` returns, and whatever went wrong; it ends the run.
+    /// The error of `update`, or one of the model; it ends the run.
     fn update_masters(&mut self, update: &mut dyn FnMut(ViewMut) -> qlora_kernels::Result<()>) -> Result<()>;
 
     /// Adds the gradient of `loss_scale * (sum of the micro-batch's cross-entropies) / num_items` to `grad` (one row, f32), and
@@ -68,14 +68,14 @@ pub trait TrainableModel {
     /// `loss_scale` is 1 unless the workspace's [gradients are float16](Workspace::gradient_dtype).
     ///
     /// # Errors
-    /// Whatever went wrong; it ends the run, with the step and the micro-batch added to the message.
+    /// Any failure of the model; it ends the run, with the step and the micro-batch added to the message.
     fn accumulate_gradients(&mut self, batch: &Batch, num_items: usize, pass: TrainPass, grad: ViewMut) -> Result<f64>;
 
     /// One forward, the weights that `weigh` gives the tokens for their log-probabilities, and one backward: adds
     /// `loss_scale * sum over tokens of weight * d log p` to `grad`. For objectives other than plain fine-tuning.
     ///
     /// # Errors
-    /// Whatever went wrong; it ends the run. A model without it refuses such objectives.
+    /// Any failure of the model; it ends the run. A model without it refuses such objectives.
     fn accumulate_weighted_gradients(
         &mut self,
         batch: &Batch,
@@ -99,17 +99,17 @@ pub trait TrainableModel {
     /// The loss of a micro-batch, without dropout.
     ///
     /// # Errors
-    /// Whatever went wrong; it ends the run.
+    /// Any failure of the model; it ends the run.
     fn evaluate(&mut self, batch: &Batch) -> Result<LossSum>;
 
     /// Writes the adapter to a folder that exists, in PEFT's format.
     ///
     /// # Errors
-    /// Whatever went wrong; nothing half-written may be left under the adapter's final names.
+    /// Any failure of writing; nothing half-written may be left under the adapter's final names.
     fn save_adapter(&self, folder: &Path) -> Result<()>;
 
-    /// What makes this model a different one, as names and values: its files, quantization, adapter options. A checkpoint
-    /// is only taken by a model with the same.
+    /// The identity of this model, as names and values: its files, quantization, adapter options. A checkpoint is only
+    /// taken by a model with the same.
     fn identity(&self) -> Vec<(String, String)> {
         Vec::new()
     }

@@ -15,7 +15,7 @@ use crate::model::{Parameter, TrainableModel, Weights};
 /// The name under which a model holds the adapter that a run began from, if it began from one (TRL's name).
 pub const REFERENCE: &str = "ref";
 
-/// A model with an adapter, whose f32 variable holds the master parameters, and what it is saved as.
+/// A model with an adapter, whose f32 variable holds the master parameters, and the options of saving it.
 #[derive(Debug)]
 pub struct QLoraModel {
     model: CausalLm,

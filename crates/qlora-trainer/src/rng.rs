@@ -14,7 +14,7 @@ impl SplitMix64 {
         Self { state: seed }
     }
 
-    /// The state to go on from: `new(state)` gives what would have followed.
+    /// The state of the generator: `new(state)` gives the numbers that would have followed.
     pub(crate) fn state(&self) -> u64 {
         self.state
     }

@@ -60,7 +60,7 @@ pub struct Session {
     identity: Vec<(String, String)>,
     /// The other processes of the run.
     comm: Box<dyn Communicator>,
-    /// Until somebody asks for it.
+    /// The data that was read when the session was opened, until it is taken.
     data: Mutex<Option<Data>>,
 }
 
@@ -148,7 +148,7 @@ impl Session {
         self.comm.rank()
     }
 
-    /// What the ranks are, for a line at the start of the run; none for a process of its own.
+    /// A description of the ranks, for a line at the start of the run; none for a process of its own.
     pub fn ranks_note(&self) -> Option<String> {
         let (ranks, options) = (self.comm.size(), &self.config.training);
         let described = self.comm.describe()?;
@@ -179,7 +179,8 @@ impl Session {
             .with_template_kwargs(self.config.data.chat_template_kwargs.as_map())
     }
 
-    /// What the memory plan does not say of a GPU's type, if it is not what most GPUs compute in; none on the CPU.
+    /// A note on the compute type if it is not bfloat16, which most GPUs use, and that the memory plan does not state;
+    /// none on the CPU.
     pub fn compute_note(&self) -> Option<&'static str> {
         let asked = self.config.model.bnb_4bit_compute_dtype.is_some();
         match self.model.workspace().gradient_dtype() {
@@ -292,7 +293,7 @@ fn beside_attention<T>(workspace: &Workspace, config: &ModelConfig, load: impl F
     load()
 }
 
-/// How the configured base is held in memory.
+/// The quantization of the configured base in memory.
 pub fn quantization(options: &ModelOptions) -> Quantization {
     if !options.load_in_4bit {
         return Quantization::None;

@@ -1,4 +1,4 @@
-//! Whom to ask, and how: what `chat` and `generate` share.
+//! The options of the model and the prompt that `chat` and `generate` share.
 
 use anyhow::Result;
 use qlora::trainer::data::Message;
@@ -7,17 +7,17 @@ use super::Asker;
 use crate::model::{Loaded, ModelArgs};
 use crate::sampling::SamplingArgs;
 
-/// Whom to ask, and how.
+/// Options of the model, the sampling and the prompt.
 #[derive(clap::Args)]
 pub(crate) struct AskArgs {
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// What the system message says.
+    /// The text of the system message.
     #[arg(long)]
     system: Option<String>,
-    /// What is said is the beginning of a text, not a message of a chat.
+    /// Continues the prompt as plain text, instead of sending it as a chat message.
     #[arg(long)]
     raw: bool,
 }

@@ -41,7 +41,7 @@ impl Asker<'_> {
         self.encoder.prompt(conversation).map_err(|error| anyhow!("{error}"))
     }
 
-    /// Says what the chat template does not read of these conversations.
+    /// Prints a remark on the parts of these conversations that the chat template does not read.
     pub(crate) fn remark_unused<'c>(&self, conversations: impl IntoIterator<Item = &'c Conversation>) {
         let unused: BTreeSet<String> =
             conversations.into_iter().flat_map(|conversation| self.encoder.unused(conversation)).collect();
@@ -98,7 +98,7 @@ impl Asker<'_> {
     }
 }
 
-/// How long an answer took, and its memory.
+/// The duration of an answer, its speed, and its memory.
 pub(crate) struct Figures {
     /// Tokens of the prompt.
     pub(crate) prompt: usize,

@@ -1,4 +1,4 @@
-//! What the user of a chat types: edited and recalled lines, commands, and Ctrl-C.
+//! Terminal input of a chat: line editing and history, commands, and Ctrl-C.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,7 +9,7 @@ use rustyline::error::ReadlineError;
 use signal_hook::consts::SIGINT;
 use signal_hook::flag;
 
-/// What the commands of a chat do.
+/// Help text of the chat commands.
 pub(crate) const HELP: &str = "\
 /stats  figures of the last answer and of the conversation
 /clear  begin a new conversation

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::output::{self, TITLE};
 
-/// Lists adapters, shows what is in one, stores one in another precision.
+/// Lists adapters, shows an adapter's contents, stores one in another precision.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -22,14 +22,14 @@ pub(crate) struct Args {
 enum Action {
     /// Lists the adapters below a folder.
     List {
-        /// Where to look.
+        /// The folder in which adapters are searched.
         #[arg(default_value = ".")]
         folder: PathBuf,
         /// Prints JSON.
         #[arg(long)]
         json: bool,
     },
-    /// Shows what an adapter is.
+    /// Shows an adapter's options, kinds and file.
     Show {
         /// A folder or a hub id.
         adapter: String,
@@ -136,7 +136,7 @@ fn show(adapter: &str, json: bool) -> Result<()> {
     Ok(output::print(&text)?)
 }
 
-/// What the files of an adapter say.
+/// A JSON description of an adapter folder: its configuration, its kinds of modules and its weight file.
 fn describe(folder: &Path) -> Result<Value> {
     let (AdapterConfig { lora, base_model_name_or_path, revision }, kinds) = adapter::read_any_config(folder)?;
     let weights = ["adapter_model.safetensors", "adapter_model.bin"].map(|name| folder.join(name));

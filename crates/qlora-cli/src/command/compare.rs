@@ -36,14 +36,14 @@ pub(crate) struct Args {
     /// auto, cpu, cuda, or such as cuda:1.
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
-    /// Where to draw the table as a picture (SVG).
+    /// The path of a picture of the table (SVG).
     #[arg(long)]
     picture: Option<PathBuf>,
 }
 
 const TEXT: &str = include_str!("text.md");
 
-/// What is compared: a new kind is a line here.
+/// The quantization kinds to compare; add a new kind as a line here.
 fn kinds() -> Vec<(&'static str, Quantization)> {
     let bits4 = |quant_type, double_quant| {
         Quantization::Bits4(QuantConfig { quant_type, double_quant, ..QuantConfig::default() })

@@ -31,7 +31,7 @@ Examples:
 pub(crate) struct Args {
     #[command(flatten)]
     run: RunArgs,
-    /// How many rows of each set to show.
+    /// The number of rows of each set to show.
     #[arg(long, default_value_t = 3)]
     rows: usize,
     /// Put a line between tokens.
@@ -74,7 +74,7 @@ fn open_files(config: &TrainConfig) -> Result<ModelFiles> {
     Ok(open_model(&config.model.model_name_or_path, &options)?)
 }
 
-/// What is to be said about the files of a run.
+/// Statistics and remarks collected from the data files of a run.
 #[derive(Default)]
 struct Found {
     shown: Vec<String>,
@@ -162,7 +162,7 @@ fn shown(place: &str, documents: &[Encoded], encoder: &ModelEncoder<'_>, lines: 
     Ok(shown)
 }
 
-/// Takes down what would become of a row.
+/// Records whether a row is cut, too short, or has answers that are not found.
 fn remark(found: &mut Found, place: &str, length: usize, notes: Notes, config: &TrainConfig) {
     if length > config.data.max_length {
         found.cut.push(format!("{place}: {length} tokens"));

@@ -17,7 +17,7 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// How a finding is meant.
+/// The severity of a finding.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
     Good,
@@ -32,7 +32,7 @@ struct Finding {
     name: &'static str,
     state: State,
     text: String,
-    /// What to do about it.
+    /// Advice on how to fix the finding.
     hint: Option<String>,
 }
 
@@ -131,7 +131,7 @@ fn disk() -> Vec<Finding> {
     }]
 }
 
-/// What the driver's own tool says: name, driver, memory; none where it is not there.
+/// The GPUs as `nvidia-smi` lists them: name, driver version, memory, compute capability; none if the tool is missing.
 fn nvidia_smi() -> Option<String> {
     let query = ["--query-gpu=name,driver_version,memory.total,compute_cap", "--format=csv,noheader"];
     let output = Command::new("nvidia-smi").args(query).output().ok().filter(|output| output.status.success())?;

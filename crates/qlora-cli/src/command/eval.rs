@@ -25,7 +25,8 @@ Examples:
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// What to measure on, as for training: files of rows, folders, patterns, - for standard input, ids of data sets on the hub.
+    /// The data to evaluate on, as for training: files of rows, folders, patterns, - for standard input, ids of data
+    /// sets on the hub.
     #[arg(required = true)]
     data: Vec<PathBuf>,
     /// The longest document in tokens; longer ones are cut.

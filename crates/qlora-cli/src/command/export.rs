@@ -40,7 +40,7 @@ pub(crate) struct Args {
     /// A folder with a PEFT adapter, or a hub id.
     #[arg(long)]
     adapter: Option<String>,
-    /// What is written.
+    /// The output format.
     #[arg(long, value_enum, default_value_t)]
     format: Format,
     /// For GGUF f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q2_k, q3_k_s, q3_k_m, q3_k_l, q4_k_s, q4_k_m (if not given), q5_k_s,
@@ -299,10 +299,10 @@ fn export_folder(args: &Args, opened: &Opened) -> Result<()> {
     Ok(())
 }
 
-/// What became of the Modelfile: its path, and why it has no template where it has none.
+/// The path of the written Modelfile, and the reason why it has no template where it has none.
 type WrittenModelfile = (PathBuf, Option<String>);
 
-/// `base` is what an adapter is put over.
+/// `base` is the model that the adapter belongs to.
 fn write_modelfile(
     args: &Args,
     files: &ModelFiles,

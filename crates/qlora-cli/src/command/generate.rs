@@ -27,13 +27,13 @@ pub(crate) struct Args {
     /// Answers every line of a JSONL file: {"prompt": "..."} or {"messages": [...]}.
     #[arg(long, conflicts_with = "prompt", requires = "output", value_name = "FILE")]
     batch: Option<PathBuf>,
-    /// Where the answers of --batch go: the same lines with "completion".
+    /// The output file for the answers of --batch: the same lines with "completion".
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Lines of --batch that are answered together.
     #[arg(long, default_value_t = 8)]
     batch_size: usize,
-    /// What the user says.
+    /// The user's message.
     #[arg(required_unless_present = "batch")]
     prompt: Option<String>,
 }

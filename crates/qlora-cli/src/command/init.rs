@@ -26,7 +26,7 @@ pub(crate) struct Args {
     /// The model: a folder, a GGUF file or a hub id.
     #[arg(long)]
     model: Option<String>,
-    /// What to train on: a file of rows, a folder, a pattern or the id of a data set on the hub.
+    /// The training data: a file of rows, a folder, a pattern or the id of a data set on the hub.
     #[arg(long)]
     data: Option<PathBuf>,
     /// The file to write.
@@ -69,7 +69,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Whether there is somebody to ask.
+/// Whether there is a user to ask.
 fn asks() -> bool {
     std::io::stdin().is_terminal() && std::io::stderr().is_terminal()
 }
@@ -112,7 +112,7 @@ fn text(config: &TrainConfig) -> Result<String> {
         .join("\n")
         .replace("cargo run --release --example finetune -- examples/finetune.toml", "qlora train qlora.toml")
         + "\n";
-    // What is written must mean what was asked for.
+    // The written text has to parse back to the same configuration.
     let written = TrainConfig::from_toml_str(&text)?;
     ensure!(written == *config, "the written configuration would differ from what was asked for; please report this");
     Ok(text)

@@ -89,7 +89,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// What a run on a card would be, for programs: bytes, tokens, and tokens a second from the slowest to the fastest that is expected.
+/// The predicted run on a GPU as JSON: bytes, tokens, and tokens a second from the slowest to the fastest expected.
 fn on_card(on: &OnCard) -> Value {
     json!({
         "name": on.card.name, "memory": on.card.memory, "dtype": on.dtype.name(),
@@ -100,7 +100,7 @@ fn on_card(on: &OnCard) -> Value {
     })
 }
 
-/// What [`report`] says, for programs: sizes in bytes.
+/// The figures of [`report`] as JSON; sizes in bytes.
 fn figures(config: &ModelConfig, lora: &LoraConfig, shape: Shape) -> Result<Value> {
     let (parameters, layout) = (Parameters::of(config), AdapterLayout::for_model(lora, config)?);
     let adapter = AdapterBytes::of(&layout);

@@ -45,10 +45,10 @@ pub(crate) struct Args {
     /// The folder or GGUF file to write.
     #[arg(long, required_unless_present = "heldout")]
     out: Option<PathBuf>,
-    /// Which weights the adapter is added to; if not given, those that it was trained over, as its folder says.
+    /// The weights to which the adapter is added; if not given, those that it was trained over, as its folder says.
     #[arg(long, value_enum)]
     into: Option<Into>,
-    /// What is written; if not given, GGUF where the name of --out ends with .gguf.
+    /// The output format; if not given, GGUF where the name of --out ends with .gguf.
     #[arg(long, value_enum)]
     format: Option<Format>,
     /// Precision: for folders f32, bf16 or f16 (as the base is stored, if not given); for GGUF those of `qlora export
@@ -58,7 +58,7 @@ pub(crate) struct Args {
     /// Most gigabytes of one weight file of a folder.
     #[arg(long, default_value_t = 5.0)]
     max_shard_size: f64,
-    /// How the base was quantized in training (nf4 or fp4), where the adapter's folder does not say it.
+    /// The quantization of the base in training (nf4 or fp4), where the adapter's folder does not say it.
     #[arg(long)]
     quant_type: Option<QuantType>,
     /// Elements that shared a scale in training (64).
@@ -89,7 +89,7 @@ pub(crate) struct Args {
 enum Into {
     /// The weights as they are stored.
     Original,
-    /// What is left of them after quantization: what the adapter was trained on.
+    /// The dequantized weights, which the adapter was trained on.
     Dequantized,
 }
 
@@ -163,7 +163,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What is written: --format, else what the name of --out says.
+/// The output format: --format, else the one that the name of --out implies.
 fn format_of(args: &Args) -> anyhow::Result<Format> {
     let named =
         args.out.as_deref().is_some_and(|out| out.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf")));
@@ -174,7 +174,8 @@ fn format_of(args: &Args) -> anyhow::Result<Format> {
     }
 }
 
-/// Which weights the adapter is added to, and what the base is held in where the two are compared: what it was trained over.
+/// The weights to which the adapter is added, and the quantization of the base where the two are compared: the one that
+/// the adapter was trained over.
 fn merge_into(args: &Args, adapter: &Path, files: &ModelFiles) -> anyhow::Result<MergeChoice> {
     let given = args.quant_type.is_some() || args.blocksize.is_some() || args.no_double_quant;
     let default = QuantConfig::default();
@@ -196,7 +197,7 @@ fn merge_into(args: &Args, adapter: &Path, files: &ModelFiles) -> anyhow::Result
     })
 }
 
-/// Writes the merged model, and prints what merging changed.
+/// Writes the merged model, and prints the figures of the merge.
 fn write(
     args: &Args,
     format: Format,
@@ -301,7 +302,7 @@ fn print_gap(
     row("as written", &reference.gap(&written)?)
 }
 
-/// What was written.
+/// Opens the written model as a weight source.
 fn written(format: Format, out: &Path) -> anyhow::Result<Box<dyn WeightSource>> {
     Ok(match format {
         Format::Hf => Box::new(HfDirectory::open(out)?),
@@ -309,7 +310,7 @@ fn written(format: Format, out: &Path) -> anyhow::Result<Box<dyn WeightSource>> 
     })
 }
 
-/// Exact answers of base and adapter, of both merged models, and of what was written.
+/// Prints the numbers of exact answers of base and adapter, of both merged models, and of the written model.
 fn print_exact(
     args: &Args,
     format: Format,

@@ -1,4 +1,4 @@
-//! Which run is meant: a TOML file, or a model and data, and any key of the configuration as a flag.
+//! The arguments that define a run: a TOML file, or a model and data, and any key of the configuration as a flag.
 
 use std::path::PathBuf;
 
@@ -7,7 +7,7 @@ use clap::{Arg, ArgMatches, Command, FromArgMatches};
 use qlora::trainer::TrainConfig;
 use qlora::trainer::config::{DocumentedKey, Paths, documented_keys};
 
-/// Which run is meant.
+/// The arguments that define a run.
 #[derive(clap::Args)]
 pub(crate) struct RunArgs {
     /// A TOML file (`qlora init` writes one); or the model: a folder, a GGUF file or a hub id.

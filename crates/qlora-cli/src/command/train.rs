@@ -19,8 +19,8 @@ use crate::output::{self, remark};
 
 /// Fine-tunes a model.
 ///
-/// What is set by no flag and no file has the default that its flag names. Ctrl-C, SIGTERM and SIGHUP save a checkpoint and end
-/// with exit code 130, 143 or 129; --resume-from-checkpoint true goes on from it, bit for bit.
+/// An option that is set by no flag and no file has the default that its flag names. Ctrl-C, SIGTERM and SIGHUP save a
+/// checkpoint and end with exit code 130, 143 or 129; --resume-from-checkpoint true goes on from it, bit for bit.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -131,7 +131,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Starts a process for each GPU, unless this is one of them; then returns what they ended with.
+/// Starts a process for each GPU, unless this is one of them; then returns the exit code of the processes.
 #[cfg(unix)]
 fn start_ranks(args: &Args) -> Result<Option<ExitCode>> {
     launch::end_with_launcher();
@@ -159,7 +159,7 @@ fn ranks() -> Result<Box<dyn Communicator>> {
     Ok(comm)
 }
 
-/// Which files a run writes.
+/// A list of the files that a run would write.
 fn would_do(config: &TrainConfig) -> String {
     let options = &config.training;
     let folder = options.output_dir.display();

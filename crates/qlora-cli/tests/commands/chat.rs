@@ -10,7 +10,7 @@ use crate::random_folder;
 /// A chat with a tiny model, as lines of a pipe.
 struct Chat {
     process: Child,
-    /// What it says, as it comes.
+    /// The command's output, byte by byte as it comes.
     said: mpsc::Receiver<u8>,
     _folder: tempfile::TempDir,
 }

@@ -27,7 +27,7 @@ fn qlora(folder: &Path, arguments: &[&str], input: &str) -> Output {
     child.wait_with_output().unwrap()
 }
 
-/// What was printed and said; it must have worked.
+/// Runs the command, which must succeed, and returns its standard output and standard error.
 fn worked(folder: &Path, arguments: &[&str], input: &str) -> (String, String) {
     let output = qlora(folder, arguments, input);
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();

@@ -1,4 +1,4 @@
-//! What a person sees on a terminal, and what the keys do.
+//! Tests of the terminal's display and its keys.
 
 use std::path::Path;
 use std::process::Command;

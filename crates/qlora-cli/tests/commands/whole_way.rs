@@ -12,7 +12,7 @@ pub(crate) fn qlora(folder: &Path, arguments: &[&str]) -> Output {
     Command::new(super::QLORA).args(arguments).current_dir(folder).env("HF_HUB_OFFLINE", "1").output().unwrap()
 }
 
-/// What it printed; it must have worked.
+/// Runs the command, which must succeed, and returns its standard output.
 pub(crate) fn printed(folder: &Path, arguments: &[&str]) -> String {
     let output = qlora(folder, arguments);
     let stderr = String::from_utf8_lossy(&output.stderr);
@@ -87,7 +87,7 @@ fn rows_are_shown_as_the_model_sees_them() {
     let temporary = folder();
     let here = temporary.path();
     let text = printed(here, &["data", "model", "train.jsonl", "--rows", "1"]);
-    // What is trained stands between the brackets: the answer and its end token.
+    // The trained tokens stand between the brackets: the answer and its end token.
     assert!(text.contains("<|im_start|>assistant\n⟦four<|im_end|>⟧"), "{text}");
     assert!(text.contains("duplicates") && text.contains("train.jsonl:4 is train.jsonl:1 again"), "{text}");
     assert!(!text.contains('\u{1b}'), "no colours in a pipe");

@@ -1,4 +1,4 @@
-//! The model card: what the hub and a reader want to know about an adapter.
+//! The model card of an adapter: its description for the hub and for readers.
 
 use super::config_file::last_names;
 use super::save::SaveOptions;

@@ -3,7 +3,7 @@
 //! Written: the keys that PEFT has had for years, sorted, indented by two, without a line break at the end, ASCII only,
 //! as Python's `json.dumps(indent=2, sort_keys=True)` does; newer keys only where they are needed, as older readers
 //! warn about keys they don't know. Read: every key of PEFT 0.21.2. One that changes what the adapter computes and is
-//! not supported is an error that names it; one that nobody knows is a warning.
+//! not supported is an error that names it; an unknown one is a warning.
 
 use super::kinds::AdapterKinds;
 use super::save::SaveOptions;
@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 
-/// What an `adapter_config.json` says.
+/// The contents of an `adapter_config.json`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdapterConfig {
     /// The adapter's options.

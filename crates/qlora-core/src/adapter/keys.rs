@@ -22,7 +22,7 @@ use safetensors::tensor::TensorView;
 use super::peft::PREFIX;
 use crate::{Error, Result};
 
-/// What wrappers put between the parts of a name.
+/// Name components that wrapper modules (`torch.compile`, FSDP, activation checkpointing) insert into tensor names.
 const WRAPPERS: [&str; 3] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
 /// The parts after which a raw state has the adapter's name.
 const NAMED: [&str; 7] = [
@@ -79,7 +79,7 @@ impl<'a> AdapterFile<'a> {
         self.stored.keys().map(String::as_str)
     }
 
-    /// What the file calls a tensor.
+    /// A tensor's name in the file.
     pub(super) fn stored_name<'b>(&'b self, name: &'b str) -> &'b str {
         self.stored.get(name).map_or(name, String::as_str)
     }
@@ -120,7 +120,7 @@ fn plain(name: &str) -> String {
     }
 }
 
-/// What stands before the modules' names in all of these, where it is not what PEFT puts there.
+/// The common prefix of the module names in all of these, if it differs from PEFT's.
 pub(super) fn foreign_prefix<'a>(names: &[&'a str]) -> Option<&'a str> {
     let prefix = |name: &'a str| {
         let starts = ["layers.", "embed_tokens.", "lm_head."];

@@ -18,7 +18,7 @@ use std::path::Path;
 pub struct Adapter {
     /// Its options, and the base model that it names.
     pub config: AdapterConfig,
-    /// Where its numbers lie in `weights`.
+    /// The places of the factors in `weights`.
     pub layout: AdapterLayout,
     /// All A and B, in f32.
     pub weights: Vec<f32>,
@@ -84,7 +84,7 @@ pub fn read_config(dir: impl AsRef<Path>) -> Result<AdapterConfig> {
     config_file::parse(&path, &read_file(&path)?)
 }
 
-/// [`read_config`] of an adapter of any kind, with what it has besides layers with adapters.
+/// [`read_config`] of an adapter of any kind, with its parts besides layers with adapters.
 ///
 /// # Errors
 /// As there.

@@ -39,7 +39,7 @@ pub use trained_over::TrainedOver;
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// The name of the file with the tensors.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-/// The name of the file that says what the base was held in while the adapter was trained ([`TrainedOver`]).
+/// The name of the file that records the quantization of the base during the adapter's training ([`TrainedOver`]).
 pub const TRAINED_OVER_FILE: &str = "base_quantization.json";
 /// The name of the model card.
 pub const CARD_FILE: &str = "README.md";

@@ -36,7 +36,7 @@ use crate::{Error, Result};
 pub struct PeftAdapter {
     /// Its options, and the base model that it names.
     pub config: AdapterConfig,
-    /// What it has besides layers with adapters.
+    /// The adapted parameters other than the A and B of linear layers.
     pub kinds: AdapterKinds,
     /// The modules with A and B, in the model's order; among them possibly `lm_head` and `model.embed_tokens`.
     pub modules: Vec<LoraModule>,
@@ -49,14 +49,14 @@ pub struct PeftAdapter {
     pub vocab_size: Option<usize>,
 }
 
-/// A, B and what goes with them for one module.
+/// The adapter of one module: A and B with their rank and scaling, and its bias and magnitude if it has them.
 #[derive(Clone, Debug)]
 pub struct LoraModule {
     /// Its name in the model.
     pub name: String,
     /// Rows of A.
     pub rank: usize,
-    /// What A and B's product is multiplied by.
+    /// The factor of the product of A and B.
     pub scaling: f64,
     /// `[r, in]`; `[r, vocabulary]` for the embedding.
     pub a: Vec<f32>,
@@ -185,7 +185,7 @@ fn vocabulary(file: &AdapterFile, kinds: &AdapterKinds, model: &ModelConfig) -> 
 pub(super) const PREFIX: &str = "base_model.model.";
 pub(super) const TOKEN_ROWS: &str = "token_adapter.trainable_tokens_delta";
 
-/// What A and B are called.
+/// The tensor names of A and B, without the module's name.
 pub(super) fn factor_names(module: &str) -> [&'static str; 2] {
     match module {
         EMBEDDING => ["lora_embedding_A", "lora_embedding_B"],

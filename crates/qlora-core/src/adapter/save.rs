@@ -52,7 +52,7 @@ impl AdapterDtype {
     }
 }
 
-/// How an adapter is written.
+/// Options of saving an adapter.
 #[derive(Clone, Debug)]
 pub struct SaveOptions {
     /// The tensors' dtype.
@@ -61,9 +61,10 @@ pub struct SaveOptions {
     pub base_model_name_or_path: Option<String>,
     /// The base model's revision.
     pub revision: Option<String>,
-    /// What the base was held in during training, which is written beside the adapter; merging reads it.
+    /// The quantization of the base during training, which is written beside the adapter; merging reads it.
     pub trained_over: Option<TrainedOver>,
-    /// What the model was trained with, beside the adapter: tokenizer, chat template, end tokens. TRL saves them there, too.
+    /// The files that belong to the trained model, saved beside the adapter: tokenizer, chat template, end tokens. TRL
+    /// saves them there, too.
     pub companions: Companions,
     /// Whether to write a model card. A `README.md` that is not one of ours is never replaced.
     pub model_card: bool,

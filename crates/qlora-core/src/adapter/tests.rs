@@ -265,7 +265,7 @@ enum Damage {
 }
 
 fn damage() -> impl Strategy<Value = Damage> {
-    // What JSON gives meaning to, and digits, so that changes of the header stay parseable more often.
+    // Bytes that are JSON syntax, and digits, so that changes of the header stay parseable more often.
     let byte = prop_oneof![any::<u8>(), prop::sample::select(b"0123456789[]{},:\"-.eE \0".to_vec())];
     let bytes = prop::collection::vec(byte.clone(), 1..9);
     prop_oneof![

@@ -1,4 +1,4 @@
-//! What an adapter's base was held in while the adapter was trained: merging goes into the weights that are left of it.
+//! The quantization of an adapter's base model during training: merging goes into the weights that remain after it.
 //!
 //! [`save`](super::save) writes it beside the adapter (`base_quantization.json`); PEFT and others ignore the file. Of adapters that
 //! other programs trained, PEFT's model card says it (`README.md`, "the following `bitsandbytes` quantization config was used"),
@@ -18,7 +18,7 @@ use crate::source::{SourceWeight, WeightSource};
 use crate::spec::Module;
 use crate::{Error, Result};
 
-/// What the linear layers of an adapter's base were held in.
+/// The storage of the base model's linear layers during an adapter's training.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum TrainedOver {
@@ -26,7 +26,7 @@ pub enum TrainedOver {
     Plain,
     /// NF4 or FP4: QLoRA.
     Bits4 {
-        /// How.
+        /// The quantization.
         config: QuantConfig,
         /// The base is stored so, and was not quantized while loading.
         stored: bool,
@@ -36,7 +36,7 @@ pub enum TrainedOver {
 }
 
 impl TrainedOver {
-    /// What a base of these files is held in if it is loaded so.
+    /// The storage of the linear layers of a base that is loaded from these files with this quantization.
     ///
     /// # Errors
     /// If a layer that is stored in 4 bits cannot be read.
@@ -64,7 +64,7 @@ impl TrainedOver {
         }
     }
 
-    /// What the folder of an adapter says; none if nothing there does.
+    /// Reads the base's quantization from an adapter folder; none if nothing there records it.
     ///
     /// # Errors
     /// If `base_quantization.json` is damaged.
@@ -141,8 +141,8 @@ fn parse(path: &Path, map: &Map<String, Value>) -> Result<TrainedOver> {
     Ok(TrainedOver::Bits4 { config, stored: flag("stored_quantized")? })
 }
 
-/// What a model card says in PEFT's lines (`- bnb_4bit_quant_type: nf4`) or in the options of a training program that it quotes
-/// (`load_in_4bit: true`).
+/// Parses the quantization that a model card gives in PEFT's lines (`- bnb_4bit_quant_type: nf4`) or in the options of
+/// a training program that it quotes (`load_in_4bit: true`).
 fn from_card(card: &str) -> Option<TrainedOver> {
     let value = |keys: &[&str]| {
         let lines = card.lines().filter_map(|line| line.trim_start_matches([' ', '\t', '-', '*']).split_once(':'));

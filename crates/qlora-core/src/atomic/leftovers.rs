@@ -1,8 +1,8 @@
 //! Temporary files and folders that a killed process left behind.
 //!
-//! Whoever writes under a temporary name holds an advisory lock on it, which the operating system drops with the process. So
-//! what can be locked belongs to nobody any more, and the next writer of the same name removes it. Where a file system has no
-//! locks nothing is removed.
+//! The writer of a temporary name holds an advisory lock on it, which the operating system drops with the process. So a
+//! name that can be locked has no writer any more, and the next writer of the same name removes it. Where a file system
+//! has no locks nothing is removed.
 
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -10,7 +10,7 @@ use std::path::Path;
 
 use crate::{Error, Result};
 
-/// How a temporary name goes on after the final one: this, and [`RANDOM`] letters and digits.
+/// The marker between the final name and a temporary name's [`RANDOM`] letters and digits.
 pub(super) const MARK: &str = ".tmp-";
 /// Random characters of a temporary name, as `tempfile` makes them.
 const RANDOM: usize = 6;
@@ -21,7 +21,7 @@ pub fn is_temporary(name: &str) -> bool {
     !original.is_empty() && random.len() == RANDOM && random.bytes().all(|byte| byte.is_ascii_alphanumeric())
 }
 
-/// Takes the lock on a new temporary file or folder; false if somebody who tidies up is removing it.
+/// Takes the lock on a new temporary file or folder; false if a clean-up is removing it.
 pub(super) fn claim(path: &Path, file: &File) -> bool {
     !matches!(file.try_lock(), Err(TryLockError::WouldBlock)) && path.exists()
 }
@@ -40,7 +40,7 @@ pub fn remove_leftovers(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes what killed writers of `name` in `folder` left. What goes wrong is of no consequence for the new file.
+/// Removes the leftovers of killed writers of `name` in `folder` What goes wrong is of no consequence for the new file.
 pub(super) fn sweep(folder: &Path, name: &str) {
     let Ok(entries) = fs::read_dir(folder) else { return };
     for entry in entries.flatten() {

@@ -1,6 +1,6 @@
 //! Rates that plans are ranked with, and how a measurement at the start corrects them.
 
-/// What a card reaches in a training step, in operations and bytes a second.
+/// The throughput of a GPU in a training step, in operations and bytes a second.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Rates {
@@ -27,7 +27,7 @@ impl Rates {
         Self { products, attention: products * 4.0 / 7.0, memory, host }
     }
 
-    /// The same rates, corrected by what was measured.
+    /// The same rates, corrected by a measurement.
     ///
     /// A measurement of a fraction of a second scatters by some percent, sees a card before it is warm, and must not choose another
     /// plan in every run. So a rate is replaced only where it is far off, and then by a step of a coarse ladder: the rate times a
@@ -44,7 +44,7 @@ impl Rates {
     }
 }
 
-/// What a measurement at the start found, in operations and bytes a second; 0 where it found nothing.
+/// The throughput measured at the start, in operations and bytes a second; 0 where nothing was measured.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct MeasuredRates {
     /// Operations in a large 16-bit product.

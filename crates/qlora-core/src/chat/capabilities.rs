@@ -1,4 +1,4 @@
-//! What a chat template writes of what it is given, found out by rendering small conversations.
+//! The inputs that a chat template renders, found out by rendering small conversations.
 //!
 //! Templates do not say whether they know tools, whether a call's arguments are a JSON text or an object for them, or whether
 //! a content may be a list of parts. Given the wrong form they do not fail: they write the arguments as an escaped text, a
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::{ChatTemplate, Message, TemplateArguments};
 
-/// What a chat template writes of what it is given.
+/// The inputs that a chat template renders: tools, tool calls, reasoning and the like.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Capabilities {

@@ -1,4 +1,4 @@
-//! What templates take for now.
+//! The current time as chat templates see it.
 
 use std::fmt::{self, Write as _};
 use std::str::FromStr;

@@ -36,10 +36,10 @@ const MAX_KEPT: usize = 1 << 30;
 /// Room for the parser, which calls itself for every level of a template's syntax tree.
 const STACK: usize = 64 << 20;
 
-/// Who marks the assistant's answers in [`MARKED`].
+/// The origin of the marks around the assistant's answers in [`MARKED`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Marks {
-    /// Nobody: there is no such template.
+    /// None: there is no such template.
     None,
     /// The template itself.
     Own,
@@ -47,7 +47,7 @@ pub(super) enum Marks {
     Known,
 }
 
-/// Compiles a template; also says who marks the assistant's answers.
+/// Compiles a template; also returns the origin of the marks around the assistant's answers.
 pub(super) fn compile(source: &str) -> Result<(Environment<'static>, Marks), Error> {
     limits::check_source(source)?;
     let failed = |what: &str| Error::new(ErrorKind::InvalidOperation, format!("the parser's thread {what}"));
@@ -88,7 +88,7 @@ fn compile_here(source: &str) -> Result<(Environment<'static>, Marks), Error> {
     made::install(&mut environment);
     environment.add_function("raise_exception", |message: Value| -> Result<Value, Error> {
         let mut text = limits::LimitedString::default();
-        // What was written of a message that is too long is enough.
+        // The beginning of an overlong message is enough.
         let _ = write!(text, "{}", python::Str(&message));
         text.0.truncate(text.0.floor_char_boundary(MAX_MESSAGE));
         Err(Error::new(ErrorKind::InvalidOperation, text.0))

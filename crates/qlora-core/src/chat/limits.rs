@@ -83,7 +83,7 @@ pub(super) fn length(value: &Value) -> usize {
     }
 }
 
-/// Counts what is written, up to the limit.
+/// Counts the written bytes, up to the limit.
 struct Count(usize);
 
 impl fmt::Write for Count {

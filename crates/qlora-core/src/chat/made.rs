@@ -1,9 +1,9 @@
-//! How much a template makes in all.
+//! Limits on the total size of the values that a template makes.
 //!
 //! Steps are counted by minijinja, but a step can double a text. So everything that makes a text or a list out of others pays
 //! for it before or right after: the operands of `~`, `+`, `*` and slices (which [`super::operators`] marks with the filters
 //! below), what filters and methods give, and what is written, be it to the output or into a `set` block or a macro.
-//! What a rendering makes is never more than [`MAX_MADE`] and the last value before it was refused.
+//! The bytes that a rendering makes in all are never more than [`MAX_MADE`] and the last value before it was refused.
 
 use std::fmt::{self, Write};
 
@@ -26,18 +26,18 @@ const MAX_ITEMS: usize = MAX_OUTPUT / ITEM;
 pub(super) const OPERAND: &str = "__operand";
 /// As [`OPERAND`], where the value becomes a part of a text.
 pub(super) const TEXT: &str = "__text";
-/// What a list or map is asked for: its hash takes as long as its text.
+/// The filter around the key that is looked up in a list or map: its hash takes as long as its text.
 pub(super) const KEY: &str = "__key";
 /// The first factor of a product.
 pub(super) const FACTOR: &str = "__factor";
 /// A factor behind `*`.
 pub(super) const TIMES: &str = "__times";
-/// What is behind another operator of the same rank.
+/// The filter around the right operand of another operator of the same precedence.
 pub(super) const OVER: &str = "__over";
 /// A whole product.
 pub(super) const PRODUCT: &str = "__product";
 
-/// What a rendering has made so far.
+/// The size of the values that a rendering has made so far, in bytes, and the products being computed.
 #[derive(Default)]
 struct Made {
     bytes: usize,
@@ -70,7 +70,7 @@ fn pay(state: &mut State, bytes: usize) -> Result<(), Error> {
     Ok(())
 }
 
-/// Bytes of a text, or of a list without what its items point to.
+/// Bytes of a text, or of a list without the values that its items point to.
 fn size(value: &Value) -> Result<usize, Error> {
     let bytes = match value.kind() {
         ValueKind::String => value.as_str().unwrap_or_default().len(),
@@ -172,7 +172,7 @@ fn product(state: &mut State, value: Value) -> Result<Value, Error> {
     operand(state, value)
 }
 
-/// Filters that hand out what was there before.
+/// Filters that hand out an existing value.
 const PASSING: [&str; 13] =
     ["abs", "attr", "bool", "count", "d", "default", "first", "float", "int", "last", "length", "max", "min"];
 /// Filters that take lists and maps as such; the others write them as texts.
@@ -208,7 +208,7 @@ const TAKING_LISTS: [&str; 29] = [
     "zip",
 ];
 
-/// Looks at what a filter or method gets.
+/// Checks the arguments of a filter or method.
 fn check_arguments(name: &str, arguments: &[Value]) -> Result<(), Error> {
     for value in arguments {
         size(value)?;
@@ -251,7 +251,7 @@ pub(super) fn write(out: &mut Output, state: &mut State, value: &Value) -> Resul
     }
 }
 
-/// Passes on what is written as long as there is room.
+/// A writer that passes bytes on as long as there is room.
 struct Counted<'a, 'out> {
     out: &'a mut Output<'out>,
     room: usize,

@@ -6,12 +6,12 @@ use serde_json::{Map, Value};
 /// A message as chat data sets and chat APIs write it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Message {
-    /// Who speaks: `system`, `user`, `assistant`, `tool`.
+    /// The role of the speaker: `system`, `user`, `assistant`, `tool`.
     pub role: String,
-    /// What is said: a text, a list of parts, or null (a call of a tool).
+    /// The content: a text, a list of parts, or null (a call of a tool).
     #[serde(default)]
     pub content: Value,
-    /// Whatever else a template may read: `tool_calls`, `reasoning_content`, `name`, ...
+    /// Further fields that a template may read: `tool_calls`, `reasoning_content`, `name`, ...
     #[serde(flatten)]
     pub extra: Map<String, Value>,
 }
@@ -30,12 +30,12 @@ impl Message {
         Self::new("system", content)
     }
 
-    /// What the user says.
+    /// A message of the user.
     pub fn user(content: impl Into<String>) -> Self {
         Self::new("user", content)
     }
 
-    /// What the model answers.
+    /// A message of the model (role `assistant`).
     pub fn assistant(content: impl Into<String>) -> Self {
         Self::new("assistant", content)
     }

@@ -29,7 +29,7 @@ enum Kind {
     Math(char),
     Dot,
     Pipe,
-    /// What ends an expression: comparisons, `,`, `:`, `=`.
+    /// A token that ends an expression: comparisons, `,`, `:`, `=`.
     Other,
 }
 
@@ -40,7 +40,7 @@ struct Token {
     end: usize,
 }
 
-/// Marks a template. What cannot be read is left as it is: compiling it fails with the right message.
+/// Marks a template. A part that cannot be read is left as it is: compiling it fails with the right message.
 pub(super) fn mark(source: &str) -> Marked {
     let mut marks = Marks { source, inserted: Vec::new() };
     let (mut at, mut kept_blocks, mut longest_kept, mut recursive) = (0, 0usize, 0, false);
@@ -115,7 +115,7 @@ fn raw_begin(rest: &str) -> Option<usize> {
     Some(rest.len() - after.strip_prefix("%}")?.len())
 }
 
-/// Where a raw block ends whose body begins at `from`.
+/// Finds the end of a raw block whose body begins at `from`.
 fn raw_end(source: &str, from: usize) -> Option<usize> {
     let mut at = from;
     while let Some(found) = source[at..].find("{%") {
@@ -214,7 +214,7 @@ struct Operand {
     small: bool,
 }
 
-/// What is known of the operand that is being read.
+/// The state of parsing the current operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reading {
     /// Nothing yet, or a sign, a dot or a pipe: more has to follow.
@@ -407,7 +407,7 @@ struct Chain {
     operators: Vec<char>,
     /// The operand that is being read.
     operand: Option<Operand>,
-    /// Where it begins without its sign.
+    /// The start of the operand without its sign.
     atom: Option<usize>,
     /// Whether it has no filter, test or power yet: only such can be sliced.
     plain: bool,

@@ -39,7 +39,7 @@ impl ChatTemplate {
         }
     }
 
-    /// What stands between the rendered conversation and an answer that follows it.
+    /// The text between the rendered conversation and an answer that follows it: the header of the assistant's turn.
     fn header(&self, messages: &[Message], text: &str, arguments: &TemplateArguments) -> Option<String> {
         let answered = [messages, &[Message::assistant(ANSWER)]].concat();
         let answered = self.render(&answered, false, arguments).ok()?;

@@ -31,7 +31,7 @@ pub(super) struct Mark {
     pub(super) closes: bool,
 }
 
-/// How a message is marked.
+/// The placement of a message's sentinels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Placement {
     /// All its texts, at their ends.
@@ -246,7 +246,7 @@ fn marked_text(text: &str, index: usize, pieces: &[(usize, usize)]) -> String {
 /// Tags at which templates split a content, to drop the reasoning of earlier turns.
 const REASONING_TAGS: [&str; 6] = ["<think>", "</think>", "<thinking>", "</thinking>", "[THINK]", "[/THINK]"];
 
-/// What is between reasoning tags, without the white space at its ends; of a blank text its beginning.
+/// The byte ranges between reasoning tags, without the white space at their ends; of a blank text its beginning.
 fn edges(text: &str) -> Vec<(usize, usize)> {
     let (mut pieces, mut start) = (Vec::new(), 0);
     loop {

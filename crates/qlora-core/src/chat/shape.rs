@@ -1,4 +1,4 @@
-//! What a template writes around the assistant's answers, learned from what it renders.
+//! The text that a template writes around the assistant's answers, learned from rendered conversations.
 
 use super::message::REASONING;
 use super::sentinel::{self, Mark, Placement};
@@ -18,7 +18,7 @@ pub(super) struct Shape<'a> {
     end: Option<End>,
 }
 
-/// What stands between a message's text and the answer to it.
+/// The text between a message and the answer to it: the header of the answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Head {
     /// All of it.
@@ -27,7 +27,7 @@ pub(super) struct Head {
     pub(super) prompt: String,
 }
 
-/// What stands behind an answer's text.
+/// The text behind an answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct End {
     /// The marker that ends a turn, whatever follows; empty if there is none.
@@ -55,7 +55,7 @@ impl<'a> Shape<'a> {
         Self { template, messages, arguments, text, placements, marks, heads, general_prompt, end }
     }
 
-    /// What stands before answer `i`; none if the conversation up to there cannot be rendered alone.
+    /// The header of answer `i`; none if the conversation up to there cannot be rendered alone.
     pub(super) fn head(&mut self, i: usize) -> Option<Head> {
         let role = self.role_before(i);
         if let Some((_, head)) = self.heads.iter().find(|(known, _)| *known == role) {
@@ -84,7 +84,7 @@ impl<'a> Shape<'a> {
         self.general_prompt.clone().unwrap_or_default()
     }
 
-    /// What ends an answer.
+    /// The text that ends an answer, learned at the first call.
     pub(super) fn end(&mut self) -> End {
         if self.end.is_none() {
             self.end = Some(self.learn_end().unwrap_or_default());
@@ -194,7 +194,7 @@ impl<'a> Shape<'a> {
         self.is_usable(i).then(|| between(self.text, &self.marks, i)).flatten()
     }
 
-    /// Whether what stands behind an answer ends it: nothing of its own does.
+    /// Whether the text behind an answer ends it: a part of the answer's own does not.
     fn is_usable(&self, i: usize) -> bool {
         is_plain(&self.messages[i]) && matches!(self.placements[i], Placement::Edges | Placement::Content)
     }
@@ -213,7 +213,7 @@ fn is_plain(message: &Message) -> bool {
     message.is_assistant() && !has(&["tool_calls", "function_call"]) && !(is_blank && has(&REASONING))
 }
 
-/// What ends an answer in both places, without white space around it.
+/// The common beginning of both texts that end an answer, without white space around it.
 fn shared_marker(closing: &str, followed: Option<&str>) -> String {
     let closing = closing.trim_start();
     let shared = followed.map_or(closing.len(), |followed| common(closing, followed.trim_start()));
@@ -224,7 +224,7 @@ fn any(role: &str, index: usize) -> Message {
     sentinel::mark(&Message::new(role, ANY), index, Placement::Edges)
 }
 
-/// How far two texts are the same, back to where a tag or a line ends.
+/// The length of two texts' common beginning, back to where a tag or a line ends.
 fn common(a: &str, b: &str) -> usize {
     let shared = a.chars().zip(b.chars()).take_while(|(a, b)| a == b).map(|(c, _)| c.len_utf8()).sum();
     if shared == a.len() || shared == b.len() {

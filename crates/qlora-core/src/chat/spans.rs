@@ -1,4 +1,4 @@
-//! Which parts of a rendered conversation are the assistant's answers.
+//! The spans of the assistant's answers in a rendered conversation.
 //!
 //! An answer begins where generation would begin: behind the header of its turn. It ends with the marker that ends the turn. Both
 //! are found in the text of the whole conversation, since templates write a turn differently once others follow it.
@@ -58,7 +58,8 @@ fn split_marked(marked: &str) -> Result<(String, Vec<Range<usize>>)> {
     Ok((text, blocks))
 }
 
-/// Whose each generation block is, where there is not one for each answer: of the answer in it, else of the one before it.
+/// The answer to which each generation block belongs, where there is not one for each answer: the answer in it, else
+/// the one before it.
 fn owners(
     template: &ChatTemplate,
     messages: &[Message],
@@ -127,7 +128,8 @@ fn answer(shape: &mut Shape<'_>, i: usize) -> Option<Range<usize>> {
     (start <= end && last.is_none_or(|last| last <= end)).then_some(start..end)
 }
 
-/// Where an answer begins, in the text between the message before and its own; `first` is where its own begins, if known.
+/// Finds the start of an answer in the text between the message before and its own; `first` is where its own begins, if
+/// known.
 fn start(shape: &mut Shape<'_>, i: usize, gap: Range<usize>, first: Option<usize>) -> Option<usize> {
     let between = shape.text.get(gap.clone())?;
     let ends_clean = i.checked_sub(1).is_none_or(|before| shape.white_space_behind(before).is_empty());
@@ -168,12 +170,12 @@ fn behind_part(text: &str, prompt: &str) -> Option<usize> {
     ends.filter(|&end| prompt[..end].ends_with(['>', ']', '\n', ':'])).find_map(|end| {
         let part = &prompt[..end];
         let at = text.rfind(part)? + end;
-        // What is left is the answer's only if the header is complete.
+        // The rest belongs to the answer only if the header is complete.
         (names(part) || text[at..].trim().is_empty()).then_some(at)
     })
 }
 
-/// Where an answer ends; `last` is where its own text ends, if known, `to` where the next message's begins.
+/// Finds the end of an answer; `last` is where its own text ends, if known, `to` where the next message's begins.
 fn end(
     shape: &mut Shape<'_>,
     i: usize,

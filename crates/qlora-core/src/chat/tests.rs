@@ -240,8 +240,8 @@ fn twins() -> (Answers, Vec<(String, String)>) {
     (answers, tokens)
 }
 
-/// What a template says in transformers' generation blocks is found in its twin without them. `scripts/fixtures/chat_answers.py`
-/// lists the templates and conversations.
+/// The answers in transformers' generation blocks of a template are found in its twin without them.
+/// `scripts/fixtures/chat_answers.py` lists the templates and conversations.
 #[test]
 fn answers_are_those_of_marked_twins() {
     let (answers, tokens) = twins();

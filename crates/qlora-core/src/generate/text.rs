@@ -29,7 +29,7 @@ impl<'a> AnswerText<'a> {
         }
     }
 
-    /// Takes the next token and returns what can be shown: whole characters that belong to no stop string.
+    /// Takes the next token and returns the text that can be shown: whole characters that belong to no stop string.
     ///
     /// # Errors
     /// If the tokenizer's decoder fails.
@@ -46,7 +46,7 @@ impl<'a> AnswerText<'a> {
         self.stops.found().is_some()
     }
 
-    /// What was held back.
+    /// Ends the text and returns the part of it that was still held back.
     ///
     /// # Errors
     /// If the tokenizer's decoder fails.
@@ -62,7 +62,7 @@ pub struct Answer {
     pub text: String,
     /// Tokens that were generated.
     pub tokens: usize,
-    /// Why there are no more; [`StopReason::Caller`] stands for a stop string.
+    /// The reason why the generation ended; [`StopReason::Caller`] stands for a stop string.
     pub stop: StopReason,
 }
 
@@ -131,7 +131,7 @@ fn answer_from(
     texts.into_iter().zip(generations).map(answer).collect()
 }
 
-/// What the keys and values of a generation take at most.
+/// The upper bound of the memory of a generation's KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CachePlan {
     /// Sequences that run together.

@@ -1,5 +1,5 @@
-//! Importance matrices of llama.cpp (`llama-imatrix`): for every matrix the mean square of what each of its columns is multiplied
-//! with, over some text.
+//! Importance matrices of llama.cpp (`llama-imatrix`): for every matrix the mean square of the inputs of each of its
+//! columns, over some text.
 //!
 //! Two formats are read. GGUF (`general.type` is `imatrix`): for a matrix NAME the tensors `NAME.in_sum2`, sums of squares, and
 //! `NAME.counts`, how many were summed. The older one (usually `.dat`), all little-endian: i32 entries; of each i32 length and name,
@@ -49,7 +49,7 @@ impl Importance {
         Self { columns }
     }
 
-    /// How many matrices it knows.
+    /// The number of matrices it knows.
     pub fn len(&self) -> usize {
         self.columns.len()
     }

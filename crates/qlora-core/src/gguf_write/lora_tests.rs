@@ -28,8 +28,8 @@ fn float(bytes: &[u8], key: &str) -> f32 {
     f32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
 }
 
-/// What llama.cpp adds to a weight, `alpha / r B A`, has to be what the adapter adds to it, in llama.cpp's order of rows. The number of
-/// modules whose rows it interleaves.
+/// Checks that llama.cpp's update of a weight, `alpha / r B A`, is the adapter's, in llama.cpp's order of rows. The
+/// number of modules whose rows it interleaves.
 fn check(name: &str, adapter: &PeftAdapter, base: &HfDirectory, bytes: &[u8]) -> usize {
     let tensors: HashMap<String, Vec<f32>> = named_floats(bytes).unwrap().into_iter().collect();
     let alpha = float(bytes, "adapter.lora.alpha");

@@ -1,4 +1,4 @@
-//! Making an importance matrix: the model reads a text, and the squares of what its matrices multiply are averaged.
+//! Making an importance matrix: the model reads a text, and the squares of its matrices' inputs are averaged.
 
 use std::collections::HashMap;
 use std::path::Path;

@@ -22,7 +22,7 @@ use qlora_kernels::ggml::BlockType;
 use super::kind::{GgufType, TensorType};
 use crate::config::ModelConfig;
 
-/// What the choice depends on beside a tensor's name.
+/// The inputs of the choice of a tensor's type, besides its name.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Mix {
     kind: GgufType,

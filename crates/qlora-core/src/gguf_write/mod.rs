@@ -5,9 +5,9 @@
 //! tensors. Names and metadata are those of llama.cpp's converter; rows of q and k are interleaved for Llama and Mistral
 //! as it does.
 //!
-//! Which matrix has which type is llama.cpp's choice for the same name (`mix`); vectors are f32. Blocks of q8_0, and those of q4_0
-//! without an importance matrix, are bit-equal with the `gguf` package's ([`blocks`]); the others are found by a search that leaves less
-//! error than llama.cpp's ([`qlora_kernels::ggml`]).
+//! The type of each matrix is llama.cpp's choice for the same name (`mix`); vectors are f32. Blocks of q8_0, and those
+//! of q4_0 without an importance matrix, are bit-equal with the `gguf` package's ([`blocks`]); the others are found by
+//! a search that leaves less error than llama.cpp's ([`qlora_kernels::ggml`]).
 //!
 //! Large models are split over several files where asked for. Tensors are read, converted and written one at a time.
 //! Before the first is read, the tokenizer is written, read back and compared with the original on a text in many
@@ -48,7 +48,7 @@ use crate::source::gguf::rows;
 use crate::source::{PlainTensor, WeightSource, again};
 use crate::tokenizer::Tokenizer;
 
-/// How a GGUF file is written.
+/// Options of writing a GGUF file.
 #[derive(Clone, Debug)]
 pub struct GgufOptions<'a> {
     /// The type of the matrices.
@@ -59,7 +59,7 @@ pub struct GgufOptions<'a> {
     pub chat_template: Option<&'a str>,
     /// The tokens that end an answer, as `generation_config.json` has them.
     pub eos_token_ids: &'a [u32],
-    /// How much the columns of the matrices count where they are quantized.
+    /// The weights of the matrices' columns in quantization.
     pub importance: Option<&'a Importance>,
     /// A file is closed before its tensors would have more bytes than this (a single one may have more); what follows goes into
     /// further files, named as llama.cpp's `llama-gguf-split` does: `NAME-00001-of-00003.gguf`. None: one file.
@@ -73,7 +73,7 @@ impl GgufOptions<'_> {
     }
 }
 
-/// What was written.
+/// The size of a written GGUF file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct WrittenGguf {
@@ -123,8 +123,8 @@ struct Planned {
 ///
 /// # Errors
 /// If the model or its tokenizer has something that GGUF or llama.cpp has no place for, a tensor cannot be read or does
-/// not fit the type, the importance matrix is of another model, or the disk is full or fails. What was at `out` is untouched in that
-/// case.
+/// not fit the type, the importance matrix is of another model, or the disk is full or fails. The old contents of `out`
+/// are untouched in that case.
 pub fn write(
     source: &dyn WeightSource,
     tokenizer: &Tokenizer,

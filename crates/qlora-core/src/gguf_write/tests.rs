@@ -87,7 +87,7 @@ fn difference_of(name: &str, source: &HfDirectory, kind: GgufType) -> (f32, f32)
     let read = Gguf::open(&out).unwrap();
     assert_eq!(read.chat_template().unwrap(), Some("{{ messages }}"));
     assert_eq!(read.name(), Some("tiny"));
-    // What GGUF does not tell apart or leaves open.
+    // Properties that GGUF does not distinguish or leaves open.
     let expected = ModelConfig {
         architecture: read.config().architecture,
         eos_token_ids: vec![2, 5],

@@ -1,7 +1,7 @@
 //! A tokenizer as GGUF metadata: tokens, their types, merges or scores, special tokens, chat template.
 //!
 //! GGUF has no `tokenizer.json`: it names the kind of BPE and, for byte-level ones, how text is split before it
-//! (`tokenizer.ggml.pre`). What was written is read back and has to give the same ids as the original.
+//! (`tokenizer.ggml.pre`). The written vocabulary is read back and has to give the same ids as the original.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -28,7 +28,7 @@ const PROBE: &str = "Hello, world! I'm sure it's 12345.678 or 1/2\u{a0}km;  two 
                      \u{939}\u{93f}\u{928}\u{94d}\u{926}\u{940} \u{d55c}\u{ad6d}\u{c5b4} \u{1f44b}\u{1f3fd} 2\u{b2} \u{663}\u{664} THE'LL we'Re \
                      https://example.org/?a=b&c=%20 {\"k\": [1, null]} ...---*** \u{2014}";
 
-/// What of the tokenizer goes into the file.
+/// The tokenizer's data that is written to the GGUF file.
 struct Vocabulary {
     tokens: Vec<String>,
     types: Vec<i32>,
@@ -273,7 +273,8 @@ fn verify(tokenizer: &Tokenizer, metadata: &Metadata) -> Result<()> {
     Ok(())
 }
 
-/// Where two tokenizers differ on a text, if they do; a text that the first cannot encode is not compared.
+/// Finds the difference between two tokenizers on a text, if there is one; a text that the first cannot encode is not
+/// compared.
 fn difference(tokenizer: &Tokenizer, written: &Tokenizer, text: &str) -> Result<Option<String>> {
     for add in [true, false] {
         let Ok(expected) = tokenizer.encode(text, add) else { continue };

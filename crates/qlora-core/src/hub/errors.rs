@@ -1,4 +1,4 @@
-//! What the hub answered, in words that say what to do.
+//! Error messages for the hub's answers, with advice.
 
 use std::io::ErrorKind;
 use std::path::Path;

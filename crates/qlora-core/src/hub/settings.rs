@@ -1,4 +1,5 @@
-//! Where the hub and its cache are, and who asks: options first, then the environment variables of Hugging Face's libraries.
+//! The settings of the hub: its address, its cache and the access token, from options first, then from the environment
+//! variables of Hugging Face's libraries.
 
 use std::fs;
 use std::net::{TcpStream, ToSocketAddrs};
@@ -8,10 +9,10 @@ use std::time::Duration;
 use crate::error::{Error, Result};
 use crate::open::OpenOptions;
 
-/// How long to wait for a connection before the hub counts as unreachable.
+/// The time limit of a connection before the hub counts as unreachable.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What a repository holds.
+/// The type of a hub repository.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Model,
@@ -24,7 +25,7 @@ pub(super) struct Settings {
     pub(super) endpoint: String,
     pub(super) cache: PathBuf,
     pub(super) token: Option<String>,
-    /// Where the token is from, for messages.
+    /// The origin of the token, for messages.
     pub(super) token_source: String,
     pub(super) revision: String,
     pub(super) offline: bool,

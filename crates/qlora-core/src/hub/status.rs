@@ -6,15 +6,15 @@ use super::settings::Settings;
 use crate::error::Result;
 use crate::open::OpenOptions;
 
-/// How the hub is set up here.
+/// The hub's settings on this machine.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct HubStatus {
     /// Its address (`HF_ENDPOINT`).
     pub endpoint: String,
-    /// Where downloads are kept (`HF_HUB_CACHE`, `HF_HOME`).
+    /// The folder of downloads (`HF_HUB_CACHE`, `HF_HOME`).
     pub cache: PathBuf,
-    /// Where the access token is from; none if there is none.
+    /// The origin of the access token; none if there is none.
     pub token_source: Option<String>,
     /// Whether it is not to be asked (`HF_HUB_OFFLINE`).
     pub offline: bool,

@@ -10,7 +10,7 @@ use super::*;
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
-/// What the server answers: a status for everything, for a path, or files.
+/// The server's answers: a status for everything, for a path, or files.
 #[derive(Clone, Default)]
 struct Hub {
     files: BTreeMap<String, Vec<u8>>,
@@ -422,7 +422,7 @@ fn a_mistyped_folder_is_told_apart_from_an_id() {
         let error = adapter_snapshot_with("org/name", None, &settings).unwrap_err().to_string();
         assert!(error.starts_with(both), "{error}");
     }
-    // What is known to be a repository is not.
+    // For a name that is known to be a repository, the error says nothing of a missing folder.
     let error = refused(Hub { statuses: vec![("/config.json", 404)], ..model() }, None);
     assert!(!error.contains("no such folder"), "{error}");
 }
@@ -468,7 +468,7 @@ fn an_adapter_is_two_files_possibly_in_a_folder() {
     let files = ["adapter_config.json", "adapter_model.safetensors", "README.md", "b/adapter_config.json"];
     let files =
         files.into_iter().chain(["b/adapter_model.safetensors", "old/adapter_config.json", "old/adapter_model.bin"]);
-    // What the adapters were trained with.
+    // The tokenizers and templates that the adapters were trained with.
     let files = files.chain(["tokenizer.json", "b/chat_template.jinja", "b/additional_chat_templates/tool_use.jinja"]);
     let server = Server::start(Hub { files: files.map(file).collect(), ..model() });
     let settings = settings(&server.endpoint, cache.path(), None);
@@ -496,7 +496,7 @@ fn an_adapter_is_two_files_possibly_in_a_folder() {
     assert!(adapter_snapshot_with("org/name", Some("c"), &offline).is_err());
 }
 
-/// The options of somebody who inspects a model on this server.
+/// The options of inspecting a model on this server.
 fn inspecting(server: &Server, cache: &Path, token: Option<&str>) -> OpenOptions {
     OpenOptions {
         endpoint: Some(server.endpoint.clone()),

@@ -12,15 +12,15 @@ use crate::model::{BatchShape, MemoryPlan, Planner};
 /// Bytes of page-locked host memory that a plan for a card elsewhere may take: half of 32 GiB.
 const HOST: u64 = 16 << 30;
 
-/// What a run on a card would be.
+/// A predicted training run on a GPU: its memory plan, longest sequence and speed.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct OnCard {
     /// The card.
     pub card: Card,
-    /// What it computes in.
+    /// The compute type.
     pub dtype: Dtype,
-    /// What each block keeps, or why nothing fits.
+    /// The memory plan: the activations that each block keeps, or the reason why nothing fits.
     pub plan: std::result::Result<MemoryPlan, String>,
     /// The longest single sequence that fits, in tokens; 0 if none does.
     pub longest: usize,
@@ -32,7 +32,7 @@ pub struct OnCard {
 /// planner of a batch, `choose` takes its plan for so many bytes.
 ///
 /// # Errors
-/// Whatever `planner_of` returns. That no plan fits is a result.
+/// The error of `planner_of`. That no plan fits is a result.
 pub fn on_card(
     card: &Card,
     dtype: Dtype,

@@ -1,4 +1,4 @@
-//! What [`inspect`](super) computes for a model, as a text for people.
+//! Formats the figures of [`inspect`](super) for a model as readable text.
 
 use std::fmt::Write;
 
@@ -17,7 +17,7 @@ const GPUS: [u64; 8] = [8, 12, 16, 24, 40, 48, 80, 141];
 /// The least cache that is of use, in tokens.
 const LEAST_CACHE: u64 = 1024;
 
-/// How a model generates in a given memory.
+/// The highest precision that fits a given memory, and the cache tokens that fit beside the weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct InferenceFit {
     /// The highest of bf16, int8 and NF4 with double quantization whose weights fit.

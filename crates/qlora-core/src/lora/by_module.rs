@@ -104,7 +104,7 @@ impl Layers {
     }
 }
 
-/// What stands before the number in a module's name, and the number: `model.layers` and 3 of `model.layers.3.mlp`.
+/// A module's block number and the prefix before it: `model.layers` and 3 of `model.layers.3.mlp`.
 fn block_of(module: &str) -> Option<(&str, usize)> {
     let mut start = 0;
     for part in module.split('.') {

@@ -35,16 +35,16 @@ pub struct LoraConfig {
     /// `layers_pattern`, elsewhere it has no key.
     #[serde(skip)]
     pub layers: Option<Layers>,
-    /// Which linear layers get an adapter.
+    /// The linear layers that get an adapter.
     pub target_modules: TargetModules,
-    /// Which of them are left out.
+    /// The modules left out of them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exclude_modules: Option<ModuleFilter>,
-    /// Which biases are trained.
+    /// The biases that are trained.
     pub bias: Bias,
-    /// What A and B start as.
+    /// The initialization of A and B.
     pub init_lora_weights: InitLoraWeights,
-    /// What the model is for, in PEFT's terms; written to `adapter_config.json`.
+    /// The task type in PEFT's terms, such as `CAUSAL_LM`; written to `adapter_config.json`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub task_type: Option<String>,
 }
@@ -70,7 +70,7 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
-    /// What the adapter's output is multiplied by: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+    /// The factor of the adapter's output: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
     pub fn scaling(&self) -> f64 {
         scaling(self.lora_alpha, self.r, self.use_rslora)
     }
@@ -199,7 +199,7 @@ fn scaling(alpha: f64, rank: usize, rank_stabilized: bool) -> f64 {
     alpha / if rank_stabilized { rank.sqrt() } else { rank }
 }
 
-/// Which biases are trained with an adapter.
+/// The biases that are trained with an adapter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Bias {
@@ -225,7 +225,7 @@ impl<'de> Deserialize<'de> for Bias {
     }
 }
 
-/// What an adapter starts as.
+/// The initialization of an adapter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum InitLoraWeights {

@@ -1,4 +1,4 @@
-//! What an adapter starts as: A uniform in `+-1/sqrt(in_features)`, B zero, so that the model starts unchanged.
+//! The initialization of an adapter: A uniform in `+-1/sqrt(in_features)`, B zero, so that the model starts unchanged.
 //!
 //! This is PyTorch's `kaiming_uniform_(a = sqrt(5))`, which PEFT uses for `init_lora_weights = true`: with the gain
 //! `sqrt(2 / (1 + 5))` its bound is `sqrt(3) * gain / sqrt(in_features)`. The random numbers are not PyTorch's. Every

@@ -1,4 +1,4 @@
-//! Where every adapter's numbers lie: all A and B of a model, back to back in one flat f32 buffer.
+//! The layout of an adapter's values: all A and B of a model, back to back in one flat f32 buffer.
 //!
 //! For each module in layer order first A [r, in_features], then B [out_features, r], both row-major, then what its kind of
 //! adapter has besides (DoRA: the magnitudes, one for each output), without gaps. One
@@ -13,7 +13,7 @@ use qlora_kernels::{View, ViewMut};
 use std::collections::HashMap;
 use std::ops::Range;
 
-/// Which tensor of an adapter.
+/// The kind of an adapter's tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Which {
@@ -41,12 +41,12 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// How many numbers the matrix has.
+    /// The number of elements of the matrix.
     pub fn numel(&self) -> usize {
         self.rows * self.cols
     }
 
-    /// Where they lie in the buffer.
+    /// The range of the elements in the buffer.
     pub fn range(&self) -> Range<usize> {
         self.offset..self.offset + self.numel()
     }
@@ -167,7 +167,7 @@ impl AdapterLayout {
         &self.entries
     }
 
-    /// How many f32 numbers the buffer holds: the number of trainable parameters.
+    /// The length of the buffer in f32 numbers: the number of trainable parameters.
     pub fn len(&self) -> usize {
         self.len
     }
@@ -189,7 +189,7 @@ impl AdapterLayout {
         Some(AdapterPair { a: &self.entries[first], b: &self.entries[first + 1], magnitude })
     }
 
-    /// The tensor that holds the number at `index` of the buffer, if there is one: names what a bad number belongs to.
+    /// The tensor that holds the number at `index` of the buffer, if there is one, to name the place of a bad number.
     pub fn entry_at(&self, index: usize) -> Option<&Entry> {
         let after = self.entries.partition_point(|entry| entry.offset <= index);
         after.checked_sub(1).map(|i| &self.entries[i]).filter(|entry| entry.range().contains(&index))

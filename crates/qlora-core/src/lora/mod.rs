@@ -1,4 +1,4 @@
-//! LoRA: which linear layers get an adapter, where its numbers lie, and what they start as.
+//! LoRA: the target layers, the layout of the adapter's values, and their initialization.
 //!
 //! For a frozen weight W [out, in] an adapter is A [r, in] and B [out, r]; the layer computes
 //! `y = x W^T + scaling * drop(x) A^T B^T`, with `scaling = lora_alpha / r`, or `lora_alpha / sqrt(r)` for

@@ -3,8 +3,9 @@
 //! Python's syntax and that of the `regex` crate overlap but differ: `[a&&b]`, `[[:alpha:]]`, `a**`, `\<`, `{,3}`, `\Z`
 //! are read differently or by one side only, and `a*+` is possessive in one and a plain repeat in the other. So the
 //! pattern is read here with Python 3.11's grammar and written out again in a form that leaves the crate no choice:
-//! every literal as a code point, every repeat as one the crate has. What has no counterpart in a linear-time engine
-//! (lookaround, backreferences, conditionals, atomic groups, possessive repeats) is an error that names it.
+//! every literal as a code point, every repeat as one the crate has. An expression without a counterpart in a
+//! linear-time engine (lookaround, backreferences, conditionals, atomic groups, possessive repeats) is an error that
+//! names it.
 //!
 //! Not reproduced, as module names are ASCII and not empty: how the two classify characters beyond ASCII (`\w`), and
 //! that `\B` does not match the empty string before Python 3.14.
@@ -75,7 +76,7 @@ enum Problem {
 
 type Step<T> = std::result::Result<T, Problem>;
 
-/// What stands before the current position, for the rules about repeats.
+/// The element before the current position, for the rules about repeats.
 #[derive(Clone, Copy, PartialEq)]
 enum Before {
     /// The start of an alternative.
@@ -101,7 +102,7 @@ struct Translator {
     at: usize,
     out: String,
     before: Before,
-    /// How many groups are open.
+    /// The number of open groups.
     depth: usize,
     /// Flags for the whole pattern, from `(?i)` at its start.
     global_flags: String,
@@ -182,7 +183,7 @@ impl Translator {
         self.push(&text, Before::Item);
     }
 
-    /// After a repeat's text: checks what it repeats and writes it.
+    /// After a repeat's text: checks the repeated element and writes the repeat.
     fn repeat(&mut self, repeat: String) -> Step<()> {
         match self.before {
             Before::Nothing | Before::Anchor => return self.invalid("nothing to repeat"),

@@ -1,4 +1,4 @@
-//! Which modules get an adapter: PEFT's `target_modules` and `exclude_modules`.
+//! The selection of modules that get an adapter: PEFT's `target_modules` and `exclude_modules`.
 //!
 //! A list selects by name: an entry matches the module of that name and every module whose name ends in `.entry`. A
 //! string is a regular expression that has to match the whole name ([`ModulePattern`]). `"all-linear"` (in any case,
@@ -48,7 +48,7 @@ pub(super) fn entry_matches(entry: &str, module: &str) -> bool {
     module.strip_suffix(entry).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
-/// Which linear layers get an adapter.
+/// The linear layers that get an adapter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TargetModules {
     /// Every linear layer of the blocks, without the output head.

@@ -1,4 +1,4 @@
-//! Which weights an adapter belongs into, from what is known about its training.
+//! The choice of the weights into which an adapter is merged, from the facts known about its training.
 
 use qlora_kernels::quant::QuantConfig;
 
@@ -8,15 +8,15 @@ use crate::error::{Error, Result};
 use crate::model::Quantization;
 use crate::source::WeightSource;
 
-/// How an adapter is merged into a base, and what the base is held in where the two are run without merging.
+/// The way an adapter is merged into a base, and the quantization of the base where the two are run without merging.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct MergeChoice {
-    /// Which weights the adapter is added to.
+    /// The weights to which the adapter is added.
     pub into: MergeInto,
-    /// What the adapter was trained over, as far as this base can be held so.
+    /// The quantization that the adapter was trained over, as far as this base can be held so.
     pub quantization: Quantization,
-    /// What a user should know about it.
+    /// A remark on the choice for the user.
     pub remark: Option<String>,
 }
 

@@ -18,7 +18,7 @@ use crate::source::WeightSource;
 use crate::source::hf::{INDEX, SINGLE};
 use crate::spec::Module;
 
-/// How a model folder is written.
+/// Options of writing a model folder.
 #[derive(Clone, Debug)]
 pub struct FolderOptions {
     /// The text of the base's `config.json`, of which everything is kept that merging does not change. None: it is
@@ -34,7 +34,7 @@ impl Default for FolderOptions {
     }
 }
 
-/// What was written.
+/// The size of a written model folder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WrittenFolder {
     /// Bytes of all weight files.
@@ -58,7 +58,7 @@ pub fn write_folder(
     if out.exists() {
         return Err(Error::format(out, "exists already; choose another folder or delete it"));
     }
-    // What is wrong with the configuration is said before the weights are written.
+    // Problems of the configuration are reported before the weights are written.
     config_json(options.config_json.as_deref(), source.config(), "float32")?;
     replace_directory(out, |folder| {
         // The order of the model, as transformers writes it.

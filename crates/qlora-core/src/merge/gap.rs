@@ -1,4 +1,4 @@
-//! How far a merged model is from base and adapter, on a text.
+//! The difference between a merged model and its base with the adapter, on a text.
 //!
 //! Both models see the same tokens. From their logits l and m at every position:
 //!

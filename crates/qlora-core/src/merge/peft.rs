@@ -1,4 +1,4 @@
-//! What an adapter of any of PEFT's kinds does to a base's weights.
+//! The merge of an adapter of any of PEFT's kinds into a base's weights.
 //!
 //! | kind | merged weight |
 //! |---|---|
@@ -65,7 +65,7 @@ impl<'a> PeftUpdate<'a> {
             replaced.insert(tensor.name.clone(), PlainTensor { data: tensor.data.clone(), shape });
         }
         if unties && !replaced.contains_key(&head) {
-            // What the head was: the base's table, or the one that came with the adapter in its place.
+            // The original head: the base's table, or the one that came with the adapter in its place.
             let followed = adapter.replaced.iter().find(|r| r.name == table && r.is_base);
             let tensor = match followed {
                 Some(tensor) => PlainTensor { data: tensor.data.clone(), shape: tensor.shape.clone() },

@@ -25,13 +25,13 @@ use crate::spec::{EMBEDDING_WEIGHT, Module};
 /// Elements of a piece that a thread merges at a time.
 const PIECE: usize = 1 << 20;
 
-/// Which weights an adapter is added to. Of a base that is stored quantized these are in any case the ones that its layers stand
-/// for, and layers that it stores plain stay as they are.
+/// The weights to which an adapter is added. Of a base that is stored quantized these are in any case the ones that its
+/// layers stand for, and layers that it stores plain stay as they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MergeInto {
     /// The weights as they are stored.
     Original,
-    /// What is left of the blocks' linear layers after quantization: the base that a QLoRA adapter was trained on. Layers
+    /// The dequantized weights of the blocks' linear layers: the base that a QLoRA adapter was trained on. Layers
     /// without an adapter are then the dequantized ones too.
     Dequantized(QuantConfig),
 }
@@ -57,7 +57,7 @@ pub enum Rounding {
     None,
 }
 
-/// What merging did to the weights that have an adapter.
+/// Statistics of a merge: the number of merged tensors and the size of their changes.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct MergeFigures {
     /// Tensors that were merged.
@@ -136,7 +136,7 @@ impl<'a> MergedSource<'a> {
         Ok(Self { base, update, into, rounding, config, shapes, linear, targets, changes: Mutex::default() })
     }
 
-    /// What merging did to the tensors that were read so far.
+    /// The statistics of the tensors that were read so far.
     pub fn figures(&self) -> MergeFigures {
         let changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
         let mut figures = MergeFigures { layers: changes.len(), ..MergeFigures::default() };
@@ -168,7 +168,7 @@ impl<'a> MergedSource<'a> {
             (Rounding::To(dtype), _) => dtype,
             (Rounding::None, _) => Dtype::F32,
             (Rounding::Stored, SourceWeight::Plain(tensor)) => dtype_of(&tensor.data),
-            // What the weight was before it was quantized.
+            // The weight's dtype before it was quantized.
             (Rounding::Stored, SourceWeight::FourBit(weight)) => weight.source_dtype(),
             // Integers do not say what they were; the tables beside them do.
             (Rounding::Stored, SourceWeight::Int(_)) => {

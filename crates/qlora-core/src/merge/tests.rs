@@ -210,7 +210,7 @@ fn tied_heads_stay_absent_and_resized_vocabularies_are_written() {
     let read = HfDirectory::open(&out).unwrap();
     assert_eq!(*read.config(), model);
     assert!(model.tie_word_embeddings && !read.names().contains(&"lm_head.weight".to_owned()));
-    // What is not ours to change is kept.
+    // Entries of other programs are kept.
     let json: serde_json::Value = serde_json::from_slice(&std::fs::read(out.join("config.json")).unwrap()).unwrap();
     assert_eq!((&json["transformers_version"], &json["torch_dtype"]), (&"5.23.0".into(), &"bfloat16".into()));
 

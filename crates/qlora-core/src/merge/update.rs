@@ -1,4 +1,4 @@
-//! What an adapter does to a base's weights.
+//! The weight update of an adapter: its effect on a base's weights.
 
 use std::fmt;
 use std::ops::Range;

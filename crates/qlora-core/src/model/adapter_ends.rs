@@ -1,5 +1,5 @@
-//! What adapters do at the two ends of a model, for rows that may have different ones: to the embedding's output, to the
-//! logits, and to the loss.
+//! The adapters' part at the two ends of a model, where rows may have different adapters: the embedding's output, the
+//! logits, and the loss.
 
 use std::ops::Range;
 

@@ -2,8 +2,8 @@
 //!
 //! An adapter of any of PEFT's kinds ([`PeftAdapter`]) becomes one row of numbers on the model's device and a table of what they
 //! change ([`LoadedAdapter`]). It costs these numbers and the weights that it holds whole, nothing else: the base is never
-//! copied or changed, so switching takes no time. What is constant once training is over is computed when it is loaded: DoRA's
-//! magnitude over the norm of `W + s B A`, a bias together with B's bias.
+//! copied or changed, so switching takes no time. Values that are constant once training is over are computed when it
+//! is loaded: DoRA's magnitude over the norm of `W + s B A`, a bias together with B's bias.
 //!
 //! The adapter that is trained ([`CausalLm::add_adapter`]) is not among them, but may be in the same batch.
 
@@ -23,7 +23,7 @@ use crate::adapter::PeftAdapter;
 use crate::adapter::kinds::{EMBEDDING, HEAD};
 use crate::error::{Error, Result};
 
-/// Which adapter computes a sequence.
+/// The adapter that computes a sequence.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AdapterChoice<'a> {
     /// The one that is switched on: the last that was activated, else the trained one, else none.
@@ -35,13 +35,13 @@ pub enum AdapterChoice<'a> {
     Named(&'a str),
 }
 
-/// How [`CausalLm::add_weighted_adapter`] combines adapters (PEFT's `combination_type`).
+/// The method by which [`CausalLm::add_weighted_adapter`] combines adapters (PEFT's `combination_type`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Combination {
     /// The weighted sums of the A and of the B, all of one rank, each with the root of weight times scaling: cheap, and a rough
     /// approximation, as the sum of products is not the product of sums.
     Linear,
-    /// The ranks one after the other: exactly the weighted sum of what the adapters add.
+    /// The ranks one after the other: exactly the weighted sum of the adapters' outputs.
     Cat,
 }
 
@@ -69,7 +69,7 @@ pub struct LoadedAdapter {
     pub(super) scalings: BTreeMap<String, f32>,
 }
 
-/// What an adapter does to the embedding; ranges are of its values.
+/// An adapter's change of the embedding; ranges are of its values.
 #[derive(Debug, Default)]
 pub(super) struct EmbeddingChange {
     pub(super) table: Option<Arc<dyn FrozenWeight>>,
@@ -85,7 +85,7 @@ impl LoadedAdapter {
         self.values.bytes() + self.weights.iter().map(|weight| weight.bytes()).sum::<usize>()
     }
 
-    /// What its A and B are multiplied by besides their scaling.
+    /// The adapter's weight: a factor of its A and B besides their scaling.
     pub fn weight(&self) -> f32 {
         self.weight
     }
@@ -106,7 +106,7 @@ impl LoadedAdapter {
     }
 }
 
-/// Whose rows these are.
+/// The adapter chosen for some rows.
 #[derive(Clone, Copy)]
 pub(super) enum Chosen<'a> {
     Base,
@@ -124,7 +124,7 @@ impl Chosen<'_> {
     }
 }
 
-/// Some rows and whose they are.
+/// Some rows and their adapter.
 pub(super) type Span<'a> = (Range<usize>, Chosen<'a>);
 
 impl CausalLm {
@@ -166,12 +166,13 @@ impl CausalLm {
         Ok(())
     }
 
-    /// The base, or the trained adapter if there is one, computes what chooses nothing else.
+    /// Returns to the trained adapter, or the base if there is none, for sequences that choose nothing else.
     pub fn deactivate_adapter(&mut self) {
         self.adapters.active = None;
     }
 
-    /// The base computes what chooses nothing else, until [`Self::activate_adapter`] or [`Self::enable_adapter`].
+    /// Switches to the base for sequences that choose nothing else, until [`Self::activate_adapter`] or
+    /// [`Self::enable_adapter`].
     pub fn disable_adapters(&mut self) {
         self.enable_adapter(false);
     }
@@ -198,7 +199,7 @@ impl CausalLm {
         })
     }
 
-    /// Multiplies what an adapter adds by `weight` (1 as it is loaded).
+    /// Multiplies the adapter's output by `weight` (1 as it is loaded).
     ///
     /// # Errors
     /// If there is none of this name, the weight is not finite, or the adapter does more than add (DoRA, biases, replaced
@@ -273,7 +274,7 @@ impl CausalLm {
         self.adapters.loaded.values().map(LoadedAdapter::bytes).sum()
     }
 
-    /// Whose rows the sequences are; neighbours with the same adapter become one span.
+    /// The adapters of the sequences' rows; neighbours with the same adapter become one span.
     pub(super) fn spans(
         &self,
         rows: impl ExactSizeIterator<Item = Range<usize>>,

@@ -8,9 +8,9 @@
 //! ```
 //!
 //! All activations are `[tokens, width]`: f32 on the CPU, bf16 (or f16, f32) on CUDA. q, k and v are the columns of one
-//! matrix, and so are gate and up. What the backward needs is kept in `Saved`; normed inputs and `h` are cheap and made
-//! again. The residual sums happen inside the projections that end in them. Matrices that a projection with adapters
-//! reads, and gradients of those it writes, have a margin for the adapters' small factors
+//! matrix, and so are gate and up. The activations that the backward needs are kept in `Saved`; normed inputs and `h`
+//! are cheap and made again. The residual sums happen inside the projections that end in them. Matrices that a
+//! projection with adapters reads, and gradients of those it writes, have a margin for the adapters' small factors
 //! ([`qlora_kernels::ops::linear_group`]).
 
 use qlora_kernels::ops::attention::{self, AttentionConfig, LseOrder};
@@ -56,11 +56,11 @@ pub struct Block {
     pub up: Projection,
     /// The MLP's output projection.
     pub down: Projection,
-    /// How it uses memory.
+    /// The block's use of memory.
     pub policy: MemoryPolicy,
 }
 
-/// What all blocks share in one pass.
+/// The inputs of a forward or backward pass that all blocks share.
 #[derive(Clone, Copy, Debug)]
 pub struct Pass<'a> {
     /// The adapter; none runs the base model.
@@ -69,7 +69,7 @@ pub struct Pass<'a> {
     pub layout: &'a SequenceLayout,
     /// Rotation angles by position.
     pub rope: &'a Rotation,
-    /// Where memory comes from.
+    /// The allocator of matrices.
     pub workspace: &'a Workspace,
 }
 
@@ -82,24 +82,24 @@ impl Pass<'_> {
         }
     }
 
-    /// The same pass for the batch's rows from `row` on, for what looks at no other row.
+    /// The same pass for the batch's rows from `row` on, for operations that work row by row.
     pub(super) fn at_row(self, row: usize) -> Self {
         Self { adapter: self.adapter.map(|adapter| adapter.at_row(row)), ..self }
     }
 }
 
-/// What a block keeps from its forward for its backward.
+/// The activations that a block saves in its forward for its backward.
 #[derive(Debug)]
 pub(super) enum Saved {
     /// Everything the backward reads.
     Everything(Box<Attended>, Box<MlpSaved>),
-    /// What the block made before the MLP, which the backward runs again.
+    /// The activations up to the MLP, whose forward the backward runs again.
     Attention(Box<Attended>),
     /// The block's input alone: the backward runs the forward again, up to the last projection.
     Input(Matrix),
 }
 
-/// What the backward of the block's first half reads, and `mid`, which is its output.
+/// The activations that the backward of the block's first half reads, and `mid`, which is its output.
 #[derive(Debug)]
 pub(super) struct Attended {
     x: Matrix,
@@ -134,7 +134,7 @@ impl Attended {
     }
 }
 
-/// Queries, keys and values side by side, normed and rotated, and what the backward needs of how they were made.
+/// Queries, keys and values side by side, normed and rotated, and the intermediate values that their backward needs.
 #[derive(Debug)]
 struct Qkv {
     qkv: Matrix,
@@ -188,12 +188,13 @@ impl Block {
         margin_of(&[self.o.member()]).max(margin_of(&[self.down.member()]))
     }
 
-    /// The margin of what q, k and v read, or of their gradient.
+    /// The margin of the input of q, k and v, or of its gradient.
     fn qkv_margin(&self, pass: &Pass) -> usize {
         pass.margin_of(&[self.q.member(), self.k.member(), self.v.member()])
     }
 
-    /// Runs the block on `x [tokens, hidden]`; also what [`Self::backward`] needs, as `keep` says.
+    /// Runs the block on `x [tokens, hidden]`; also returns the activations that [`Self::backward`] needs, as `keep`
+    /// says.
     pub(super) fn forward(&self, x: Matrix, pass: &Pass, keep: Keep) -> Result<(Matrix, Option<Saved>)> {
         let attended = self.attend(x, pass)?;
         let [tokens, hidden] = attended.mid.view().shape();

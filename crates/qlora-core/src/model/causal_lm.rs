@@ -94,7 +94,7 @@ impl CausalLm {
         self.adapter.as_ref()
     }
 
-    /// Where this model's activations live.
+    /// The device and allocator of this model's activations.
     pub fn workspace(&self) -> &Workspace {
         &self.workspace
     }
@@ -211,7 +211,7 @@ impl CausalLm {
         Ok(())
     }
 
-    /// What each block keeps for its backward (one choice a block).
+    /// Sets the activations that each block keeps for its backward (one choice a block).
     ///
     /// # Errors
     /// If there is not one choice a block, or a loss of this model is still alive.
@@ -282,8 +282,8 @@ impl CausalLm {
         self.next_logits_batch_with(sequences, caches, &vec![AdapterChoice::Active; sequences.len()])
     }
 
-    /// [`Self::next_logits_batch`] with an adapter for every sequence. What a cache holds was made with the adapter of its
-    /// sequence: a sequence keeps its choice.
+    /// [`Self::next_logits_batch`] with an adapter for every sequence. The contents of a cache were made with the
+    /// adapter of its sequence: a sequence keeps its choice.
     ///
     /// # Errors
     /// As there; also if there is not one choice a sequence, or a chosen adapter is not there.
@@ -388,7 +388,7 @@ impl CausalLm {
         })
     }
 
-    /// Steps of generation that were recorded hold addresses and scales of what is about to change.
+    /// Drops recorded steps of generation: they hold addresses and scales that are about to change.
     pub(super) fn forget_steps(&mut self) {
         #[cfg(feature = "cuda")]
         self.steps.forget();

@@ -1,7 +1,7 @@
-//! What the blocks of a stack keep between forward and backward, last in, first out.
+//! Storage of the blocks' saved activations between forward and backward, last in, first out.
 //!
-//! What a block kept may be offloaded: its large matrices then move to pinned host memory while the next block runs, and
-//! come back while the block above runs its backward.
+//! A block's saved activations may be offloaded: the large matrices then move to pinned host memory while the next
+//! block runs, and come back while the block above runs its backward.
 
 #[cfg(feature = "cuda")]
 use std::sync::Arc;
@@ -26,7 +26,7 @@ pub(crate) struct Checkpoints {
 #[derive(Debug)]
 enum Entry {
     Here(Saved),
-    /// What stayed, with empty matrices for those that left.
+    /// The activations that stayed on the device, with empty matrices for those that left, and the offloaded matrices.
     #[cfg(feature = "cuda")]
     Offloaded(Saved, Vec<Offloaded>),
 }
@@ -42,7 +42,7 @@ impl Checkpoints {
         }
     }
 
-    /// Takes what the next block kept.
+    /// Takes the activations that the next block saved.
     pub(crate) fn push(&mut self, saved: Option<Saved>, keep: Keep, workspace: &Workspace) -> Result<()> {
         // The block above the one that left has run: its copy is done, or nearly.
         self.settle()?;
@@ -69,7 +69,7 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// Frees the device memory of what is being copied out.
+    /// Frees the device memory of matrices that are being copied out.
     pub(crate) fn settle(&mut self) -> Result<()> {
         #[cfg(feature = "cuda")]
         for leaving in self.leaving.drain(..) {
@@ -78,7 +78,7 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// What the last block that is left kept. The one below it starts to come back.
+    /// Takes the saved activations of the last remaining block. The one below it starts to come back.
     #[cfg_attr(not(feature = "cuda"), allow(clippy::infallible_destructuring_match, reason = "one kind on the CPU"))]
     pub(crate) fn pop(&mut self) -> Result<Option<Saved>> {
         let Some(Some(entry)) = self.entries.pop() else { return Ok(None) };

@@ -2,8 +2,8 @@
 //!
 //! Every step enqueues the same few hundred kernels; only the tokens, the positions and the caches' addresses differ, and these
 //! lie in device memory that is written before the step. So the first step with given sizes runs as usual, from memory that is
-//! kept for the next; the second is recorded; from then on a step is one launch. What cannot be recorded (a product by cuBLAS,
-//! an adapter that needs a copy from the host in every step) runs as usual.
+//! kept for the next; the second is recorded; from then on a step is one launch. Operations that cannot be recorded (a
+//! product by cuBLAS, an adapter that needs a copy from the host in every step) run as usual.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
@@ -21,7 +21,7 @@ use super::decode::Step;
 use super::stack::Rotation;
 use crate::error::Result;
 
-/// What a model keeps from one step for the next.
+/// The state of decoding that a model keeps between steps: a CUDA graph and its memory.
 #[derive(Debug, Default)]
 pub(super) struct DecodeSteps(Mutex<Kept>);
 
@@ -33,7 +33,7 @@ struct Kept {
     disabled: bool,
 }
 
-/// The sizes of the last step, and what came of them.
+/// The key of the last step, and its recorded graph.
 #[derive(Debug)]
 struct Last {
     key: Key,
@@ -43,7 +43,7 @@ struct Last {
     table: TableMemory,
 }
 
-/// What the launches of a step depend on.
+/// The parameters that determine the launches of a decode step; a recorded graph is valid for one key.
 #[derive(Debug, PartialEq)]
 struct Key {
     sequences: usize,
@@ -143,7 +143,8 @@ impl CausalLm {
                 last.impossible = recorded.is_none();
                 last.recorded = recorded.map(|(graph, logits)| Recorded { graph, x, logits, _rope: rope.clone() });
             }
-            // What runs as usual keeps no memory: it may be much where weights are dequantized in every step.
+            // A step that runs without a graph keeps no memory: it may be much where weights are dequantized in every
+            // step.
             let _reuse = (!last.impossible).then(|| memory.reuse());
             if last.impossible {
                 kept.memory = None;

@@ -1,4 +1,4 @@
-//! Which device a model runs on.
+//! The choice of the device on which a model runs.
 
 use std::str::FromStr;
 

@@ -25,8 +25,9 @@ use crate::error::{Error, Result};
 use crate::source::{WeightSource, again};
 use crate::spec::{BlockSpec, HEAD_WEIGHT, Kind, ModelSpec, Module, Role, Tensor};
 
-/// How the frozen projections are held. A checkpoint that is stored quantized is always held as it is stored, its plain
-/// layers too: with one, [`Quantization::None`] or what it is stored in are the only values that are not refused.
+/// The storage of the frozen projections in memory. A checkpoint that is stored quantized is always held as it is
+/// stored, its plain layers too: with one, [`Quantization::None`] or what it is stored in are the only values that are
+/// not refused.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Quantization {
     /// As stored: LoRA without quantization.
@@ -40,10 +41,10 @@ pub enum Quantization {
     Int(IntConfig),
 }
 
-/// What loading can be told.
+/// Options of loading a model.
 #[derive(Default)]
 pub struct LoadOptions<'a> {
-    /// How the projections are held. Embeddings, norms and the head stay as stored.
+    /// The storage of the projections in memory. Embeddings, norms and the head stay as stored.
     pub quantization: Quantization,
     /// Leave the embedding's table in host memory: only the rows of a batch go to the GPU. A head that is tied to it is
     /// on the GPU in any case.
@@ -91,7 +92,7 @@ impl CausalLm {
     }
 }
 
-/// What is left of loading when all tensors are on their device.
+/// The inputs for building the model once all tensors are on their device.
 struct Assembly<'a> {
     config: &'a ModelConfig,
     spec: &'a ModelSpec,
@@ -186,7 +187,7 @@ impl Assembly<'_> {
     }
 }
 
-/// What the norms add to the mean square of a residual stream that is kept divided by the residual multiplier `m`.
+/// The epsilon of the norms for a residual stream that is kept divided by the residual multiplier `m`.
 ///
 /// Such a stream needs no multiplier in the blocks: with `z = x / m`, `x + m f(norm(x; eps))` is `z + f(norm(z; eps / m^2))`, as
 /// a norm keeps its value when its input and the root of eps have the same factor. So the residual sums stay where they are
@@ -205,7 +206,7 @@ fn part(block: &BlockSpec, role: Role) -> Result<&Module> {
     block.get(role).ok_or_else(|| Error::Unsupported(format!("{}: a block without {role:?}", block.name)))
 }
 
-/// A tensor that nothing reads means that the model is not what its configuration says.
+/// Refuses tensors that no part of the model reads: the model is then not the one that its configuration describes.
 fn check_all_used(source: &dyn WeightSource, jobs: &[Job]) -> Result<()> {
     let tied = source.config().tie_word_embeddings;
     let harmless = |name: &str| name.ends_with("rotary_emb.inv_freq") || (tied && name == HEAD_WEIGHT);
@@ -219,7 +220,7 @@ fn check_all_used(source: &dyn WeightSource, jobs: &[Job]) -> Result<()> {
     Err(Error::Unsupported(format!("the checkpoint has tensors that this architecture does not use: {shown}{more}")))
 }
 
-/// Quantizing what is quantized already would lose precision without saying so.
+/// Refuses to quantize weights that are quantized already, which would lose precision without saying so.
 fn check_quantization(asked: Quantization, stored: &CheckpointQuantization, source: &dyn WeightSource) -> Result<()> {
     let asked = match (asked, stored) {
         (Quantization::None, _)

@@ -13,7 +13,7 @@ use super::block::{Block, Pass, group};
 use super::policy::pieces;
 use crate::error::Result;
 
-/// What the backward of the MLP reads besides its input.
+/// The activations that the backward of the MLP reads besides its input.
 #[derive(Debug)]
 pub(super) struct MlpSaved {
     rstd: Matrix,
@@ -28,7 +28,7 @@ impl Block {
         pass.margin_of(&[self.gate.member(), self.up.member()])
     }
 
-    /// Writes `y`; returns what the backward needs.
+    /// Writes `y`; returns the activations that the backward needs.
     pub(super) fn mlp_kept(&self, mid: View, mut y: ViewMut, pass: &Pass) -> Result<MlpSaved> {
         let mut saved = self.mlp_to_gate_up(mid, pass)?;
         let mut h = self.mlp_hidden(&saved.gate_up, pass)?;

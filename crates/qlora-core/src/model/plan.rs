@@ -1,4 +1,5 @@
-//! What each block keeps for its backward, chosen for the memory there is, and the peak that follows.
+//! The memory plan: the activations that each block keeps for its backward, chosen for the available memory, and the
+//! resulting peak.
 //!
 //! The memory of a training step on a GPU is a sum that can be written down (`plan/sizes.rs`), and what a choice costs in time can
 //! be ranked (`plan/cost.rs`). [`Planner`] goes through the choices there are and takes the fastest that fits:
@@ -64,12 +65,12 @@ pub struct AttentionWorkspace {
     pub backward: u64,
 }
 
-/// What a run is going to do, and the memory that takes.
+/// A plan of a run's recomputation and offloading, with the memory it takes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryPlan {
-    /// What each block keeps.
+    /// The activations that each block keeps, by block.
     pub keep: Vec<Keep>,
-    /// How many blocks, from the lowest on, keep their dequantized weights.
+    /// The number of blocks, from the lowest on, that keep their dequantized weights.
     pub cached_blocks: usize,
     /// Whether uses of a weight that follow each other share one dequantization.
     pub shared_weights: bool,
@@ -81,7 +82,7 @@ pub struct MemoryPlan {
     pub resident: u64,
     /// The predicted peak in bytes.
     pub peak: u64,
-    /// What it had to fit into.
+    /// The memory budget, in bytes.
     pub budget: u64,
     /// Bytes of pinned host memory.
     pub pinned: u64,
@@ -225,7 +226,7 @@ impl Planner {
     /// `planner_of` makes the planner for a length. Exact to 64 tokens.
     ///
     /// # Errors
-    /// Whatever `planner_of` returns.
+    /// The error of `planner_of`.
     pub fn longest_sequence(limit: usize, budget: u64, planner_of: impl Fn(usize) -> Result<Self>) -> Result<usize> {
         const STEP: usize = 64;
         let fits = |tokens: usize| Ok::<_, Error>(planner_of(tokens)?.leanest().peak <= budget);
@@ -264,7 +265,7 @@ impl Planner {
         }
     }
 
-    /// What a block keeps if it has a backward.
+    /// The activations that a block keeps if it has a backward.
     fn wish(&self, index: usize, choice: &Choice) -> Keep {
         match self.layers - index {
             from_top if from_top <= choice.everything => Keep::Everything,

@@ -1,12 +1,12 @@
-//! How a block uses memory: what it keeps for its backward, where dequantized weights stay, how much of a batch the MLP
-//! sees at a time. The [planner](super::plan) chooses.
+//! The memory policy of a block: the activations kept for its backward, the place of dequantized weights, the share of
+//! a batch that the MLP sees at a time. The [planner](super::plan) chooses.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use qlora_kernels::weight::WeightCache;
 
-/// What a block's forward keeps.
+/// The activations that a block's forward keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Keep {
     /// Nothing: no backward follows.
@@ -15,7 +15,7 @@ pub enum Keep {
     Input,
     /// The input, in pinned host memory while the blocks above run (on the CPU the same as `Input`).
     Offload,
-    /// What attention and its projections made, up to the MLP's input: the backward recomputes the MLP alone.
+    /// The activations of attention and its projections, up to the MLP's input: the backward recomputes the MLP alone.
     Attention,
     /// The same, in pinned host memory (on the CPU the same as `Attention`).
     OffloadAttention,
@@ -30,7 +30,7 @@ impl Keep {
     }
 }
 
-/// Where the dequantized weights of a block's groups may be kept, and how long batches are handled.
+/// The caches for the dequantized weights of a block's groups, and the treatment of long batches.
 #[derive(Debug, Default)]
 pub struct MemoryPolicy {
     pub(super) qkv: WeightCache,

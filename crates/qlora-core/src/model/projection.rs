@@ -1,6 +1,6 @@
 //! One linear layer of a block: a frozen weight, its bias, and its slot in the flat adapter buffer.
 //!
-//! What it computes is in [`qlora_kernels::ops::linear_group`]: layers that read the same input run together.
+//! The computation is in [`qlora_kernels::ops::linear_group`]: layers that read the same input run together.
 
 use std::sync::{Arc, OnceLock};
 
@@ -73,12 +73,12 @@ impl Projection {
         self.slot = slot;
     }
 
-    /// From here on, what the projection reads is summed up.
+    /// Sums up the projection's inputs from here on.
     pub(crate) fn watch(&self) -> Arc<InputSquares> {
         self.watch.get_or_init(|| Arc::new(InputSquares::new(self.inputs()))).clone()
     }
 
-    /// Sums up an input, if anybody asked for it.
+    /// Sums up an input, if a watch was set.
     pub(super) fn saw(&self, x: View) -> Result<()> {
         self.watch.get().map_or(Ok(()), |watch| watch.add(x))
     }

@@ -29,7 +29,7 @@ pub struct Stack {
     scales: [f32; 2],
 }
 
-/// What a forward of the stack keeps for its backward.
+/// The activations that a forward of the stack saves for its backward.
 #[derive(Debug)]
 pub struct SavedStack {
     blocks: Checkpoints,
@@ -90,7 +90,7 @@ impl Stack {
         Self { scales: [input, output], ..self }
     }
 
-    /// What the first block reads, from the embedding's output.
+    /// Scales the embedding's output to the first block's input.
     pub(super) fn enter(&self, mut x: Matrix) -> Result<Matrix> {
         scale::in_place(x.view_mut(), self.scales[0])?;
         Ok(x)
@@ -124,7 +124,7 @@ impl Stack {
         self.keep.fill(if on { Keep::Input } else { Keep::Everything });
     }
 
-    /// What each block keeps for its backward; all choices give the same gradients.
+    /// Sets the activations that each block keeps for its backward; all choices give the same gradients.
     ///
     /// # Errors
     /// If there is not one choice a block.
@@ -136,7 +136,7 @@ impl Stack {
         Ok(())
     }
 
-    /// What each block keeps.
+    /// The activations that each block keeps, by block.
     pub fn keep(&self) -> &[Keep] {
         &self.keep
     }

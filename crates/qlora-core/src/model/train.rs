@@ -17,14 +17,14 @@ use super::trained::Adapter;
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 
-/// What distinguishes one training pass from another.
+/// The parameters of a training pass: those that differ from pass to pass.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct TrainPass {
     /// Seeds the dropout of this pass; two passes with the same seed drop the same elements.
     pub seed: u64,
     /// The gradient that a pass adds is multiplied by this, from the logits on: in float16, gradients of a large batch are
-    /// smaller than the smallest number. A power of two changes no other bit; whoever uses the gradient divides it again.
+    /// smaller than the smallest number. A power of two changes no other bit; the gradient's user divides it again.
     /// A loss in candle's graph ([`CausalLm::loss`]) does not read it.
     pub loss_scale: f32,
 }
@@ -117,7 +117,7 @@ impl CausalLm {
         Ok(negated(linear_cross_entropy::token_losses(hidden.view(), head, &batch.targets, self.workspace())?))
     }
 
-    /// The forward, what `head` makes of its result and writes as that one's gradient, and the backward.
+    /// Runs the forward, `head` on its result (it writes the result's gradient), and the backward.
     fn forward_backward<R>(
         &self,
         batch: &Batch,

@@ -1,4 +1,4 @@
-//! The adapter that is trained: all its tensors back to back in one candle variable, and what follows from their values.
+//! The trained adapter: all its tensors back to back in one candle variable, and the values derived from them.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,10 +25,10 @@ pub struct Adapter {
     derived: Arc<Derived>,
 }
 
-/// What follows from an adapter's values and the weights, made when it is first asked for.
+/// Values derived from an adapter's values and the weights, computed when first asked for.
 #[derive(Debug, Default)]
 struct Derived {
-    /// The variable was handed out: whoever has it may change the values at any time, so nothing is remembered.
+    /// The variable was handed out: its holder may change the values at any time, so nothing is remembered.
     handed_out: AtomicBool,
     remembered: Mutex<Remembered>,
 }
@@ -49,13 +49,14 @@ impl Adapter {
         &self.config
     }
 
-    /// Where each tensor lies in the flat buffer.
+    /// The layout of the tensors in the flat buffer.
     pub fn layout(&self) -> &AdapterLayout {
         &self.layout
     }
 
-    /// All tensors back to back, f32, one dimension: what a candle optimizer trains. Once it was asked for, the norms that DoRA
-    /// needs are computed for every pass, generated tokens included: the variable may change at any time.
+    /// All tensors back to back, f32, one dimension: the variable that a candle optimizer trains Once it was asked for,
+    /// the norms that DoRA needs are computed for every pass, generated tokens included: the variable may change at any
+    /// time.
     pub fn variable(&self) -> &Var {
         self.derived.handed_out.store(true, Ordering::Relaxed);
         &self.flat
@@ -78,7 +79,7 @@ impl Adapter {
         self.update(|flat| flat.copy_from(View::vector(values)))
     }
 
-    /// What it changes.
+    /// The adapter's changes of the model, by module.
     pub(super) fn changes(&self) -> &AdapterChanges {
         &self.changes
     }
@@ -104,7 +105,7 @@ impl Adapter {
         }
     }
 
-    /// What a training pass has to know of the weights with the adapter; none where it is LoRA.
+    /// The inverse norms that a DoRA training pass needs, from the weights with the adapter; none where it is LoRA.
     ///
     /// # Errors
     /// If the device fails.

@@ -1,4 +1,4 @@
-//! What projections read, summed up: an importance matrix is made of it.
+//! Statistics of the projections' inputs, summed up: an importance matrix is made of them.
 
 use std::sync::{Mutex, PoisonError};
 

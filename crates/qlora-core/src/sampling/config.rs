@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::path::Path;
 
-/// How text is generated. The default is greedy, like transformers'.
+/// The parameters of generating text. The default is greedy, like transformers'.
 ///
 /// In files (TOML, JSON) every key may be left out and an unknown key is an error.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -14,7 +14,7 @@ use std::path::Path;
 pub struct GenerationConfig {
     /// The most tokens to generate.
     pub max_new_tokens: usize,
-    /// What the logits are divided by; none or 0 takes the most probable token each time. Below
+    /// The temperature, which divides the logits; none or 0 takes the most probable token each time. Below
     /// [`GenerationConfig::GREEDY_BELOW`] it counts as 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f64>,
@@ -26,7 +26,7 @@ pub struct GenerationConfig {
     pub top_p: Option<f64>,
     /// Above 1 makes tokens that occurred less probable, below 1 more; 1 is off.
     pub repetition_penalty: f32,
-    /// How many of the last tokens (prompt included) count as having occurred; none is all, as in transformers.
+    /// The number of last tokens (prompt included) that count as having occurred; none is all, as in transformers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub repetition_window: Option<usize>,
     /// Prompts run in pieces of at most so many tokens, for less memory; none is [`GenerationConfig::PREFILL_CHUNK`].
@@ -140,7 +140,7 @@ impl GenerationConfig {
         Ok(config)
     }
 
-    /// What the text of a `generation_config.json` says; see [`GenerationConfig::for_model`].
+    /// Parses the text of a `generation_config.json`; see [`GenerationConfig::for_model`].
     ///
     /// # Errors
     /// If the text is no JSON, or has values that make no sense.

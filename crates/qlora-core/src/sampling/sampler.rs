@@ -1,6 +1,6 @@
 //! Draws the next token from logits, with candle-transformers' `LogitsProcessor` and `apply_repeat_penalty`.
 //!
-//! What candle leaves open is settled here: logits that are not numbers are an error (candle takes a NaN for the
+//! Cases that candle leaves open are settled here: logits that are not numbers are an error (candle takes a NaN for the
 //! largest, or fails while drawing); the largest logit is subtracted before the division by the temperature, so that no
 //! temperature overflows; and `top_p` after `top_k` counts from the probabilities of the k tokens, as in transformers
 //! (candle counts from those of the whole vocabulary).

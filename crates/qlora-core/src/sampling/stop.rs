@@ -1,7 +1,7 @@
 //! Stop strings in a text that comes in pieces.
 //!
-//! A stop string may begin in one piece and end in a later one. What could be its beginning is held back until the next
-//! piece decides, so that no part of a stop string is ever shown.
+//! A stop string may begin in one piece and end in a later one. A text that could be its beginning is held back until
+//! the next piece decides, so that no part of a stop string is ever shown.
 //!
 //! Of several stop strings the one that is complete first wins, and of those that end together the longest. So a text
 //! stops at the same place however it is cut into pieces, and never waits for a longer stop string once one is there.
@@ -62,7 +62,7 @@ impl StopStrings {
         self.release(keep)
     }
 
-    /// Takes the first `len` bytes off the held text, and returns what is shown of them.
+    /// Takes the first `len` bytes off the held text, and returns the part of them that is shown.
     fn release(&mut self, len: usize) -> String {
         let rest = self.held.split_off(len);
         let text = std::mem::replace(&mut self.held, rest);
@@ -85,7 +85,7 @@ impl StopStrings {
         self.found.map(|i| self.stops[i].as_str())
     }
 
-    /// At the end of the text: what was held back and turned out to be no stop string.
+    /// At the end of the text: the held text, which turned out to be no stop string.
     pub fn finish(&mut self) -> String {
         self.release(self.held.len())
     }

@@ -232,7 +232,8 @@ fn weight_files(folder: &Path) -> Result<WeightFiles> {
     Ok((Some(index), files))
 }
 
-/// Which shard holds which tensor. Shard names must be plain file names: an index cannot point outside its folder.
+/// Reads the index that assigns tensors to shards. Shard names must be plain file names: an index cannot point outside
+/// its folder.
 pub(crate) fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     let object = file::read_object(path, LARGE)?;
     let Some(Value::Object(map)) = object.get("weight_map") else {
@@ -293,7 +294,7 @@ fn twice(name: &str, first: &Path, second: &Path) -> Error {
     Error::tensor(name, format!("in two files: {} and {}", first.display(), second.display()))
 }
 
-/// What is left when the quantized layers are taken out must be plain: companions that no quantized layer needs, or
+/// Checks that the tensors beside the quantized layers are plain: companions that no quantized layer needs, or
 /// integers, mean that files and configuration do not fit.
 fn refuse_quantized(shard: &Shard, name: &str, quantization: Option<&CheckpointQuantization>) -> Result<()> {
     const COMPANIONS: [&str; 14] = [
@@ -332,7 +333,7 @@ fn refuse_quantized(shard: &Shard, name: &str, quantization: Option<&CheckpointQ
     }
 }
 
-/// Says what a folder holds instead of weights.
+/// The error for a folder without weights, with the files it holds instead.
 fn no_weights(folder: &Path) -> Error {
     let names: Vec<String> = fs::read_dir(folder)
         .into_iter()

@@ -1,5 +1,5 @@
-//! Where a folder's files and its `config.json` say different things, as programs that save models leave them, and what is
-//! right then: what transformers 5.17 makes of them, or an error.
+//! Contradictions between a folder's files and its `config.json`, as programs that save models leave them, and their
+//! resolution: that of transformers 5.17, or an error.
 //!
 //! | the files | what is made of it |
 //! |---|---|
@@ -146,7 +146,7 @@ fn names(entry: &str, module: &str) -> bool {
     module.contains(&entry)
 }
 
-/// What there is to say about a `quantization_config` over weights that are all plain.
+/// A remark on a `quantization_config` over weights that are all plain.
 pub(super) fn left_over(method: &str) -> String {
     format!(
         "config.json has a quantization_config ({method}), but not one layer is stored so: it was left behind, and the weights \
@@ -154,7 +154,7 @@ pub(super) fn left_over(method: &str) -> String {
     )
 }
 
-/// What there is to say about plain layers among quantized ones.
+/// A remark on plain layers among quantized ones.
 pub(super) fn partly(method: &str, plain: &[String]) -> String {
     format!(
         "config.json says {method}, but {} linear layers are stored plain and in no list of skipped modules, the first of them \

@@ -1,4 +1,4 @@
-//! Linear layers that a checkpoint stores quantized: which tensors make up each of them, and how they are read.
+//! Linear layers that a checkpoint stores quantized: the tensors of each of them, and their reading.
 //!
 //! A module is quantized if the tensors that its method adds to a weight are there; all others are plain weights. What the
 //! headers say is checked when the source is opened: presence, dtypes, shapes, the JSON state of 4-bit tensors. Values are
@@ -191,7 +191,7 @@ pub(super) fn find(
 pub(super) fn read(raw: &Raw<'_>, name: &str, packed: &Packed) -> Result<SourceWeight> {
     let module = name.trim_end_matches(".weight");
     let shape = packed.shape;
-    // What the kernels' checks say, with the place.
+    // The errors of the kernels' checks, with the place added.
     let place = || raw.shards[packed.shard].path().display();
     let tensor = |error: qlora_kernels::Error| Error::tensor(name, format!("{error}, in {}", place()));
     Ok(match &packed.kind {

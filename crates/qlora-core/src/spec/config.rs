@@ -1,7 +1,7 @@
-//! What a decoder is made of: one description for all supported architectures.
+//! The configuration of a decoder: one description for all supported architectures.
 //!
-//! [`ModelConfig::from_json_file`] reads the `config.json` of transformers 4 and 5. What it cannot represent is an error
-//! that names the option; sizes are checked, so that no file can ask for an absurd allocation.
+//! [`ModelConfig::from_json_file`] reads the `config.json` of transformers 4 and 5. A property that it cannot represent
+//! is an error that names the option; sizes are checked, so that no file can ask for an absurd allocation.
 
 mod json;
 mod layers;
@@ -23,7 +23,7 @@ pub(crate) use write::decimal;
 /// A decoder's parts and sizes, in the names of Hugging Face's `config.json`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
-    /// Which architecture the file named.
+    /// The architecture named in the file.
     pub architecture: Architecture,
     /// Rows of the embedding.
     pub vocab_size: usize,
@@ -49,7 +49,7 @@ pub struct ModelConfig {
     pub sliding_window: Vec<Option<usize>>,
     /// For each block, whether its queries and keys are left unrotated; blocks beyond the list are rotated.
     pub without_rope: Vec<bool>,
-    /// What the architecture multiplies with.
+    /// The constant factors of the architecture.
     pub scalings: Scalings,
     /// Whether the output head is the embedding.
     pub tie_word_embeddings: bool,

@@ -14,7 +14,7 @@ pub(crate) const HEAD: &str = "lm_head";
 pub(crate) const HEAD_WEIGHT: &str = "lm_head.weight";
 const FINAL_NORM: &str = "model.norm";
 
-/// What the files of an architecture call a module of a block: after `model.layers.N.` and after `blk.N.`.
+/// The names of a block's module in an architecture's files: after `model.layers.N.` and after `blk.N.`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Name {
     pub(crate) role: Role,

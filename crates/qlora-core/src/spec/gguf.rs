@@ -1,6 +1,6 @@
 //! GGUF metadata as an architecture reads and writes it, apart from how a file stores it.
 
-/// Why metadata is refused; the reader of the file adds its path.
+/// The reason why metadata is refused; the reader of the file adds its path.
 #[derive(Debug)]
 pub(crate) enum Problem {
     /// The file is wrong.

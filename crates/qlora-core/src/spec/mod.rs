@@ -1,4 +1,4 @@
-//! The model as data: which modules a decoder consists of, what files call them, their shapes, and how its blocks differ.
+//! The model as data: the modules of a decoder, their names in files, their shapes, and the differences between blocks.
 //!
 //! [`ModelConfig::spec`](crate::config::ModelConfig::spec) makes a [`ModelSpec`] from sizes and options; what distinguishes one
 //! architecture from another is in one file of [`arch`] each. Everything that names a module or counts its elements reads the
@@ -25,7 +25,7 @@ use qlora_kernels::ops::attention::AttentionConfig;
 
 pub(crate) use self::decoder::{EMBEDDING, EMBEDDING_WEIGHT, HEAD, HEAD_WEIGHT, is_linear_in_a_block};
 
-/// Which part of a decoder a module is.
+/// The part of a decoder that a module is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Role {
@@ -59,7 +59,7 @@ pub enum Role {
     Head,
 }
 
-/// How a module computes, and so what shape its weight has.
+/// The kind of a module's computation, and so the shape of its weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Kind {
@@ -72,7 +72,7 @@ pub enum Kind {
 }
 
 impl Role {
-    /// How a module of this role computes.
+    /// The kind of computation of a module of this role.
     pub fn kind(self) -> Kind {
         match self {
             Self::Embedding | Self::Head => Kind::Table,
@@ -86,7 +86,7 @@ impl Role {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Module {
-    /// Which part it is.
+    /// The module's part of the decoder.
     pub role: Role,
     /// Hugging Face's name: `model.layers.3.self_attn.q_proj`.
     pub name: String,

@@ -17,7 +17,7 @@ const DECODER: &str = "added_tokens_decoder";
 /// The tokens with a role of their own; further keys that end in `_token` name tokens of one model.
 const NAMED: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
-/// Adds what the files beside `tokenizer.json` declare and it lacks.
+/// Adds the tokens that the files beside `tokenizer.json` declare and it lacks.
 ///
 /// # Errors
 /// If a file is damaged.

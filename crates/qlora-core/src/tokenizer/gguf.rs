@@ -23,7 +23,7 @@ use tokenizers::{
 use super::SpecialTokens;
 use crate::source::gguf::{Vocabulary, VocabularyKind, token_type};
 
-/// What SentencePiece writes for a space.
+/// SentencePiece's character for a space.
 const SPACE: &str = "\u{2581}";
 
 /// Longest token whose merges are derived; longer ones do not occur, and the work grows with the square.
@@ -59,7 +59,7 @@ fn vocab(vocabulary: &Vocabulary<'_>) -> Result<Vocab, String> {
     Ok(vocab)
 }
 
-/// How a byte-level vocabulary splits text before BPE.
+/// The rule by which a byte-level vocabulary splits text before BPE.
 enum PreTokenizer {
     /// GPT-2's expression.
     Gpt2,
@@ -213,10 +213,10 @@ fn add_special_tokens(tokenizer: &mut Tokenizer, vocabulary: &Vocabulary<'_>) ->
     Ok(())
 }
 
-/// What can be told of the tokens of a file without token types.
+/// Clues to the token types of a file that does not store them.
 struct Untyped<'a> {
     roles: [Option<u32>; 4],
-    /// What merges lead to; none where the vocabulary has no merges.
+    /// The tokens that merges produce; none where the vocabulary has no merges.
     merged: Option<HashSet<String>>,
     listed: HashSet<&'a str>,
 }

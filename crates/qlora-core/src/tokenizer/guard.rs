@@ -6,8 +6,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::error::{Error, Result};
 
-/// What `work` returns; if it panics, that is an error too. The crate keeps no state between calls that a panic could leave
-/// half changed, except in caches behind locks of its own.
+/// Runs `work` and returns its result; if it panics, that is an error too. The crate keeps no state between calls that
+/// a panic could leave half changed, except in caches behind locks of its own.
 pub(super) fn guarded<T, E: std::fmt::Display>(work: impl FnOnce() -> std::result::Result<T, E>) -> Result<T> {
     let failed = |message: String| Error::Invalid(format!("the tokenizer failed: {message}"));
     match catch_unwind(AssertUnwindSafe(work)) {

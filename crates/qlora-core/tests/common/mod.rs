@@ -11,7 +11,7 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-/// What `scripts/fixtures/quantized_checkpoints.py` wrote.
+/// The folders that `scripts/fixtures/quantized_checkpoints.py` wrote.
 pub(crate) const FOLDERS: [&str; 11] = [
     "bnb_nf4_nested_u8",
     "bnb_nf4_bf16",

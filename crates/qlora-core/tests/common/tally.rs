@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::time::{Duration, Instant};
 
-/// How long one damaged file may take. The slowest, a template that writes as much as it may, takes about a second.
+/// The time limit for one damaged file. The slowest, a template that writes as much as it may, takes about a second.
 const TIME: Duration = Duration::from_secs(10);
-/// How much the process may grow over all of a test, in bytes: the undamaged models take less than one of them.
+/// The growth limit of the process over all of a test, in bytes: the undamaged models take less than one of them.
 const MEMORY: u64 = 192 << 20;
 
 /// The most memory that this process ever had resident.

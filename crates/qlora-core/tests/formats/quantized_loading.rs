@@ -323,7 +323,7 @@ fn quantized_weights_are_not_quantized_again() {
         let error = quantized_checkpoint::write(&source, "{}", &config, &out.path().join("x"), |_, _| ()).unwrap_err();
         assert!(error.to_string().contains("already"), "{error}");
     }
-    // What it is stored in is no contradiction, and plain layers of a skip list stay plain.
+    // Asking for the stored quantization is no contradiction, and plain layers of a skip list stay plain.
     let source = HfDirectory::open(quantized("bnb_nf4_skip")).unwrap();
     assert_eq!(load_as(&source, nf4).memory(), load_as(&source, Quantization::None).memory());
     let source = HfDirectory::open(quantized("bnb_int8")).unwrap();

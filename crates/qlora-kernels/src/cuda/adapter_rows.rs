@@ -200,7 +200,7 @@ impl<'a, 'b> Launch<'a, 'b> {
         Ok(s)
     }
 
-    /// What the adapters add to the base's product, which `y` holds.
+    /// Adds the adapters' part to the base's product, which `y` holds.
     fn finish(&self, s: &Matrix, residual: Option<View>, y: ViewMut) -> Result<()> {
         let changes = |m: &ffi::RowsChange| m.rank > 0 || !m.gain.is_null() || !m.bias.is_null();
         if residual.is_none() && !self.table.iter().any(|span| span.m.iter().any(changes)) {

@@ -18,7 +18,8 @@ fn is_fast(cfg: &AttentionConfig, windows: &[CudaView]) -> bool {
     windows.iter().all(|v| takes(cfg, v.dtype()) && aligned(v))
 }
 
-/// Whether cuDNN computes what `cfg` says for sequences of at most `longest` tokens, as exactly as was asked for.
+/// Whether cuDNN computes the attention of `cfg` for sequences of at most `longest` tokens, as exactly as was asked
+/// for.
 fn cudnn_computes(gpu: &Gpu, cfg: &AttentionConfig, dtype: Dtype, longest: usize) -> bool {
     cfg.window.is_none_or(|window| window >= longest) && !gpu.deterministic() && takes(cfg, dtype)
 }

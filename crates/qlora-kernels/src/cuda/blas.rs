@@ -32,7 +32,7 @@ unsafe impl Send for Blas {}
 // SAFETY: as above.
 unsafe impl Sync for Blas {}
 
-/// Which operand is stored transposed.
+/// The operand that is stored transposed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Kind {
     /// `a [m, k]`, `b [n, k]`: `c = a b^T`.
@@ -66,7 +66,7 @@ impl Blas {
         self.algorithms.expect_rows(most);
     }
 
-    /// How often the library was asked for an algorithm.
+    /// The number of times the library was asked for an algorithm.
     pub(super) fn searches(&self) -> u64 {
         self.algorithms.searches()
     }

@@ -1,4 +1,4 @@
-//! Counts of what is slow to make and should be made once: memory, plans, graphs.
+//! Counts of things that are slow to make and should be made once: memory, plans, graphs.
 //!
 //! A run that is warm makes no more of them; one that does is losing time in every step.
 
@@ -7,11 +7,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::gpu::Gpu;
 
-/// What a GPU was asked to make since the device was opened. See [`Gpu::counters`].
+/// Counts of a GPU's slow operations since the device was opened: allocations and the like. See [`Gpu::counters`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Counters {
-    /// How often the memory pool took more memory from the system. What it gives out again is not counted.
+    /// The number of times the memory pool took more memory from the system. Memory that it gives out again is not
+    /// counted.
     pub device_allocations: u64,
     /// Page-locked host buffers that were allocated.
     pub pinned_allocations: u64,
@@ -24,7 +25,7 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// What was made since `earlier`.
+    /// The differences from an `earlier` reading.
     pub fn since(self, earlier: Self) -> Self {
         Self {
             device_allocations: self.device_allocations.saturating_sub(earlier.device_allocations),
@@ -73,7 +74,7 @@ pub(super) fn count(counter: &AtomicU64) {
 }
 
 impl Gpu {
-    /// What was made so far of the things that are slow to make.
+    /// Reads the counts of slow operations so far.
     pub fn counters(&self) -> Counters {
         let counting = self.counting();
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);

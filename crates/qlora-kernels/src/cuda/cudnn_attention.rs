@@ -36,7 +36,7 @@ const OP: &str = "cudnn attention";
 /// Columns that a gradient's buffer may have besides those of q, k and v: an adapter's factors.
 const MARGIN: usize = 256;
 
-/// Whether cuDNN's attention may be used, and what became of it.
+/// The state of cuDNN's attention: whether it may be used, its library, and its failures.
 pub struct AttentionLibrary {
     enabled: AtomicBool,
     capability: i32,
@@ -48,9 +48,9 @@ pub struct AttentionLibrary {
 struct State {
     /// The library, or why it cannot be used.
     library: Option<std::result::Result<Arc<Cudnn>, String>>,
-    /// What became of each kind of attention: what the self-test said, or why a call failed later.
+    /// The state of each kind of attention: its self-test's result, or the reason why a call failed later.
     kinds: HashMap<Kind, std::result::Result<f64, String>>,
-    /// Why single shapes are left to our own kernels, the first few.
+    /// The reasons why single shapes are left to our own kernels, the first few.
     refusals: Vec<String>,
     asked: Option<AttentionPath>,
     admission: Admission,
@@ -71,7 +71,7 @@ impl Kind {
     }
 }
 
-/// How many calls, forward and backward, went each way.
+/// The number of attention calls, forward and backward, on each path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct AttentionCalls {
@@ -118,7 +118,7 @@ impl AttentionLibrary {
         self.state().asked = path;
     }
 
-    /// How many calls went each way so far.
+    /// The number of calls on each path so far.
     pub fn calls(&self) -> AttentionCalls {
         let [own, cudnn_uniform, cudnn_packed] = self.calls.each_ref().map(|calls| calls.load(Ordering::Relaxed));
         AttentionCalls { own, cudnn_uniform, cudnn_packed }
@@ -128,18 +128,18 @@ impl AttentionLibrary {
         count(&self.calls[path as usize]);
     }
 
-    /// How many plans cuDNN made.
+    /// The number of plans that cuDNN made.
     pub(super) fn plans_made(&self) -> u64 {
         self.state().library.as_ref().and_then(|library| library.as_ref().ok()).map_or(0, |cudnn| cudnn.plans_made())
     }
 
-    /// The plans that are kept, in words: what for, which engine, how much workspace.
+    /// The plans that are kept, in words: their shapes, engines and workspaces.
     pub fn plans(&self) -> Vec<String> {
         let state = self.state();
         state.library.as_ref().and_then(|library| library.as_ref().ok()).map_or(Vec::new(), |cudnn| cudnn.plans())
     }
 
-    /// What was found, in words.
+    /// The state of cuDNN's attention, in words.
     pub fn describe(&self) -> String {
         let state = self.state();
         match &state.library {
@@ -163,7 +163,7 @@ impl AttentionLibrary {
         }
     }
 
-    /// What cuDNN is to compute of a batch, if anything. The windows of the call must allow it.
+    /// The attention task of a batch for cuDNN; none if our own kernels run it. The windows of the call must allow it.
     pub(super) fn task<'a>(
         &self,
         gpu: &Gpu,

@@ -23,7 +23,7 @@ use crate::view::{View, ViewMut};
 
 const OP: &str = "decode";
 
-/// Where the keys and values of all layers and sequences are, and the sequences' new positions.
+/// The addresses of the keys and values of all layers and sequences, and the sequences' new positions.
 #[derive(Debug)]
 pub struct DecodeTables<'a> {
     /// `[layers][sequences]` addresses of keys, then of values, then the positions as u32.
@@ -126,7 +126,7 @@ impl<'a> DecodeTables<'a> {
         }
     }
 
-    /// Where the table lies: launches that are recorded with it find the next table there.
+    /// The memory of the table: launches that are recorded with it find the next table there.
     pub fn memory(&self) -> TableMemory {
         TableMemory(self.table.clone(), self.lives.clone())
     }

@@ -14,7 +14,7 @@ unsafe impl Send for Event {}
 unsafe impl Sync for Event {}
 
 impl Event {
-    /// Marks what is enqueued on `stream` so far.
+    /// Marks the work that is enqueued on `stream` so far.
     pub(super) fn record(op: &'static str, stream: &CudaStream) -> Result<Self> {
         let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
             .map_err(|error| cuda_error(op, error))?;
@@ -24,7 +24,7 @@ impl Event {
         Ok(event)
     }
 
-    /// What is enqueued on `stream` from now on runs after the event.
+    /// Makes work that is enqueued on `stream` from now on wait for the event.
     pub(super) fn hold(&self, op: &'static str, stream: &CudaStream) -> Result<()> {
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
         // SAFETY: both are alive; the driver keeps what it needs of the event.

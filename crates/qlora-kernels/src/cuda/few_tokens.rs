@@ -37,7 +37,7 @@ pub(super) struct Workspaces {
     gemv: Mutex<Option<Buffer>>,
     gemm: Mutex<Option<Buffer>>,
     pub(super) attention: Mutex<Option<Buffer>>,
-    /// How often one of them got another address, which graphs have.
+    /// The number of times one of them got another address, which graphs have.
     pub(super) moves: AtomicU64,
     moving: Mutex<()>,
 }
@@ -49,8 +49,8 @@ impl Workspaces {
     }
 }
 
-/// Runs `launch` with the address of at least `bytes` bytes that were zero at first (none for 0 bytes). Nobody else gets
-/// them before the launch is enqueued: a larger request frees them behind it.
+/// Runs `launch` with the address of at least `bytes` bytes that were zero at first (none for 0 bytes). No other call
+/// gets them before the launch is enqueued: a larger request frees them behind it.
 pub(super) fn with_zeroed(
     gpu: &Gpu,
     op: &'static str,

@@ -68,7 +68,7 @@ pub fn device(ordinal: usize, memory_limit: Option<u64>) -> Result<Device> {
     Ok(Device::Cuda(device))
 }
 
-/// How many GPUs this process can see; none if the driver is not there.
+/// The number of GPUs that this process can see; none if the driver is not there.
 pub fn device_count() -> usize {
     CudaContext::device_count().map_or(0, |count| usize::try_from(count).unwrap_or(0))
 }
@@ -90,7 +90,7 @@ fn describe_start(ordinal: usize, error: &candle_core::Error) -> Error {
     Error::invalid(OP, format!("GPU {ordinal} cannot be used: {hint} ({text})"))
 }
 
-/// What the driver says of a device.
+/// Asks the driver for a device's limits.
 fn ask_limits(context: &CudaContext) -> Result<DeviceLimits> {
     const OP: &str = "cuda device";
     use sys::CUdevice_attribute as Attribute;
@@ -141,7 +141,7 @@ fn probe(stream: &Arc<CudaStream>, name: &str, (major, minor): (u32, u32)) -> Re
     Ok([values[0], values[1]])
 }
 
-/// What to say where the driver is older than the toolkit of this program.
+/// The error message for a driver that is older than the toolkit of this program.
 fn driver_too_old() -> String {
     let text = std::fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
     let mut version = 0;
@@ -223,7 +223,7 @@ impl Gpu {
         Ok(gpu)
     }
 
-    /// What this GPU allows: asked once, when it was opened, and lowered by the code in the program and by
+    /// The limits of this GPU: asked once, when it was opened, and lowered by the code in the program and by
     /// [`LIMITS_VARIABLE`].
     pub fn limits(&self) -> &DeviceLimits {
         &self.limits
@@ -276,7 +276,7 @@ impl Gpu {
         Ok((major.unsigned_abs(), minor.unsigned_abs()))
     }
 
-    /// What the GPU is called, with its number.
+    /// The name of the GPU, with its number.
     pub fn name(&self) -> String {
         format!("cuda:{} ({})", self.stream.context().ordinal(), self.name)
     }
@@ -305,7 +305,7 @@ impl Gpu {
         &self.blas
     }
 
-    /// What tells this GPU from all others, as hexadecimal digits; empty if the driver does not say.
+    /// The UUID of the GPU, as hexadecimal digits; empty if the driver does not say.
     pub fn uuid(&self) -> String {
         let bytes = self.stream.context().uuid().map(|uuid| uuid.bytes);
         bytes.map_or_else(|_| String::new(), |bytes| bytes.iter().map(|byte| format!("{:02x}", *byte as u8)).collect())
@@ -336,7 +336,7 @@ impl Gpu {
         &self.profiler
     }
 
-    /// Whether and how cuDNN's attention is used.
+    /// The use of cuDNN's attention.
     pub fn attention(&self) -> &AttentionLibrary {
         &self.attention
     }
@@ -374,10 +374,10 @@ impl Gpu {
         self.stream.synchronize().map_err(|error| cuda_error(op, error))
     }
 
-    /// The milliseconds that the GPU spends on what `work` enqueues, by its own clock.
+    /// The milliseconds that the GPU spends on the launches of `work`, by its own clock.
     ///
     /// # Errors
-    /// Whatever `work` returns, or if the device fails.
+    /// The error of `work`, or a failure of the device.
     pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
         const OP: &str = "timing";
         self.bind(OP)?;
@@ -430,7 +430,7 @@ impl Gpu {
         if let Some((bytes, ptr)) = home.as_ref().and_then(|home| home.take(bytes)) {
             return Ok(RawMemory { ptr, bytes, stream: self.stream.clone(), home });
         }
-        // What a recording reaches must be there before it.
+        // Memory that a recording uses must exist before it.
         graph::spoil();
         // SAFETY: the stream lives as long as self; the memory is freed on the same stream.
         let allocate = || unsafe { result::malloc_async(self.stream.cu_stream(), bytes) };
@@ -466,7 +466,7 @@ pub(crate) struct RawMemory {
 }
 
 impl RawMemory {
-    /// Memory that was allocated on this stream and that nobody else frees.
+    /// Memory that was allocated on this stream and that no other owner frees.
     pub(super) fn from_ptr(ptr: sys::CUdeviceptr, bytes: usize, stream: Arc<CudaStream>) -> Self {
         Self { ptr, bytes, stream, home: None }
     }
@@ -512,7 +512,7 @@ impl std::fmt::Debug for Gpu {
 }
 
 thread_local! {
-    /// What this thread enqueued last, for errors that show later.
+    /// The operation that this thread enqueued last, for errors that show later.
     static LAST: Cell<Option<&'static str>> = const { Cell::new(None) };
 }
 

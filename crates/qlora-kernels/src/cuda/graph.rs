@@ -11,8 +11,8 @@
 //! of them was freed since, where a shared workspace has moved, or where a [`DecodeTables`](super::decode::DecodeTables) that
 //! tells the kernels of caches is gone. Memory of candle's is freed without our knowing: a graph keeps the tensors that
 //! [`Gpu::capture`] is given, and work that reads others cannot be recorded. The results are the caller's care: what was
-//! recorded is written again by every launch, so temporary memory comes from a [`StepMemory`](super::StepMemory) that nobody
-//! else takes from in between.
+//! recorded is written again by every launch, so temporary memory comes from a [`StepMemory`](super::StepMemory) that
+//! has no other user in between.
 
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
@@ -35,15 +35,15 @@ thread_local! {
     static RECORDING: Cell<(sys::CUstream, usize)> = const { Cell::new((ptr::null_mut(), 0)) };
     /// Whether something was enqueued meanwhile that cannot be recorded.
     static SPOILT: Cell<bool> = const { Cell::new(false) };
-    /// What the recording of this thread has reached.
+    /// The memory that the recording of this thread has used so far.
     static NOTES: RefCell<Notes> = const { RefCell::new(Notes::new()) };
 }
 
-/// What a recording reaches.
+/// The memory that a recording uses.
 struct Notes {
     addresses: Vec<sys::CUdeviceptr>,
     tables: Vec<Arc<AtomicBool>>,
-    /// Where the tensors lie that the graph will keep.
+    /// The memory of the tensors that the graph will keep.
     kept: Vec<Range<sys::CUdeviceptr>>,
 }
 
@@ -96,7 +96,7 @@ pub(super) fn needs(table: &Arc<AtomicBool>) {
 
 /// To be called before memory is freed. Until the guard is dropped, which is to be behind the free, nothing is launched.
 pub(super) fn freed(ptr: sys::CUdeviceptr, bytes: usize) -> Option<MutexGuard<'static, impl Sized>> {
-    // What a recording reached and drops itself is gone when it runs.
+    // Memory that a recording used and freed itself is gone when the graph runs.
     spoil();
     if COUNT.load(Ordering::SeqCst) == 0 {
         return None;
@@ -138,7 +138,7 @@ struct Recording {
 }
 
 impl Recording {
-    /// What was recorded, if it is to be kept and can be.
+    /// Ends the recording; the executable graph, if it is to be kept and can be.
     fn end(mut self, keep: bool) -> Result<Option<ffi::GraphExec>> {
         self.ended = true;
         let mut exec = ptr::null_mut();
@@ -189,7 +189,7 @@ impl Gpu {
     /// other memory.
     ///
     /// # Errors
-    /// Whatever `work` returns, or if the device fails.
+    /// The error of `work`, or a failure of the device.
     pub fn capture<T, E: From<Error>>(
         self: &Arc<Self>,
         tensors: &[DeviceTensor],

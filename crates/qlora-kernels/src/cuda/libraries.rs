@@ -1,12 +1,12 @@
-//! Where the libraries lie that are opened at run time.
+//! The paths of the libraries that are opened at run time.
 
 use std::env;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Where a library of NVIDIA's may lie: the loader's own paths, as far as they are known, and the packages of Python
-/// (`nvidia/<package>/lib`).
+/// The folders in which a library of NVIDIA's may lie: the loader's own paths, as far as they are known, and the
+/// packages of Python (`nvidia/<package>/lib`).
 pub(super) fn folders(package: &str) -> Vec<PathBuf> {
     let mut folders: Vec<PathBuf> = env::split_paths(&env::var_os("LD_LIBRARY_PATH").unwrap_or_default()).collect();
     if cfg!(windows) {

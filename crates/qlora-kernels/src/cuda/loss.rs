@@ -12,7 +12,7 @@ use crate::ops::linear_cross_entropy::{GradScale, PendingLoss, rows_of_chunk_on_
 use crate::view::ViewMut;
 use crate::weight::FrozenWeight;
 
-/// What a gradient of the logits is multiplied by.
+/// The factor of a gradient of the logits.
 #[derive(Clone, Copy)]
 enum Scale<'a> {
     Uniform(f32),

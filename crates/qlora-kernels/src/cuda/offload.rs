@@ -23,7 +23,7 @@ use crate::matrix::{Matrix, Workspace};
 
 const OP: &str = "offload";
 
-/// The copy stream of a GPU and the pinned memory that nobody holds.
+/// The copy stream of a GPU and its idle pinned memory.
 #[derive(Debug, Default)]
 pub(super) struct Offloader {
     stream: Mutex<Option<Arc<CudaStream>>>,
@@ -77,7 +77,7 @@ impl Offloader {
         let mut free = self.lock();
         let best = smallest_of_at_least(&free, bytes, PinnedBuffer::bytes);
         let buffer = best.map(|index| free.swap_remove(index));
-        // What shorter batches left must not pile up: as much may be idle as is in use.
+        // Buffers of longer batches must not pile up: as much may be idle as is in use.
         let mut surplus = Vec::new();
         let mut idle: usize = free.iter().map(PinnedBuffer::bytes).sum();
         let in_use = self.in_use.fetch_add(buffer.as_ref().map_or(bytes, PinnedBuffer::bytes), Ordering::Relaxed);

@@ -99,7 +99,7 @@ impl Pool {
         self.get(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)
     }
 
-    /// Lets [`Self::peak`] start again from what is in use.
+    /// Lets [`Self::peak`] start again from the memory in use.
     pub fn reset_peak(&self) -> Result<()> {
         self.earlier_peak.store(0, Ordering::Relaxed);
         self.set(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0)

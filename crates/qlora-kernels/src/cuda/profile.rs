@@ -1,4 +1,4 @@
-//! Where the GPU's time goes: an event before and after every launch while a profile is taken, summed by operation.
+//! A profile of the GPU's time: an event before and after every launch while a profile is taken, summed by operation.
 //!
 //! Costs a few microseconds a launch while it runs and one atomic load otherwise.
 
@@ -11,7 +11,7 @@ use candle_core::cuda_backend::cudarc::driver::{result, sys};
 use super::gpu::{Gpu, cuda_error};
 use crate::error::Result;
 
-/// What one kind of operation took.
+/// The time of one kind of operation.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ProfileEntry {
     /// The operation. Matrix products have the kind and, after it, the sizes.
@@ -85,11 +85,11 @@ impl Gpu {
         Ok(value)
     }
 
-    /// Runs `work` and returns what its launches took, the longest first: one profile at a time. What the work takes beyond their sum, the GPU
-    /// waited.
+    /// Runs `work` and returns the times of its launches, the longest first: one profile at a time What the work takes
+    /// beyond their sum, the GPU waited.
     ///
     /// # Errors
-    /// Whatever `work` returns, or if the device fails.
+    /// The error of `work`, or a failure of the device.
     pub fn profile(&self, work: impl FnOnce() -> Result<()>) -> Result<Vec<ProfileEntry>> {
         const OP: &str = "profile";
         let profiler = self.profiler();

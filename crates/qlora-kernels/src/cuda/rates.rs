@@ -1,4 +1,4 @@
-//! What the driver says of a GPU, and how fast it is in a measurement of some 50 ms: for plans.
+//! The driver's description of a GPU, and its speed in a measurement of some 50 ms: for plans.
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ const PINNED: usize = 32 << 20;
 /// The best of so many; the first only warms up.
 const TIMES: usize = 4;
 
-/// What the driver says of a GPU.
+/// The driver's description of a GPU.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct DeviceFacts {
@@ -37,7 +37,7 @@ pub struct DeviceFacts {
     pub memory: u64,
 }
 
-/// What a measurement found, in operations and bytes a second.
+/// The measured throughput of a GPU, in operations and bytes a second.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct DeviceRates {
@@ -50,7 +50,7 @@ pub struct DeviceRates {
 }
 
 impl Gpu {
-    /// What the driver says of this GPU.
+    /// The driver's description of this GPU.
     ///
     /// # Errors
     /// If the driver fails.

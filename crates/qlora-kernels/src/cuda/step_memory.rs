@@ -2,7 +2,7 @@
 //!
 //! A step of generation makes and drops some three hundred small matrices. Taken from CUDA's pool, each costs two calls of
 //! the driver. So inside [`StepMemory::reuse`] what is dropped is kept, and the next request of about its size gets it: with
-//! one stream, whoever gets it runs after whoever had it. It counts as in use; it is given back with the [`StepMemory`].
+//! one stream, its next user runs after the one before. It counts as in use; it is given back with the [`StepMemory`].
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -12,7 +12,8 @@ use candle_core::cuda_backend::cudarc::driver::sys::CUdeviceptr;
 
 use super::gpu::{Gpu, RawMemory};
 
-/// What is larger goes back to the pool at once: activations of a step are not, weights that were dequantized for it are.
+/// The largest allocation that is kept, in bytes: larger ones go back to the pool at once. Activations of a step are
+/// smaller, weights that were dequantized for it are not.
 const LARGEST: usize = 32 << 20;
 
 /// Memory of one GPU that is kept for the next step. Cloning gives another handle to the same.
@@ -21,7 +22,7 @@ pub struct StepMemory(Arc<Kept>);
 
 #[derive(Debug)]
 pub(super) struct Kept {
-    /// What nobody holds: bytes and address.
+    /// The free allocations: bytes and address.
     free: Mutex<Vec<(usize, CUdeviceptr)>>,
     gpu: Arc<Gpu>,
 }
@@ -38,7 +39,7 @@ pub struct MemoryReuse {
     thread: PhantomData<*const ()>,
 }
 
-/// What `work` allocates lasts longer than a step: it does not come from the memory of steps.
+/// Runs `work` with allocations that last longer than a step: they do not come from the memory of steps.
 pub(super) fn lasting<T>(work: impl FnOnce() -> T) -> T {
     let _off = MemoryReuse { before: ACTIVE.take(), thread: PhantomData };
     work()

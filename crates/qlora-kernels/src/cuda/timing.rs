@@ -9,7 +9,7 @@ impl Gpu {
     /// takes: the processor's share in enqueuing is not in them, only what lies between kernels on the GPU.
     ///
     /// # Errors
-    /// Whatever `work` returns, if it cannot be recorded, or if the device fails.
+    /// The error of `work`, an operation of it that cannot be recorded, or a failure of the device.
     pub fn time_recorded(&self, launches: usize, mut work: impl FnMut() -> Result<()>) -> Result<Vec<f64>> {
         let gpu = self.arc();
         let memory = StepMemory::new(&gpu);

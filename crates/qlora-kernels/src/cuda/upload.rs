@@ -67,7 +67,7 @@ pub struct Uploader {
     scratch: Option<Buffer>,
 }
 
-/// What two pieces are read into by turns; made when it is first needed.
+/// A buffer that is read into, one of two used by turns; made when it is first needed.
 #[derive(Debug, Default)]
 struct Slot {
     copied: Option<Event>,
@@ -209,7 +209,7 @@ impl Slot {
         })
     }
 
-    /// What was read last.
+    /// The bytes that were read last.
     fn bytes(&self) -> &[u8] {
         match &self.host {
             None => &[],

@@ -13,7 +13,7 @@ pub(super) const NOISE: f32 = 2e-7;
 /// Codes more or less at the widest range that a step width is made for, the range itself first.
 pub(super) const STEPS: [f32; 13] = [0.0, 0.15, -0.15, 0.3, -0.3, 0.45, -0.45, 0.6, -0.6, 0.75, -0.75, 0.9, -0.9];
 
-/// What a least-squares fit of `x ~ a q + b` needs of a group's codes.
+/// The sums over a group's codes that a least-squares fit of `x ~ a q + b` needs.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Sums {
     /// `sum w q`

@@ -229,7 +229,7 @@ fn encode_single(kind: BlockType, x: &[f32], importance: Option<&[f32]>, out: &m
     }
 }
 
-/// The f16 that is stored for a value, and what is read of it.
+/// The f16 that is stored for a value, and the value it decodes to.
 #[inline(always)]
 fn stored(value: f32) -> (f16, f32) {
     let half = f16::from_f32(value);

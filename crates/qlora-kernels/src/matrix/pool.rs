@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// Vectors of elements, by best fit.
 #[derive(Default)]
 pub(super) struct Pool {
-    /// Whether what is handed out is filled with NaN.
+    /// Whether buffers are filled with NaN when they are handed out.
     poison: bool,
     state: Mutex<State>,
 }
@@ -62,7 +62,7 @@ impl Pool {
         vec![0.0; len]
     }
 
-    /// Takes back what was handed out.
+    /// Takes back a buffer that was handed out.
     pub(super) fn give(&self, data: Vec<f32>) {
         let mut state = self.lock();
         state.live -= data.len();
@@ -75,7 +75,7 @@ impl Pool {
         self.lock().live -= len;
     }
 
-    /// Gives what is idle back to the operating system.
+    /// Gives idle memory back to the operating system.
     pub(super) fn trim(&self) {
         let mut state = self.lock();
         state.free.clear();

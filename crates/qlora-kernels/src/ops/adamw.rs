@@ -28,7 +28,7 @@ pub struct AdamW {
     pub beta1: f64,
     /// The decay of the squared gradient's moving average (0.999).
     pub beta2: f64,
-    /// What is added to the denominator (1e-8).
+    /// The term added to the denominator for numerical stability (1e-8).
     pub eps: f64,
     /// The share of the parameter, times `lr`, that is taken away in each step.
     pub weight_decay: f64,

@@ -74,7 +74,7 @@ impl HostMoments {
         }
     }
 
-    /// What is wrong with moments of `len` parameters, if anything is.
+    /// Checks the moments of `len` parameters.
     ///
     /// # Errors
     /// If a length is not what follows from `len`, or a scale is negative or not finite.

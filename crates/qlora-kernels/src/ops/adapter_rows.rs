@@ -7,8 +7,9 @@
 //! ```
 //!
 //! A `[r, in]` and B `[out, r]`: LoRA's factors; g `[out]`: DoRA's magnitude over the norm of the weight's rows (arXiv
-//! 2402.09353, constant once training is over); bias' and W': instead of the layer's own. What a [`LinearChange`] does not have
-//! leaves the layer as it is. All of an adapter's numbers lie in one f32 row on the model's device, but for whole weights.
+//! 2402.09353, constant once training is over); bias' and W': instead of the layer's own. A part that a
+//! [`LinearChange`] does not have leaves the layer as it is. All of an adapter's numbers lie in one f32 row on the
+//! model's device, but for whole weights.
 //!
 //! The base's product is made once for all rows whose adapters only add to it. Sums are f32 on the CPU.
 //!
@@ -27,7 +28,7 @@ use crate::matrix::Workspace;
 use crate::view::{View, ViewMut};
 use crate::weight::{FrozenWeight, WeightCache};
 
-/// What an adapter does to one linear layer.
+/// The change that an adapter makes to one linear layer.
 #[derive(Clone, Debug, Default)]
 pub struct LinearChange {
     /// LoRA's factors in the adapter's values.
@@ -47,7 +48,7 @@ impl LinearChange {
     }
 }
 
-/// What an adapter does to a model, by the modules' names.
+/// The changes that an adapter makes to a model, by the modules' names.
 #[derive(Clone, Debug, Default)]
 pub struct AdapterChanges {
     /// Linear layers.
@@ -63,7 +64,7 @@ pub struct RowAdapter<'a> {
     pub rows: Range<usize>,
     /// The adapter's numbers, f32, one row.
     pub values: View<'a>,
-    /// What they are for.
+    /// The changes that the values belong to.
     pub changes: &'a AdapterChanges,
 }
 

@@ -1,5 +1,5 @@
-//! What an adapter does where tokens and vectors meet: to the embedding's output, and to the logits of tokens whose rows of
-//! the head were trained.
+//! The adapter's changes between tokens and vectors: of the embedding's output, and of the logits of tokens whose rows
+//! of the head were trained.
 //!
 //! ```text
 //! x[t]           = gain * (e[t] + scale * B A[:, id[t]])       e[t] = own row of id[t], or else what the embedding made
@@ -16,7 +16,7 @@ use super::linear_group::LoraSlot;
 use crate::error::{Error, Result};
 use crate::view::{View, ViewMut};
 
-/// What an adapter does to the embedding's output; ranges are elements of `values`.
+/// An adapter's change of the embedding's output; ranges are elements of `values`.
 #[derive(Clone, Copy, Debug)]
 pub struct EmbeddingDelta<'a> {
     /// The adapter's numbers, f32, one row.

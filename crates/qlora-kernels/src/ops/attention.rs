@@ -58,9 +58,9 @@ pub struct AttentionConfig {
     pub kv_heads: usize,
     /// Elements of one head.
     pub head_dim: usize,
-    /// What scores are multiplied by, usually `1 / sqrt(head_dim)`.
+    /// The factor of the attention scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
-    /// How many positions a token sees, itself included; none: all up to itself.
+    /// The number of positions that a token sees, itself included; none: all up to itself.
     pub window: Option<usize>,
 }
 
@@ -101,7 +101,7 @@ impl AttentionConfig {
         from..positions.end
     }
 
-    /// How many (query, key) pairs the queries at `positions` see.
+    /// The number of (query, key) pairs that the queries at `positions` see.
     fn pairs(&self, positions: Range<usize>) -> usize {
         let window = self.window.unwrap_or(usize::MAX);
         // The sum of min(i + 1, window): a triangle and, behind it, a rectangle.
@@ -113,7 +113,7 @@ impl AttentionConfig {
     }
 }
 
-/// How a forward ordered what it wrote to `lse`; its backward has to be told.
+/// The order of the elements that a forward wrote to `lse`; its backward has to be told.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use = "the backward needs it"]
 pub enum LseOrder {

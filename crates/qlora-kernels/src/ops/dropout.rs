@@ -15,7 +15,7 @@ use crate::parallel::rows_per_task;
 use crate::simd::vectorize;
 use crate::view::{View, ViewMut};
 
-/// Which elements are dropped.
+/// The dropout of an input: its probability and the numbers that determine the mask.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
     /// The probability that an element is dropped: `0 <= p < 1`.
@@ -72,7 +72,7 @@ impl Dropout {
         Mask::new(self).keeps(index)
     }
 
-    /// What kept elements are multiplied by: `1 / (1 - p)`.
+    /// The factor of the elements that are kept: `1 / (1 - p)`.
     pub fn scale(&self) -> f32 {
         Mask::new(self).scale
     }
@@ -161,7 +161,7 @@ mod tests {
         (0..len as u64).map(|i| f64::from(u8::from(dropout.keeps(i)))).collect()
     }
 
-    /// How many standard deviations the correlation of two masks of keep rate `q` is from 0.
+    /// The correlation of two masks of keep rate `q`, in standard deviations from 0.
     fn correlation(a: &[f64], b: &[f64], q: f64) -> f64 {
         let n = a.len().min(b.len()) as f64;
         a.iter().zip(b).map(|(a, b)| (a - q) * (b - q)).sum::<f64>() / (n.sqrt() * q * (1.0 - q))

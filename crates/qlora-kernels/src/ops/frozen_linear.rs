@@ -121,7 +121,7 @@ fn many_tokens(x: HostView, weight: &dyn FrozenWeight, y: HostViewMut, beta: f32
     });
 }
 
-/// A part of an output, with what it is the product of: some tokens and some columns of the second factor.
+/// A part of an output, with its factors: some tokens and some columns of the second factor.
 struct Tile<'a> {
     tokens: Range<usize>,
     columns: Range<usize>,

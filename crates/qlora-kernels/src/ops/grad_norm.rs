@@ -1,4 +1,4 @@
-//! The 2-norm of all gradients together, and what clipping multiplies them by (`torch.nn.utils.clip_grad_norm_`).
+//! The 2-norm of all gradients together, and the factor that clips them (`torch.nn.utils.clip_grad_norm_`).
 //!
 //! ```text
 //! norm = sqrt(sum grad^2)         coefficient = min(1, max_norm / (norm + 1e-6))
@@ -54,7 +54,7 @@ fn sum_of_squares(chunk: &[f32]) -> f64 {
     )
 }
 
-/// What a gradient of norm `norm` is multiplied by so that its norm is at most `max_norm`; NaN if `norm` is NaN.
+/// The factor that scales a gradient of norm `norm` to a norm of at most `max_norm`; NaN if `norm` is NaN.
 pub fn clip_coefficient(norm: f64, max_norm: f64) -> f32 {
     let coefficient = max_norm / (norm + 1e-6);
     // Not `min`, which would turn NaN into 1.

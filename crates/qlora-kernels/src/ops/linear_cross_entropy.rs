@@ -43,7 +43,7 @@ pub struct LossSum {
     pub trained_tokens: usize,
 }
 
-/// What the gradient of each row's cross-entropy is multiplied by.
+/// The factor of the gradient of each row's cross-entropy.
 #[derive(Clone, Copy, Debug)]
 pub enum GradScale<'a> {
     /// The same for all rows: `1 / num_items` for a mean.
@@ -61,8 +61,8 @@ impl GradScale<'_> {
     }
 }
 
-/// How many tokens' logits exist at a time on a GPU: 256 MB in bf16. With 128,256 tokens in the vocabulary that is 1,024
-/// rows, enough for matrix products at full speed.
+/// The number of tokens whose logits exist at a time on a GPU: 256 MB in bf16. With 128,256 tokens in the vocabulary
+/// that is 1,024 rows, enough for matrix products at full speed.
 pub fn rows_of_chunk_on_gpu(vocab: usize) -> usize {
     const ELEMENTS: usize = 1 << 27;
     let rows = (ELEMENTS / vocab.max(1)).max(1);

@@ -53,7 +53,7 @@ pub struct Member<'a> {
     pub lora: Option<&'a LoraSlot>,
 }
 
-/// Where a layer's A and B lie in the flat adapter buffer, and how they are used.
+/// The places of a layer's A and B in the flat adapter buffer, and their use.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraSlot {
     /// The elements of A `[rank, in]`.
@@ -62,11 +62,11 @@ pub struct LoraSlot {
     pub b: Range<usize>,
     /// The rank.
     pub rank: usize,
-    /// What the adapter's output is multiplied by.
+    /// The factor of the adapter's output.
     pub scale: f32,
     /// Tells this layer's dropout mask from the others'.
     pub stream: u64,
-    /// What the adapter computes with A and B, and its further parameters.
+    /// The kind of the adapter, with its parameters besides A and B.
     pub kind: SlotKind,
 }
 
@@ -81,7 +81,7 @@ pub enum SlotKind {
     Dora(DoraPlaces),
 }
 
-/// Where the numbers of DoRA lie that A and B are not.
+/// The places of DoRA's values besides A and B.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DoraPlaces {
     /// The elements of m `[out]` in the flat adapter buffer.
@@ -142,7 +142,7 @@ impl<'a> AdapterPass<'a> {
     }
 }
 
-/// `S` (or `dS`) of a group: what its backward needs of its forward besides the input.
+/// `S` (or `dS`) of a group: the matrix of its forward that its backward needs besides the input.
 #[derive(Debug, Default)]
 pub struct Shrunk {
     pub(crate) parts: Vec<Option<Matrix>>,
@@ -171,7 +171,7 @@ impl Shrunk {
 pub struct Group<'a> {
     /// The layers, at most three.
     pub members: &'a [Member<'a>],
-    /// Where the dequantized weights may be kept between uses.
+    /// The cache for the dequantized weights between uses.
     pub cache: &'a WeightCache,
     /// On CUDA: dequantize one member's weight at a time, for less memory; the sums are then made in another order.
     pub split: bool,

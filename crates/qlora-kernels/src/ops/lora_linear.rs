@@ -1,4 +1,4 @@
-//! The low-rank part of a LoRA linear layer (arXiv 2106.09685), added to what the frozen part wrote.
+//! The low-rank part of a LoRA linear layer (arXiv 2106.09685), added to the output of the frozen part.
 //!
 //! With `x [tokens, in]`, `A [r, in]`, `B [out, r]` and `drop` the dropout of `x`:
 //!
@@ -49,7 +49,7 @@ pub fn forward(
     matmul::nt(s.as_view(), b, y, scale, 1.0)
 }
 
-/// `s = drop(x) A^T` alone: what a recomputed layer needs whose output nobody reads.
+/// `s = drop(x) A^T` alone: for a recomputed layer whose output is not read.
 ///
 /// Shapes as in [`forward`].
 ///

@@ -22,7 +22,7 @@ use crate::sequence::Positions;
 use crate::simd::vectorize;
 use crate::view::ViewMut;
 
-/// How the rotation angles of a model are made.
+/// The parameters of a model's rotary position embedding.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeConfig {
     /// The base of the angles' geometric series (`rope_theta`).
@@ -37,12 +37,12 @@ pub struct RopeConfig {
 pub enum RopeScaling {
     /// All angles divided by `factor`.
     Linear {
-        /// By how much the sequence grows.
+        /// The factor by which the sequence grows.
         factor: f64,
     },
     /// Llama 3.1: low frequencies divided by `factor`, high ones kept, a smooth step between.
     Llama3 {
-        /// By how much the sequence grows.
+        /// The factor by which the sequence grows.
         factor: f64,
         /// Wavelengths above `original_max_position_embeddings / low_freq_factor` are scaled whole.
         low_freq_factor: f64,
@@ -53,7 +53,7 @@ pub enum RopeScaling {
     },
     /// YaRN (arXiv 2309.00071).
     Yarn {
-        /// By how much the sequence grows.
+        /// The factor by which the sequence grows.
         factor: f64,
         /// The length the model was first trained for.
         original_max_position_embeddings: usize,
@@ -61,7 +61,7 @@ pub enum RopeScaling {
         beta_fast: f64,
         /// Rotations below which a frequency is scaled whole (1).
         beta_slow: f64,
-        /// What cos and sin are multiplied by; none: `0.1 ln(factor) + 1`.
+        /// The factor of cos and sin; none: `0.1 ln(factor) + 1`.
         attention_factor: Option<f64>,
         /// Whether the correction range is rounded to whole dimensions.
         truncate: bool,
@@ -156,7 +156,7 @@ impl RopeTable {
         &self.inverse_frequencies
     }
 
-    /// What cos and sin are multiplied by: 1 except with YaRN.
+    /// The factor of cos and sin: 1 except with YaRN.
     pub fn attention_factor(&self) -> f32 {
         self.attention_factor
     }

@@ -17,7 +17,7 @@ pub type SourceDtype = crate::dtype::Dtype;
 
 /// An element type that can be quantized: f32, bf16 or f16.
 pub trait Element: Copy + Send + Sync + sealed::Sealed + 'static {
-    /// Which one.
+    /// The dtype of the elements.
     const DTYPE: SourceDtype;
 
     /// Converts to f32, exactly; both slices have the same length.
@@ -95,8 +95,8 @@ pub(super) fn encode<T: Element>(
     refused.map_or(Ok(()), Err)
 }
 
-/// What one thread does. Not a closure: the shim that calls one is not always inlined where the vector instructions
-/// are.
+/// The piece of the work that one thread does. Not a closure: the shim that calls one is not always inlined where the
+/// vector instructions are.
 struct Piece<'a, T> {
     quant_type: QuantType,
     blocksize: usize,

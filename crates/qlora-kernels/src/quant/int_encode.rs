@@ -24,7 +24,7 @@ use crate::weight::{Int8Activations, PlainData};
 
 const OP: &str = "quantize_int";
 
-/// How to quantize a weight to integers.
+/// The parameters of integer quantization.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IntConfig {
     /// The width of a code.

@@ -1,4 +1,4 @@
-//! What an integer weight consists of, and whether its parts fit together; the shapes are in
+//! The parts of an integer weight, and the check that they fit together; the shapes are in
 //! [`quantized_int`](super::quantized_int).
 
 use std::fmt;
@@ -34,8 +34,8 @@ impl IntBits {
     }
 }
 
-/// What an integer weight consists of, on its way from or to a checkpoint or a device. The shapes are in
-/// [the table of `quantized_int`](super::quantized_int).
+/// The parts of an integer weight, on its way from or to a checkpoint or a device. The shapes are in [the table of
+/// `quantized_int`](super::quantized_int).
 #[derive(Clone, Debug, PartialEq)]
 pub struct IntParts {
     /// The codes.
@@ -50,20 +50,20 @@ pub struct IntParts {
     pub group_size: usize,
     /// The group of each column, where groups are not neighbours.
     pub group_of: Option<Vec<u16>>,
-    /// What a code's step is worth, `[rows, groups]`.
+    /// The step between neighbouring codes, `[rows, groups]`.
     pub scales: Vec<f32>,
     /// The codes that mean 0, `[rows, groups]`; none if codes are signed.
     pub zeros: Option<Vec<f32>>,
     /// Columns that are not quantized.
     pub outliers: Option<OutlierColumns>,
-    /// How the forward product rounds its input, if it does.
+    /// The rounding of the forward product's input, if there is one.
     pub activations: Option<Int8Activations>,
 }
 
 /// Columns of a weight that are kept in 16 bits.
 #[derive(Clone)]
 pub struct OutlierColumns {
-    /// Which columns, ascending.
+    /// The indices of the columns, ascending.
     pub columns: Vec<u32>,
     /// Their elements, `[rows, columns.len()]`, bf16 or f16.
     pub values: PlainData,

@@ -56,7 +56,7 @@ use crate::error::{Error, Result};
 /// The block sizes that bitsandbytes has.
 pub const BLOCKSIZES: [usize; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
 
-/// How to quantize a weight.
+/// The parameters of 4-bit quantization.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QuantConfig {
     /// The 4-bit type.

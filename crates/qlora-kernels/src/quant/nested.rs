@@ -154,7 +154,7 @@ impl Absmax {
     }
 }
 
-/// What [`Absmax::with`] runs: a closure that is generic over its argument.
+/// The argument of [`Absmax::with`]: a closure that is generic over its argument.
 pub(super) trait WithAbsmax<R> {
     fn run(self, absmax: impl Fn(usize) -> f32) -> R;
 }

@@ -22,7 +22,7 @@ pub struct Quantized4bit {
     parts: Parts,
 }
 
-/// What a 4-bit weight consists of, on its way from or to a checkpoint.
+/// The parts of a 4-bit weight, on its way from or to a checkpoint.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Parts {
     /// Two codes a byte, row-major over all elements (rows are not padded): the even element in the upper nibble.
@@ -37,7 +37,7 @@ pub struct Parts {
     pub quant_type: QuantType,
     /// Elements that share an absmax.
     pub blocksize: usize,
-    /// What the weight was before.
+    /// The dtype of the weight before quantization.
     pub source_dtype: SourceDtype,
 }
 
@@ -112,7 +112,7 @@ impl Quantized4bit {
         &self.parts.codes
     }
 
-    /// What the weight was before it was quantized.
+    /// The dtype of the weight before quantization.
     pub fn source_dtype(&self) -> SourceDtype {
         self.parts.source_dtype
     }

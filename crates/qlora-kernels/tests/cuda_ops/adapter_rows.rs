@@ -13,7 +13,7 @@ use qlora_kernels::{Dtype, Matrix, Result, View};
 
 use crate::harness::{GAPS, Kind, Output, Report, Side, dtypes, gpu, half, output};
 
-/// What an adapter does to every layer of a group.
+/// The changes that an adapter makes to every layer of a group.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Does {
     /// Of the first layer; the next one's is smaller by one, down to 0.

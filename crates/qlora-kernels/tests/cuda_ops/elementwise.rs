@@ -11,7 +11,7 @@ use qlora_kernels::{Dtype, SequenceLayout};
 
 use crate::harness::{DTYPES, GAPS, Kind, Report, dtypes, gpu, half, output, plain, within};
 
-/// What one rounding to the activations' type leaves at most: half a unit in the last place of every element.
+/// The largest relative error of one rounding to the activations' type: half a unit in the last place of every element.
 fn one_rounding(dtype: Dtype) -> f64 {
     match dtype {
         Dtype::F32 => 1e-6,

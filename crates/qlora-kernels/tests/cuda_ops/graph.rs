@@ -59,7 +59,7 @@ fn a_graph_whose_memory_is_gone_does_not_run() {
         graph
     };
     let graph = record(&mut x, &source);
-    // What it did not reach may go.
+    // Memory that the graph does not use may be freed.
     drop(workspace.zeros(ROWS, COLS).unwrap());
     assert!(graph.launch().unwrap());
     assert_eq!(x.to_vec().unwrap(), numbers(1));
@@ -100,7 +100,7 @@ fn what_is_no_launch_cannot_be_recorded() {
     // An error ends the recording too.
     let failed = gpu.capture(&[], || -> Result<()> { Err(qlora_kernels::Error::invalid("test", "on purpose")) });
     assert!(failed.unwrap_err().to_string().contains("on purpose"));
-    // What comes afterwards runs as ever.
+    // Work after the recording runs as usual.
     x.view_mut().copy_from(View::new(&numbers(3), ROWS, COLS)).unwrap();
     assert_eq!(x.to_vec().unwrap(), numbers(3));
 }

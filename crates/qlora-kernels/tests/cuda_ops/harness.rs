@@ -93,14 +93,14 @@ pub(crate) fn plain(values: &[f32], dtype: Dtype) -> PlainData {
     }
 }
 
-/// How a frozen weight is held.
+/// The storage of a frozen weight.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Kind {
     Plain(Dtype),
     Bits4(QuantConfig),
 }
 
-/// Where a case runs. Two sides made with the same seed hand out the same inputs in the same order.
+/// The device that runs a case. Two sides made with the same seed hand out the same inputs in the same order.
 pub(crate) struct Side {
     pub(crate) workspace: Workspace,
     inputs: Dtype,

@@ -42,7 +42,7 @@ fn a_limit_gives_an_error_that_says_what_to_do() {
     for part in ["0.537 GB more", "0.27 GB that were allowed", "gradient checkpointing"] {
         assert!(text.contains(part), "{text}");
     }
-    // What fits still works, and candle's memory comes from the same pool.
+    // An allocation that fits still works, and candle's memory comes from the same pool.
     drop(workspace.zeros(1 << 10, 1 << 15).unwrap());
     let refused = candle_core::Tensor::zeros(512 << 20, candle_core::DType::U8, &device);
     assert!(refused.is_err());

@@ -140,7 +140,7 @@ fn bins(rng: &mut ChaCha8Rng, count: usize, capacity: usize) -> Vec<usize> {
     lengths
 }
 
-/// What a forward wrote, every backward can read.
+/// The output of a forward can be read by every backward.
 #[test]
 fn a_backward_on_another_path_than_its_forward_is_right() {
     let Some(device) = new_gpu() else { return };

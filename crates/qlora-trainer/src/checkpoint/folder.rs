@@ -91,7 +91,7 @@ pub struct OutputFolder {
 }
 
 impl OutputFolder {
-    /// Makes the folder if need be, locks it, and removes what a killed run left half-written.
+    /// Makes the folder if need be, locks it, and removes the half-written files of killed runs.
     ///
     /// # Errors
     /// If the folder cannot be made or written, or another run has it.
@@ -123,8 +123,8 @@ impl OutputFolder {
     }
 }
 
-/// Removes what killed runs left under temporary names: `checkpoint-<step>.tmp-*` and files. Also `checkpoint-<step>.old-*` where the checkpoint that was to replace it is there;
-/// where it is not, the old one gets its name back.
+/// Removes the temporary files of killed runs: `checkpoint-<step>.tmp-*` and files Also `checkpoint-<step>.old-*` where
+/// the checkpoint that was to replace it is there; where it is not, the old one gets its name back.
 fn clean(output_dir: &Path) -> Result<()> {
     remove_leftovers(output_dir)?;
     for (name, path) in entries(output_dir)? {

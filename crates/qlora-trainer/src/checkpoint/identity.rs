@@ -1,10 +1,12 @@
-//! What must be the same for a run to go on from a checkpoint: data, model, and every option that changes the numbers.
+//! The identity of a run, which must match for a checkpoint to be resumed: data, model, and every option that changes
+//! the numbers.
 //!
 //! Options that change none (logging, saving, evaluating, gradient checkpointing, paths) may differ. The number of steps
 //! may differ where the learning rate does not depend on it (constant schedules). Where a model lies and what it is called is
 //! no part of it, its weights are; on the CPU the number of threads is none, because it changes no bit.
 //!
-//! What only says how the optimizer goes on from here ([`OVERRIDABLE`]) may differ if the configuration says so.
+//! Options that only determine how the optimizer goes on from here ([`OVERRIDABLE`]) may differ if the configuration
+//! says so.
 
 use std::path::Path;
 
@@ -55,7 +57,7 @@ const STREAM_OPTIONS: [&str; 10] = [
     "val_size",
 ];
 
-/// What may differ with `override_opt_param_scheduler`: it takes effect from the next step on.
+/// The entries that may differ with `override_opt_param_scheduler`: they take effect from the next step on.
 pub const OVERRIDABLE: [&str; 6] = [
     "number of steps",
     "training.learning_rate",
@@ -70,7 +72,8 @@ const LAYERS: &str = "lora.target_modules";
 /// The layers, as they were found in the model.
 const PARAMETERS: &str = "trainable parameters";
 
-/// What earlier versions wrote and is no part of an identity any more, and what they did not write yet.
+/// Entries that earlier versions wrote and that are no part of an identity any more, and entries that they did not
+/// write yet.
 const NO_LONGER: [&str; 2] = ["model: model", "model: commit"];
 const NOT_YET: [&str; 4] = ["model: weights", "model: device", "model: compute type", "model: full_determinism"];
 

@@ -40,10 +40,10 @@ pub(crate) const STATE: &str = "trainer_state.json";
 pub(crate) const OPTIMIZER: &str = "optimizer.safetensors";
 const CONFIG: &str = "config.toml";
 
-/// What a checkpoint holds besides the adapter.
+/// The contents of a checkpoint besides the adapter.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Checkpoint {
-    /// Where the run is.
+    /// The progress of the run.
     pub state: TrainerState,
     /// Masters and moments.
     pub tensors: OptimizerTensors,

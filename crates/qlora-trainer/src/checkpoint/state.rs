@@ -1,7 +1,7 @@
 //! `trainer_state.json`: where a run is.
 //!
-//! The keys are those of transformers' `TrainerState`, which can read the file. What a resumed run needs beyond them is in
-//! `stateful_callbacks.qlora`.
+//! The keys are those of transformers' `TrainerState`, which can read the file. The state that a resumed run needs
+//! beyond them is in `stateful_callbacks.qlora`.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -47,7 +47,7 @@ pub struct TrainerState {
     pub num_train_epochs: u64,
     /// Steps between two checkpoints.
     pub save_steps: u64,
-    /// What this crate adds.
+    /// The state that this crate adds to transformers' keys.
     pub stateful_callbacks: StatefulCallbacks,
     /// Always 0.
     pub total_flos: f64,
@@ -66,19 +66,19 @@ pub struct StatefulCallbacks {
     pub qlora: QloraState,
 }
 
-/// What a resumed run needs beyond transformers' keys.
+/// The state that a resumed run needs beyond transformers' keys.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct QloraState {
     /// The version of this struct.
     pub format_version: u32,
     /// The version of the crate that wrote it.
     pub qlora_version: String,
-    /// Where the next step begins in the data.
+    /// The position in the data at which the next step begins.
     pub position: Position,
-    /// Where that is in data that is read while it is trained on.
+    /// The same position in data that is read while it is trained on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stream: Option<StreamPosition>,
-    /// What has been trained since the last log entry.
+    /// The sums of the steps since the last log entry.
     pub(crate) window: LogWindow,
     /// Seed of initialisation and dropout.
     pub seed: u64,
@@ -86,7 +86,8 @@ pub struct QloraState {
     pub data_seed: u64,
     /// Stands for the parameters before the first step: equal for runs that began equally.
     pub initial_parameters: String,
-    /// What the chat template took for now (RFC 3339) when the data was rendered, if it asks for the time.
+    /// The current time (RFC 3339) that the chat template was given when the data was rendered, if it asks for the
+    /// time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub template_time: Option<String>,
     /// The scale of the loss, in a run whose gradients are float16.
@@ -97,7 +98,7 @@ pub struct QloraState {
     pub ranks: usize,
     /// Stands for `optimizer.safetensors`.
     pub optimizer_fingerprint: String,
-    /// What must be the same for a run to go on.
+    /// The identity of the run, which a resumed run must have, too.
     pub identity: RunIdentity,
 }
 
@@ -118,7 +119,7 @@ impl TrainerState {
         text
     }
 
-    /// Reads the file's text; the error is what is wrong with it.
+    /// Reads the file's text; the error describes the problem.
     pub(crate) fn from_json(text: &str) -> Result<Self, String> {
         let json: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
         let Some(version) = json.pointer("/stateful_callbacks/qlora/format_version") else {

@@ -1,4 +1,4 @@
-//! `optimizer.safetensors`: what the optimizer needs to go on.
+//! `optimizer.safetensors`: the state of the optimizer.
 //!
 //! Flat tensors in the order of the model's parameters: `master` (f32, the parameters before any rounding to the adapter's
 //! precision) and AdamW's moments `exp_avg` and `exp_avg_sq`: f32, or with 8-bit moments their codes (U8) with
@@ -86,7 +86,7 @@ impl OptimizerTensors {
         })
     }
 
-    /// Reads the file; the error is what is wrong with it.
+    /// Reads the file; the error describes the problem.
     pub(super) fn read(path: &Path) -> Result<Self, String> {
         Self::parse(&fs::read(path).map_err(|error| error.to_string())?)
     }

@@ -1,4 +1,4 @@
-//! What the ranks of a run must have in common, compared before the first step.
+//! The settings that all ranks of a run must have in common, compared before the first step.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use crate::checkpoint::identity::RunIdentity;
 use crate::config::TrainConfig;
 use crate::error::{Error, Result};
 
-/// Where things are may differ from host to host; what they are is compared by content.
+/// Settings of a host (paths and the device), which may differ between ranks; contents are compared instead.
 const OF_A_HOST: [&str; 8] = [
     "model.model_name_or_path",
     "model.tokenizer_name_or_path",

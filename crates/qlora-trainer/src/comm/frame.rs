@@ -8,11 +8,11 @@
 
 use std::io::{self, Read, Write};
 
-/// What a stray client does not send.
+/// The first bytes of a message, by which a stray client is told from a rank.
 const MAGIC: [u8; 4] = *b"QLRA";
 /// The most that is taken for granted: memory is taken as bytes come, not as they are announced.
 const PIECE: u64 = 1 << 20;
-/// The longest content of anybody who is not known yet.
+/// The longest content from a connection that is not known yet.
 pub(super) const MOST_OF_STRANGERS: u64 = 1 << 16;
 /// The longest content of a rank: a gradient of a billion parameters, with room.
 pub(super) const MOST: u64 = 1 << 34;
@@ -21,11 +21,11 @@ pub(super) const MOST: u64 = 1 << 34;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Kind {
-    /// Who connects.
+    /// The introduction of a rank that connects.
     Hello = 1,
     /// Everybody is there.
     Welcome = 2,
-    /// Somebody cannot take part, and why.
+    /// A refusal: a rank cannot take part, and the reason.
     Refused = 3,
     /// Nothing, but alive.
     Beat = 4,

@@ -31,8 +31,8 @@ use qlora_kernels::ViewMut;
 pub(crate) use agree::{check_same_program, check_same_run};
 pub use ranks::{Place, Ranks};
 
-/// How the ranks of a run talk to each other. All ranks make the same calls in the same order; `what` says in messages (and to
-/// a rank that is elsewhere in the program) which call it is.
+/// The communication between the ranks of a run. All ranks make the same calls in the same order; `what` says in
+/// messages (and to a rank that is elsewhere in the program) which call it is.
 pub trait Communicator: fmt::Debug + Send {
     /// The number of this process among the ranks, from 0. Rank 0 writes files and prints.
     fn rank(&self) -> usize;
@@ -62,7 +62,7 @@ pub trait Communicator: fmt::Debug + Send {
     /// accumulates.
     fn sums_in_order(&self) -> bool;
 
-    /// Fails if the run is known to be over: what a rank looks at during long work.
+    /// Fails if the run is known to be over; a rank calls it during long work.
     ///
     /// # Errors
     /// [`Error::Rank`] with the rank that is gone.
@@ -85,10 +85,10 @@ pub trait Communicator: fmt::Debug + Send {
         let _ = why;
     }
 
-    /// Leaves in peace: everybody has what it needs of this rank.
+    /// Leaves in peace: the other ranks have everything that they need of this one.
     fn leave(&mut self) {}
 
-    /// Where the ranks are, for a line at the start of the run; none for a process of its own.
+    /// A description of the ranks' connection, for a line at the start of the run; none for a process of its own.
     fn describe(&self) -> Option<String> {
         None
     }
@@ -149,7 +149,7 @@ pub fn exchange<T: Serialize + DeserializeOwned>(
     all.iter().enumerate().map(read).collect()
 }
 
-/// Rank 0's bytes, on every rank. What the others give is not sent.
+/// Rank 0's bytes, on every rank. The bytes that the other ranks give are not sent.
 ///
 /// # Errors
 /// As [`Communicator::gather`].

@@ -9,7 +9,7 @@ use qlora_kernels::{ViewMut, Workspace};
 use super::{Alone, Communicator, exchange, from_first};
 use crate::error::{Error, Result};
 
-/// How long the GPUs may take to find each other.
+/// The time limit for the GPUs to find each other.
 const PATIENCE: Duration = Duration::from_secs(180);
 
 /// How long it may take until the end of a rank is known after a connection of its GPU broke.

@@ -1,4 +1,4 @@
-//! Which rank this process is, and where rank 0 can be found: what launchers say in environment variables.
+//! The number of this process among the ranks, and the address of rank 0, from the environment variables of launchers.
 
 use std::env;
 
@@ -9,13 +9,13 @@ use crate::error::{Error, Result};
 pub struct Place {
     /// Its number, from 0.
     pub rank: usize,
-    /// How many there are.
+    /// The number of ranks.
     pub size: usize,
     /// Its number on its host: the number of its GPU.
     pub local_rank: usize,
 }
 
-/// What a launcher said.
+/// The place of a process among the ranks, as the launcher gave it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ranks {
     /// This process.
@@ -44,7 +44,7 @@ const HOST: &str = "MASTER_ADDR";
 const PORT: &str = "MASTER_PORT";
 
 impl Ranks {
-    /// What the environment says; `None` for a process of its own.
+    /// Reads the ranks from the environment; `None` for a process of its own.
     ///
     /// # Errors
     /// If it says half of it, or contradicts itself; the message names the variables.

@@ -16,7 +16,7 @@ const VALIDATE: u8 = 0x00;
 const SET: u8 = 0x01;
 const GET: u8 = 0x03;
 const CHECK: u8 = 0x05;
-/// What the first request has to hold.
+/// The number that the first request has to hold.
 const MAGIC: u32 = 0x3C85_F7CE;
 /// The longest value that is taken: an address.
 const LONGEST: u64 = 1 << 12;
@@ -33,7 +33,7 @@ impl Store {
     /// Connects, trying for as long as `patience`.
     ///
     /// # Errors
-    /// If nobody answers there.
+    /// If there is no answer.
     pub fn connect(ranks: &Ranks, patience: Duration) -> Result<Self> {
         let at = format!("{}:{}", ranks.address, ranks.port);
         let deadline = Instant::now() + patience;
@@ -72,10 +72,10 @@ impl Store {
         self.stream.write_all(&request).map_err(|error| failed(&self.at, &error))
     }
 
-    /// The value of a key, once somebody has written it.
+    /// The value of a key, once it is written.
     ///
     /// # Errors
-    /// If nobody does before the deadline, or the store is gone.
+    /// If it is not written before the deadline, or the store is gone.
     pub fn wait_for(&mut self, key: &str, deadline: Instant) -> Result<String> {
         while !self.has(key)? {
             if Instant::now() > deadline {

@@ -27,19 +27,19 @@ use crate::error::{Error, Result};
 use line::Line;
 use qlora_kernels::{View, ViewMut};
 
-/// How often a rank says that it is alive.
+/// The interval at which a rank says that it is alive.
 pub const BEAT: Duration = Duration::from_secs(2);
-/// After how long a silent rank counts as gone.
+/// The time after which a silent rank counts as gone.
 pub const SILENCE: Duration = Duration::from_secs(10);
 /// How long a rank may go on after another was lost before it is ended from outside.
 pub const GRACE: Duration = Duration::from_secs(4);
 /// How often a rank that waits for another says so.
 const REMINDER: Duration = Duration::from_secs(60);
 
-/// How ranks meet and end.
+/// Options of connecting the ranks and of ending them.
 #[derive(Clone)]
 pub struct TcpOptions {
-    /// How long rank 0 waits for the others, and they for it.
+    /// The time that rank 0 waits for the others, and they for it.
     pub patience: Duration,
     /// Called once if a rank was lost and this one did not notice within [`GRACE`]: a program ends itself here. Nothing, unless
     /// set.
@@ -83,7 +83,7 @@ impl Shared {
         self.lost.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The first loss counts; what follows from it does not.
+    /// Records the first loss; its consequences do not count.
     fn lose(&self, rank: usize, why: String) {
         if !self.left.load(Ordering::SeqCst) {
             self.lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert((rank, why));

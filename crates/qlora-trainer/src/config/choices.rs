@@ -45,12 +45,12 @@ impl From<ComputeDtype> for qlora_kernels::Dtype {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "CheckpointingValue", into = "CheckpointingValue")]
 pub enum GradientCheckpointing {
-    /// Whatever is fastest in the memory there is.
+    /// The fastest choice that fits into the available memory.
     #[default]
     Auto,
     /// Every block recomputes.
     On,
-    /// Nothing is recomputed; what does not fit is refused.
+    /// Nothing is recomputed; a batch that does not fit is refused.
     Off,
 }
 
@@ -100,7 +100,7 @@ pub enum Optim {
     Adamw8bit,
 }
 
-/// How the learning rate goes on after the warmup.
+/// The learning rate schedule after the warmup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Scheduler {
@@ -115,7 +115,7 @@ pub enum Scheduler {
     Linear,
 }
 
-/// What happens to a document of more than `max_length` tokens.
+/// The treatment of a document of more than `max_length` tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnOverlong {
@@ -127,7 +127,7 @@ pub enum OnOverlong {
     Truncate,
 }
 
-/// What happens to a row that has no token to train on.
+/// The treatment of a row that has no token to train on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnUntrained {
@@ -185,7 +185,7 @@ impl From<&Path> for Paths {
     }
 }
 
-/// Which linear layers get an adapter, as PEFT reads `target_modules`.
+/// The linear layers that get an adapter, as PEFT reads `target_modules`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "expected \"all-linear\", a regular expression or a list of module names")]
 pub enum Targets {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Paths;
 
-/// Where the rows of a set are, and what its columns mean. Of what is not given the rows say it themselves.
+/// The files of a data set, and the roles of its columns. Of what is not given the rows say it themselves.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
@@ -36,9 +36,9 @@ pub struct DatasetOptions {
     /// The set's share of the mixture: of each set the first rows, as many as the shares allow (TRL). All sets have one, or
     /// none. Default: none.
     pub fraction: Option<f64>,
-    /// What columns mean, in LLaMA-Factory's names; columns that are not named are left out. Default: none.
+    /// The roles of the columns, in LLaMA-Factory's names; columns that are not named are left out. Default: none.
     pub columns: Option<ColumnNames>,
-    /// How the messages of `columns.messages` are written, in LLaMA-Factory's names. Default: none.
+    /// The keys and roles of the messages in `columns.messages`, in LLaMA-Factory's names. Default: none.
     pub tags: Option<TagNames>,
     /// The column with the messages (Axolotl). Default: none.
     pub field_messages: Option<String>,
@@ -71,7 +71,7 @@ impl From<&Path> for DatasetOptions {
     }
 }
 
-/// `columns`: which column is what, in LLaMA-Factory's names.
+/// `columns`: the roles of the columns, in LLaMA-Factory's names.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
@@ -96,7 +96,7 @@ pub struct ColumnNames {
     pub rejected: Option<String>,
 }
 
-/// `tags`: how messages are written, in LLaMA-Factory's names and with its defaults.
+/// `tags`: the keys and roles of messages, in LLaMA-Factory's names and with its defaults.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
@@ -125,7 +125,7 @@ impl Default for TagNames {
     }
 }
 
-/// How several sets become one, in LLaMA-Factory's names.
+/// The way several data sets are combined, in LLaMA-Factory's names.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]

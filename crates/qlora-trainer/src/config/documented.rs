@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 
 use super::keys::sections;
 
-/// A configuration of every key, with comments. What has no value by default stands there as a comment.
+/// A configuration of every key, with comments. A key without a default value stands there as a comment.
 pub const EXAMPLE: &str = include_str!("example.toml");
 
 /// A key of the configuration.

@@ -1,4 +1,4 @@
-//! Keys of other trainers: accepted where they ask for what happens anyway, otherwise refused with what to write instead.
+//! Keys of other trainers: accepted where they ask for the behaviour here, otherwise refused with a suggestion.
 //!
 //! The keys themselves are data, in [`known_keys`](super::known_keys).
 
@@ -11,17 +11,17 @@ use super::known_keys::KNOWN_KEYS;
 pub(super) struct KnownKey {
     /// Its names: those that mean the same stand together.
     pub(super) names: &'static [&'static str],
-    /// What it asks for.
+    /// The meaning of the key.
     pub(super) means: Means,
 }
 
-/// What a foreign key asks for.
+/// The meaning of a foreign key.
 pub(super) enum Means {
     /// Nothing that changes what a run computes here: any value will do.
     Nothing,
     /// One of these values is what happens anyway. The text says what to do for another one.
     Anyway(&'static [Is], &'static str),
-    /// What happens anyway if the function says so of the configuration and the value.
+    /// Matches the behaviour here if the function says so of the configuration and the value.
     If(fn(&TrainConfig, &Value) -> bool, &'static str),
     /// Our `section.key` under another name.
     Ours(&'static str),
@@ -71,14 +71,14 @@ pub(super) fn is_off(value: &Value) -> bool {
     }
 }
 
-/// What is known of a foreign key.
+/// Looks up a foreign key.
 pub(super) fn find(key: &str) -> Option<&'static KnownKey> {
     KNOWN_KEYS.into_iter().flatten().find(|known| known.names.contains(&key))
 }
 
 impl KnownKey {
-    /// What speaks against `key = value` in a run of this configuration, as the end of a message; none if it is what
-    /// happens anyway.
+    /// The reason why `key = value` is refused in a run of this configuration, as the end of a message; none if it
+    /// matches the behaviour here.
     pub(super) fn refusal(&self, config: &TrainConfig, key: &str, value: &Value) -> Option<String> {
         match self.means {
             Means::Nothing => None,

@@ -31,7 +31,7 @@ pub(super) fn sections() -> [Section; 5] {
 pub(super) struct Place {
     /// `section.key`.
     pub(super) key: String,
-    /// Where its value stands.
+    /// The position of its value.
     pub(super) span: Range<usize>,
     /// Its value.
     pub(super) value: Value,
@@ -46,7 +46,7 @@ struct Foreign {
     value: Value,
 }
 
-/// What the keys of a text are.
+/// The keys of a configuration's text, with their lines.
 #[derive(Default)]
 pub(super) struct Keys {
     /// The line of every section and of every `section.key` of ours.
@@ -58,7 +58,7 @@ pub(super) struct Keys {
 }
 
 impl Keys {
-    /// The part of the table that is ours, and what all of its keys are.
+    /// The part of the table that is ours, and the sorted keys of all of it.
     pub(super) fn sort<'a>(text: &str, table: DeTable<'a>) -> (DeTable<'a>, Self) {
         let known = sections();
         let (mut ours, mut keys) = (DeTable::new(), Self::default());
@@ -125,7 +125,7 @@ impl Keys {
         true
     }
 
-    /// What is wrong with the keys that are not ours, with their lines, in a file that otherwise says `config`.
+    /// The problems of the keys that are not ours, with their lines, in a file that otherwise says `config`.
     pub(super) fn problems(mut self, config: &TrainConfig) -> Vec<(usize, String)> {
         for Foreign { line, section, key, known, value } in self.foreign {
             match known.refusal(config, &key, &value) {
@@ -138,7 +138,7 @@ impl Keys {
     }
 }
 
-/// A value without its place; none for what has no form of its own (an integer beyond 64 bits).
+/// A value without its place; none for values without a form of their own (an integer beyond 64 bits).
 fn plain(value: &Spanned<DeValue<'_>>) -> Option<Value> {
     Value::deserialize(value.clone().into_deserializer()).ok()
 }
@@ -158,7 +158,7 @@ fn unknown_section(section: &str, known: &[Section]) -> String {
     format!("unknown section [{section}]; {hint}")
 }
 
-/// What to write instead of a `key` in `section` that nobody knows, as the end of a message.
+/// A suggestion for an unknown `key` in `section`, as the end of a message.
 pub(super) fn suggestion(section: &str, key: &str, known: &[Section]) -> String {
     if let Some((name, _)) = known.iter().find(|(_, keys)| keys.contains(&key)) {
         return format!("; it belongs in [{name}]");

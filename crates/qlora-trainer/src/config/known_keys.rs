@@ -1,4 +1,4 @@
-//! The keys of other trainers that people copy into a configuration, with what happens to each.
+//! The keys of other trainers that people copy into a configuration, with the treatment of each.
 //!
 //! Sources: TRL 1.16 (`SFTConfig`), transformers 5.24 and 4 (`TrainingArguments`, `from_pretrained`), PEFT 0.21
 //! (`LoraConfig`), bitsandbytes by transformers' `BitsAndBytesConfig`, and the keys that the documentation of Unsloth,
@@ -21,7 +21,7 @@ const fn key(names: &'static [&'static str], means: Means) -> KnownKey {
 const ADAPTERS: &str = "adapters are LoRA here; leave it out";
 const TOKENIZER: &str = "the tokenizer and its tokens are the model's own; leave it out";
 
-/// What the keys of a section of another trainer belong to.
+/// The meanings of section names in other trainers' files: our section, and their names for it.
 pub(super) const KNOWN_SECTIONS: &[(&str, &[&str])] = &[
     (
         "model",

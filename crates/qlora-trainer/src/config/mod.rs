@@ -53,19 +53,19 @@ pub use datasets::{ColumnNames, DatasetOptions, MixStrategy, TagNames};
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainConfig {
-    /// The base model and how it is held in memory.
+    /// The base model and its quantization.
     pub model: ModelOptions,
     /// The adapters.
     pub lora: LoraOptions,
-    /// What to train on.
+    /// The data to train on.
     pub data: DataOptions,
-    /// How to train.
+    /// Options of the training.
     pub training: TrainingOptions,
     /// Options of the objective.
     pub objective: ObjectiveOptions,
 }
 
-/// `[model]`: the base model and how it is held in memory.
+/// `[model]`: the base model and its quantization.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelOptions {
@@ -76,7 +76,7 @@ pub struct ModelOptions {
     pub tokenizer_name_or_path: Option<PathBuf>,
     /// Branch, tag or commit on the hub. Default: none, the main branch.
     pub revision: Option<String>,
-    /// Where downloads are kept. Default: none, the hub's own cache folder.
+    /// The folder of downloads. Default: none, the hub's own cache folder.
     pub cache_dir: Option<PathBuf>,
     /// Never ask the network. Default: false.
     pub local_files_only: bool,
@@ -91,11 +91,11 @@ pub struct ModelOptions {
     /// Leave the embedding's table in host memory while training on a GPU: 1 GB less for Llama 3.1 8B, a little more time.
     /// Default: false.
     pub offload_embedding: bool,
-    /// Where to train: `"auto"` (the first GPU if the program is built with the feature `cuda` and there is one, otherwise
-    /// the CPU), `"cpu"`, `"cuda"` or `"cuda:1"`. Default: auto.
+    /// The device to train on: `"auto"` (the first GPU if the program is built with the feature `cuda` and there is
+    /// one, otherwise the CPU), `"cpu"`, `"cuda"` or `"cuda:1"`. Default: auto.
     pub device: String,
-    /// What a GPU computes in: `"bfloat16"`, `"float16"` (with dynamic loss scaling) or `"float32"`. The CPU computes in float32.
-    /// Default: bfloat16, on a GPU without it (compute capability below 8.0) float16.
+    /// The compute type on a GPU: `"bfloat16"`, `"float16"` (with dynamic loss scaling) or `"float32"`. The CPU
+    /// computes in float32. Default: bfloat16, on a GPU without it (compute capability below 8.0) float16.
     pub bnb_4bit_compute_dtype: Option<ComputeDtype>,
 }
 
@@ -128,7 +128,7 @@ pub struct LoraOptions {
     pub lora_alpha: f64,
     /// Dropout before A. Default: 0.
     pub lora_dropout: f64,
-    /// Which linear layers get an adapter: a list of names, one regular expression, or `"all-linear"`. Default: the
+    /// The linear layers that get an adapter: a list of names, one regular expression, or `"all-linear"`. Default: the
     /// attention's q, k, v and o projections. The QLoRA paper needs `"all-linear"` to match full fine-tuning.
     pub target_modules: Targets,
     /// Divide `lora_alpha` by the square root of `r` instead of `r`. Default: false.
@@ -163,7 +163,7 @@ impl Default for LoraOptions {
     }
 }
 
-/// `[data]`: what to train on.
+/// `[data]`: the training and validation data.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataOptions {
@@ -182,8 +182,9 @@ pub struct DataOptions {
     /// Of documents with the same tokens, of which the same are trained, only the first one stays; the number is reported
     /// (Axolotl's name). Default: false.
     pub dataset_exact_deduplication: bool,
-    /// How several sets become one: `"concat"`, `"interleave_under"` (until the first one is used up), `"interleave_over"` (until
-    /// all were seen whole, from the beginning where one is used up) or `"interleave_once"` (each row once). Default: concat.
+    /// The way several data sets are combined: `"concat"`, `"interleave_under"` (until the first one is used up),
+    /// `"interleave_over"` (until all were seen whole, from the beginning where one is used up) or `"interleave_once"`
+    /// (each row once). Default: concat.
     pub mix_strategy: MixStrategy,
     /// The probability of each set, `train_file` first, where they are interleaved. Default: none, they take turns.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -192,10 +193,10 @@ pub struct DataOptions {
     pub chat_template_path: Option<PathBuf>,
     /// The longest document in tokens, and with `packing` the size of a bin. Default: 1024.
     pub max_length: usize,
-    /// What happens to a longer document: `"truncate"` keeps its start, `"drop"` leaves it out, `"error"` stops.
+    /// The treatment of a longer document: `"truncate"` keeps its start, `"drop"` leaves it out, `"error"` stops.
     /// Default: truncate; the number is reported.
     pub on_overlong: OnOverlong,
-    /// What happens to a row without a token to train on: `"error"` or `"skip"`. Default: error.
+    /// The treatment of a row without a token to train on: `"error"` or `"skip"`. Default: error.
     pub on_untrained: OnUntrained,
     /// Train on the assistant's messages and on completions only. False trains on every token. Plain `text` rows are
     /// always trained whole. Default: true.
@@ -212,7 +213,7 @@ pub struct DataOptions {
     pub streaming: bool,
     /// With `streaming`: the documents that are shuffled together. Default: 16384, as in LLaMA-Factory.
     pub buffer_size: usize,
-    /// `[[data.datasets]]`: sets of rows with what their columns mean, behind those of `train_file`. Default: none.
+    /// `[[data.datasets]]`: sets of rows with the roles of their columns, behind those of `train_file`. Default: none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub datasets: Vec<DatasetOptions>,
     /// `[[data.test_datasets]]`: the same to evaluate on (Axolotl's name). Default: none.
@@ -258,11 +259,11 @@ impl Default for DataOptions {
     }
 }
 
-/// `[training]`: how to train.
+/// `[training]`: the options of training.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainingOptions {
-    /// Where checkpoints, metrics and the final adapter go. Default: `output`.
+    /// The folder of checkpoints, metrics and the final adapter. Default: `output`.
     pub output_dir: PathBuf,
     /// Delete the checkpoints of an earlier run that lie in `output_dir`. Default: false, such a folder is refused.
     pub overwrite_output_dir: bool,
@@ -292,14 +293,14 @@ pub struct TrainingOptions {
     pub memory_budget: Option<f64>,
     /// The same bits in every run on a GPU, for some speed (a CPU gives them anyway). Default: false.
     pub full_determinism: bool,
-    /// What is minimised: `"sft"` (supervised fine-tuning: the cross-entropy of answers) or `"dpo"` (direct preference
-    /// optimization, on pairs of answers; its options stand in `[objective]`). Default: sft.
+    /// The training objective: `"sft"` (supervised fine-tuning: the cross-entropy of answers) or `"dpo"` (direct
+    /// preference optimization, on pairs of answers; its options stand in `[objective]`). Default: sft.
     pub objective: ObjectiveKind,
     /// The optimizer: `"adamw_torch"`, or `"adamw_8bit"` with moments of 8 bits. Default: adamw_torch.
     pub optim: Optim,
     /// The peak learning rate. Default: 2e-4, the QLoRA paper's for 7B and 13B.
     pub learning_rate: f64,
-    /// How the learning rate goes on after the warmup. Default: linear (down to zero).
+    /// The learning rate schedule after the warmup. Default: linear (down to zero).
     pub lr_scheduler_type: Scheduler,
     /// Steps in which the learning rate rises from zero; below 1 it is a share of all steps. Default: none.
     pub warmup_steps: Option<f64>,
@@ -330,7 +331,7 @@ pub struct TrainingOptions {
     pub eval_on_start: bool,
     /// Steps between two checkpoints; 0 for one at the end only. Default: 100.
     pub save_steps: u64,
-    /// How many checkpoints are kept; 0 for all. Default: 2.
+    /// The number of checkpoints that are kept; 0 for all. Default: 2.
     pub save_total_limit: usize,
 }
 

@@ -79,7 +79,7 @@ impl TrainConfig {
         })
     }
 
-    /// Sets one key of ours; the error is what is wrong with the value.
+    /// Sets one key of ours; the error describes the problem of the value.
     pub(super) fn put(&mut self, section: &str, name: &str, value: Value) -> std::result::Result<(), String> {
         let mut whole = toml::Table::try_from(&*self).map_err(|error| error.to_string())?;
         if let Some(table) = whole.get_mut(section).and_then(Value::as_table_mut) {
@@ -128,7 +128,7 @@ impl TrainConfig {
     }
 }
 
-/// A message about a value, with its key and what to write instead.
+/// A message about a value, with its key and a suggestion.
 fn named(place: Option<&Place>, message: &str) -> String {
     let Some(Place { key, value, .. }) = place else { return message.to_owned() };
     let (section, name) = key.split_once('.').unwrap_or(("", key));

@@ -1,4 +1,4 @@
-//! Which values make sense.
+//! The validation of the configuration's values.
 
 use qlora_core::model::DeviceChoice;
 
@@ -250,8 +250,8 @@ impl TrainConfig {
     }
 }
 
-/// What to write instead of targets that would match no module although it is clear which are meant: "all-linear" in a list
-/// or in other words, names in one text.
+/// A suggestion for targets that would match no module although it is clear which are meant: "all-linear" in a list or
+/// in other words, names in one text.
 fn meant_targets(targets: &Targets) -> Option<String> {
     let all =
         |name: &str| ["all-linear", "all_linear", "all", "linear"].iter().any(|all| name.eq_ignore_ascii_case(all));

@@ -1,11 +1,10 @@
-//! What to write instead of a value that is not one: numbers in quotes, Python's and YAML's spellings, choices of other
-//! trainers.
+//! Suggestions for misspelled values: numbers in quotes, Python's and YAML's spellings, choices of other trainers.
 
 use toml::Value;
 
 use super::TrainConfig;
 
-/// Values of other trainers, by key: what to write instead, and why.
+/// Values of other trainers, by key: a suggestion, and the reason.
 const FOREIGN_VALUES: &[(&str, &[&str], &str)] = &[
     ("lr_scheduler_type", &["polynomial"], "write \"linear\", which it is with transformers' default power of 1"),
     (
@@ -67,8 +66,7 @@ const FOREIGN_VALUES: &[(&str, &[&str], &str)] = &[
     ),
 ];
 
-/// What to write instead of a value of `section.name` that was refused, as the end of a message; empty if nothing comes to
-/// mind.
+/// A suggestion for a value of `section.name` that was refused, as the end of a message; empty if there is none.
 pub(super) fn hint(section: &str, name: &str, value: &Value, message: &str) -> String {
     let takes = |candidate: &Value| TrainConfig::default().put(section, name, candidate.clone()).is_ok();
     if let Some(candidate) = candidates(value).into_iter().find(takes) {
@@ -90,7 +88,7 @@ pub(super) fn hint(section: &str, name: &str, value: &Value, message: &str) -> S
     String::new()
 }
 
-/// What somebody may have meant by a value, in the order in which it is tried.
+/// The likely meanings of a value, in the order in which they are tried.
 fn candidates(value: &Value) -> Vec<Value> {
     match value {
         Value::String(text) => {
@@ -114,7 +112,7 @@ fn candidates(value: &Value) -> Vec<Value> {
     }
 }
 
-/// What to write on a line that is not TOML, as the end of a message.
+/// A suggestion for a line that is not TOML, as the end of a message.
 pub(super) fn syntax_hint(text: &str, line: usize) -> &'static str {
     if text.trim_start().starts_with('{') {
         return "; a configuration is TOML, not JSON: see examples/finetune.toml";

@@ -1,4 +1,4 @@
-//! Which files of a data set are a split: what its card (`README.md`) says, and without that what their names say, as Hugging
+//! The files of a data set's split: as its card (`README.md`) says, and without that as their names say, as Hugging
 //! Face's `datasets` reads both.
 //!
 //! Names are those in the repository or folder, with `/`. The order of the rules: `data_files` that were asked for; the card's
@@ -12,7 +12,7 @@ use serde::Deserialize;
 
 use super::rows::{PATTERNS, data_extension, is_data};
 
-/// What is wanted of a data set.
+/// The part of a hub data set that is requested.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Wanted<'a> {
     /// The configuration.
@@ -25,12 +25,12 @@ pub(crate) struct Wanted<'a> {
     pub(crate) data_dir: Option<&'a str>,
 }
 
-/// Why no files are chosen.
+/// The reason why no files are chosen.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Refusal {
     /// There are none in a format that is read.
     NoData(String),
-    /// What was asked for is not there.
+    /// The requested part does not exist.
     NotThere(String),
 }
 
@@ -115,7 +115,7 @@ pub(crate) fn select(names: &[String], card: Option<&str>, wanted: Wanted<'_>) -
     Ok(of_one_format(files))
 }
 
-/// The configuration that the card has for what is wanted; none without a card that lists files.
+/// The configuration that the card has for the requested part; none without a card that lists files.
 fn config_of(card: Option<&str>, wanted: Wanted<'_>) -> Result<Option<Config>, Refusal> {
     let Some(front) = card.and_then(front_matter) else { return Ok(None) };
     // Cards are written by hand: one that cannot be read says nothing.
@@ -146,7 +146,7 @@ fn config_of(card: Option<&str>, wanted: Wanted<'_>) -> Result<Option<Config>, R
     }
 }
 
-/// What stands between the two lines `---` at a card's beginning.
+/// The text between the two lines `---` at a card's beginning.
 fn front_matter(card: &str) -> Option<&str> {
     let rest = card.trim_start_matches('\u{feff}').trim_start().strip_prefix("---")?;
     rest.split_once("\n---").map(|(front, _)| front)

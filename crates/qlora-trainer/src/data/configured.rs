@@ -233,7 +233,7 @@ fn files_of(entry: &DatasetOptions, hub: &OpenOptions) -> Result<Vec<PathBuf>> {
     Ok(chosen.into_iter().map(|name| entry.path.join(name)).collect())
 }
 
-/// What says of a data set what is in it.
+/// The file name of a data set's card, which describes its contents.
 const CARD: &str = "README.md";
 
 /// Whether a path that does not exist may be the id of a data set: `org/name`, or `name` alone.

@@ -44,7 +44,7 @@ impl File {
     }
 }
 
-/// Why a row was left out.
+/// The reason why a row was left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum DropReason {
@@ -79,7 +79,7 @@ struct Dropped {
     reason: DropReason,
 }
 
-/// What of a file's rows was not used: names, in the order in which they occurred.
+/// The unused parts of a file's rows: names, in the order in which they occurred.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Unused {
     /// Columns that mean nothing in the rows' format.
@@ -110,7 +110,7 @@ pub struct Document<'a> {
     pub trained: &'a [bool],
 }
 
-/// What was read, and what became of it.
+/// Statistics of the data that was read: rows, documents, and how many were cut or left out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DataStats {
@@ -244,7 +244,7 @@ impl Dataset {
         self.document(i).trained.iter().skip(1).filter(|&&trained| trained).count()
     }
 
-    /// Where a document came from: `train.jsonl:7`, `train.parquet, row 7`, or its place where it came from no file.
+    /// The origin of a document: `train.jsonl:7`, `train.parquet, row 7`, or its place where it came from no file.
     pub fn origin(&self, i: usize) -> String {
         let place = self.stored(i).and_then(|i| self.origins.get(i)).and_then(|origin| self.place(*origin));
         place.unwrap_or_else(|| format!("document {i}"))
@@ -259,7 +259,7 @@ impl Dataset {
         self.dropped.iter().filter_map(|dropped| Some((self.place(dropped.origin)?, dropped.reason)))
     }
 
-    /// What was read, and what became of it.
+    /// The statistics of the data that was read.
     pub fn stats(&self) -> &DataStats {
         &self.stats
     }
@@ -290,8 +290,8 @@ impl Dataset {
         fingerprint
     }
 
-    /// What was not used of the files, a line for each file and reason: columns that mean nothing in the rows' format, and
-    /// those that the chat template does not read.
+    /// Remarks on unused parts of the files, a line for each file and reason: columns that mean nothing in the rows'
+    /// format, and those that the chat template does not read.
     pub fn remarks(&self) -> Vec<String> {
         let list = |names: &[String]| {
             let shown: Vec<_> = names.iter().take(20).map(|name| format!("`{name}`")).collect();
@@ -312,7 +312,7 @@ impl Dataset {
         remarks
     }
 
-    /// How many rows of each file were left out for which reason, and the first of them by number.
+    /// Remarks on the rows that were left out: for each file and reason their number, and the first of them by number.
     fn remarks_on_dropped(&self) -> Vec<String> {
         const SHOWN: usize = 10;
         let mut groups: BTreeMap<(u32, DropReason), (usize, Vec<String>)> = BTreeMap::new();
@@ -404,7 +404,8 @@ impl Dataset {
         self.dropped.push(Dropped { origin: Origin::new(file, number), reason });
     }
 
-    /// Makes these documents the data set, in this order; one may be there several times. What was read stays in memory.
+    /// Makes these documents the data set, in this order; one may be there several times. The documents that were read
+    /// stay in memory.
     ///
     /// # Panics
     /// If there is no such document.
@@ -431,7 +432,7 @@ impl Dataset {
         copy
     }
 
-    /// Where a document is stored.
+    /// The index at which a document is stored.
     fn stored(&self, i: usize) -> Option<usize> {
         match &self.view {
             Some(view) => view.get(i).map(|&i| i as usize),
@@ -456,7 +457,7 @@ impl Dataset {
             return Err("pairs of answers (`chosen`, `rejected`) and other rows do not go together".to_owned());
         }
         for (document, first) in documents.iter().zip([true].into_iter().chain(std::iter::repeat(false))) {
-            // What happened to the row counts once.
+            // The notes of a row count once.
             self.push(document, if first { notes } else { Notes::default() }, origin);
         }
         Ok(())
@@ -504,8 +505,8 @@ impl Document<'_> {
         self.ids.iter().zip(self.trained).map(label).collect()
     }
 
-    /// The document's text with the trained stretches between `open` and `close`: what to look at when a model learns
-    /// the wrong thing.
+    /// The document's text with the trained stretches between `open` and `close`, for debugging a model that learns the
+    /// wrong thing.
     ///
     /// # Errors
     /// If the encoder cannot decode the tokens.

@@ -14,7 +14,7 @@ use std::error::Error as StdError;
 use super::record::{Conversation, Record};
 use crate::config::{DataOptions, OnOverlong, OnUntrained};
 
-/// What a [`TextEncoder`] may fail with.
+/// The error of a [`TextEncoder`].
 pub type EncodeError = Box<dyn StdError + Send + Sync>;
 
 /// A tokenizer with its chat template, as training needs it.
@@ -41,7 +41,7 @@ pub trait TextEncoder: Sync {
         Err("this encoder cannot ask for an answer".into())
     }
 
-    /// What of a conversation the chat template does not read, by the names of the row's columns.
+    /// The parts of a conversation that the chat template does not read, by the names of the row's columns.
     fn unused(&self, conversation: &Conversation) -> Vec<String> {
         let _ = conversation;
         Vec::new()
@@ -83,14 +83,14 @@ impl Encoded {
     }
 }
 
-/// What [`encode`] does with long documents and with masks.
+/// Options of [`encode`]: the treatment of long documents and the mask of trained tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EncodeOptions {
     /// The most tokens a document has.
     pub max_length: usize,
-    /// What happens to longer ones.
+    /// The treatment of longer ones.
     pub on_overlong: OnOverlong,
-    /// What happens to rows without a token to train on.
+    /// The treatment of rows without a token to train on.
     pub on_untrained: OnUntrained,
     /// Train on completions and the assistant's messages only.
     pub completion_only_loss: bool,
@@ -107,7 +107,7 @@ impl From<&DataOptions> for EncodeOptions {
     }
 }
 
-/// What became of a row.
+/// The result of encoding a row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// A document.
@@ -122,7 +122,7 @@ pub enum Outcome {
     UntrainedAfterTruncation,
 }
 
-/// What had to be done to a row.
+/// The corrections made to a row while it was encoded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Notes {
     /// Its end was cut off.
@@ -139,7 +139,7 @@ pub struct Notes {
 /// Encodes a row.
 ///
 /// # Errors
-/// What is wrong with the row, without file and line.
+/// A description of the row's problem, without file and line.
 pub fn encode(record: &Record, encoder: &dyn TextEncoder, options: &EncodeOptions) -> Result<Outcome, String> {
     if let Record::Preference(pair) = record {
         return super::preference::encode_pair(pair, encoder, options);

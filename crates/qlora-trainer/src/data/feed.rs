@@ -1,4 +1,4 @@
-//! What a run is fed with: data in memory, or a stream.
+//! The training data of a run: data in memory, or a stream.
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ use super::stream::{Stream, StreamLoader, StreamPosition};
 use crate::config::TrainConfig;
 use crate::error::{Error, Result};
 
-/// What to train on.
+/// The data to train on.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum TrainingData {
@@ -32,7 +32,7 @@ impl From<Stream> for TrainingData {
 }
 
 impl TrainingData {
-    /// What was read; of a stream the first block.
+    /// The data that was read; of a stream the first block.
     pub fn read(&self) -> &Dataset {
         match self {
             Self::Whole(data) => data,
@@ -40,7 +40,7 @@ impl TrainingData {
         }
     }
 
-    /// What was read, and what became of it; of a stream the first block.
+    /// The statistics of the data that was read; of a stream those of the first block.
     pub fn stats(&self) -> &DataStats {
         self.read().stats()
     }
@@ -53,13 +53,13 @@ impl TrainingData {
         }
     }
 
-    /// What was not used or left out; of a stream in the first block.
+    /// Remarks on data that was not used or left out; of a stream in the first block.
     pub fn remarks(&self) -> Vec<String> {
         self.read().remarks()
     }
 
-    /// The largest micro-batch of a configured run. What a stream will hold is not known: its batches are taken to be full of
-    /// documents of `max_length` tokens.
+    /// The largest micro-batch of a configured run. The contents of a stream are not known in advance: its batches are
+    /// taken to be full of documents of `max_length` tokens.
     ///
     /// # Errors
     /// As [`Loader::new`].
@@ -72,7 +72,7 @@ impl TrainingData {
     }
 }
 
-/// What was read, for people.
+/// Formats the statistics of the data for people.
 impl fmt::Display for TrainingData {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -82,11 +82,11 @@ impl fmt::Display for TrainingData {
     }
 }
 
-/// Where a run is in its data.
+/// The position of a run in its data.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct FeedPosition {
     pub(crate) position: Position,
-    /// Where that is in a stream.
+    /// The same position in a stream.
     pub(crate) stream: Option<StreamPosition>,
 }
 
@@ -124,7 +124,7 @@ impl Feed {
         }
     }
 
-    /// What tells these data from others, for the identity of a run.
+    /// The fingerprint of these data, for the identity of a run.
     pub(crate) fn identity(&self) -> String {
         match self {
             Self::Whole(loader) => {
@@ -192,7 +192,7 @@ impl Feed {
         }
     }
 
-    /// Where a document of the last step came from.
+    /// The origin of a document of the last step.
     pub(crate) fn origin(&self, document: usize) -> String {
         match self {
             Self::Whole(loader) => loader.dataset().origin(document),

@@ -100,8 +100,9 @@ impl<R: BufRead> Lines<R> {
     }
 }
 
-/// Where the first line ends: behind its line feed, or behind a carriage return that follows `}` (or nothing) and does not
-/// belong to a line feed. Inside of JSON a carriage return is white space, and `}` is not followed by `{` there.
+/// Finds the end of the first line: behind its line feed, or behind a carriage return that follows `}` (or nothing) and
+/// does not belong to a line feed. Inside of JSON a carriage return is white space, and `}` is not followed by `{`
+/// there.
 fn end_of_line(bytes: &[u8]) -> usize {
     for (at, _) in bytes.iter().enumerate().filter(|(_, byte)| **byte == b'\r') {
         let (before, after) = (bytes[..at].trim_ascii_end(), bytes[at + 1..].trim_ascii_start());
@@ -112,7 +113,7 @@ fn end_of_line(bytes: &[u8]) -> usize {
     bytes.len()
 }
 
-/// What a file is that is not UTF-8 text, and how to make that of it.
+/// The format of a file that is not UTF-8 text, with advice on how to convert it.
 fn other_format(beginning: &[u8]) -> Option<&'static str> {
     const UTF32: &str =
         "the file is UTF-32 text, not UTF-8; `iconv -f UTF-32 -t UTF-8 old.jsonl > new.jsonl` converts it";
@@ -135,7 +136,7 @@ fn other_format(beginning: &[u8]) -> Option<&'static str> {
 /// The JSON of a line.
 ///
 /// # Errors
-/// What is wrong, with the column.
+/// A description of the problem, with the column.
 pub(super) fn parse(line: &Line) -> std::result::Result<Value, String> {
     if let Some(at) = line.bytes.iter().position(|&byte| byte == 0) {
         return Err(format!(

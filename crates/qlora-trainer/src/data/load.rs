@@ -17,13 +17,13 @@ use crate::fingerprint::Fingerprint;
 /// Rows that are encoded together, in parallel; bounds the memory that undecoded rows take.
 pub(super) const CHUNK: usize = 2048;
 
-/// Files whose rows belong together, and what their columns mean.
+/// Files whose rows belong together, and the roles of their columns.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct RowSet {
     /// The files, in order.
     pub files: Vec<DataFile>,
-    /// What the columns mean.
+    /// The mapping of the columns.
     pub mapping: Mapping,
     /// As many rows, drawn at random.
     pub num_samples: Option<usize>,
@@ -32,7 +32,7 @@ pub struct RowSet {
 }
 
 impl RowSet {
-    /// A set whose rows say themselves what they are.
+    /// A set without a mapping: the format is found out from its rows.
     pub fn new(files: Vec<DataFile>) -> Self {
         Self { files, ..Self::default() }
     }
@@ -59,9 +59,9 @@ impl RowSet {
 pub struct PlacedRow<'a> {
     /// Its file.
     pub path: &'a Path,
-    /// Where it stands there.
+    /// The place of the row in its file.
     pub place: Place,
-    /// The row as its columns are mapped; or what is wrong with it.
+    /// The row as its columns are mapped; or a description of its problem.
     pub row: std::result::Result<Row, String>,
 }
 
@@ -101,7 +101,7 @@ impl<'a> Iterator for Rows<'a> {
     }
 }
 
-/// Which rows are left out.
+/// The filters that leave rows out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Filters {

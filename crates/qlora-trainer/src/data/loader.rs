@@ -14,7 +14,7 @@ use super::dataset::Dataset;
 use super::order::{LoaderOptions, Order};
 use crate::error::{Error, Result};
 
-/// How far a run is in its data.
+/// The position of a run in its data.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Position {
     /// Whole epochs behind.
@@ -30,9 +30,9 @@ pub struct StepBatch {
     pub micro_batches: Vec<Batch>,
     /// The documents of each micro-batch, as indices into the data set.
     pub documents: Vec<Vec<usize>>,
-    /// Trained tokens of all micro-batches: what the step's loss is divided by.
+    /// Trained tokens of all micro-batches: the divisor of the step's loss.
     pub num_items: usize,
-    /// Groups of documents of all micro-batches: what the loss of an objective over groups is divided by.
+    /// Groups of documents of all micro-batches: the divisor of the loss of an objective over groups.
     pub groups: usize,
 }
 
@@ -83,7 +83,7 @@ impl Loader {
         self.whole.steps_per_epoch()
     }
 
-    /// Where the next step begins.
+    /// The position at which the next step begins.
     pub fn position(&self) -> Position {
         self.position
     }

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use crate::config::{ColumnNames, DatasetOptions, TagNames};
 
-/// What a set's columns and messages mean.
+/// The mapping of a data set's columns and messages to their roles.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Mapping {
     columns: Vec<Column>,
@@ -46,7 +46,7 @@ impl Mapping {
     /// The mapping of a set.
     ///
     /// # Errors
-    /// What does not fit together, with the names of the keys.
+    /// The keys that contradict each other, by name.
     pub fn new(options: &DatasetOptions) -> Result<Self, String> {
         let mut mapping = Self { messages: message_keys(options), ..Self::default() };
         if let Some(columns) = &options.columns {

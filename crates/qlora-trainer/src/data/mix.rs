@@ -14,7 +14,7 @@ const SAMPLES: u64 = 1;
 const TURNS: u64 = 2;
 pub(super) const SPLIT: u64 = 3;
 
-/// Whose turn it is.
+/// The order in which the sets of a mixture give rows.
 #[derive(Clone, Debug)]
 pub(super) struct Turns {
     strategy: MixStrategy,
@@ -23,7 +23,7 @@ pub(super) struct Turns {
     state: TurnState,
 }
 
-/// What of it changes from row to row.
+/// The state of the turns, which changes from row to row.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct TurnState {
     pub(super) random: u64,

@@ -1,4 +1,4 @@
-//! Which documents are computed together, and when: known before a run begins.
+//! The order of the documents and their division into micro-batches: known before a run begins.
 
 use super::dataset::Dataset;
 use super::packing::best_fit_decreasing;
@@ -6,7 +6,7 @@ use crate::config::{SamplingStrategy, TrainConfig};
 use crate::error::{Error, Result};
 use crate::rng::{derive_seed, permutation};
 
-/// How a [`Loader`](super::Loader) cuts a data set into steps.
+/// The division of a data set into steps by a [`Loader`](super::Loader).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoaderOptions {
     /// Items in a micro-batch.
@@ -62,7 +62,7 @@ impl Order {
         if options.batch_size == 0 || options.accumulation == 0 {
             return Err(Error::Invalid("batch size and accumulation must be at least 1".to_owned()));
         }
-        // What belongs together is computed together: a group is never cut.
+        // Documents of a group are computed together: a group is never cut.
         let size = dataset.group_size();
         let documents = |group: usize| size * group..size * (group + 1);
         let groups = dataset.len() / size;

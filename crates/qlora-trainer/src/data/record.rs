@@ -32,9 +32,9 @@ pub use preference::Preference;
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Message {
-    /// Who speaks: `system`, `user`, `assistant`, `tool`, or whatever else the chat template knows.
+    /// The role of the speaker: `system`, `user`, `assistant`, `tool`, or any other that the chat template knows.
     pub role: String,
-    /// What is said. Of a message that only calls tools this is empty, or the call as ShareGPT writes it.
+    /// The text of the message. Of a message that only calls tools this is empty, or the call as ShareGPT writes it.
     pub content: String,
     /// The content as the chat template gets it, where that is not the text: null, or a list of parts.
     pub template_content: Option<Value>,
@@ -53,13 +53,13 @@ impl Message {
     }
 }
 
-/// Messages, and what else the chat template gets.
+/// Messages, and the further inputs of the chat template.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct Conversation {
     /// In order.
     pub messages: Vec<Message>,
-    /// The row's `tools`: what the assistant may call.
+    /// The row's `tools`: the functions that the assistant may call.
     pub tools: Option<Value>,
     /// The row's `chat_template_kwargs`: further arguments of the template, such as `enable_thinking`.
     pub template_kwargs: Map<String, Value>,
@@ -75,7 +75,7 @@ impl Conversation {
     /// the same columns beside them as in training.
     ///
     /// # Errors
-    /// What is missing or of the wrong type.
+    /// A column that is missing or of the wrong type.
     pub fn prompt_from_json(row: &Value) -> Result<Self, String> {
         let row = object(row)?;
         if row.contains_key("messages") {
@@ -107,18 +107,18 @@ pub struct Row {
 pub enum Record {
     /// A conversation.
     Chat(Conversation),
-    /// A text and how it goes on.
+    /// A prompt and its completion.
     Completion {
         /// The text.
         prompt: String,
-        /// How it goes on.
+        /// The completion.
         completion: String,
     },
     /// Alpaca. A tokenizer with a chat template sees [`Record::instruction_chat`], another [`Record::instruction_text`].
     Instruction {
-        /// What to do.
+        /// The instruction.
         instruction: String,
-        /// With what; may be empty.
+        /// The input of the instruction; may be empty.
         input: String,
         /// The answer.
         output: String,
@@ -135,14 +135,14 @@ pub enum Record {
 
 const ASSISTANT: &str = "assistant";
 
-/// Why a row is none of the formats; the caller adds file and line.
+/// The reason why a row is none of the formats; the caller adds file and line.
 type Refusal = String;
 
 impl Row {
     /// Reads a row.
     ///
     /// # Errors
-    /// What is missing or of the wrong type.
+    /// A column that is missing or of the wrong type.
     pub fn from_json(row: &Value) -> Result<Self, String> {
         let row = object(row)?;
         let has = |key: &str| row.contains_key(key);
@@ -172,10 +172,10 @@ impl Row {
 }
 
 impl Record {
-    /// Reads a row; see [`Row::from_json`] for what was not used of it.
+    /// Reads a row; see [`Row::from_json`] for its unused columns.
     ///
     /// # Errors
-    /// What is missing or of the wrong type.
+    /// A column that is missing or of the wrong type.
     pub fn from_json(row: &Value) -> Result<Self, String> {
         Row::from_json(row).map(|row| row.record)
     }

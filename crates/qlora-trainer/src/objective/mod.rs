@@ -1,4 +1,4 @@
-//! What a run minimises.
+//! The objectives that a run minimises.
 //!
 //! An objective turns the log-probabilities of a micro-batch's tokens into a loss, a weight a token and metrics: its gradient
 //! is `sum_t w_t d log p_t`, whatever it is, so the model needs to know none of them
@@ -45,7 +45,7 @@ impl ObjectiveKind {
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct ObjectiveOptions {
-    /// How far the model may go from the reference: the larger, the nearer it stays. Default: 0.1.
+    /// The strength with which the model is held to the reference: the larger, the nearer it stays. Default: 0.1.
     pub beta: f64,
     /// The loss of a pair: `"sigmoid"`, `"hinge"`, `"ipo"` or `"robust"`. Default: sigmoid.
     pub loss_type: DpoLoss,
@@ -62,7 +62,7 @@ impl Default for ObjectiveOptions {
 }
 
 impl ObjectiveOptions {
-    /// Every value that makes no sense in a run of this configuration: its key and what is wrong.
+    /// Every value that makes no sense in a run of this configuration: its key and a description of the problem.
     pub(crate) fn problems(config: &TrainConfig) -> Vec<(&'static str, String)> {
         let Self { beta, loss_type, label_smoothing, .. } = config.objective;
         if config.training.objective == ObjectiveKind::Sft {
@@ -124,7 +124,7 @@ impl<'a> Scored<'a> {
     }
 }
 
-/// What an objective makes of a micro-batch: sums over its groups, which whoever asked divides.
+/// An objective's result for a micro-batch: sums over its groups, which the caller divides.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct Judged {
@@ -134,7 +134,7 @@ pub struct Judged {
     pub weights: Vec<f32>,
     /// Sums over the groups.
     pub metrics: Metrics,
-    /// How many groups there are.
+    /// The number of groups.
     pub groups: usize,
 }
 
@@ -171,7 +171,7 @@ pub(crate) fn add(sums: &mut Metrics, metrics: &Metrics) {
     metrics.iter().for_each(|(name, value)| *sums.entry(name.clone()).or_default() += value);
 }
 
-/// Sums divided by how many they run over, under names that begin with `prefix`.
+/// Sums divided by their numbers of terms, under names that begin with `prefix`.
 pub(crate) fn means(sums: &Metrics, count: usize, prefix: &str) -> Metrics {
     sums.iter().map(|(name, sum)| (format!("{prefix}{name}"), sum / count as f64)).collect()
 }

@@ -15,7 +15,7 @@ use crate::metrics::{EvalLog, LogEntry};
 use crate::objective::Metrics;
 use crate::trainer::Outcome;
 
-/// Something that is told what happens in a run. Its methods cannot fail: following a run must not end it.
+/// An observer, which gets the events of a run Its methods cannot fail: following a run must not end it.
 pub trait Observer {
     /// Something happened.
     fn observe(&mut self, event: &Event<'_>);
@@ -27,7 +27,7 @@ impl<O: Observer + ?Sized> Observer for &mut O {
     }
 }
 
-/// What happens in a run.
+/// An event of a run, as observers get it.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub enum Event<'a> {
@@ -54,7 +54,7 @@ pub enum Event<'a> {
     Finished(Outcome),
 }
 
-/// What is known before the first step.
+/// The facts of a run that are known before its first step.
 #[derive(Clone, Copy, Debug)]
 pub struct StartInfo<'a> {
     /// Steps that are done already, in a resumed run.
@@ -94,8 +94,8 @@ pub struct StepInfo {
     pub tokens: usize,
     /// Tokens with a loss.
     pub trained_tokens: usize,
-    /// How long it took, in seconds.
+    /// The duration of the step, in seconds.
     pub seconds: f64,
-    /// What the objective measures besides the loss, by TRL's names: means over the step.
+    /// The objective's metrics besides the loss, by TRL's names: means over the step.
     pub metrics: Metrics,
 }

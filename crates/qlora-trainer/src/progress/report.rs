@@ -14,15 +14,15 @@ use crate::trainer::Outcome;
 /// The most points of a curve.
 const POINTS: usize = 1000;
 
-/// What the page says besides what happens in the run.
+/// The contents of the page besides the events of the run.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct ReportFacts {
-    /// What was trained: the base model's name.
+    /// The title: the base model's name.
     pub title: String,
     /// The configuration as TOML.
     pub configuration: String,
-    /// The data: numbers of documents and tokens, what was cut or left out.
+    /// The data: numbers of documents and tokens, and of those that were cut or left out.
     pub data: String,
     /// Stands for the data's tokens.
     pub data_fingerprint: String,

@@ -14,7 +14,7 @@ use crate::config::{LoraOptions, TrainConfig};
 use crate::error::{Error, Result};
 use crate::trainer::start::Start;
 
-/// What an adapter is before there is a model.
+/// The adapter of a run before the model is loaded.
 pub(super) enum Beginning {
     /// Not there yet.
     Fresh(Box<LoraConfig>, AdapterLayout),
@@ -84,7 +84,7 @@ fn table<T: Copy>(of: &ByModule<T>) -> BTreeMap<String, T> {
     of.iter().map(|(end, value)| (end.to_owned(), *value)).collect()
 }
 
-/// Whether what was asked for, where it is not the default, is what the adapter has; else what is not.
+/// Checks that the given options, where they are not the default, are the adapter's; else names those that are not.
 fn agree(asked: &LoraOptions, trained: &adapter::Adapter, model: &ModelConfig) -> std::result::Result<(), String> {
     let (default, has) = (LoraOptions::default(), &trained.config.lora);
     let differs =

@@ -1,4 +1,4 @@
-//! What a run keeps and recomputes, chosen for its data and the memory there is.
+//! The choice of the activations that a run keeps or recomputes, for its data and the available memory.
 
 use qlora_core::model::plan::{AttentionWorkspace, available_memory};
 use qlora_core::model::{BatchShape, MemoryPlan, Planner};

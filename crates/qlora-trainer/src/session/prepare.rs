@@ -25,7 +25,7 @@ pub(super) type Data = (TrainingData, Option<Dataset>);
 
 /// A run without its weights.
 pub(super) struct Prepared {
-    /// What was asked for, with the options of an adapter that is trained further.
+    /// The given configuration, with the options of an adapter that is trained further.
     pub(super) config: TrainConfig,
     pub(super) start: Option<Start>,
     /// The template is the configured one, at the run's time.
@@ -164,7 +164,7 @@ fn stop_clock(files: &mut ModelFiles, start: Option<&Start>, comm: &mut dyn Comm
     Ok(Some(time.to_string()))
 }
 
-/// What makes a model another one: its weights, and what computes with them how.
+/// The identity of a model: its weights, its device, and on a GPU the compute type and the determinism setting.
 fn identity(config: &TrainConfig, files: &ModelFiles, workspace: &Workspace) -> Vec<(String, String)> {
     let on_cpu = workspace.device().is_cpu();
     let mut identity = vec![

@@ -1,4 +1,4 @@
-//! What tells one model's weights from another's, without reading all of them.
+//! The fingerprint of a model's weights, computed without reading all of them.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -17,7 +17,7 @@ const PIECE: usize = 64;
 
 /// Stands for a model: its shape and arithmetic, and of every tensor's bytes a sample. Two trainings of one model differ nearly
 /// everywhere, so that a sample tells them apart; reading everything would take as long as loading. Where the files lie, what
-/// they are called, and what only generation uses (end tokens) is left out. What cannot be read is left to loading.
+/// they are called, and what only generation uses (end tokens) is left out. Errors of reading are left to loading.
 pub(super) fn fingerprint(source: &dyn WeightSource) -> String {
     let mut config = source.config().clone();
     (config.bos_token_id, config.eos_token_ids) = (None, Vec::new());

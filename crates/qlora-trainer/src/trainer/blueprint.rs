@@ -1,5 +1,5 @@
-//! A run as it is planned: its steps, its learning rates, and what it is told apart by. Needs the data and what is known of a
-//! model without its weights, so that a mistake is found before they are loaded.
+//! A run as it is planned: its steps, its learning rates, and its identity Needs the data and what is known of a model
+//! without its weights, so that a mistake is found before they are loaded.
 
 use std::path::Path;
 
@@ -14,7 +14,7 @@ use crate::model::{Parameter, TrainableModel};
 use crate::objective;
 use crate::schedule::Schedule;
 
-/// What a run has to know of a model before it begins.
+/// The properties of a model that a run needs before it begins.
 #[derive(Clone, Debug)]
 pub(crate) struct ModelFacts {
     pub(crate) parameters: Vec<Parameter>,
@@ -34,7 +34,7 @@ impl ModelFacts {
     }
 }
 
-/// What documents a model can take.
+/// The limits on documents that a model can process.
 #[derive(Clone, Copy, Debug)]
 struct Limits {
     vocab_size: Option<usize>,

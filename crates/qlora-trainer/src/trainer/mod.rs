@@ -35,19 +35,19 @@ use crate::optimizer::Optimizer;
 use crate::progress::{Event, Observer};
 use qlora_kernels::Dtype;
 
-/// How a run ended.
+/// The outcome of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// All steps are done.
     Finished,
-    /// Somebody asked it to stop; it can be resumed.
+    /// The run was interrupted on request; it can be resumed.
     Interrupted,
 }
 
-/// What a run leaves.
+/// The result of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
-    /// How it ended.
+    /// The outcome of the run.
     pub outcome: Outcome,
     /// Optimizer steps done.
     pub steps: u64,
@@ -72,7 +72,7 @@ pub struct Trainer<'a, M> {
     objective: Option<Box<dyn Objective>>,
     /// Output folder and checkpoint, where they were opened before the model.
     start: Option<Start>,
-    /// What the chat template took for now when the data was rendered, if it asks.
+    /// The current time that the chat template was given when the data was rendered, if it asks for it.
     template_time: Option<String>,
     observers: Vec<Box<dyn Observer + 'a>>,
     interrupt: Interrupt,
@@ -80,15 +80,15 @@ pub struct Trainer<'a, M> {
     comm: Box<dyn Communicator>,
     /// Whether the ranks have agreed to stop.
     stop_agreed: bool,
-    /// Whether the observers know that somebody asked to stop.
+    /// Whether the observers know of the request to stop.
     interrupt_announced: bool,
     progress: Progress,
-    /// What the GPU had made up to the last step.
+    /// The GPU's counters after the last step.
     #[cfg(feature = "cuda")]
     made: qlora_kernels::cuda::Counters,
 }
 
-/// What changes from step to step besides model, optimizer and loader.
+/// The progress of a run: the state that changes from step to step besides model, optimizer and loader.
 #[derive(Clone, Debug, Default)]
 struct Progress {
     global_step: u64,
@@ -155,7 +155,7 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
         })
     }
 
-    /// Begins from what was opened before there was a model.
+    /// Begins with the state that was opened before there was a model.
     pub(crate) fn with_start(mut self, start: Option<Start>, template_time: Option<String>) -> Self {
         (self.start, self.template_time) = (start, template_time);
         self
@@ -173,7 +173,7 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
         if self.comm.size() == 1 { self.interrupt.requested() } else { self.stop_agreed }
     }
 
-    /// Adds somebody who is told what happens.
+    /// Adds an observer, which gets the events of the run.
     #[must_use]
     pub fn with_observer(mut self, observer: impl Observer + 'a) -> Self {
         self.observers.push(Box::new(observer));
@@ -211,7 +211,7 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
         self.observers.iter_mut().for_each(|observer| observer.observe(event));
     }
 
-    /// Tells the observers once that somebody asked to stop: until the step is done that is all a person sees of it.
+    /// Tells the observers once of a request to stop: until the step is done that is all a person sees of it.
     fn announce_interrupt(&mut self) {
         if self.interrupt.requested() && !self.interrupt_announced {
             self.interrupt_announced = true;

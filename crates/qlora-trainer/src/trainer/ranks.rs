@@ -1,4 +1,4 @@
-//! What the ranks of a run do together in a step, an evaluation, a save.
+//! The joint operations of a run's ranks in a step, an evaluation, a save.
 //!
 //! Micro-batch `i` of a step is that of rank `i % size`. Its number, its seed and the step's trained tokens do not depend on
 //! how many ranks there are, so a step of the same micro-batches is the same step however they are spread. Where the sums are
@@ -22,7 +22,7 @@ use crate::objective::{self, Judged, Metrics};
 /// A rank's report at the end of a step.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct StepReport {
-    /// Whether somebody asked this rank to stop.
+    /// Whether this rank was asked to stop.
     interrupted: bool,
     /// The step's data, all of it: every rank must have the same.
     data: String,
@@ -95,7 +95,7 @@ impl EvalPart {
     }
 }
 
-/// What each rank has, in the order in which one process would have made it: the first of each rank, then the second.
+/// The ranks' items in the order in which one process would have made them: the first of each rank, then the second.
 fn in_turns<T>(ranks: Vec<Vec<T>>) -> impl Iterator<Item = T> {
     let mut ranks: Vec<_> = ranks.into_iter().map(Vec::into_iter).collect();
     let most = ranks.iter().map(ExactSizeIterator::len).max().unwrap_or(0);

@@ -17,7 +17,7 @@ use crate::model::TrainableModel;
 use crate::progress::{Event, StartInfo};
 
 impl<M: TrainableModel> Trainer<'_, M> {
-    /// Runs to the end, or until somebody asks to stop. A run that was stopped can be run again, once the request is
+    /// Runs to the end, or until a stop is requested. A run that was stopped can be run again, once the request is
     /// withdrawn ([`Interrupt::clear`](crate::interrupt::Interrupt::clear)).
     ///
     /// # Errors

@@ -1,4 +1,5 @@
-//! Where a run writes and what it goes on from: everything that is known, and can be wrong, before there is a model.
+//! The checks of a run's output folder and of the checkpoint it resumes from: everything that is known, and can be
+//! wrong, before there is a model.
 
 use std::path::{Path, PathBuf};
 
@@ -95,7 +96,7 @@ impl Start {
     }
 }
 
-/// What people give for a checkpoint that is none: the output folder, or an adapter.
+/// Refuses folders that are mistaken for a checkpoint: the output folder, or an adapter.
 fn check_is_checkpoint(path: &Path) -> Result<()> {
     let has = |name: &str| path.join(name).exists();
     if !path.is_dir() || has(checkpoint::STATE) || has(checkpoint::OPTIMIZER) {

@@ -76,7 +76,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
         self.notify(&Event::Message(&text));
     }
 
-    /// What gradients are multiplied by until the optimizer divides them again.
+    /// The loss scale, the factor of the gradients until the optimizer divides them again.
     fn loss_scale(&self) -> f32 {
         self.progress.loss_scale.map_or(1.0, |scale| scale.scale)
     }
@@ -143,7 +143,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
         }
     }
 
-    /// What is wrong with the gradient of a micro-batch alone, if anything is.
+    /// The problem of a single micro-batch's gradient, if there is one.
     pub(super) fn problem_of(&mut self, step: u64, batch: &StepBatch, micro_batch: usize) -> Option<Error> {
         if let Err(error) = self.optimizer.grad.view_mut().fill(0.0) {
             return Some(error.into());
@@ -172,7 +172,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
         Error::NonFinite { step, micro_batch: micro_batch + 1, what: what.to_owned(), documents }
     }
 
-    /// The log entry for what was trained since the last one.
+    /// The log entry for the steps since the last one.
     pub(super) fn log_entry(&mut self, info: &StepInfo) -> LogEntry {
         let window: LogWindow = std::mem::take(&mut self.progress.window);
         LogEntry::Train(TrainLog {
@@ -241,7 +241,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
     }
 }
 
-/// What a step came to.
+/// The results of an optimizer step.
 struct Made {
     loss: f64,
     learning_rate: f64,

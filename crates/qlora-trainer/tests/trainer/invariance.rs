@@ -51,7 +51,7 @@ fn gradients_do_not_depend_on_the_split() {
         let found = difference(&reference, &gradients(options(batch_size, accumulation, None), whole));
         assert!(found < 1e-6, "{batch_size} x {accumulation}: {found}");
     }
-    // What goes wrong elsewhere: the mean of the micro-batches' means.
+    // A wrong reduction for comparison: the mean of the micro-batches' means.
     let naive = gradients(options(2, 3, None), |_, own, micro_batches| own * micro_batches);
     assert!(difference(&reference, &naive) > 1e-2);
 }

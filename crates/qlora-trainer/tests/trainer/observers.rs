@@ -1,4 +1,4 @@
-//! What observers are told, and what ends up in the log.
+//! Tests of the events that observers get, and of the log.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -1,4 +1,4 @@
-//! What goes wrong is named, and leaves the last good checkpoint as it was.
+//! Errors are named, and leave the last good checkpoint as it was.
 
 use std::fs;
 use std::path::Path;
@@ -164,7 +164,7 @@ fn a_checkpoint_of_another_run_is_refused_with_the_difference() {
     let message = other_data.unwrap().run().unwrap_err().to_string();
     assert!(message.contains("training data: \"15 documents") && message.contains("\"14 documents"), "{message}");
 
-    // What does not change the numbers may differ.
+    // Options that do not change the numbers may differ.
     let mut config = resuming(folder.path());
     for (key, value) in [("save_steps", "3"), ("logging_steps", "1"), ("gradient_checkpointing", "false")] {
         config.set(&format!("training.{key}"), value).unwrap();

@@ -25,7 +25,7 @@ const TENSOR: usize = VOCAB * RANK;
 /// A1, B1, A2, B2.
 const OFFSETS: [usize; 4] = [0, TENSOR, 2 * TENSOR, 3 * TENSOR];
 
-/// What goes wrong, and when.
+/// An injected fault of the toy model.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Fault {
     /// The loss is NaN.
@@ -46,7 +46,7 @@ pub(crate) struct Toy {
     pub(crate) seeds: Rc<RefCell<Vec<u64>>>,
     /// The loss scales of all calls so far.
     pub(crate) scales: Rc<RefCell<Vec<f32>>>,
-    /// Whose type the gradients of logits have.
+    /// The workspace whose type the gradients of logits have.
     pub(crate) workspace: Workspace,
     /// Happens at this call, from 0.
     pub(crate) fault: Option<(usize, Fault)>,
@@ -62,9 +62,9 @@ pub(crate) struct Toy {
     pub(crate) detached: bool,
     /// Drops terms at random. It depends on the row in the batch, so not when batches are compared.
     pub(crate) dropout: bool,
-    /// How long each call takes.
+    /// The duration of each call.
     pub(crate) pause: Duration,
-    /// Where the adapter is written, if not in the checkpoint.
+    /// The path of the adapter, if it is not written in the checkpoint.
     pub(crate) adapter_path: Option<PathBuf>,
 }
 
@@ -161,7 +161,7 @@ impl Toy {
         total
     }
 
-    /// What a device that computes in the toy's type makes of a gradient.
+    /// A gradient as a device stores it that computes in the toy's type.
     fn stored(&self, gradient: f64) -> f64 {
         if self.workspace.gradient_dtype() == Dtype::F32 {
             return gradient;

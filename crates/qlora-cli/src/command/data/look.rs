@@ -15,8 +15,8 @@ pub(super) fn hash(documents: &[Encoded]) -> u64 {
     hasher.finish()
 }
 
-/// The text of a document with what is trained in green, or between brackets where there are no colours; with `lines`, a line
-/// between tokens.
+/// The text of a document with its trained tokens in green, or between brackets where there are no colours; with
+/// `lines`, a line between tokens.
 ///
 /// # Errors
 /// If the tokens cannot be decoded.

@@ -86,7 +86,8 @@ pub(crate) fn start<'a>(
     Ok(())
 }
 
-/// The flat adapter followed by the factors `m / n` of all outputs: what inference over it reads ([`change`]).
+/// The flat adapter followed by the factors `m / n` of all outputs: the values that inference over it reads
+/// ([`change`]).
 ///
 /// # Errors
 /// If the device fails.
@@ -108,7 +109,7 @@ pub(crate) fn with_gains<'a>(
     Ok(workspace.upload(&all, 1, all.len())?)
 }
 
-/// What a layer's adapter of any kind is for inference over a flat adapter of `len` numbers.
+/// The change of a linear layer by an adapter of any kind, for inference over a flat adapter of `len` numbers.
 pub(crate) fn change(slot: &LoraSlot, len: usize) -> LinearChange {
     let gain = match &slot.kind {
         SlotKind::Dora(places) => Some(len + places.norms.start..len + places.norms.end),

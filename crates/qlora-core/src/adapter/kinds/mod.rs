@@ -37,11 +37,11 @@ pub struct AdapterKinds {
     pub trainable_token_indices: Vec<(String, Vec<u32>)>,
     /// Whether a tied head follows the embedding.
     pub ensure_weight_tying: bool,
-    /// Which biases the adapter holds.
+    /// The biases that the adapter holds.
     pub bias: TrainedBias,
 }
 
-/// Which of the base's biases an adapter holds.
+/// The subset of the base's biases that an adapter holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TrainedBias {
     /// None.

@@ -158,7 +158,7 @@ proptest! {
             let context = minijinja::context! { x => "xyz", l => ["p", "q", "r"] };
             environment.render_str(source, context).map_err(|error| error.kind())
         };
-        // What minijinja refuses (`x is defined + 1`, which Jinja reads) may become readable.
+        // Expressions that minijinja refuses (`x is defined + 1`, which Jinja reads) may become readable.
         if let Ok(plain) = render(&source) {
             prop_assert_eq!(Ok(plain), render(&mark(&source).source), "{}", source);
         }

@@ -12,7 +12,7 @@ use super::Quantization;
 use crate::error::{Error, Result};
 use crate::source::{PlainTensor, SourceWeight, StoredTensor, WeightSource};
 
-/// What becomes of a tensor.
+/// The destination of a loaded tensor: its form in the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Place {
     /// One f32 row: a norm, a bias.
@@ -39,14 +39,14 @@ pub(super) enum Loaded {
     Weight(Arc<dyn FrozenWeight>),
 }
 
-/// What all threads that load a model share.
+/// The state that all threads that load a model share.
 pub(super) struct Context<'a> {
     pub(super) source: &'a dyn WeightSource,
     pub(super) quantization: Quantization,
     pub(super) workspace: &'a Workspace,
 }
 
-/// What each of them has.
+/// The state of a single loading thread.
 #[derive(Default)]
 pub(super) struct Tools {
     #[cfg(feature = "cuda")]
@@ -152,7 +152,8 @@ impl Context<'_> {
                 check_finite(&job.name, &tensor.data)?;
                 self.plain(tensor.into_weight(&job.name)?)
             }
-            // What is stored quantized stays so: `check_quantization` saw to it that nothing else was asked for.
+            // A weight that is stored quantized stays so: `check_quantization` saw to it that nothing else was asked
+            // for.
             #[cfg(feature = "cuda")]
             (SourceWeight::FourBit(weight), _) if self.workspace.gpu().is_some() => {
                 Ok(Arc::new(CudaWeight::quantized_from(&weight, uploader(tools)?)?))

@@ -1,5 +1,5 @@
-//! What a choice costs in time at the [rates](Rates) of a card: to rank choices. What every choice pays is left out here and counted
-//! in `speed.rs`.
+//! The cost model: the time that a choice takes at the [rates](Rates) of a card, to rank choices. Costs common to all
+//! choices are left out here and counted in `speed.rs`.
 
 use super::Choice;
 use super::sizes::Sizes;
@@ -52,7 +52,7 @@ impl BlockCost {
         0.35 * 3.5 * 2.0 * tokens * len * q / rates.attention
     }
 
-    /// Seconds that one block takes beyond what every choice needs.
+    /// Seconds that one block takes beyond the costs that all choices share.
     pub(super) fn block(&self, keep: Keep, choice: &Choice, cached: bool, sizes: &Sizes) -> f64 {
         if keep == Keep::Nothing {
             return 0.0;
@@ -82,7 +82,7 @@ impl BlockCost {
             2.0 * (first + times * (gate_up + down)) + again
         };
         let copy = sizes.offloaded(keep) as f64 / self.host;
-        // What the work does not hide, and a little for what it does.
+        // The part of the copies that the work does not hide, and a little for the part that it does.
         let offload = 2.0 * (copy - self.forward).max(0.0) + 0.05 * copy;
         let split = if choice.split { self.split } else { 0.0 };
         recompute + dequantize + offload + split + 2.0 * (pieces - 1.0) * PIECE

@@ -82,7 +82,7 @@ impl Planner {
 }
 
 impl AttentionWorkspace {
-    /// What our own attention kernels take on a GPU; cuDNN's takes less in most shapes.
+    /// The workspace of our own attention kernels on a GPU; cuDNN's takes less in most shapes.
     pub fn of_own_kernels(config: &ModelConfig, tokens: usize) -> Self {
         const TOKENS_OF_A_BLOCK: u64 = 64;
         /// Up to so many tokens, dK and dV are made in parts.

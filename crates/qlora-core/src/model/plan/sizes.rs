@@ -1,6 +1,6 @@
-//! The memory of a training step as a sum: what is alive in each stage of each block, with sizes that follow from the model
-//! and the batch. It mirrors [`block`](super::super::block) and [`mlp`](super::super::mlp) line by line, and changes with
-//! them.
+//! The memory of a training step as a sum: the live matrices in each stage of each block, with sizes that follow from
+//! the model and the batch It mirrors [`block`](super::super::block) and [`mlp`](super::super::mlp) line by line, and
+//! changes with them.
 
 use qlora_kernels::matrix::padded_cols;
 use qlora_kernels::ops::linear_cross_entropy::rows_of_chunk_on_gpu;
@@ -85,8 +85,8 @@ impl Sizes {
         if cached { 0 } else { self.weight(outputs, inputs, rp[group]) }
     }
 
-    /// What DoRA has beside a group: a copy of an output or its gradient, and rows in f32 that candle's kernels work on (`on_gpu` in
-    /// `dora_linear`: two factors and their product, 32 MiB each).
+    /// The additional bytes of DoRA in a group of projections: a copy of an output or its gradient, and rows in f32
+    /// that candle's kernels work on (`on_gpu` in `dora_linear`: two factors and their product, 32 MiB each).
     fn by_member(&self, rows: u64) -> u64 {
         const CANDLE: u64 = 3 * (4 << 23);
         if self.by_member { rows * self.hidden.max(self.q).max(self.mlp) * self.size + CANDLE } else { 0 }
@@ -97,7 +97,7 @@ impl Sizes {
         if self.qk_norm { self.activation(self.qkv) + self.statistic(2 * self.heads) } else { 0 }
     }
 
-    /// What leaves for the host where a block is offloaded.
+    /// Bytes that move to the host where a block is offloaded.
     pub(super) fn offloaded(&self, keep: Keep) -> u64 {
         self.offloaded_matrices(keep).iter().sum()
     }
@@ -115,13 +115,13 @@ impl Sizes {
         widths.into_iter().map(|cols| self.activation(cols)).collect()
     }
 
-    /// What [`Attended`](super::super::block) holds.
+    /// Bytes of [`Attended`](super::super::block).
     fn attended(&self) -> u64 {
         let Self { q, qkv, hidden, heads, rp, .. } = *self;
         self.activation(2 * hidden + qkv + padded(q, rp[1]) + rp[0] + rp[1]) + self.statistic(1 + heads) + self.raw()
     }
 
-    /// What a block keeps on the device.
+    /// Bytes of the activations that a block keeps on the device.
     pub(super) fn saved(&self, keep: Keep) -> u64 {
         let Self { mlp, rp, .. } = *self;
         match keep {

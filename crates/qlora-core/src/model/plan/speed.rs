@@ -1,4 +1,5 @@
-//! The expected time of a step: what every choice pays, by counting, and on top what the plan's choices cost (`cost.rs`).
+//! The expected time of a step: the costs that all choices share, by counting, and on top those of the plan's choices
+//! (`cost.rs`).
 //!
 //! ```text
 //! products   2 operations a weight and token forward, 2 for dX; the head's for trained tokens only
@@ -12,7 +13,7 @@
 
 use super::{MemoryPlan, Planner};
 
-/// What launches of a block cost beside their work, forward and backward: some 60 of 4 us.
+/// The launch overhead of a block, forward and backward, in seconds: some 60 launches of 4 us.
 const BLOCK: f64 = 250e-6;
 
 /// The speed that a cost model expects. Nothing was run for it.

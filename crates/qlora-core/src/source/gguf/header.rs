@@ -18,11 +18,11 @@ use super::types::GgmlType;
 const MAX_DIMS: u32 = 4;
 /// Longest key or tensor name that is read (the format allows 65535 for keys, 64 for tensors).
 const MAX_NAME: u64 = 65_535;
-/// Arrays of arrays are allowed by the format; nobody nests deeper.
+/// Arrays of arrays are allowed by the format; known files nest no deeper.
 const MAX_NESTING: u32 = 4;
 const DEFAULT_ALIGNMENT: u64 = 32;
 
-/// What went wrong, without the path.
+/// The result of parsing; the error is a message without the path.
 pub(super) type Parse<T> = std::result::Result<T, String>;
 
 /// A metadata value; strings and arrays stay in the file.
@@ -43,9 +43,9 @@ pub(super) struct TensorInfo {
     /// Sizes, the outermost first.
     pub(super) shape: Vec<usize>,
     pub(super) kind: GgmlType,
-    /// Where its bytes are in the file.
+    /// The range of its bytes in the file.
     pub(super) bytes: Range<usize>,
-    /// Which part of a split model that file is; 0 is the first, as the only one of others.
+    /// The part of a split model that the file is; 0 is the first, as the only one of others.
     pub(super) part: usize,
 }
 

@@ -9,7 +9,7 @@
 
 use half::f16;
 
-/// What the codes stand for.
+/// The values of the 16 codes.
 const VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
 /// Dequantizes blocks of IQ4_NL.

@@ -1,4 +1,4 @@
-//! ggml's tensor types: how many elements a block has, how many bytes, and how it becomes f32.
+//! ggml's tensor types: the elements and bytes of a block, and its conversion to f32.
 
 use std::fmt;
 

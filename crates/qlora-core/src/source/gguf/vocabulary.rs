@@ -2,7 +2,7 @@
 
 use super::header::{Header, Parse};
 
-/// How a vocabulary cuts text (`tokenizer.ggml.model`).
+/// The kind of a vocabulary's tokenizer (`tokenizer.ggml.model`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum VocabularyKind {
     /// Byte-level BPE with merges ("gpt2").
@@ -23,7 +23,7 @@ pub(crate) mod token_type {
 #[derive(Debug)]
 pub(crate) struct Vocabulary<'a> {
     pub(crate) kind: VocabularyKind,
-    /// Which regular expression splits the text before BPE (`tokenizer.ggml.pre`).
+    /// The name of the regular expression that splits the text before BPE (`tokenizer.ggml.pre`).
     pub(crate) pre: &'a str,
     pub(crate) tokens: Vec<&'a str>,
     /// One of [`token_type`] for each token; empty if the file has none.

@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 /// The largest JSON state that is read; real ones have some 200 bytes.
 const MAX_STATE: usize = 1 << 14;
 
-/// What the JSON state of a tensor says.
+/// The JSON quantization state of a tensor.
 #[derive(Debug)]
 pub(super) struct State {
     quant_type: QuantType,

@@ -18,7 +18,7 @@ use super::words::{self, words};
 use super::{Raw, words::SCALE_TYPES};
 use crate::error::{Error, Result};
 
-/// How a layer is packed.
+/// The packing of a layer.
 #[derive(Debug)]
 pub(super) struct Layout {
     bits: IntBits,

@@ -1,11 +1,11 @@
-//! What the formats that pack codes into 32-bit words share.
+//! Code shared by the formats that pack codes into 32-bit words.
 
 use qlora_kernels::quant::IntBits;
 use rayon::iter::{IndexedParallelIterator, ParallelIterator};
 use rayon::slice::ParallelSliceMut;
 use safetensors::Dtype;
 
-/// What scales may be stored in.
+/// The dtypes that scales may be stored in.
 pub(super) const SCALE_TYPES: [Dtype; 3] = [Dtype::F16, Dtype::BF16, Dtype::F32];
 
 /// Rows of codes that a task unpacks: whole words in every format, and whole cache lines of the words.

@@ -32,7 +32,7 @@ macro_rules! architectures {
             /// All of them.
             pub const ALL: &[Self] = &[$(Self::$name),+];
 
-            /// What distinguishes it.
+            /// The properties of the architecture.
             pub(crate) fn definition(self) -> &'static dyn Definition {
                 match self {
                     $(Self::$name => &$definition,)+
@@ -93,7 +93,8 @@ pub(crate) struct Defaults {
     pub(crate) eos_token_id: Option<u32>,
 }
 
-/// What distinguishes an architecture. Functions with a body hold for a block like Llama's.
+/// The properties of an architecture that distinguish it from others. Functions with a body hold for a block like
+/// Llama's.
 pub(crate) trait Definition: Sync {
     /// The class in transformers.
     fn class(&self) -> &'static str;
@@ -120,7 +121,7 @@ pub(crate) trait Definition: Sync {
     /// If an option has a value that this architecture does not take; the message names it.
     fn read_json(&self, fields: &Fields<'_>, config: &mut ModelConfig) -> Result<()>;
 
-    /// Writes what [`Self::read_json`] reads.
+    /// Writes the keys that [`Self::read_json`] reads.
     fn write_json(&self, config: &ModelConfig, map: &mut Map<String, Json>);
 
     /// Keys of GGUF metadata that this architecture reads and others refuse.
@@ -137,7 +138,7 @@ pub(crate) trait Definition: Sync {
         refuse_gguf_window(metadata, config)
     }
 
-    /// What [`Self::read_gguf`] reads.
+    /// The metadata values that [`Self::read_gguf`] reads.
     ///
     /// # Errors
     /// The part of the model that llama.cpp has no place for.

@@ -63,7 +63,7 @@ pub(super) fn windows(fields: &Fields<'_>, config: &ModelConfig) -> Result<Vec<O
     types.layers(window, |layer| layer >= first, fields)
 }
 
-/// Writes what [`windows`] reads.
+/// Writes the keys that [`windows`] reads.
 pub(super) fn write_windows(config: &ModelConfig, map: &mut Map<String, Json>) {
     let windowed = config.sliding_window.iter().flatten().next();
     let kind = |window: &Option<usize>| if window.is_some() { "sliding_attention" } else { "full_attention" };

@@ -1,4 +1,4 @@
-//! `layer_types` and `sliding_window`: how far each block sees.
+//! `layer_types` and `sliding_window`: the attention window of each block.
 
 use serde_json::Value;
 

@@ -1,4 +1,4 @@
-//! `quantization_config`: how the weights of a checkpoint are stored, where they are stored quantized.
+//! `quantization_config`: the quantization of a checkpoint's weights.
 //!
 //! Keys that are missing get the default of the method's configuration class in transformers (checked against 5.23). What
 //! a module's tensors are is decided by the tensors themselves; the configuration gives what they do not say.
@@ -12,7 +12,7 @@ use super::json::Fields;
 use crate::error::Result;
 use crate::file;
 
-/// How a checkpoint's linear layers are stored. Modules that are stored plain (skip lists) are always allowed.
+/// The quantization of a checkpoint's linear layers. Modules that are stored plain (skip lists) are always allowed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum CheckpointQuantization {
@@ -29,7 +29,7 @@ pub enum CheckpointQuantization {
         bits: usize,
         /// Input features that share a scale; none for all.
         group_size: Option<usize>,
-        /// What is added to a stored zero point: 1 in the format `gptq`, 0 in `gptq_v2`.
+        /// The offset of a stored zero point, added when it is read: 1 in the format `gptq`, 0 in `gptq_v2`.
         zero_offset: u8,
         /// Modules may have bits and groups of their own (`dynamic`).
         per_module: bool,
@@ -41,7 +41,7 @@ pub enum CheckpointQuantization {
     },
 }
 
-/// What is read, for messages.
+/// The supported quantization methods, for messages.
 const SUPPORTED: &str = "bitsandbytes (4-bit NF4 and FP4, 8-bit), gptq (4 and 8 bits; checkpoint_format gptq and \
                          gptq_v2) and awq (4 bits; version gemm)";
 

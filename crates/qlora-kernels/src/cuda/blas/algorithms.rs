@@ -1,4 +1,4 @@
-//! Which of cuBLASLt's algorithms multiplies what.
+//! The choice of cuBLASLt's algorithm for each product.
 //!
 //! The heuristics take up to 0.1 ms, and batches of varied length bring a new number of rows with nearly every step. So the
 //! number of rows is rounded up to one of eight sizes an octave, and the algorithm chosen for that size multiplies every
@@ -112,7 +112,7 @@ fn sizes(most: usize) -> impl Iterator<Item = usize> {
 }
 
 impl Key {
-    /// The rows of the batch: what differs from batch to batch.
+    /// The rows of the batch, which differ from batch to batch.
     fn rows(&self) -> usize {
         match self.kind {
             Kind::Nt | Kind::Nn => self.m,
@@ -158,7 +158,7 @@ impl Algorithms {
         if !known.chosen.contains_key(&of_size) {
             let expected = self.expected.load(Ordering::Relaxed);
             for size in sizes(expected) {
-                // What the library has nothing for is reported where it is needed.
+                // A product that the library has no algorithm for is reported where it is needed.
                 let _ = self.choose(&mut known, op, handle, key.with_rows(size));
             }
         }

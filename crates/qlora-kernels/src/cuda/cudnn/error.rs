@@ -1,4 +1,4 @@
-//! What can go wrong between us and cuDNN.
+//! The errors of the cuDNN path.
 
 /// An error of the cuDNN path. None of them is fatal: the caller falls back to its own attention kernels.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -14,7 +14,7 @@ pub enum CudnnError {
         version: String,
         /// Path or name that the library was opened by.
         path: String,
-        /// Why this version is refused.
+        /// The reason why this version is refused.
         reason: String,
     },
 

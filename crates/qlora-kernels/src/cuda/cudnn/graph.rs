@@ -21,7 +21,7 @@ impl Tensor {
     }
 }
 
-/// Where a tensor lives.
+/// The place of a tensor in an operation graph.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
     /// Between two operations only; never in memory.

@@ -2,7 +2,7 @@
 //!
 //! cuDNN is NVIDIA's library and not ours to ship or to link: it is opened at run time where it happens to be
 //! installed (with PyTorch, for example), and everything here may fail without harm. The caller has kernels of its
-//! own for that case. What makes it worth the trouble: on an H100 it is 1.8 times as fast as FlashAttention-2.
+//! own for that case. It is worth the trouble: on an H100 it is 1.8 times as fast as FlashAttention-2.
 //!
 //! ```text
 //! Cudnn::open()             once for each device; finds the library, checks its version, makes a handle
@@ -44,7 +44,8 @@ pub use error::{CudnnError, Result};
 pub use self_test::SelfTestDevice;
 pub use shape::{PackedLayout, Packing, Rows, SdpaBackward, SdpaForward, SdpaShape, SdpaType};
 
-/// How many plans are kept. A plan is some hundred kilobytes of host memory, a forward and a backward of each shape in use.
+/// The number of plans that are kept. A plan is some hundred kilobytes of host memory, a forward and a backward of each
+/// shape in use.
 const PLANS: usize = 64;
 
 /// Rows behind those of packed sequences in the sums of the backward.
@@ -65,7 +66,7 @@ pub struct Cudnn {
     /// Plans that had to go; work of theirs may still be under way.
     retired: Mutex<Vec<Arc<SdpaPlan>>>,
     made: AtomicU64,
-    /// How packed backwards are written: see [`sdpa::backward`]. The self-test finds out.
+    /// The form of packed backwards: see [`sdpa::backward`]. The self-test finds out.
     padding_first: AtomicBool,
     /// Held while the stream of the handle is set and work is launched on it.
     launching: Mutex<()>,
@@ -77,7 +78,7 @@ unsafe impl Send for Cudnn {}
 // SAFETY: as above.
 unsafe impl Sync for Cudnn {}
 
-/// What a plan is made for.
+/// The key of a cached plan: the shape, the strides, and forward or backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     shape: SdpaShape,
@@ -147,7 +148,7 @@ impl Cudnn {
         shape.check(self.capability, self.api.version())
     }
 
-    /// How many plans were made so far, those included that could not be made; each takes about 0.05 s.
+    /// The number of plans made so far, those included that could not be made; each takes about 0.05 s.
     pub fn plans_made(&self) -> u64 {
         self.made.load(Ordering::Relaxed)
     }
@@ -298,7 +299,7 @@ impl Drop for Cudnn {
     }
 }
 
-/// Plans that nobody finds any more.
+/// Plans that are no longer found by their key.
 pub struct Retired(Vec<Arc<SdpaPlan>>);
 
 impl Retired {

@@ -9,10 +9,10 @@ use super::descriptor::Descriptor;
 use super::error::{CudnnError, Result};
 use super::graph::{Graph, Tensor};
 
-/// How many configurations of the heuristics are tried before giving up.
+/// The number of configurations of the heuristics that are tried before giving up.
 const ATTEMPTS: usize = 8;
 
-/// What plans are made for.
+/// The target of a plan: a device that is present, or the description of one.
 pub(super) enum Target {
     /// The device of a library handle.
     Handle(Handle),

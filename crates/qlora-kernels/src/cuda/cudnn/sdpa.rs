@@ -41,7 +41,7 @@ pub(super) struct Ports {
     pub(super) offsets: Vec<(i64, Tensor)>,
 }
 
-/// What is being built.
+/// The state of building an attention graph.
 struct Builder<'a> {
     graph: Graph,
     ports: Ports,
@@ -247,7 +247,7 @@ impl<'a> Builder<'a> {
         self.graph.pointwise(Pointwise::Mul, &[products, scale])
     }
 
-    /// Where `mask` does not hold, minus infinity.
+    /// Replaces scores by minus infinity where `mask` does not hold.
     fn select(&mut self, scores: Tensor, mask: Tensor) -> Result<Tensor> {
         let minus_infinity = self.graph.value()?;
         self.ports.minus_infinity.push(minus_infinity);

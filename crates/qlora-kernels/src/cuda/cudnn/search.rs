@@ -1,4 +1,4 @@
-//! Where cuDNN may lie, and which versions are good enough.
+//! The search for cuDNN's library, and the versions that are accepted.
 
 use std::env;
 use std::fs;
@@ -67,7 +67,7 @@ pub(super) fn version_text(version: usize) -> String {
     format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
 }
 
-/// Why a version is not used, if it is not.
+/// The reason why a version is not used, if it is not.
 fn refusal(version: usize) -> Option<&'static str> {
     match version / 100 {
         minor if minor / 100 != 9 => Some("only cuDNN 9 is known to this program"),

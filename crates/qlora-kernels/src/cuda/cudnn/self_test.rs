@@ -11,7 +11,7 @@ use super::search::MASKS_THE_END;
 use super::shape::{PackedLayout, Packing, Rows, SdpaBackward, SdpaForward, SdpaShape, SdpaType};
 use super::{Cudnn, SdpaLaunch};
 
-/// What the self test needs of the device. Memory that was allocated is released by whoever implements this.
+/// The device operations that the self test needs. The implementation releases the allocated memory.
 pub trait SelfTestDevice {
     /// The `cudaStream_t` to launch on.
     fn stream(&self) -> *mut c_void;

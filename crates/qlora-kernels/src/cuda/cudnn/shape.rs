@@ -1,4 +1,4 @@
-//! What the caller says about an attention call: sizes, element type, and where the tensors lie.
+//! The description of an attention call: sizes, element type, and where the tensors lie.
 
 use super::api::DataType;
 use super::error::{CudnnError, Result};
@@ -45,7 +45,7 @@ pub struct SdpaShape {
 }
 
 impl SdpaShape {
-    /// Checks what cuDNN would refuse or, worse, not check.
+    /// Checks the properties that cuDNN would refuse or, worse, not check.
     pub(super) fn check(&self, capability: u32, version: usize) -> Result<()> {
         let refuse = |text: &str| Err(CudnnError::Unsupported(format!("{text}: {self:?}")));
         if self.batch < 1 || self.seq < 2 || self.heads < 1 || self.kv_heads < 1 {
@@ -123,8 +123,8 @@ pub struct SdpaBackward<'a> {
     pub packing: Option<Packing<'a>>,
 }
 
-/// Where packed sequences lie. All arrays are in device memory and may be shared by every layer of a step. Rows that
-/// belong to no sequence are neither read nor written.
+/// The layout of packed sequences. All arrays are in device memory and may be shared by every layer of a step. Rows
+/// that belong to no sequence are neither read nor written.
 #[derive(Clone, Copy, Debug)]
 pub struct Packing<'a> {
     /// Rows of all sequences together (a bound is enough): sizes the workspace of the backward.
@@ -146,7 +146,7 @@ impl Packing<'_> {
     }
 }
 
-/// The host's side of a [`Packing`]: what is to be uploaded, once for each batch.
+/// The host's side of a [`Packing`]: the arrays to upload, once for each batch.
 ///
 /// Building the two plans of a new shape takes about a tenth of a second. So that few plans serve many batches, shapes have
 /// room for more and longer sequences than a batch has; the sequences that do not exist have length zero. That costs hardly

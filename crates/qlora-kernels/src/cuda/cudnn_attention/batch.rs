@@ -1,4 +1,4 @@
-//! What cuDNN's attention knows of one batch: made at its first layer, used by all of them.
+//! cuDNN's data of one batch: made at its first layer, used by all of them.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};

@@ -12,7 +12,7 @@ use crate::ops::attention::AttentionConfig;
 /// Bytes that plans may want besides what [`packed_workspace`] derives.
 const SLACK: u64 = 4 << 20;
 
-/// What cuDNN is to compute: sequences of one length, or packed ones.
+/// An attention task for cuDNN: sequences of one length, or packed ones.
 #[derive(Clone, Copy)]
 pub(in crate::cuda) struct Task<'a> {
     pub(super) shape: SdpaShape,
@@ -23,7 +23,7 @@ fn rows(view: CudaView) -> Rows {
     Rows { pointer: view.ptr(), stride: view.ld() }
 }
 
-/// Why a call did not run.
+/// The reason why a call did not run.
 pub(super) enum Failure {
     /// There is no plan for its shape, or none that is to be used.
     Refused(String),

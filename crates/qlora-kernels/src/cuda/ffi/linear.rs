@@ -1,4 +1,4 @@
-//! Weights to and from their stored forms, and what adapters add to a product.
+//! Weights to and from their stored forms, and the adapters' part of a product.
 
 use std::ffi::c_int;
 

@@ -1,4 +1,4 @@
-//! What launchers take by value, laid out as in C.
+//! Structs that launchers take by value, laid out as in C.
 
 use std::ffi::c_int;
 
@@ -94,7 +94,7 @@ impl Default for Shrink {
     }
 }
 
-/// What an adapter does to one layer; `QloraRowsChange` in `adapter_rows.cu`.
+/// An adapter's change of one layer; `QloraRowsChange` in `adapter_rows.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(in crate::cuda) struct RowsChange {
@@ -136,7 +136,7 @@ pub(in crate::cuda) struct RowsSpans {
     pub(in crate::cuda) cols: [i64; 3],
 }
 
-/// What launchers choose tiles by; `QloraLimits` in `device.cuh`.
+/// The device limits by which launchers choose tiles; `QloraLimits` in `device.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(in crate::cuda) struct DeviceLimits {

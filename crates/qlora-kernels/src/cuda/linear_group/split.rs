@@ -1,8 +1,8 @@
 //! A group whose weights are dequantized one member at a time into the same memory.
 //!
-//! Only the products with the frozen weights are made member by member. What the adapters add is made for the whole group at
-//! once, as where the weights are there together: one `S = x A^T`, one `dS` and `dB`, one `dA`; the members' parts of `dx`
-//! are summed by the products themselves (beta = 1), and the last one brings `dS A` along.
+//! Only the products with the frozen weights are made member by member. The adapters' part is made for the whole group
+//! at once, as where the weights are there together: one `S = x A^T`, one `dS` and `dB`, one `dA`; the members' parts
+//! of `dx` are summed by the products themselves (beta = 1), and the last one brings `dS A` along.
 
 use std::ops::Range;
 
@@ -77,7 +77,7 @@ pub(super) fn forward(
         let rounded = rounded.and_then(|(_, rounded)| rounded);
         let mut y = y.reborrow().slice_cols(columns.clone());
         let residual = residual.map(|residual| residual.slice_cols(columns));
-        // What the adapters add to a product that does not bring it along.
+        // Adds the adapters' part to a product that does not include it.
         let add_adapters = |y| match &s {
             Some(s) => gpu.matmul(op, Kind::Nt, s.view().cuda(op)?, w.margin(rp), y, 1.0, 1.0),
             None => Ok(()),

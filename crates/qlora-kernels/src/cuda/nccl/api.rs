@@ -123,7 +123,7 @@ impl Api {
         version
     }
 
-    /// What a status means, with the cause if the library knows one. `comm` may be null.
+    /// The meaning of a status, with the cause if the library knows one. `comm` may be null.
     pub(super) fn describe(&self, call: &str, status: c_int, comm: Comm) -> Error {
         // SAFETY: both return pointers to texts that stay; the second takes null or a live communicator.
         let (name, cause) = unsafe { (text((self.error_string)(status)), text((self.last_error)(comm))) };

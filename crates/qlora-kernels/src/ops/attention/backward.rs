@@ -113,7 +113,7 @@ impl AttentionConfig {
     }
 }
 
-/// What the backward reads, of the whole batch or of one key/value head of a sequence.
+/// The inputs of the backward, of the whole batch or of one key/value head of a sequence.
 #[derive(Clone, Copy)]
 struct Inputs<'a> {
     q: HostView<'a>,
@@ -207,7 +207,7 @@ struct Task<'a> {
     sums: Sums<'a>,
 }
 
-/// Where a task adds up the gradients of keys and values, from `first_key` on.
+/// The sums of the gradients of keys and values of a task, from `first_key` on.
 struct Sums<'a> {
     first_key: usize,
     dk: HostViewMut<'a>,

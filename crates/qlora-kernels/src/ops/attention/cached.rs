@@ -1,4 +1,4 @@
-//! [`attention`](super) of new tokens to a cache: what generation needs.
+//! [`attention`](super) of new tokens to a cache: the attention of generation.
 
 use std::ops::Range;
 
@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Workspace};
 use crate::view::{View, ViewMut};
 
-/// With at most this many queries, the keys are what is split over the threads.
+/// With at most this many queries, the keys are split over the threads.
 const FEW_QUERIES: usize = 16;
 
 /// Keys to a piece then. Fixed, so that the sums do not depend on the number of threads.

@@ -177,7 +177,7 @@ impl<'a> Running<'a> {
         }
     }
 
-    /// Takes in what another state, of the same columns, saw of other keys.
+    /// Merges the state of other keys, for the same columns.
     pub(super) fn merge(&mut self, other: &Self) {
         let d = self.columns.head_dim;
         for column in 0..self.columns.width() {

@@ -1,4 +1,4 @@
-//! Which attention runs a batch on a GPU, and the sizes that cuDNN's plans are made for.
+//! The choice of the attention path for a batch on a GPU, and the sizes for which cuDNN's plans are made.
 //!
 //! There are three paths: our own kernels, which take every batch; cuDNN for sequences of one length; and cuDNN for sequences
 //! of any lengths, one behind the other ("packed", "THD"). The choice depends on the batch's lengths alone, so that forward and
@@ -32,7 +32,8 @@ pub(crate) const ROWS_PER_TOKEN: f64 = 3.0;
 /// So many rows are always allowed.
 const FEW_ROWS: usize = 2048;
 
-/// How many bounds and how many uniform shapes are remembered; fewer than plans are kept, so that none is made in turns.
+/// The number of bounds and of uniform shapes that are remembered; fewer than plans are kept, so that none is made in
+/// turns.
 const MOST_SHAPES: usize = 12;
 
 /// An implementation of attention on a GPU.
@@ -47,7 +48,7 @@ pub enum AttentionPath {
     CudnnPacked,
 }
 
-/// What the choice depends on.
+/// The properties of a batch that determine the choice of an attention path.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct BatchFacts {
     pub(crate) sequences: usize,
@@ -99,7 +100,7 @@ fn packed_from(tokens: usize) -> f64 {
     if tokens >= PACKED_LARGE { PACKED_FROM } else { PACKED_ALONE_FROM }
 }
 
-/// Room for sequences: what a packed plan is made for.
+/// Room for sequences: the sizes for which a packed plan is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Bounds {
     pub(crate) sequences: usize,
@@ -261,7 +262,7 @@ mod tests {
         }
         // A length without plans of its own goes the packed way.
         assert_eq!(automatic(&[1337], Offers { uniform: false, ..ALL }), CudnnPacked);
-        // What is asked for comes before what is fast, if it can be had.
+        // A path that is asked for comes before the fastest one, if it is available.
         let asked = |path| choose(&facts(&[5, 5]), ALL, Some(path));
         assert_eq!([Own, CudnnUniform, CudnnPacked].map(asked), [Own, CudnnUniform, CudnnPacked]);
         assert_eq!(choose(&facts(&[5, 6]), ALL, Some(CudnnUniform)), Own);

@@ -1,4 +1,4 @@
-//! The connection to another rank: a thread reads what comes, anybody may send.
+//! The connection to another rank: a thread reads its messages, every thread may send.
 
 use std::io::{self, BufReader, Read};
 use std::net::{Shutdown, TcpStream};
@@ -20,7 +20,7 @@ pub(super) struct Line {
     handle: Arc<Handle>,
 }
 
-/// What other threads need of a line.
+/// The part of a line that other threads use.
 pub(super) struct Handle {
     pub(super) rank: usize,
     pub(super) name: String,

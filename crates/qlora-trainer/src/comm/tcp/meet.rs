@@ -1,4 +1,4 @@
-//! How ranks find each other: rank 0 listens, the others come.
+//! The meeting of the ranks: rank 0 listens, the others connect.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -14,14 +14,14 @@ use crate::error::{Error, Result};
 
 /// The version of the messages between ranks.
 const PROTOCOL: u32 = 1;
-/// How long somebody who connects may take to say who he is.
+/// The time limit for a new connection to introduce itself.
 const INTRODUCTION: Duration = Duration::from_secs(5);
-/// How often the missing ranks are named.
+/// The interval at which the missing ranks are named.
 const REMINDER: Duration = Duration::from_secs(10);
-/// Where rank 0 writes in torchrun's store.
+/// The key under which rank 0 writes its address in torchrun's store.
 const ADDRESS: &str = "address";
 
-/// Who a rank is.
+/// A rank's introduction: its protocol and version, its number, the run's size and job, its host and process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Hello {
     protocol: u32,
@@ -50,7 +50,7 @@ impl Hello {
         format!("(process {} on {})", self.pid, self.host)
     }
 
-    /// What keeps `other` from being a rank of the same run; an error ends the run for all.
+    /// Checks that `other` is a rank of the same run and returns the difference if not; an error ends the run for all.
     fn check(&self, other: &Self) -> std::result::Result<(), String> {
         let differs = |what: &str, ours: &dyn std::fmt::Display, theirs: &dyn std::fmt::Display| {
             Err(format!("{what}: {ours} at rank 0, {theirs} at rank {} {}", other.rank, other.name()))
@@ -160,7 +160,7 @@ fn receive_all(ranks: &Ranks, deadline: Instant) -> Result<Met> {
     Ok(Met { lines, described })
 }
 
-/// Where rank 0 listens, in torchrun's store if there is one.
+/// Opens the port of rank 0 and writes its address to torchrun's store if there is one.
 fn listen(ranks: &Ranks) -> Result<TcpListener> {
     let Ranks { address, port, store, .. } = ranks;
     let wanted = if *store { 0 } else { *port };

@@ -2,7 +2,7 @@ use std::sync::mpsc;
 
 use super::*;
 
-/// A port that nobody has: the system's choice, given back.
+/// A free port: the system's choice, given back.
 fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }

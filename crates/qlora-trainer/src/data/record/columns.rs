@@ -1,4 +1,4 @@
-//! What stands beside a conversation: its system message, its tools, and further arguments of the chat template.
+//! The columns beside a conversation: its system message, its tools, and further arguments of the chat template.
 
 use serde_json::{Map, Value};
 
@@ -16,7 +16,7 @@ pub(super) struct ConversationColumns {
 
 const SYSTEM: [&str; 2] = ["system", "system_prompt"];
 const KWARGS: &str = "chat_template_kwargs";
-/// What a template gets anyway; as further arguments they would hide it.
+/// The names of variables that a template gets anyway; further arguments of the same names would hide them.
 const NO_KWARGS: [&str; 4] = ["messages", "conversation", "tools", "add_generation_prompt"];
 
 impl ConversationColumns {
@@ -116,7 +116,7 @@ pub(super) fn string<'a>(row: &'a Map<String, Value>, key: &str) -> Result<&'a s
     }
 }
 
-/// What a JSON value is, for messages.
+/// The type of a JSON value, and a short value itself, for messages.
 pub(super) fn describe(value: &Value) -> String {
     match value {
         Value::Null => "null".to_owned(),

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use super::columns::{describe, json_text, string};
 use super::{ASSISTANT, Message, Refusal};
 
-/// How a list of messages is written.
+/// The format of a list of messages.
 #[derive(Clone, Copy)]
 pub(super) enum Reader {
     /// `{"role": ..., "content": ...}`.

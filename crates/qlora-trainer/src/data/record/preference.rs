@@ -15,7 +15,7 @@ use super::{ASSISTANT, Conversation, Message, Record, Refusal, Used, with_column
 pub enum Preference {
     /// Texts.
     Text {
-        /// What both go on from.
+        /// The prompt of both answers.
         prompt: String,
         /// The better one.
         chosen: String,
@@ -24,7 +24,7 @@ pub enum Preference {
     },
     /// Messages.
     Chat {
-        /// What both go on from, with the row's tools and template arguments.
+        /// The prompt of both answers, with the row's tools and template arguments.
         prompt: Conversation,
         /// The better messages.
         chosen: Vec<Message>,
@@ -101,13 +101,13 @@ fn pair(preference: Preference) -> Record {
     Record::Preference(Box::new(preference))
 }
 
-/// How many messages both begin with; the last message of the shorter one is never among them.
+/// The number of messages with which both begin; the last message of the shorter one is never among them.
 fn shared_messages(chosen: &[Message], rejected: &[Message]) -> usize {
     let shared = chosen.iter().zip(rejected).take_while(|(a, b)| a == b).count();
     shared.min(chosen.len().min(rejected.len()).saturating_sub(1))
 }
 
-/// Splits two texts behind what both begin with; a space before the split belongs to the answers.
+/// Splits two texts behind their common beginning; a space before the split belongs to the answers.
 fn split_texts(chosen: &str, rejected: &str) -> Preference {
     let shared: usize =
         chosen.chars().zip(rejected.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum();

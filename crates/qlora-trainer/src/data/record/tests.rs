@@ -39,7 +39,7 @@ fn single_messages_can_be_left_out() {
         {"role": "assistant", "content": "c", "train": false}, {"role": "user", "content": "d", "train": true}]});
     let trained: Vec<_> = roles(read(row)).into_iter().map(|turn| turn.2).collect();
     assert_eq!(trained, [false, true, false, false]);
-    // What the assistant said in the prompt is not trained.
+    // The assistant's messages in the prompt are not trained.
     let row = json!({"prompt": [{"role": "assistant", "content": "a"}],
                      "completion": [{"role": "assistant", "content": "b"}]});
     assert_eq!(roles(read(row)), [turn("assistant", "a", false), turn("assistant", "b", true)]);

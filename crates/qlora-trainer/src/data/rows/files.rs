@@ -9,7 +9,7 @@ use super::FORMATS;
 use super::input::{STDIN, data_extension};
 use crate::error::{Error, Result};
 
-/// How the names of data files end, besides `.gz` and `.zst` behind it.
+/// The extensions of data files, before a `.gz` or `.zst`.
 pub fn data_extensions() -> impl Iterator<Item = &'static str> {
     FORMATS.iter().flat_map(|format| format.extensions).copied()
 }
@@ -27,7 +27,7 @@ const NO_DATA: [&str; 7] = [
 /// Folders in folders.
 const MAX_DEPTH: usize = 16;
 
-/// As a shell does, but `**` may stand for no folder, and what is hidden is left out.
+/// As a shell does, but `**` may stand for no folder, and hidden files are left out.
 pub(crate) const PATTERNS: MatchOptions =
     MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: true };
 

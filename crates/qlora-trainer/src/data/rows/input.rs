@@ -9,10 +9,10 @@ use crate::error::{Error, Result};
 /// The path that stands for standard input.
 pub const STDIN: &str = "-";
 
-/// How a file is compressed.
+/// A compression format of files.
 struct Compression {
     name: &'static str,
-    /// How names end.
+    /// The file extensions.
     extensions: &'static [&'static str],
     /// The first bytes.
     magic: &'static [u8],
@@ -62,7 +62,7 @@ fn buffered(reader: impl Read + Send + 'static) -> Bytes {
 }
 
 const BUFFER: usize = 256 << 10;
-/// What of the beginning is looked at.
+/// The number of bytes at the file's beginning that are inspected.
 const PEEKED: usize = 4 << 10;
 
 /// An opened file at its beginning.
@@ -102,7 +102,7 @@ impl<'a> Input<'a> {
         text.trim_ascii_start().first() == Some(&character)
     }
 
-    /// How the name ends without that of its compression, in lower case.
+    /// The extension of the name without that of its compression, in lower case.
     pub(super) fn extension(&self) -> Option<String> {
         data_extension(self.path)
     }
@@ -127,7 +127,7 @@ impl<'a> Input<'a> {
     }
 }
 
-/// How a file's name ends, without the end that says how it is compressed; in lower case.
+/// The extension of a file's name, without that of its compression; in lower case.
 pub(crate) fn data_extension(path: &Path) -> Option<String> {
     let extension = |path: &Path| path.extension().map(|end| end.to_string_lossy().to_lowercase());
     let end = extension(path)?;

@@ -25,7 +25,7 @@ struct Reader {
     bytes: Bytes,
     /// `bytes` and `rows` are those behind the last element; `lines` the line feeds before.
     at: Mark,
-    /// Where the last element that was given out ends.
+    /// The end of the last element that was given out.
     mark: Mark,
     /// The list's end was seen.
     ended: bool,
@@ -147,7 +147,7 @@ impl Reader {
     }
 }
 
-/// Where a value ends.
+/// A scanner that finds the end of a JSON value.
 #[derive(Default)]
 struct Scan {
     depth: usize,
@@ -156,7 +156,7 @@ struct Scan {
 }
 
 impl Scan {
-    /// How many of the bytes belong to the value, if it ends in them.
+    /// The number of bytes that belong to the value, if it ends in them.
     fn end_in(&mut self, bytes: &[u8]) -> Option<usize> {
         for (i, byte) in bytes.iter().enumerate() {
             if self.quoted {

@@ -1,4 +1,4 @@
-//! Rows of data files, before anybody knows what they mean: JSON objects with their place.
+//! Rows of data files before their interpretation: JSON objects with their place.
 //!
 //! | module | what it is |
 //! |---|---|
@@ -7,8 +7,8 @@
 //! | `source` | the rows of several files one after the other, with a [`RowPosition`] to go on from |
 //! | `jsonl`, `json_array`, `csv`, `text`, `parquet` | one file format each |
 //!
-//! A new format is a file with a `Format` and its line in `FORMATS`. What is read is not trusted: a row has at most
-//! [`MAX_ROW_BYTES`], and errors name the file and the line or row.
+//! A new format is a file with a `Format` and its line in `FORMATS`. The contents of files are not trusted: a row has
+//! at most [`MAX_ROW_BYTES`], and errors name the file and the line or row.
 
 mod csv;
 mod files;
@@ -43,7 +43,7 @@ pub const MAX_ROW_BYTES: usize = 256 << 20;
 /// Rows that are read together have about this many bytes at most.
 const CHUNK_BYTES: usize = 16 << 20;
 
-/// Where a row stands in its file, from 1.
+/// The place of a row in its file, from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Place {
     /// The line in which it begins, in formats of lines.
@@ -67,7 +67,7 @@ impl Place {
         }
     }
 
-    /// What is wrong with the row.
+    /// An error that describes the row's problem, with its place.
     pub(super) fn refuse(self, path: &Path, message: String) -> Error {
         match self {
             Self::Line(line) => Error::data(path, line, message),
@@ -99,7 +99,7 @@ enum Content {
 }
 
 impl RawRow {
-    /// Where it stands in its file.
+    /// The place of the row in its file.
     pub fn place(&self) -> Place {
         self.place
     }
@@ -107,7 +107,7 @@ impl RawRow {
     /// The row as JSON, usually an object.
     ///
     /// # Errors
-    /// What is wrong with it, without file and place.
+    /// A description of the row's problem, without file and place.
     pub fn parse(self) -> std::result::Result<Value, String> {
         match self.content {
             Content::Line(line) => lines::parse(&line),
@@ -121,7 +121,7 @@ impl RawRow {
     }
 }
 
-/// How far a file is read.
+/// The position up to which a file was read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mark {
     /// Rows behind.
@@ -139,7 +139,7 @@ pub(super) trait RowReader: Send {
     /// The next rows, at most `count`, and fewer where they are large; none at the end.
     fn next(&mut self, count: usize) -> Result<Vec<RawRow>>;
 
-    /// Where the next row begins.
+    /// The mark of the next row's beginning.
     fn mark(&self) -> Mark;
 }
 
@@ -147,7 +147,7 @@ pub(super) trait RowReader: Send {
 pub(super) struct Format {
     /// Its name, as `ds_type` in a configuration has it.
     pub(super) name: &'static str,
-    /// How its files' names end, without the dot.
+    /// The extensions of its files' names, without the dot.
     pub(super) extensions: &'static [&'static str],
     /// Opens a file whose rows are read from a mark on.
     open: fn(Input<'_>, Mark) -> Result<Box<dyn RowReader>>,
@@ -168,7 +168,7 @@ pub(super) static FORMATS: &[Format] = &[
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DataFile {
-    /// Where it is; [`STDIN`] is standard input.
+    /// The path of the file; [`STDIN`] is standard input.
     pub path: std::path::PathBuf,
     /// Its format by name, if its own name and content do not say it.
     pub format: Option<String>,

@@ -112,7 +112,7 @@ impl RowReader for Reader {
     }
 }
 
-/// Runs the crate's reader. What it says, and a panic, become an error with the file and the row.
+/// Runs the crate's reader. Its error, or a panic, becomes an error with the file and the row.
 fn guarded<T>(path: &Path, row: Option<u64>, read: impl FnOnce() -> std::result::Result<T, ParquetError>) -> Result<T> {
     let refuse = |message: String| match row {
         Some(row) => Place::Row(row as usize).refuse(path, message),
@@ -128,7 +128,7 @@ fn guarded<T>(path: &Path, row: Option<u64>, read: impl FnOnce() -> std::result:
     }
 }
 
-/// A file whose chunks are within it.
+/// A file with the ranges of its chunks checked to be within it.
 struct Chunks(File);
 
 impl Length for Chunks {

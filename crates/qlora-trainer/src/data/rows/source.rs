@@ -7,12 +7,12 @@ use serde::{Deserialize, Serialize};
 use super::{DataFile, Mark, RawRow, RowReader};
 use crate::error::{Error, Result};
 
-/// How far a [`RowSource`] is read. It can be stored, and a source of the same files goes on from it.
+/// The position up to which a [`RowSource`] was read. It can be stored, and a source of the same files goes on from it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RowPosition {
     /// Files behind.
     pub file: usize,
-    /// How far the next one is read.
+    /// The mark within the next file.
     pub mark: Mark,
 }
 
@@ -34,7 +34,7 @@ impl RowSource {
         &self.files
     }
 
-    /// Where the next row begins.
+    /// The position of the next row's beginning.
     pub fn position(&self) -> RowPosition {
         self.position
     }

@@ -77,7 +77,7 @@ fn formats_are_told_by_name_and_content() {
     }
 }
 
-/// Without what is null, which files in columns have in every row.
+/// Removes null values, which files in columns have in every row.
 fn without_nulls(value: &Value) -> Value {
     match value {
         Value::Object(map) => {

@@ -87,7 +87,7 @@ impl StreamLoader {
         Some(Stream { shared, start, first: block?.documents, reader: reader?, identity })
     }
 
-    /// What stands for the data.
+    /// The fingerprint of the data.
     pub(crate) fn identity(&self) -> &str {
         &self.identity
     }
@@ -97,12 +97,12 @@ impl StreamLoader {
         largest_batch(self.options, self.shared.options.encode.max_length)
     }
 
-    /// How many epochs and steps are behind.
+    /// The number of epochs and steps that are done.
     pub fn position(&self) -> Position {
         self.position
     }
 
-    /// Where the next step begins in the files.
+    /// The position in the files at which the next step begins.
     pub fn stream_position(&self) -> StreamPosition {
         match &self.block {
             Some(block) => StreamPosition { block: block.documents.start.clone(), items: block.used },
@@ -226,7 +226,7 @@ impl StreamLoader {
         self.step.group_size()
     }
 
-    /// Where a document of the last step came from.
+    /// The origin of a document of the last step.
     pub fn origin(&self, document: usize) -> String {
         self.step.origin(document)
     }

@@ -39,17 +39,17 @@ pub const BLOCK_TOKENS: usize = 8 << 20;
 /// An encoder that another thread may use.
 pub type SharedEncoder = Arc<dyn TextEncoder + Send + Sync>;
 
-/// How a stream is read.
+/// Options of reading a stream.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct StreamOptions {
-    /// What happens to long documents, and what is trained.
+    /// Options of encoding: the treatment of long documents, and the mask of trained tokens.
     pub encode: EncodeOptions,
     /// Documents of fewer tokens are left out.
     pub min_sample_len: usize,
     /// Only the first so many rows of each set are read.
     pub max_samples: Option<usize>,
-    /// How several sets become one.
+    /// The way several data sets are combined.
     pub mix_strategy: MixStrategy,
     /// The probability of each set where they are interleaved; none if they take turns.
     pub interleave_probs: Vec<f64>,
@@ -77,16 +77,16 @@ impl From<&TrainConfig> for StreamOptions {
     }
 }
 
-/// Where a run is in a stream. It goes on from there with the same documents in the same order.
+/// The position of a run in a stream. It goes on from there with the same documents in the same order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StreamPosition {
-    /// Where the block begins.
+    /// The position at which the block begins.
     pub block: ReaderPosition,
     /// Items (documents or bins) of the block that are used up.
     pub items: usize,
 }
 
-/// What a stream's reader has to know; it does not change.
+/// The constant inputs of a stream's reader.
 #[derive(Clone)]
 pub(super) struct Shared {
     sets: Arc<[RowSet]>,
@@ -97,7 +97,7 @@ pub(super) struct Shared {
 /// Training data that is read while it is trained on. Its first block is read already.
 pub struct Stream {
     shared: Shared,
-    /// Where an epoch begins: behind the documents that are evaluated on.
+    /// The position at which an epoch begins: behind the documents that are evaluated on.
     start: ReaderPosition,
     first: Documents,
     /// Goes on behind the first block. Kept, because what comes through a pipe cannot be opened again.
@@ -131,7 +131,7 @@ impl Stream {
         Ok((Self { shared, start, first, reader, identity }, validation))
     }
 
-    /// What tells these data from others, as far as that can be said without reading them.
+    /// The fingerprint of these data, as far as it can be computed without reading all of them.
     pub fn identity(&self) -> &str {
         &self.identity
     }

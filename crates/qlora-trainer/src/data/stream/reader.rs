@@ -16,7 +16,7 @@ use crate::rng::derive_seed;
 /// Rows of a set that are read and encoded together.
 const CHUNK: usize = 256;
 
-/// Where a reader is. It can be stored.
+/// The position of a reader. It can be stored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReaderPosition {
     /// Epochs behind.
@@ -27,7 +27,7 @@ pub struct ReaderPosition {
     turns: TurnState,
 }
 
-/// Where a set is: rows are read in chunks, which are counted from where one begins.
+/// The position in a set: rows are read in chunks, which are counted from where one begins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct SetPosition {
     chunk: RowPosition,
@@ -53,7 +53,7 @@ struct SetReader {
 /// Documents that were read together.
 #[derive(Debug)]
 pub(super) struct Documents {
-    /// Where they begin.
+    /// The position at which the block begins.
     pub(super) start: ReaderPosition,
     pub(super) dataset: Dataset,
     /// The epoch ends with them.
@@ -66,7 +66,7 @@ pub(super) struct BlockReader {
     turns: Turns,
     epoch: u64,
     block: u64,
-    /// Where an epoch begins.
+    /// The position at which an epoch begins.
     start: ReaderPosition,
     /// The epoch has ended, and the next one is not begun.
     ended: bool,

@@ -78,7 +78,7 @@ impl PageReader for CheckedPages {
     }
 }
 
-/// What is wrong with a page.
+/// Checks a page.
 fn check(page: &Page, column: &ColumnDescriptor) -> std::result::Result<(), String> {
     let count = page.num_values() as usize;
     if count > MAX_VALUES {
@@ -132,7 +132,7 @@ fn least_bytes(column: &ColumnDescriptor) -> usize {
     }
 }
 
-/// What follows the levels of `count` values, of a page of the first version.
+/// The bytes after the levels of `count` values, of a page of the first version.
 fn behind_levels(bytes: &[u8], count: usize, max: i16, encoding: Encoding) -> Option<&[u8]> {
     #[expect(deprecated, reason = "old files have it")]
     let packed = encoding == Encoding::BIT_PACKED;
@@ -144,7 +144,7 @@ fn behind_levels(bytes: &[u8], count: usize, max: i16, encoding: Encoding) -> Op
     rest.get(usize::try_from(i32::from_le_bytes(*length)).ok()?..)
 }
 
-/// What follows a list of at most `most` integers that are stored as differences (`DELTA_BINARY_PACKED`).
+/// The bytes after a list of at most `most` integers that are stored as differences (`DELTA_BINARY_PACKED`).
 fn behind_integers(bytes: &[u8], most: usize) -> Option<&[u8]> {
     let mut rest = bytes;
     let [block, minis, total] = [varint(&mut rest)?, varint(&mut rest)?, varint(&mut rest)?];
