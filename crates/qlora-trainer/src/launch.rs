@@ -144,7 +144,7 @@ pub fn launch(size: usize) -> Result<u8> {
     Ok(code)
 }
 
-/// What a rank prints, line by line with its number.
+/// Prints the output of a rank, line by line with its number.
 fn pass_on(rank: usize, from: impl Read + Send + 'static) -> JoinHandle<()> {
     std::thread::spawn(move || {
         for line in BufReader::new(from).split(b'\n').map_while(io::Result::ok) {
