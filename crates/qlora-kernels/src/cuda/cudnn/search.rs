@@ -1,7 +1,6 @@
 //! The search for cuDNN's library, and the versions that are accepted.
 
 use std::env;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::super::libraries::{children, folders};
@@ -130,6 +129,8 @@ fn parse_version(text: &str) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
