@@ -5,7 +5,7 @@ use qlora_kernels::ops::swiglu;
 use qlora_kernels::tensor::{DeviceTensor, TensorView};
 use qlora_kernels::{Dtype, Matrix, Result, View, Workspace};
 
-use crate::harness::gpu;
+use crate::harness::new_gpu;
 
 const ROWS: usize = 5;
 const COLS: usize = 96;
@@ -16,7 +16,7 @@ fn numbers(seed: usize) -> Vec<f32> {
 
 #[test]
 fn recorded_launches_compute_with_what_is_there_when_they_run() {
-    let Some(device) = gpu() else { return };
+    let Some(device) = new_gpu() else { return };
     let workspace = Workspace::poisoned_on(&device, Dtype::F32).unwrap();
     let gpu = workspace.gpu().unwrap().clone();
     let mut x = workspace.upload(&numbers(0), ROWS, COLS).unwrap();
@@ -49,7 +49,7 @@ fn recorded_launches_compute_with_what_is_there_when_they_run() {
 
 #[test]
 fn a_graph_whose_memory_is_gone_does_not_run() {
-    let Some(device) = gpu() else { return };
+    let Some(device) = new_gpu() else { return };
     let workspace = Workspace::with_dtype(&device, Dtype::F32).unwrap();
     let gpu = workspace.gpu().unwrap().clone();
     let mut x = workspace.upload(&numbers(0), ROWS, COLS).unwrap();
@@ -71,7 +71,7 @@ fn a_graph_whose_memory_is_gone_does_not_run() {
 
 #[test]
 fn tensors_of_candle_are_recorded_where_the_graph_keeps_them() {
-    let Some(device) = gpu() else { return };
+    let Some(device) = new_gpu() else { return };
     let workspace = Workspace::with_dtype(&device, Dtype::F32).unwrap();
     let gpu = workspace.gpu().unwrap().clone();
     let mut x = workspace.zeros(ROWS, COLS).unwrap();
@@ -91,7 +91,7 @@ fn tensors_of_candle_are_recorded_where_the_graph_keeps_them() {
 
 #[test]
 fn what_is_no_launch_cannot_be_recorded() {
-    let Some(device) = gpu() else { return };
+    let Some(device) = new_gpu() else { return };
     let workspace = Workspace::with_dtype(&device, Dtype::F32).unwrap();
     let gpu = workspace.gpu().unwrap().clone();
     let mut x = workspace.zeros(ROWS, COLS).unwrap();
@@ -107,7 +107,7 @@ fn what_is_no_launch_cannot_be_recorded() {
 
 #[test]
 fn memory_of_steps_is_used_again_and_given_back() {
-    let Some(device) = gpu() else { return };
+    let Some(device) = new_gpu() else { return };
     let workspace = Workspace::with_dtype(&device, Dtype::F32).unwrap();
     let gpu = workspace.gpu().unwrap().clone();
     let memory = StepMemory::new(&gpu);
