@@ -140,7 +140,7 @@ fn rows_and_objective_must_fit() {
         config.set("training.objective", "sft").unwrap();
         config.objective = Default::default();
     });
-    assert!(message.contains("preference_heldout.jsonl:1: a pair of answers"), "{message}");
+    assert!(message.contains("preference_train.jsonl:1: a pair of answers"), "{message}");
     assert!(message.contains("\"sft\"") && message.contains("`objective` in [training]"), "{message}");
     let plain = folder.path().join("plain.jsonl");
     tiny_folder::write_rows(&plain, &["yes", "no"]);

@@ -102,8 +102,13 @@ fn text(config: &TrainConfig) -> Result<String> {
     let mut lines: Vec<String> = EXAMPLE.lines().map(str::to_owned).collect();
     for key in documented_keys() {
         let value = values.get(key.section).and_then(|section| section.get(key.name));
-        // Empty lists stand for values that are not given.
-        let given = value.filter(|value| value.as_array().is_none_or(|list| !list.is_empty()));
+        // Empty lists and tables stand for values that are not given.
+        let is_empty = |value: &toml::Value| match value {
+            toml::Value::Array(list) => list.is_empty(),
+            toml::Value::Table(table) => table.is_empty(),
+            _ => false,
+        };
+        let given = value.filter(|value| !is_empty(value));
         if let Some(value) = given.filter(|value| !is_default(key.default, value)) {
             lines[key.line] = format!("{} = {value}", key.name);
         }

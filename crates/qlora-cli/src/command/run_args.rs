@@ -167,16 +167,16 @@ mod tests {
         let config = parsed(&[&["m", "d.jsonl", "--target_modules", "q_proj, v_proj"], &flags[..]].concat()).unwrap();
         assert_eq!((config.training.learning_rate, config.lora.r, config.data.packing), (1e-5, 8, true));
         assert!(!config.model.load_in_4bit);
+        assert_eq!(
+            config.lora.target_modules,
+            qlora::trainer::config::Targets::List(vec!["q_proj".into(), "v_proj".into()])
+        );
         let mixed = ["--datasets", "[{ path = \"b.csv\", field = \"t\" }]", "--interleave-probs", "0.7, 0.3"];
         let config = parsed(&[&["m", "d.jsonl", "--mix-strategy", "interleave_under"], &mixed[..]].concat()).unwrap();
         assert_eq!(config.data.datasets[0].field.as_deref(), Some("t"));
         assert_eq!(config.data.interleave_probs, [0.7, 0.3]);
         let config = parsed(&[&["m", "--datasets"], &mixed[1..2]].concat()).unwrap();
         assert!(config.data.train_file.is_empty());
-        assert_eq!(
-            config.lora.target_modules,
-            qlora::trainer::config::Targets::List(vec!["q_proj".into(), "v_proj".into()])
-        );
         let config = parsed(&["m", "--packing", "d.jsonl", "--target-modules", "all-linear"]).unwrap();
         assert_eq!(config.data.train_file.as_slice()[0].to_str(), Some("d.jsonl"));
         let message = parsed(&["m", "d.jsonl", "--learning-rate", "fast"]).unwrap_err().to_string();
