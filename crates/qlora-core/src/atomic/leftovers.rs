@@ -40,7 +40,7 @@ pub fn remove_leftovers(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes the leftovers of killed writers of `name` in `folder` What goes wrong is of no consequence for the new file.
+/// Removes the leftovers of killed writers of `name` in `folder`. Failures are of no consequence for the new file.
 pub(super) fn sweep(folder: &Path, name: &str) {
     let Ok(entries) = fs::read_dir(folder) else { return };
     for entry in entries.flatten() {

@@ -85,8 +85,8 @@ impl Gpu {
         Ok(value)
     }
 
-    /// Runs `work` and returns the times of its launches, the longest first: one profile at a time What the work takes
-    /// beyond their sum, the GPU waited.
+    /// Runs `work` and returns the times of its launches, the longest first: one profile at a time. For the rest of
+    /// the work's time the GPU waited.
     ///
     /// # Errors
     /// The error of `work`, or a failure of the device.
