@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use qlora_core::model::gpus;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::error::{Error, Result};
@@ -58,16 +59,6 @@ impl Processes {
             Self::Auto => gpus().max(1),
         }
     }
-}
-
-#[cfg(feature = "cuda")]
-fn gpus() -> usize {
-    qlora_kernels::cuda::device_count()
-}
-
-#[cfg(not(feature = "cuda"))]
-fn gpus() -> usize {
-    0
 }
 
 /// To be called early by a program that may be a rank: it ends when the process is gone that started it.

@@ -34,7 +34,7 @@ use qlora_kernels::quant::{QuantConfig, QuantType};
 use qlora_kernels::{Dtype, Workspace};
 
 pub use self::card::{CardPlan, plan_on_card};
-use crate::comm::{Alone, Communicator};
+use crate::comm::{Alone, Communicator, or_tell_all};
 use crate::config::{self, GradientCheckpointing, LoraOptions, ModelOptions, Targets, TrainConfig};
 use crate::data::{Dataset, TrainingData};
 use crate::encoder::ModelEncoder;
@@ -88,13 +88,8 @@ impl Session {
         progress: impl FnMut(u64, u64),
     ) -> Result<Self> {
         let opened = Prepared::new(config, true, &mut comm).and_then(|prepared| Self::load(prepared, progress));
-        match opened {
-            Ok(session) => Ok(Self { comm, ..session }),
-            Err(error) => {
-                comm.fail(&format!("failed: {error}"));
-                Err(error)
-            }
-        }
+        let session = or_tell_all(&mut *comm, opened)?;
+        Ok(Self { comm, ..session })
     }
 
     /// As [`Session::open`] to plan a run only: no output folder is made or locked, no checkpoint read.
@@ -226,22 +221,14 @@ impl Session {
         validation: Option<Dataset>,
     ) -> Result<Trainer<'a, QLoraModel>> {
         let training = training.into();
-        if let Some(plan) = self.plan_memory(&training)?
-            && let Err(error) = self.model.reserve_for(&plan)
-        {
-            self.comm.fail(&format!("failed: {error}"));
-            return Err(error.into());
+        if let Some(plan) = self.plan_memory(&training)? {
+            or_tell_all(&mut *self.comm, self.model.reserve_for(&plan).map_err(Into::into))?;
         }
         let (start, template_time) = (self.start.take(), self.template_time.take());
         let mut comm = std::mem::replace(&mut self.comm, Box::new(Alone));
         let made = self.into_model().and_then(|(model, config)| Trainer::new(config, model, training, validation));
-        match made {
-            Ok(trainer) => Ok(trainer.with_start(start, template_time).with_communicator(comm)),
-            Err(error) => {
-                comm.fail(&format!("failed: {error}"));
-                Err(error)
-            }
-        }
+        let trainer = or_tell_all(&mut *comm, made)?;
+        Ok(trainer.with_start(start, template_time).with_communicator(comm))
     }
 
     /// The model as the training loop drives it, and the configuration.

@@ -76,14 +76,11 @@ impl DeviceChoice {
     }
 }
 
-/// The number of GPUs that this process can see.
-#[cfg(feature = "cuda")]
-fn gpus() -> usize {
-    qlora_kernels::cuda::device_count()
-}
-
-#[cfg(not(feature = "cuda"))]
-fn gpus() -> usize {
+/// The number of GPUs that this process can see; 0 in a program that is built without CUDA.
+pub fn gpus() -> usize {
+    #[cfg(feature = "cuda")]
+    return qlora_kernels::cuda::device_count();
+    #[cfg(not(feature = "cuda"))]
     0
 }
 

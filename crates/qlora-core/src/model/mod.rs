@@ -28,7 +28,7 @@ pub use adapters::{AdapterChoice, Combination, LoadedAdapter};
 pub use cache::KvCache;
 pub use causal_lm::{CausalLm, MemoryUse};
 pub use compute_dtype::{Capability, compute_dtype};
-pub use device::DeviceChoice;
+pub use device::{DeviceChoice, gpus};
 pub use load::{LoadOptions, Quantization};
 pub use plan::{BatchShape, MemoryPlan, Planner};
 pub use train::TrainPass;

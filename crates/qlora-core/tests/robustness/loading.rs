@@ -7,6 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
+use crate::check_memory;
 use proptest::prelude::*;
 use qlora_core::config::ModelConfig;
 use qlora_core::source::{Gguf, HfDirectory, WeightSource};
@@ -22,16 +23,6 @@ static CONFIGS: LazyLock<Vec<Value>> = LazyLock::new(|| {
     let cases: Value = serde_json::from_str(&fs::read_to_string(FOLDER.join("loading/configs.json")).unwrap()).unwrap();
     cases.as_array().unwrap().iter().map(|case| case["config"].clone()).collect()
 });
-
-/// Fails if the process ever asked for much more memory than its small inputs can need, in pages touched or not.
-fn check_memory() {
-    let Ok(status) = fs::read_to_string("/proc/self/status") else { return };
-    for (key, limit) in [("VmPeak:", 4 << 20), ("VmHWM:", 512 << 10)] {
-        let line = status.lines().find(|line| line.starts_with(key)).unwrap();
-        let kilobytes: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
-        assert!(kilobytes < limit, "{line}");
-    }
-}
 
 /// One change to a file.
 #[derive(Clone, Debug)]

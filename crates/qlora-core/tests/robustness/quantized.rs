@@ -7,6 +7,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::check_memory;
 use crate::common::{Checkpoint, FOLDERS, quantized};
 use proptest::prelude::*;
 use qlora_core::model::{CausalLm, LoadOptions};
@@ -28,16 +29,6 @@ fn refused(what: &str, checkpoint: &Checkpoint) -> String {
     let error = load(folder.path()).expect_err(what);
     assert!(start.elapsed() < Duration::from_secs(5), "{what}: {:?}", start.elapsed());
     error
-}
-
-/// Fails if the process ever asked for much more memory than its small inputs can need, in pages touched or not.
-fn check_memory() {
-    let Ok(status) = fs::read_to_string("/proc/self/status") else { return };
-    for (key, limit) in [("VmPeak:", 4 << 20), ("VmHWM:", 512 << 10)] {
-        let line = status.lines().find(|line| line.starts_with(key)).unwrap();
-        let kilobytes: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
-        assert!(kilobytes < limit, "{line}");
-    }
 }
 
 /// Another dtype of the same size that no weight is stored in.

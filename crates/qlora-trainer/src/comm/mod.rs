@@ -10,9 +10,10 @@
 //! | [`store`] | a client of torchrun's key-value store, through which its workers find each other |
 //! | `nccl` | sums between GPUs (feature `cuda`) |
 //!
-//! A rank that dies, hangs or fails ends the run on every rank, with an error that names it ([`Error::Rank`]).
+//! A rank that dies, is stopped or fails ends the run on every rank, with an error that names it ([`Error::Rank`]).
 
 mod agree;
+mod dial;
 mod frame;
 #[cfg(feature = "cuda")]
 pub mod nccl;
@@ -147,6 +148,14 @@ pub fn exchange<T: Serialize + DeserializeOwned>(
             .map_err(|error| Error::rank(rank, format!("sent something else than expected ({what}): {error}")))
     };
     all.iter().enumerate().map(read).collect()
+}
+
+/// `result`, of which the other ranks are told if it is an error: they end with it.
+///
+/// # Errors
+/// That of `result`.
+pub(crate) fn or_tell_all<T>(comm: &mut dyn Communicator, result: Result<T>) -> Result<T> {
+    result.inspect_err(|error| comm.fail(&format!("failed: {error}")))
 }
 
 /// Rank 0's bytes, on every rank. The bytes that the other ranks give are not sent.

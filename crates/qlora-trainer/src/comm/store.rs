@@ -6,9 +6,10 @@
 //! counts restarts.
 
 use std::io::{self, Read, Write};
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
+use super::dial::dial;
 use super::ranks::Ranks;
 use crate::error::{Error, Result};
 
@@ -36,17 +37,7 @@ impl Store {
     /// If there is no answer.
     pub fn connect(ranks: &Ranks, patience: Duration) -> Result<Self> {
         let at = format!("{}:{}", ranks.address, ranks.port);
-        let deadline = Instant::now() + patience;
-        let connected = loop {
-            let tried = at.to_socket_addrs().and_then(|mut addresses| {
-                let address = addresses.next().ok_or(io::ErrorKind::NotFound)?;
-                TcpStream::connect_timeout(&address, Duration::from_secs(5))
-            });
-            match tried {
-                Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(200)),
-                other => break other,
-            }
-        };
+        let connected = dial(&at, "torchrun's store", Instant::now() + patience);
         let begin = |mut stream: TcpStream| -> io::Result<TcpStream> {
             stream.set_nodelay(true)?;
             stream.set_read_timeout(Some(Duration::from_secs(30)))?;

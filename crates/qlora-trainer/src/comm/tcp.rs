@@ -91,7 +91,11 @@ impl Shared {
     }
 
     fn error(&self) -> Option<Error> {
-        self.lost().map(|(rank, why)| Error::rank(rank, why))
+        let step = match self.step.load(Ordering::SeqCst) {
+            0 => String::new(),
+            step => format!("; this rank was in step {step}"),
+        };
+        self.lost().map(|(rank, why)| Error::rank(rank, format!("{why}{step}")))
     }
 }
 
@@ -298,11 +302,9 @@ fn watch(lines: &[Line], shared: &Arc<Shared>, when_lost: Arc<dyn Fn(&Error) + S
             }
             if since.elapsed() > GRACE && !ended && !shared.writing.load(Ordering::SeqCst) {
                 ended = true;
-                let step = match shared.step.load(Ordering::SeqCst) {
-                    0 => String::new(),
-                    step => format!("; this rank was in step {step}"),
-                };
-                when_lost(&Error::rank(rank, format!("{why}{step}")));
+                if let Some(error) = shared.error() {
+                    when_lost(&error);
+                }
             }
         }
     })

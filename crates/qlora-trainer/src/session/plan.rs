@@ -6,6 +6,7 @@ use qlora_core::model::{BatchShape, MemoryPlan, Planner};
 use qlora_kernels::cuda::Gpu;
 
 use super::Session;
+use crate::comm::or_tell_all;
 use crate::config::{GradientCheckpointing, TrainConfig};
 use crate::data::{LargestBatch, LoaderOptions, TrainingData};
 use crate::error::Result;
@@ -20,10 +21,7 @@ impl Session {
     /// much.
     pub fn plan_memory(&mut self, training: &TrainingData) -> Result<Option<MemoryPlan>> {
         let planned = self.plan_of(training);
-        if let Err(error) = &planned {
-            self.comm.fail(&format!("failed: {error}"));
-        }
-        planned
+        or_tell_all(&mut *self.comm, planned)
     }
 
     fn plan_of(&mut self, training: &TrainingData) -> Result<Option<MemoryPlan>> {

@@ -206,15 +206,22 @@ impl<M: TrainableModel> Trainer<'_, M> {
         Ok(Some(whole))
     }
 
-    /// Checks that all ranks begin with the same parameters.
-    pub(super) fn check_same_beginning(&mut self) -> Result<()> {
-        self.check_same("first parameters", |this| Ok(this.progress.initial_parameters.clone()))?;
-        self.check_same_parameters()
-    }
-
     /// Checks that all ranks have the same parameters now: each makes every update by itself.
     pub(super) fn check_same_parameters(&mut self) -> Result<()> {
-        self.check_same("parameters", |this| Ok(Fingerprint::new().floats(&this.model.masters()?).to_string()))
+        if self.comm.size() == 1 {
+            return Ok(());
+        }
+        let mine = Fingerprint::new().floats(&self.model.masters()?).to_string();
+        let all = exchange(&mut *self.comm, "parameters", &mine)?;
+        let others: Vec<_> = (1..all.len()).filter(|&rank| all[rank] != all[0]).collect();
+        if others.is_empty() {
+            return Ok(());
+        }
+        let step = self.progress.global_step;
+        Err(Error::Invalid(format!(
+            "after step {step} the parameters of ranks {others:?} are not those of rank 0: different GPUs, libraries or a memory \
+             fault; the last checkpoint is from before it"
+        )))
     }
 
     /// Waits until all ranks are here.
@@ -223,23 +230,6 @@ impl<M: TrainableModel> Trainer<'_, M> {
             self.comm.gather(place, Vec::new())?;
         }
         Ok(())
-    }
-
-    fn check_same(&mut self, what: &'static str, of: impl FnOnce(&Self) -> Result<String>) -> Result<()> {
-        if self.comm.size() == 1 {
-            return Ok(());
-        }
-        let mine = of(self)?;
-        let all = exchange(&mut *self.comm, what, &mine)?;
-        let others: Vec<_> = (1..all.len()).filter(|&rank| all[rank] != all[0]).collect();
-        if others.is_empty() {
-            return Ok(());
-        }
-        let step = self.progress.global_step;
-        Err(Error::Invalid(format!(
-            "after step {step} the {what} of ranks {others:?} are not those of rank 0: different GPUs, libraries or a memory fault; \
-             the last checkpoint is from before it"
-        )))
     }
 }
 

@@ -7,6 +7,7 @@ use super::{Outcome, Summary, Trainer};
 use crate::checkpoint::folder::{self, OutputFolder};
 use crate::checkpoint::tensors::OptimizerTensors;
 use crate::checkpoint::{self, Checkpoint};
+use crate::comm::or_tell_all;
 use crate::config::Resume;
 use crate::data::feed::FeedPosition;
 use crate::error::{Error, Result};
@@ -25,11 +26,9 @@ impl<M: TrainableModel> Trainer<'_, M> {
     /// gradient is not finite. The checkpoints that were written before stay.
     pub fn run(&mut self) -> Result<Summary> {
         let ended = self.run_to_end();
-        match &ended {
-            Ok(_) => self.comm.leave(),
-            Err(error) => self.comm.fail(&format!("failed: {error}")),
-        }
-        ended
+        let summary = or_tell_all(&mut *self.comm, ended)?;
+        self.comm.leave();
+        Ok(summary)
     }
 
     fn run_to_end(&mut self) -> Result<Summary> {
@@ -44,7 +43,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
         } else {
             (None, None)
         };
-        self.check_same_beginning()?;
+        self.check_same_parameters()?;
         let path = output.as_ref().map(OutputFolder::path);
         let mut metrics = path.map(|path| MetricsFile::open(path, &self.progress.history)).transpose()?;
         self.announce(resumed_from.as_deref());

@@ -29,12 +29,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
             Err(error) => {
                 // A caller may try again; the data must not move on without the model.
                 self.blueprint.feed.seek(&position)?;
-                return Err(match error {
-                    Error::Rank { rank, message } => {
-                        Error::rank(rank, format!("{message}; this rank was in step {step}"))
-                    }
-                    other => other,
-                });
+                return Err(error);
             }
         };
         if !grad_norm.is_finite() {

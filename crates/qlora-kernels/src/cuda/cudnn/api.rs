@@ -7,6 +7,7 @@ use std::path::Path;
 
 use libloading::Library;
 
+use super::super::libraries::function_table;
 use super::error::{CudnnError, Result};
 
 /// `cudnnHandle_t`.
@@ -145,33 +146,9 @@ pub(super) const HEURISTICS_INSTANT: i32 = 0;
 pub(super) const HEURISTICS_FALLBACK: i32 = 2;
 pub(super) const HEURISTICS_A: i32 = 3;
 
-macro_rules! table {
-    ($($field:ident : $symbol:literal = fn($($arg:ty),*) -> $ret:ty;)*) => {
-        /// The functions of cuDNN that we call. The library behind them stays loaded until the process ends.
-        pub(super) struct Api {
-            /// Path or name that the library was opened by.
-            pub(super) path: String,
-            $(pub(super) $field: unsafe extern "C" fn($($arg),*) -> $ret,)*
-        }
-
-        impl Api {
-            fn resolve(library: &Library, path: String) -> std::result::Result<Self, libloading::Error> {
-                Ok(Self {
-                    path,
-                    $($field: {
-                        // SAFETY: the symbol is a function of cuDNN 9's C API with exactly this signature.
-                        let symbol = unsafe {
-                            library.get::<unsafe extern "C" fn($($arg),*) -> $ret>(concat!($symbol, "\0").as_bytes())?
-                        };
-                        *symbol
-                    },)*
-                })
-            }
-        }
-    };
-}
-
-table! {
+function_table! {
+    /// The functions of cuDNN that we call. The library behind them stays loaded until the process ends.
+    struct Api;
     get_version: "cudnnGetVersion" = fn() -> usize;
     get_cudart_version: "cudnnGetCudartVersion" = fn() -> usize;
     get_error_string: "cudnnGetErrorString" = fn(c_int) -> *const c_char;

@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use libloading::Library;
 
-use super::super::libraries::folders;
+use super::super::libraries::{folders, function_table};
 use crate::error::{Error, Result};
 
 /// `ncclComm_t`.
@@ -69,33 +69,9 @@ const FILE: &str = "libnccl.so.2";
 /// 2.18, the first whose communicators can be given up while they are made.
 const OLDEST: c_int = 21_800;
 
-macro_rules! table {
-    ($($field:ident : $symbol:literal = fn($($arg:ty),*) -> $ret:ty;)*) => {
-        /// The functions. The library behind them stays loaded until the process ends.
-        pub(super) struct Api {
-            /// Path or name that the library was opened by.
-            pub(super) path: String,
-            $(pub(super) $field: unsafe extern "C" fn($($arg),*) -> $ret,)*
-        }
-
-        impl Api {
-            fn resolve(library: &Library, path: String) -> std::result::Result<Self, libloading::Error> {
-                Ok(Self {
-                    path,
-                    $($field: {
-                        // SAFETY: the symbol is a function of NCCL's C API with exactly this signature.
-                        let symbol = unsafe {
-                            library.get::<unsafe extern "C" fn($($arg),*) -> $ret>(concat!($symbol, "\0").as_bytes())?
-                        };
-                        *symbol
-                    },)*
-                })
-            }
-        }
-    };
-}
-
-table! {
+function_table! {
+    /// The functions. The library behind them stays loaded until the process ends.
+    struct Api;
     get_version: "ncclGetVersion" = fn(*mut c_int) -> c_int;
     get_unique_id: "ncclGetUniqueId" = fn(*mut UniqueId) -> c_int;
     init_rank: "ncclCommInitRankConfig" = fn(*mut Comm, c_int, UniqueId, c_int, *mut Config) -> c_int;

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{IpAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::super::dial::dial;
 use super::super::frame::{Frame, Kind, MOST_OF_STRANGERS};
 use super::super::ranks::Ranks;
 use super::super::store::Store;
@@ -216,7 +217,8 @@ fn go_to_first(ranks: &Ranks, deadline: Instant) -> Result<Met> {
     } else {
         format!("{}:{}", ranks.address, ranks.port)
     };
-    let mut stream = connect(&at, deadline)?;
+    let mut stream =
+        dial(&at, "rank 0", deadline).map_err(|error| Error::rank(0, format!("cannot be reached at {at}: {error}")))?;
     let gone = |error: io::Error| {
         let why = match error.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => "does not answer: are all ranks started?".to_owned(),
@@ -239,36 +241,6 @@ fn go_to_first(ranks: &Ranks, deadline: Instant) -> Result<Met> {
         }
         Kind::Refused => Err(Error::Invalid(String::from_utf8_lossy(&answer.content).into_owned())),
         other => Err(Error::rank(0, format!("answered with {other:?}"))),
-    }
-}
-
-fn connect(at: &str, deadline: Instant) -> Result<TcpStream> {
-    let (mut pause, mut reminded) = (Duration::from_millis(20), Instant::now());
-    loop {
-        let tried = at.to_socket_addrs().and_then(|addresses| {
-            let mut last = io::ErrorKind::NotFound.into();
-            for address in addresses {
-                match TcpStream::connect_timeout(&address, Duration::from_secs(5)) {
-                    Ok(stream) => return Ok(stream),
-                    Err(error) => last = error,
-                }
-            }
-            Err(last)
-        });
-        if reminded.elapsed() > REMINDER {
-            reminded = Instant::now();
-            tracing::warn!("waiting for rank 0 at {at}");
-        }
-        match tried {
-            Ok(stream) => return Ok(stream),
-            Err(error) if Instant::now() > deadline => {
-                return Err(Error::rank(0, format!("cannot be reached at {at}: {error}")));
-            }
-            Err(_) => {
-                std::thread::sleep(pause);
-                pause = (pause * 2).min(Duration::from_secs(1));
-            }
-        }
     }
 }
 
