@@ -1,6 +1,6 @@
 //! A model with its adapters, as `chat`, `generate` and `eval` take it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use qlora::adapter;
@@ -118,9 +118,18 @@ impl ModelArgs {
             return Ok(model.clone());
         }
         let (name, folder) = adapters.first().context("give --model or --adapter")?;
-        let (config, _) = adapter::read_any_config(folder)?;
-        config.base_model_name_or_path.with_context(|| format!("{name} names no base model: give --model"))
+        let (base, _) = base_of(folder, &format!("{name} names no base model: give --model"))?;
+        Ok(base)
     }
+}
+
+/// The model that the adapter in a folder names as its base, and its revision.
+///
+/// # Errors
+/// If the configuration cannot be read; `missing` if it names none.
+pub(crate) fn base_of(folder: &Path, missing: &str) -> anyhow::Result<(String, Option<String>)> {
+    let (config, _) = adapter::read_any_config(folder)?;
+    Ok((config.base_model_name_or_path.with_context(|| missing.to_owned())?, config.revision))
 }
 
 impl Loaded {

@@ -18,6 +18,7 @@ use qlora::source::WeightSource;
 use serde_json::{Value, json};
 
 use crate::importance::ImportanceArgs;
+use crate::model::base_of;
 use crate::output::{self, line};
 
 /// Writes a model for other programs: GGUF for llama.cpp and Ollama, a folder for vLLM and transformers, an adapter alone as GGUF.
@@ -154,11 +155,7 @@ impl Opened {
         let folder = adapter::locate(name, None, &options)?;
         let (model, revision) = match &args.model {
             Some(model) => (model.clone(), None),
-            None => {
-                let (config, _) = adapter::read_any_config(&folder)?;
-                let base = config.base_model_name_or_path;
-                (base.context("the adapter names no base model: name it before --adapter")?, config.revision)
-            }
+            None => base_of(&folder, "the adapter names no base model: name it before --adapter")?,
         };
         let options = OpenOptions { revision, adapter: Some(folder.clone()), ..options };
         let files = open_model(&model, &options).with_context(|| format!("{model}, the base of {name}"))?;

@@ -19,6 +19,7 @@ use qlora::trainer::encoder::ModelEncoder;
 use qlora::trainer::exact_match::{answers, merge_match};
 use qlora::trainer::memory;
 
+use crate::model::base_of;
 use crate::output::{self, line};
 
 /// Merges an adapter into its base: a Hugging Face folder or a GGUF file that needs no adapter.
@@ -114,10 +115,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let folder = adapter::locate(&args.adapter, None, &options)?;
     let (base, revision) = match &args.base {
         Some(base) => (base.clone(), None),
-        None => {
-            let (config, _) = adapter::read_any_config(&folder)?;
-            (config.base_model_name_or_path.context("the adapter names no base model: give --base")?, config.revision)
-        }
+        None => base_of(&folder, "the adapter names no base model: give --base")?,
     };
     // With the tokenizer and the chat template that the adapter was trained with, where it has them.
     let options = OpenOptions {

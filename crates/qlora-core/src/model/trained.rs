@@ -54,7 +54,7 @@ impl Adapter {
         &self.layout
     }
 
-    /// All tensors back to back, f32, one dimension: the variable that a candle optimizer trains Once it was asked for,
+    /// All tensors back to back, f32, one dimension: the variable that a candle optimizer trains. Once it was asked for,
     /// the norms that DoRA needs are computed for every pass, generated tokens included: the variable may change at any
     /// time.
     pub fn variable(&self) -> &Var {

@@ -123,7 +123,7 @@ impl OutputFolder {
     }
 }
 
-/// Removes the temporary files of killed runs: `checkpoint-<step>.tmp-*` and files Also `checkpoint-<step>.old-*` where
+/// Removes the temporary files of killed runs: `checkpoint-<step>.tmp-*` and files, also `checkpoint-<step>.old-*` where
 /// the checkpoint that was to replace it is there; where it is not, the old one gets its name back.
 fn clean(output_dir: &Path) -> Result<()> {
     remove_leftovers(output_dir)?;

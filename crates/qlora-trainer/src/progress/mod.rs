@@ -15,7 +15,7 @@ use crate::metrics::{EvalLog, LogEntry};
 use crate::objective::Metrics;
 use crate::trainer::Outcome;
 
-/// An observer, which gets the events of a run Its methods cannot fail: following a run must not end it.
+/// An observer, which gets the events of a run. Its methods cannot fail: following a run must not end it.
 pub trait Observer {
     /// Something happened.
     fn observe(&mut self, event: &Event<'_>);

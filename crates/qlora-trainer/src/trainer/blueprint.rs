@@ -1,4 +1,4 @@
-//! A run as it is planned: its steps, its learning rates, and its identity Needs the data and what is known of a model
+//! A run as it is planned: its steps, its learning rates, and its identity. Needs the data and what is known of a model
 //! without its weights, so that a mistake is found before they are loaded.
 
 use std::path::Path;

@@ -1,5 +1,5 @@
 //! The memory of a training step as a sum: the live matrices in each stage of each block, with sizes that follow from
-//! the model and the batch It mirrors [`block`](super::super::block) and [`mlp`](super::super::mlp) line by line, and
+//! the model and the batch. It mirrors [`block`](super::super::block) and [`mlp`](super::super::mlp) line by line, and
 //! changes with them.
 
 use qlora_kernels::matrix::padded_cols;
