@@ -58,22 +58,59 @@ impl Int8Activations {
     pub const THRESHOLD: f32 = 6.0;
 }
 
+/// The arithmetic of the products with frozen weights, forward and backward. Everything else, the adapters' products
+/// included, is computed in the activations' type.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum FrozenCompute {
+    /// In the activations' type.
+    #[default]
+    Activations,
+    /// In fp8 (e4m3) with a scale a row of either factor, accumulated in f32: Hopper GPUs (`Gpu::check_fp8`). On the CPU
+    /// the same as [`Self::Activations`].
+    Fp8,
+}
+
 /// A cache for the dequantized weights of a group of layers between uses, if it is enabled: memory for speed. Only CUDA
 /// uses it.
 #[derive(Default)]
 pub struct WeightCache {
     enabled: AtomicBool,
+    fp8_compute: AtomicBool,
     #[cfg(feature = "cuda")]
     pub(crate) weights: std::sync::Mutex<Option<crate::matrix::Matrix>>,
+    #[cfg(feature = "cuda")]
+    pub(crate) fp8: std::sync::Mutex<crate::cuda::linear_group::Fp8Weights>,
 }
 
 impl WeightCache {
     /// Lets the weights be kept from their next use on, or frees them.
     pub fn set_enabled(&self, enabled: bool) {
         self.enabled.store(enabled, Ordering::Relaxed);
-        #[cfg(feature = "cuda")]
         if !enabled {
-            *self.weights.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+            self.clear();
+        }
+    }
+
+    /// Chooses the arithmetic of the group's products, and frees what is kept for another one.
+    pub fn set_compute(&self, compute: FrozenCompute) {
+        let fp8 = compute == FrozenCompute::Fp8;
+        if self.fp8_compute.swap(fp8, Ordering::Relaxed) != fp8 {
+            self.clear();
+        }
+    }
+
+    /// See [`Self::set_compute`].
+    pub fn compute(&self) -> FrozenCompute {
+        if self.fp8_compute.load(Ordering::Relaxed) { FrozenCompute::Fp8 } else { FrozenCompute::Activations }
+    }
+
+    fn clear(&self) {
+        #[cfg(feature = "cuda")]
+        {
+            use std::sync::PoisonError;
+            *self.weights.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            *self.fp8.lock().unwrap_or_else(PoisonError::into_inner) = Default::default();
         }
     }
 
@@ -85,7 +122,7 @@ impl WeightCache {
 
 impl fmt::Debug for WeightCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "WeightCache(enabled: {})", self.enabled())
+        write!(f, "WeightCache(enabled: {}, {:?})", self.enabled(), self.compute())
     }
 }
 

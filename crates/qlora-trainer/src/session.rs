@@ -118,6 +118,9 @@ impl Session {
         if let Some(reference) = &reference {
             model.load_adapter(REFERENCE, reference)?;
         }
+        if let Some(compute) = config.model.frozen_compute {
+            model.set_frozen_compute(compute.into())?;
+        }
         // Until `plan_memory` has seen the data.
         model.set_gradient_checkpointing(config.training.gradient_checkpointing == GradientCheckpointing::On)?;
         let data = Mutex::new(Some(data));
@@ -178,7 +181,10 @@ impl Session {
     /// none on the CPU.
     pub fn compute_note(&self) -> Option<&'static str> {
         let asked = self.config.model.bnb_4bit_compute_dtype.is_some();
+        let fp8 = self.model.frozen_compute() == qlora_kernels::weight::FrozenCompute::Fp8;
         match self.model.workspace().gradient_dtype() {
+            Dtype::F16 if fp8 => Some("multiplies with the frozen weights in fp8, else computes in float16, with loss scaling"),
+            _ if fp8 => Some("multiplies with the frozen weights in fp8"),
             Dtype::F16 if asked => Some("computes in float16, with loss scaling"),
             Dtype::F16 => Some("computes in float16, with loss scaling: this GPU has no bfloat16"),
             _ => None,
@@ -258,6 +264,9 @@ fn workspace(config: &TrainConfig, local_rank: usize) -> Result<Workspace> {
     let limit = config.training.memory_budget.map(|budget| (budget * 1e9) as u64);
     let dtype = config.model.bnb_4bit_compute_dtype.map(Into::into);
     let workspace = device.open_for_rank(local_rank, dtype, limit)?;
+    if config.model.frozen_compute == Some(config::FrozenCompute::Fp8) {
+        qlora_core::model::check_fp8(&workspace)?;
+    }
     #[cfg(feature = "cuda")]
     if let Some(gpu) = workspace.gpu() {
         gpu.set_deterministic(config.training.full_determinism);

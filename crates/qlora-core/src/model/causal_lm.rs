@@ -6,7 +6,7 @@ use candle_core::{Tensor, Var};
 use qlora_kernels::ops::adapter_rows::AdapterChanges;
 use qlora_kernels::ops::linear_cross_entropy::LossSum;
 use qlora_kernels::ops::{embedding, frozen_linear};
-use qlora_kernels::weight::FrozenWeight;
+use qlora_kernels::weight::{FrozenCompute, FrozenWeight};
 use qlora_kernels::{Matrix, SequenceLayout, ViewMut, Workspace};
 
 use super::adapters::{AdapterChoice, AdapterSet, Span};
@@ -211,6 +211,28 @@ impl CausalLm {
         Ok(())
     }
 
+    /// Chooses the arithmetic of the products with the frozen weights of all blocks, forward and backward: in the type of the
+    /// activations, or in fp8. Few tokens at a time (generation) are always computed in the activations' type.
+    ///
+    /// # Errors
+    /// If it is fp8 and the model is not on a Hopper GPU, or its adapter is a DoRA, whose layers are multiplied one by one.
+    pub fn set_frozen_compute(&self, compute: FrozenCompute) -> Result<()> {
+        if compute == FrozenCompute::Fp8 {
+            check_fp8(&self.workspace)?;
+            if self.adapter().is_some_and(|adapter| adapter.config().use_dora) {
+                let message = "frozen_compute = \"fp8\" is not there for DoRA: leave one of the two out";
+                return Err(Error::Invalid(message.into()));
+            }
+        }
+        self.stack.blocks().iter().for_each(|block| block.policy.set_frozen_compute(compute));
+        Ok(())
+    }
+
+    /// See [`Self::set_frozen_compute`].
+    pub fn frozen_compute(&self) -> FrozenCompute {
+        self.stack.blocks().first().map_or_else(FrozenCompute::default, |block| block.policy.frozen_compute())
+    }
+
     /// Sets the activations that each block keeps for its backward (one choice a block).
     ///
     /// # Errors
@@ -400,4 +422,18 @@ impl CausalLm {
             Error::Invalid("a loss of this model is still alive: drop it before changing the model".into())
         })
     }
+}
+
+/// Whether the memory's device multiplies frozen weights in fp8 ([`CausalLm::set_frozen_compute`]).
+///
+/// # Errors
+/// If it does not: on the CPU, and on GPUs other than Hopper.
+pub fn check_fp8(workspace: &Workspace) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = workspace.gpu() {
+        return Ok(gpu.check_fp8()?);
+    }
+    let _ = workspace;
+    let message = "frozen_compute = \"fp8\" needs a Hopper GPU (H100, H200, GH200), and this run is on the CPU: leave it out";
+    Err(Error::Invalid(message.into()))
 }

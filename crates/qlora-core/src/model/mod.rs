@@ -26,7 +26,7 @@ mod watch;
 pub(crate) use adapter_build::embedding_gain;
 pub use adapters::{AdapterChoice, Combination, LoadedAdapter};
 pub use cache::KvCache;
-pub use causal_lm::{CausalLm, MemoryUse};
+pub use causal_lm::{CausalLm, MemoryUse, check_fp8};
 pub use compute_dtype::{Capability, compute_dtype};
 pub use device::{DeviceChoice, gpus};
 pub use load::{LoadOptions, Quantization};

@@ -34,6 +34,7 @@ use super::policy::Keep;
 use crate::card::Card;
 use crate::card::Rates;
 use crate::error::{Error, Result};
+use qlora_kernels::weight::FrozenCompute;
 
 /// The largest micro-batch of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -181,7 +182,8 @@ impl Planner {
         let rank = |module: &str| ranks.get(module).copied().unwrap_or(0);
         let dtype = model.workspace().dtype();
         let by_member = model.adapter().is_some_and(|adapter| adapter.config().use_dora);
-        Ok(Self::of_spec(&model.config().spec(), rank, by_member, dtype, batch, attention, resident))
+        let planner = Self::of_spec(&model.config().spec(), rank, by_member, dtype, batch, attention, resident);
+        Ok(planner.with_frozen_compute(model.frozen_compute()))
     }
 
     /// For a model on a GPU, asked for what its attention takes. `more` is what will stay on the device besides what is
@@ -209,6 +211,12 @@ impl Planner {
     /// Microseconds of a step that our own attention takes longer than cuDNN's: an estimate that ranks plans.
     pub fn own_attention_us(&self) -> u64 {
         (BlockCost::own_attention(&self.sizes, self.len, self.rates) * self.layers as f64 * 1e6) as u64
+    }
+
+    /// The same planner for products with frozen weights in this arithmetic.
+    pub fn with_frozen_compute(mut self, compute: FrozenCompute) -> Self {
+        self.sizes.fp8 = compute == FrozenCompute::Fp8;
+        self
     }
 
     /// The same planner for a machine that can give at most so many bytes of pinned host memory. `on_gpu` takes half of

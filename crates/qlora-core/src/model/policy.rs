@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use qlora_kernels::weight::WeightCache;
+use qlora_kernels::weight::{FrozenCompute, WeightCache};
 
 /// The activations that a block's forward keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -65,10 +65,24 @@ impl MemoryPolicy {
         self.split.load(Ordering::Relaxed)
     }
 
+    fn caches(&self) -> [&WeightCache; 4] {
+        [&self.qkv, &self.o, &self.gate_up, &self.down]
+    }
+
+    /// Chooses the arithmetic of the products with the block's weights (CUDA only), and frees what is kept for another one.
+    pub fn set_frozen_compute(&self, compute: FrozenCompute) {
+        self.caches().iter().for_each(|cache| cache.set_compute(compute));
+    }
+
+    /// See [`Self::set_frozen_compute`].
+    pub fn frozen_compute(&self) -> FrozenCompute {
+        self.qkv.compute()
+    }
+
     /// Keeps the dequantized weights of the whole block from their next use on, or frees them.
     pub fn set_weights_kept(&self, kept: bool) {
         self.kept.store(kept, Ordering::Relaxed);
-        [&self.qkv, &self.o, &self.gate_up, &self.down].iter().for_each(|cache| cache.set_enabled(kept));
+        self.caches().iter().for_each(|cache| cache.set_enabled(kept));
     }
 
     /// Lets uses of a weight that follow each other share one dequantization: those of a recomputed block, and those of

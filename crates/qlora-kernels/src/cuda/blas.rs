@@ -8,6 +8,7 @@
 //! for none. With a fixed stream all of them give the same bits in every run.
 
 mod algorithms;
+pub(super) mod fp8;
 
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use candle_core::cuda_backend::cudarc::cublaslt::result::{self as lt, CublasErro
 use candle_core::cuda_backend::cudarc::cublaslt::sys;
 use candle_core::cuda_backend::cudarc::driver::CudaStream;
 
-use self::algorithms::{Algorithm, Algorithms, Key, Layouts};
+use self::algorithms::{Algorithm, Algorithms, Description, Element, Key, Layouts};
 use super::gpu::Gpu;
 use super::view::{CudaView, CudaViewMut};
 use crate::error::{Error, Result};
@@ -125,31 +126,48 @@ impl Blas {
                 stride(d.stride(), m, n),
             ],
             alignments: [alignment(b.ptr()), alignment(a.ptr()), alignment(c.ptr()), alignment(d.ptr())],
-            input: a.dtype(),
+            input: Element::Float(a.dtype()),
             output: d.dtype(),
         };
-        let layouts = Layouts::new(&key).map_err(|error| blas_error(op, error))?;
+        self.launch(op, gpu, &key, [b.ptr(), a.ptr(), c.ptr(), d.ptr()], None, [alpha, beta])
+    }
+
+    /// The product that `key` describes, of the matrices at these addresses (b, a, the addend, the result); of fp8 factors
+    /// with their scales' addresses. The caller answers for the windows.
+    fn launch(
+        &self,
+        op: &'static str,
+        gpu: &Gpu,
+        key: &Key,
+        [b, a, c, d]: [u64; 4],
+        scales: Option<[u64; 2]>,
+        [alpha, beta]: [f32; 2],
+    ) -> Result<()> {
+        let layouts = Layouts::new(key).map_err(|error| blas_error(op, error))?;
+        // The scales' addresses are part of the description, which products in flight share otherwise.
+        let own = scales.map(|scales| Description::new(key.kind).and_then(|own| own.set_scales(scales).map(|()| own)));
+        let own = own.transpose().map_err(|error| blas_error(op, error))?;
         let product = |algorithm: &Algorithm| -> Result<std::result::Result<(), CublasError>> {
             let workspace = match algorithm.workspace {
                 0 => None,
                 bytes => Some(gpu.alloc(op, bytes)?),
             };
             gpu.bind(op)?;
-            // SAFETY: the views are windows of live memory with the sizes and strides of the layouts; the workspace lives
-            // until the stream has used it (it is freed on the same stream).
+            // SAFETY: the addresses are windows of live memory with the sizes and strides of the layouts; the workspace
+            // lives until the stream has used it (it is freed on the same stream).
             Ok(unsafe {
                 lt::matmul(
                     self.handle,
-                    algorithm.desc,
+                    own.as_ref().unwrap_or(&algorithm.desc).0,
                     (&raw const alpha).cast(),
                     (&raw const beta).cast(),
-                    b.ptr() as *const c_void,
+                    b as *const c_void,
                     layouts.b,
-                    a.ptr() as *const c_void,
+                    a as *const c_void,
                     layouts.a,
-                    c.ptr() as *const c_void,
+                    c as *const c_void,
                     layouts.c,
-                    d.ptr() as *mut c_void,
+                    d as *mut c_void,
                     layouts.d,
                     &raw const algorithm.algo,
                     workspace.as_ref().map_or(0, |memory| memory.ptr()) as *mut c_void,
@@ -158,22 +176,23 @@ impl Blas {
                 )
             })
         };
-        gpu.span(
-            op,
-            || format!("product {kind:?} {m} x {n} x {k}"),
-            || {
-                let (algorithm, exact): (Arc<Algorithm>, bool) = self.algorithms.of(op, self.handle, &key)?;
-                match product(&algorithm)? {
-                    // Nothing was launched: the algorithm of more rows does not take so few.
-                    Err(_) if !exact => {
-                        let algorithm = self.algorithms.exactly(op, self.handle, &key)?;
-                        product(&algorithm)?
-                    }
-                    done => done,
+        let name = || {
+            let Key { kind, m, n, k, input, .. } = *key;
+            let fp8 = if input == Element::E4m3 { " fp8" } else { "" };
+            format!("product{fp8} {kind:?} {m} x {n} x {k}")
+        };
+        gpu.span(op, name, || {
+            let (algorithm, exact): (Arc<Algorithm>, bool) = self.algorithms.of(op, self.handle, key)?;
+            match product(&algorithm)? {
+                // Nothing was launched: the algorithm of more rows does not take so few.
+                Err(_) if !exact => {
+                    let algorithm = self.algorithms.exactly(op, self.handle, key)?;
+                    product(&algorithm)?
                 }
-                .map_err(|error| blas_error(op, error))
-            },
-        )
+                done => done,
+            }
+            .map_err(|error| blas_error(op, error))
+        })
     }
 }
 

@@ -1,6 +1,7 @@
 //! [`crate::ops::linear_group`] on CUDA: augmented K, as described there.
 
 mod backward;
+mod fp8;
 mod split;
 
 use std::sync::PoisonError;
@@ -20,6 +21,7 @@ use crate::view::{View, ViewMut};
 use crate::weight::FrozenWeight;
 
 pub(crate) use backward::{backward_adapter, backward_input};
+pub(crate) use fp8::Fp8Weights;
 
 /// Sizes of a group and the places of its adapters.
 struct Plan<'a> {
@@ -88,6 +90,15 @@ impl<'a> Plan<'a> {
             (member.row0, member.rows) = (0, if here { member.rows } else { 0 });
         }
         Self { n: rows.len(), members, adapted: self.adapted.clone(), ..*self }
+    }
+
+    /// The plan of a layer without outputs: of the A rows alone.
+    fn without_outputs(&self) -> Self {
+        let mut members = self.members;
+        for member in &mut members.m {
+            (member.row0, member.rows) = (0, 0);
+        }
+        Self { n: 0, members, adapted: self.adapted.clone(), ..*self }
     }
 
     /// `s B` of all members, `[n, rp]`, block diagonal.
@@ -190,6 +201,9 @@ pub(crate) fn forward(
     let residual = residual.map(|residual| residual.cuda(op)).transpose()?;
     let values = adapter.and_then(|adapter| adapter.values.gpu());
     check_gpu(op, group, gpu, [Some(x.gpu()), residual.map(|residual| residual.gpu()), values])?;
+    if fp8::takes(group) && !gpu.peft_rounding() {
+        return fp8::forward(&plan, group, x.as_view(), adapter, residual, y, workspace);
+    }
     if group.split && group.members.len() > 1 {
         return split::forward(&plan, group, x, adapter, residual, y, workspace);
     }
@@ -358,10 +372,7 @@ pub(crate) fn shrink(
     one_gpu(op, x.gpu(), adapter.values.gpu())?;
     // The A rows alone: an augmented weight of a layer without outputs.
     let mut a = workspace.with_margin(rp, k, rp)?;
-    let mut only_a = Plan { n: 0, ..plan };
-    for member in &mut only_a.members.m {
-        (member.row0, member.rows) = (0, 0);
-    }
+    let only_a = plan.without_outputs();
     only_a.write_factors(adapter, a.view_mut().cuda(op)?)?;
     let mut s = workspace.matrix(x.rows(), rp)?;
     shrink_into(&only_a, x, a.view().cuda(op)?, adapter, s.view_mut().cuda(op)?, workspace)?;

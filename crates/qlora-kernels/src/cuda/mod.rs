@@ -32,6 +32,7 @@ pub mod decode;
 mod event;
 pub(crate) mod few_tokens;
 mod ffi;
+mod fp8;
 mod gpu;
 mod graph;
 mod int8_activations;

@@ -12,6 +12,7 @@ mod dora_linear;
 mod dropout;
 mod elementwise;
 mod few_tokens;
+mod fp8;
 mod frozen_linear;
 mod graph;
 mod harness;

@@ -31,6 +31,24 @@ pub enum ComputeDtype {
     Float32,
 }
 
+/// The arithmetic of the products with frozen weights on a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum FrozenCompute {
+    /// 8-bit floating point (e4m3).
+    #[serde(alias = "float8", alias = "float8_e4m3fn", alias = "e4m3")]
+    Fp8,
+}
+
+impl From<FrozenCompute> for qlora_kernels::weight::FrozenCompute {
+    fn from(compute: FrozenCompute) -> Self {
+        match compute {
+            FrozenCompute::Fp8 => Self::Fp8,
+        }
+    }
+}
+
 impl From<ComputeDtype> for qlora_kernels::Dtype {
     fn from(dtype: ComputeDtype) -> Self {
         match dtype {

@@ -42,7 +42,7 @@ use serde::{Deserialize, Serialize};
 pub use crate::objective::{DpoLoss, ObjectiveKind, ObjectiveOptions};
 
 pub use choices::{
-    ComputeDtype, GradientCheckpointing, OnOverlong, OnUntrained, Optim, Paths, QuantType, Resume, SamplingStrategy,
+    ComputeDtype, FrozenCompute, GradientCheckpointing, OnOverlong, OnUntrained, Optim, Paths, QuantType, Resume, SamplingStrategy,
     Scheduler, Targets, TemplateKwargs,
 };
 pub use documented::{DocumentedKey, EXAMPLE, documented_keys};
@@ -97,6 +97,10 @@ pub struct ModelOptions {
     /// The compute type on a GPU: `"bfloat16"`, `"float16"` (with dynamic loss scaling) or `"float32"`. The CPU
     /// computes in float32. Default: bfloat16, on a GPU without it (compute capability below 8.0) float16.
     pub bnb_4bit_compute_dtype: Option<ComputeDtype>,
+    /// `"fp8"`: multiply with the frozen weights in 8-bit floating point on a Hopper GPU (H100, H200), forward and backward;
+    /// adapters, attention, norms and the loss stay in the compute type. Faster, and a little less exact. Default: none, the
+    /// compute type.
+    pub frozen_compute: Option<FrozenCompute>,
 }
 
 impl Default for ModelOptions {
@@ -114,6 +118,7 @@ impl Default for ModelOptions {
             offload_embedding: false,
             device: "auto".to_owned(),
             bnb_4bit_compute_dtype: None,
+            frozen_compute: None,
         }
     }
 }

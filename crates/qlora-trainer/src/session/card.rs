@@ -11,7 +11,7 @@ use qlora_kernels::Dtype;
 use super::plan::{chosen, largest_batch_of};
 use super::prepare::Prepared;
 use super::quantization;
-use crate::config::TrainConfig;
+use crate::config::{FrozenCompute, TrainConfig};
 use crate::data::TrainingData;
 use crate::error::{Error, Result};
 use crate::optimizer::Optimizer;
@@ -44,6 +44,13 @@ pub fn plan_on_card(config: &TrainConfig, card: &Card) -> Result<CardPlan> {
         );
         return Err(Error::Invalid(message));
     }
+    if config.model.frozen_compute == Some(FrozenCompute::Fp8) && card.compute_capability != (9, 0) {
+        let message = format!(
+            "frozen_compute = \"fp8\" needs a Hopper GPU (H100, H200, GH200), and {} is none: leave it out",
+            card.name
+        );
+        return Err(Error::Invalid(message));
+    }
     let (model, layout) = (files.source.config(), beginning.layout());
     let held = TrainedOver::of(&*files.source, quantization(&config.model))?;
     let weights = weights_in_training(model, &held, config.model.offload_embedding);
@@ -51,7 +58,8 @@ pub fn plan_on_card(config: &TrainConfig, card: &Card) -> Result<CardPlan> {
     let state = 4 * layout.len() + Optimizer::bytes_for(&config.training, layout.len());
     let planner_of = |batch: qlora_core::model::BatchShape| {
         let attention = AttentionWorkspace::of_own_kernels(model, batch.tokens);
-        Ok(Planner::from_config(model, layout, dtype, batch, attention, weights + state as u64))
+        let planner = Planner::from_config(model, layout, dtype, batch, attention, weights + state as u64);
+        Ok(planner.with_frozen_compute(config.model.frozen_compute.map_or_else(Default::default, Into::into)))
     };
     let batch = largest_batch_of(&config, &training)?;
     let budget = config.training.memory_budget.map(|budget| (budget * 1e9) as u64);

@@ -173,7 +173,8 @@ fn identity(config: &TrainConfig, files: &ModelFiles, workspace: &Workspace) -> 
     ];
     if !on_cpu {
         // The CPU computes in float32, with the same bits every time.
-        identity.push(("compute type".to_owned(), workspace.dtype().name().to_owned()));
+        let frozen = config.model.frozen_compute.map_or("", |_| ", frozen weights in fp8");
+        identity.push(("compute type".to_owned(), format!("{}{frozen}", workspace.dtype().name())));
         identity.push(("full_determinism".to_owned(), config.training.full_determinism.to_string()));
     }
     identity

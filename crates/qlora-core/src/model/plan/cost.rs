@@ -29,9 +29,10 @@ impl BlockCost {
     pub(super) fn new(sizes: &Sizes, len: u64, rates: Rates) -> Self {
         let [tokens, hidden, q, qkv, mlp, len] =
             [sizes.tokens, sizes.hidden, sizes.q, sizes.qkv, sizes.mlp, len].map(|x| x as f64);
-        let product = |elements: f64| 2.0 * tokens * elements / rates.products;
-        // 4 bits read, 16 written an element.
-        let dequantize = |elements: f64| 2.5 * elements / rates.memory;
+        let product = |elements: f64| 2.0 * tokens * elements / (rates.products * sizes.product_gain());
+        // 4 bits read, 16 written an element; for fp8 these are read again, twice for the transposed copy, and 8 written.
+        let bytes = if sizes.fp8 { 2.5 + 4.0 } else { 2.5 };
+        let dequantize = |elements: f64| bytes * elements / rates.memory;
         let pass = |cols: f64| tokens * cols * sizes.size as f64 / rates.memory;
         let attend = product(hidden * (q + qkv)) + 2.0 * tokens * len * q / rates.attention + pass(6.0 * hidden);
         let gate_up = product(2.0 * hidden * mlp) + pass(2.0 * mlp + 4.0 * hidden);

@@ -74,6 +74,7 @@ impl Planner {
             qk_norm: first.is_some_and(|block| block.get(Role::QueryNorm).is_some()),
             rp,
             by_member,
+            fp8: false,
             attention,
         };
         let len = (batch.tokens / batch.sequences.max(1)) as u64;

@@ -27,6 +27,8 @@ pub(super) struct Sizes {
     pub(super) rp: [u64; 4],
     /// Whether the layers of a group run one after the other, as with DoRA.
     pub(super) by_member: bool,
+    /// Whether frozen weights are multiplied in fp8: their copies and the products' inputs are then in 8 bits.
+    pub(super) fp8: bool,
     pub(super) attention: AttentionWorkspace,
 }
 
@@ -41,6 +43,12 @@ fn factor_gradients(outputs: u64, inputs: u64, rp: u64) -> u64 {
 }
 
 impl Sizes {
+    /// How much faster a product with a frozen weight is than in the activations' type: in fp8 1.7 times, with full
+    /// accumulation, at the shapes of an 8B model on an H200 (`benches/results/fp8_products.txt`).
+    pub(super) fn product_gain(&self) -> f64 {
+        if self.fp8 { 1.7 } else { 1.0 }
+    }
+
     /// Bytes of `[tokens, cols]` activations.
     pub(super) fn activation(&self, cols: u64) -> u64 {
         self.tokens * cols * self.size
@@ -56,8 +64,11 @@ impl Sizes {
         choice.mlp_rows.map_or(self.tokens, |rows| rows.min(self.tokens))
     }
 
-    /// The augmented weight of a group.
+    /// The weight of a group that is kept: the augmented one, or the two copies in 8 bits with their scales.
     fn weight(&self, outputs: u64, inputs: u64, rp: u64) -> u64 {
+        if self.fp8 {
+            return 2 * outputs * inputs + 4 * (outputs + inputs);
+        }
         (outputs + rp) * padded(inputs, rp) * self.size
     }
 
@@ -82,7 +93,25 @@ impl Sizes {
             (2, true) => (mlp, hidden),
             _ => (hidden, mlp),
         };
-        if cached { 0 } else { self.weight(outputs, inputs, rp[group]) }
+        match (self.fp8, cached) {
+            (false, false) => self.weight(outputs, inputs, rp[group]),
+            (false, true) => 0,
+            // A kept weight is dequantized once, too, at its first use; A and B stand beside it.
+            (true, _) => {
+                let copy = if cached { 0 } else { outputs * inputs + 4 * (outputs + inputs) };
+                outputs * inputs * self.size + copy + self.factors(outputs, inputs, rp[group])
+            }
+        }
+    }
+
+    /// A and B of a group in matrices of their own, for fp8.
+    fn factors(&self, outputs: u64, inputs: u64, rp: u64) -> u64 {
+        (rp * padded(inputs, rp) + outputs * rp) * self.size
+    }
+
+    /// A product's input in 8 bits: `[rows, cols]` and a scale a row.
+    fn rounded(&self, rows: u64, cols: u64) -> u64 {
+        if self.fp8 { rows * (cols + 4) } else { 0 }
     }
 
     /// The additional bytes of DoRA in a group of projections: a copy of an output or its gradient, and rows in f32
@@ -141,11 +170,13 @@ impl Sizes {
         let (act, stat) = (|cols| self.activation(cols), |cols| self.statistic(cols));
         let kept = if shared { self.scratch(0, choice, cached) } else { 0 };
         let mut live = act(hidden) + stat(1);
-        let project = live + act(padded(hidden, rp[0]) + qkv + rp[0]) + self.scratch(0, choice, cached);
+        let rounded = |cols| self.rounded(self.tokens, cols);
+        let project =
+            live + act(padded(hidden, rp[0]) + qkv + rp[0]) + self.scratch(0, choice, cached) + rounded(hidden);
         live += act(qkv + rp[0]) + self.raw() + kept;
         let attend = live + act(padded(q, rp[1])) + stat(heads) + self.attention.forward;
         live += act(padded(q, rp[1])) + stat(heads);
-        let out = live + act(hidden + rp[1]) + self.scratch(1, choice, cached);
+        let out = live + act(hidden + rp[1]) + self.scratch(1, choice, cached) + rounded(q);
         [project, attend, out].into_iter().max().unwrap_or(0)
     }
 
@@ -167,10 +198,16 @@ impl Sizes {
         let (weight2, weight3) = (self.scratch(2, choice, cached), self.scratch(3, choice, cached));
         let stay = |weight: u64| if shared { weight } else { 0 };
         // From the second piece on, the weights of the first are there.
-        let up = live + gate_up + piece(padded(hidden, rp[2]) + rp[2]) + 4 * rows + weight2 + stay(weight3);
+        let up = live
+            + gate_up
+            + piece(padded(hidden, rp[2]) + rp[2])
+            + 4 * rows
+            + weight2
+            + stay(weight3)
+            + self.rounded(rows, hidden);
         let hidden_mlp = live + gate_up + h + stay(weight2 + weight3);
         let kept = if whole { gate_up + piece(rp[2]) + 4 * rows } else { 0 };
-        let down = live + kept + h + piece(rp[3]) + weight3 + stay(weight2);
+        let down = live + kept + h + piece(rp[3]) + weight3 + stay(weight2) + self.rounded(rows, mlp);
         [self.attend(choice, cached, false), up, hidden_mlp, down].into_iter().max().unwrap_or(0)
             + self.by_member(self.tokens)
     }
@@ -203,31 +240,34 @@ impl Sizes {
         let gate_up = piece(padded(2 * mlp, rp[2]) + rp[2]);
         let up = match whole {
             true => 0,
-            false => live + gate_up + piece(padded(hidden, rp[2])) + weight(2) + shared3,
+            false => {
+                live + gate_up + piece(padded(hidden, rp[2])) + weight(2) + shared3 + self.rounded(rows, hidden)
+            }
         };
         let rp3 = if whole { 2 * rp[3] } else { rp[3] };
         let down = live
             + gate_up
             + piece(mlp + rp3)
             + shared2
-            + weight(3).max(shared3 + factors(hidden, mlp, 3) + if whole { 0 } else { piece(rp[3]) });
+            + (weight(3) + self.rounded(rows, hidden)).max(shared3 + factors(hidden, mlp, 3) + if whole { 0 } else { piece(rp[3]) });
         let factors_b = |outputs: u64, group: usize| if choice.split { outputs * rp[group] * self.size } else { 0 };
         let mlp_input = live
             + gate_up
             + piece(hidden + rp[2])
             + shared3
-            + (weight(2) + factors_b(2 * mlp, 2)).max(shared2 + piece(hidden) + factors(2 * mlp, hidden, 2));
+            + (weight(2) + factors_b(2 * mlp, 2) + self.rounded(rows, 2 * mlp)).max(shared2 + piece(hidden) + factors(2 * mlp, hidden, 2));
 
         // The first half: `mid` is gone.
         let live = held + attended - act(hidden);
         let shared1 = if shares && matches!(keep, Keep::Input | Keep::Offload) { weight(1) } else { 0 };
-        let out = live + act(q + rp[1]) + (weight(1) - shared1.min(weight(1))).max(factors(hidden, q, 1));
+        let out_weight = weight(1) - shared1.min(weight(1)) + self.rounded(self.tokens, hidden);
+        let out = live + act(q + rp[1]) + out_weight.max(factors(hidden, q, 1));
         let attend = live - act(rp[1]) + act(q) + act(padded(qkv, rp[0])) + self.attention.backward;
         let after = live - act(rp[1]) - act(qkv + padded(q, rp[1])) - self.statistic(heads);
         let shared0 = if shared1 > 0 { weight(0) } else { 0 };
         let input = after
             + act(padded(qkv, rp[0]) + hidden + rp[0])
-            + (weight(0) + factors_b(qkv, 0) - shared0).max(act(hidden) + factors(qkv, hidden, 0));
+            + (weight(0) + factors_b(qkv, 0) + self.rounded(self.tokens, qkv) - shared0).max(act(hidden) + factors(qkv, hidden, 0));
         [recompute, up, down, mlp_input, out, attend, input].into_iter().max().unwrap_or(0)
             + self.by_member(self.tokens)
     }

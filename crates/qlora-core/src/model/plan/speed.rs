@@ -45,12 +45,18 @@ impl Planner {
                 .map(|x| x as f64);
         let layers = self.layers as f64;
         let weights = hidden * (q + qkv) + 3.0 * hidden * mlp;
-        let products = 4.0 * (tokens * weights * layers + trained * vocab * hidden) / self.rates.products;
+        let frozen = tokens * weights * layers / sizes.product_gain();
+        let products = 4.0 * (frozen + trained * vocab * hidden) / self.rates.products;
         let attention = 3.5 * 2.0 * tokens * len * q * layers / self.rates.attention;
         // q|k|v is q and two of k.
         let rope = 4.0 * (q + (qkv - q) / 2.0);
         let passes = 18.0 * hidden + rope + 9.0 * mlp;
-        let adapters = 6.0 * hidden + 2.0 * q + qkv + 4.0 * mlp;
+        let mut adapters = 6.0 * hidden + 2.0 * q + qkv + 4.0 * mlp;
+        if sizes.fp8 {
+            // Inputs and gradients are read and written once more (3 bytes), the adapters' part of a result twice (4 bytes).
+            let (inputs, outputs) = (2.0 * hidden + q + mlp, qkv + 2.0 * hidden + 2.0 * mlp);
+            adapters += (1.5 + 2.0) * (inputs + outputs);
+        }
         let memory = tokens * layers * (passes + adapters) * sizes.size as f64 / self.rates.memory;
         let seconds = products + attention + memory + layers * BLOCK + plan.overhead_us as f64 * 1e-6;
         ExpectedSpeed { seconds, tokens_per_second: tokens / seconds }

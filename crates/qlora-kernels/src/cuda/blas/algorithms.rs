@@ -39,17 +39,28 @@ pub(super) struct Key {
     /// Of `b`, `a`, the addend and the result, in elements.
     pub(super) strides: [usize; 4],
     pub(super) alignments: [u32; 4],
-    pub(super) input: Dtype,
+    pub(super) input: Element,
     pub(super) output: Dtype,
+}
+
+/// The type of both factors' elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Element {
+    Float(Dtype),
+    /// 8 bits, with a scale a row of each factor ([`super::fp8`]).
+    E4m3,
 }
 
 /// An algorithm with the description of its product.
 pub(super) struct Algorithm {
-    pub(super) desc: sys::cublasLtMatmulDesc_t,
+    pub(super) desc: Description,
     pub(super) algo: sys::cublasLtMatmulAlgo_t,
     /// Bytes of scratch memory.
     pub(super) workspace: usize,
 }
+
+/// A product without its sizes.
+pub(super) struct Description(pub(super) sys::cublasLtMatmulDesc_t);
 
 /// Sizes and strides of a product's matrices.
 pub(super) struct Layouts {
@@ -74,15 +85,15 @@ struct Known {
     refused: HashSet<Key>,
 }
 
-// SAFETY: the descriptor is plain memory that is only read after `Algorithm::choose`.
+// SAFETY: the description is plain memory that is only read after `Algorithm::choose`.
 unsafe impl Send for Algorithm {}
 // SAFETY: as above.
 unsafe impl Sync for Algorithm {}
 
-impl Drop for Algorithm {
+impl Drop for Description {
     fn drop(&mut self) {
-        // SAFETY: made by `Algorithm::choose`, destroyed once.
-        let _ = unsafe { lt::destroy_matmul_desc(self.desc) };
+        // SAFETY: made by `Description::new`, destroyed once.
+        let _ = unsafe { lt::destroy_matmul_desc(self.0) };
     }
 }
 
@@ -203,6 +214,15 @@ fn cuda_type(dtype: Dtype) -> sys::cudaDataType {
     }
 }
 
+impl Element {
+    fn cuda_type(self) -> sys::cudaDataType {
+        match self {
+            Self::Float(dtype) => cuda_type(dtype),
+            Self::E4m3 => sys::cudaDataType::CUDA_R_8F_E4M3,
+        }
+    }
+}
+
 impl Layouts {
     /// As column-major matrices.
     pub(super) fn new(key: &Key) -> std::result::Result<Self, CublasError> {
@@ -210,8 +230,9 @@ impl Layouts {
         let b = if kind == Kind::Nt { (k, n) } else { (n, k) };
         let a = if kind == Kind::Tn { (m, k) } else { (k, m) };
         let layout = |dtype, (rows, cols): (usize, usize), stride: usize| {
-            lt::create_matrix_layout(cuda_type(dtype), rows as u64, cols as u64, stride as i64)
+            lt::create_matrix_layout(dtype, rows as u64, cols as u64, stride as i64)
         };
+        let (input, output) = (input.cuda_type(), cuda_type(output));
         // One that fails leaves the others behind; it fails where the host has no memory left.
         Ok(Self {
             b: layout(input, b, strides[0])?,
@@ -222,17 +243,36 @@ impl Layouts {
     }
 }
 
-impl Algorithm {
-    fn choose(handle: sys::cublasLtHandle_t, key: &Key) -> std::result::Result<Self, CublasError> {
-        use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
-        let layouts = Layouts::new(key)?;
-        let desc = lt::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType::CUDA_R_32F)?;
-        let mut made = Self { desc, algo: sys::cublasLtMatmulAlgo_t { data: [0; 8] }, workspace: 0 };
+impl Description {
+    /// Products of `kind`, accumulated in f32.
+    pub(super) fn new(kind: Kind) -> std::result::Result<Self, CublasError> {
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
+        let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
+        let made = Self(lt::create_matmul_desc(compute, sys::cudaDataType::CUDA_R_32F)?);
         let transpose = |transposed: bool| match transposed {
             true => cublasOperation_t::CUBLAS_OP_T as i32,
             false => cublasOperation_t::CUBLAS_OP_N as i32,
         };
-        let (first, second) = (transpose(key.kind == Kind::Nt), transpose(key.kind == Kind::Tn));
+        let (first, second) = (transpose(kind == Kind::Nt), transpose(kind == Kind::Tn));
+        for (attribute, value) in
+            [(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, first), (Attribute::CUBLASLT_MATMUL_DESC_TRANSB, second)]
+        {
+            // SAFETY: the attribute is 32-bit, the descriptor alive.
+            unsafe { lt::set_matmul_desc_attribute(made.0, attribute, (&raw const value).cast(), 4)? };
+        }
+        Ok(made)
+    }
+}
+
+impl Algorithm {
+    fn choose(handle: sys::cublasLtHandle_t, key: &Key) -> std::result::Result<Self, CublasError> {
+        use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
+        let layouts = Layouts::new(key)?;
+        let desc = Description::new(key.kind)?;
+        if key.input == Element::E4m3 {
+            desc.set_scales([super::fp8::ANY_SCALES; 2])?;
+        }
+        let mut made = Self { desc, algo: sys::cublasLtMatmulAlgo_t { data: [0; 8] }, workspace: 0 };
         let preference = lt::create_matmul_pref()?;
         let limit = WORKSPACE as u64;
         let sides = [
@@ -243,17 +283,13 @@ impl Algorithm {
         ];
         // SAFETY: the workspace limit is 64-bit, all other attributes are 32-bit; all descriptors are alive.
         let chosen = unsafe {
-            let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
-            lt::set_matmul_desc_attribute(desc, attribute, (&raw const first).cast(), 4)?;
-            let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB;
-            lt::set_matmul_desc_attribute(desc, attribute, (&raw const second).cast(), 4)?;
             let attribute = Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
             lt::set_matmul_pref_attribute(preference, attribute, (&raw const limit).cast(), 8)?;
             for (attribute, alignment) in sides.into_iter().zip(&key.alignments) {
                 lt::set_matmul_pref_attribute(preference, attribute, (&raw const *alignment).cast(), 4)?;
             }
             let Layouts { b, a, c, d } = layouts;
-            let chosen = lt::get_matmul_algo_heuristic(handle, desc, b, a, c, d, preference);
+            let chosen = lt::get_matmul_algo_heuristic(handle, made.desc.0, b, a, c, d, preference);
             lt::destroy_matmul_pref(preference)?;
             chosen?
         };

@@ -6,6 +6,28 @@ use super::structs::{DeviceLimits, Members};
 use super::{Ptr, PtrMut, Stream};
 
 unsafe extern "C" {
+    pub(in crate::cuda) fn qlora_fp8_rows(
+        dtype: c_int,
+        x: Ptr,
+        ldx: i64,
+        out: *mut u8,
+        scale: *mut f32,
+        rows: i64,
+        cols: i64,
+        early: c_int,
+        stream: Stream,
+    ) -> c_int;
+    pub(in crate::cuda) fn qlora_fp8_columns(
+        dtype: c_int,
+        x: Ptr,
+        ldx: i64,
+        absmax: *mut f32,
+        out: *mut u8,
+        scale: *mut f32,
+        rows: i64,
+        cols: i64,
+        stream: Stream,
+    ) -> c_int;
     pub(in crate::cuda) fn qlora_int8_activations(
         dtype: c_int,
         x: Ptr,

@@ -1,6 +1,6 @@
 //! The backward of a group: the input's gradient, and the adapters'.
 
-use super::{Plan, check_gpu, put_back, split, weights};
+use super::{Plan, check_gpu, fp8, put_back, split, weights};
 use crate::cuda::blas::Kind;
 use crate::cuda::ffi;
 use crate::cuda::ops;
@@ -27,6 +27,9 @@ pub(crate) fn backward_input(
     let gpu = dy.gpu();
     let dx = dx.map(|dx| dx.cuda(op)).transpose()?;
     check_gpu(op, group, gpu, [dx.as_ref().map(|dx| dx.gpu()), adapter.values.gpu()])?;
+    if fp8::takes(group) && !gpu.peft_rounding() {
+        return fp8::backward_input(&plan, group, dy.as_view(), s, adapter, dx, workspace);
+    }
     if group.split && group.members.len() > 1 {
         return split::backward_input(&plan, group, dy, s, adapter, dx, workspace);
     }
@@ -120,7 +123,7 @@ pub(super) fn shrink_gradient(
 
 /// `dS = dy B`, written, and `dB = dy^T S`, returned, from one pass over `dy`: where the kernel takes the sizes and beats
 /// two matrix products (on an H100 up to 32 columns: 235 against 367 us for 8192 x 28672).
-fn factors_in_one_pass(
+pub(super) fn factors_in_one_pass(
     op: &'static str,
     dy: CudaView,
     b: CudaView,
