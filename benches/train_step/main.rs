@@ -2,8 +2,8 @@
 //!
 //!     cargo bench --features cuda --bench train_step -- [--case free:4x2048,lean:4x2048@8.3] [--rank 16] [--targets all|qkvo]
 //!         [--attention auto|own] [--limit-gib 24] [--layers 32] [--steps 5] [--warmup 2] [--out train_step.csv] [--gpu H100] [--driver 580]
-//!         [--commit abc] [--date 2026-11-22] [--offload-embedding 1] [--8bit-moments 1] [--parts parts.csv]
-//!         [--profile profile.csv]
+//!         [--commit abc] [--date 2026-11-22] [--offload-embedding 1] [--8bit-moments 1] [--frozen-compute fp8]
+//!         [--parts parts.csv] [--profile profile.csv]
 //!
 //! Llama-3.1-8B's shape with random weights, NF4 with double quantization, bf16 activations, AdamW with f32 state, the loss
 //! over all tokens. A step is forward, backward, clipping and update, synchronized; tok/s is the tokens over the median
@@ -12,7 +12,7 @@
 //! GB) the fastest within that; `plan` is what the planner chooses for the memory there is (`--limit-gib`).
 //!
 //! `--parts` measures what the step cannot do without in the same run ([`parts`]); `--profile` says what one more step spends
-//! its time on. With `--8bit-moments` or `--offload-embedding` the mode is written `lean+`.
+//! its time on. With `--frozen-compute fp8` the system is written `qlora-fp8`. With `--8bit-moments` or `--offload-embedding` the mode is written `lean+`.
 
 #[path = "../common/command.rs"]
 #[expect(dead_code, reason = "its arguments are read otherwise")]
@@ -30,6 +30,7 @@ use command::append;
 use qlora::kernels::Workspace;
 use qlora::kernels::cuda::{self, Gpu};
 use qlora::kernels::quant::QuantConfig;
+use qlora::kernels::weight::FrozenCompute;
 use qlora::lora::{LoraConfig, ModuleFilter, TargetModules};
 use qlora::model::{BatchShape, CausalLm, LoadOptions, Planner, Quantization};
 use qlora::trainer::config::Optim;
@@ -76,6 +77,7 @@ struct Options {
     parts: Option<String>,
     profile: Option<String>,
     bits8: bool,
+    fp8: bool,
 }
 
 fn options() -> anyhow::Result<Options> {
@@ -97,6 +99,7 @@ fn options() -> anyhow::Result<Options> {
         parts: None,
         profile: None,
         bits8: false,
+        fp8: false,
     };
     let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
     while let Some(name) = arguments.next() {
@@ -117,6 +120,10 @@ fn options() -> anyhow::Result<Options> {
             "--offload-embedding" => options.offload_embedding = value != "0",
             "--parts" => options.parts = Some(value),
             "--profile" => options.profile = Some(value),
+            "--frozen-compute" => {
+                anyhow::ensure!(value == "fp8", "--frozen-compute takes fp8");
+                options.fp8 = true;
+            }
             "--8bit-moments" => options.bits8 = value != "0",
             "--limit-gib" => options.limit = Some((value.parse::<f64>()? * (1u64 << 30) as f64) as u64),
             _ => anyhow::bail!("unknown option {name}"),
@@ -160,6 +167,9 @@ fn load(options: &Options, workspace: &Workspace) -> anyhow::Result<Trainee> {
     let lora =
         LoraConfig { r: options.rank, lora_alpha: 2.0 * options.rank as f64, target_modules, ..LoraConfig::default() };
     model.add_adapter(lora, 0)?;
+    if options.fp8 {
+        model.set_frozen_compute(FrozenCompute::Fp8)?;
+    }
     Trainee::new(model, if options.bits8 { Optim::Adamw8bit } else { Optim::AdamwTorch }, workspace)
 }
 
@@ -206,10 +216,11 @@ fn measure(options: &Options, gpu: &Gpu, trainee: &mut Trainee, case: &Case) -> 
     // With savings that the peers do not have.
     let plus = if options.bits8 || options.offload_embedding { "+" } else { "" };
     let case = format!("{sequences}x{length},{mode}{plus}");
+    let system = if options.fp8 { "qlora-fp8" } else { "qlora" };
     append(
         options.out.as_deref(),
         "system,case,mode,tok_s,peak_gb,gpu,driver,commit,date,targets,rank",
-        &format!("qlora,{case},{speed:.1},{peak:.3},{name},{driver},{commit},{date},{targets},{rank}"),
+        &format!("{system},{case},{speed:.1},{peak:.3},{name},{driver},{commit},{date},{targets},{rank}"),
     )?;
     if options.parts.is_some() {
         let parts = parts::measure(&trainee.model, &plan, sequences, length)?;

@@ -641,6 +641,17 @@ mod signals {
 }
 
 #[test]
+fn fp8_without_a_gpu_that_has_it_is_refused_before_anything_is_read() {
+    let (folder, config) = job();
+    let config = with(&config, &[("model.device", "cpu"), ("model.frozen_compute", "fp8")]);
+    let mut read = false;
+    let error = Session::open(&config, |_, _| read = true).unwrap_err().to_string();
+    assert!(error.contains("frozen_compute = \"fp8\"") && error.contains("Hopper") && error.contains("CPU"), "{error}");
+    assert!(!read, "weights were read");
+    drop(folder);
+}
+
+#[test]
 fn a_run_is_planned_for_a_card_that_is_not_there() {
     let (folder, config) = job();
     // The configured device and the output folder play no part.
@@ -661,6 +672,12 @@ fn a_run_is_planned_for_a_card_that_is_not_there() {
     // 10 kB hold no step.
     let nothing = on(&with(&config, &[("training.memory_budget", "1e-5")]), "H100");
     assert!(nothing.on.plan.unwrap_err().contains("needs at least") && nothing.on.longest == 0);
+    // fp8 is Hopper's, and its plan is another one.
+    let fp8 = with(&config, &[("model.frozen_compute", "fp8")]);
+    let refused = plan_on_card(&fp8, &Card::named("RTX 4090").unwrap()).unwrap_err().to_string();
+    assert!(refused.contains("frozen_compute") && refused.contains("H100") && refused.contains("RTX 4090"), "{refused}");
+    let (fp8, plain) = (on(&fp8, "H100").on.plan.unwrap(), on(&config, "H100").on.plan.unwrap());
+    assert!(fp8.cached_blocks == plain.cached_blocks && fp8.peak != plain.peak, "{fp8}; {plain}");
     // 8-bit moments are smaller.
     let small = on(&with(&config, &[("training.optim", "adamw_8bit")]), "T4");
     assert!(small.on.plan.unwrap().resident < plan.resident);

@@ -39,6 +39,11 @@ pub trait FrozenWeight: Send + Sync + fmt::Debug {
         &[]
     }
 
+    /// Elements that share a scale where the weight has 4 bits and its blocks do not cross rows.
+    fn row_blocks_of_4bit(&self) -> Option<usize> {
+        None
+    }
+
     /// The weight on its GPU, if it is on one.
     #[cfg(feature = "cuda")]
     fn as_cuda(&self) -> Option<&crate::cuda::CudaWeight> {

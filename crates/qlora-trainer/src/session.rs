@@ -60,6 +60,8 @@ pub struct Session {
     identity: Vec<(String, String)>,
     /// The other processes of the run.
     comm: Box<dyn Communicator>,
+    /// How many times as fast the planned steps are expected to be in fp8, where they are not and the GPU has it.
+    fp8_gain: Option<f64>,
     /// The data that was read when the session was opened, until it is taken.
     data: Mutex<Option<Data>>,
 }
@@ -137,6 +139,7 @@ impl Session {
             template_time,
             identity,
             comm: Box::new(Alone),
+            fp8_gain: None,
             data,
         })
     }
@@ -177,18 +180,22 @@ impl Session {
             .with_template_kwargs(self.config.data.chat_template_kwargs.as_map())
     }
 
-    /// A note on the compute type if it is not bfloat16, which most GPUs use, and that the memory plan does not state;
-    /// none on the CPU.
-    pub fn compute_note(&self) -> Option<&'static str> {
+    /// A note on the compute type if it is not bfloat16, which most GPUs use, and that the memory plan does not state, or on
+    /// the speed that fp8 would bring; none on the CPU.
+    pub fn compute_note(&self) -> Option<String> {
         let asked = self.config.model.bnb_4bit_compute_dtype.is_some();
         let fp8 = self.model.frozen_compute() == qlora_kernels::weight::FrozenCompute::Fp8;
-        match self.model.workspace().gradient_dtype() {
-            Dtype::F16 if fp8 => Some("multiplies with the frozen weights in fp8, else computes in float16, with loss scaling"),
-            _ if fp8 => Some("multiplies with the frozen weights in fp8"),
-            Dtype::F16 if asked => Some("computes in float16, with loss scaling"),
-            Dtype::F16 => Some("computes in float16, with loss scaling: this GPU has no bfloat16"),
-            _ => None,
-        }
+        let note = match self.model.workspace().gradient_dtype() {
+            Dtype::F16 if fp8 => "multiplies with the frozen weights in fp8, else computes in float16, with loss scaling",
+            _ if fp8 => "multiplies with the frozen weights in fp8",
+            Dtype::F16 if asked => "computes in float16, with loss scaling",
+            Dtype::F16 => "computes in float16, with loss scaling: this GPU has no bfloat16",
+            _ => {
+                let gain = self.fp8_gain.filter(|gain| *gain >= WORTH_A_NOTE)?;
+                return Some(format!("frozen_compute = \"fp8\" in [model] would be about {gain:.1} times as fast"));
+            }
+        };
+        Some(note.to_owned())
     }
 
     /// The configured training data and, if there is any, validation data. It was read when the session was opened; a second
@@ -253,6 +260,9 @@ impl Session {
         Ok((QLoraModel::new(self.model, save, self.identity)?, self.config))
     }
 }
+
+/// From this gain on, fp8 is worth a note.
+const WORTH_A_NOTE: f64 = 1.1;
 
 /// The memory of the configured device; `auto` and `cuda` are the GPU of the rank.
 fn workspace(config: &TrainConfig, local_rank: usize) -> Result<Workspace> {

@@ -93,7 +93,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     facts.data_fingerprint = training.fingerprint();
     match session.plan_memory(&training)? {
         Some(plan) => {
-            remark(format!("memory plan: {plan}"));
+            let note = session.compute_note().map(|note| format!("; {note}")).unwrap_or_default();
+            remark(format!("memory plan: {plan}{note}"));
             (facts.memory_plan, facts.planned_peak) = (Some(plan.to_string()), Some(plan.peak));
         }
         None => remark("training on the CPU: there is no memory plan"),

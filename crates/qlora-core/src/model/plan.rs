@@ -183,7 +183,8 @@ impl Planner {
         let dtype = model.workspace().dtype();
         let by_member = model.adapter().is_some_and(|adapter| adapter.config().use_dora);
         let planner = Self::of_spec(&model.config().spec(), rank, by_member, dtype, batch, attention, resident);
-        Ok(planner.with_frozen_compute(model.frozen_compute()))
+        let four_bits = projections().all(|projection| projection.weight().row_blocks_of_4bit().is_some());
+        Ok(planner.with_four_bits(four_bits).with_frozen_compute(model.frozen_compute()))
     }
 
     /// For a model on a GPU, asked for what its attention takes. `more` is what will stay on the device besides what is
@@ -216,6 +217,12 @@ impl Planner {
     /// The same planner for products with frozen weights in this arithmetic.
     pub fn with_frozen_compute(mut self, compute: FrozenCompute) -> Self {
         self.sizes.fp8 = compute == FrozenCompute::Fp8;
+        self
+    }
+
+    /// Whether all frozen weights have 4 bits: their copies for fp8 are then made without dequantizing them first.
+    pub fn with_four_bits(mut self, four_bits: bool) -> Self {
+        self.sizes.four_bits = four_bits;
         self
     }
 

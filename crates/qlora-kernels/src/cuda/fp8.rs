@@ -7,7 +7,9 @@ use super::buffer::Buffer;
 use super::ffi;
 use super::gpu::Gpu;
 use super::view::CudaView;
+use super::weight::CudaWeight;
 use crate::error::{Error, Result};
+use crate::weight::FrozenWeight;
 
 const OP: &str = "fp8";
 
@@ -52,6 +54,18 @@ impl Gpu {
             }
         }
     }
+}
+
+/// The weights as the kernels take them, and the shape of all together.
+fn bits4(weights: &[&CudaWeight]) -> Option<(Vec<ffi::Bits4>, [usize; 2])> {
+    let in_rows = |weight: &&CudaWeight| weight.row_blocks_of_4bit().and_then(|_| weight.bits4());
+    let parts: Vec<ffi::Bits4> = weights.iter().map(in_rows).collect::<Option<_>>()?;
+    let first = parts.first()?;
+    let alike = |part: &ffi::Bits4| part.cols == first.cols && part.blocksize == first.blocksize;
+    let fits = |part: &ffi::Bits4| part.rows % MULTIPLE as i64 == 0;
+    let rows = parts.iter().map(|part| part.rows as usize).sum();
+    let shape = [rows, first.cols as usize];
+    parts.iter().all(|part| alike(part) && fits(part)).then_some((parts, shape))
 }
 
 impl Fp8 {
@@ -99,6 +113,49 @@ impl Fp8 {
             )
         })?;
         Ok(made)
+    }
+
+    /// 4-bit weights below each other, straight from their codes, with a scale for each row; none if one of them is of another
+    /// kind or has blocks that cross its rows.
+    pub(crate) fn of_bits4(weights: &[&CudaWeight]) -> Result<Option<Self>> {
+        let Some((parts, [rows, cols])) = bits4(weights) else { return Ok(None) };
+        let made = Self::new(weights[0].gpu(), rows, cols)?;
+        let mut row = 0;
+        for part in &parts {
+            let (values, scales) = (made.values.ptr() + (row * cols) as u64, made.scales.ptr() + 4 * row as u64);
+            // SAFETY: the weight is live; its rows have their place in the values and in the scales.
+            made.values.gpu().launch("fp8_4bit_rows", |stream| unsafe {
+                let early = made.values.gpu().early();
+                ffi::qlora_fp8_4bit_rows(part, values as *mut u8, scales as *mut f32, early, stream)
+            })?;
+            row += part.rows as usize;
+        }
+        Ok(Some(made))
+    }
+
+    /// The same, transposed: `[cols, rows of all]`, with one scale for the columns of a block.
+    pub(crate) fn of_bits4_transposed(weights: &[&CudaWeight]) -> Result<Option<Self>> {
+        let Some((parts, [rows, cols])) = bits4(weights) else { return Ok(None) };
+        let gpu = weights[0].gpu();
+        let made = Self::new(gpu, cols, rows)?;
+        let blocksize = parts.iter().map(|part| part.blocksize).min().unwrap_or(1) as usize;
+        let mut most = Buffer::new(gpu, OP, 4 * (cols / blocksize))?;
+        most.fill_bytes(0)?;
+        for part in &parts {
+            // SAFETY: the weight is live; there is a float for each block of its columns.
+            gpu.launch("fp8_4bit_most", |stream| unsafe { ffi::qlora_fp8_4bit_most(part, most.as_mut_ptr(), stream) })?;
+        }
+        let mut row = 0;
+        for part in &parts {
+            let values = made.values.ptr() + row as u64;
+            // SAFETY: as above; the weight's rows are columns of the values, which are `rows` bytes apart.
+            gpu.launch("fp8_4bit_columns", |stream| unsafe {
+                let scales = made.scales.ptr() as *mut f32;
+                ffi::qlora_fp8_4bit_columns(part, most.as_ptr(), values as *mut u8, rows as i64, scales, stream)
+            })?;
+            row += part.rows as usize;
+        }
+        Ok(Some(made))
     }
 
     pub(crate) fn view(&self) -> Fp8View<'_> {

@@ -268,6 +268,24 @@ impl CudaWeight {
         Some(([bits4.blocksize as i64, nested_blocksize, i64::from(quant_code(bits4.quant_type))], member))
     }
 
+    /// The weight as the kernels of fp8 take it, if it has 4 bits.
+    pub(super) fn bits4(&self) -> Option<ffi::Bits4> {
+        let ([blocksize, nested_blocksize, quant_type], member) = self.few_member()?;
+        Some(ffi::Bits4 {
+            codes: member.codes,
+            absmax: member.absmax,
+            absmax_codes: member.absmax_codes,
+            nested_map: member.nested_map,
+            nested_absmax: member.nested_absmax,
+            blocksize,
+            nested_blocksize,
+            rows: self.rows as i64,
+            cols: self.cols as i64,
+            nested_offset: member.nested_offset,
+            quant_type: quant_type as i32,
+        })
+    }
+
     /// Writes the whole weight into `out`, in its type.
     ///
     /// # Errors
@@ -417,6 +435,13 @@ impl FrozenWeight for CudaWeight {
         match &self.data {
             Data::Int(int) => int.exact_columns(),
             Data::Plain { .. } | Data::Bits4(_) => &[],
+        }
+    }
+
+    fn row_blocks_of_4bit(&self) -> Option<usize> {
+        match &self.data {
+            Data::Bits4(bits4) => Some(bits4.blocksize).filter(|&blocksize| self.cols.is_multiple_of(blocksize)),
+            Data::Plain { .. } | Data::Int(_) => None,
         }
     }
 

@@ -168,6 +168,10 @@ impl Quantized4bit {
 }
 
 impl FrozenWeight for Quantized4bit {
+    fn row_blocks_of_4bit(&self) -> Option<usize> {
+        Some(self.parts.blocksize).filter(|&blocksize| self.parts.cols.is_multiple_of(blocksize))
+    }
+
     fn rows(&self) -> usize {
         self.parts.rows
     }

@@ -4,6 +4,8 @@ use qlora_core::model::plan::{AttentionWorkspace, available_memory};
 use qlora_core::model::{BatchShape, MemoryPlan, Planner};
 #[cfg(feature = "cuda")]
 use qlora_kernels::cuda::Gpu;
+#[cfg(feature = "cuda")]
+use qlora_kernels::weight::FrozenCompute;
 
 use super::Session;
 use crate::comm::or_tell_all;
@@ -29,6 +31,7 @@ impl Session {
         #[cfg(feature = "cuda")]
         if let Some(gpu) = self.model.workspace().gpu().cloned() {
             let plan = self.fastest_on(&gpu, batch)?;
+            self.fp8_gain = self.expected_gain_of_fp8(&gpu, batch, &plan);
             self.model.apply_plan(&plan)?;
             gpu.expect_tokens(batch.tokens);
             tracing::debug!(%plan, "memory");
@@ -72,6 +75,19 @@ impl Session {
         };
         library.set_enabled(!prefers_own);
         Ok(if prefers_own { without? } else { with? })
+    }
+
+    /// How many times as fast as by `plan` a step is expected to be in fp8; none where it is in fp8 already, or cannot be.
+    #[cfg(feature = "cuda")]
+    fn expected_gain_of_fp8(&self, gpu: &std::sync::Arc<Gpu>, batch: BatchShape, plan: &MemoryPlan) -> Option<f64> {
+        let dora = self.model.adapter().is_some_and(|adapter| adapter.config().use_dora);
+        if self.model.frozen_compute() == FrozenCompute::Fp8 || dora || gpu.check_fp8().is_err() {
+            return None;
+        }
+        let planner = Planner::on_gpu(&self.model, batch, self.optimizer_bytes()).ok()?;
+        let fp8 = planner.clone().with_frozen_compute(FrozenCompute::Fp8);
+        let faster = chosen(self.config.training.gradient_checkpointing, &fp8, plan.budget).ok()?;
+        Some(planner.expected_speed(plan).seconds / fp8.expected_speed(&faster).seconds)
     }
 
     /// The rates that plans are ranked with: those of the GPU's model in the table of cards, corrected by a measurement. With

@@ -30,8 +30,13 @@ impl BlockCost {
         let [tokens, hidden, q, qkv, mlp, len] =
             [sizes.tokens, sizes.hidden, sizes.q, sizes.qkv, sizes.mlp, len].map(|x| x as f64);
         let product = |elements: f64| 2.0 * tokens * elements / (rates.products * sizes.product_gain());
-        // 4 bits read, 16 written an element; for fp8 these are read again, twice for the transposed copy, and 8 written.
-        let bytes = if sizes.fp8 { 2.5 + 4.0 } else { 2.5 };
+        let bytes = match (sizes.fp8, sizes.four_bits) {
+            // 4 bits read, 16 written an element.
+            (false, _) => 2.5,
+            (true, true) => 1.5,
+            // These are read again, twice for the transposed copy, and 8 written.
+            (true, false) => 2.5 + 4.0,
+        };
         let dequantize = |elements: f64| bytes * elements / rates.memory;
         let pass = |cols: f64| tokens * cols * sizes.size as f64 / rates.memory;
         let attend = product(hidden * (q + qkv)) + 2.0 * tokens * len * q / rates.attention + pass(6.0 * hidden);

@@ -75,6 +75,7 @@ impl Planner {
             rp,
             by_member,
             fp8: false,
+            four_bits: false,
             attention,
         };
         let len = (batch.tokens / batch.sequences.max(1)) as u64;

@@ -29,6 +29,8 @@ pub(super) struct Sizes {
     pub(super) by_member: bool,
     /// Whether frozen weights are multiplied in fp8: their copies and the products' inputs are then in 8 bits.
     pub(super) fp8: bool,
+    /// Whether all frozen weights have 4 bits: no dequantized weight stands beside its copy in 8 bits.
+    pub(super) four_bits: bool,
     pub(super) attention: AttentionWorkspace,
 }
 
@@ -96,10 +98,11 @@ impl Sizes {
         match (self.fp8, cached) {
             (false, false) => self.weight(outputs, inputs, rp[group]),
             (false, true) => 0,
-            // A kept weight is dequantized once, too, at its first use; A and B stand beside it.
             (true, _) => {
                 let copy = if cached { 0 } else { outputs * inputs + 4 * (outputs + inputs) };
-                outputs * inputs * self.size + copy + self.factors(outputs, inputs, rp[group])
+                // A kept weight is dequantized once, too, at its first use.
+                let dequantized = if self.four_bits { 0 } else { outputs * inputs * self.size };
+                dequantized + copy + self.factors(outputs, inputs, rp[group])
             }
         }
     }

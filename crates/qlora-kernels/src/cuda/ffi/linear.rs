@@ -2,7 +2,7 @@
 
 use std::ffi::c_int;
 
-use super::structs::{DeviceLimits, Members};
+use super::structs::{Bits4, DeviceLimits, Members};
 use super::{Ptr, PtrMut, Stream};
 
 unsafe extern "C" {
@@ -15,6 +15,22 @@ unsafe extern "C" {
         rows: i64,
         cols: i64,
         early: c_int,
+        stream: Stream,
+    ) -> c_int;
+    pub(in crate::cuda) fn qlora_fp8_4bit_rows(
+        weight: *const Bits4,
+        out: *mut u8,
+        scale: *mut f32,
+        early: c_int,
+        stream: Stream,
+    ) -> c_int;
+    pub(in crate::cuda) fn qlora_fp8_4bit_most(weight: *const Bits4, most: *mut f32, stream: Stream) -> c_int;
+    pub(in crate::cuda) fn qlora_fp8_4bit_columns(
+        weight: *const Bits4,
+        most: *const f32,
+        out: *mut u8,
+        ldo: i64,
+        scale: *mut f32,
         stream: Stream,
     ) -> c_int;
     pub(in crate::cuda) fn qlora_fp8_columns(

@@ -65,6 +65,23 @@ impl Default for FewMember {
     }
 }
 
+/// A 4-bit weight; `QloraBits4` in `fp8_4bit.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(in crate::cuda) struct Bits4 {
+    pub(in crate::cuda) codes: *const u8,
+    pub(in crate::cuda) absmax: *const f32,
+    pub(in crate::cuda) absmax_codes: *const u8,
+    pub(in crate::cuda) nested_map: *const f32,
+    pub(in crate::cuda) nested_absmax: *const f32,
+    pub(in crate::cuda) blocksize: i64,
+    pub(in crate::cuda) nested_blocksize: i64,
+    pub(in crate::cuda) rows: i64,
+    pub(in crate::cuda) cols: i64,
+    pub(in crate::cuda) nested_offset: f32,
+    pub(in crate::cuda) quant_type: c_int,
+}
+
 /// `QloraFewWeights` in `few_tokens.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]

@@ -62,10 +62,21 @@ fn with_weights(
 ) -> Result<()> {
     // Weights that are not written yet must not get into the cache.
     graph::refuse(plan.op)?;
+    let inside = |columns: &Range<usize>| columns.start >= piece.start && columns.end <= piece.end;
     let make = || {
+        let members = parts(group).filter(|(_, columns)| inside(columns)).map(|(member, _)| member.weight.as_cuda());
+        if let Some(weights) = members.collect::<Option<Vec<_>>>() {
+            let made = match side {
+                Side::Forward => Fp8::of_bits4(&weights)?,
+                Side::Backward => Fp8::of_bits4_transposed(&weights)?,
+            };
+            if let Some(made) = made {
+                return Ok(made);
+            }
+        }
         let mut whole = workspace.matrix(piece.len(), plan.k)?;
         for (member, columns) in parts(group) {
-            if columns.start >= piece.start && columns.end <= piece.end {
+            if inside(&columns) {
                 let rows = columns.start - piece.start..columns.end - piece.start;
                 dequantize(plan.op, member.weight, whole.view_mut().cuda(plan.op)?.slice_rows(rows))?;
             }
