@@ -140,10 +140,11 @@ extern "C" int qlora_fp8_rows(int dtype, const void* x, int64_t ldx, uint8_t* ou
             return launch_early(kernel, dim3(static_cast<unsigned>(rows)), dim3(block), early != 0, stream, xt, ldx, out,
                                 scale, cols);
         };
-        // At least 4 packs in flight a thread where the row is wide enough.
-        if (packs <= 256) return launch(rows_kernel<T, N, 1>, packs);
-        if (packs <= 512) return launch(rows_kernel<T, N, 2>, divide_up(packs, 2));
+        // Four loads in flight a thread, more only where there are no more threads: measured on an H200 at 4,096 to 28,672
+        // columns of bf16, 88 to 100% of a copy's rate.
         if (packs <= 4 * MOST_THREADS) return launch(rows_kernel<T, N, 4>, divide_up(packs, 4));
+        if (packs <= 6 * MOST_THREADS) return launch(rows_kernel<T, N, 6>, divide_up(packs, 6));
+        if (packs <= 7 * MOST_THREADS) return launch(rows_kernel<T, N, 7>, divide_up(packs, 7));
         if (packs <= 8 * MOST_THREADS) return launch(rows_kernel<T, N, 8>, divide_up(packs, 8));
         return launch(rows_kernel<T, N, 0>, MOST_THREADS);
     });

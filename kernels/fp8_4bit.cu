@@ -38,38 +38,57 @@ struct Weight {
     int64_t row_blocks;   // blocks of a row
 };
 
-constexpr int ROW_THREADS = 128;
+constexpr int ROWS_A_BLOCK = 4;
 
-// A block of threads a row; 16 values a thread at a time.
-__global__ void __launch_bounds__(ROW_THREADS) rows_kernel(Weight w, uint8_t* out, float* scale) {
+// A warp a row; 16 values a lane at a time, FLIGHT of them in flight.
+template <int FLIGHT>
+__global__ void __launch_bounds__(32 * ROWS_A_BLOCK) rows_kernel(Weight w, uint8_t* out, float* scale) {
     __shared__ float table[16];
     let_next_begin();
     if (threadIdx.x < 16) table[threadIdx.x] = nf4::TABLES[w.quant_type][threadIdx.x];
-    wait_for_previous();
-    const int64_t row = blockIdx.x, first = row * w.row_blocks;
+    __syncthreads();
+    const int lane = threadIdx.x % 32;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * ROWS_A_BLOCK + threadIdx.x / 32, first = row * w.row_blocks;
+    // Codes and scales are settled; the output may be read by the launch before this one.
     float most = 0.0f;
-    for (int64_t b = threadIdx.x; b < w.row_blocks; b += ROW_THREADS) most = fp8::larger(most, fabsf(w.scales(first + b)));
-    most = fp8::largest_of_block<ROW_THREADS>(most);
-    const float factor = fp8::factor_of(most);
-    if (threadIdx.x == 0) scale[row] = fp8::scale_of(most);
-    const uint2* codes = reinterpret_cast<const uint2*>(w.codes + row * w.cols / 2);
-    for (int64_t pack = threadIdx.x; pack < w.cols / 16; pack += ROW_THREADS) {
-        const float s = w.scales(first + (pack * 16 >> w.block_shift)) * factor;
-        const uint2 both = __ldcs(codes + pack);
-        Pack<uint16_t, 8> packed;
+    if (row < w.rows)
+        for (int64_t b = lane; b < w.row_blocks; b += 32) most = fp8::larger(most, fabsf(w.scales(first + b)));
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            // Byte i, upper nibble first.
-            const uint32_t byte = (i < 4 ? both.x : both.y) >> (8 * (i % 4));
-            packed.v[i] = fp8::two(table[byte >> 4 & 15] * s, table[byte & 15] * s);
+    for (int step = 16; step > 0; step /= 2) most = fp8::larger(most, __shfl_xor_sync(~0u, most, step));
+    wait_for_previous();
+    if (row >= w.rows) return;
+    const float factor = fp8::factor_of(most);
+    if (lane == 0) scale[row] = fp8::scale_of(most);
+    const uint2* codes = reinterpret_cast<const uint2*>(w.codes + row * w.cols / 2);
+    const int64_t packs = w.cols / 16;
+    for (int64_t start = lane; start < packs; start += 32 * FLIGHT) {
+        uint2 word[FLIGHT];
+        float s[FLIGHT];
+#pragma unroll
+        for (int k = 0; k < FLIGHT; k++) {
+            // Lanes behind the end repeat the last pack.
+            const int64_t pack = start + 32 * k < packs ? start + 32 * k : packs - 1;
+            word[k] = __ldcs(codes + pack);
+            s[k] = w.scales(first + (pack * 16 >> w.block_shift)) * factor;
         }
-        *reinterpret_cast<Pack<uint16_t, 8>*>(out + row * w.cols + pack * 16) = packed;
+#pragma unroll
+        for (int k = 0; k < FLIGHT; k++) {
+            if (start + 32 * k >= packs) break;
+            Pack<uint16_t, 8> packed;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                // Byte i, upper nibble first.
+                const uint32_t byte = (i < 4 ? word[k].x : word[k].y) >> (8 * (i % 4));
+                packed.v[i] = fp8::two(table[byte >> 4 & 15] * s[k], table[byte & 15] * s[k]);
+            }
+            *reinterpret_cast<Pack<uint16_t, 8>*>(out + row * w.cols + (start + 32 * k) * 16) = packed;
+        }
     }
 }
 
 constexpr int BAND = 128;
 
-// `most`, as bits: zeros, or what other weights with the same columns left there.
+// `most`, as bits; zeros before.
 __global__ void __launch_bounds__(256) most_kernel(Weight w, uint32_t* most) {
     const int64_t b = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x, r0 = static_cast<int64_t>(blockIdx.y) * BAND;
     if (b >= w.row_blocks) return;
@@ -81,8 +100,19 @@ __global__ void __launch_bounds__(256) most_kernel(Weight w, uint32_t* most) {
 
 constexpr int COLS = 64, ROWS = 128;
 
-__global__ void __launch_bounds__(256)
-    columns_kernel(Weight w, const float* most, uint8_t* out, int64_t ldo, float* scale) {
+// The columns' largest magnitudes, of up to three weights that are multiplied together.
+struct Most {
+    const float* of[3];
+
+    __device__ __forceinline__ float operator()(int64_t block) const {
+        float most = __ldg(of[0] + block);
+        if (of[1]) most = fp8::larger(most, __ldg(of[1] + block));
+        if (of[2]) most = fp8::larger(most, __ldg(of[2] + block));
+        return most;
+    }
+};
+
+__global__ void __launch_bounds__(256) columns_kernel(Weight w, Most most, uint8_t* out, int64_t ldo, float* scale) {
     // A word of padding: neighbouring columns start in different banks.
     __shared__ uint32_t tile[COLS][ROWS / 4 + 1];
     __shared__ float table[16];
@@ -93,7 +123,7 @@ __global__ void __launch_bounds__(256)
     const int64_t c = c0 + eighth * 8, r = r0 + quad * 4;
     if (c < w.cols && r < w.rows) {
         const int64_t block = c >> w.block_shift;
-        const float largest = most[block], factor = fp8::factor_of(largest);
+        const float largest = most(block), factor = fp8::factor_of(largest);
         if (r == 0)
             for (int i = 0; i < 8; i++) scale[c + i] = fp8::scale_of(largest);
         uint32_t codes[4];
@@ -141,11 +171,11 @@ extern "C" int qlora_fp8_4bit_rows(const QloraBits4* weight, uint8_t* out, float
     Weight w;
     if (!made(*weight, w)) return static_cast<int>(cudaErrorInvalidValue);
     if (w.rows == 0 || w.cols == 0) return static_cast<int>(cudaSuccess);
-    const dim3 blocks(static_cast<unsigned>(w.rows)), threads(ROW_THREADS);
-    return launch_early(rows_kernel, blocks, threads, early != 0, stream, w, out, scale);
+    const dim3 blocks(static_cast<unsigned>(divide_up(w.rows, ROWS_A_BLOCK))), threads(32 * ROWS_A_BLOCK);
+    return launch_early(rows_kernel<4>, blocks, threads, early != 0, stream, w, out, scale);
 }
 
-// The largest magnitudes of the columns' blocks, cols / blocksize floats, joined to what is there.
+// The largest magnitudes of the columns' blocks: cols / blocksize floats, which are zeros before.
 extern "C" int qlora_fp8_4bit_most(const QloraBits4* weight, float* most, cudaStream_t stream) {
     Weight w;
     if (!made(*weight, w)) return static_cast<int>(cudaErrorInvalidValue);
@@ -155,13 +185,14 @@ extern "C" int qlora_fp8_4bit_most(const QloraBits4* weight, float* most, cudaSt
     return static_cast<int>(cudaGetLastError());
 }
 
-// The weight transposed into `cols` rows of `out`, `ldo` bytes apart (a multiple of 4), and the scales of its columns.
-extern "C" int qlora_fp8_4bit_columns(const QloraBits4* weight, const float* most, uint8_t* out, int64_t ldo, float* scale,
-                                      cudaStream_t stream) {
+// The weight transposed into `cols` rows of `out`, `ldo` bytes apart (a multiple of 4), and the scales of its columns. `most0` to
+// `most2`: the largest magnitudes of all weights that share the scales; NULL where there are fewer.
+extern "C" int qlora_fp8_4bit_columns(const QloraBits4* weight, const float* most0, const float* most1, const float* most2,
+                                      uint8_t* out, int64_t ldo, float* scale, cudaStream_t stream) {
     Weight w;
-    if (!made(*weight, w) || ldo % 4 != 0) return static_cast<int>(cudaErrorInvalidValue);
+    if (!made(*weight, w) || ldo % 4 != 0 || !most0) return static_cast<int>(cudaErrorInvalidValue);
     if (w.rows == 0 || w.cols == 0) return static_cast<int>(cudaSuccess);
     const dim3 tiles(static_cast<unsigned>(divide_up(w.cols, COLS)), static_cast<unsigned>(divide_up(w.rows, ROWS)));
-    columns_kernel<<<tiles, 256, 0, stream>>>(w, most, out, ldo, scale);
+    columns_kernel<<<tiles, 256, 0, stream>>>(w, Most{{most0, most1, most2}}, out, ldo, scale);
     return static_cast<int>(cudaGetLastError());
 }

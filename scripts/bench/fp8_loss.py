@@ -64,8 +64,6 @@ def train(args, work: pathlib.Path, seed: int, settings: str) -> dict:
     output = work / f"{settings}-{seed}"
     shutil.rmtree(output, ignore_errors=True)
     options = {
-        "model.model_name_or_path": args.model.resolve(),
-        "data.train_file": "train.jsonl",
         "data.max_length": 512,
         "data.packing": "true",
         "lora.target_modules": "all-linear",
@@ -78,14 +76,15 @@ def train(args, work: pathlib.Path, seed: int, settings: str) -> dict:
     } | dict(change.split("=", 1) for change in args.set.split(",") if change)
     if settings == "fp8":
         options["model.frozen_compute"] = "fp8"
-    config = work / "empty.toml"
-    config.touch()
+    config = work / "run.toml"
+    first = f'[model]\nmodel_name_or_path = "{args.model}"\n[data]\ntrain_file = "train.jsonl"\n'
+    config.write_text(first)
     changes = [word for key, value in options.items() for word in ("--set", f"{key}={value}")]
     run([args.finetune, config, *changes], work)
     steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [step for step in steps if "tokens_per_second" in step]
     told = run(
-        [args.qlora, "eval", "--model", args.model.resolve(), "--adapter", output, "--all-tokens", "--json", "heldout.jsonl"], work
+        [args.qlora, "eval", "--model", args.model, "--adapter", output, "--all-tokens", "--json", "heldout.jsonl"], work
     )
     told = json.loads(told)
     late = steps[len(steps) // 5 :]

@@ -16,6 +16,9 @@ const OP: &str = "fp8";
 /// Widths and heights of fp8 factors are multiples of this.
 pub(crate) const MULTIPLE: usize = 16;
 
+/// The most weights that are multiplied together: q, k and v.
+const MEMBERS: usize = 3;
+
 /// `rows x cols` values, gapless, and the rows' scales.
 pub(crate) struct Fp8 {
     values: Buffer,
@@ -65,7 +68,8 @@ fn bits4(weights: &[&CudaWeight]) -> Option<(Vec<ffi::Bits4>, [usize; 2])> {
     let fits = |part: &ffi::Bits4| part.rows % MULTIPLE as i64 == 0;
     let rows = parts.iter().map(|part| part.rows as usize).sum();
     let shape = [rows, first.cols as usize];
-    parts.iter().all(|part| alike(part) && fits(part)).then_some((parts, shape))
+    let few = parts.len() <= MEMBERS;
+    (few && parts.iter().all(|part| alike(part) && fits(part))).then_some((parts, shape))
 }
 
 impl Fp8 {
@@ -138,20 +142,20 @@ impl Fp8 {
         let Some((parts, [rows, cols])) = bits4(weights) else { return Ok(None) };
         let gpu = weights[0].gpu();
         let made = Self::new(gpu, cols, rows)?;
-        let blocksize = parts.iter().map(|part| part.blocksize).min().unwrap_or(1) as usize;
-        let mut most = Buffer::new(gpu, OP, 4 * (cols / blocksize))?;
-        most.fill_bytes(0)?;
-        for part in &parts {
-            // SAFETY: the weight is live; there is a float for each block of its columns.
-            gpu.launch("fp8_4bit_most", |stream| unsafe { ffi::qlora_fp8_4bit_most(part, most.as_mut_ptr(), stream) })?;
+        let mut most = [std::ptr::null(); MEMBERS];
+        for (most, weight) in most.iter_mut().zip(weights) {
+            *most = weight.column_most()?.as_ptr();
         }
         let mut row = 0;
         for part in &parts {
             let values = made.values.ptr() + row as u64;
-            // SAFETY: as above; the weight's rows are columns of the values, which are `rows` bytes apart.
+            // SAFETY: as above; the weight's rows are columns of the values, which are `rows` bytes apart; the largest
+            // magnitudes are kept by the weights.
             gpu.launch("fp8_4bit_columns", |stream| unsafe {
                 let scales = made.scales.ptr() as *mut f32;
-                ffi::qlora_fp8_4bit_columns(part, most.as_ptr(), values as *mut u8, rows as i64, scales, stream)
+                let [first, second, third] = most;
+                let (values, ld) = (values as *mut u8, rows as i64);
+                ffi::qlora_fp8_4bit_columns(part, first, second, third, values, ld, scales, stream)
             })?;
             row += part.rows as usize;
         }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::cuda_backend::cudarc::driver::result;
 
@@ -39,6 +39,8 @@ struct Bits4 {
     absmax: DeviceAbsmax,
     quant_type: QuantType,
     blocksize: usize,
+    /// See [`CudaWeight::column_most`].
+    column_most: OnceLock<Buffer>,
 }
 
 enum DeviceAbsmax {
@@ -115,7 +117,8 @@ impl CudaWeight {
         let Parts { codes, absmax, rows, cols, quant_type, blocksize, .. } = weight.parts();
         let codes = uploader.upload(Self::OP, Source::Memory(codes))?;
         let absmax = upload_absmax(uploader, absmax)?;
-        let bits4 = Bits4 { codes, absmax, quant_type: *quant_type, blocksize: *blocksize };
+        let (quant_type, blocksize) = (*quant_type, *blocksize);
+        let bits4 = Bits4 { codes, absmax, quant_type, blocksize, column_most: OnceLock::new() };
         Ok(Self { data: Data::Bits4(Box::new(bits4)), rows: *rows, cols: *cols })
     }
 
@@ -227,7 +230,7 @@ impl CudaWeight {
                 upload_absmax(uploader, &Absmax::Nested(NestedAbsmax::quantize(&values)))?
             }
         };
-        let bits4 = Bits4 { codes, absmax, quant_type, blocksize };
+        let bits4 = Bits4 { codes, absmax, quant_type, blocksize, column_most: OnceLock::new() };
         Ok(Self { data: Data::Bits4(Box::new(bits4)), rows, cols })
     }
 
@@ -284,6 +287,25 @@ impl CudaWeight {
             nested_offset: member.nested_offset,
             quant_type: quant_type as i32,
         })
+    }
+
+    /// The largest magnitudes of the columns' blocks of a 4-bit weight whose blocks do not cross rows, `cols / blocksize`
+    /// floats: made once, since the weight never changes.
+    pub(super) fn column_most(&self) -> Result<&Buffer> {
+        const OP: &str = "fp8_4bit_most";
+        let (Data::Bits4(bits4), Some(blocksize), Some(part)) = (&self.data, self.row_blocks_of_4bit(), self.bits4()) else {
+            return Err(Error::invalid(OP, "the weight has no 4-bit blocks in its rows"));
+        };
+        if let Some(made) = bits4.column_most.get() {
+            return Ok(made);
+        }
+        let gpu = self.gpu();
+        let mut most = Buffer::new(gpu, OP, size_of::<f32>() * (self.cols / blocksize))?;
+        most.fill_bytes(0)?;
+        // SAFETY: the weight is live; there is a float for each block of its columns.
+        gpu.launch(OP, |stream| unsafe { ffi::qlora_fp8_4bit_most(&part, most.as_mut_ptr(), stream) })?;
+        // Another thread may have been faster; its values are the same.
+        Ok(bits4.column_most.get_or_init(|| most))
     }
 
     /// Writes the whole weight into `out`, in its type.

@@ -27,7 +27,9 @@ unsafe extern "C" {
     pub(in crate::cuda) fn qlora_fp8_4bit_most(weight: *const Bits4, most: *mut f32, stream: Stream) -> c_int;
     pub(in crate::cuda) fn qlora_fp8_4bit_columns(
         weight: *const Bits4,
-        most: *const f32,
+        most0: *const f32,
+        most1: *const f32,
+        most2: *const f32,
         out: *mut u8,
         ldo: i64,
         scale: *mut f32,
