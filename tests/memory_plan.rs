@@ -4,9 +4,9 @@
 mod common;
 
 use common::{add_random_adapter, tiny_config, tiny_model};
+use qlora::config::ModelConfig;
 use qlora::kernels::weight::FrozenCompute;
 use qlora::kernels::{Dtype, Workspace};
-use qlora::config::ModelConfig;
 use qlora::lora::{AdapterLayout, LoraConfig, TargetModules};
 use qlora::model::plan::AttentionWorkspace;
 use qlora::model::policy::Keep;

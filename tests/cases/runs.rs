@@ -675,7 +675,10 @@ fn a_run_is_planned_for_a_card_that_is_not_there() {
     // fp8 is Hopper's, and its plan is another one.
     let fp8 = with(&config, &[("model.frozen_compute", "fp8")]);
     let refused = plan_on_card(&fp8, &Card::named("RTX 4090").unwrap()).unwrap_err().to_string();
-    assert!(refused.contains("frozen_compute") && refused.contains("H100") && refused.contains("RTX 4090"), "{refused}");
+    assert!(
+        refused.contains("frozen_compute") && refused.contains("H100") && refused.contains("RTX 4090"),
+        "{refused}"
+    );
     let (fp8, plain) = (on(&fp8, "H100").on.plan.unwrap(), on(&config, "H100").on.plan.unwrap());
     assert!(fp8.cached_blocks == plain.cached_blocks && fp8.peak != plain.peak, "{fp8}; {plain}");
     // 8-bit moments are smaller.

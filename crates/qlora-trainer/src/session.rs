@@ -186,7 +186,9 @@ impl Session {
         let asked = self.config.model.bnb_4bit_compute_dtype.is_some();
         let fp8 = self.model.frozen_compute() == qlora_kernels::weight::FrozenCompute::Fp8;
         let note = match self.model.workspace().gradient_dtype() {
-            Dtype::F16 if fp8 => "multiplies with the frozen weights in fp8, else computes in float16, with loss scaling",
+            Dtype::F16 if fp8 => {
+                "multiplies with the frozen weights in fp8, else computes in float16, with loss scaling"
+            }
             _ if fp8 => "multiplies with the frozen weights in fp8",
             Dtype::F16 if asked => "computes in float16, with loss scaling",
             Dtype::F16 => "computes in float16, with loss scaling: this GPU has no bfloat16",

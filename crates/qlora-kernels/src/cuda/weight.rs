@@ -293,7 +293,8 @@ impl CudaWeight {
     /// floats: made once, since the weight never changes.
     pub(super) fn column_most(&self) -> Result<&Buffer> {
         const OP: &str = "fp8_4bit_most";
-        let (Data::Bits4(bits4), Some(blocksize), Some(part)) = (&self.data, self.row_blocks_of_4bit(), self.bits4()) else {
+        let (Data::Bits4(bits4), Some(blocksize), Some(part)) = (&self.data, self.row_blocks_of_4bit(), self.bits4())
+        else {
             return Err(Error::invalid(OP, "the weight has no 4-bit blocks in its rows"));
         };
         if let Some(made) = bits4.column_most.get() {
