@@ -20,3 +20,4 @@ pub mod rms_norm;
 pub mod rope;
 pub mod scale;
 pub mod swiglu;
+pub mod trained_tables;
