@@ -59,6 +59,7 @@ pub(crate) fn parameters_of(layout: &AdapterLayout) -> Vec<Parameter> {
         range: entry.range(),
         shape: entry.shape(),
         silenced_by: if entry.which == Which::A { partner(&entry.module) } else { None },
+        may_rest: entry.which == Which::TokenRows,
     };
     entries.iter().map(parameter).collect()
 }

@@ -2,6 +2,7 @@
 
 use super::by_module::{ByModule, Layers};
 use super::modules::LinearModule;
+use super::tables::TokenIndices;
 use super::targets::{ModuleFilter, TargetModules, entry_matches};
 use crate::config::ModelConfig;
 use crate::{Error, Result};
@@ -40,6 +41,15 @@ pub struct LoraConfig {
     /// The modules left out of them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exclude_modules: Option<ModuleFilter>,
+    /// Tokens whose rows of the embedding (or the head) are trained: those that the base does not know yet.
+    #[serde(skip_serializing_if = "TokenIndices::is_empty")]
+    pub trainable_token_indices: TokenIndices,
+    /// Modules that are trained whole: `embed_tokens` and `lm_head`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub modules_to_save: Vec<String>,
+    /// The head of a tied model follows an embedding that is trained whole; without, the two part.
+    #[serde(skip_serializing_if = "is_false")]
+    pub ensure_weight_tying: bool,
     /// The biases that are trained.
     pub bias: Bias,
     /// The initialization of A and B.
@@ -62,6 +72,9 @@ impl Default for LoraConfig {
             layers: None,
             target_modules: TargetModules::default(),
             exclude_modules: None,
+            trainable_token_indices: TokenIndices::default(),
+            modules_to_save: Vec::new(),
+            ensure_weight_tying: false,
             bias: Bias::None,
             init_lora_weights: InitLoraWeights::KaimingUniform,
             task_type: Some("CAUSAL_LM".to_owned()),
@@ -199,30 +212,18 @@ fn scaling(alpha: f64, rank: usize, rank_stabilized: bool) -> f64 {
     alpha / if rank_stabilized { rank.sqrt() } else { rank }
 }
 
-/// The biases that are trained with an adapter.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// The biases that are trained with an adapter, in place of the base's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Bias {
     /// None (`"none"`).
     #[default]
     None,
-}
-
-impl Serialize for Bias {
-    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        serializer.serialize_str("none")
-    }
-}
-
-impl<'de> Deserialize<'de> for Bias {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        match String::deserialize(deserializer)?.as_str() {
-            "none" => Ok(Self::None),
-            other => {
-                Err(serde::de::Error::custom(format!("bias = {other:?} is not supported; the only value is \"none\"")))
-            }
-        }
-    }
+    /// Those of all layers (`"all"`).
+    All,
+    /// Those of the layers with A and B (`"lora_only"`).
+    LoraOnly,
 }
 
 /// The initialization of an adapter.
@@ -260,6 +261,10 @@ impl<'de> Deserialize<'de> for InitLoraWeights {
         }
         deserializer.deserialize_any(Visitor)
     }
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// PEFT writes `lora_alpha` as it was given, which is nearly always an integer, and some readers insist on one.
@@ -376,7 +381,7 @@ mod tests {
         assert_eq!(serde_json::from_str::<LoraConfig>(&text).unwrap(), config);
         for (json, expected) in [
             (r#"{"rank": 4}"#, "unknown field `rank`"),
-            (r#"{"bias": "all"}"#, "bias = \"all\" is not supported"),
+            (r#"{"bias": "some"}"#, "unknown variant `some`"),
             (r#"{"init_lora_weights": "pissa"}"#, "the only supported initialization"),
             (r#"{"init_lora_weights": false}"#, "the only supported initialization"),
             (r#"{"r": -1}"#, "invalid value"),

@@ -6,6 +6,7 @@ pub mod adapter_rows;
 pub mod adapter_tokens;
 pub mod argmax;
 pub mod attention;
+pub mod bias;
 pub mod dora_linear;
 pub mod dropout;
 pub mod embedding;

@@ -130,13 +130,7 @@ impl<'a> Table<'a> {
     ///
     /// # Errors
     /// If sizes do not fit.
-    pub fn embed_backward(
-        &self,
-        tokens: &[u32],
-        dx: View,
-        gradient: ViewMut,
-        workspace: &Workspace,
-    ) -> Result<()> {
+    pub fn embed_backward(&self, tokens: &[u32], dx: View, gradient: ViewMut, workspace: &Workspace) -> Result<()> {
         let Some((change, values)) = self.change.filter(|(change, _)| !change.is_empty()) else { return Ok(()) };
         let width = self.weight.cols();
         dx.expect(OP, "dx", tokens.len(), width)?;
@@ -198,7 +192,10 @@ impl<'a> Table<'a> {
         let mut columns = workspace.matrix(dlogits.rows(), ids.len())?;
         for (position, &id) in ids.iter().enumerate() {
             let own = id as usize..id as usize + 1;
-            columns.view_mut().slice_cols(position..position + 1).copy_from(dlogits.as_view().slice_cols(own.clone()))?;
+            columns
+                .view_mut()
+                .slice_cols(position..position + 1)
+                .copy_from(dlogits.as_view().slice_cols(own.clone()))?;
             dlogits.reborrow().slice_cols(own).fill(0.0)?;
         }
         match self.whole()? {
@@ -308,13 +305,17 @@ mod tests {
             };
             let before = random(values.len());
             let mut gradient = before.clone();
-            of.embed_backward(&ids, View::new(&dx, ids.len(), WIDTH), ViewMut::vector(&mut gradient), &workspace).unwrap();
+            of.embed_backward(&ids, View::new(&dx, ids.len(), WIDTH), ViewMut::vector(&mut gradient), &workspace)
+                .unwrap();
             let added: Vec<f32> = gradient.iter().zip(&before).map(|(after, before)| after - before).collect();
             assert_close("embedding", &added, &numeric_gradient(&exact, &[1.0], |v| vec![loss(v)]), 1e-5);
 
             let hidden = random(ids.len() * WIDTH);
             let product = |w: &[f64], hidden: &[f64]| -> Vec<f64> {
-                hidden.chunks_exact(WIDTH).flat_map(|h| w.chunks_exact(WIDTH).map(|w| dot(w, h)).collect::<Vec<_>>()).collect()
+                hidden
+                    .chunks_exact(WIDTH)
+                    .flat_map(|h| w.chunks_exact(WIDTH).map(|w| dot(w, h)).collect::<Vec<_>>())
+                    .collect()
             };
             let mut logits = workspace.matrix(ids.len(), VOCABULARY).unwrap();
             let view = View::new(&hidden, ids.len(), WIDTH);
@@ -331,8 +332,7 @@ mod tests {
             let of_hidden = numeric_gradient(&to_f64(&hidden), &d, |h| product(&w, h));
             assert_close("dhidden", dhidden.as_slice(), &of_hidden, 1e-5);
             let added: Vec<f32> = gradient.iter().zip(&before).map(|(after, before)| after - before).collect();
-            let of_values =
-                numeric_gradient(&exact, &d, |v| product(&table(&weight, v, &change), &to_f64(&hidden)));
+            let of_values = numeric_gradient(&exact, &d, |v| product(&table(&weight, v, &change), &to_f64(&hidden)));
             assert_close("head", &added, &of_values, 1e-5);
         }
     }
