@@ -332,7 +332,8 @@ fn training_refuses_what_it_does_not_train() {
             ["regex", "fan_in_fan_out", "patterns", "patterns_rslora", "layers", "layer", "dora", "dora_biased"];
         let of_tables =
             ["tokens", "tokens_tied", "tokens_both", "save_embedding", "save_embedding_tied", "save_both_tied"];
-        let trained = [&of_layers[..], &of_tables, &["bias_all", "bias_lora_only"]].concat();
+        let of_ends = ["embedding", "embedding_tied", "head_lora", "head_lora_tied"];
+        let trained = [&of_layers[..], &of_tables, &of_ends, &["bias_all", "bias_lora_only"]].concat();
         if trained.contains(&kind.as_str()) {
             result.unwrap();
             continue;

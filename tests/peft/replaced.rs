@@ -1,5 +1,5 @@
 //! Training of parts of the base in its place against PEFT: rows of tokens (`trainable_token_indices`), whole tables
-//! (`modules_to_save`) and biases (`bias`). Start, gradients, 20 steps; then saved, read, gone on with, merged.
+//! (`modules_to_save`) and biases (`bias`); and of LoRA on the embedding and the head. Start, gradients, 20 steps; then saved, read, gone on with, merged.
 //!
 //! Fixtures: `tests/fixtures/replaced_step`, made by `scripts/fixtures/replaced_step.py` with PEFT 0.21.2.
 
@@ -19,7 +19,7 @@ use qlora::source::{HfDirectory, WeightSource};
 use crate::common::relative_error;
 
 /// Cases and their bases.
-const CASES: [(&str, &str); 9] = [
+const CASES: [(&str, &str); 12] = [
     ("tokens_untied", "llama"),
     ("tokens_tied", "qwen2"),
     ("tokens_granite", "granite"),
@@ -29,6 +29,9 @@ const CASES: [(&str, &str); 9] = [
     ("bias_all", "qwen2"),
     ("bias_lora_only", "qwen2"),
     ("bias_dora_tokens", "qwen2"),
+    ("lora_embedding", "llama"),
+    ("lora_head", "qwen2"),
+    ("lora_both", "granite"),
 ];
 
 fn fixture(folder: &str, name: &str) -> PathBuf {
@@ -111,7 +114,9 @@ fn a_fresh_adapter_starts_with_the_base_and_changes_nothing() {
         model.add_adapter(adapter.config.lora, 5).unwrap();
         let trained = model.adapter().unwrap();
         assert_eq!(trained.layout(), &adapter.layout);
-        assert!(trained.layout().tables().chain(trained.layout().biases()).count() > 0);
+        let replaced = trained.layout().tables().chain(trained.layout().biases()).count();
+        let ends = ["lm_head", "model.embed_tokens"].map(|end| usize::from(trained.layout().get(end).is_some()));
+        assert!(replaced + ends[0] + ends[1] > 0);
         let values = trained.values().unwrap();
         for entry in trained.layout().biases() {
             let mut projections = model.stack().blocks().iter().flat_map(|block| block.projections());
@@ -235,7 +240,9 @@ fn what_is_saved_is_read_trained_on_and_merged() {
         case.check_logits(&case.model);
 
         let source = HfDirectory::open(fixture("models", name.1)).unwrap();
-        let whole = case.adapter.layout.tables().any(|entry| entry.which == Which::Table);
+        let (layout, lora) = (&case.adapter.layout, |end: &str| case.adapter.layout.get(end).is_some());
+        let whole =
+            layout.tables().any(|entry| entry.which == Which::Table) || lora("lm_head") || lora("model.embed_tokens");
         let plain = LoraUpdate::new(&again);
         let mut updates: Vec<Box<dyn WeightUpdate + '_>> = vec![Box::new(PeftUpdate::new(&loaded, &source).unwrap())];
         match plain {
@@ -270,4 +277,33 @@ fn options_that_do_not_fit_are_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let error = adapter::save(folder.path(), &options, &layout, &weights, &SaveOptions::default()).unwrap_err();
     assert!(error.to_string().contains("do not belong to these options"), "{error}");
+}
+
+#[test]
+#[ignore = "needs a Python with PEFT: QLORA_PYTHON=path/to/python"]
+fn peft_takes_what_is_saved_and_gives_the_same_logits() {
+    let python = std::env::var("QLORA_PYTHON").expect("QLORA_PYTHON names a Python interpreter with PEFT");
+    for name in CASES {
+        let case = Case::load(name);
+        let folder = tempfile::tempdir().unwrap();
+        let Adapter { config, layout, weights } = &case.adapter;
+        adapter::save(folder.path(), &config.lora, layout, weights, &SaveOptions::default()).unwrap();
+        let tensors = [("input_ids", "input_ids.0"), ("logits", "logits.0")];
+        let tensors: HashMap<_, _> = tensors.map(|(to, from)| (to, case.expected[from].clone())).into();
+        let logits = folder.path().join("logits.safetensors");
+        candle_core::safetensors::save(&tensors, &logits).unwrap();
+        let output = std::process::Command::new(&python)
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/check_peft.py"))
+            .args(["--tolerance", "1e-4", "--base"])
+            .arg(fixture("models", name.1))
+            .arg("--adapter")
+            .arg(folder.path())
+            .arg("--logits")
+            .arg(&logits)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{name:?}: {text}");
+        println!("{name:?}: {}", text.lines().last().unwrap_or_default());
+    }
 }

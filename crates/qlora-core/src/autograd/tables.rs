@@ -94,6 +94,7 @@ pub(crate) fn linear_cross_entropy(
     hidden: &Tensor,
     weight: &Arc<dyn FrozenWeight>,
     (tables, flat): Trained,
+    dropout: Option<(f32, u64)>,
     targets: &[i64],
     num_items: usize,
     workspace: &Workspace,
@@ -108,7 +109,7 @@ pub(crate) fn linear_cross_entropy(
     }
     let (loss, gradients) = {
         let (input, values) = (TensorView::new(OP, &hidden)?, TensorView::new(OP, flat)?);
-        let head = tables.head(&**weight, values.view());
+        let head = tables.head(&**weight, values.view(), dropout);
         let mut dhidden = workspace.matrix(input.view().rows(), input.view().cols())?;
         let mut dflat = workspace.zeros_f32(1, flat.elem_count())?;
         let (scale, target) = (GradScale::Uniform(1.0 / num_items as f32), Some(dflat.view_mut()));

@@ -5,6 +5,7 @@ use super::modules::LinearModule;
 use super::tables::TokenIndices;
 use super::targets::{ModuleFilter, TargetModules, entry_matches};
 use crate::config::ModelConfig;
+use crate::spec::{EMBEDDING, HEAD};
 use crate::{Error, Result};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -151,12 +152,12 @@ impl LoraConfig {
         self.exclude_modules.as_ref().is_some_and(|filter| filter.matches(module))
     }
 
-    /// The linear layers of `model` that get an adapter, in the order in which they run.
+    /// The layers of `model` that get A and B: the linear layers of the blocks in the order in which they run, then the head and the
+    /// embedding, which `"all-linear"` leaves out. The embedding's input features are the tokens.
     ///
     /// # Errors
     /// If the options are not valid ([`LoraConfig::validate`]), if nothing is selected, if an entry of a list selects
-    /// nothing, or if the targets select something that is no linear layer of a block (the output head, the embedding,
-    /// a whole block). The message says which layers there are.
+    /// nothing, or if the targets select something that is no layer (a norm, a whole block). The message says which layers there are.
     pub fn resolve(&self, model: &ModelConfig) -> Result<Vec<LinearModule>> {
         self.validate()?;
         let spec = model.spec();
@@ -168,10 +169,12 @@ impl LoraConfig {
             )));
         }
         if let TargetModules::Selected(filter) = &self.target_modules {
-            let other = spec.other_modules().into_iter().find(|name| filter.matches(name) && !self.excludes(name));
-            if let Some(name) = other {
+            let ends = [EMBEDDING, HEAD];
+            let selected =
+                |name: &String| filter.matches(name) && !self.excludes(name) && !ends.contains(&name.as_str());
+            if let Some(name) = spec.other_modules().into_iter().find(selected) {
                 return Err(Error::Unsupported(format!(
-                    "target_modules selects {name}; adapters can be put on the linear layers of the blocks: {}",
+                    "target_modules selects {name}; adapters can be put on {HEAD}, {EMBEDDING} and the linear layers of the blocks: {}",
                     spec.describe_linear()
                 )));
             }
@@ -179,7 +182,8 @@ impl LoraConfig {
         if self.exclude_modules.is_some() && !modules.iter().any(|module| self.excludes(&module.name)) {
             tracing::warn!("exclude_modules leaves out no linear layer of this model");
         }
-        let selected: Vec<LinearModule> = modules.into_iter().filter(|module| self.targets(&module.name)).collect();
+        let mut selected: Vec<LinearModule> = modules.into_iter().filter(|module| self.targets(&module.name)).collect();
+        selected.extend(self.ends(model)?);
         if !selected.is_empty() {
             return Ok(selected);
         }
@@ -192,6 +196,30 @@ impl LoraConfig {
             _ => "target_modules and exclude_modules leave no linear layer to train".to_owned(),
         };
         Err(Error::Invalid(format!("{what}; the model's linear layers are {}", spec.describe_linear())))
+    }
+
+    /// The head and the embedding, if they get A and B.
+    fn ends(&self, model: &ModelConfig) -> Result<Vec<LinearModule>> {
+        if self.target_modules == TargetModules::AllLinear {
+            return Ok(Vec::new());
+        }
+        let (vocab, hidden) = (model.vocab_size, model.hidden_size);
+        let module =
+            |name: &str, out_features, in_features| LinearModule { name: name.to_owned(), out_features, in_features };
+        let mut ends = vec![module(HEAD, vocab, hidden), module(EMBEDDING, hidden, vocab)];
+        ends.retain(|module| self.targets(&module.name));
+        let Some(LinearModule { name, .. }) = ends.first() else { return Ok(ends) };
+        if self.use_dora {
+            return Err(Error::Unsupported(format!(
+                "use_dora on {name} is not supported: in training, leave it out of target_modules"
+            )));
+        }
+        if self.ensure_weight_tying && model.tie_word_embeddings {
+            return Err(Error::Unsupported(format!(
+                "ensure_weight_tying with {name} in target_modules is not supported: in training, leave one of them out"
+            )));
+        }
+        Ok(ends)
     }
 
     /// The entries of a `target_modules` list that match no module of `model` at all.
@@ -307,6 +335,17 @@ mod tests {
     }
 
     #[test]
+    fn head_and_embedding_come_last_where_they_are_named() {
+        let model = tiny_model(1);
+        let config = with_targets(TargetModules::list(["embed_tokens", "lm_head", "q_proj"]));
+        let modules = config.resolve(&model).unwrap();
+        let of = |i: usize| (modules[i].name.as_str(), modules[i].out_features, modules[i].in_features);
+        assert_eq!(modules.len(), 3);
+        assert_eq!((of(1), of(2)), (("lm_head", 128, 64), ("model.embed_tokens", 64, 128)));
+        assert_eq!(with_targets(TargetModules::list(["embed_tokens"])).resolve(&model).unwrap().len(), 1);
+    }
+
+    #[test]
     fn all_linear_selects_seven_layers_a_block_and_exclusion_takes_away() {
         let mut config = with_targets(TargetModules::AllLinear);
         assert_eq!(names(&config).len(), 14);
@@ -332,8 +371,6 @@ mod tests {
     fn what_is_no_linear_layer_of_a_block_is_refused() {
         let model = tiny_model(1);
         for (targets, name) in [
-            (TargetModules::list(["q_proj", "lm_head"]), "lm_head"),
-            (TargetModules::list(["embed_tokens"]), "model.embed_tokens"),
             (TargetModules::list(["mlp"]), "model.layers.0.mlp"),
             (TargetModules::parse(".*(q_proj|norm)").unwrap(), "model.norm"),
             (TargetModules::parse(r"model\.layers\.0.*").unwrap(), "model.layers.0.self_attn"),
@@ -343,6 +380,14 @@ mod tests {
                 matches!(&error, Error::Unsupported(text) if text.contains(&format!("selects {name};"))),
                 "{error}"
             );
+        }
+        for (dora, tying, message) in
+            [(true, false, "use_dora on lm_head"), (false, true, "ensure_weight_tying with lm_head")]
+        {
+            let targets = TargetModules::list(["q_proj", "lm_head"]);
+            let config = LoraConfig { use_dora: dora, ensure_weight_tying: tying, ..with_targets(targets) };
+            let error = config.resolve(&model).unwrap_err().to_string();
+            assert!(error.contains(message), "{error}");
         }
         // Excluding them makes the same pattern usable.
         let mut config = with_targets(TargetModules::parse(".*(q_proj|norm)").unwrap());

@@ -1,6 +1,6 @@
 //! The layout of an adapter's values: all A and B of a model, back to back in one flat f32 buffer.
 //!
-//! For each module in layer order first A [r, in_features], then B [out_features, r], both row-major, then what its kind of
+//! For each module in layer order (head and embedding last) first A [r, in_features], then B [out_features, r], both row-major, then what its kind of
 //! adapter has besides (DoRA: the magnitudes, one for each output), without gaps; then biases, rows of tokens and whole tables. One
 //! buffer means that one loop does the optimizer step, the gradient's norm or a copy; gradients and moments have the
 //! same layout.
@@ -72,6 +72,8 @@ impl Entry {
     /// The tensor's name in PEFT's `adapter_model.safetensors`.
     pub fn tensor_name(&self) -> String {
         let end = match self.which {
+            Which::A if self.module == EMBEDDING => "lora_embedding_A",
+            Which::B if self.module == EMBEDDING => "lora_embedding_B",
             Which::A => "lora_A.weight",
             Which::B => "lora_B.weight",
             Which::Magnitude => "lora_magnitude_vector",

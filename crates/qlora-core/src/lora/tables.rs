@@ -10,6 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::config::LoraConfig;
 use super::layout::Which;
+use super::targets::TargetModules;
 use crate::config::ModelConfig;
 use crate::spec::{EMBEDDING, HEAD};
 use crate::{Error, Result};
@@ -120,6 +121,14 @@ pub(super) fn tables(config: &LoraConfig, model: &ModelConfig) -> Result<Vec<(Wh
                 "modules_to_save: with ensure_weight_tying name {EMBEDDING}, which {HEAD} follows"
             )));
         }
+        if (whole(module) || ids.is_some())
+            && config.targets(module)
+            && config.target_modules != TargetModules::AllLinear
+        {
+            return Err(Error::Invalid(format!(
+                "{module} is in target_modules, and in modules_to_save or trainable_token_indices"
+            )));
+        }
         match ids {
             Some(_) if module == HEAD && tied => {}
             Some(ids) => parts.push((Which::TokenRows, module, ids.len())),
@@ -190,6 +199,8 @@ mod tests {
             (r#"{"modules_to_save": ["lm_head"], "ensure_weight_tying": true}"#, "name model.embed_tokens"),
             (r#"{"modules_to_save": ["embed_tokens"], "trainable_token_indices": [1]}"#, "in modules_to_save and in"),
             (r#"{"modules_to_save": ["lm_head"], "trainable_token_indices": [1]}"#, "the head of a tied model"),
+            (r#"{"target_modules": ["lm_head"], "trainable_token_indices": [1]}"#, "the head of a tied model"),
+            (r#"{"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}"#, "lm_head is in target_modules, and"),
         ] {
             let error = tables(&parsed(json), &tied).unwrap_err().to_string();
             assert!(error.contains(message), "{json}: {error}");

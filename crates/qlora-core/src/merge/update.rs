@@ -8,10 +8,10 @@ use qlora_kernels::ops::matmul;
 use qlora_kernels::weight::PlainData;
 
 use crate::adapter::Adapter;
-use crate::adapter::kinds::dora;
+use crate::adapter::kinds::{EMBEDDING, HEAD, dora};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::lora::Which;
+use crate::lora::{Entry, Which};
 use crate::source::PlainTensor;
 
 /// A change of a base's weights that an adapter stands for: LoRA and DoRA change rows in
@@ -51,7 +51,8 @@ impl<'a> LoraUpdate<'a> {
     /// The update of an adapter.
     ///
     /// # Errors
-    /// If its buffer is not the layout's, a scaling is not finite, or it holds a whole table.
+    /// If its buffer is not the layout's, a scaling is not finite, or it has A and B of the embedding or the head, or the whole of
+    /// either.
     pub fn new(adapter: &'a Adapter) -> Result<Self> {
         if adapter.weights.len() != adapter.layout.len() {
             let (got, expected) = (adapter.weights.len(), adapter.layout.len());
@@ -63,9 +64,14 @@ impl<'a> LoraUpdate<'a> {
                 return Err(Error::Invalid(format!("the adapter's scaling is {scale} for {module}")));
             }
         }
-        if let Some(table) = adapter.layout.tables().find(|entry| entry.which == Which::Table) {
+        let is_end = |entry: &&Entry| {
+            entry.which == Which::Table
+                || (entry.which == Which::A && [EMBEDDING, HEAD].contains(&entry.module.as_str()))
+        };
+        if let Some(table) = adapter.layout.entries().iter().find(is_end) {
             // The merged head may be another than the base's, which only an update that knows the base can give.
-            let message = "is a whole table (modules_to_save): open the folder with adapter::open_folder and merge with PeftUpdate";
+            let message =
+                "is of the embedding or the head: open the folder with adapter::open_folder and merge with PeftUpdate";
             return Err(Error::tensor(table.tensor_name(), message));
         }
         Ok(Self { adapter })

@@ -67,7 +67,7 @@ impl CausalLm {
         }
         let trained = self.trained_tables()?;
         if let (Some((adapter, values)), [(_, Chosen::Trained)]) = (&trained, spans) {
-            let table = adapter.tables().head(&**self.head(), values.view());
+            let table = adapter.tables().head(&**self.head(), values.view(), None);
             table.logits(hidden.view(), logits.view_mut(), self.workspace())?;
             return Ok(logits);
         }
@@ -87,7 +87,7 @@ impl CausalLm {
         }
         for (rows, chosen) in spans {
             if let (Chosen::Trained, Some((adapter, values))) = (chosen, &trained) {
-                let table = adapter.tables().head(&**self.head(), values.view());
+                let table = adapter.tables().head(&**self.head(), values.view(), None);
                 let part = hidden.view().slice_rows(rows.clone());
                 table.logits(part, logits.view_mut().slice_rows(rows.clone()), self.workspace())?;
             }
@@ -101,7 +101,7 @@ impl CausalLm {
             return Ok(linear_cross_entropy::forward(hidden.view(), &**self.head(), targets, self.workspace())?);
         }
         if let (Some((adapter, values)), [(_, Chosen::Trained)]) = (self.trained_tables()?, spans) {
-            let table = adapter.tables().head(&**self.head(), values.view());
+            let table = adapter.tables().head(&**self.head(), values.view(), None);
             return Ok(linear_cross_entropy::forward_with(hidden.view(), table, targets, self.workspace())?);
         }
         const ROWS: usize = 64;

@@ -17,7 +17,7 @@ use super::stack::Stack;
 use super::train::TrainPass;
 use super::trained::Adapter;
 use crate::adapter::kinds::tables::{self, TrainedTables};
-use crate::adapter::kinds::{HEAD, dora};
+use crate::adapter::kinds::{EMBEDDING, HEAD, dora};
 use crate::autograd;
 use crate::batch::Batch;
 use crate::config::ModelConfig;
@@ -209,7 +209,7 @@ impl CausalLm {
                 layout.biases().count()
             )));
         }
-        let modules = layout.modules().count();
+        let modules = layout.modules().filter(|module| ![EMBEDDING, HEAD].contains(module)).count();
         if placed != modules {
             return Err(Error::Invalid(format!(
                 "the adapter is on {modules} modules, {placed} of them are linear layers of the model's blocks"
@@ -300,7 +300,8 @@ impl CausalLm {
         let dropout = adapter.dropout(train);
         let hidden =
             autograd::stack::apply(&self.stack, &x, adapter.flat.as_tensor(), layout, dropout, &self.workspace)?;
-        autograd::tables::linear_cross_entropy(&hidden, &self.head, trained, &batch.targets, num_items, &self.workspace)
+        let (head, targets) = (&self.head, &batch.targets);
+        autograd::tables::linear_cross_entropy(&hidden, head, trained, dropout, targets, num_items, &self.workspace)
     }
 
     /// The sum of the losses of a batch, without gradient and without dropout.

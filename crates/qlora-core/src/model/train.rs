@@ -117,7 +117,7 @@ impl CausalLm {
         let trained = matches!(spans.as_slice(), [(_, Chosen::Trained)]).then(|| self.adapter()).flatten();
         let values = trained.map(|adapter| TensorView::new("adapter", adapter.flat.as_tensor())).transpose()?;
         let head = match (trained, &values) {
-            (Some(adapter), Some(values)) => adapter.tables().head(&**self.head(), values.view()),
+            (Some(adapter), Some(values)) => adapter.tables().head(&**self.head(), values.view(), None),
             _ => Table::frozen(&**self.head()),
         };
         Ok(negated(linear_cross_entropy::token_losses_with(hidden.view(), head, &batch.targets, self.workspace())?))
@@ -140,7 +140,7 @@ impl CausalLm {
         let values = TensorView::new("adapter", adapter.flat.as_tensor())?;
         let inverse_norms = norms.as_deref().map(Matrix::view);
         let embedding = adapter.tables().embedding(&**self.embedding(), values.view());
-        let table = adapter.tables().head(&**self.head(), values.view());
+        let table = adapter.tables().head(&**self.head(), values.view(), dropout);
         let needs_dx = embedding.change.is_some();
         let adapter = Some(AdapterPass { dropout, inverse_norms, ..AdapterPass::new(values.view()) });
         let pass = Pass { adapter, layout: &batch.layout, rope: &rope, workspace: self.workspace() };

@@ -245,7 +245,8 @@ fn run(
     let source = hidden.host(OP)?;
     let mut loss = LossSum { sum: 0.0, trained_tokens: trained.len() };
     let chunk = (CHUNK / vocab.max(1)).max(1);
-    for rows in trained.chunks(chunk) {
+    for (index, rows) in trained.chunks(chunk).enumerate() {
+        let head = head.at_row(index * chunk);
         let mut gathered = workspace.scratch(rows.len(), width);
         for (to, (from, _)) in gathered.as_mut_slice().chunks_exact_mut(width.max(1)).zip(rows) {
             to.copy_from_slice(source.row(*from));

@@ -1,23 +1,27 @@
 //! Trained parts of a model's two tables: the embedding's and the head's `[vocabulary, width]`, of which an adapter holds rows
-//! of some tokens or the whole in its f32 values.
+//! of some tokens or the whole, or A and B, in its f32 values.
 //!
 //! ```text
-//! x[t]      = W'[id[t]]                   dW'[id[t]] += dx[t]
-//! logits    = hidden W'^T                 dhidden = dlogits W'        dW' += dlogits^T hidden
+//! x[t]      = W'[id[t]] + s B A[:, id[t]]                      dW'[id[t]] += dx[t]
+//!                                      dB += s dx[t] A[:, id[t]]^T      dA[:, id[t]] += s B^T dx[t]
+//! logits    = hidden W'^T + s drop(hidden) A^T B^T             dW' += dlogits^T hidden
+//!                                      dhidden = dlogits W' + the part of A and B (lora_linear)
 //! ```
 //!
-//! `W'` is the frozen table with the adapter's rows in place of its own. `x`, `hidden`: `[tokens, width]`, `logits`:
+//! Embedding: A `[r, vocabulary]`, B `[width, r]`; head: A `[r, width]`, B `[vocabulary, r]`. `W'` is the frozen table with the adapter's rows in place of its own. `x`, `hidden`: `[tokens, width]`, `logits`:
 //! `[tokens, vocabulary]`. Only the adapter's rows get a gradient. The frozen table's products run as ever; those of single
 //! tokens are one more small product each, with the tokens' columns of `dlogits` side by side. Of a tied model both ends name the
 //! same rows, whose gradient is the sum of both.
 //!
-//! On CUDA rows of tokens are trained by copies and products that other operations use; a whole table is refused.
+//! On CUDA rows of tokens are trained by copies and products that other operations use; a whole table, and A and B, are refused.
 
 use std::collections::HashMap;
 use std::ops::Range;
 
 use super::adapter_tokens::{self, EmbeddingDelta};
-use super::{embedding, frozen_linear, matmul};
+use super::dropout::Dropout;
+use super::linear_group::LoraSlot;
+use super::{embedding, frozen_linear, lora_linear, matmul};
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Workspace};
 use crate::view::{View, ViewMut};
@@ -26,18 +30,20 @@ use crate::weight::FrozenWeight;
 const OP: &str = "trained_table";
 
 /// The parts of a table that an adapter holds; ranges are elements of its values.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct TableChange {
     /// All rows, one after the other.
     pub whole: Option<Range<usize>>,
     /// Rows by token, one after the other in the values.
     pub tokens: HashMap<u32, Range<usize>>,
+    /// A and B.
+    pub lora: Option<LoraSlot>,
 }
 
 impl TableChange {
     /// Whether the adapter holds nothing of the table.
     pub fn is_empty(&self) -> bool {
-        self.whole.is_none() && self.tokens.is_empty()
+        self.whole.is_none() && self.tokens.is_empty() && self.lora.is_none()
     }
 
     /// The tokens in the order in which their rows lie in the values, and the place of all of them.
@@ -57,6 +63,13 @@ impl TableChange {
     }
 }
 
+/// A `[r, width]` and B `[vocabulary, r]` of a head.
+struct HeadFactors<'a> {
+    slot: &'a LoraSlot,
+    a: View<'a>,
+    b: View<'a>,
+}
+
 /// A table in a pass: the frozen weight, and the parts that an adapter has instead.
 #[derive(Clone, Copy, Debug)]
 pub struct Table<'a> {
@@ -64,12 +77,36 @@ pub struct Table<'a> {
     pub weight: &'a dyn FrozenWeight,
     /// The adapter's parts, and its values: f32, one row. None: the frozen table alone.
     pub change: Option<(&'a TableChange, View<'a>)>,
+    /// The dropout of the head's input on its way to A.
+    pub dropout: Option<Dropout>,
 }
 
 impl<'a> Table<'a> {
     /// The frozen table alone.
     pub fn frozen(weight: &'a dyn FrozenWeight) -> Self {
-        Self { weight, change: None }
+        Self { weight, change: None, dropout: None }
+    }
+
+    /// The same table for the rows from `row` on.
+    pub(crate) fn at_row(self, row: usize) -> Self {
+        Self { dropout: self.dropout.map(|dropout| dropout.at_row(row)), ..self }
+    }
+
+    /// A and B of the head, with their scale.
+    fn head_factors(&self) -> Result<Option<HeadFactors<'a>>> {
+        let Some((change, values)) = self.change else { return Ok(None) };
+        let Some(slot) = &change.lora else { return Ok(None) };
+        let (inputs, outputs) = (self.weight.cols(), self.weight.rows());
+        Error::check_shape(OP, "A and B", &[slot.a.len(), slot.b.len()], &[slot.rank * inputs, slot.rank * outputs])?;
+        if slot.a.end.max(slot.b.end) > values.cols() {
+            return Err(Error::invalid(OP, format!("A and B lie beyond the adapter's {} values", values.cols())));
+        }
+        #[cfg(feature = "cuda")]
+        if values.gpu().is_some() {
+            return Err(Error::invalid(OP, "LoRA on the head (lm_head) can be trained on the CPU only"));
+        }
+        let (a, b) = slot.factors(values, inputs, outputs);
+        Ok(Some(HeadFactors { slot, a, b }))
     }
 
     /// Whether no part of it is an adapter's.
@@ -122,7 +159,7 @@ impl<'a> Table<'a> {
                 rows.rows_mut().zip(tokens).for_each(|(row, &id)| row.copy_from_slice(table.row(id as usize)));
             }
         }
-        EmbeddingDelta { values, tokens: &change.tokens, lora: None, gain: None }.apply(tokens, x)
+        EmbeddingDelta { values, tokens: &change.tokens, lora: change.lora.as_ref(), gain: None }.apply(tokens, x)
     }
 
     /// Adds the gradient of the adapter's rows to their places in `gradient`, which is laid out as the values; `dx` is that of the
@@ -140,6 +177,9 @@ impl<'a> Table<'a> {
         let (ids, range) = change.rows(width)?;
         #[cfg(feature = "cuda")]
         if dx.gpu().is_some() {
+            if change.lora.is_some() {
+                return Err(Error::invalid(OP, "LoRA on the embedding (embed_tokens) can be trained on the CPU only"));
+            }
             return spread(&ids, range, tokens, dx, gradient, workspace);
         }
         let _ = (ids, range, workspace);
@@ -150,6 +190,18 @@ impl<'a> Table<'a> {
             let row = |whole: &Range<usize>| whole.start + *id as usize * width;
             let Some(start) = change.tokens.get(id).map(|own| own.start).or(whole.as_ref().map(row)) else { continue };
             gradient[start..start + width].iter_mut().zip(dx.row(t)).for_each(|(sum, d)| *sum += d);
+        }
+        let Some(slot) = &change.lora else { return Ok(()) };
+        // The forward checked the places.
+        let (values, vocabulary) = (values.host(OP)?.row(0), self.weight.rows());
+        for (t, &id) in tokens.iter().enumerate() {
+            for (j, d) in dx.row(t).iter().enumerate() {
+                for c in 0..slot.rank {
+                    let (a, b) = (slot.a.start + c * vocabulary + id as usize, slot.b.start + j * slot.rank + c);
+                    gradient[a] += slot.scale * d * values[b];
+                    gradient[b] += slot.scale * d * values[a];
+                }
+            }
         }
         Ok(())
     }
@@ -162,6 +214,11 @@ impl<'a> Table<'a> {
         match self.whole()? {
             None => frozen_linear::forward(hidden, self.weight, logits.reborrow(), 0.0, workspace)?,
             Some((table, _)) => matmul::nt(hidden, table, logits.reborrow(), 1.0, 0.0)?,
+        }
+        if let Some(HeadFactors { slot, a, b }) = self.head_factors()? {
+            let mut s = workspace.matrix(hidden.rows(), slot.rank)?;
+            let (s, logits) = (s.view_mut(), logits.reborrow());
+            lora_linear::forward(hidden, a, b, slot.scale, self.dropout, s, logits, workspace)?;
         }
         match self.change {
             Some((change, values)) => adapter_tokens::head(values, &change.tokens, hidden, logits),
@@ -206,6 +263,18 @@ impl<'a> Table<'a> {
                     let dtable = gradient.reborrow().slice_cols(range).reshape(table.rows(), width);
                     matmul::tn(dlogits.as_view(), hidden, dtable, 1.0, 1.0)?;
                 }
+            }
+        }
+        if let Some(HeadFactors { slot, a, b }) = self.head_factors()? {
+            let (mut s, mut ds) =
+                (workspace.matrix(hidden.rows(), slot.rank)?, workspace.matrix(hidden.rows(), slot.rank)?);
+            let (scale, dy, dx) = (slot.scale, dlogits.as_view(), Some(dhidden.reborrow()));
+            lora_linear::shrink(hidden, a, self.dropout, s.view_mut(), workspace)?;
+            lora_linear::backward_input(dy, a, b, scale, self.dropout, ds.view_mut(), dx, workspace)?;
+            if let Some(gradient) = &mut gradient {
+                let (da, db) = slot.factors_mut(gradient.reborrow(), width, self.weight.rows());
+                let (s, ds) = (s.view(), ds.view());
+                lora_linear::backward_adapter(hidden, scale, self.dropout, s, dy, ds, da, db, workspace)?;
             }
         }
         let Some(rows) = self.token_rows(range.clone(), workspace)?.filter(|_| !ids.is_empty()) else { return Ok(()) };
@@ -267,7 +336,7 @@ mod tests {
         let own = 5 + VOCABULARY * WIDTH;
         let rows = [(9, own..own + WIDTH), (2, own + WIDTH..own + 2 * WIDTH)];
         let tokens = if tokens { HashMap::from(rows) } else { HashMap::new() };
-        (weight, values, TableChange { whole: whole.then_some(5..own), tokens })
+        (weight, values, TableChange { whole: whole.then_some(5..own), tokens, lora: None })
     }
 
     /// The table with the adapter's rows.
@@ -287,7 +356,7 @@ mod tests {
         for (whole, tokens) in [(false, true), (true, false), (true, true)] {
             let (weight, values, change) = case(whole, tokens);
             let workspace = Workspace::poisoned();
-            let of = Table { weight: &weight, change: Some((&change, View::vector(&values))) };
+            let of = Table { weight: &weight, change: Some((&change, View::vector(&values))), dropout: None };
             let exact = to_f64(&values);
 
             let mut x = workspace.matrix(ids.len(), WIDTH).unwrap();
@@ -342,19 +411,78 @@ mod tests {
     }
 
     #[test]
+    fn factors_at_both_ends_match_f64() {
+        const RANK: usize = 3;
+        let (weight, _, _) = case(false, false);
+        let mut random = random(21);
+        let values = random(2 + RANK * (VOCABULARY + WIDTH));
+        let (ids, middle) = ([4u32, 2, 9, 2], 2 + RANK * VOCABULARY);
+        let slot = |a, b| LoraSlot { a, b, rank: RANK, scale: -0.7, stream: 0, kind: Default::default() };
+        let (exact, workspace) = (to_f64(&values), Workspace::poisoned());
+        let w = table(&weight, &exact, &TableChange::default());
+        // `long [r, vocabulary]` and `short [width, r]` of the embedding; of the head the other way round, transposed.
+        let changed = |long: &dyn Fn(usize, usize) -> f64, short: &dyn Fn(usize, usize) -> f64| -> Vec<f64> {
+            let element = |id: usize, j: usize| {
+                w[id * WIDTH + j] - 0.7 * (0..RANK).map(|c| long(c, id) * short(j, c)).sum::<f64>()
+            };
+            (0..VOCABULARY).flat_map(|id| (0..WIDTH).map(|j| element(id, j)).collect::<Vec<_>>()).collect()
+        };
+
+        let change = TableChange { lora: Some(slot(2..middle, middle..values.len())), ..TableChange::default() };
+        let of = Table { weight: &weight, change: Some((&change, View::vector(&values))), dropout: None };
+        let embedded = |v: &[f64]| -> Vec<f64> {
+            let w = changed(&|c, id| v[2 + c * VOCABULARY + id], &|j, c| v[middle + j * RANK + c]);
+            ids.iter().flat_map(|&id| w[id as usize * WIDTH..][..WIDTH].to_vec()).collect()
+        };
+        let mut x = workspace.matrix(ids.len(), WIDTH).unwrap();
+        of.embed(&ids, x.view_mut()).unwrap();
+        assert_close("x", x.as_slice(), &embedded(&exact), 1e-6);
+        let (dx, mut gradient) = (random(ids.len() * WIDTH), vec![0.0; values.len()]);
+        let target = ViewMut::vector(&mut gradient);
+        of.embed_backward(&ids, View::new(&dx, ids.len(), WIDTH), target, &workspace).unwrap();
+        assert_close("embedding", &gradient, &numeric_gradient(&exact, &to_f64(&dx), embedded), 1e-6);
+
+        // A [r, width] first, then B [vocabulary, r].
+        let middle = 2 + RANK * WIDTH;
+        let change = TableChange { lora: Some(slot(2..middle, middle..values.len())), ..TableChange::default() };
+        let of = Table { weight: &weight, change: Some((&change, View::vector(&values))), dropout: None };
+        let hidden = random(ids.len() * WIDTH);
+        let logits_of = |v: &[f64], hidden: &[f64]| -> Vec<f64> {
+            let w = changed(&|c, id| v[middle + id * RANK + c], &|j, c| v[2 + c * WIDTH + j]);
+            let row = |h: &[f64]| w.chunks_exact(WIDTH).map(|w| dot(w, h)).collect::<Vec<_>>();
+            hidden.chunks_exact(WIDTH).flat_map(row).collect()
+        };
+        let mut logits = workspace.matrix(ids.len(), VOCABULARY).unwrap();
+        let view = View::new(&hidden, ids.len(), WIDTH);
+        of.logits(view, logits.view_mut(), &workspace).unwrap();
+        assert_close("logits", logits.as_slice(), &logits_of(&exact, &to_f64(&hidden)), 1e-6);
+        let dlogits = random(ids.len() * VOCABULARY);
+        logits.as_mut_slice().copy_from_slice(&dlogits);
+        let (mut dhidden, mut gradient) = (workspace.matrix(ids.len(), WIDTH).unwrap(), vec![0.0; values.len()]);
+        let target = Some(ViewMut::vector(&mut gradient));
+        of.logits_backward(view, logits.view_mut(), dhidden.view_mut(), target, &workspace).unwrap();
+        let d = to_f64(&dlogits);
+        let of_hidden = numeric_gradient(&to_f64(&hidden), &d, |h| logits_of(&exact, h));
+        assert_close("dhidden", dhidden.as_slice(), &of_hidden, 1e-5);
+        let of_values = numeric_gradient(&exact, &d, |v| logits_of(v, &to_f64(&hidden)));
+        assert_close("head", &gradient, &of_values, 1e-5);
+    }
+
+    #[test]
     fn what_does_not_fit_is_named() {
         let (weight, values, change) = case(true, true);
         let workspace = Workspace::poisoned();
         let mut x = [0.0; WIDTH];
         let mut embed = |change: &TableChange, id: u32| {
-            let table = Table { weight: &weight, change: Some((change, View::vector(&values))) };
+            let table = Table { weight: &weight, change: Some((change, View::vector(&values))), dropout: None };
             table.embed(&[id], ViewMut::new(&mut x, 1, WIDTH)).unwrap_err().to_string()
         };
         assert!(embed(&change, 11).contains("token id 11 is outside the vocabulary of 11"));
         let short = TableChange { whole: Some(0..WIDTH), ..change.clone() };
         assert!(embed(&short, 0).contains("no table of 11 x 7"));
-        let apart = TableChange { whole: None, tokens: HashMap::from([(1, 0..WIDTH), (2, WIDTH + 1..2 * WIDTH + 1)]) };
-        let table = Table { weight: &weight, change: Some((&apart, View::vector(&values))) };
+        let tokens = HashMap::from([(1, 0..WIDTH), (2, WIDTH + 1..2 * WIDTH + 1)]);
+        let apart = TableChange { tokens, ..TableChange::default() };
+        let table = Table { weight: &weight, change: Some((&apart, View::vector(&values))), dropout: None };
         let (dx, mut gradient) = ([0.0; WIDTH], vec![0.0; values.len()]);
         let gradient = ViewMut::vector(&mut gradient);
         let error = table.embed_backward(&[1], View::vector(&dx), gradient, &workspace).unwrap_err().to_string();

@@ -1,9 +1,10 @@
-//! Rows of tokens (`trainable_token_indices`), and an embedding or a head that is trained whole (`modules_to_save`): where their
-//! numbers lie and what they start as. The computation is in [`qlora_kernels::ops::trained_tables`].
+//! Rows of tokens (`trainable_token_indices`), an embedding or a head that is trained whole (`modules_to_save`), and A and B on
+//! either: where their numbers lie and what they start as. The computation is in [`qlora_kernels::ops::trained_tables`].
 //!
-//! As in PEFT 0.21.2, they start as the base's rows, and of a tied model the rows of tokens are those of both ends.
+//! As in PEFT 0.21.2, rows and tables start as the base's rows, and of a tied model the rows of tokens are those of both ends.
 
 use qlora_kernels::ops::embedding;
+use qlora_kernels::ops::linear_group::{AdapterPass, LoraSlot, SlotKind};
 use qlora_kernels::ops::trained_tables::{Table, TableChange};
 use qlora_kernels::weight::FrozenWeight;
 use qlora_kernels::{View, Workspace};
@@ -12,6 +13,9 @@ use super::{EMBEDDING, HEAD};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::lora::{AdapterLayout, Entry, LoraConfig, Which};
+
+/// The head's stream of dropout: that of no layer, which are counted from 0.
+const HEAD_STREAM: u64 = u64::MAX;
 
 /// The parts of a model's two ends that an adapter holds.
 #[derive(Clone, Debug, Default)]
@@ -24,7 +28,8 @@ impl TrainedTables {
     /// The parts in this layout.
     ///
     /// # Errors
-    /// If options and layout do not belong together or do not fit the model, or `on_cpu` is false and a table is trained whole.
+    /// If options and layout do not belong together or do not fit the model, or if `on_cpu` is false and a table is trained whole or has
+    /// A and B.
     pub(crate) fn new(config: &LoraConfig, layout: &AdapterLayout, model: &ModelConfig, on_cpu: bool) -> Result<Self> {
         let mut tables = Self::default();
         for entry in layout.tables() {
@@ -60,6 +65,24 @@ impl TrainedTables {
                 table.tokens.insert(*id, start..start + entry.cols);
             }
         }
+        let sizes = [(EMBEDDING, [model.vocab_size, model.hidden_size]), (HEAD, [model.hidden_size, model.vocab_size])];
+        for (module, [inputs, outputs]) in sizes {
+            let Some(pair) = layout.get(module) else { continue };
+            let rank = pair.rank();
+            if [pair.a.cols, pair.b.rows, pair.b.cols] != [inputs, outputs, rank] || pair.magnitude.is_some() {
+                return Err(Error::tensor(
+                    module,
+                    format!("its A and B do not fit [{outputs}, {inputs}] with rank {rank}"),
+                ));
+            }
+            if !on_cpu {
+                return Err(Error::Unsupported(format!("target_modules: {module} can be trained on the CPU only")));
+            }
+            let scale = config.scaling_of(module) as f32;
+            let (a, b) = (pair.a.range(), pair.b.range());
+            let table = if module == EMBEDDING { &mut tables.embedding } else { &mut tables.head };
+            table.lora = Some(LoraSlot { a, b, rank, scale, stream: HEAD_STREAM, kind: SlotKind::Lora });
+        }
         if model.tie_word_embeddings {
             if !tables.embedding.tokens.is_empty() {
                 tables.head.tokens.clone_from(&tables.embedding.tokens);
@@ -81,14 +104,21 @@ impl TrainedTables {
         table(&self.embedding, weight, values)
     }
 
-    /// The head over its frozen weight, with the adapter's values.
-    pub(crate) fn head<'a>(&'a self, weight: &'a dyn FrozenWeight, values: View<'a>) -> Table<'a> {
-        table(&self.head, weight, values)
+    /// The head over its frozen weight, with the adapter's values, and the dropout of a training pass.
+    pub(crate) fn head<'a>(
+        &'a self,
+        weight: &'a dyn FrozenWeight,
+        values: View<'a>,
+        dropout: Option<(f32, u64)>,
+    ) -> Table<'a> {
+        let pass = AdapterPass { dropout, ..AdapterPass::new(values) };
+        let dropout = self.head.lora.as_ref().and_then(|slot| pass.dropout_of(slot));
+        Table { dropout, ..table(&self.head, weight, values) }
     }
 }
 
 fn table<'a>(change: &'a TableChange, weight: &'a dyn FrozenWeight, values: View<'a>) -> Table<'a> {
-    Table { weight, change: (!change.is_empty()).then_some((change, values)) }
+    Table { weight, change: (!change.is_empty()).then_some((change, values)), dropout: None }
 }
 
 /// Writes the base's rows into `values`, where a fresh adapter begins; `weight` is the base's table of the entry's module.

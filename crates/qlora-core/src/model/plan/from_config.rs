@@ -26,7 +26,7 @@ impl Parts {
             layout.entries().iter().filter(|entry| entry.which == Which::TokenRows).map(|entry| entry.rows as u64);
         Self {
             magnitudes: layout.entries().iter().any(|entry| entry.which == Which::Magnitude),
-            every_block: layout.tables().any(|entry| entry.module == EMBEDDING)
+            every_block: layout.entries().iter().any(|entry| entry.module == EMBEDDING)
                 || layout.biases().any(|entry| entry.which == Which::Bias { adapted: false }),
             token_rows: rows.sum(),
         }
