@@ -20,7 +20,7 @@ use qlora::config::ModelConfig;
 use qlora::generate::{generate, generate_batch_with};
 use qlora::kernels::weight::PlainData;
 use qlora::kernels::{Dtype, SequenceLayout, Workspace};
-use qlora::lora::{LoraConfig, TargetModules};
+use qlora::lora::{Bias, LoraConfig, TargetModules, TokenIndices};
 use qlora::model::{AdapterChoice, CausalLm, KvCache, LoadOptions};
 use qlora::sampling::GenerationConfig;
 use qlora::source::HfDirectory;
@@ -499,4 +499,54 @@ fn training_with_dora_gives_the_gradients_of_the_cpu() {
         let errors = [error(&got_gradient, &gradient), error(&got_logits, &expected)];
         assert!(errors.iter().all(|error| *error < limit), "{}: gradient and logits {errors:?}", dtype.name());
     }
+}
+
+#[test]
+fn training_rows_of_tokens_and_biases_gives_the_gradients_of_the_cpu() {
+    let Some(device) = gpu() else { return };
+    let _turn = turn();
+    let tokens: Vec<u32> = (0..37).map(|i| (i * 31 + 5) % 70 + 3).collect();
+    // Some rows without a target, so that the others are gathered.
+    let labels: Vec<i64> = tokens.iter().enumerate().map(|(i, &id)| if i < 9 { -100 } else { i64::from(id) }).collect();
+    let batch = Batch::from_documents([(tokens.as_slice(), labels.as_slice())]);
+    let trained = TokenIndices::of_embedding([tokens[2], tokens[20], 1]);
+    for base_name in ["models/llama", "models/qwen2"] {
+        let run = |workspace: Workspace| {
+            let mut model = base(base_name, workspace);
+            let config =
+                LoraConfig { r: 3, trainable_token_indices: trained.clone(), bias: Bias::All, ..LoraConfig::default() };
+            model.add_adapter(config, 1).unwrap();
+            let adapter = model.adapter().unwrap();
+            let changed = |(i, value): (usize, f32)| value + (i % 5) as f32 / 50.0;
+            let values: Vec<f32> = adapter.values().unwrap().into_iter().enumerate().map(changed).collect();
+            adapter.set_values(&values).unwrap();
+            let mut gradient = model.workspace().zeros_f32(1, values.len()).unwrap();
+            let pass = qlora::model::TrainPass::default();
+            let loss = model.accumulate_gradients(&batch, tokens.len(), pass, gradient.view_mut()).unwrap().sum;
+            (loss, gradient.to_vec().unwrap(), logits(&model, &tokens, AdapterChoice::Active), adapter.layout().clone())
+        };
+        let (loss, gradient, expected, layout) = run(Workspace::poisoned());
+        for (dtype, limit) in [(Dtype::F32, 2e-4), (Dtype::Bf16, 6e-2)] {
+            if !computes(&device, dtype) {
+                continue;
+            }
+            let (got, got_gradient, got_logits, _) = run(on(&device, dtype));
+            assert!((got - loss).abs() < limit * loss, "{base_name} {}: loss {got}, {loss}", dtype.name());
+            assert!(error(&got_logits, &expected) < limit, "{base_name} {}: logits", dtype.name());
+            for entry in layout.biases().chain(layout.tables()) {
+                let error = error(&got_gradient[entry.range()], &gradient[entry.range()]);
+                assert!(error < limit, "{base_name} {}: {}: {error}", dtype.name(), entry.tensor_name());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_whole_table_is_refused_by_its_option() {
+    let Some(device) = gpu() else { return };
+    let _turn = turn();
+    let mut model = base("models/llama", on(&device, Dtype::F32));
+    let config = LoraConfig { modules_to_save: vec!["lm_head".into()], ..LoraConfig::default() };
+    let error = model.add_adapter(config, 1).unwrap_err().to_string();
+    assert!(error.contains("modules_to_save") && error.contains("trainable_token_indices"), "{error}");
 }

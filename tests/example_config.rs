@@ -35,6 +35,8 @@ fn it_has_every_key_with_its_default() {
     .into_iter()
     .chain([
         "adapter_name_or_path",
+        "trainable_token_indices",
+        "modules_to_save",
         "chat_template_kwargs",
         "warmup_steps",
         "warmup_ratio",

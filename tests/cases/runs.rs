@@ -306,6 +306,45 @@ fn a_run_with_dora_and_patterns_is_resumed_and_gone_on_with() {
     assert!(refused(&from_plain).contains("use_dora"));
 }
 
+#[test]
+fn a_run_with_token_rows_is_resumed_and_gone_on_with() {
+    let (folder, config) = job();
+    let at = |name: &str| folder.path().join(name);
+    let tokens = with(&config, &[("lora.trainable_token_indices", "[5, 3]"), ("training.save_steps", "1")]);
+    run(&tokens).unwrap();
+    let whole = adapter(&at("out"));
+    fs::remove_dir_all(at("out/checkpoint-2")).unwrap();
+    let resumed = with(&tokens, &[("training.resume_from_checkpoint", "true")]);
+    let others = with(&resumed, &[("lora.trainable_token_indices", "[5, 4]")]);
+    assert!(refused(&others).contains("lora.trainable_token_indices"));
+    let (_, told) = run_told(&resumed);
+    assert_eq!(told.first_step.get(), 1);
+    assert!(adapter(&at("out")) == whole);
+
+    let out = at("out");
+    let mut next = with(&config, &[("lora.adapter_name_or_path", out.to_str().unwrap())]);
+    next.training.output_dir = at("next");
+    run(&next).unwrap();
+    let model = model_config(&at("model"));
+    let [first, trained] = [&out, &next.training.output_dir].map(|dir| qlora::adapter::load(dir, &model).unwrap());
+    assert_eq!((first.layout.tables().count(), &first.layout), (1, &trained.layout));
+    assert_eq!(first.config.lora.trainable_token_indices, trained.config.lora.trainable_token_indices);
+    for entry in trained.layout.entries() {
+        assert_ne!(first.weights[entry.range()], trained.weights[entry.range()], "{}", entry.tensor_name());
+    }
+    next.training.output_dir = at("never");
+    for (key, value) in [
+        ("lora.trainable_token_indices", "[3, 5]"),
+        ("lora.modules_to_save", "[\"lm_head\"]"),
+        ("lora.ensure_weight_tying", "true"),
+    ] {
+        let error = refused(&with(&next, &[(key, value)]));
+        assert!(error.contains(key.trim_start_matches("lora.")) && error.contains("leave it out"), "{key}: {error}");
+    }
+    let beyond = with(&config, &[("lora.trainable_token_indices", "[1000000]")]);
+    assert!(refused(&beyond).contains("beyond the model's vocabulary"));
+}
+
 fn model_config(folder: &Path) -> qlora::config::ModelConfig {
     qlora::config::ModelConfig::from_json_file(folder.join("config.json")).unwrap()
 }

@@ -328,8 +328,12 @@ fn training_refuses_what_it_does_not_train() {
         let model = base(facts["base"].as_str().unwrap());
         let result = adapter::load(fixtures().join("peft_kinds").join(&kind), model.config());
         // PEFT itself switches fan_in_fan_out off on layers it is not for.
-        let trained =
+        let of_layers =
             ["regex", "fan_in_fan_out", "patterns", "patterns_rslora", "layers", "layer", "dora", "dora_biased"];
+        let of_tables =
+            ["tokens", "tokens_tied", "tokens_both", "save_embedding", "save_embedding_tied", "save_both_tied"];
+        let of_ends = ["embedding", "embedding_tied", "head_lora", "head_lora_tied"];
+        let trained = [&of_layers[..], &of_tables, &of_ends, &["bias_all", "bias_lora_only"]].concat();
         if trained.contains(&kind.as_str()) {
             result.unwrap();
             continue;

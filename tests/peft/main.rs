@@ -4,6 +4,7 @@
 mod common;
 mod dora;
 mod kinds;
+mod replaced;
 mod roundtrip;
 mod trained_by_peft;
 mod trained_here;

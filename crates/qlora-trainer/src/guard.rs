@@ -1,7 +1,8 @@
 //! The check that every trainable tensor is trained.
 //!
 //! At the first step each must get a gradient that is not all zeros. A lora_A may wait while its lora_B is zero: its
-//! gradient is a multiple of B. It is looked at again in each step until it had a gradient.
+//! gradient is a multiple of B. It is looked at again in each step until it had a gradient. Rows of an embedding may wait for their
+//! tokens.
 
 use crate::error::{Error, Result};
 use crate::model::Parameter;
@@ -15,7 +16,8 @@ pub(crate) struct GradientGuard {
 
 impl GradientGuard {
     pub(crate) fn new(parameters: &[Parameter]) -> Self {
-        Self { waiting: (0..parameters.len()).collect(), total: parameters.len() }
+        let waiting = (0..parameters.len()).filter(|&i| !parameters[i].may_rest).collect();
+        Self { waiting, total: parameters.len() }
     }
 
     /// Whether there is a tensor that had no gradient yet.
@@ -45,8 +47,13 @@ mod tests {
     use super::*;
 
     fn parameters() -> Vec<Parameter> {
-        let parameter =
-            |name: &str, range, silenced_by| Parameter { name: name.into(), range, shape: vec![2], silenced_by };
+        let parameter = |name: &str, range, silenced_by| Parameter {
+            name: name.into(),
+            range,
+            shape: vec![2],
+            silenced_by,
+            may_rest: false,
+        };
         vec![parameter("x.lora_A", 0..2, Some(1)), parameter("x.lora_B", 2..4, None)]
     }
 

@@ -21,6 +21,8 @@ pub struct Parameter {
     pub shape: Vec<usize>,
     /// The index of the parameter whose zeros silence this one's gradient: lora_A names its lora_B, which starts at zero.
     pub silenced_by: Option<usize>,
+    /// Its gradient may be zero for as long as the data has nothing of it: rows of the embedding, whose tokens come or do not.
+    pub may_rest: bool,
 }
 
 /// The weights that compute log-probabilities.

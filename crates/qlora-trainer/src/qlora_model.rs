@@ -53,12 +53,20 @@ impl QLoraModel {
 /// The trainable tensors of an adapter.
 pub(crate) fn parameters_of(layout: &AdapterLayout) -> Vec<Parameter> {
     let entries = layout.entries();
-    let partner = |module: &str| entries.iter().position(|e| e.module == module && e.which == Which::B);
+    let partner =
+        |entry: &Entry, which: Which| entries.iter().position(|e| e.module == entry.module && e.which == which);
+    // B starts at zero, of the embedding A.
+    let silencer = |entry: &Entry| match (entry.which, entry.module.ends_with("embed_tokens")) {
+        (Which::A, false) => partner(entry, Which::B),
+        (Which::B, true) => partner(entry, Which::A),
+        _ => None,
+    };
     let parameter = |entry: &Entry| Parameter {
         name: entry.tensor_name(),
         range: entry.range(),
         shape: entry.shape(),
-        silenced_by: if entry.which == Which::A { partner(&entry.module) } else { None },
+        silenced_by: silencer(entry),
+        may_rest: entry.which == Which::TokenRows,
     };
     entries.iter().map(parameter).collect()
 }

@@ -332,6 +332,10 @@ pub fn lora_config(options: &LoraOptions) -> Result<LoraConfig> {
         use_dora: options.use_dora,
         rank_pattern: ByModule::new(options.rank_pattern.clone())?,
         alpha_pattern: ByModule::new(options.alpha_pattern.clone())?,
+        trainable_token_indices: options.trainable_token_indices.clone(),
+        modules_to_save: options.modules_to_save.clone(),
+        ensure_weight_tying: options.ensure_weight_tying,
+        bias: options.bias,
         target_modules,
         ..LoraConfig::default()
     })

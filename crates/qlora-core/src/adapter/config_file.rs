@@ -42,11 +42,11 @@ const UNSUPPORTED: [&str; 10] = [
 ];
 
 /// Options that inference supports ([`AdapterKinds`]) and training does not.
-const INFERENCE_ONLY: [&str; 4] = ["fan_in_fan_out", "lora_bias", "modules_to_save", "trainable_token_indices"];
+const INFERENCE_ONLY: [&str; 2] = ["fan_in_fan_out", "lora_bias"];
 
 /// Options that do not change what a trained adapter computes, or that are read elsewhere in this file. The
 /// configurations of initializations belong here: the initialization itself is checked.
-const HARMLESS: [&str; 27] = [
+const HARMLESS: [&str; 29] = [
     "alpha_pattern",
     "auto_mapping",
     "base_model_name_or_path",
@@ -64,6 +64,7 @@ const HARMLESS: [&str; 27] = [
     "lora_dropout",
     "lora_ga_config",
     "megatron_core",
+    "modules_to_save",
     "peft_type",
     "peft_version",
     "qalora_group_size",
@@ -73,6 +74,7 @@ const HARMLESS: [&str; 27] = [
     "runtime_config",
     "target_modules",
     "task_type",
+    "trainable_token_indices",
     "use_dora",
 ];
 
@@ -94,7 +96,7 @@ pub(super) fn to_json(config: &LoraConfig, layout: &AdapterLayout, options: &Sav
         "base_model_name_or_path": options.base_model_name_or_path,
         "fan_in_fan_out": false,
         "inference_mode": true,
-        "modules_to_save": null,
+        "modules_to_save": if config.modules_to_save.is_empty() { Value::Null } else { json!(config.modules_to_save) },
         "peft_type": "LORA",
         "revision": options.revision,
     });
@@ -142,7 +144,8 @@ pub(super) fn escape_non_ascii(json: &str) -> String {
     text
 }
 
-/// Reads the file's text for training, which takes LoRA and DoRA on linear layers of the blocks; `path` is for messages.
+/// Reads the file's text for training, which takes LoRA and DoRA on linear layers of the blocks, rows of tokens and whole tables;
+/// `path` is for messages.
 pub(super) fn parse(path: &Path, text: &[u8]) -> Result<AdapterConfig> {
     let keys = keys(path, text)?;
     const WHY: &str = "in training; for inference, qlora::adapter::open and CausalLm::load_adapter take it";
@@ -150,9 +153,6 @@ pub(super) fn parse(path: &Path, text: &[u8]) -> Result<AdapterConfig> {
         if let Some(value) = keys.get(key).filter(|value| !is_off(value)) {
             return Err(unsupported(path, key, value, WHY));
         }
-    }
-    if let Some(bias) = keys.get("bias").filter(|bias| !bias.is_null() && *bias != "none") {
-        return Err(unsupported(path, "bias", bias, WHY));
     }
     common(path, &keys)
 }
@@ -208,7 +208,10 @@ fn common(path: &Path, keys: &Map<String, Value>) -> Result<AdapterConfig> {
         target_modules: targets.ok_or_else(|| Error::format(path, "target_modules is missing"))?,
         exclude_modules: read(path, keys, "exclude_modules")?
             .filter(|filter| !matches!(filter, ModuleFilter::List(entries) if entries.is_empty())),
-        bias: defaults.bias,
+        trainable_token_indices: read(path, keys, "trainable_token_indices")?.unwrap_or_default(),
+        modules_to_save: read(path, keys, "modules_to_save")?.unwrap_or_default(),
+        ensure_weight_tying: read(path, keys, "ensure_weight_tying")?.unwrap_or(false),
+        bias: read(path, keys, "bias")?.unwrap_or_default(),
         init_lora_weights: defaults.init_lora_weights,
         task_type: read(path, keys, "task_type")?,
     };
@@ -391,9 +394,7 @@ mod tests {
             assert!(matches!(&error, Error::Unsupported(text) if text.contains(key)), "{error}");
         }
         for (key, value) in [
-            ("bias", json!("lora_only")),
             ("lora_bias", json!(true)),
-            ("modules_to_save", json!(["lm_head"])),
             ("init_lora_weights", json!("pissa_niter_16")),
             ("init_lora_weights", json!("loftq")),
             ("peft_type", json!("IA3")),

@@ -3,7 +3,7 @@
 use super::config_file::{self, AdapterConfig};
 use super::keys::{AdapterFile, foreign_prefix, wrong_shape};
 use super::kinds::AdapterKinds;
-use super::{CONFIG_FILE, WEIGHTS_FILE};
+use super::{CONFIG_FILE, HEAD_TENSOR, WEIGHTS_FILE};
 use crate::config::ModelConfig;
 use crate::lora::{AdapterLayout, Entry, LoraConfig, ModuleFilter, TargetModules};
 use crate::{Error, Result};
@@ -38,9 +38,11 @@ pub fn load(dir: impl AsRef<Path>, model: &ModelConfig) -> Result<Adapter> {
 /// The adapter of these options and this tensor file; `dir` is for messages.
 pub(super) fn assemble(dir: &Path, mut config: AdapterConfig, file: &[u8], model: &ModelConfig) -> Result<Adapter> {
     drop_unmatched(&mut config.lora, model, dir);
+    // On a model whose tables are two it has no effect.
+    config.lora.ensure_weight_tying &= model.tie_word_embeddings;
     let layout = AdapterLayout::for_model(&config.lora, model).map_err(|error| prefixed(dir, error))?;
     let mut weights = vec![0.0; layout.len()];
-    fill(&dir.join(WEIGHTS_FILE), file, &layout, &mut weights)?;
+    fill(&dir.join(WEIGHTS_FILE), file, &config.lora, &layout, &mut weights)?;
     Ok(Adapter { config, layout, weights })
 }
 
@@ -58,6 +60,10 @@ pub fn load_into(dir: impl AsRef<Path>, config: &LoraConfig, layout: &AdapterLay
     let saved = read_config(dir)?.lora;
     let patterns = |of: &LoraConfig| (of.rank_pattern.clone(), of.alpha_pattern.clone());
     let same = (saved.r, saved.scaling(), saved.use_dora) == (config.r, config.scaling(), config.use_dora);
+    if saved.trainable_token_indices != config.trainable_token_indices {
+        let message = "the adapter's trainable_token_indices are not this run's";
+        return Err(Error::format(dir.join(CONFIG_FILE), message));
+    }
     if !same || patterns(&saved) != patterns(config) {
         let text = |of: &LoraConfig| {
             format!(
@@ -71,7 +77,7 @@ pub fn load_into(dir: impl AsRef<Path>, config: &LoraConfig, layout: &AdapterLay
         ));
     }
     let path = dir.join(WEIGHTS_FILE);
-    fill(&path, &read_file(&path)?, layout, flat)
+    fill(&path, &read_file(&path)?, config, layout, flat)
 }
 
 /// Reads the options of the adapter in the folder `dir`, and which base model it names, for training; [`read_any_config`] reads
@@ -136,9 +142,9 @@ pub(super) fn missing(path: &Path, error: io::Error) -> Error {
 }
 
 /// Fills `flat` from the bytes of the tensor file at `path`; unchanged if anything is wrong.
-fn fill(path: &Path, bytes: &[u8], layout: &AdapterLayout, flat: &mut [f32]) -> Result<()> {
+fn fill(path: &Path, bytes: &[u8], config: &LoraConfig, layout: &AdapterLayout, flat: &mut [f32]) -> Result<()> {
     let file = AdapterFile::parse(path, bytes)?;
-    check_names(path, &file, layout)?;
+    check_names(path, &file, layout, layout.followed_by_head(config))?;
     for entry in layout.entries() {
         let values = Values::of(path, &file, entry)?;
         if let Some(index) = (0..entry.numel()).find(|&i| !values.get(i).is_finite()) {
@@ -153,10 +159,15 @@ fn fill(path: &Path, bytes: &[u8], layout: &AdapterLayout, flat: &mut [f32]) -> 
     Ok(())
 }
 
-fn check_names(path: &Path, file: &AdapterFile, layout: &AdapterLayout) -> Result<()> {
+/// With `follows`, the file may hold the embedding's table once more, as the head's.
+fn check_names(path: &Path, file: &AdapterFile, layout: &AdapterLayout, follows: Option<&Entry>) -> Result<()> {
     let expected: std::collections::BTreeSet<String> = layout.entries().iter().map(Entry::tensor_name).collect();
-    let unexpected: Vec<&str> =
-        file.names().filter(|name| !expected.contains(*name)).map(|name| file.stored_name(name)).collect();
+    let allowed = |name: &str| follows.is_some() && name == HEAD_TENSOR;
+    let unexpected: Vec<&str> = file
+        .names()
+        .filter(|name| !expected.contains(*name) && !allowed(name))
+        .map(|name| file.stored_name(name))
+        .collect();
     let missing: Vec<&str> = expected.iter().map(String::as_str).filter(|name| file.tensor(name).is_none()).collect();
     if missing.is_empty() && unexpected.is_empty() {
         return Ok(());

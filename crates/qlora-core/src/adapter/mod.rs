@@ -7,7 +7,8 @@
 //! shape, a number that is not finite, or an option that would change the result and is not supported is an error,
 //! never a warning.
 //!
-//! [`load`] and [`save`] are for adapters that are trained: LoRA and DoRA on linear layers of the blocks. [`open`] and
+//! [`load`] and [`save`] are for adapters that are trained: LoRA and DoRA on linear layers of the blocks, rows of tokens, and a whole
+//! embedding or head. [`open`] and
 //! [`open_folder`] read every kind of PEFT's LoRA, for [`CausalLm::load_adapter`](crate::model::CausalLm::load_adapter).
 
 mod card;
@@ -43,3 +44,5 @@ pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 pub const TRAINED_OVER_FILE: &str = "base_quantization.json";
 /// The name of the model card.
 pub const CARD_FILE: &str = "README.md";
+/// The name of a head that was trained whole.
+const HEAD_TENSOR: &str = "base_model.model.lm_head.weight";

@@ -3,10 +3,10 @@
 //! All files are complete and on the disk under temporary names before the first one gets its own; a folder that does
 //! not exist yet appears as a whole.
 
-use super::{CARD_FILE, CONFIG_FILE, TRAINED_OVER_FILE, TrainedOver, WEIGHTS_FILE, card, config_file};
+use super::{CARD_FILE, CONFIG_FILE, HEAD_TENSOR, TRAINED_OVER_FILE, TrainedOver, WEIGHTS_FILE, card, config_file};
 use crate::atomic::{PendingFile, cannot_write, replace_directory};
 use crate::companions::Companions;
-use crate::lora::{AdapterLayout, Entry, LoraConfig};
+use crate::lora::{AdapterLayout, Bias, Entry, LoraConfig, Which};
 use crate::safetensors_file::write_safetensors;
 use crate::{Error, Result};
 use half::{bf16, f16};
@@ -124,6 +124,27 @@ fn check(config: &LoraConfig, layout: &AdapterLayout, flat: &[f32], dtype: Adapt
             )));
         }
     }
+    for entry in layout.tables() {
+        let asked = match entry.which {
+            Which::TokenRows => {
+                config.trainable_token_indices.of(&entry.module).is_some_and(|ids| ids.len() == entry.rows)
+            }
+            _ => config.modules_to_save.iter().any(|end| entry.module.ends_with(end.as_str())),
+        };
+        if !asked {
+            let message = format!("{} rows do not belong to these options", entry.rows);
+            return Err(Error::tensor(entry.tensor_name(), message));
+        }
+    }
+    if let Some(entry) = layout.biases().find(|_| config.bias == Bias::None) {
+        let message = "bias = \"none\": the layout has one";
+        return Err(Error::tensor(entry.tensor_name(), message));
+    }
+    let tables = layout.tables().count();
+    if (config.trainable_token_indices.is_empty() && config.modules_to_save.is_empty()) != (tables == 0) {
+        let message = "trainable_token_indices and modules_to_save do not belong to the layout";
+        return Err(Error::Invalid(message.to_owned()));
+    }
     let Some(index) = flat.iter().position(|&value| !dtype.holds(value)) else { return Ok(()) };
     let name = layout.entry_at(index).map_or_else(|| format!("value {index}"), Entry::tensor_name);
     let value = flat[index];
@@ -145,13 +166,10 @@ fn write_files(
     options: &SaveOptions,
 ) -> Result<()> {
     let mut files = vec![PendingFile::create(dir.join(WEIGHTS_FILE))?, PendingFile::create(dir.join(CONFIG_FILE))?];
-    let tensors: Vec<_> = layout
-        .entries()
-        .iter()
-        .map(|entry| {
-            (entry.tensor_name(), Matrix { shape: entry.shape(), data: &flat[entry.range()], dtype: options.dtype })
-        })
-        .collect();
+    let stored = |entry: &Entry| Matrix { shape: entry.shape(), data: &flat[entry.range()], dtype: options.dtype };
+    let mut tensors: Vec<_> = layout.entries().iter().map(|entry| (entry.tensor_name(), stored(entry))).collect();
+    // PEFT wants it for the head once more.
+    tensors.extend(layout.followed_by_head(config).map(|entry| (HEAD_TENSOR.to_owned(), stored(entry))));
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     files[0].write_with(|writer| write_safetensors(writer, tensors, Some(metadata)))?;
     let json = config_file::to_json(config, layout, options)?;

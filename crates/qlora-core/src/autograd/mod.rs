@@ -10,3 +10,4 @@
 
 pub mod ops;
 pub mod stack;
+pub(crate) mod tables;

@@ -2,8 +2,10 @@
 
 use super::by_module::{ByModule, Layers};
 use super::modules::LinearModule;
+use super::tables::TokenIndices;
 use super::targets::{ModuleFilter, TargetModules, entry_matches};
 use crate::config::ModelConfig;
+use crate::spec::{EMBEDDING, HEAD};
 use crate::{Error, Result};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -40,6 +42,15 @@ pub struct LoraConfig {
     /// The modules left out of them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exclude_modules: Option<ModuleFilter>,
+    /// Tokens whose rows of the embedding (or the head) are trained: those that the base does not know yet.
+    #[serde(skip_serializing_if = "TokenIndices::is_empty")]
+    pub trainable_token_indices: TokenIndices,
+    /// Modules that are trained whole: `embed_tokens` and `lm_head`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub modules_to_save: Vec<String>,
+    /// The head of a tied model follows an embedding that is trained whole; without, the two part.
+    #[serde(skip_serializing_if = "is_false")]
+    pub ensure_weight_tying: bool,
     /// The biases that are trained.
     pub bias: Bias,
     /// The initialization of A and B.
@@ -62,6 +73,9 @@ impl Default for LoraConfig {
             layers: None,
             target_modules: TargetModules::default(),
             exclude_modules: None,
+            trainable_token_indices: TokenIndices::default(),
+            modules_to_save: Vec::new(),
+            ensure_weight_tying: false,
             bias: Bias::None,
             init_lora_weights: InitLoraWeights::KaimingUniform,
             task_type: Some("CAUSAL_LM".to_owned()),
@@ -138,12 +152,12 @@ impl LoraConfig {
         self.exclude_modules.as_ref().is_some_and(|filter| filter.matches(module))
     }
 
-    /// The linear layers of `model` that get an adapter, in the order in which they run.
+    /// The layers of `model` that get A and B: the linear layers of the blocks in the order in which they run, then the head and the
+    /// embedding, which `"all-linear"` leaves out. The embedding's input features are the tokens.
     ///
     /// # Errors
     /// If the options are not valid ([`LoraConfig::validate`]), if nothing is selected, if an entry of a list selects
-    /// nothing, or if the targets select something that is no linear layer of a block (the output head, the embedding,
-    /// a whole block). The message says which layers there are.
+    /// nothing, or if the targets select something that is no layer (a norm, a whole block). The message says which layers there are.
     pub fn resolve(&self, model: &ModelConfig) -> Result<Vec<LinearModule>> {
         self.validate()?;
         let spec = model.spec();
@@ -155,10 +169,12 @@ impl LoraConfig {
             )));
         }
         if let TargetModules::Selected(filter) = &self.target_modules {
-            let other = spec.other_modules().into_iter().find(|name| filter.matches(name) && !self.excludes(name));
-            if let Some(name) = other {
+            let ends = [EMBEDDING, HEAD];
+            let selected =
+                |name: &String| filter.matches(name) && !self.excludes(name) && !ends.contains(&name.as_str());
+            if let Some(name) = spec.other_modules().into_iter().find(selected) {
                 return Err(Error::Unsupported(format!(
-                    "target_modules selects {name}; adapters can be put on the linear layers of the blocks: {}",
+                    "target_modules selects {name}; adapters can be put on {HEAD}, {EMBEDDING} and the linear layers of the blocks: {}",
                     spec.describe_linear()
                 )));
             }
@@ -166,7 +182,8 @@ impl LoraConfig {
         if self.exclude_modules.is_some() && !modules.iter().any(|module| self.excludes(&module.name)) {
             tracing::warn!("exclude_modules leaves out no linear layer of this model");
         }
-        let selected: Vec<LinearModule> = modules.into_iter().filter(|module| self.targets(&module.name)).collect();
+        let mut selected: Vec<LinearModule> = modules.into_iter().filter(|module| self.targets(&module.name)).collect();
+        selected.extend(self.ends(model)?);
         if !selected.is_empty() {
             return Ok(selected);
         }
@@ -179,6 +196,30 @@ impl LoraConfig {
             _ => "target_modules and exclude_modules leave no linear layer to train".to_owned(),
         };
         Err(Error::Invalid(format!("{what}; the model's linear layers are {}", spec.describe_linear())))
+    }
+
+    /// The head and the embedding, if they get A and B.
+    fn ends(&self, model: &ModelConfig) -> Result<Vec<LinearModule>> {
+        if self.target_modules == TargetModules::AllLinear {
+            return Ok(Vec::new());
+        }
+        let (vocab, hidden) = (model.vocab_size, model.hidden_size);
+        let module =
+            |name: &str, out_features, in_features| LinearModule { name: name.to_owned(), out_features, in_features };
+        let mut ends = vec![module(HEAD, vocab, hidden), module(EMBEDDING, hidden, vocab)];
+        ends.retain(|module| self.targets(&module.name));
+        let Some(LinearModule { name, .. }) = ends.first() else { return Ok(ends) };
+        if self.use_dora {
+            return Err(Error::Unsupported(format!(
+                "use_dora on {name} is not supported: in training, leave it out of target_modules"
+            )));
+        }
+        if self.ensure_weight_tying && model.tie_word_embeddings {
+            return Err(Error::Unsupported(format!(
+                "ensure_weight_tying with {name} in target_modules is not supported: in training, leave one of them out"
+            )));
+        }
+        Ok(ends)
     }
 
     /// The entries of a `target_modules` list that match no module of `model` at all.
@@ -199,30 +240,18 @@ fn scaling(alpha: f64, rank: usize, rank_stabilized: bool) -> f64 {
     alpha / if rank_stabilized { rank.sqrt() } else { rank }
 }
 
-/// The biases that are trained with an adapter.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// The biases that are trained with an adapter, in place of the base's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Bias {
     /// None (`"none"`).
     #[default]
     None,
-}
-
-impl Serialize for Bias {
-    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        serializer.serialize_str("none")
-    }
-}
-
-impl<'de> Deserialize<'de> for Bias {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        match String::deserialize(deserializer)?.as_str() {
-            "none" => Ok(Self::None),
-            other => {
-                Err(serde::de::Error::custom(format!("bias = {other:?} is not supported; the only value is \"none\"")))
-            }
-        }
-    }
+    /// Those of all layers (`"all"`).
+    All,
+    /// Those of the layers with A and B (`"lora_only"`).
+    LoraOnly,
 }
 
 /// The initialization of an adapter.
@@ -260,6 +289,10 @@ impl<'de> Deserialize<'de> for InitLoraWeights {
         }
         deserializer.deserialize_any(Visitor)
     }
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// PEFT writes `lora_alpha` as it was given, which is nearly always an integer, and some readers insist on one.
@@ -302,6 +335,17 @@ mod tests {
     }
 
     #[test]
+    fn head_and_embedding_come_last_where_they_are_named() {
+        let model = tiny_model(1);
+        let config = with_targets(TargetModules::list(["embed_tokens", "lm_head", "q_proj"]));
+        let modules = config.resolve(&model).unwrap();
+        let of = |i: usize| (modules[i].name.as_str(), modules[i].out_features, modules[i].in_features);
+        assert_eq!(modules.len(), 3);
+        assert_eq!((of(1), of(2)), (("lm_head", 128, 64), ("model.embed_tokens", 64, 128)));
+        assert_eq!(with_targets(TargetModules::list(["embed_tokens"])).resolve(&model).unwrap().len(), 1);
+    }
+
+    #[test]
     fn all_linear_selects_seven_layers_a_block_and_exclusion_takes_away() {
         let mut config = with_targets(TargetModules::AllLinear);
         assert_eq!(names(&config).len(), 14);
@@ -327,8 +371,6 @@ mod tests {
     fn what_is_no_linear_layer_of_a_block_is_refused() {
         let model = tiny_model(1);
         for (targets, name) in [
-            (TargetModules::list(["q_proj", "lm_head"]), "lm_head"),
-            (TargetModules::list(["embed_tokens"]), "model.embed_tokens"),
             (TargetModules::list(["mlp"]), "model.layers.0.mlp"),
             (TargetModules::parse(".*(q_proj|norm)").unwrap(), "model.norm"),
             (TargetModules::parse(r"model\.layers\.0.*").unwrap(), "model.layers.0.self_attn"),
@@ -338,6 +380,14 @@ mod tests {
                 matches!(&error, Error::Unsupported(text) if text.contains(&format!("selects {name};"))),
                 "{error}"
             );
+        }
+        for (dora, tying, message) in
+            [(true, false, "use_dora on lm_head"), (false, true, "ensure_weight_tying with lm_head")]
+        {
+            let targets = TargetModules::list(["q_proj", "lm_head"]);
+            let config = LoraConfig { use_dora: dora, ensure_weight_tying: tying, ..with_targets(targets) };
+            let error = config.resolve(&model).unwrap_err().to_string();
+            assert!(error.contains(message), "{error}");
         }
         // Excluding them makes the same pattern usable.
         let mut config = with_targets(TargetModules::parse(".*(q_proj|norm)").unwrap());
@@ -376,7 +426,7 @@ mod tests {
         assert_eq!(serde_json::from_str::<LoraConfig>(&text).unwrap(), config);
         for (json, expected) in [
             (r#"{"rank": 4}"#, "unknown field `rank`"),
-            (r#"{"bias": "all"}"#, "bias = \"all\" is not supported"),
+            (r#"{"bias": "some"}"#, "unknown variant `some`"),
             (r#"{"init_lora_weights": "pissa"}"#, "the only supported initialization"),
             (r#"{"init_lora_weights": false}"#, "the only supported initialization"),
             (r#"{"r": -1}"#, "invalid value"),

@@ -1,4 +1,5 @@
-//! The initialization of an adapter: A uniform in `+-1/sqrt(in_features)`, B zero, so that the model starts unchanged.
+//! The initialization of an adapter: A uniform in `+-1/sqrt(in_features)`, B zero, so that the model starts unchanged. Of the
+//! embedding, as in PEFT, A is zero and B from the unit normal distribution.
 //!
 //! This is PyTorch's `kaiming_uniform_(a = sqrt(5))`, which PEFT uses for `init_lora_weights = true`: with the gain
 //! `sqrt(2 / (1 + 5))` its bound is `sqrt(3) * gain / sqrt(in_features)`. The random numbers are not PyTorch's. Every
@@ -6,23 +7,40 @@
 //! trained and in whatever order, and the numbers depend on no library's sampling code.
 
 use super::layout::{AdapterLayout, Which};
+use crate::spec::EMBEDDING;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
 /// Start values for a buffer of this layout. The same seed gives the same numbers on every machine.
 pub fn init(layout: &AdapterLayout, seed: u64) -> Vec<f32> {
     let mut flat = vec![0.0; layout.len()];
-    for entry in layout.entries().iter().filter(|entry| entry.which == Which::A) {
+    for entry in layout.entries() {
+        let embedding = entry.module == EMBEDDING;
+        if entry.which != (if embedding { Which::B } else { Which::A }) {
+            continue;
+        }
         let bound = (1.0 / (entry.cols as f64).sqrt()) as f32;
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream(fnv1a(entry.tensor_name().as_bytes()));
         for value in &mut flat[entry.range()] {
+            if embedding {
+                *value = normal(&mut rng);
+                continue;
+            }
             // 24 random bits: every number in [0, 1) that an f32 holds at that spacing is equally likely.
             let unit = (rng.next_u32() >> 8) as f32 / (1 << 24) as f32;
             *value = (2.0 * unit - 1.0) * bound;
         }
     }
     flat
+}
+
+/// A number of the unit normal distribution (Box and Muller's, of which one of two is taken).
+fn normal(rng: &mut ChaCha8Rng) -> f32 {
+    // Not 0, of which there is no logarithm.
+    let mut unit = || (f64::from(rng.next_u32()) + 0.5) / 4_294_967_296.0;
+    let (radius, angle) = ((-2.0 * unit().ln()).sqrt(), std::f64::consts::TAU * unit());
+    (radius * angle.cos()) as f32
 }
 
 /// A hash of a buffer's bits, to see in a log whether two runs started, or stand, at the same point.
@@ -77,6 +95,18 @@ mod tests {
                     && values.iter().any(|&v| f64::from(v) < -0.98 * bound)
             );
         }
+    }
+
+    #[test]
+    fn of_an_embedding_a_is_zero_and_b_normal() {
+        let layout = layout(TargetModules::list(["q_proj", "embed_tokens"]));
+        let (flat, pair) = (init(&layout, 7), layout.get("model.embed_tokens").unwrap());
+        assert!(flat[pair.a.range()].iter().all(|&a| a == 0.0));
+        let b: Vec<f64> = flat[pair.b.range()].iter().map(|&b| f64::from(b)).collect();
+        let n = b.len() as f64;
+        let (mean, square) = (b.iter().sum::<f64>() / n, b.iter().map(|b| b * b).sum::<f64>() / n);
+        // Five standard errors: 1 / sqrt(n) of the mean, sqrt(2 / n) of the mean square.
+        assert!(mean.abs() < 5.0 / n.sqrt() && (square - 1.0).abs() < 5.0 * (2.0 / n).sqrt(), "{mean} {square}");
     }
 
     #[test]

@@ -1,14 +1,15 @@
 //! The layout of an adapter's values: all A and B of a model, back to back in one flat f32 buffer.
 //!
-//! For each module in layer order first A [r, in_features], then B [out_features, r], both row-major, then what its kind of
-//! adapter has besides (DoRA: the magnitudes, one for each output), without gaps. One
+//! For each module in layer order (head and embedding last) first A [r, in_features], then B [out_features, r], both row-major, then what its kind of
+//! adapter has besides (DoRA: the magnitudes, one for each output), without gaps; then biases, rows of tokens and whole tables. One
 //! buffer means that one loop does the optimizer step, the gradient's norm or a copy; gradients and moments have the
 //! same layout.
 
-use super::config::LoraConfig;
+use super::config::{Bias, LoraConfig};
 use super::modules::LinearModule;
 use crate::Result;
 use crate::config::ModelConfig;
+use crate::spec::{EMBEDDING, HEAD};
 use qlora_kernels::{View, ViewMut};
 use std::collections::HashMap;
 use std::ops::Range;
@@ -23,6 +24,15 @@ pub enum Which {
     B,
     /// DoRA's magnitudes `[out_features]`.
     Magnitude,
+    /// A layer's bias in place of the base's, `[out_features]`. PEFT's name for it depends on whether the layer has A and B.
+    Bias {
+        /// Whether it has.
+        adapted: bool,
+    },
+    /// Rows of tokens of the embedding or the head, in place of the base's, `[tokens, hidden]`.
+    TokenRows,
+    /// The whole embedding or head, in place of the base's, `[vocabulary, hidden]`.
+    Table,
 }
 
 /// One matrix or vector in the flat buffer.
@@ -62,9 +72,15 @@ impl Entry {
     /// The tensor's name in PEFT's `adapter_model.safetensors`.
     pub fn tensor_name(&self) -> String {
         let end = match self.which {
+            Which::A if self.module == EMBEDDING => "lora_embedding_A",
+            Which::B if self.module == EMBEDDING => "lora_embedding_B",
             Which::A => "lora_A.weight",
             Which::B => "lora_B.weight",
             Which::Magnitude => "lora_magnitude_vector",
+            Which::Bias { adapted: true } => "base_layer.bias",
+            Which::Bias { adapted: false } => "bias",
+            Which::TokenRows => "token_adapter.trainable_tokens_delta",
+            Which::Table => "weight",
         };
         format!("base_model.model.{}.{end}", self.module)
     }
@@ -72,8 +88,8 @@ impl Entry {
     /// The tensor's shape in that file.
     pub fn shape(&self) -> Vec<usize> {
         match self.which {
-            Which::A | Which::B => vec![self.rows, self.cols],
-            Which::Magnitude => vec![self.rows],
+            Which::Magnitude | Which::Bias { .. } => vec![self.rows],
+            _ => vec![self.rows, self.cols],
         }
     }
 }
@@ -147,19 +163,52 @@ impl AdapterLayout {
             let factors = [(Which::A, r, module.in_features), (Which::B, outputs, r)];
             let magnitude = config.use_dora.then_some((Which::Magnitude, outputs, 1));
             for (which, rows, cols) in factors.into_iter().chain(magnitude) {
-                layout.entries.push(Entry { module: module.name.clone(), which, offset: layout.len, rows, cols });
-                layout.len += rows * cols;
+                layout.push(&module.name, which, rows, cols);
             }
         }
         layout
     }
 
+    fn push(&mut self, module: &str, which: Which, rows: usize, cols: usize) {
+        self.entries.push(Entry { module: module.to_owned(), which, offset: self.len, rows, cols });
+        self.len += rows * cols;
+    }
+
     /// The layout that `config` gives for `model`.
     ///
     /// # Errors
-    /// Those of [`LoraConfig::resolve`].
+    /// Those of [`LoraConfig::resolve`]; also if rows of tokens or whole tables are asked for that the model does not have.
     pub fn for_model(config: &LoraConfig, model: &ModelConfig) -> Result<Self> {
-        Ok(Self::of(&config.resolve(model)?, config))
+        let mut layout = Self::of(&config.resolve(model)?, config);
+        if config.bias != Bias::None {
+            let spec = model.spec();
+            for module in spec.linear().filter(|module| module.bias) {
+                let adapted = layout.modules.contains_key(&module.name);
+                if adapted || config.bias == Bias::All {
+                    layout.push(&module.name, Which::Bias { adapted }, module.rows(), 1);
+                }
+            }
+        }
+        for (which, module, rows) in super::tables::tables(config, model)? {
+            layout.push(module, which, rows, model.hidden_size);
+        }
+        Ok(layout)
+    }
+
+    /// The biases.
+    pub fn biases(&self) -> impl Iterator<Item = &Entry> {
+        self.entries.iter().filter(|entry| matches!(entry.which, Which::Bias { .. }))
+    }
+
+    /// The entries of the embedding and the head: rows of tokens and whole tables.
+    pub fn tables(&self) -> impl Iterator<Item = &Entry> {
+        self.entries.iter().filter(|entry| matches!(entry.which, Which::TokenRows | Which::Table))
+    }
+
+    /// The embedding that is trained whole, where the head of a tied model follows it.
+    pub(crate) fn followed_by_head(&self, config: &LoraConfig) -> Option<&Entry> {
+        let whole = |module: &str| self.tables().find(|entry| entry.which == Which::Table && entry.module == module);
+        whole(EMBEDDING).filter(|_| config.ensure_weight_tying && whole(HEAD).is_none())
     }
 
     /// All tensors in the order in which they lie in the buffer.

@@ -8,6 +8,7 @@
 //! - [`LoraConfig`]: the options, in PEFT's names; [`LoraConfig::resolve`] turns them into the layers of one model.
 //! - [`TargetModules`], [`ModuleFilter`], [`ModulePattern`]: how a list or a regular expression selects layers.
 //! - [`ByModule`], [`Layers`]: ranks, alphas and blocks that differ from module to module.
+//! - [`TokenIndices`]: the tokens whose rows of the embedding are trained.
 //! - [`AdapterLayout`]: all A and B of a model (and the magnitudes of DoRA), back to back in one flat f32 buffer.
 //! - [`init`]: the start values; [`fingerprint`]: a hash of a buffer, to compare two runs.
 
@@ -17,6 +18,7 @@ mod init;
 mod layout;
 mod modules;
 mod pattern;
+mod tables;
 mod targets;
 
 pub use by_module::{ByModule, Layers};
@@ -26,6 +28,7 @@ pub use init::{fingerprint, init};
 pub use layout::{AdapterLayout, AdapterPair, Entry, Which};
 pub use modules::{LinearModule, linear_modules};
 pub use pattern::ModulePattern;
+pub use tables::TokenIndices;
 pub use targets::{ModuleFilter, TargetModules};
 
 #[cfg(test)]

@@ -5,11 +5,13 @@ use std::ops::Range;
 
 use qlora_kernels::ViewMut;
 use qlora_kernels::ops::matmul;
+use qlora_kernels::weight::PlainData;
 
 use crate::adapter::Adapter;
-use crate::adapter::kinds::dora;
+use crate::adapter::kinds::{EMBEDDING, HEAD, dora};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::lora::{Entry, Which};
 use crate::source::PlainTensor;
 
 /// A change of a base's weights that an adapter stands for: LoRA and DoRA change rows in
@@ -38,7 +40,8 @@ pub trait WeightUpdate: Send + Sync + fmt::Debug {
     }
 }
 
-/// An adapter as training has it: `W + s B A`, and with DoRA each row scaled to its magnitude.
+/// An adapter as training has it: `W + s B A`, with DoRA each row scaled to its magnitude, and rows of tokens and
+/// biases in place of the base's.
 #[derive(Debug)]
 pub struct LoraUpdate<'a> {
     adapter: &'a Adapter,
@@ -48,7 +51,8 @@ impl<'a> LoraUpdate<'a> {
     /// The update of an adapter.
     ///
     /// # Errors
-    /// If its buffer is not the layout's, or a scaling is not finite.
+    /// If its buffer is not the layout's, a scaling is not finite, or it has A and B of the embedding or the head, or the whole of
+    /// either.
     pub fn new(adapter: &'a Adapter) -> Result<Self> {
         if adapter.weights.len() != adapter.layout.len() {
             let (got, expected) = (adapter.weights.len(), adapter.layout.len());
@@ -60,17 +64,51 @@ impl<'a> LoraUpdate<'a> {
                 return Err(Error::Invalid(format!("the adapter's scaling is {scale} for {module}")));
             }
         }
+        let is_end = |entry: &&Entry| {
+            entry.which == Which::Table
+                || (entry.which == Which::A && [EMBEDDING, HEAD].contains(&entry.module.as_str()))
+        };
+        if let Some(table) = adapter.layout.entries().iter().find(is_end) {
+            // The merged head may be another than the base's, which only an update that knows the base can give.
+            let message =
+                "is of the embedding or the head: open the folder with adapter::open_folder and merge with PeftUpdate";
+            return Err(Error::tensor(table.tensor_name(), message));
+        }
         Ok(Self { adapter })
+    }
+
+    /// The tokens whose rows are the adapter's, and the rows.
+    fn token_rows(&self, module: &str) -> Option<(&[u32], &[f32])> {
+        let entry = self.adapter.layout.tables().find(|entry| entry.module == module)?;
+        let ids = self.adapter.config.lora.trainable_token_indices.of(module)?;
+        Some((ids, &self.adapter.weights[entry.range()]))
     }
 }
 
 impl WeightUpdate for LoraUpdate<'_> {
     fn targets(&self) -> Vec<String> {
-        self.adapter.layout.modules().map(|module| format!("{module}.weight")).collect()
+        let tables = self.adapter.layout.tables().map(|entry| entry.module.as_str());
+        self.adapter.layout.modules().chain(tables).map(|module| format!("{module}.weight")).collect()
+    }
+
+    fn replacement(&self, name: &str) -> Option<PlainTensor> {
+        let module = name.strip_suffix(".bias")?;
+        let bias = self.adapter.layout.biases().find(|entry| entry.module == module)?;
+        let data = PlainData::F32(self.adapter.weights[bias.range()].to_vec());
+        Some(PlainTensor { data, shape: vec![bias.rows] })
     }
 
     fn apply(&self, name: &str, rows: Range<usize>, cols: usize, weight: &mut [f32]) -> Result<()> {
         let module = name.strip_suffix(".weight");
+        if let Some((ids, values)) = module.and_then(|module| self.token_rows(module)) {
+            for (&id, row) in ids.iter().zip(values.chunks_exact(cols.max(1))) {
+                if rows.contains(&(id as usize)) {
+                    let at = (id as usize - rows.start) * cols;
+                    weight[at..at + cols].copy_from_slice(row);
+                }
+            }
+            return Ok(());
+        }
         let pair = module.and_then(|module| Some((module, self.adapter.layout.get(module)?)));
         let (module, pair) = pair.ok_or_else(|| Error::tensor(name, "has no adapter"))?;
         let (a, b) = pair.views(&self.adapter.weights);

@@ -8,22 +8,40 @@ use qlora_kernels::ops::adapter_tokens::{self, EmbeddingDelta};
 use qlora_kernels::ops::linear_cross_entropy::LossSum;
 use qlora_kernels::ops::linear_group::{Group, Member};
 use qlora_kernels::ops::{embedding, linear_cross_entropy};
+use qlora_kernels::tensor::TensorView;
 use qlora_kernels::weight::WeightCache;
 
 use super::adapters::{Chosen, Span};
 use super::causal_lm::CausalLm;
+use super::trained::Adapter;
 use crate::adapter::kinds::HEAD;
 use crate::error::{Error, Result};
 
-pub(super) fn changes_head((_, chosen): &Span) -> bool {
+pub(super) fn loaded_changes_head((_, chosen): &Span) -> bool {
     matches!(chosen, Chosen::Loaded(adapter) if adapter.changes_head())
 }
 
 impl CausalLm {
+    fn changes_head(&self, span: &Span) -> bool {
+        let trained = || self.adapter().is_some_and(|adapter| !adapter.tables().head.is_empty());
+        loaded_changes_head(span) || (matches!(span.1, Chosen::Trained) && trained())
+    }
+
+    /// The trained adapter and its values, where it holds parts of the embedding or the head.
+    fn trained_tables(&self) -> Result<Option<(&Adapter, TensorView<'_>)>> {
+        let Some(adapter) = self.adapter().filter(|adapter| !adapter.tables().is_empty()) else { return Ok(None) };
+        Ok(Some((adapter, TensorView::new("adapter", adapter.flat.as_tensor())?)))
+    }
+
     /// The embedding's output for rows of these adapters.
     pub(super) fn embed_with(&self, tokens: &[u32], spans: &[Span]) -> Result<Matrix> {
         let mut x = self.embed(tokens)?;
+        let trained = self.trained_tables()?;
         for (rows, chosen) in spans {
+            if let (Chosen::Trained, Some((adapter, values))) = (chosen, &trained) {
+                let table = adapter.tables().embedding(&**self.embedding(), values.view());
+                table.embed(&tokens[rows.clone()], x.view_mut().slice_rows(rows.clone()))?;
+            }
             let Chosen::Loaded(adapter) = chosen else { continue };
             let (change, tokens) = (&adapter.embedding, &tokens[rows.clone()]);
             if let Some(table) = &change.table {
@@ -43,11 +61,17 @@ impl CausalLm {
     /// The logits of `hidden`, whose rows have these adapters.
     pub(super) fn head_logits(&self, hidden: &Matrix, spans: &[Span]) -> Result<Matrix> {
         let mut logits = self.workspace().matrix(hidden.rows(), self.config().vocab_size)?;
-        if !spans.iter().any(changes_head) {
+        if !spans.iter().any(|span| self.changes_head(span)) {
             self.base_logits(hidden, logits.view_mut())?;
             return Ok(logits);
         }
-        let loaded: Vec<Span> = spans.iter().filter(|span| changes_head(span)).cloned().collect();
+        let trained = self.trained_tables()?;
+        if let (Some((adapter, values)), [(_, Chosen::Trained)]) = (&trained, spans) {
+            let table = adapter.tables().head(&**self.head(), values.view(), None);
+            table.logits(hidden.view(), logits.view_mut(), self.workspace())?;
+            return Ok(logits);
+        }
+        let loaded: Vec<Span> = spans.iter().filter(|span| loaded_changes_head(span)).cloned().collect();
         let members = [Member { name: HEAD, weight: &**self.head(), bias: None, lora: None }];
         let cache = WeightCache::default();
         let group = Group { members: &members, cache: &cache, split: false };
@@ -61,13 +85,24 @@ impl CausalLm {
             let (hidden, logits) = (hidden.view().slice_rows(rows.clone()), logits.view_mut().slice_rows(rows.clone()));
             adapter_tokens::head(adapter.values.view(), &adapter.head_tokens, hidden, logits)?;
         }
+        for (rows, chosen) in spans {
+            if let (Chosen::Trained, Some((adapter, values))) = (chosen, &trained) {
+                let table = adapter.tables().head(&**self.head(), values.view(), None);
+                let part = hidden.view().slice_rows(rows.clone());
+                table.logits(part, logits.view_mut().slice_rows(rows.clone()), self.workspace())?;
+            }
+        }
         Ok(logits)
     }
 
     /// The losses of rows whose head may be an adapter's: without one, in one pass that never has all logits.
     pub(super) fn head_loss(&self, hidden: &Matrix, targets: &[i64], spans: &[Span]) -> Result<LossSum> {
-        if !spans.iter().any(changes_head) {
+        if !spans.iter().any(|span| self.changes_head(span)) {
             return Ok(linear_cross_entropy::forward(hidden.view(), &**self.head(), targets, self.workspace())?);
+        }
+        if let (Some((adapter, values)), [(_, Chosen::Trained)]) = (self.trained_tables()?, spans) {
+            let table = adapter.tables().head(&**self.head(), values.view(), None);
+            return Ok(linear_cross_entropy::forward_with(hidden.view(), table, targets, self.workspace())?);
         }
         const ROWS: usize = 64;
         let mut total = LossSum { sum: 0.0, trained_tokens: 0 };

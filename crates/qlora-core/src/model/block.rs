@@ -14,6 +14,7 @@
 //! ([`qlora_kernels::ops::linear_group`]).
 
 use qlora_kernels::ops::attention::{self, AttentionConfig, LseOrder};
+use qlora_kernels::ops::bias;
 use qlora_kernels::ops::linear_group::{Group, Member, Shrunk, margin};
 use qlora_kernels::ops::rms_norm;
 use qlora_kernels::ops::rope;
@@ -153,8 +154,8 @@ struct RawQk {
 
 /// A group with the array that its members are borrowed from.
 macro_rules! group {
-    ($name:ident, $block:expr, $cache:ident, $($member:ident),+) => {
-        let members = [$($block.$member.member()),+];
+    ($name:ident, $block:expr, $pass:expr, $cache:ident, $($member:ident),+) => {
+        let members = [$($block.$member.member($pass.adapter.as_ref())),+];
         let $name = Group { members: &members, cache: &$block.policy.$cache, split: $block.policy.is_split() };
     };
 }
@@ -178,19 +179,19 @@ impl Block {
         self.input_norm.bytes() + self.post_attention_norm.bytes() + qk + biases
     }
 
-    /// Whether any projection has an adapter.
+    /// Whether an adapter trains anything of the block.
     pub fn is_trained(&self) -> bool {
-        self.projections().iter().any(|projection| projection.slot().is_some())
+        self.projections().iter().any(|projection| projection.is_trained())
     }
 
     /// The margin that the gradient of the residual stream needs: it is what o and down get.
     pub fn residual_margin(&self) -> usize {
-        margin_of(&[self.o.member()]).max(margin_of(&[self.down.member()]))
+        margin_of(&[self.o.member(None)]).max(margin_of(&[self.down.member(None)]))
     }
 
     /// The margin of the input of q, k and v, or of its gradient.
     fn qkv_margin(&self, pass: &Pass) -> usize {
-        pass.margin_of(&[self.q.member(), self.k.member(), self.v.member()])
+        pass.margin_of(&[self.q.member(None), self.k.member(None), self.v.member(None)])
     }
 
     /// Runs the block on `x [tokens, hidden]`; also returns the activations that [`Self::backward`] needs, as `keep`
@@ -260,7 +261,7 @@ impl Block {
         let adapter = pass.adapter.as_ref();
         let made = self.project_qkv(&x, positions, pass)?;
         let [q, k, v] = self.split_qkv(made.qkv.view());
-        group!(o, self, o, o);
+        group!(o, self, pass, o, o);
         let mut attn = workspace.with_margin(x.rows(), q.cols(), pass.margin_of(o.members))?;
         for (rows, cache) in layout.sequences().zip(caches) {
             cache.append(k.slice_rows(rows.clone()), v.slice_rows(rows.clone()), workspace)?;
@@ -281,7 +282,7 @@ impl Block {
         let tokens = x.rows();
         let qkv = self.project_qkv(&x, layout.positions(), pass)?;
         let [q, k, v] = self.split_qkv(qkv.qkv.view());
-        group!(o, self, o, o);
+        group!(o, self, pass, o, o);
         let mut attn = workspace.with_margin(tokens, q.cols(), pass.margin_of(o.members))?;
         let mut lse = workspace.matrix_f32(tokens, self.attention.heads)?;
         let (out, lse_view) = (attn.view_mut(), lse.view_mut());
@@ -298,7 +299,7 @@ impl Block {
         let tokens = x.rows();
         let (mut n1, rstd) = self.norm(x.view(), &self.input_norm, self.qkv_margin(pass), workspace)?;
         self.renorm("input_layernorm", x.view(), n1.view_mut(), pass)?;
-        group!(group, self, qkv, q, k, v);
+        group!(group, self, pass, qkv, q, k, v);
         self.q.saw(n1.view())?;
         let mut qkv = workspace.matrix(tokens, group.outputs())?;
         let s = group.forward(n1.view_mut(), pass.adapter.as_ref(), None, qkv.view_mut(), workspace)?;
@@ -368,10 +369,11 @@ impl Block {
         let adapter = pass.adapter.as_ref().expect("a backward pass has an adapter");
         let tokens = dmid.rows();
 
-        group!(o, self, o, o);
+        group!(o, self, pass, o, o);
         let mut dattn = workspace.matrix(tokens, attn.cols())?;
         let ds = o.backward_input_with(dmid.view_mut(), Some(&s_o), adapter, Some(dattn.view_mut()), workspace)?;
         o.backward_adapter(attn.view(), &s_o, dmid.view(), &ds, adapter, gradient.reborrow(), workspace)?;
+        bias_gradients(&[&self.o], dmid.view(), gradient.reborrow(), workspace)?;
         drop((ds, s_o));
 
         let Qkv { qkv, rstd, raw, s } = qkv;
@@ -391,7 +393,7 @@ impl Block {
             self.backward_qk_norm(raw, weights, &mut dqkv, workspace)?;
         }
 
-        group!(group, self, qkv, q, k, v);
+        group!(group, self, pass, qkv, q, k, v);
         let mut dn1 = match needs_dx {
             true => Some(workspace.matrix(tokens, group.inputs())?),
             false => None,
@@ -399,7 +401,8 @@ impl Block {
         let target = dn1.as_mut().map(Matrix::view_mut);
         let ds = group.backward_input_with(dqkv.view_mut(), Some(&s), adapter, target, workspace)?;
         let (n1, _) = self.norm(x.view(), &self.input_norm, 0, workspace)?;
-        group.backward_adapter(n1.view(), &s, dqkv.view(), &ds, adapter, gradient, workspace)?;
+        group.backward_adapter(n1.view(), &s, dqkv.view(), &ds, adapter, gradient.reborrow(), workspace)?;
+        bias_gradients(&[&self.q, &self.k, &self.v], dqkv.view(), gradient, workspace)?;
         drop((n1, dqkv));
         let Some(dn1) = dn1 else { return Ok(None) };
         rms_norm::backward(x.view(), self.input_norm.view(), rstd.view(), dn1.view(), dmid.view_mut(), true)?;
@@ -424,6 +427,24 @@ impl Block {
         }
         Ok(dqkv.view_mut().slice_cols(0..qk_width).copy_from(dqk.view())?)
     }
+}
+
+/// Adds the gradients of the trained biases of these projections, whose outputs' gradients are side by side in `dy`.
+pub(super) fn bias_gradients(
+    projections: &[&Projection],
+    dy: View,
+    mut gradient: ViewMut,
+    workspace: &Workspace,
+) -> Result<()> {
+    let mut start = 0;
+    for projection in projections {
+        let columns = start..start + projection.outputs();
+        start = columns.end;
+        if let Some(place) = projection.bias_place() {
+            bias::backward(dy.slice_cols(columns), gradient.reborrow().slice_cols(place.clone()), workspace)?;
+        }
+    }
+    Ok(())
 }
 
 fn margin_of(members: &[Member]) -> usize {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::{Tensor, Var};
-use qlora_kernels::ops::adapter_rows::AdapterChanges;
+use qlora_kernels::ops::adapter_rows::{AdapterChanges, LinearChange};
 use qlora_kernels::ops::linear_cross_entropy::LossSum;
 use qlora_kernels::ops::{embedding, frozen_linear};
 use qlora_kernels::weight::{FrozenCompute, FrozenWeight};
@@ -16,12 +16,13 @@ use super::projection::LoraSlot;
 use super::stack::Stack;
 use super::train::TrainPass;
 use super::trained::Adapter;
-use crate::adapter::kinds::dora;
+use crate::adapter::kinds::tables::{self, TrainedTables};
+use crate::adapter::kinds::{EMBEDDING, HEAD, dora};
 use crate::autograd;
 use crate::batch::Batch;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::lora::{AdapterLayout, LoraConfig, Which};
+use crate::lora::{AdapterLayout, Entry, LoraConfig, Which};
 
 /// A model with frozen weights and, once [`Self::add_adapter`] or [`Self::set_adapter`] was called, a trainable adapter.
 #[derive(Debug)]
@@ -114,8 +115,8 @@ impl CausalLm {
         &self.stack
     }
 
-    /// A fresh adapter: A kaiming-uniform from `seed`, B zero, DoRA's magnitudes the norms of the weights' rows, so that the model
-    /// computes what it did before.
+    /// A fresh adapter: A kaiming-uniform from `seed`, B zero, DoRA's magnitudes the norms of the weights' rows, rows of tokens,
+    /// whole tables and biases the base's, so that the model computes what it did before.
     ///
     /// # Errors
     /// If the configuration targets nothing, a graph of this model is still alive, or a weight with a row of zeros gets a magnitude.
@@ -123,11 +124,30 @@ impl CausalLm {
         let layout = AdapterLayout::for_model(&config, &self.config)?;
         let values = crate::lora::init(&layout, seed);
         self.set_adapter(config, layout, values)?;
-        if let Err(error) = self.start_magnitudes() {
+        if let Err(error) = self.start_with_the_base().and_then(|()| self.start_magnitudes()) {
             self.remove_adapter()?;
             return Err(error);
         }
         Ok(())
+    }
+
+    /// Rows, tables and biases that take the place of the base's begin as these.
+    fn start_with_the_base(&self) -> Result<()> {
+        let adapter = self.adapter_to_train()?;
+        if adapter.tables().is_empty() && adapter.layout().biases().next().is_none() {
+            return Ok(());
+        }
+        let mut values = adapter.values()?;
+        for projection in self.stack.blocks().iter().flat_map(|block| block.projections()) {
+            if let (Some(place), Some(bias)) = (projection.bias_place(), projection.bias()) {
+                values[place.clone()].copy_from_slice(&bias.to_vec()?);
+            }
+        }
+        for entry in adapter.layout().tables() {
+            let weight = if entry.module == HEAD { &self.head } else { &self.embedding };
+            tables::start(entry, adapter.config(), &**weight, &mut values, &self.workspace)?;
+        }
+        adapter.set_values(&values)
     }
 
     fn start_magnitudes(&self) -> Result<()> {
@@ -142,7 +162,9 @@ impl CausalLm {
     ///
     /// # Errors
     /// If the layout names a module that this model does not have, shapes differ, or a graph of this model is alive.
-    pub fn set_adapter(&mut self, config: LoraConfig, layout: AdapterLayout, values: Vec<f32>) -> Result<()> {
+    pub fn set_adapter(&mut self, mut config: LoraConfig, layout: AdapterLayout, values: Vec<f32>) -> Result<()> {
+        // On a model whose tables are two it has no effect.
+        config.ensure_weight_tying &= self.config.tie_word_embeddings;
         if values.len() != layout.len() {
             let (got, expected) = (values.len(), layout.len());
             return Err(Error::Invalid(format!("the adapter has {expected} values, {got} were given")));
@@ -150,9 +172,10 @@ impl CausalLm {
         if layout.entries().iter().any(|entry| entry.which == Which::Magnitude) != config.use_dora {
             return Err(Error::Invalid(format!("use_dora = {}: the layout is of another kind", config.use_dora)));
         }
+        let tables = TrainedTables::new(&config, &layout, &self.config, self.workspace.device().is_cpu())?;
         let stack = self.stack_mut()?;
         let mut changes = AdapterChanges::default();
-        let (mut placed, mut norms) = (0, 0);
+        let (mut placed, mut norms, mut biases) = (0, 0, 0);
         for (index, projection) in stack.blocks_mut().iter_mut().flat_map(|block| block.projections_mut()).enumerate() {
             let slot = layout.get(projection.name()).map(|pair| -> Result<LoraSlot> {
                 let rank = pair.rank();
@@ -171,26 +194,38 @@ impl CausalLm {
             });
             placed += usize::from(slot.is_some());
             let slot = slot.transpose()?;
-            if let Some(slot) = &slot {
-                changes.linears.insert(projection.name().to_owned(), dora::change(slot, layout.len()));
+            let bias = layout.biases().find(|entry| entry.module == projection.name()).map(Entry::range);
+            biases += usize::from(bias.is_some());
+            if slot.is_some() || bias.is_some() {
+                let change = slot.as_ref().map(|slot| dora::change(slot, layout.len())).unwrap_or_default();
+                changes.linears.insert(projection.name().to_owned(), LinearChange { bias: bias.clone(), ..change });
             }
+            projection.set_bias_place(bias)?;
             projection.set_slot(slot);
         }
-        let modules = layout.modules().count();
+        if biases != layout.biases().count() {
+            return Err(Error::Invalid(format!(
+                "the adapter has {} biases, {biases} of them are of linear layers of the model's blocks",
+                layout.biases().count()
+            )));
+        }
+        let modules = layout.modules().filter(|module| ![EMBEDDING, HEAD].contains(module)).count();
         if placed != modules {
             return Err(Error::Invalid(format!(
                 "the adapter is on {modules} modules, {placed} of them are linear layers of the model's blocks"
             )));
         }
         let flat = Var::from_tensor(&Tensor::from_vec(values, layout.len(), &self.workspace.device())?)?;
-        self.adapter = Some(Adapter::new(config, layout, flat, changes));
+        self.adapter = Some(Adapter::new(config, layout, flat, changes, tables));
         Ok(())
     }
 
     /// Takes the adapter away.
     pub fn remove_adapter(&mut self) -> Result<()> {
-        let projections = self.stack_mut()?.blocks_mut().iter_mut().flat_map(|block| block.projections_mut());
-        projections.for_each(|projection| projection.set_slot(None));
+        for projection in self.stack_mut()?.blocks_mut().iter_mut().flat_map(|block| block.projections_mut()) {
+            projection.set_slot(None);
+            projection.set_bias_place(None)?;
+        }
         self.adapter = None;
         Ok(())
     }
@@ -259,12 +294,14 @@ impl CausalLm {
     /// If there is no adapter, a token or target is outside the vocabulary, or a sequence is too long.
     pub fn loss(&self, batch: &Batch, num_items: usize, train: TrainPass) -> Result<Tensor> {
         let adapter = self.adapter_to_train()?;
-        let x = autograd::ops::embedding(&batch.tokens, &*self.embedding, &self.workspace)?;
+        let trained = (adapter.tables(), adapter.flat.as_tensor());
+        let x = autograd::tables::embedding(&batch.tokens, &self.embedding, trained, &self.workspace)?;
         let layout = Arc::new(batch.layout.clone());
         let dropout = adapter.dropout(train);
         let hidden =
             autograd::stack::apply(&self.stack, &x, adapter.flat.as_tensor(), layout, dropout, &self.workspace)?;
-        autograd::ops::linear_cross_entropy(&hidden, &*self.head, &batch.targets, num_items, &self.workspace)
+        let (head, targets) = (&self.head, &batch.targets);
+        autograd::tables::linear_cross_entropy(&hidden, head, trained, dropout, targets, num_items, &self.workspace)
     }
 
     /// The sum of the losses of a batch, without gradient and without dropout.

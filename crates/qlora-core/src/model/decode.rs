@@ -66,7 +66,7 @@ impl Block {
         let adapter = pass.adapter.as_ref();
         let tokens = x.rows();
         let input_norm = |weight| InputNorm { weight: Matrix::view(weight), eps: self.eps };
-        group!(qkv_group, self, qkv, q, k, v);
+        group!(qkv_group, self, pass, qkv, q, k, v);
         let mut qkv = workspace.matrix(tokens, qkv_group.outputs())?;
         let norm = input_norm(&self.input_norm);
         if !qkv_group.infer_normed(x.view(), &norm, adapter, qkv.view_mut(), false, workspace)? {
@@ -80,12 +80,12 @@ impl Block {
         step.tables.append(layer, &self.attention, qkv.view_mut(), pass.rope.of(self))?;
         let mut attn = workspace.matrix(tokens, self.q.outputs())?;
         step.tables.attention(layer, &self.attention, qkv.view().slice_cols(0..self.q.outputs()), attn.view_mut())?;
-        group!(o, self, o, o);
+        group!(o, self, pass, o, o);
         let mut mid = workspace.matrix(tokens, x.cols())?;
         o.infer(attn.view_mut(), adapter, Some(x.view()), mid.view_mut(), workspace)?;
 
-        group!(gate_up_group, self, gate_up, gate, up);
-        let mut h = workspace.with_margin(tokens, self.gate.outputs(), pass.margin_of(&[self.down.member()]))?;
+        group!(gate_up_group, self, pass, gate_up, gate, up);
+        let mut h = workspace.with_margin(tokens, self.gate.outputs(), pass.margin_of(&[self.down.member(None)]))?;
         let norm = input_norm(&self.post_attention_norm);
         if !gate_up_group.infer_normed(mid.view(), &norm, adapter, h.view_mut(), true, workspace)? {
             let (mut n2, _) = self.norm(mid.view(), &self.post_attention_norm, 0, workspace)?;
@@ -98,7 +98,7 @@ impl Block {
             }
         }
         let mut y = x;
-        group!(down, self, down, down);
+        group!(down, self, pass, down, down);
         down.infer(h.view_mut(), adapter, Some(mid.view()), y.view_mut(), workspace)?;
         Ok(y)
     }

@@ -105,8 +105,9 @@ impl CausalLm {
         let kept = shared.as_deref_mut().unwrap_or(&mut own);
         let trained = spans.iter().any(|(_, chosen)| matches!(chosen, Chosen::Trained));
         let adapter = self.adapter().filter(|_| trained);
-        // Its gains lie in other memory after every step of a training, which a recording would go on reading.
-        if adapter.is_some_and(|adapter| adapter.config().use_dora) {
+        // Its gains lie in other memory after every step of a training, which a recording would go on reading. Trained rows of the
+        // head are run as they stand.
+        if adapter.is_some_and(|adapter| adapter.config().use_dora || !adapter.tables().is_empty()) {
             return Ok(None);
         }
         // The trained adapter's values are candle's memory, which a recording keeps.

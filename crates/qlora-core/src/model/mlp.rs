@@ -9,7 +9,7 @@ use qlora_kernels::ops::linear_group::{Group, Shrunk};
 use qlora_kernels::ops::{rms_norm, swiglu};
 use qlora_kernels::{Matrix, View, ViewMut};
 
-use super::block::{Block, Pass, group};
+use super::block::{Block, Pass, bias_gradients, group};
 use super::policy::pieces;
 use crate::error::Result;
 
@@ -25,14 +25,14 @@ pub(super) struct MlpSaved {
 
 impl Block {
     fn gate_up_margin(&self, pass: &Pass) -> usize {
-        pass.margin_of(&[self.gate.member(), self.up.member()])
+        pass.margin_of(&[self.gate.member(None), self.up.member(None)])
     }
 
     /// Writes `y`; returns the activations that the backward needs.
     pub(super) fn mlp_kept(&self, mid: View, mut y: ViewMut, pass: &Pass) -> Result<MlpSaved> {
         let mut saved = self.mlp_to_gate_up(mid, pass)?;
         let mut h = self.mlp_hidden(&saved.gate_up, pass)?;
-        group!(down, self, down, down);
+        group!(down, self, pass, down, down);
         let adapter = pass.adapter.as_ref();
         saved.s_down = Some(down.forward(h.view_mut(), adapter, Some(mid), y.reborrow(), pass.workspace)?);
         Ok(saved)
@@ -49,7 +49,7 @@ impl Block {
             let MlpSaved { gate_up, .. } = self.mlp_to_gate_up(mid, &pass)?;
             let mut h = self.mlp_hidden(&gate_up, &pass)?;
             drop(gate_up);
-            group!(down, self, down, down);
+            group!(down, self, pass, down, down);
             let y = y.reborrow().slice_rows(rows);
             down.forward(h.view_mut(), pass.adapter.as_ref(), Some(mid), y, pass.workspace)?;
         }
@@ -92,7 +92,7 @@ impl Block {
         let adapter = pass.adapter.as_ref().expect("a backward pass has an adapter");
         let (tokens, width) = (dy.rows(), self.gate.outputs());
 
-        group!(down, self, down, down);
+        group!(down, self, pass, down, down);
         let mut dh = workspace.matrix(tokens, width)?;
         let ds = down.backward_input_with(dy.reborrow(), s_down.as_ref(), adapter, Some(dh.view_mut()), workspace)?;
         let (gate, up) = gate_up.view_mut().split_cols(width);
@@ -103,14 +103,16 @@ impl Block {
             None => down.shrink(h.view(), Some(adapter), workspace)?,
         };
         down.backward_adapter(h.view(), &s, dy.as_view(), &ds, adapter, gradient.reborrow(), workspace)?;
+        bias_gradients(&[&self.down], dy.as_view(), gradient.reborrow(), workspace)?;
         drop((h, s, ds));
 
-        group!(group, self, gate_up, gate, up);
+        group!(group, self, pass, gate_up, gate, up);
         let mut dn2 = workspace.matrix(tokens, group.inputs())?;
         let (s, target) = (Some(&s_gate_up), Some(dn2.view_mut()));
         let ds = group.backward_input_with(gate_up.view_mut(), s, adapter, target, workspace)?;
         let (n2, _) = self.norm(mid, &self.post_attention_norm, 0, workspace)?;
-        group.backward_adapter(n2.view(), &s_gate_up, gate_up.view(), &ds, adapter, gradient, workspace)?;
+        group.backward_adapter(n2.view(), &s_gate_up, gate_up.view(), &ds, adapter, gradient.reborrow(), workspace)?;
+        bias_gradients(&[&self.gate, &self.up], gate_up.view(), gradient, workspace)?;
         drop((n2, gate_up));
         rms_norm::backward(mid, self.post_attention_norm.view(), rstd.view(), dn2.view(), dy, true)?;
         Ok(())
@@ -122,7 +124,7 @@ impl Block {
         let (mut n2, rstd) = self.norm(mid, &self.post_attention_norm, self.gate_up_margin(pass), workspace)?;
         self.renorm("post_attention_layernorm", mid, n2.view_mut(), pass)?;
         self.gate.saw(n2.view())?;
-        group!(group, self, gate_up, gate, up);
+        group!(group, self, pass, gate_up, gate, up);
         // The backward turns it into its own gradient, so it has the gradient's margin.
         let mut gate_up = workspace.with_margin(mid.rows(), group.outputs(), self.gate_up_margin(pass))?;
         let s_gate_up = group.forward(n2.view_mut(), pass.adapter.as_ref(), None, gate_up.view_mut(), workspace)?;
@@ -132,7 +134,7 @@ impl Block {
     /// `h`, with the margin of the last projection.
     fn mlp_hidden(&self, gate_up: &Matrix, pass: &Pass) -> Result<Matrix> {
         let width = self.gate.outputs();
-        let margin = pass.margin_of(&[self.down.member()]);
+        let margin = pass.margin_of(&[self.down.member(None)]);
         let mut h = pass.workspace.with_margin(gate_up.rows(), width, margin)?;
         let (gate, up) = (gate_up.view().slice_cols(0..width), gate_up.view().slice_cols(width..gate_up.cols()));
         swiglu::forward(gate, up, h.view_mut())?;

@@ -25,6 +25,7 @@ use std::collections::HashMap;
 use std::fmt;
 
 use self::cost::BlockCost;
+use self::from_config::Parts;
 use self::sizes::Sizes;
 pub use self::speed::ExpectedSpeed;
 use super::block::Block;
@@ -181,8 +182,8 @@ impl Planner {
             projections().map(|p| (p.name(), p.slot().map_or(0, |slot| slot.rank))).collect();
         let rank = |module: &str| ranks.get(module).copied().unwrap_or(0);
         let dtype = model.workspace().dtype();
-        let by_member = model.adapter().is_some_and(|adapter| adapter.config().use_dora);
-        let planner = Self::of_spec(&model.config().spec(), rank, by_member, dtype, batch, attention, resident);
+        let parts = model.adapter().map(|adapter| Parts::of(adapter.layout())).unwrap_or_default();
+        let planner = Self::of_spec(&model.config().spec(), rank, parts, dtype, batch, attention, resident);
         let four_bits = projections().all(|projection| projection.weight().row_blocks_of_4bit().is_some());
         Ok(planner.with_four_bits(four_bits).with_frozen_compute(model.frozen_compute()))
     }
@@ -322,7 +323,7 @@ impl Planner {
             let arriving = if index > self.lowest { in_flight(index - 1) } else { 0 };
             peak = peak.max(held + arriving + sizes.backward(keep, choice, index < choice.cached));
         }
-        self.resident + choice.cached as u64 * sizes.block_weights() + peak
+        self.resident + choice.cached as u64 * sizes.block_weights() + peak.max(sizes.embedding())
     }
 }
 

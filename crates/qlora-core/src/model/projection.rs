@@ -2,6 +2,7 @@
 //!
 //! The computation is in [`qlora_kernels::ops::linear_group`]: layers that read the same input run together.
 
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 pub use qlora_kernels::ops::linear_group::{AdapterPass, LoraSlot};
@@ -20,6 +21,8 @@ pub struct Projection {
     weight: Arc<dyn FrozenWeight>,
     bias: Option<Matrix>,
     slot: Option<LoraSlot>,
+    /// The place of a trained bias in the flat adapter buffer.
+    bias_place: Option<Range<usize>>,
     watch: OnceLock<Arc<InputSquares>>,
 }
 
@@ -35,7 +38,7 @@ impl Projection {
             let message = format!("has {elements} elements, its weight has {} rows", weight.rows());
             return Err(Error::tensor(format!("{name}.bias"), message));
         }
-        Ok(Self { name, weight, bias, slot: None, watch: OnceLock::new() })
+        Ok(Self { name, weight, bias, slot: None, bias_place: None, watch: OnceLock::new() })
     }
 
     /// The module's name, such as `model.layers.0.self_attn.q_proj`.
@@ -73,6 +76,30 @@ impl Projection {
         self.slot = slot;
     }
 
+    /// The place of a trained bias in the adapter's values, if this projection has one.
+    pub fn bias_place(&self) -> Option<&Range<usize>> {
+        self.bias_place.as_ref()
+    }
+
+    /// Says that the projection's bias is trained, and where it lies, or that it is the base's.
+    ///
+    /// # Errors
+    /// If the base has no bias, or one of another length.
+    pub fn set_bias_place(&mut self, place: Option<Range<usize>>) -> Result<()> {
+        let own = self.bias.as_ref().map_or(0, |bias| bias.rows() * bias.cols());
+        if let Some(place) = place.as_ref().filter(|place| place.len() != own) {
+            let message = format!("has {} elements, the base's bias {own}", place.len());
+            return Err(Error::tensor(format!("{}.bias", self.name), message));
+        }
+        self.bias_place = place;
+        Ok(())
+    }
+
+    /// Whether an adapter trains anything of it.
+    pub(super) fn is_trained(&self) -> bool {
+        self.slot.is_some() || self.bias_place.is_some()
+    }
+
     /// Sums up the projection's inputs from here on.
     pub(crate) fn watch(&self) -> Arc<InputSquares> {
         self.watch.get_or_init(|| Arc::new(InputSquares::new(self.inputs()))).clone()
@@ -83,9 +110,12 @@ impl Projection {
         self.watch.get().map_or(Ok(()), |watch| watch.add(x))
     }
 
-    /// As a member of a group of layers.
-    pub(crate) fn member(&self) -> Member<'_> {
-        let bias = self.bias.as_ref().map(Matrix::view);
+    /// As a member of a group of layers in a pass with this adapter: with the trained bias, if there is one. Where rows have adapters
+    /// of their own, these say which biases they have.
+    pub(crate) fn member<'a>(&'a self, pass: Option<&AdapterPass<'a>>) -> Member<'a> {
+        let values = pass.filter(|pass| pass.rows.is_none()).map(|pass| pass.values);
+        let trained = values.zip(self.bias_place.clone()).map(|(values, place)| values.slice_cols(place));
+        let bias = trained.or_else(|| self.bias.as_ref().map(Matrix::view));
         Member { name: &self.name, weight: &*self.weight, bias, lora: self.slot.as_ref() }
     }
 }

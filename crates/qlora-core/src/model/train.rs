@@ -6,10 +6,11 @@
 //! twice: once for the log-probabilities, and once for the gradient ([`CausalLm::accumulate_weighted_gradients`]).
 
 use qlora_kernels::ops::linear_cross_entropy::{self, GradScale, LossSum};
+use qlora_kernels::ops::trained_tables::Table;
 use qlora_kernels::tensor::TensorView;
 use qlora_kernels::{Matrix, ViewMut};
 
-use super::adapters::AdapterChoice;
+use super::adapters::{AdapterChoice, Chosen};
 use super::block::Pass;
 use super::causal_lm::CausalLm;
 use super::projection::AdapterPass;
@@ -66,9 +67,9 @@ impl CausalLm {
             return Err(Error::Invalid("there is no trained token to divide the loss by".into()));
         }
         let scale = GradScale::Uniform(train.loss_scale * (1.0 / num_items as f32));
-        self.forward_backward(batch, train, gradient, |hidden, dhidden| {
-            let (head, workspace) = (&**self.head(), self.workspace());
-            Ok(linear_cross_entropy::enqueue_scaled(hidden.view(), head, &batch.targets, scale, dhidden, workspace)?)
+        self.forward_backward(batch, train, gradient, |hidden, head, dhidden, gradient| {
+            let (targets, workspace) = (&batch.targets, self.workspace());
+            Ok(linear_cross_entropy::enqueue_with(hidden.view(), head, targets, scale, dhidden, gradient, workspace)?)
         })?
         .wait()
         .map_err(Error::from)
@@ -87,14 +88,14 @@ impl CausalLm {
         weigh: &mut dyn FnMut(&[f64]) -> Result<Vec<f32>>,
         gradient: ViewMut,
     ) -> Result<()> {
-        self.forward_backward(batch, train, gradient, |hidden, dhidden| {
-            let (head, workspace) = (&**self.head(), self.workspace());
-            let losses = linear_cross_entropy::token_losses(hidden.view(), head, &batch.targets, workspace)?;
+        self.forward_backward(batch, train, gradient, |hidden, head, dhidden, gradient| {
+            let (targets, workspace) = (&batch.targets, self.workspace());
+            let losses = linear_cross_entropy::token_losses_with(hidden.view(), head, targets, workspace)?;
             let mut scales = weigh(&negated(losses))?;
             // The op's gradient is that of minus the log-probability.
             scales.iter_mut().for_each(|weight| *weight *= -train.loss_scale);
             let scales = GradScale::PerRow(&scales);
-            Ok(linear_cross_entropy::enqueue_scaled(hidden.view(), head, &batch.targets, scales, dhidden, workspace)?)
+            Ok(linear_cross_entropy::enqueue_with(hidden.view(), head, targets, scales, dhidden, gradient, workspace)?)
         })?;
         Ok(())
     }
@@ -108,22 +109,28 @@ impl CausalLm {
         let sequences = batch.layout.sequences();
         let choices = vec![choice; sequences.len()];
         let spans = self.spans(sequences, &choices)?;
-        if spans.iter().any(super::adapter_ends::changes_head) {
+        if spans.iter().any(super::adapter_ends::loaded_changes_head) {
             let message = "log-probabilities under an adapter that changes the head are not supported";
             return Err(Error::Unsupported(message.into()));
         }
         let hidden = self.hidden(&batch.tokens, &batch.layout, &spans)?;
-        let head = &**self.head();
-        Ok(negated(linear_cross_entropy::token_losses(hidden.view(), head, &batch.targets, self.workspace())?))
+        let trained = matches!(spans.as_slice(), [(_, Chosen::Trained)]).then(|| self.adapter()).flatten();
+        let values = trained.map(|adapter| TensorView::new("adapter", adapter.flat.as_tensor())).transpose()?;
+        let head = match (trained, &values) {
+            (Some(adapter), Some(values)) => adapter.tables().head(&**self.head(), values.view(), None),
+            _ => Table::frozen(&**self.head()),
+        };
+        Ok(negated(linear_cross_entropy::token_losses_with(hidden.view(), head, &batch.targets, self.workspace())?))
     }
 
-    /// Runs the forward, `head` on its result (it writes the result's gradient), and the backward.
+    /// Runs the forward, `head` on its result (it writes the result's gradient and adds that of the head's trained parts), and the
+    /// backward.
     fn forward_backward<R>(
         &self,
         batch: &Batch,
         train: TrainPass,
-        gradient: ViewMut,
-        head: impl FnOnce(&Matrix, ViewMut) -> Result<R>,
+        mut gradient: ViewMut,
+        head: impl FnOnce(&Matrix, Table, ViewMut, Option<ViewMut>) -> Result<R>,
     ) -> Result<R> {
         let adapter = self.adapter_to_train()?;
         check_length(adapter, &gradient)?;
@@ -132,14 +139,21 @@ impl CausalLm {
         let norms = adapter.inverse_norms(self.stack(), self.workspace())?;
         let values = TensorView::new("adapter", adapter.flat.as_tensor())?;
         let inverse_norms = norms.as_deref().map(Matrix::view);
+        let embedding = adapter.tables().embedding(&**self.embedding(), values.view());
+        let table = adapter.tables().head(&**self.head(), values.view(), dropout);
+        let needs_dx = embedding.change.is_some();
         let adapter = Some(AdapterPass { dropout, inverse_norms, ..AdapterPass::new(values.view()) });
         let pass = Pass { adapter, layout: &batch.layout, rope: &rope, workspace: self.workspace() };
-        let x = self.embed(&batch.tokens)?;
-        let (hidden, saved) = self.stack().forward(x, &pass, false)?;
+        let mut x = self.workspace().matrix(batch.tokens.len(), self.config().hidden_size)?;
+        embedding.embed(&batch.tokens, x.view_mut())?;
+        let (hidden, saved) = self.stack().forward(x, &pass, needs_dx)?;
         let mut dhidden = self.workspace().matrix(hidden.rows(), hidden.cols())?;
-        let result = head(&hidden, dhidden.view_mut())?;
+        let result = head(&hidden, table, dhidden.view_mut(), Some(gradient.reborrow()))?;
         drop(hidden);
-        self.stack().backward(saved, dhidden, &pass, gradient, false)?;
+        let dx = self.stack().backward(saved, dhidden, &pass, gradient.reborrow(), needs_dx)?;
+        if let Some(dx) = dx {
+            embedding.embed_backward(&batch.tokens, dx.view(), gradient, self.workspace())?;
+        }
         Ok(result)
     }
 }

@@ -11,6 +11,7 @@ use qlora_kernels::{Matrix, View, ViewMut, Workspace};
 use super::stack::Stack;
 use super::train::TrainPass;
 use crate::adapter::kinds::dora;
+use crate::adapter::kinds::tables::TrainedTables;
 use crate::error::{Error, Result};
 use crate::lora::{AdapterLayout, LoraConfig};
 
@@ -22,6 +23,8 @@ pub struct Adapter {
     pub(super) flat: Var,
     /// Its slots by module, for batches in which other sequences have other adapters.
     changes: Arc<AdapterChanges>,
+    /// Its parts of the embedding and the head.
+    tables: Arc<TrainedTables>,
     derived: Arc<Derived>,
 }
 
@@ -40,8 +43,19 @@ struct Remembered {
 }
 
 impl Adapter {
-    pub(super) fn new(config: LoraConfig, layout: AdapterLayout, flat: Var, changes: AdapterChanges) -> Self {
-        Self { config, layout, flat, changes: Arc::new(changes), derived: Arc::default() }
+    pub(super) fn new(
+        config: LoraConfig,
+        layout: AdapterLayout,
+        flat: Var,
+        changes: AdapterChanges,
+        tables: TrainedTables,
+    ) -> Self {
+        Self { config, layout, flat, changes: Arc::new(changes), tables: Arc::new(tables), derived: Arc::default() }
+    }
+
+    /// The parts of the embedding and the head that it holds.
+    pub(crate) fn tables(&self) -> &Arc<TrainedTables> {
+        &self.tables
     }
 
     /// Its configuration.

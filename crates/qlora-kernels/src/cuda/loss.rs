@@ -7,10 +7,9 @@ use super::linear::{gather, gather_rows};
 use super::view::{CudaView, CudaViewMut};
 use crate::error::Result;
 use crate::matrix::Workspace;
-use crate::ops::frozen_linear;
-use crate::ops::linear_cross_entropy::{GradScale, PendingLoss, rows_of_chunk_on_gpu};
+use crate::ops::linear_cross_entropy::{GradScale, Gradients, PendingLoss, rows_of_chunk_on_gpu};
+use crate::ops::trained_tables::Table;
 use crate::view::ViewMut;
-use crate::weight::FrozenWeight;
 
 /// The factor of a gradient of the logits.
 #[derive(Clone, Copy)]
@@ -24,27 +23,29 @@ enum Scale<'a> {
 pub(crate) fn run(
     op: &'static str,
     hidden: CudaView,
-    head: &dyn FrozenWeight,
+    head: Table,
     targets: &[i64],
     trained: &[(usize, usize)],
-    gradient: Option<(ViewMut, GradScale)>,
+    gradient: Option<Gradients>,
     each: Option<&mut [f64]>,
     workspace: &Workspace,
 ) -> Result<PendingLoss> {
     let gpu = hidden.gpu();
     let mut losses = workspace.zeros_f32(1, trained.len().max(1))?;
     let scales = match &gradient {
-        Some((_, GradScale::PerRow(scales))) => {
+        Some(Gradients { scale: GradScale::PerRow(scales), .. }) => {
             let scales: Vec<f32> = trained.iter().map(|&(row, _)| scales[row]).collect();
             Some(Buffer::upload(&gpu.arc(), op, &scales)?)
         }
         _ => None,
     };
-    let (dhidden, scale) = match (gradient, &scales) {
+    let (gradient, scale) = match (gradient, &scales) {
         (None, _) => (None, Scale::Uniform(0.0)),
-        (Some((dhidden, _)), Some(scales)) => (Some(dhidden.cuda(op)?), Scale::Each(scales)),
-        (Some((dhidden, GradScale::Uniform(scale))), None) => (Some(dhidden.cuda(op)?), Scale::Uniform(scale)),
-        (Some((_, GradScale::PerRow(_))), None) => unreachable!("they were uploaded above"),
+        (Some(gradient), Some(scales)) => (Some((gradient.dhidden.cuda(op)?, gradient.adapter)), Scale::Each(scales)),
+        (Some(gradient), None) => {
+            let GradScale::Uniform(scale) = gradient.scale else { unreachable!("the others were uploaded above") };
+            (Some((gradient.dhidden.cuda(op)?, gradient.adapter)), Scale::Uniform(scale))
+        }
     };
     let wanted: Vec<i64> = trained.iter().map(|&(_, target)| target as i64).collect();
     let wanted = Buffer::upload(&gpu.arc(), op, &wanted)?;
@@ -55,16 +56,20 @@ pub(crate) fn run(
         Some(gathered) => gathered.view().cuda(op)?,
         None => hidden,
     };
-    let width = head.cols();
-    match dhidden {
-        Some(dhidden) if all => chunks(op, inputs, head, &wanted, &mut losses, Some((dhidden, scale)), workspace)?,
+    let width = head.weight.cols();
+    match gradient {
+        Some((dhidden, adapter)) if all => {
+            let target = Target { dhidden, scale, adapter };
+            chunks(op, inputs, head, &wanted, &mut losses, Some(target), workspace)?;
+        }
         None => chunks(op, inputs, head, &wanted, &mut losses, None, workspace)?,
-        Some(dhidden) => {
+        Some((dhidden, adapter)) => {
             // One more row, of zeros, for the rows without a target.
             let mut compact = workspace.matrix(trained.len() + 1, width)?;
             let view = compact.view_mut().cuda(op)?;
             let last = trained.len();
-            chunks(op, inputs, head, &wanted, &mut losses, Some((view.slice_rows(0..last), scale)), workspace)?;
+            let target = Target { dhidden: view.slice_rows(0..last), scale, adapter };
+            chunks(op, inputs, head, &wanted, &mut losses, Some(target), workspace)?;
             super::ops::fill(compact.view_mut().cuda(op)?.slice_rows(last..last + 1), 0.0)?;
             let mut ids = vec![last as u32; targets.len()];
             for (position, &(row, _)) in trained.iter().enumerate() {
@@ -85,30 +90,37 @@ pub(crate) fn run(
     Ok(PendingLoss::on_device(sum, trained.len()))
 }
 
+/// The gradients of the rows with a target.
+struct Target<'a> {
+    dhidden: CudaViewMut<'a>,
+    scale: Scale<'a>,
+    adapter: Option<ViewMut<'a>>,
+}
+
 fn chunks(
     op: &'static str,
     inputs: CudaView,
-    head: &dyn FrozenWeight,
+    head: Table,
     targets: &Buffer,
     losses: &mut crate::matrix::Matrix,
-    mut gradient: Option<(CudaViewMut, Scale)>,
+    mut gradient: Option<Target>,
     workspace: &Workspace,
 ) -> Result<()> {
-    let (tokens, vocab) = (inputs.rows(), head.rows());
+    let (tokens, vocab) = (inputs.rows(), head.weight.rows());
     let gpu = inputs.gpu();
     let chunk = rows_of_chunk_on_gpu(vocab);
     let mut logits = workspace.matrix(chunk.min(tokens), vocab)?;
     for start in (0..tokens).step_by(chunk) {
         let rows = start..tokens.min(start + chunk);
         let mut logits = logits.view_mut().slice_rows(0..rows.len());
-        frozen_linear::forward(inputs.slice_rows(rows.clone()).into(), head, logits.reborrow(), 0.0, workspace)?;
+        head.logits(inputs.slice_rows(rows.clone()).into(), logits.reborrow(), workspace)?;
         let view = logits.reborrow().cuda(op)?;
         let losses = losses.view_mut().cuda(op)?.ptr() + 4 * start as u64;
         let (scale, scales) = match &gradient {
             None => (0.0, std::ptr::null()),
-            Some((_, Scale::Uniform(scale))) => (*scale, std::ptr::null()),
+            Some(Target { scale: Scale::Uniform(scale), .. }) => (*scale, std::ptr::null()),
             // SAFETY: there is one for every row of the inputs.
-            Some((_, Scale::Each(scales))) => (0.0, unsafe { scales.as_ptr::<f32>().add(start) }),
+            Some(Target { scale: Scale::Each(scales), .. }) => (0.0, unsafe { scales.as_ptr::<f32>().add(start) }),
         };
         // SAFETY: the logits are live; losses, targets and scales, if any, have an element for every row of the inputs.
         gpu.launch(op, |stream| unsafe {
@@ -127,9 +139,10 @@ fn chunks(
                 stream,
             )
         })?;
-        if let Some((dhidden, _)) = &mut gradient {
-            let target = dhidden.reborrow().slice_rows(rows);
-            frozen_linear::backward(logits.as_view(), head, target.into(), 0.0, workspace)?;
+        if let Some(Target { dhidden, adapter, .. }) = &mut gradient {
+            let (inputs, target) = (inputs.slice_rows(rows.clone()), dhidden.reborrow().slice_rows(rows));
+            let adapter = adapter.as_mut().map(ViewMut::reborrow);
+            head.logits_backward(inputs.into(), logits, target.into(), adapter, workspace)?;
         }
     }
     Ok(())

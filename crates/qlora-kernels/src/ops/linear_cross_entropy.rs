@@ -11,7 +11,7 @@
 //! `sum_t w_t d log p_t` has `scale_t = -w_t`, because `log p_t` is minus the token's cross-entropy.
 //!
 //! Only rows with a target are multiplied: they are gathered, some hundred at a time, so that a chunk of logits takes at
-//! most 64 MiB. The gradient is made in the same pass, in place over the logits, so nothing is computed twice: the whole
+//! most 64 MiB. The head may have trained parts ([`Table`]), whose gradient is added up as it goes. The gradient is made in the same pass, in place over the logits, so nothing is computed twice: the whole
 //! costs two products. `num_items` is an input because an optimizer step divides by the trained tokens of all its
 //! micro-batches. Logits are f32, the loss is summed in f64 in the order of the rows.
 
@@ -22,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::math;
 use crate::matrix::Workspace;
 use crate::ops::frozen_linear;
+use crate::ops::trained_tables::Table;
 use crate::simd::vectorize;
 use crate::view::{View, ViewMut};
 use crate::weight::FrozenWeight;
@@ -114,6 +115,14 @@ impl PendingLoss {
 /// # Errors
 /// If the shapes do not fit, or a target is neither in the vocabulary nor [`IGNORE_INDEX`].
 pub fn forward(hidden: View, head: &dyn FrozenWeight, targets: &[i64], workspace: &Workspace) -> Result<LossSum> {
+    forward_with(hidden, Table::frozen(head), targets, workspace)
+}
+
+/// [`forward`] with a head that an adapter has parts of.
+///
+/// # Errors
+/// As there; also if the adapter's parts do not fit.
+pub fn forward_with(hidden: View, head: Table, targets: &[i64], workspace: &Workspace) -> Result<LossSum> {
     run(hidden, head, targets, None, None, workspace)?.wait()
 }
 
@@ -122,6 +131,14 @@ pub fn forward(hidden: View, head: &dyn FrozenWeight, targets: &[i64], workspace
 /// # Errors
 /// As [`forward`].
 pub fn token_losses(hidden: View, head: &dyn FrozenWeight, targets: &[i64], workspace: &Workspace) -> Result<Vec<f64>> {
+    token_losses_with(hidden, Table::frozen(head), targets, workspace)
+}
+
+/// [`token_losses`] with a head that an adapter has parts of.
+///
+/// # Errors
+/// As there; also if the adapter's parts do not fit.
+pub fn token_losses_with(hidden: View, head: Table, targets: &[i64], workspace: &Workspace) -> Result<Vec<f64>> {
     let mut losses = vec![0.0; targets.len()];
     run(hidden, head, targets, None, Some(&mut losses), workspace)?.wait()?;
     Ok(losses)
@@ -172,6 +189,23 @@ pub fn enqueue_scaled(
     dhidden: ViewMut,
     workspace: &Workspace,
 ) -> Result<PendingLoss> {
+    enqueue_with(hidden, Table::frozen(head), targets, scale, dhidden, None, workspace)
+}
+
+/// [`enqueue_scaled`] with a head that an adapter has parts of: their gradient is added to `gradient`, which is laid out as the
+/// adapter's values.
+///
+/// # Errors
+/// As there; also if the adapter's parts do not fit.
+pub fn enqueue_with(
+    hidden: View,
+    head: Table,
+    targets: &[i64],
+    scale: GradScale,
+    dhidden: ViewMut,
+    gradient: Option<ViewMut>,
+    workspace: &Workspace,
+) -> Result<PendingLoss> {
     dhidden.expect(OP, "dhidden", hidden.rows(), hidden.cols())?;
     if let GradScale::PerRow(scales) = scale
         && scales.len() != targets.len()
@@ -179,38 +213,47 @@ pub fn enqueue_scaled(
         let message = format!("{} scales were given for {} rows", scales.len(), targets.len());
         return Err(Error::invalid(OP, message));
     }
-    run(hidden, head, targets, Some((dhidden, scale)), None, workspace)
+    run(hidden, head, targets, Some(Gradients { dhidden, scale, adapter: gradient }), None, workspace)
+}
+
+/// The gradients that a pass makes.
+pub(crate) struct Gradients<'a> {
+    pub(crate) dhidden: ViewMut<'a>,
+    pub(crate) scale: GradScale<'a>,
+    /// That of the adapter's values, which is added to.
+    pub(crate) adapter: Option<ViewMut<'a>>,
 }
 
 fn run(
     hidden: View,
-    head: &dyn FrozenWeight,
+    head: Table,
     targets: &[i64],
-    mut gradient: Option<(ViewMut, GradScale)>,
+    mut gradient: Option<Gradients>,
     mut each: Option<&mut [f64]>,
     workspace: &Workspace,
 ) -> Result<PendingLoss> {
-    let (vocab, width) = (head.rows(), head.cols());
+    let (vocab, width) = (head.weight.rows(), head.weight.cols());
     hidden.expect(OP, "hidden", targets.len(), width)?;
     let trained = trained_rows(targets, vocab)?;
     #[cfg(feature = "cuda")]
     if hidden.gpu().is_some() {
         return crate::cuda::loss::run(OP, hidden.cuda(OP)?, head, targets, &trained, gradient, each, workspace);
     }
-    if let Some((dhidden, _)) = &mut gradient {
+    if let Some(Gradients { dhidden, .. }) = &mut gradient {
         dhidden.reborrow().host(OP)?.rows_mut().for_each(|row| row.fill(0.0));
     }
     let source = hidden.host(OP)?;
     let mut loss = LossSum { sum: 0.0, trained_tokens: trained.len() };
     let chunk = (CHUNK / vocab.max(1)).max(1);
-    for rows in trained.chunks(chunk) {
+    for (index, rows) in trained.chunks(chunk).enumerate() {
+        let head = head.at_row(index * chunk);
         let mut gathered = workspace.scratch(rows.len(), width);
         for (to, (from, _)) in gathered.as_mut_slice().chunks_exact_mut(width.max(1)).zip(rows) {
             to.copy_from_slice(source.row(*from));
         }
         let mut logits = workspace.scratch(rows.len(), vocab);
-        frozen_linear::forward(gathered.view(), head, logits.view_mut(), 0.0, workspace)?;
-        let scale = gradient.as_ref().map(|(_, scale)| *scale);
+        head.logits(gathered.view(), logits.view_mut(), workspace)?;
+        let scale = gradient.as_ref().map(|gradient| gradient.scale);
         let losses: Vec<f64> = logits
             .as_mut_slice()
             .par_chunks_exact_mut(vocab)
@@ -221,9 +264,16 @@ fn run(
         if let Some(each) = &mut each {
             rows.iter().zip(&losses).for_each(|(&(row, _), &loss)| each[row] = loss);
         }
-        if let Some((dhidden, _)) = &mut gradient {
+        if let Some(Gradients { dhidden, adapter, .. }) = &mut gradient {
             workspace.round_gradient(logits.view_mut())?;
-            frozen_linear::backward(logits.view(), head, gathered.view_mut(), 0.0, workspace)?;
+            if head.is_frozen() {
+                frozen_linear::backward(logits.view(), head.weight, gathered.view_mut(), 0.0, workspace)?;
+            } else {
+                let mut result = workspace.scratch(rows.len(), width);
+                let adapter = adapter.as_mut().map(ViewMut::reborrow);
+                head.logits_backward(gathered.view(), logits.view_mut(), result.view_mut(), adapter, workspace)?;
+                gathered = result;
+            }
             workspace.round_gradient(gathered.view_mut())?;
             let mut dhidden = dhidden.reborrow().host(OP)?;
             for (from, (to, _)) in gathered.as_slice().chunks_exact(width.max(1)).zip(rows) {

@@ -119,6 +119,14 @@ impl RunIdentity {
             let of_objective = options["objective"].as_object().into_iter().flatten();
             map.extend(of_objective.map(|(key, value)| (format!("objective.{key}"), value.clone())));
         }
+        // Which tokens they are the parameters' shapes do not say.
+        if !config.lora.trainable_token_indices.is_empty() {
+            let key = "trainable_token_indices";
+            map.insert(format!("lora.{key}"), options["lora"][key].clone());
+        }
+        if config.lora.ensure_weight_tying {
+            map.insert("lora.ensure_weight_tying".to_owned(), true.into());
+        }
         // In memory the documents themselves say what became of the rows.
         if config.data.streaming {
             for key in STREAM_OPTIONS {

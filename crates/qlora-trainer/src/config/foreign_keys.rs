@@ -200,11 +200,10 @@ mod tests {
     #[test]
     fn anything_else_is_refused_with_what_to_write() {
         for (line, parts) in [
-            ("[lora]\nbias = \"all\"", &["`bias = \"all\"`", "\"none\""][..]),
-            ("[lora]\ntask_type = \"SEQ_CLS\"", &["task_type", "causal"]),
+            ("[lora]\ntask_type = \"SEQ_CLS\"", &["task_type", "causal"][..]),
             ("[lora]\npeft_use_dora = true", &["`use_dora` in [lora]"]),
             ("[lora]\ninit_lora_weights = \"pissa\"", &["init_lora_weights", "leave it out"]),
-            ("[lora]\nmodules_to_save = [\"lm_head\"]", &["modules_to_save"]),
+            ("[lora]\nlora_modules_to_save = [\"lm_head\"]", &["`modules_to_save` in [lora]"]),
             ("[lora]\nlora_target_linear = true", &["all-linear"]),
             ("[training]\nbf16 = false", &["bf16 = false", "bnb_4bit_compute_dtype"]),
             ("[training]\nfp16 = true", &["bnb_4bit_compute_dtype"]),

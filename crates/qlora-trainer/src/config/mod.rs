@@ -37,6 +37,7 @@ mod values;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use qlora_core::lora::{Bias, TokenIndices};
 use serde::{Deserialize, Serialize};
 
 pub use crate::objective::{DpoLoss, ObjectiveKind, ObjectiveOptions};
@@ -145,9 +146,19 @@ pub struct LoraOptions {
     pub rank_pattern: BTreeMap<String, usize>,
     /// Other values of `lora_alpha`, likewise. Default: none.
     pub alpha_pattern: BTreeMap<String, f64>,
+    /// Tokens whose rows of the embedding are trained beside the adapters, such as those of a chat format that the base does not know:
+    /// a list of ids, or lists by `embed_tokens` and `lm_head`. Of a tied model the head's rows are the same. Default: none.
+    pub trainable_token_indices: TokenIndices,
+    /// Modules that are trained whole and saved with the adapter: `embed_tokens` and `lm_head`. On the CPU only. Default: none.
+    pub modules_to_save: Vec<String>,
+    /// Biases of the base that are trained beside the adapters: `"all"`, `"lora_only"` (those of layers with adapters) or `"none"`. Default:
+    /// `"none"`.
+    pub bias: Bias,
+    /// The head of a tied model follows an embedding that is in `modules_to_save`; without, the two part. Default: false.
+    pub ensure_weight_tying: bool,
     /// Begin from this trained adapter (a folder, such as the output or a checkpoint of another run, or a hub id) instead of a
     /// fresh one, with a fresh optimizer and learning rate schedule; PEFT's `is_trainable = True`. Its `r`, `lora_alpha`,
-    /// `use_rslora`, `use_dora`, patterns and layers are
+    /// `use_rslora`, `use_dora`, patterns, layers, token rows, whole modules and biases are
     /// taken; `lora_dropout` is this configuration's. Default: none.
     pub adapter_name_or_path: Option<String>,
 }
@@ -163,6 +174,10 @@ impl Default for LoraOptions {
             use_dora: false,
             rank_pattern: BTreeMap::new(),
             alpha_pattern: BTreeMap::new(),
+            trainable_token_indices: TokenIndices::default(),
+            modules_to_save: Vec::new(),
+            bias: Bias::None,
+            ensure_weight_tying: false,
             adapter_name_or_path: None,
         }
     }

@@ -72,6 +72,11 @@ impl TrainConfig {
             "lora.adapter_name_or_path",
             "must not be empty: the folder or hub id of an adapter",
         );
+        check.that(
+            lora.modules_to_save.iter().all(|name| !name.is_empty()),
+            "lora.modules_to_save",
+            "must not have an empty name",
+        );
         if let Some(meant) = meant_targets(&lora.target_modules) {
             check.that(false, "lora.target_modules", format!("does not name modules that way: write {meant}"));
         }

@@ -55,8 +55,20 @@ impl Beginning {
         let LoraConfig { r, lora_alpha, use_rslora, use_dora, ref rank_pattern, ref alpha_pattern, .. } =
             trained.config.lora;
         let (rank_pattern, alpha_pattern) = (table(rank_pattern), table(alpha_pattern));
-        config.lora =
-            LoraOptions { r, lora_alpha, use_rslora, use_dora, rank_pattern, alpha_pattern, ..config.lora.clone() };
+        let has = &trained.config.lora;
+        config.lora = LoraOptions {
+            r,
+            lora_alpha,
+            use_rslora,
+            use_dora,
+            rank_pattern,
+            alpha_pattern,
+            trainable_token_indices: has.trainable_token_indices.clone(),
+            modules_to_save: has.modules_to_save.clone(),
+            ensure_weight_tying: has.ensure_weight_tying,
+            bias: has.bias,
+            ..config.lora.clone()
+        };
         Ok(Self::Trained(Box::new(trained)))
     }
 
@@ -110,6 +122,20 @@ fn agree(asked: &LoraOptions, trained: &adapter::Adapter, model: &ModelConfig) -
             format!("{:?}", asked.alpha_pattern),
             format!("{:?}", table(&has.alpha_pattern)),
         );
+    }
+    if !asked.trainable_token_indices.is_empty() && asked.trainable_token_indices != has.trainable_token_indices {
+        let (asked, has) = (&asked.trainable_token_indices, &has.trainable_token_indices);
+        return differs("trainable_token_indices", format!("{asked:?}"), format!("{has:?}"));
+    }
+    if !asked.modules_to_save.is_empty() && asked.modules_to_save != has.modules_to_save {
+        let (asked, has) = (&asked.modules_to_save, &has.modules_to_save);
+        return differs("modules_to_save", format!("{asked:?}"), format!("{has:?}"));
+    }
+    if asked.bias != default.bias && asked.bias != has.bias {
+        return differs("bias", format!("{:?}", asked.bias), format!("{:?}", has.bias));
+    }
+    if asked.ensure_weight_tying && !has.ensure_weight_tying {
+        return differs("ensure_weight_tying", "true".to_owned(), "false".to_owned());
     }
     if asked.target_modules != default.target_modules {
         let asked = lora_config(asked).map_err(|error| error.to_string())?;

@@ -196,6 +196,7 @@ impl TrainableModel for Toy {
             range: OFFSETS[i]..OFFSETS[i] + TENSOR,
             shape: if i.is_multiple_of(2) { vec![RANK, VOCAB] } else { vec![VOCAB, RANK] },
             silenced_by: i.is_multiple_of(2).then_some(i + 1),
+            may_rest: false,
         };
         (0..4).map(parameter).collect()
     }

@@ -17,6 +17,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 pub(crate) mod dora;
+pub(crate) mod tables;
 
 use super::config_file::{AdapterConfig, read};
 use crate::config::ModelConfig;

@@ -7,7 +7,31 @@ use super::{AttentionWorkspace, BatchShape, Planner};
 use crate::card::Rates;
 use crate::config::ModelConfig;
 use crate::lora::{AdapterLayout, Which};
-use crate::spec::{ModelSpec, Module, Role};
+use crate::spec::{EMBEDDING, ModelSpec, Module, Role};
+
+/// The parts of an adapter besides A and B that a step's memory depends on.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Parts {
+    /// DoRA: the layers of a group run one after the other.
+    magnitudes: bool,
+    /// The embedding is trained, or biases of all blocks are: every block has a backward.
+    every_block: bool,
+    /// Tokens whose rows are trained, of both tables.
+    token_rows: u64,
+}
+
+impl Parts {
+    pub(super) fn of(layout: &AdapterLayout) -> Self {
+        let rows =
+            layout.entries().iter().filter(|entry| entry.which == Which::TokenRows).map(|entry| entry.rows as u64);
+        Self {
+            magnitudes: layout.entries().iter().any(|entry| entry.which == Which::Magnitude),
+            every_block: layout.entries().iter().any(|entry| entry.module == EMBEDDING)
+                || layout.biases().any(|entry| entry.which == Which::Bias { adapted: false }),
+            token_rows: rows.sum(),
+        }
+    }
+}
 
 impl Planner {
     /// For a model of this configuration with an adapter of this layout, computing in `dtype`. `resident` counts what is on
@@ -24,7 +48,7 @@ impl Planner {
         Self::of_spec(
             &config.spec(),
             |module| layout.get(module).map_or(0, |pair| pair.rank()),
-            layout.entries().iter().any(|entry| entry.which == Which::Magnitude),
+            Parts::of(layout),
             dtype,
             batch,
             attention,
@@ -32,12 +56,12 @@ impl Planner {
         )
     }
 
-    /// For a model of this specification; `rank` gives the rank of a module's adapter, 0 where it has none, `by_member` says
-    /// whether the layers of a group run one after the other.
+    /// For a model of this specification; `rank` gives the rank of a module's adapter, 0 where it has none, `parts` what an adapter
+    /// has besides.
     pub(super) fn of_spec(
         spec: &ModelSpec,
         rank: impl Fn(&str) -> usize,
-        by_member: bool,
+        parts: Parts,
         dtype: Dtype,
         batch: BatchShape,
         attention: AttentionWorkspace,
@@ -73,13 +97,15 @@ impl Planner {
             heads: first.map_or(0, |block| block.attention.heads) as u64,
             qk_norm: first.is_some_and(|block| block.get(Role::QueryNorm).is_some()),
             rp,
-            by_member,
+            by_member: parts.magnitudes,
+            token_rows: parts.token_rows,
             fp8: false,
             four_bits: false,
             attention,
         };
         let len = (batch.tokens / batch.sequences.max(1)) as u64;
-        Self { layers, lowest: lowest.unwrap_or(layers), len, sizes, resident, host: u64::MAX, rates: Rates::default() }
+        let lowest = if parts.every_block { 0 } else { lowest.unwrap_or(layers) };
+        Self { layers, lowest, len, sizes, resident, host: u64::MAX, rates: Rates::default() }
     }
 }
 
@@ -96,5 +122,31 @@ impl AttentionWorkspace {
             floats += 2 * tokens * heads * head_dim;
         }
         Self { forward: 0, backward: 4 * floats }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixtures::shape_8b;
+    use super::*;
+    use crate::lora::{LoraConfig, TargetModules, TokenIndices};
+
+    #[test]
+    fn rows_of_tokens_cost_their_own_memory_and_a_backward_of_every_block() {
+        let config = shape_8b();
+        // Only the upper half of the blocks has adapters.
+        let targets = TargetModules::parse(r"model\.layers\.(1[6-9]|2\d|3[01])\.mlp\.down_proj").unwrap();
+        let plan = |lora: LoraConfig| {
+            let layout = AdapterLayout::for_model(&lora, &config).unwrap();
+            let batch = BatchShape::uniform(1, 1024);
+            Planner::from_config(&config, &layout, Dtype::Bf16, batch, AttentionWorkspace::default(), 0)
+        };
+        let plain = LoraConfig { target_modules: targets, ..LoraConfig::default() };
+        let tokens = LoraConfig { trainable_token_indices: TokenIndices::of_embedding([1, 2, 3]), ..plain.clone() };
+        let (plain, tokens) = (plan(plain), plan(tokens));
+        assert_eq!((plain.lowest, tokens.lowest), (16, 0));
+        assert!(tokens.leanest().peak > plain.leanest().peak);
+        assert_eq!(tokens.sizes.head() - plain.sizes.head(), (1024 + 4096) * 3 * 2);
+        assert_eq!((plain.sizes.embedding(), tokens.sizes.embedding()), (0, 1024 * ((4096 + 3) * 2 + 3 * 4)));
     }
 }

@@ -27,6 +27,8 @@ pub(super) struct Sizes {
     pub(super) rp: [u64; 4],
     /// Whether the layers of a group run one after the other, as with DoRA.
     pub(super) by_member: bool,
+    /// Tokens whose rows of the embedding and the head are trained.
+    pub(super) token_rows: u64,
     /// Whether frozen weights are multiplied in fp8: their copies and the products' inputs are then in 8 bits.
     pub(super) fp8: bool,
     /// Whether all frozen weights have 4 bits: no dequantized weight stands beside its copy in 8 bits.
@@ -281,7 +283,18 @@ impl Sizes {
         let chunk = rows_of_chunk_on_gpu(self.vocab as usize) as u64;
         let logits = chunk.min(self.trained) * self.vocab * self.size;
         let gathered = if self.trained < self.tokens { 2 * self.trained * self.hidden * self.size } else { 0 };
+        // Of tokens whose rows are trained: their columns of the logits' gradient, and their rows as activations.
+        let tokens = (chunk.min(self.trained) + self.hidden) * self.token_rows * self.size;
         // The last block's output, its norm, and the gradient of the norm.
-        self.activation(3 * self.hidden) + self.statistic(1) + 4 * self.trained + gathered + logits
+        self.activation(3 * self.hidden) + self.statistic(1) + 4 * self.trained + gathered + logits + tokens
+    }
+
+    /// The matrix that adds the embedding's gradient up by token, in f32 and as activations, beside that gradient.
+    pub(super) fn embedding(&self) -> u64 {
+        if self.token_rows == 0 {
+            0
+        } else {
+            self.activation(self.hidden + self.token_rows) + self.statistic(self.token_rows)
+        }
     }
 }

@@ -9,7 +9,6 @@ use super::{ADAPTERS, key};
 pub(super) const KEYS: &[KnownKey] = &[
     key(&["task_type"], Anyway(&[Text("CAUSAL_LM")], "models are causal language models; leave it out")),
     key(&["peft_type", "peft_method"], Anyway(&[Text("LORA")], ADAPTERS)),
-    key(&["bias"], Anyway(&[Off], "biases are not trained; write \"none\" or leave it out")),
     key(&["lora_bias"], Anyway(&[Off], "adapters have no bias in training; leave it out")),
     key(&["inference_mode"], Anyway(&[Off], "the adapter is trained; leave it out")),
     key(&["fan_in_fan_out", "lora_fan_in_fan_out"], Anyway(&[Off], "weights are stored [out, in]; leave it out")),
@@ -40,15 +39,13 @@ pub(super) const KEYS: &[KnownKey] = &[
         ],
         Anyway(&[Off], "A starts as PEFT's default (Kaiming uniform), B as zero; leave it out"),
     ),
+    key(&["lora_modules_to_save", "additional_target"], Ours("lora.modules_to_save")),
     key(
-        &[
-            "modules_to_save",
-            "lora_modules_to_save",
-            "additional_target",
-            "trainable_token_indices",
-            "unfrozen_parameters",
-        ],
-        Anyway(&[Off], "only adapters on linear layers are trained; leave it out"),
+        &["unfrozen_parameters"],
+        Anyway(
+            &[Off],
+            "beside adapters, `modules_to_save` and `trainable_token_indices` in [lora] train an embedding and a head",
+        ),
     ),
     key(&["target_parameters"], Anyway(&[Off], "name linear layers in `target_modules` in [lora]")),
     key(
@@ -66,7 +63,7 @@ pub(super) const KEYS: &[KnownKey] = &[
         ),
     ),
     key(
-        &["layer_replication", "alora_invocation_tokens", "megatron_config", "auto_mapping", "ensure_weight_tying"],
+        &["layer_replication", "alora_invocation_tokens", "megatron_config", "auto_mapping"],
         Anyway(&[Off], "not supported in training; leave it out"),
     ),
     key(&["lora_r", "lora_rank", "rank", "lora_dim"], Ours("lora.r")),
