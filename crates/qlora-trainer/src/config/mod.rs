@@ -42,8 +42,8 @@ use serde::{Deserialize, Serialize};
 pub use crate::objective::{DpoLoss, ObjectiveKind, ObjectiveOptions};
 
 pub use choices::{
-    ComputeDtype, FrozenCompute, GradientCheckpointing, OnOverlong, OnUntrained, Optim, Paths, QuantType, Resume, SamplingStrategy,
-    Scheduler, Targets, TemplateKwargs,
+    ComputeDtype, FrozenCompute, GradientCheckpointing, OnOverlong, OnUntrained, Optim, Paths, QuantType, Resume,
+    SamplePrompts, SamplingStrategy, Scheduler, Targets, TemplateKwargs,
 };
 pub use documented::{DocumentedKey, EXAMPLE, documented_keys};
 
@@ -338,6 +338,15 @@ pub struct TrainingOptions {
     pub save_steps: u64,
     /// The number of checkpoints that are kept; 0 for all. Default: 2.
     pub save_total_limit: usize,
+    /// Steps between two rounds of greedy answers to the same prompts, which go to `samples.jsonl` and the report; there is also one
+    /// before the first step and one after the last. They change no bit of the run. Default: none, no answers.
+    pub sample_every: Option<u64>,
+    /// The prompts: a list of user messages, or a JSONL file with rows of `messages` or `prompt`. Default: none, the first rows of
+    /// the validation data.
+    #[serde(skip_serializing_if = "SamplePrompts::is_empty")]
+    pub sample_prompts: SamplePrompts,
+    /// The most tokens of such an answer. Default: 64.
+    pub sample_max_new_tokens: usize,
 }
 
 impl Default for TrainingOptions {
@@ -374,6 +383,9 @@ impl Default for TrainingOptions {
             eval_on_start: false,
             save_steps: 100,
             save_total_limit: 2,
+            sample_every: None,
+            sample_prompts: SamplePrompts::default(),
+            sample_max_new_tokens: 64,
         }
     }
 }

@@ -4,6 +4,7 @@ pub mod bar;
 mod chart;
 pub mod plot;
 pub mod report;
+mod words;
 
 use std::path::Path;
 
@@ -13,6 +14,7 @@ pub use report::{HtmlReport, ReportFacts};
 
 use crate::metrics::{EvalLog, LogEntry};
 use crate::objective::Metrics;
+use crate::samples::Sample;
 use crate::trainer::Outcome;
 
 /// An observer, which gets the events of a run. Its methods cannot fail: following a run must not end it.
@@ -46,6 +48,8 @@ pub enum Event<'a> {
     },
     /// An evaluation is done.
     Eval(&'a EvalLog),
+    /// The prompts of the run were answered.
+    Samples(&'a [Sample]),
     /// A checkpoint was written.
     Checkpoint(&'a Path),
     /// Something a person may want to know.
@@ -73,6 +77,8 @@ pub struct StartInfo<'a> {
     pub resumed_from: Option<&'a Path>,
     /// The log up to here.
     pub history: &'a [LogEntry],
+    /// The answers up to here.
+    pub samples: &'a [Sample],
 }
 
 /// An optimizer step that is done.
