@@ -35,10 +35,11 @@ use qlora_kernels::{Dtype, Workspace};
 
 pub use self::card::{CardPlan, plan_on_card};
 use crate::comm::{Alone, Communicator, or_tell_all};
-use crate::config::{self, GradientCheckpointing, LoraOptions, ModelOptions, Targets, TrainConfig};
+use crate::config::{self, GradientCheckpointing, LoraOptions, ModelOptions, Targets, Tracker, TrainConfig};
 use crate::data::{Dataset, TrainingData};
 use crate::encoder::ModelEncoder;
 use crate::error::{Error, Result};
+use crate::progress::TensorBoard;
 use crate::qlora_model::{QLoraModel, REFERENCE};
 use crate::samples::SamplePlan;
 use crate::trainer::Trainer;
@@ -243,10 +244,17 @@ impl Session {
         }
         let (start, template_time) = (self.start.take(), self.template_time.take());
         let prompts = self.prompts.take();
+        let reports = self.config.training.report_to.contains(Tracker::TensorBoard) && self.comm.rank() == 0;
+        let board =
+            reports.then(|| TensorBoard::new(self.config.training.resolved_logging_dir(), self.config.to_toml()));
         let mut comm = std::mem::replace(&mut self.comm, Box::new(Alone));
         let made = self.into_model().and_then(|(model, config)| Trainer::new(config, model, training, validation));
         let trainer = or_tell_all(&mut *comm, made)?;
-        Ok(trainer.with_start(start, template_time).with_communicator(comm).with_samples(prompts))
+        let trainer = trainer.with_start(start, template_time).with_communicator(comm).with_samples(prompts);
+        Ok(match board {
+            Some(board) => trainer.with_observer(board),
+            None => trainer,
+        })
     }
 
     /// The model as the training loop drives it, and the configuration.

@@ -3,7 +3,7 @@
 //! The file has the sections `[model]`, `[lora]`, `[data]`, `[training]` and `[objective]`. Keys have the names of transformers, PEFT,
 //! bitsandbytes and TRL, and mean here what they mean there. Only `model.model_name_or_path` and `data.train_file` must be
 //! given. An unknown key is an error that names the line and the key that was probably meant. Keys of other trainers are
-//! accepted where they ask for what happens anyway (`bias = "none"`, `report_to = "none"`), otherwise refused with what to
+//! accepted where they ask for what happens anyway (`bias = "none"`, `bf16 = true`), otherwise refused with what to
 //! write instead.
 //!
 //! ```
@@ -31,6 +31,7 @@ mod foreign_keys;
 mod keys;
 mod known_keys;
 mod parse;
+mod trackers;
 mod validate;
 mod values;
 
@@ -46,6 +47,8 @@ pub use choices::{
     SamplePrompts, SamplingStrategy, Scheduler, Targets, TemplateKwargs,
 };
 pub use documented::{DocumentedKey, EXAMPLE, documented_keys};
+
+pub use trackers::{ReportTo, Tracker};
 
 pub use datasets::{ColumnNames, DatasetOptions, MixStrategy, TagNames};
 
@@ -347,6 +350,11 @@ pub struct TrainingOptions {
     pub sample_prompts: SamplePrompts,
     /// The most tokens of such an answer. Default: 64.
     pub sample_max_new_tokens: usize,
+    /// The trackers that the run reports to: `"tensorboard"` or `"none"`. Default: none.
+    pub report_to: ReportTo,
+    /// The folder of TensorBoard's event files. Default: none, the environment's `TENSORBOARD_LOGGING_DIR` or else `runs` in
+    /// `output_dir`.
+    pub logging_dir: Option<PathBuf>,
 }
 
 impl Default for TrainingOptions {
@@ -386,6 +394,8 @@ impl Default for TrainingOptions {
             sample_every: None,
             sample_prompts: SamplePrompts::default(),
             sample_max_new_tokens: 64,
+            report_to: ReportTo::default(),
+            logging_dir: None,
         }
     }
 }
@@ -413,6 +423,13 @@ impl TrainingOptions {
             (None, None) if self.lr_scheduler_type == Scheduler::Constant => 0,
             (None, None) => of_ratio(DEFAULT_RATIO),
         }
+    }
+
+    /// The folder of TensorBoard's event files.
+    pub fn resolved_logging_dir(&self) -> PathBuf {
+        let of_environment = || std::env::var_os("TENSORBOARD_LOGGING_DIR").map(PathBuf::from);
+        let given = self.logging_dir.clone().or_else(of_environment).filter(|folder| !folder.as_os_str().is_empty());
+        given.unwrap_or_else(|| self.output_dir.join("runs"))
     }
 
     /// The seed of the order of the data.

@@ -4,6 +4,7 @@ pub mod bar;
 mod chart;
 pub mod plot;
 pub mod report;
+mod tensorboard;
 mod words;
 
 use std::path::Path;
@@ -11,6 +12,7 @@ use std::path::Path;
 pub use bar::ProgressBar;
 pub use plot::LossPlot;
 pub use report::{HtmlReport, ReportFacts};
+pub use tensorboard::TensorBoard;
 
 use crate::metrics::{EvalLog, LogEntry};
 use crate::objective::Metrics;
