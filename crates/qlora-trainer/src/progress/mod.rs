@@ -1,7 +1,8 @@
-//! Following a run: events, a progress bar, a plot of the loss.
+//! Following a run: events, a view on the terminal, a progress bar, a report, TensorBoard, a plot of the loss.
 
 pub mod bar;
 mod chart;
+mod dashboard;
 pub mod plot;
 pub mod report;
 mod tensorboard;
@@ -10,6 +11,7 @@ mod words;
 use std::path::Path;
 
 pub use bar::ProgressBar;
+pub use dashboard::{Above, Dashboard, DashboardFacts};
 pub use plot::LossPlot;
 pub use report::{HtmlReport, ReportFacts};
 pub use tensorboard::TensorBoard;
@@ -26,6 +28,12 @@ pub trait Observer {
 }
 
 impl<O: Observer + ?Sized> Observer for &mut O {
+    fn observe(&mut self, event: &Event<'_>) {
+        (**self).observe(event);
+    }
+}
+
+impl<O: Observer + ?Sized> Observer for Box<O> {
     fn observe(&mut self, event: &Event<'_>) {
         (**self).observe(event);
     }
