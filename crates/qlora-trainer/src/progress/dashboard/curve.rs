@@ -86,8 +86,8 @@ mod tests {
         assert_eq!(range, Range { low: 0.0, high: 8.0 });
         assert_eq!(curve(&points, &[], 8.0, range, (4, 2)), ["⠑⢄⠀⠀", "⠀⠀⠑⢄"]);
         assert_eq!(curve(&points, &[(0.0, 0.0)], 8.0, range, (4, 2)), ["⠑⢄⠀⠀", "●⠀⠑⢄"]);
-        // Half of the run: the right half is empty.
-        assert_eq!(curve(&points, &[], 16.0, range, (4, 2)), ["⢣⠀⠀⠀", "⠀⢣⠀⠀"]);
+        // Half of the run: it ends in the middle, and is twice as steep.
+        assert_eq!(curve(&points, &[], 16.0, range, (4, 2)), ["⠱⡀⠀⠀", "⠀⠱⡀⠀"]);
     }
 
     #[test]
