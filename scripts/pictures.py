@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "book/src/images"
 XTERM = "@xterm/xterm@5.5.0"
 ROWS, COLUMNS = 26, 100
-STEPS, SHOWN = 60, 42
+STEPS, SHOWN = 40, 28
 # Seconds of silence after which what was written is a whole frame.
 SILENCE = 0.01
 
@@ -101,13 +101,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         rows = (data / "demo_heldout.jsonl").read_text().splitlines(keepends=True)
-        (folder / "heldout.jsonl").write_text("".join(rows[:8]))
+        (folder / "heldout.jsonl").write_text("".join(rows[:4]))
         (folder / "SmolLM2-135M-Instruct.gguf").symlink_to(model)
         command = [str(program), "train", "SmolLM2-135M-Instruct.gguf", str(data / "demo_train.jsonl"), "--device", "cpu"]
         options = {
-            "target-modules": "all-linear", "max-length": 256, "max-steps": STEPS, "per-device-train-batch-size": 2,
-            "gradient-accumulation-steps": 1, "learning-rate": "1e-3", "lr-scheduler-type": "cosine", "save-steps": 30,
-            "validation-file": "heldout.jsonl", "eval-steps": 10, "sample-every": 20, "sample-max-new-tokens": 40,
+            "target-modules": "all-linear", "max-length": 256, "max-steps": STEPS, "per-device-train-batch-size": 1,
+            "gradient-accumulation-steps": 1, "learning-rate": "1e-3", "lr-scheduler-type": "cosine", "save-steps": 20,
+            "validation-file": "heldout.jsonl", "eval-steps": 10, "sample-every": 20, "sample-max-new-tokens": 32,
         }  # fmt: skip
         for key, value in options.items():
             command += [f"--{key}", str(value)]
