@@ -42,6 +42,7 @@ fn it_has_every_key_with_its_default() {
         "warmup_ratio",
         "data_seed",
         "memory_budget",
+        "logging_dir",
         "bnb_4bit_compute_dtype",
     ]) {
         assert_ne!(uncommented(key), text, "{key}");

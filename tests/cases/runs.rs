@@ -15,6 +15,8 @@
 
 #[path = "runs_data.rs"]
 mod data;
+#[path = "runs_samples.rs"]
+mod samples;
 
 use std::cell::{Cell, RefCell};
 use std::fs;

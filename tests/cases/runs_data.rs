@@ -39,7 +39,7 @@ fn job() -> (tempfile::TempDir, TrainConfig) {
 }
 
 /// Asks the run to stop after a step, as Ctrl-C does.
-struct StopAfter(u64, Interrupt);
+pub(super) struct StopAfter(pub(super) u64, pub(super) Interrupt);
 
 impl Observer for StopAfter {
     fn observe(&mut self, event: &Event<'_>) {

@@ -51,6 +51,16 @@ pub(crate) fn set_quiet(quiet: bool) {
     QUIET.store(quiet, Ordering::Relaxed);
 }
 
+/// Whether remarks and progress are left out.
+pub(crate) fn is_quiet() -> bool {
+    QUIET.load(Ordering::Relaxed)
+}
+
+/// Whether what goes to stderr has colours.
+pub(crate) fn colors_on_stderr() -> bool {
+    anstream::AutoStream::choice(&io::stderr()) != ColorChoice::Never
+}
+
 /// Prints a result. Colours are taken out where there is no terminal.
 ///
 /// # Errors

@@ -89,7 +89,11 @@ fn a_run_has_the_same_bits_on_any_number_of_ranks() {
             let each = (micro_batches / ranks).to_string();
             let number = ranks.to_string();
             let spread = ["--gradient-accumulation-steps", &each, "--nproc-per-node", &number];
-            let said = run(here, &output, &[&FIFTY[..], &spread].concat());
+            // Prompts are answered by one rank, and change nothing.
+            let asked = ["--sample-every", "25", "--sample-max-new-tokens", "3"];
+            let said = run(here, &output, &[&FIFTY[..], &spread, &asked].concat());
+            let answers = fs::read_to_string(here.join(&output).join("samples.jsonl")).unwrap();
+            assert_eq!(answers.lines().count(), 9, "three rows before, between and after: {answers}");
             let step = format!("{} rows a step: batches of 2, {each} on each rank", 2 * micro_batches);
             assert!(said.contains(&format!("{ranks} ranks: {ranks} on ")) && said.contains(&step), "{said}");
             assert_eq!(log(here, &output), log(here, &alone), "{output}");

@@ -38,6 +38,16 @@ impl<'a> ModelEncoder<'a> {
         Ok(self.tokenizer.encode(&text, false)?)
     }
 
+    /// The tokenizer.
+    pub(crate) fn tokenizer(&self) -> &'a Tokenizer {
+        self.tokenizer
+    }
+
+    /// The tokens that end an answer.
+    pub(crate) fn ends(&self) -> &'a [u32] {
+        self.ends
+    }
+
     fn arguments(&self, conversation: &Conversation) -> TemplateArguments {
         let mut arguments = self.template_kwargs.cloned().unwrap_or_default();
         arguments.extend(conversation.template_kwargs.clone());

@@ -15,6 +15,7 @@
 //! | [`exact_match`] | generated answers against expected ones |
 //! | [`comm`] | the ranks of a run: several processes that train one model |
 //! | [`metrics`], [`progress`] | the log, a progress bar, a plot of the loss |
+//! | [`samples`] | answers to the same prompts again and again while training |
 //! | [`interrupt`], [`memory`], [`fingerprint`] | Ctrl-C, memory of the process, fingerprints |
 
 #![forbid(unsafe_code)]
@@ -40,6 +41,7 @@ pub mod optimizer;
 pub mod progress;
 pub mod qlora_model;
 mod rng;
+pub mod samples;
 pub mod schedule;
 pub mod session;
 pub mod trainer;

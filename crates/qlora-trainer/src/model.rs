@@ -7,6 +7,7 @@ pub use qlora_kernels::ops::linear_cross_entropy::LossSum;
 
 use qlora_core::batch::Batch;
 pub use qlora_core::model::TrainPass;
+use qlora_core::sampling::GenerationConfig;
 use qlora_core::{Error, Result};
 use qlora_kernels::{ViewMut, Workspace};
 
@@ -96,6 +97,15 @@ pub trait TrainableModel {
     fn log_probabilities(&mut self, batch: &Batch, weights: Weights) -> Result<Vec<f64>> {
         let _ = (batch, weights);
         Err(Error::Unsupported("this model trains the objective \"sft\" only".into()))
+    }
+
+    /// Continues a prompt with the weights as they are now and returns the new tokens. Nothing that training depends on changes.
+    ///
+    /// # Errors
+    /// Any failure of the model. A model without it answers no prompts while it is trained.
+    fn generate(&mut self, prompt: &[u32], config: &GenerationConfig) -> Result<Vec<u32>> {
+        let _ = (prompt, config);
+        Err(Error::Unsupported("this model generates no text".into()))
     }
 
     /// The loss of a micro-batch, without dropout.

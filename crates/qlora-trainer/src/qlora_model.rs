@@ -1,11 +1,14 @@
 //! The decoder of `qlora-core` as the training loop drives it.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use qlora_core::adapter::{self, SaveOptions};
 use qlora_core::batch::Batch;
+use qlora_core::generate::generate;
 use qlora_core::lora::{AdapterLayout, Entry, Which};
 use qlora_core::model::{AdapterChoice, CausalLm, TrainPass};
+use qlora_core::sampling::GenerationConfig;
 use qlora_core::{Error, Result};
 use qlora_kernels::ops::linear_cross_entropy::LossSum;
 use qlora_kernels::{ViewMut, Workspace};
@@ -111,6 +114,11 @@ impl TrainableModel for QLoraModel {
             Weights::Reference => AdapterChoice::Base,
         };
         self.model.log_probabilities(batch, choice)
+    }
+
+    fn generate(&mut self, prompt: &[u32], config: &GenerationConfig) -> Result<Vec<u32>> {
+        let answer = generate(&self.model, prompt, config, |_| ControlFlow::Continue(()))?;
+        Ok(answer.tokens)
     }
 
     fn evaluate(&mut self, batch: &Batch) -> Result<LossSum> {

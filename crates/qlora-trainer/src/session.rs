@@ -35,11 +35,13 @@ use qlora_kernels::{Dtype, Workspace};
 
 pub use self::card::{CardPlan, plan_on_card};
 use crate::comm::{Alone, Communicator, or_tell_all};
-use crate::config::{self, GradientCheckpointing, LoraOptions, ModelOptions, Targets, TrainConfig};
+use crate::config::{self, GradientCheckpointing, LoraOptions, ModelOptions, Targets, Tracker, TrainConfig};
 use crate::data::{Dataset, TrainingData};
 use crate::encoder::ModelEncoder;
 use crate::error::{Error, Result};
+use crate::progress::TensorBoard;
 use crate::qlora_model::{QLoraModel, REFERENCE};
+use crate::samples::SamplePlan;
 use crate::trainer::Trainer;
 use crate::trainer::start::Start;
 use prepare::{Data, Prepared};
@@ -58,6 +60,8 @@ pub struct Session {
     start: Option<Start>,
     template_time: Option<String>,
     identity: Vec<(String, String)>,
+    /// The prompts to answer while training.
+    prompts: Option<SamplePlan>,
     /// The other processes of the run.
     comm: Box<dyn Communicator>,
     /// How many times as fast the planned steps are expected to be in fp8, where they are not and the GPU has it.
@@ -103,7 +107,7 @@ impl Session {
     }
 
     fn load(prepared: Prepared, mut progress: impl FnMut(u64, u64)) -> Result<Self> {
-        let Prepared { config, start, files, template_time, beginning, reference, workspace, identity, data } =
+        let Prepared { config, start, files, template_time, beginning, reference, workspace, identity, data, prompts } =
             prepared;
         let companions = Companions::of_adapter(&files)?;
         let ModelFiles { source, tokenizer, chat_template: template, generation, name, .. } = files;
@@ -138,6 +142,7 @@ impl Session {
             start,
             template_time,
             identity,
+            prompts,
             comm: Box::new(Alone),
             fp8_gain: None,
             data,
@@ -240,10 +245,18 @@ impl Session {
             or_tell_all(&mut *self.comm, self.model.reserve_for(&plan).map_err(Into::into))?;
         }
         let (start, template_time) = (self.start.take(), self.template_time.take());
+        let prompts = self.prompts.take();
+        let reports = self.config.training.report_to.contains(Tracker::TensorBoard) && self.comm.rank() == 0;
+        let board =
+            reports.then(|| TensorBoard::new(self.config.training.resolved_logging_dir(), self.config.to_toml()));
         let mut comm = std::mem::replace(&mut self.comm, Box::new(Alone));
         let made = self.into_model().and_then(|(model, config)| Trainer::new(config, model, training, validation));
         let trainer = or_tell_all(&mut *comm, made)?;
-        Ok(trainer.with_start(start, template_time).with_communicator(comm))
+        let trainer = trainer.with_start(start, template_time).with_communicator(comm).with_samples(prompts);
+        Ok(match board {
+            Some(board) => trainer.with_observer(board),
+            None => trainer,
+        })
     }
 
     /// The model as the training loop drives it, and the configuration.

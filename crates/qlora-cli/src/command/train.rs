@@ -7,14 +7,16 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use qlora::trainer::comm::tcp::TcpOptions;
 use qlora::trainer::comm::{self, Alone, Communicator, Ranks};
+use qlora::trainer::config::Tracker;
 #[cfg(unix)]
 use qlora::trainer::launch::{self, Processes};
-use qlora::trainer::progress::{HtmlReport, LossPlot, ProgressBar, ReportFacts};
+use qlora::trainer::progress::{Dashboard, DashboardFacts, HtmlReport, LossPlot, Observer, ProgressBar, ReportFacts};
 use qlora::trainer::session::{Session, plan_on_card};
 use qlora::trainer::{Interrupt, Outcome, TrainConfig};
 
 use super::run_args::RunArgs;
 use crate::card::CardArgs;
+use crate::logging;
 use crate::output::{self, remark};
 
 /// Fine-tunes a model.
@@ -42,6 +44,9 @@ pub(crate) struct Args {
     #[cfg(unix)]
     #[arg(long, value_name = "N", conflicts_with = "dry_run")]
     nproc_per_node: Option<Processes>,
+    /// Show progress as one line instead of the view with curve and figures.
+    #[arg(long)]
+    no_tui: bool,
     // With --dry-run only; nothing is loaded then.
     #[command(flatten)]
     card: CardArgs,
@@ -113,12 +118,16 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let first = session.rank() == 0;
     let mut trainer = session.into_trainer(training, validation)?.with_interrupt(interrupt.clone());
     if first {
+        if let Some(progress) = progress_of(args, &facts) {
+            trainer = trainer.with_observer(progress);
+        }
         trainer = trainer
-            .with_observer(ProgressBar::new())
             .with_observer(LossPlot::new(plot, "training loss"))
             .with_observer(HtmlReport::new(report.clone(), facts));
     }
-    let summary = trainer.run()?;
+    let ended = trainer.run();
+    logging::set_view(None);
+    let summary = ended?;
     if summary.outcome == Outcome::Interrupted {
         // The progress bar has said so; after SIGHUP there is nobody to tell.
         return Ok(ExitCode::from(u8::try_from(interrupt.exit_code()).unwrap_or(u8::MAX)));
@@ -130,6 +139,21 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     output::print(&format!("adapter: {folder}\nreport: {}\n", report.display()))?;
     remark(format!("try it: qlora chat --adapter {folder}"));
     Ok(ExitCode::SUCCESS)
+}
+
+/// The view on a terminal, a line where that is wanted or the terminal is small, lines where there is none; nothing with -q.
+fn progress_of(args: &Args, report: &ReportFacts) -> Option<Box<dyn Observer>> {
+    if output::is_quiet() {
+        return None;
+    }
+    let mut facts = DashboardFacts::default();
+    facts.title.clone_from(&report.title);
+    (facts.planned_peak, facts.colors) = (report.planned_peak, output::colors_on_stderr());
+    let Some(view) = (!args.no_tui).then(|| Dashboard::on_terminal(facts)).flatten() else {
+        return Some(Box::new(ProgressBar::new()));
+    };
+    logging::set_view(Some(view.above()));
+    Some(Box::new(view))
 }
 
 /// Starts a process for each GPU, unless this is one of them; then returns the exit code of the processes.
@@ -173,7 +197,13 @@ fn would_do(config: &TrainConfig) -> String {
         steps if steps > 0 => format!("{steps} steps"),
         _ => format!("{} epochs", options.num_train_epochs),
     };
+    let samples = options.sample_every.map_or("", |_| ", samples.jsonl");
+    let board = match options.report_to.contains(Tracker::TensorBoard) {
+        true => format!(", and to {}: TensorBoard's events", options.resolved_logging_dir().display()),
+        false => String::new(),
+    };
     format!(
-        "a run would take {until} and write to {folder}: the adapter, {checkpoints}, metrics.jsonl, report.html, loss.svg"
+        "a run would take {until} and write to {folder}: the adapter, {checkpoints}, metrics.jsonl, report.html, \
+         loss.svg{samples}{board}"
     )
 }

@@ -11,6 +11,8 @@ mod errors;
 mod export;
 #[cfg(target_os = "linux")]
 mod terminal;
+#[cfg(target_os = "linux")]
+mod train_view;
 mod whole_way;
 
 /// The program.

@@ -203,6 +203,30 @@ impl From<&Path> for Paths {
     }
 }
 
+/// The prompts that are answered while training: a JSONL file, or texts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected a list of prompts, or the path of a JSONL file")]
+pub enum SamplePrompts {
+    /// Rows with `messages` or `prompt`.
+    File(PathBuf),
+    /// What a user says.
+    Texts(Vec<String>),
+}
+
+impl SamplePrompts {
+    /// Whether none are given.
+    pub fn is_empty(&self) -> bool {
+        matches!(self, Self::Texts(texts) if texts.is_empty())
+    }
+}
+
+/// No prompt.
+impl Default for SamplePrompts {
+    fn default() -> Self {
+        Self::Texts(Vec::new())
+    }
+}
+
 /// The linear layers that get an adapter, as PEFT reads `target_modules`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "expected \"all-linear\", a regular expression or a list of module names")]

@@ -254,6 +254,25 @@ mod tests {
     }
 
     #[test]
+    fn trackers_by_their_names() {
+        use super::super::Tracker::TensorBoard;
+        let reports =
+            |text: &str| read(&format!("[training]\n{text}")).unwrap().training.report_to.contains(TensorBoard);
+        for text in ["report_to = \"tensorboard\"", "report_to = [\"tensorboard\"]", "report_to = \"all\""] {
+            assert!(reports(text), "{text}");
+            let both = format!("{text}\nuse_tensorboard = true\nlogging_dir = \"runs\"");
+            assert!(reports(&both), "{both}");
+        }
+        assert!(!reports("report_to = false") && !reports("use_tensorboard = false"));
+        let refusal = |text: &str| read(&format!("[training]\n{text}")).unwrap_err();
+        assert!(refusal("report_to = \"wandb\"").contains("scripts/sync_wandb.py"));
+        assert!(refusal("use_tensorboard = true").contains("`report_to` in [training]"));
+        assert!(refusal("report_to = \"tensorbord\"").contains("\"tensorbord\" is no tracker here"));
+        let config = read("[training]\nreport_to = \"tensorboard\"").unwrap();
+        assert_eq!(TrainConfig::from_toml_str(&config.to_toml()).unwrap(), config);
+    }
+
+    #[test]
     fn the_command_line_knows_them_too() {
         let mut config = read("").unwrap();
         let before = config.clone();

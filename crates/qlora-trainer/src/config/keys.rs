@@ -46,6 +46,23 @@ struct Foreign {
     value: Value,
 }
 
+/// A key of ours outside its section.
+struct Misplaced {
+    line: usize,
+    message: String,
+    home: &'static str,
+    key: String,
+    value: Option<Value>,
+}
+
+impl Misplaced {
+    /// Whether it says what the configuration says anyway: as harmless as such a key of another trainer.
+    fn agrees(self, config: &TrainConfig) -> bool {
+        let mut changed = config.clone();
+        self.value.is_some_and(|value| changed.put(self.home, &self.key, value).is_ok() && changed == *config)
+    }
+}
+
 /// The keys of a configuration's text, with their lines.
 #[derive(Default)]
 pub(super) struct Keys {
@@ -54,6 +71,7 @@ pub(super) struct Keys {
     /// The keys of ours with their values.
     pub(super) places: Vec<Place>,
     foreign: Vec<Foreign>,
+    misplaced: Vec<Misplaced>,
     unknown: Vec<(usize, String)>,
 }
 
@@ -83,9 +101,16 @@ impl Keys {
                 }
                 (None, value) if keys.take_foreign(line, "", section, &Spanned::new(span.clone(), value.clone())) => {}
                 (None, DeValue::Table(_)) => keys.unknown.push((line, unknown_section(section, &known))),
-                (None, _) => {
+                (None, value) => {
                     let hint = suggestion("", section, &known);
-                    keys.unknown.push((line, format!("key `{section}` outside a section{hint}")));
+                    let message = format!("key `{section}` outside a section{hint}");
+                    match home_of(section, &known) {
+                        Some(home) => {
+                            let (key, value) = (section.to_owned(), plain(&Spanned::new(span, value)));
+                            keys.misplaced.push(Misplaced { line, message, home, key, value });
+                        }
+                        None => keys.unknown.push((line, message)),
+                    }
                 }
             }
         }
@@ -110,11 +135,13 @@ impl Keys {
             self.places.extend(plain(value).map(|plain| Place { key: name, span: value.span(), value: plain }));
             return true;
         }
+        let message = || format!("unknown key `{key}` in [{section}]{}", suggestion(section, key, known));
         // A key of ours in another section is no foreign one.
-        let elsewhere = known.iter().any(|(_, names)| names.contains(&key));
-        if elsewhere || !self.take_foreign(line, section, key, value) {
-            let hint = suggestion(section, key, known);
-            self.unknown.push((line, format!("unknown key `{key}` in [{section}]{hint}")));
+        if let Some(home) = home_of(key, known) {
+            let (message, key, value) = (message(), key.to_owned(), plain(value));
+            self.misplaced.push(Misplaced { line, message, home, key, value });
+        } else if !self.take_foreign(line, section, key, value) {
+            self.unknown.push((line, message()));
         }
         false
     }
@@ -133,6 +160,12 @@ impl Keys {
                 None => tracing::info!("line {line}, [{section}]: {key} = {value} is what happens anyway"),
             }
         }
+        for misplaced in self.misplaced {
+            let (line, message) = (misplaced.line, misplaced.message.clone());
+            if !misplaced.agrees(config) {
+                self.unknown.push((line, message));
+            }
+        }
         self.unknown.sort();
         self.unknown
     }
@@ -141,6 +174,11 @@ impl Keys {
 /// A value without its place; none for values without a form of their own (an integer beyond 64 bits).
 fn plain(value: &Spanned<DeValue<'_>>) -> Option<Value> {
     Value::deserialize(value.clone().into_deserializer()).ok()
+}
+
+/// The section of a key of ours.
+fn home_of(key: &str, known: &[Section]) -> Option<&'static str> {
+    known.iter().find(|(_, names)| names.contains(&key)).map(|(section, _)| *section)
 }
 
 fn is_known_section(section: &str) -> bool {

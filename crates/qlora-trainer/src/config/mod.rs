@@ -3,7 +3,7 @@
 //! The file has the sections `[model]`, `[lora]`, `[data]`, `[training]` and `[objective]`. Keys have the names of transformers, PEFT,
 //! bitsandbytes and TRL, and mean here what they mean there. Only `model.model_name_or_path` and `data.train_file` must be
 //! given. An unknown key is an error that names the line and the key that was probably meant. Keys of other trainers are
-//! accepted where they ask for what happens anyway (`bias = "none"`, `report_to = "none"`), otherwise refused with what to
+//! accepted where they ask for what happens anyway (`bias = "none"`, `bf16 = true`), otherwise refused with what to
 //! write instead.
 //!
 //! ```
@@ -31,6 +31,7 @@ mod foreign_keys;
 mod keys;
 mod known_keys;
 mod parse;
+mod trackers;
 mod validate;
 mod values;
 
@@ -44,9 +45,11 @@ pub use crate::objective::{DpoLoss, ObjectiveKind, ObjectiveOptions};
 
 pub use choices::{
     ComputeDtype, FrozenCompute, GradientCheckpointing, OnOverlong, OnUntrained, Optim, Paths, QuantType, Resume,
-    SamplingStrategy, Scheduler, Targets, TemplateKwargs,
+    SamplePrompts, SamplingStrategy, Scheduler, Targets, TemplateKwargs,
 };
 pub use documented::{DocumentedKey, EXAMPLE, documented_keys};
+
+pub use trackers::{ReportTo, Tracker};
 
 pub use datasets::{ColumnNames, DatasetOptions, MixStrategy, TagNames};
 
@@ -353,6 +356,20 @@ pub struct TrainingOptions {
     pub save_steps: u64,
     /// The number of checkpoints that are kept; 0 for all. Default: 2.
     pub save_total_limit: usize,
+    /// Steps between two rounds of greedy answers to the same prompts, which go to `samples.jsonl` and the report; there is also one
+    /// before the first step and one after the last. They change no bit of the run. Default: none, no answers.
+    pub sample_every: Option<u64>,
+    /// The prompts: a list of user messages, or a JSONL file with rows of `messages` or `prompt`. Default: none, the first rows of
+    /// the validation data.
+    #[serde(skip_serializing_if = "SamplePrompts::is_empty")]
+    pub sample_prompts: SamplePrompts,
+    /// The most tokens of such an answer. Default: 64.
+    pub sample_max_new_tokens: usize,
+    /// The trackers that the run reports to: `"tensorboard"` or `"none"`. Default: none.
+    pub report_to: ReportTo,
+    /// The folder of TensorBoard's event files. Default: none, the environment's `TENSORBOARD_LOGGING_DIR` or else `runs` in
+    /// `output_dir`.
+    pub logging_dir: Option<PathBuf>,
 }
 
 impl Default for TrainingOptions {
@@ -389,6 +406,11 @@ impl Default for TrainingOptions {
             eval_on_start: false,
             save_steps: 100,
             save_total_limit: 2,
+            sample_every: None,
+            sample_prompts: SamplePrompts::default(),
+            sample_max_new_tokens: 64,
+            report_to: ReportTo::default(),
+            logging_dir: None,
         }
     }
 }
@@ -416,6 +438,13 @@ impl TrainingOptions {
             (None, None) if self.lr_scheduler_type == Scheduler::Constant => 0,
             (None, None) => of_ratio(DEFAULT_RATIO),
         }
+    }
+
+    /// The folder of TensorBoard's event files.
+    pub fn resolved_logging_dir(&self) -> PathBuf {
+        let of_environment = || std::env::var_os("TENSORBOARD_LOGGING_DIR").map(PathBuf::from);
+        let given = self.logging_dir.clone().or_else(of_environment).filter(|folder| !folder.as_os_str().is_empty());
+        given.unwrap_or_else(|| self.output_dir.join("runs"))
     }
 
     /// The seed of the order of the data.

@@ -2,7 +2,7 @@
 
 use qlora_core::model::DeviceChoice;
 
-use super::{MixStrategy, ObjectiveOptions, Scheduler, Targets, TrainConfig};
+use super::{MixStrategy, ObjectiveOptions, SamplePrompts, Scheduler, Targets, TrainConfig};
 use crate::data::Mapping;
 use crate::error::{Error, Problem, Result};
 
@@ -217,12 +217,38 @@ impl TrainConfig {
             check.at_least_one("training.eval_steps", steps);
             check.that(evaluates, "training.eval_steps", "needs a validation_file or a val_size in [data]");
         }
+        self.check_samples(check);
         let on_start = !training.eval_on_start || evaluates;
         check.that(on_start, "training.eval_on_start", "needs a validation_file or a val_size in [data]");
         // TOML and JSON consumers read integers as i64.
         for (key, seed) in [("training.seed", Some(training.seed)), ("training.data_seed", training.data_seed)] {
             check.that(seed.is_none_or(|seed| seed <= i64::MAX as u64), key, "must be below 2^63");
         }
+    }
+
+    fn check_samples(&self, check: &mut Checker) {
+        let training = &self.training;
+        let given = !training.sample_prompts.is_empty();
+        if let Some(steps) = training.sample_every {
+            check.at_least_one("training.sample_every", steps);
+            check.that(
+                given || self.data.evaluates(),
+                "training.sample_every",
+                "needs `sample_prompts`, or a validation_file or a val_size in [data], whose first rows are asked then",
+            );
+        } else {
+            check.that(
+                !given,
+                "training.sample_prompts",
+                "needs `sample_every`, the steps between two rounds of answers",
+            );
+        }
+        let empty = match &training.sample_prompts {
+            SamplePrompts::File(path) => path.as_os_str().is_empty(),
+            SamplePrompts::Texts(texts) => texts.iter().any(|text| text.trim().is_empty()),
+        };
+        check.that(!empty, "training.sample_prompts", "must not have an empty prompt");
+        check.at_least_one("training.sample_max_new_tokens", training.sample_max_new_tokens as u64);
     }
 
     fn check_warmup(&self, check: &mut Checker) {

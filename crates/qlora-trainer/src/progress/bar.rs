@@ -9,16 +9,11 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressDrawTarget, ProgressStyle};
 
+use super::words::{Speed, lasting_lines, status};
 use super::{Event, Observer, StepInfo};
-use crate::metrics::LogEntry;
-use crate::objective::Metrics;
-use crate::trainer::Outcome;
 
 /// Time between two plain lines.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
-
-/// The weight of a new step in the moving average of speed: about the last ten steps count.
-const NEW: f64 = 0.1;
 
 /// Shows a run on stderr.
 pub struct ProgressBar {
@@ -95,89 +90,20 @@ impl ProgressBar {
 
 impl Observer for ProgressBar {
     fn observe(&mut self, event: &Event<'_>) {
-        match event {
-            Event::Started(info) => {
-                if let Some(path) = info.resumed_from {
-                    self.say(&format!("resuming from {} at step {}", path.display(), info.first_step));
-                }
-                let (steps, trainable) = (info.total_steps, info.trainable_parameters);
-                let documents = info.documents.map_or("a stream of".to_owned(), |documents| documents.to_string());
-                let per_epoch = info.steps_per_epoch.map_or_else(String::new, |steps| format!(" ({steps} an epoch)"));
-                self.say(&format!("{documents} documents, {trainable} trainable parameters, {steps} steps{per_epoch}"));
-                if let Display::Bar(bar) = &self.display {
-                    bar.set_length(info.total_steps);
-                    bar.set_position(info.first_step);
-                }
+        lasting_lines(event).iter().for_each(|line| self.say(line));
+        match (event, &self.display) {
+            (Event::Started(info), Display::Bar(bar)) => {
+                bar.set_length(info.total_steps);
+                bar.set_position(info.first_step);
             }
-            Event::Step(info) => self.step(info),
-            Event::EvalProgress { done, total } => {
-                if let Display::Bar(bar) = &self.display {
-                    bar.set_message(format!("evaluating {done}/{total}"));
-                }
+            (Event::Step(info), _) => self.step(info),
+            (Event::EvalProgress { done, total }, Display::Bar(bar)) => {
+                bar.set_message(format!("evaluating {done}/{total}"));
             }
-            Event::Eval(entry) => {
-                let (step, loss, seconds) = (entry.step, entry.eval_loss, entry.eval_runtime);
-                let metrics = shown_metrics(&entry.metrics, "eval_");
-                self.say(&format!("step {step}: eval loss {loss:.4}{metrics} ({})", duration(seconds)));
-                if let Display::Bar(bar) = &self.display {
-                    bar.set_message(self.status.clone());
-                }
-            }
-            Event::Checkpoint(path) => self.say(&format!("saved {}", path.display())),
-            Event::Message(text) => self.say(text),
-            Event::Finished(outcome) => {
-                if let Display::Bar(bar) = &self.display {
-                    bar.abandon();
-                }
-                if *outcome == Outcome::Interrupted {
-                    self.say("interrupted; resume_from_checkpoint = true goes on from here");
-                }
-            }
-            Event::Logged(LogEntry::Train(_) | LogEntry::Eval(_)) => {}
+            (Event::Eval(_), Display::Bar(bar)) => bar.set_message(self.status.clone()),
+            (Event::Finished(_), Display::Bar(bar)) => bar.abandon(),
+            _ => {}
         }
-    }
-}
-
-/// Moving averages over the last steps.
-#[derive(Debug, Default)]
-struct Speed {
-    tokens: f64,
-    seconds: f64,
-}
-
-impl Speed {
-    fn add(&mut self, info: &StepInfo) {
-        let weight = if self.seconds == 0.0 { 1.0 } else { NEW };
-        self.tokens += weight * (info.tokens as f64 - self.tokens);
-        self.seconds += weight * (info.seconds - self.seconds);
-    }
-}
-
-fn status(info: &StepInfo, speed: &Speed) -> String {
-    let per_second = speed.tokens / speed.seconds.max(1e-9);
-    let left = (info.total_steps - info.step) as f64 * speed.seconds;
-    let (epoch, loss, rate) = (info.epoch, info.loss, info.learning_rate);
-    let metrics = shown_metrics(&info.metrics, "");
-    format!("epoch {epoch:.2}  loss {loss:.4}{metrics}  lr {rate:.1e}  {per_second:.0} tok/s  {} left", duration(left))
-}
-
-/// The metrics that say most, as further words of a line.
-fn shown_metrics(metrics: &Metrics, prefix: &str) -> String {
-    let shown = [("rewards/accuracies", "accuracy"), ("rewards/margins", "margin")];
-    let word = |(name, word): (&str, &str)| {
-        let value = metrics.get(&format!("{prefix}{name}"))?;
-        Some(format!("  {word} {value:.2}"))
-    };
-    shown.into_iter().filter_map(word).collect()
-}
-
-/// `45s`, `3m20s`, `2h05m`.
-fn duration(seconds: f64) -> String {
-    let seconds = seconds.round().max(0.0) as u64;
-    match seconds {
-        0..60 => format!("{seconds}s"),
-        60..3600 => format!("{}m{:02}s", seconds / 60, seconds % 60),
-        _ => format!("{}h{:02}m", seconds / 3600, seconds % 3600 / 60),
     }
 }
 
@@ -186,6 +112,8 @@ mod tests {
     use super::super::StartInfo;
     use super::*;
     use crate::metrics::EvalLog;
+    use crate::objective::Metrics;
+    use crate::trainer::Outcome;
     use std::sync::{Arc, Mutex};
 
     #[derive(Clone, Default)]
@@ -232,12 +160,6 @@ mod tests {
     }
 
     #[test]
-    fn durations_are_short() {
-        let texts = [0.2, 59.4, 59.6, 200.0, 3599.0, 7500.0, 400_000.0].map(duration);
-        assert_eq!(texts, ["0s", "59s", "1m00s", "3m20s", "59m59s", "2h05m", "111h06m"]);
-    }
-
-    #[test]
     fn the_bar_follows_the_run() {
         let mut progress = ProgressBar::bar(ProgressDrawTarget::hidden());
         let start = StartInfo {
@@ -249,6 +171,7 @@ mod tests {
             initial_parameters: "0",
             resumed_from: Some("out/checkpoint-20".as_ref()),
             history: &[],
+            samples: &[],
         };
         progress.observe(&Event::Started(&start));
         progress.observe(&Event::Step(&info(21, 1.0)));

@@ -1,18 +1,24 @@
-//! Following a run: events, a progress bar, a plot of the loss.
+//! Following a run: events, a view on the terminal, a progress bar, a report, TensorBoard, a plot of the loss.
 
 pub mod bar;
 mod chart;
+mod dashboard;
 pub mod plot;
 pub mod report;
+mod tensorboard;
+mod words;
 
 use std::path::Path;
 
 pub use bar::ProgressBar;
+pub use dashboard::{Above, Dashboard, DashboardFacts};
 pub use plot::LossPlot;
 pub use report::{HtmlReport, ReportFacts};
+pub use tensorboard::TensorBoard;
 
 use crate::metrics::{EvalLog, LogEntry};
 use crate::objective::Metrics;
+use crate::samples::Sample;
 use crate::trainer::Outcome;
 
 /// An observer, which gets the events of a run. Its methods cannot fail: following a run must not end it.
@@ -22,6 +28,12 @@ pub trait Observer {
 }
 
 impl<O: Observer + ?Sized> Observer for &mut O {
+    fn observe(&mut self, event: &Event<'_>) {
+        (**self).observe(event);
+    }
+}
+
+impl<O: Observer + ?Sized> Observer for Box<O> {
     fn observe(&mut self, event: &Event<'_>) {
         (**self).observe(event);
     }
@@ -46,6 +58,8 @@ pub enum Event<'a> {
     },
     /// An evaluation is done.
     Eval(&'a EvalLog),
+    /// The prompts of the run were answered.
+    Samples(&'a [Sample]),
     /// A checkpoint was written.
     Checkpoint(&'a Path),
     /// Something a person may want to know.
@@ -73,6 +87,8 @@ pub struct StartInfo<'a> {
     pub resumed_from: Option<&'a Path>,
     /// The log up to here.
     pub history: &'a [LogEntry],
+    /// The answers up to here.
+    pub samples: &'a [Sample],
 }
 
 /// An optimizer step that is done.

@@ -1,5 +1,6 @@
 //! A run as one HTML page: figures, curves, configuration. It needs no other file and no network.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::PathBuf;
 
@@ -9,6 +10,7 @@ use super::chart::{Chart, Series, Style};
 use super::plot::{loss_svg, thinned};
 use super::{Event, Observer};
 use crate::metrics::LogEntry;
+use crate::samples::Sample;
 use crate::trainer::Outcome;
 
 /// The most points of a curve.
@@ -38,6 +40,7 @@ pub struct HtmlReport {
     path: PathBuf,
     facts: ReportFacts,
     log: Vec<LogEntry>,
+    samples: Vec<Sample>,
     state: String,
     parameters: Option<usize>,
     resumed: bool,
@@ -47,7 +50,7 @@ impl HtmlReport {
     /// A page at `path` (an `.html` file in a folder that exists by the first evaluation or checkpoint).
     pub fn new(path: impl Into<PathBuf>, facts: ReportFacts) -> Self {
         let state = "not begun".to_owned();
-        Self { path: path.into(), facts, log: Vec::new(), state, parameters: None, resumed: false }
+        Self { path: path.into(), facts, log: Vec::new(), samples: Vec::new(), state, parameters: None, resumed: false }
     }
 
     fn write(&self) {
@@ -63,6 +66,7 @@ impl HtmlReport {
         // Writing to a string cannot fail.
         let _ = self.write_figures(&mut body);
         let _ = self.write_curves(&mut body);
+        let _ = self.write_samples(&mut body);
         let _ = write_text(&mut body, "Data", &self.facts.data);
         let _ = self.facts.memory_plan.iter().try_for_each(|plan| write_text(&mut body, "Memory plan", plan));
         let _ = write_text(&mut body, "Configuration", &self.facts.configuration);
@@ -142,6 +146,39 @@ impl HtmlReport {
         }
         Ok(())
     }
+
+    /// The first and the last answer to each prompt side by side; those between on demand.
+    fn write_samples(&self, body: &mut String) -> std::fmt::Result {
+        let Some((first, last)) = self.samples.first().zip(self.samples.last()) else { return Ok(()) };
+        // Two rows of the validation data may ask the same: a prompt is known by its place, too.
+        let mut rounds: BTreeMap<(usize, &str), Vec<&Sample>> = BTreeMap::new();
+        for round in self.samples.chunk_by(|a, b| a.step == b.step) {
+            for (place, sample) in round.iter().enumerate() {
+                rounds.entry((place, &sample.prompt)).or_default().push(sample);
+            }
+        }
+        let has_expected = self.samples.iter().any(|sample| sample.expected.is_some());
+        let expected = if has_expected { "<th>in the data</th>" } else { "" };
+        writeln!(body, "<h2>Answers</h2>\n<table class=\"answers\">")?;
+        writeln!(body, "<tr><th>prompt</th><th>step {}</th><th>step {}</th>{expected}</tr>", first.step, last.step)?;
+        for ((_, prompt), answers) in rounds {
+            let (Some(before), Some(after)) = (answers.first(), answers.last()) else { continue };
+            write!(body, "<tr><td>{}", escaped(prompt))?;
+            if answers.len() > 2 {
+                write!(body, "<details><summary>{} answers</summary>", answers.len())?;
+                for answer in &answers {
+                    write!(body, "<p>step {}: {}</p>", answer.step, escaped(&answer.completion))?;
+                }
+                write!(body, "</details>")?;
+            }
+            write!(body, "</td><td>{}</td><td>{}</td>", escaped(&before.completion), escaped(&after.completion))?;
+            if has_expected {
+                write!(body, "<td>{}</td>", escaped(after.expected.as_deref().unwrap_or_default()))?;
+            }
+            writeln!(body, "</tr>")?;
+        }
+        writeln!(body, "</table>")
+    }
 }
 
 impl Observer for HtmlReport {
@@ -149,6 +186,7 @@ impl Observer for HtmlReport {
         match event {
             Event::Started(info) => {
                 self.log = info.history.to_vec();
+                self.samples = info.samples.to_vec();
                 self.parameters = Some(info.trainable_parameters);
                 self.resumed = info.resumed_from.is_some();
                 "running".clone_into(&mut self.state);
@@ -158,6 +196,10 @@ impl Observer for HtmlReport {
                 if matches!(entry, LogEntry::Eval(_)) {
                     self.write();
                 }
+            }
+            Event::Samples(samples) => {
+                self.samples.extend_from_slice(samples);
+                self.write();
             }
             Event::Checkpoint(_) => self.write(),
             Event::Finished(outcome) => {
@@ -183,6 +225,8 @@ body { font: 15px/1.5 system-ui, 'Segoe UI', Helvetica, Arial, sans-serif; max-w
 color: #1f2328 }\n\
 h1 { font-size: 1.5em } h2 { font-size: 1.1em; margin-top: 2em }\n\
 table { border-collapse: collapse } th { text-align: left; font-weight: normal; color: #59636e; padding: 2px 2em 2px 0 }\n\
+.answers { width: 100%; table-layout: fixed } .answers td { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; \
+border-top: 1px solid #d1d9e0; padding: 6px 1em 6px 0; font-size: 13px }\n\
 figure { margin: 1.5em 0 } svg { max-width: 100%; height: auto }\n\
 pre { background: #f6f8fa; padding: 1em; overflow-x: auto; font-size: 13px }";
 
@@ -246,6 +290,32 @@ mod tests {
         assert!(
             page.contains("org/model &lt;b&gt;") && !page.contains("http://localhost") && !page.contains("<script")
         );
+    }
+
+    #[test]
+    fn answers_before_and_after_stand_side_by_side() {
+        let folder = tempfile::tempdir().unwrap();
+        let sample = |step: u64, prompt: &str, completion: &str, expected: Option<&str>| Sample {
+            step,
+            epoch: 0.0,
+            prompt: prompt.to_owned(),
+            completion: completion.to_owned(),
+            expected: expected.map(str::to_owned),
+        };
+        let mut report = HtmlReport::new(folder.path().join("report.html"), ReportFacts::default());
+        assert!(!report.page().contains("Answers"));
+        report.observe(&Event::Samples(&[sample(0, "1 + 1?", "<i>a", None), sample(0, "2 + 2?", "b", Some("four"))]));
+        report.observe(&Event::Samples(&[sample(5, "1 + 1?", "2", None), sample(5, "2 + 2?", "5", Some("four"))]));
+        let page = report.page();
+        for part in [
+            "<th>step 0</th><th>step 5</th><th>in the data</th>",
+            "<td>1 + 1?</td><td>&lt;i&gt;a</td><td>2</td><td></td>",
+            "<td>2 + 2?</td><td>b</td><td>5</td><td>four</td>",
+        ] {
+            assert!(page.contains(part), "{part}\n{page}");
+        }
+        report.observe(&Event::Samples(&[sample(9, "1 + 1?", "two", None), sample(9, "2 + 2?", "4", None)]));
+        assert!(report.page().contains("3 answers</summary>"));
     }
 
     #[test]

@@ -17,6 +17,7 @@ use crate::encoder::ModelEncoder;
 use crate::error::{Error, Result};
 use crate::objective;
 use crate::qlora_model::parameters_of;
+use crate::samples::SamplePlan;
 use crate::trainer::blueprint::{Blueprint, ModelFacts};
 use crate::trainer::start::Start;
 
@@ -37,6 +38,8 @@ pub(super) struct Prepared {
     pub(super) workspace: Workspace,
     pub(super) identity: Vec<(String, String)>,
     pub(super) data: Data,
+    /// The prompts to answer while training.
+    pub(super) prompts: Option<SamplePlan>,
 }
 
 impl Prepared {
@@ -94,6 +97,7 @@ impl Prepared {
         let encoder = encoder(&files).with_template_kwargs(config.data.chat_template_kwargs.as_map());
         let data = sets.open(&config, encoder)?;
         let data = check(&config, &facts, start.as_ref(), &mut **comm, data)?;
+        let prompts = SamplePlan::of(&config, &encoder, data.1.as_ref(), facts.max_positions)?;
         Ok(Self {
             config,
             start,
@@ -104,6 +108,7 @@ impl Prepared {
             workspace,
             identity: facts.identity,
             data,
+            prompts,
         })
     }
 }

@@ -33,6 +33,7 @@ use crate::model::{Parameter, TrainableModel};
 use crate::objective::{self, Objective};
 use crate::optimizer::Optimizer;
 use crate::progress::{Event, Observer};
+use crate::samples::{Sample, SamplePlan};
 use qlora_kernels::Dtype;
 
 /// The outcome of a run.
@@ -76,6 +77,8 @@ pub struct Trainer<'a, M> {
     template_time: Option<String>,
     observers: Vec<Box<dyn Observer + 'a>>,
     interrupt: Interrupt,
+    /// The prompts to answer while training.
+    prompts: Option<SamplePlan>,
     /// The other processes of the run.
     comm: Box<dyn Communicator>,
     /// Whether the ranks have agreed to stop.
@@ -94,6 +97,7 @@ struct Progress {
     global_step: u64,
     tokens_seen: u64,
     history: Vec<LogEntry>,
+    samples: Vec<Sample>,
     window: LogWindow,
     initial_parameters: String,
     /// The ranks for which the run's micro-batches a step were chosen, if it was resumed.
@@ -139,6 +143,7 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
             progress: Progress { initial_parameters, loss_scale, ..Progress::default() },
             observers: Vec::new(),
             interrupt: Interrupt::new(),
+            prompts: None,
             comm: Box::new(Alone),
             stop_agreed: false,
             interrupt_announced: false,
@@ -184,6 +189,13 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
     #[must_use]
     pub fn with_interrupt(mut self, interrupt: Interrupt) -> Self {
         self.interrupt = interrupt;
+        self
+    }
+
+    /// Answers prompts every so many steps; rank 0 does. They change no bit of the run.
+    #[must_use]
+    pub fn with_samples(mut self, prompts: Option<SamplePlan>) -> Self {
+        self.prompts = prompts;
         self
     }
 

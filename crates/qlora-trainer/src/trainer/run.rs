@@ -16,6 +16,7 @@ use qlora_kernels::View;
 use crate::metrics::{LogEntry, MetricsFile};
 use crate::model::TrainableModel;
 use crate::progress::{Event, StartInfo};
+use crate::samples::SamplesFile;
 
 impl<M: TrainableModel> Trainer<'_, M> {
     /// Runs to the end, or until a stop is requested. A run that was stopped can be run again, once the request is
@@ -46,10 +47,11 @@ impl<M: TrainableModel> Trainer<'_, M> {
         self.check_same_parameters()?;
         let path = output.as_ref().map(OutputFolder::path);
         let mut metrics = path.map(|path| MetricsFile::open(path, &self.progress.history)).transpose()?;
+        let mut samples = path.map(|path| self.open_samples(path)).transpose()?;
         self.announce(resumed_from.as_deref());
 
         (self.interrupt_announced, self.stop_agreed) = (false, false);
-        let outcome = self.run_loop(path, &mut metrics)?;
+        let outcome = self.run_loop(path, &mut metrics, &mut samples)?;
         self.report_what_was_made();
         let adapter = match (outcome, path) {
             (Outcome::Finished, Some(path)) => {
@@ -72,7 +74,12 @@ impl<M: TrainableModel> Trainer<'_, M> {
         Ok(Summary { outcome, steps: self.progress.global_step, eval_loss, checkpoint, adapter })
     }
 
-    fn run_loop(&mut self, output: Option<&Path>, metrics: &mut Option<MetricsFile>) -> Result<Outcome> {
+    fn run_loop(
+        &mut self,
+        output: Option<&Path>,
+        metrics: &mut Option<MetricsFile>,
+        samples: &mut Option<SamplesFile>,
+    ) -> Result<Outcome> {
         loop {
             let step = self.progress.global_step;
             if self.eval_is_due(step)
@@ -85,6 +92,9 @@ impl<M: TrainableModel> Trainer<'_, M> {
             }
             let complete = step == self.blueprint.schedule.total_steps && !self.eval_is_due(step);
             let stop = self.stops_here() && !complete;
+            if !stop && let Some(samples) = samples {
+                self.sample_if_due(step, samples)?;
+            }
             if self.save_is_due(step) || stop {
                 self.check_same_parameters()?;
                 self.comm.writing(true);
@@ -198,6 +208,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
 
     fn announce(&mut self, resumed_from: Option<&Path>) {
         let (history, initial) = (self.progress.history.clone(), self.progress.initial_parameters.clone());
+        let samples = self.progress.samples.clone();
         let info = StartInfo {
             first_step: self.progress.global_step,
             total_steps: self.blueprint.schedule.total_steps,
@@ -207,6 +218,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
             initial_parameters: &initial,
             resumed_from,
             history: &history,
+            samples: &samples,
         };
         tracing::info!(
             steps = info.total_steps,
@@ -227,6 +239,35 @@ impl<M: TrainableModel> Trainer<'_, M> {
         }
         self.notify(&Event::Logged(&entry));
         self.progress.history.push(entry);
+        Ok(())
+    }
+
+    /// Opens the file of answers and takes up those of the steps before this one.
+    fn open_samples(&mut self, output: &Path) -> Result<SamplesFile> {
+        // A file beside a checkpoint of another folder is another run's.
+        let goes_on = self.progress.checkpoint.is_some();
+        let (file, samples) = SamplesFile::open(output, if goes_on { self.progress.global_step } else { 0 })?;
+        self.progress.samples = samples;
+        Ok(file)
+    }
+
+    /// Answers the prompts where that belongs and was not done yet. An answer that cannot be had ends no run; the other ranks wait.
+    fn sample_if_due(&mut self, step: u64, file: &mut SamplesFile) -> Result<()> {
+        let Some(prompts) = &self.prompts else { return Ok(()) };
+        let last = step == self.blueprint.schedule.total_steps;
+        let done = self.progress.samples.last().is_some_and(|sample| sample.step == step);
+        if done || !(last || prompts.is_due(step)) {
+            return Ok(());
+        }
+        let epoch = self.blueprint.feed.epochs();
+        match prompts.answer(&mut self.model, step, epoch) {
+            Ok(samples) => {
+                file.write(&samples)?;
+                self.notify(&Event::Samples(&samples));
+                self.progress.samples.extend(samples);
+            }
+            Err(error) => self.notify(&Event::Message(&format!("step {step}: the prompts were not answered: {error}"))),
+        }
         Ok(())
     }
 

@@ -6,11 +6,13 @@ use super::super::choices::Optim;
 use super::super::foreign_keys::Is::{Number, Off, On, Text};
 use super::super::foreign_keys::Means::{Anyway, If, Nothing, Ours};
 use super::super::foreign_keys::{KnownKey, is_off};
+use super::super::trackers::Tracker;
 use super::key;
 use crate::objective::ObjectiveKind;
 
 const PREFERENCE: &str = "write `objective` in [training]: \"sft\" or \"dpo\"; there are no other objectives";
-const TRACKER: &str = "metrics go to metrics.jsonl in output_dir; write \"none\" or leave it out";
+const TRACKER: &str = "metrics go to metrics.jsonl in output_dir, from where scripts/sync_wandb.py and scripts/sync_mlflow.py take \
+                       them; leave it out";
 const NO_HUB: &str = "nothing is uploaded; leave it out and upload the adapter's folder with `hf upload`";
 const ONE_DEVICE: &str = "one device trains; leave it out, and choose the device by `device` in [model]";
 const SAVING: &str = "write `save_steps` in [training]; 0 saves one checkpoint at the end";
@@ -156,8 +158,14 @@ pub(super) const KEYS: &[KnownKey] = &[
         Ours("lora.adapter_name_or_path"),
     ),
     key(&["ignore_data_skip"], Anyway(&[Off], "a resumed run goes on where the data were; leave it out")),
-    key(&["report_to"], Anyway(&[Off, Text("all")], TRACKER)),
-    key(&["use_wandb", "use_mlflow", "use_comet", "use_tensorboard", "use_swanlab"], Anyway(&[Off], TRACKER)),
+    key(&["use_wandb", "use_mlflow", "use_comet", "use_swanlab"], Anyway(&[Off], TRACKER)),
+    key(
+        &["use_tensorboard"],
+        If(
+            |config, value| is_off(value) != config.training.report_to.contains(Tracker::TensorBoard),
+            "write `report_to` in [training]: \"tensorboard\" or \"none\"",
+        ),
+    ),
     key(
         &[
             "wandb_project",
@@ -240,7 +248,6 @@ pub(super) const KEYS: &[KnownKey] = &[
             "log_level",
             "log_level_replica",
             "log_on_each_node",
-            "logging_dir",
             "logging_nan_inf_filter",
             "disable_tqdm",
             "run_name",

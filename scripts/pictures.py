@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""Makes the pictures of the book: `qlora train` on a terminal, and the report of the run in a browser.
+
+    cargo build --release -p qlora-cli
+    scripts/pictures.py [PROGRAM]
+
+The demo task is trained on the demo model (scripts/demo-model.sh) on a pseudo-terminal of 100 by 26. What the program wrote is shown by
+xterm.js (fetched by npm) in a headless Chromium, which takes the pictures, also that of report.html. Needs npm and chromium
+(`apt-get install chromium`; CHROMIUM names another one). PNGs are written to book/src/images.
+"""
+
+import base64
+import fcntl
+import os
+import pty
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGES = ROOT / "book/src/images"
+XTERM = "@xterm/xterm@5.5.0"
+ROWS, COLUMNS = 26, 100
+STEPS, SHOWN = 40, 28
+# Seconds of silence after which what was written is a whole frame.
+SILENCE = 0.01
+
+
+def record(command: list[str], folder: Path) -> bytes:
+    """What the program has written when the view shows step SHOWN."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+        os.chdir(folder)
+        os.environ["TERM"] = "xterm-256color"
+        os.execv(command[0], command)
+    written, frame, shown = b"", b"", b""
+    last = time.monotonic()
+    while True:
+        try:
+            part = os.read(terminal, 65536)
+        except OSError:
+            break
+        if not part:
+            break
+        now = time.monotonic()
+        if now - last > SILENCE:
+            written, frame = written + frame, b""
+            if not shown and any(f"step {step}/{STEPS}  epoch".encode() in written for step in range(SHOWN, STEPS)):
+                shown = written
+        frame += part
+        last = now
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, written + frame
+    assert shown, "the view was never seen"
+    return shown
+
+
+def photograph(page: Path, picture: Path, width: int, height: int) -> None:
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    assert chromium, "no chromium: apt-get install chromium"
+    with tempfile.TemporaryDirectory() as profile:
+        subprocess.run(
+            [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}",
+             "--virtual-time-budget=5000", f"--window-size={width},{height}", f"--screenshot={picture}", page.as_uri()],
+            check=True, capture_output=True,
+        )  # fmt: skip
+    size = picture.stat().st_size
+    assert 0 < size < 150_000, f"{picture} has {size} bytes"
+    print(f"{picture.relative_to(ROOT)}: {size // 1000} KB")
+
+
+def terminal_page(written: bytes, folder: Path) -> Path:
+    subprocess.run(["npm", "pack", "--silent", XTERM], cwd=folder, check=True, capture_output=True)
+    archive = next(folder.glob("xterm-xterm-*.tgz"))
+    subprocess.run(["tar", "xzf", archive.name], cwd=folder, check=True)
+    page = folder / "terminal.html"
+    page.write_text(
+        f"""<!doctype html><meta charset="utf-8"><link rel="stylesheet" href="package/css/xterm.css">
+<style>body {{ margin: 0; background: #14171c }} #terminal {{ padding: 12px }}</style><div id="terminal"></div>
+<script src="package/lib/xterm.js"></script><script>
+const terminal = new Terminal({{ rows: {ROWS}, cols: {COLUMNS}, fontSize: 14, fontFamily: "DejaVu Sans Mono, monospace",
+  cursorInactiveStyle: "none", theme: {{ background: "#14171c", foreground: "#d6dae0", blue: "#6cb6ff", cyan: "#56d4dd" }} }});
+terminal.open(document.getElementById("terminal"));
+terminal.write(Uint8Array.from(atob("{base64.b64encode(written).decode()}"), c => c.charCodeAt(0)));
+</script>"""
+    )
+    return page
+
+
+def main() -> None:
+    program = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "target/release/qlora").resolve()
+    model = subprocess.run([ROOT / "scripts/demo-model.sh"], capture_output=True, text=True, check=True).stdout.split()[-1]
+    IMAGES.mkdir(exist_ok=True)
+    data = ROOT / "examples/data"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        rows = (data / "demo_heldout.jsonl").read_text().splitlines(keepends=True)
+        (folder / "heldout.jsonl").write_text("".join(rows[:4]))
+        (folder / "SmolLM2-135M-Instruct.gguf").symlink_to(model)
+        command = [str(program), "train", "SmolLM2-135M-Instruct.gguf", str(data / "demo_train.jsonl"), "--device", "cpu"]
+        options = {
+            "target-modules": "all-linear", "max-length": 256, "max-steps": STEPS, "per-device-train-batch-size": 1,
+            "gradient-accumulation-steps": 1, "learning-rate": "1e-3", "lr-scheduler-type": "cosine", "save-steps": 20,
+            "validation-file": "heldout.jsonl", "eval-steps": 10, "sample-every": 20, "sample-max-new-tokens": 32,
+        }  # fmt: skip
+        for key, value in options.items():
+            command += [f"--{key}", str(value)]
+        written = record(command, folder)
+        photograph(terminal_page(written, folder), IMAGES / "train.png", 880, 470)
+        photograph(folder / "output/report.html", IMAGES / "report.png", 960, 1900)
+
+
+if __name__ == "__main__":
+    main()
