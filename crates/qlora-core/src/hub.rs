@@ -1,4 +1,5 @@
 //! Models and data sets from the Hugging Face hub: only the files that are needed, into the cache that Hugging Face's libraries share.
+//! And models to it: [`push`].
 //!
 //! A snapshot is pinned to a commit: the file list of a revision gives the commit, and every file is taken from there, so
 //! that a push in between cannot mix two states.
@@ -6,6 +7,7 @@
 mod blobs;
 mod dataset;
 mod errors;
+mod push;
 mod settings;
 mod status;
 
@@ -26,6 +28,7 @@ use crate::source::hf::{INDEX, INDEX_OF_PICKLES, SINGLE, SINGLE_PICKLE, read_ind
 use crate::tokenizer::{MODEL_FILE, TOKENIZER_FILE as TOKENIZER};
 
 pub use dataset::{Choose, DatasetSnapshot, PARQUET_REVISION, dataset_snapshot};
+pub use push::{PushFile, PushOptions, PushStep, Pushed, files_of, push};
 use settings::{Kind, Settings};
 pub use status::HubStatus;
 
