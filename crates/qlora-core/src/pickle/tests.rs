@@ -102,8 +102,8 @@ fn damage_is_an_error_and_never_a_panic() {
         let whole = fixture(name);
         assert!(read_all(&whole));
         let mut refused = 0;
-        // Every third byte: all of them take minutes without optimization.
-        for at in (0..whole.len()).step_by(3) {
+        // Every eleventh byte: all of them take minutes without optimization.
+        for at in (0..whole.len()).step_by(11) {
             assert!(!read_all(&whole[..at]), "{name} cut to {at}");
             for change in [0x01, 0xff] {
                 let mut damaged = whole.clone();
@@ -112,7 +112,7 @@ fn damage_is_an_error_and_never_a_panic() {
             }
         }
         // The rest are changes of values.
-        assert!(refused > 300, "{name}: {refused}");
+        assert!(refused > 80, "{name}: {refused}");
     }
 }
 

@@ -195,6 +195,7 @@ fn tensors_that_do_not_fit_are_named() {
     fs::remove_file(path(index)).unwrap();
     fs::write(path("pytorch_model.bin"), "").unwrap();
     refused(&["pytorch_model.bin", "not a file of torch.save"]);
+    fs::remove_file(path(index)).unwrap();
     fs::rename(path("pytorch_model.bin"), path("consolidated.00.pth")).unwrap();
     refused(&["PyTorch's pickles only pytorch_model.bin"]);
     fs::remove_file(path("config.json")).unwrap();

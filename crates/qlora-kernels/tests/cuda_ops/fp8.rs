@@ -49,7 +49,14 @@ fn run(side: &Side, kind: Kind, case: &Case) -> Result<Results> {
         let (a, b) = (end..end + rank * inputs, end + rank * inputs..end + rank * (inputs + rows));
         end = b.end;
         let scale = 0.5 + index as f32;
-        slots.push((rank > 0).then_some(LoraSlot { a, b, rank, scale, stream: index as u64, kind: Default::default() }));
+        slots.push((rank > 0).then_some(LoraSlot {
+            a,
+            b,
+            rank,
+            scale,
+            stream: index as u64,
+            kind: Default::default(),
+        }));
     }
     let flat = side.vector(end.max(1), 0.0, 0.2);
     let members: Vec<Member> = (members.iter().zip(&weights).zip(&biases).zip(&slots))
@@ -233,8 +240,7 @@ fn groups_in_fp8_are_f64_over_the_same_roundings() {
             for members in GROUPS {
                 for (tokens, inputs) in [(1, 64), (37, 96), (130, 1024), (67, 1040)] {
                     for (residual, cached, split) in [(false, true, false), (true, false, false), (true, false, true)] {
-                        let case =
-                            Case { tokens, inputs, members, residual, dropout: None, cached, split, fp8: true };
+                        let case = Case { tokens, inputs, members, residual, dropout: None, cached, split, fp8: true };
                         let given = run(&Side::gpu(&device, dtype, 11), kind, &case).unwrap();
                         // Blocks that cross rows are dequantized first.
                         let direct = matches!(kind, Kind::Bits4(_)) && inputs.is_multiple_of(64);
@@ -275,8 +281,11 @@ fn dropout_in_fp8_is_that_of_16_bits() {
         };
         let run = |fp8| run(&Side::gpu(&device, Dtype::Bf16, 3), NF4, &Case { fp8, ..case }).unwrap();
         let (fp8, plain) = (run(true), run(false));
-        let errors =
-            [distance(&fp8.y, &wide(&plain.y)), distance(&fp8.dx, &wide(&plain.dx)), distance(&fp8.gradient, &wide(&plain.gradient))];
+        let errors = [
+            distance(&fp8.y, &wide(&plain.y)),
+            distance(&fp8.dx, &wide(&plain.dx)),
+            distance(&fp8.gradient, &wide(&plain.gradient)),
+        ];
         assert!(errors[0] < 0.06 && errors[1] < 0.06 && errors[2] < 0.012, "{errors:?}");
     }
 }
@@ -285,7 +294,8 @@ fn dropout_in_fp8_is_that_of_16_bits() {
 #[test]
 fn sizes_that_fp8_cannot_have_stay_in_16_bits() {
     let Some(device) = hopper() else { return };
-    for (inputs, members) in [(72, GROUPS[0]), (64, &[(40, 8, false)][..]), (64, &[(64, 8, false), (24, 0, true)][..])] {
+    for (inputs, members) in [(72, GROUPS[0]), (64, &[(40, 8, false)][..]), (64, &[(64, 8, false), (24, 0, true)][..])]
+    {
         let case =
             Case { tokens: 50, inputs, members, residual: true, dropout: None, cached: true, split: false, fp8: true };
         let run = |fp8| run(&Side::gpu(&device, Dtype::Bf16, 5), NF4, &Case { fp8, ..case }).unwrap();

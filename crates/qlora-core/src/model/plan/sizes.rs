@@ -243,22 +243,22 @@ impl Sizes {
         let gate_up = piece(padded(2 * mlp, rp[2]) + rp[2]);
         let up = match whole {
             true => 0,
-            false => {
-                live + gate_up + piece(padded(hidden, rp[2])) + weight(2) + shared3 + self.rounded(rows, hidden)
-            }
+            false => live + gate_up + piece(padded(hidden, rp[2])) + weight(2) + shared3 + self.rounded(rows, hidden),
         };
         let rp3 = if whole { 2 * rp[3] } else { rp[3] };
         let down = live
             + gate_up
             + piece(mlp + rp3)
             + shared2
-            + (weight(3) + self.rounded(rows, hidden)).max(shared3 + factors(hidden, mlp, 3) + if whole { 0 } else { piece(rp[3]) });
+            + (weight(3) + self.rounded(rows, hidden))
+                .max(shared3 + factors(hidden, mlp, 3) + if whole { 0 } else { piece(rp[3]) });
         let factors_b = |outputs: u64, group: usize| if choice.split { outputs * rp[group] * self.size } else { 0 };
         let mlp_input = live
             + gate_up
             + piece(hidden + rp[2])
             + shared3
-            + (weight(2) + factors_b(2 * mlp, 2) + self.rounded(rows, 2 * mlp)).max(shared2 + piece(hidden) + factors(2 * mlp, hidden, 2));
+            + (weight(2) + factors_b(2 * mlp, 2) + self.rounded(rows, 2 * mlp))
+                .max(shared2 + piece(hidden) + factors(2 * mlp, hidden, 2));
 
         // The first half: `mid` is gone.
         let live = held + attended - act(hidden);
@@ -270,7 +270,8 @@ impl Sizes {
         let shared0 = if shared1 > 0 { weight(0) } else { 0 };
         let input = after
             + act(padded(qkv, rp[0]) + hidden + rp[0])
-            + (weight(0) + factors_b(qkv, 0) + self.rounded(self.tokens, qkv) - shared0).max(act(hidden) + factors(qkv, hidden, 0));
+            + (weight(0) + factors_b(qkv, 0) + self.rounded(self.tokens, qkv) - shared0)
+                .max(act(hidden) + factors(qkv, hidden, 0));
         [recompute, up, down, mlp_input, out, attend, input].into_iter().max().unwrap_or(0)
             + self.by_member(self.tokens)
     }
