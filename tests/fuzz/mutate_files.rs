@@ -1,4 +1,4 @@
-//! Mutations that know a file's format: safetensors, GGUF, TOML.
+//! Mutations that know a file's format: safetensors, pickles, GGUF, TOML.
 
 use super::mutate::{self, Rng, below, chance, pick};
 
@@ -103,6 +103,17 @@ const VALUES: [&str; 26] = [
     "'\\d+('",
     "\"\\u0000\"",
 ];
+
+/// A file of `torch.save`: mostly changes before the tensors' bytes, which are most of the file.
+pub(crate) fn pickle(rng: &mut Rng, input: &[u8], other: &[u8]) -> Vec<u8> {
+    // The last pickle of the older layout, a list.
+    let end = input.windows(3).rposition(|bytes| bytes == b"\x80\x02]").unwrap_or(input.len());
+    let (program, rest) = input.split_at(end);
+    match chance(rng, 80) {
+        true => [mutate::bytes(rng, program, other), rest.to_vec()].concat(),
+        false => mutate::bytes(rng, input, other),
+    }
+}
 
 /// A TOML file: keys move between lines and sections, values change places; the syntax mostly stays right.
 pub(crate) fn toml(rng: &mut Rng, input: &[u8], other: &[u8]) -> Vec<u8> {

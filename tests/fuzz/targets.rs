@@ -45,6 +45,7 @@ pub(crate) fn all(folder: &Path) -> Result<Vec<Target>> {
         quantization_config(folder)?,
         gguf_model(folder, &seeds)?,
         gguf_tokenizer(folder)?,
+        pickled_model(folder)?,
         adapter_config(folder, &seeds)?,
         adapter_weights(folder, &seeds)?,
         trainer_state(folder, &seeds)?,
@@ -115,6 +116,23 @@ fn safetensors(folder: &Path, seeds: &Seeds) -> Result<Target> {
         run: Box::new(move |which, input| {
             put(&folders[which].join("model.safetensors"), input);
             HfDirectory::open(&folders[which]).is_ok_and(|source| read_all(&source))
+        }),
+    })
+}
+
+/// Both layouts of `torch.save`. The older one has no checksums, so that every change reaches the pickle machine.
+fn pickled_model(folder: &Path) -> Result<Target> {
+    let folder = copy(folder, "pickles", &fixtures().join("pickles/model"))?;
+    fs::remove_file(folder.join("model.safetensors"))?;
+    Ok(Target {
+        name: "pickles",
+        weight: 10,
+        files: vec![fixture("pickles/legacy/pytorch_model.bin")?, fixture("pickles/zip/pytorch_model.bin")?],
+        mutate: mutate_files::pickle,
+        passes: |input| input.starts_with(b"\x80\x02\x8a\x0a") || input.starts_with(b"PK\x03\x04"),
+        run: Box::new(move |_, input| {
+            put(&folder.join("pytorch_model.bin"), input);
+            HfDirectory::open(&folder).is_ok_and(|source| read_all(&source))
         }),
     })
 }

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use super::mutate;
 use super::mutate_files;
 use super::random_folder::{GENERATION, TEMPLATE};
-use super::seeds::{ROWS, Seeds, fixture};
+use super::seeds::{ROWS, Seeds, fixture, fixtures};
 use super::targets::{Target, copy, is_json, put, try_tokenizer};
 
 pub(crate) fn all(folder: &Path, seeds: &Seeds) -> Result<Vec<Target>> {
@@ -27,6 +27,7 @@ pub(crate) fn all(folder: &Path, seeds: &Seeds) -> Result<Vec<Target>> {
         model_config()?,
         generation_config(folder, seeds)?,
         tokenizer(folder, seeds)?,
+        sentencepiece(folder)?,
         tokenizer_config(folder, seeds)?,
         chat_template()?,
         rows(folder, seeds)?,
@@ -85,6 +86,26 @@ fn tokenizer(folder: &Path, seeds: &Seeds) -> Result<Target> {
         run: Box::new(move |_, input| {
             put(&path, input);
             Tokenizer::from_file(&path).is_ok_and(|tokenizer| try_tokenizer(&tokenizer))
+        }),
+    })
+}
+
+fn sentencepiece(folder: &Path) -> Result<Target> {
+    const KINDS: [&str; 5] = ["bpe", "gemma", "generic", "unigram", "plain"];
+    let mut folders = Vec::new();
+    for kind in KINDS {
+        folders.push(copy(folder, &format!("sentencepiece-{kind}"), &fixtures().join("sentencepiece").join(kind))?);
+    }
+    Ok(Target {
+        name: "tokenizer.model",
+        weight: 8,
+        files: folders.iter().map(|folder| fs::read(folder.join("tokenizer.model"))).collect::<Result<_, _>>()?,
+        mutate: mutate::bytes,
+        // The first field is a piece.
+        passes: |input| input.starts_with(b"\x0a"),
+        run: Box::new(move |which, input| {
+            put(&folders[which].join("tokenizer.model"), input);
+            Tokenizer::from_folder(&folders[which]).is_ok_and(|tokenizer| try_tokenizer(&tokenizer))
         }),
     })
 }

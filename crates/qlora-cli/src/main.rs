@@ -48,7 +48,8 @@ Examples:
   qlora train HuggingFaceTB/SmolLM2-135M-Instruct train.jsonl --learning-rate 1e-4
   qlora chat --adapter output
   qlora merge --adapter output --out model.gguf
-  qlora export --adapter output --type q4_k_m --out model.gguf --modelfile";
+  qlora export --adapter output --type q4_k_m --out model.gguf --modelfile
+  qlora push output me/my-adapter --private";
 
 #[derive(Subcommand)]
 enum Command {
@@ -59,6 +60,8 @@ enum Command {
     Merge(command::merge::Args),
     Export(command::export::Args),
     Quantize(command::quantize::Args),
+    #[cfg(feature = "hub")]
+    Push(command::push::Args),
     Inspect(command::inspect::Args),
     Compare(command::compare::Args),
     Data(command::data::Args),
@@ -81,6 +84,8 @@ fn main() -> ExitCode {
         Command::Merge(args) => command::merge::run(&args),
         Command::Export(args) => command::export::run(&args),
         Command::Quantize(args) => command::quantize::run(&args),
+        #[cfg(feature = "hub")]
+        Command::Push(args) => command::push::run(&args),
         Command::Inspect(args) => command::inspect::run(&args),
         Command::Compare(args) => command::compare::run(&args),
         Command::Data(args) => command::data::run(&args),

@@ -15,6 +15,16 @@ pub(crate) const LARGE: u64 = 512 << 20;
 
 /// The whole of a UTF-8 file of at most `limit` bytes.
 pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String> {
+    String::from_utf8(read_bytes(path, limit)?).map_err(|e| {
+        Error::format(
+            path,
+            format!("not UTF-8 text (byte {} is not part of a character)", e.utf8_error().valid_up_to()),
+        )
+    })
+}
+
+/// The whole of a file of at most `limit` bytes.
+pub(crate) fn read_bytes(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let metadata = fs::metadata(path).map_err(|e| Error::io(path, e))?;
     if !metadata.is_file() {
         return Err(Error::format(path, "not a regular file"));
@@ -29,12 +39,7 @@ pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String> {
     if bytes.len() as u64 > limit {
         return Err(too_large());
     }
-    String::from_utf8(bytes).map_err(|e| {
-        Error::format(
-            path,
-            format!("not UTF-8 text (byte {} is not part of a character)", e.utf8_error().valid_up_to()),
-        )
-    })
+    Ok(bytes)
 }
 
 /// A JSON object from a file of at most `limit` bytes.

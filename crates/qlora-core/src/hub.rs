@@ -1,4 +1,5 @@
 //! Models and data sets from the Hugging Face hub: only the files that are needed, into the cache that Hugging Face's libraries share.
+//! And models to it: [`push`].
 //!
 //! A snapshot is pinned to a commit: the file list of a revision gives the commit, and every file is taken from there, so
 //! that a push in between cannot mix two states.
@@ -6,6 +7,7 @@
 mod blobs;
 mod dataset;
 mod errors;
+mod push;
 mod settings;
 mod status;
 
@@ -22,9 +24,11 @@ use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::open::OpenOptions;
 use crate::source::gguf::split::part_names;
-use crate::source::hf::{INDEX, SINGLE, read_index};
+use crate::source::hf::{INDEX, INDEX_OF_PICKLES, SINGLE, SINGLE_PICKLE, read_index};
+use crate::tokenizer::{MODEL_FILE, TOKENIZER_FILE as TOKENIZER};
 
 pub use dataset::{Choose, DatasetSnapshot, PARQUET_REVISION, dataset_snapshot};
+pub use push::{PushFile, PushOptions, PushStep, Pushed, files_of, push};
 use settings::{Kind, Settings};
 pub use status::HubStatus;
 
@@ -38,10 +42,11 @@ pub struct Snapshot {
 }
 
 const CONFIG: &str = "config.json";
-const TOKENIZER: &str = "tokenizer.json";
+/// The ways to store a model's weights: one file, or shards with an index. The first that a repository has is taken.
+const WEIGHTS: [(&str, &str); 2] = [(SINGLE, INDEX), (SINGLE_PICKLE, INDEX_OF_PICKLES)];
 
 /// Makes sure that the needed files of `id` (`org/name`) are in the cache: configuration, tokenizer, chat template and
-/// safetensors, or the one `file` that is named (a GGUF file, or `config.json` alone). Files that are there are not downloaded
+/// safetensors (PyTorch's pickles where there are none), or the one `file` that is named (a GGUF file, or `config.json` alone). Files that are there are not downloaded
 /// again, whatever commit they came with.
 ///
 /// If the hub cannot be reached, has a problem (429, 5xx) or no longer takes the token, and the cache has all files of the
@@ -60,7 +65,7 @@ pub fn snapshot(id: &str, file: Option<&str>, options: &OpenOptions) -> Result<S
 /// cache, with the tokenizer and chat template beside them where there are some. The snapshot's folder is the adapter's.
 ///
 /// # Errors
-/// As [`snapshot`]; also if the folder's name is not one, or the adapter is a Python pickle.
+/// As [`snapshot`]; also if the folder's name is not one.
 pub fn adapter_snapshot(id: &str, subfolder: Option<&str>, options: &OpenOptions) -> Result<Snapshot> {
     let settings = Settings::new(options, environment)?;
     adapter_snapshot_with(id, subfolder, &settings)
@@ -150,10 +155,12 @@ enum Wanted<'a> {
     Data(&'a Choose<'a>),
 }
 
-/// The files of an adapter.
-fn adapter_files(subfolder: Option<&str>) -> [String; 2] {
+/// The files of an adapter; its weights are in a pickle if only that is there.
+fn adapter_files(subfolder: Option<&str>, is_there: impl Fn(&str) -> bool) -> [String; 2] {
     let prefix = subfolder.map_or_else(String::new, |folder| format!("{folder}/"));
-    [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE].map(|name| format!("{prefix}{name}"))
+    let [config, weights, pickle] =
+        [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE, adapter::PICKLE_FILE].map(|name| format!("{prefix}{name}"));
+    [config, if !is_there(&weights) && is_there(&pickle) { pickle } else { weights }]
 }
 
 /// A file, and the other parts of the GGUF model that it is a part of.
@@ -193,8 +200,10 @@ impl Request<'_> {
         let need = |name: &str| if folder.join(name).is_file() { Ok(()) } else { Err(format!("{name} is missing")) };
         match self.wanted {
             Wanted::File(file) => parts_of(file).iter().try_for_each(|file| need(file))?,
-            Wanted::Adapter(subfolder) => adapter_files(subfolder).iter().try_for_each(|file| need(file))?,
-            Wanted::Tokenizer => need(TOKENIZER)?,
+            Wanted::Adapter(subfolder) => {
+                adapter_files(subfolder, |file| need(file).is_ok()).iter().try_for_each(|file| need(file))?;
+            }
+            Wanted::Tokenizer => need(TOKENIZER).or_else(|missing| need(MODEL_FILE).map_err(|_| missing))?,
             Wanted::Data(choose) => {
                 let files = dataset::cached_files(&folder);
                 let chosen = choose(&files, &|name| Ok(folder.join(name))).map_err(|error| error.to_string())?;
@@ -204,11 +213,12 @@ impl Request<'_> {
             Wanted::Model { tokenizer } => {
                 need(CONFIG)?;
                 if tokenizer {
-                    need(TOKENIZER)?;
+                    need(TOKENIZER).or_else(|missing| need(MODEL_FILE).map_err(|_| missing))?;
                 }
-                if need(SINGLE).is_err() {
-                    need(INDEX).map_err(|_| format!("{SINGLE} and {INDEX} are missing"))?;
-                    let index = read_index(&folder.join(INDEX)).map_err(|error| error.to_string())?;
+                let here = |&&(single, index): &&(&str, &str)| need(single).is_ok() || need(index).is_ok();
+                let (single, index) = WEIGHTS.iter().find(here).ok_or(format!("{SINGLE} and {INDEX} are missing"))?;
+                if need(single).is_err() {
+                    let index = read_index(&folder.join(index)).map_err(|error| error.to_string())?;
                     index.values().try_for_each(|shard| need(shard))?;
                 }
             }
@@ -246,7 +256,7 @@ impl Request<'_> {
                 parts.iter().try_for_each(|part| get.file(part))?;
             }
             Wanted::Adapter(subfolder) => {
-                let wanted = adapter_files(subfolder);
+                let wanted = adapter_files(subfolder, |file| files.contains(&file));
                 if let Some(missing) = wanted.iter().find(|file| !files.contains(&file.as_str())) {
                     return Err(self.lacks(&files, missing));
                 }
@@ -275,25 +285,26 @@ impl Request<'_> {
     /// Small files first: a model that is not supported is refused before its weights are downloaded.
     fn download_folder(&self, files: &[&str], get: &Downloads<'_>, tokenizer: bool) -> Result<()> {
         let has = |name: &str| files.contains(&name);
-        let needed = [Some(CONFIG), tokenizer.then_some(TOKENIZER)];
+        let vocabulary = if has(TOKENIZER) || !has(MODEL_FILE) { TOKENIZER } else { MODEL_FILE };
+        let needed = [Some(CONFIG), tokenizer.then_some(vocabulary)];
         if let Some(missing) = needed.into_iter().flatten().find(|name| !has(name)) {
             return Err(self.lacks(files, missing));
         }
-        if !has(SINGLE) && !has(INDEX) {
+        let Some((single, index)) = WEIGHTS.into_iter().find(|(single, index)| has(single) || has(index)) else {
             return Err(self.lacks(files, "safetensors"));
-        }
+        };
         get.file(CONFIG)?;
         ModelConfig::from_json_file(get.folder.join(CONFIG))?;
         if tokenizer {
-            get.file(TOKENIZER)?;
+            get.file(vocabulary)?;
         }
         // Tokenizer, template and licence files, which accompany the model wherever it goes.
         files.iter().filter(|name| is_companion(name)).try_for_each(|name| get.file(name))?;
-        if has(SINGLE) {
-            return get.file(SINGLE);
+        if has(single) {
+            return get.file(single);
         }
-        get.file(INDEX)?;
-        let index = read_index(&get.folder.join(INDEX))?;
+        get.file(index)?;
+        let index = read_index(&get.folder.join(index))?;
         let mut shards: Vec<&str> = index.values().map(String::as_str).collect();
         shards.sort_unstable();
         shards.dedup();
@@ -307,10 +318,10 @@ impl Request<'_> {
     }
 
     fn download_tokenizer(&self, files: &[&str], get: &Downloads<'_>) -> Result<()> {
-        if !files.contains(&TOKENIZER) {
+        let Some(vocabulary) = [TOKENIZER, MODEL_FILE].into_iter().find(|name| files.contains(name)) else {
             return Err(self.lacks(files, TOKENIZER));
-        }
-        get.file(TOKENIZER)?;
+        };
+        get.file(vocabulary)?;
         files.iter().filter(|name| is_companion(name)).try_for_each(|name| get.file(name))
     }
 
@@ -320,11 +331,7 @@ impl Request<'_> {
         let ggufs: Vec<&str> = files.iter().copied().filter(|file| file.ends_with(".gguf")).collect();
         let adapters: Vec<&str> = files.iter().filter_map(|file| file.strip_suffix("/adapter_config.json")).collect();
         let hint = if let Wanted::Adapter(_) = self.wanted {
-            if has("adapter_model.bin") {
-                "; its adapter is a Python pickle, which is not read: PeftModel.from_pretrained(base, id).save_pretrained(folder) \
-                 converts it"
-                    .to_owned()
-            } else if !adapters.is_empty() {
+            if !adapters.is_empty() {
                 format!("; adapters are in its folders {}: name one as subfolder", adapters.join(", "))
             } else {
                 "; it is not an adapter of PEFT".to_owned()
@@ -334,9 +341,7 @@ impl Request<'_> {
         } else if has("adapter_config.json") {
             "; it is an adapter: open the model it was trained on, and load the adapter separately".to_owned()
         } else if name == "safetensors" && (has(".bin") || has(".pth")) {
-            "; it has PyTorch pickles, which are not read: convert them with save_pretrained in transformers".to_owned()
-        } else if name == TOKENIZER && has("tokenizer.model") {
-            "; tokenizer.model alone is not read: AutoTokenizer.from_pretrained(...).save_pretrained(...) converts it"
+            "; of PyTorch's pickles only pytorch_model.bin and shards with pytorch_model.bin.index.json are read"
                 .to_owned()
         } else {
             String::new()

@@ -24,6 +24,7 @@ pub mod model;
 pub mod modelfile;
 pub mod nn;
 pub mod open;
+mod pickle;
 pub mod quantized_checkpoint;
 pub mod safetensors_file;
 pub mod safetensors_stream;

@@ -1,9 +1,12 @@
-//! Text to token ids and back: Hugging Face's `tokenizer.json`, or the vocabulary inside a GGUF file.
+//! Text to token ids and back: Hugging Face's `tokenizer.json`, SentencePiece's `tokenizer.model` where that stands alone, or the
+//! vocabulary inside a GGUF file.
 
 mod added;
 mod gguf;
 mod guard;
 mod json;
+mod model_proto;
+mod sentencepiece;
 mod stream;
 
 use std::fmt;
@@ -47,31 +50,36 @@ pub struct Piece {
     pub bytes: Range<usize>,
 }
 
+/// The file that most models have.
+pub(crate) const TOKENIZER_FILE: &str = "tokenizer.json";
+/// SentencePiece's, which older models have alone.
+pub(crate) const MODEL_FILE: &str = "tokenizer.model";
+
 /// Advice for a model whose own tokenizer is missing or not known, as the end of a message.
 const BY_HAND: &str = "; another folder or hub id with the model's tokenizer.json can be given (`--tokenizer`, or \
                        `tokenizer_name_or_path` in [model])";
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` of a model folder, and the special tokens from `tokenizer_config.json` or
+    /// Reads `tokenizer.json` of a model folder (where there is none, `tokenizer.model`, to the tokenizer that transformers makes of
+    /// it), and the special tokens from `tokenizer_config.json` or
     /// `special_tokens_map.json`. Tokens that only these files (or `added_tokens.json`) know are added as transformers adds
     /// them.
     ///
     /// # Errors
-    /// If there is no `tokenizer.json`, or a file is damaged.
+    /// If there is neither file, or one is damaged.
     pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
-        let path = folder.join("tokenizer.json");
-        if !path.exists() {
-            let hint = if folder.join("tokenizer.model").exists() {
-                "; tokenizer.model alone is not read: AutoTokenizer.from_pretrained(...).save_pretrained(...) writes the file"
-            } else {
-                ""
-            };
-            return Err(Error::format(folder, format!("tokenizer.json is missing{hint}{BY_HAND}")));
-        }
-        let Self { mut inner, special, .. } = Self::from_file(&path)?;
-        added::complete(&mut inner, folder)?;
-        let mut tokenizer = Self::new(inner, special);
+        let [path, model] = [TOKENIZER_FILE, MODEL_FILE].map(|name| folder.join(name));
+        let mut tokenizer = if path.exists() {
+            let Self { mut inner, special, .. } = Self::from_file(&path)?;
+            added::complete(&mut inner, folder, &Map::new())?;
+            added::note_unused_options(&inner, folder)?;
+            Self::new(inner, special)
+        } else if model.exists() {
+            Self::from_sentencepiece(&model, folder)?
+        } else {
+            return Err(Error::format(folder, format!("tokenizer.json is missing{BY_HAND}")));
+        };
         for name in ["special_tokens_map.json", "tokenizer_config.json"] {
             let path = folder.join(name);
             if path.exists() {
@@ -79,6 +87,19 @@ impl Tokenizer {
             }
         }
         Ok(tokenizer)
+    }
+
+    /// The tokenizer of `model`, a `tokenizer.model`, with the configuration beside it in `folder`.
+    fn from_sentencepiece(model: &Path, folder: &Path) -> Result<Self> {
+        let damaged = |message: String| Error::format(model, message);
+        let mut config = added::config_of(folder)?;
+        sentencepiece::remark(&config, folder);
+        let bytes = file::read_bytes(model, sentencepiece::MAX_FILE)?;
+        let family = sentencepiece::model_type(folder);
+        let (mut inner, special) = sentencepiece::build(&bytes, &mut config, family.as_deref()).map_err(damaged)?;
+        added::complete(&mut inner, folder, &config)?;
+        sentencepiece::add_template(&mut inner, &config).map_err(damaged)?;
+        Ok(Self::new(inner, special))
     }
 
     /// Reads a `tokenizer.json`. Roles of special tokens are not in that file: [`Tokenizer::from_folder`] finds them.

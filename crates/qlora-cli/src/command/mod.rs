@@ -12,6 +12,8 @@ pub(crate) mod generate;
 pub(crate) mod init;
 pub(crate) mod inspect;
 pub(crate) mod merge;
+#[cfg(feature = "hub")]
+pub(crate) mod push;
 pub(crate) mod quantize;
 mod run_args;
 pub(crate) mod train;

@@ -9,6 +9,7 @@ mod chat;
 mod data_kinds;
 mod errors;
 mod export;
+mod push;
 #[cfg(target_os = "linux")]
 mod terminal;
 #[cfg(target_os = "linux")]

@@ -8,7 +8,8 @@ use std::fmt::Write;
 /// Marks a card as written here, so that it may be replaced.
 const MARK: &str = "<!-- Written by qlora at every save. Remove this line to keep your changes. -->";
 
-pub(super) fn is_ours(text: &str) -> bool {
+/// Whether a model card was written by [`save`](super::save), which replaces it at every save.
+pub fn is_ours(text: &str) -> bool {
     text.contains(MARK)
 }
 

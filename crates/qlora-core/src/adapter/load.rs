@@ -3,7 +3,8 @@
 use super::config_file::{self, AdapterConfig};
 use super::keys::{AdapterFile, foreign_prefix, wrong_shape};
 use super::kinds::AdapterKinds;
-use super::{CONFIG_FILE, HEAD_TENSOR, WEIGHTS_FILE};
+use super::weights::Weights;
+use super::{CONFIG_FILE, HEAD_TENSOR};
 use crate::config::ModelConfig;
 use crate::lora::{AdapterLayout, Entry, LoraConfig, ModuleFilter, TargetModules};
 use crate::{Error, Result};
@@ -32,17 +33,19 @@ pub struct Adapter {
 pub fn load(dir: impl AsRef<Path>, model: &ModelConfig) -> Result<Adapter> {
     let dir = dir.as_ref();
     let config = read_config(dir)?;
-    assemble(dir, config, &read_file(&dir.join(WEIGHTS_FILE))?, model)
+    let (path, weights) = Weights::open(dir)?;
+    assemble(&path, config, &weights, model)
 }
 
-/// The adapter of these options and this tensor file; `dir` is for messages.
-pub(super) fn assemble(dir: &Path, mut config: AdapterConfig, file: &[u8], model: &ModelConfig) -> Result<Adapter> {
+/// The adapter of these options and this tensor file; `path`, of a file in the adapter's folder, is for messages.
+pub(super) fn assemble(path: &Path, mut config: AdapterConfig, file: &[u8], model: &ModelConfig) -> Result<Adapter> {
+    let dir = path.parent().unwrap_or(path);
     drop_unmatched(&mut config.lora, model, dir);
     // On a model whose tables are two it has no effect.
     config.lora.ensure_weight_tying &= model.tie_word_embeddings;
     let layout = AdapterLayout::for_model(&config.lora, model).map_err(|error| prefixed(dir, error))?;
     let mut weights = vec![0.0; layout.len()];
-    fill(&dir.join(WEIGHTS_FILE), file, &config.lora, &layout, &mut weights)?;
+    fill(path, file, &config.lora, &layout, &mut weights)?;
     Ok(Adapter { config, layout, weights })
 }
 
@@ -76,8 +79,8 @@ pub fn load_into(dir: impl AsRef<Path>, config: &LoraConfig, layout: &AdapterLay
             format!("the adapter has {}, but this run has {}", text(&saved), text(config)),
         ));
     }
-    let path = dir.join(WEIGHTS_FILE);
-    fill(&path, &read_file(&path)?, config, layout, flat)
+    let (path, weights) = Weights::open(dir)?;
+    fill(&path, &weights, config, layout, flat)
 }
 
 /// Reads the options of the adapter in the folder `dir`, and which base model it names, for training; [`read_any_config`] reads
@@ -131,13 +134,8 @@ pub(super) fn missing(path: &Path, error: io::Error) -> Error {
     if error.kind() != io::ErrorKind::NotFound {
         return Error::io(path, error);
     }
-    let pickle = path.with_file_name("adapter_model.bin");
-    let hint = if path.ends_with(WEIGHTS_FILE) && pickle.exists() {
-        "not found; adapter_model.bin is a Python pickle, which is not read: load it with PEFT and save it again \
-         (PeftModel.from_pretrained(base, folder).save_pretrained(new_folder))"
-    } else {
-        "not found; an adapter folder holds adapter_config.json and adapter_model.safetensors"
-    };
+    let hint =
+        "not found; an adapter folder holds adapter_config.json and adapter_model.safetensors (or adapter_model.bin)";
     Error::io(path, io::Error::new(io::ErrorKind::NotFound, hint))
 }
 

@@ -5,7 +5,7 @@
 //! F32, F16 or BF16; the header's metadata is `{"format": "pt"}`. Source: PEFT 0.21.2 (`save_pretrained`). PEFT loads
 //! what [`save`] writes; [`load`] takes what PEFT writes, and is strict: a missing or superfluous tensor, a wrong
 //! shape, a number that is not finite, or an option that would change the result and is not supported is an error,
-//! never a warning.
+//! never a warning. Where the tensors lie in a pickle, `adapter_model.bin`, as PEFT wrote before 0.6, they are read from there.
 //!
 //! [`load`] and [`save`] are for adapters that are trained: LoRA and DoRA on linear layers of the blocks, rows of tokens, and a whole
 //! embedding or head. [`open`] and
@@ -26,7 +26,9 @@ mod save;
 #[cfg(test)]
 mod tests;
 mod trained_over;
+mod weights;
 
+pub use card::is_ours as is_generated_card;
 pub use config_file::AdapterConfig;
 pub use kinds::{AdapterKinds, TrainedBias};
 pub use load::{Adapter, load, load_into, read_any_config, read_config};
@@ -35,6 +37,8 @@ pub use peft::{LoraModule, PeftAdapter, Replaced, TokenRows, open_folder};
 pub(crate) use resized::resize;
 pub use save::{AdapterDtype, SaveOptions, save};
 pub use trained_over::TrainedOver;
+#[cfg(feature = "hub")]
+pub(crate) use weights::PICKLE_FILE;
 
 /// The name of the file with the options.
 pub const CONFIG_FILE: &str = "adapter_config.json";

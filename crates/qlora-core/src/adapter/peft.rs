@@ -18,15 +18,15 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use half::{bf16, f16};
-use qlora_kernels::mapped::MappedFile;
 use qlora_kernels::weight::PlainData;
 use safetensors::Dtype;
 
+use super::CONFIG_FILE;
 use super::config_file::{self, AdapterConfig};
 use super::keys::{AdapterFile, wrong_shape};
 use super::kinds::{AdapterKinds, EMBEDDING, HEAD, TrainedBias};
-use super::load::{difference, missing, read_file};
-use super::{CONFIG_FILE, WEIGHTS_FILE};
+use super::load::{difference, read_file};
+use super::weights::Weights;
 use crate::config::ModelConfig;
 use crate::lora::LinearModule;
 use crate::{Error, Result};
@@ -107,8 +107,7 @@ pub fn open_folder(dir: impl AsRef<Path>, model: &ModelConfig) -> Result<PeftAda
     let dir = dir.as_ref();
     let path = dir.join(CONFIG_FILE);
     let (config, kinds) = config_file::parse_any(&path, &read_file(&path)?)?;
-    let path = dir.join(WEIGHTS_FILE);
-    let file = MappedFile::open(&path).map_err(|error| missing(&path, error))?;
+    let (path, file) = Weights::open(dir)?;
     assemble(&path, config, kinds, &file, model)
 }
 

@@ -224,6 +224,35 @@ fn licences_come_along_and_a_tokenizer_is_downloaded_alone() {
 }
 
 #[test]
+fn pickles_are_downloaded_where_there_is_nothing_else() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures");
+    let read = |name: &str| fs::read(fixtures.join(name)).unwrap();
+    let mut hub = model();
+    hub.files.retain(|name, _| name.starts_with("tokenizer"));
+    hub.files.insert("config.json".to_owned(), read("pickles/model/config.json"));
+    for sharded in [false, true] {
+        let mut hub = hub.clone();
+        let names: &[&str] = match sharded {
+            false => &["zip/pytorch_model.bin"],
+            true => &[
+                "sharded/pytorch_model-00001-of-00002.bin",
+                "sharded/pytorch_model-00002-of-00002.bin",
+                "sharded/pytorch_model.bin.index.json",
+            ],
+        };
+        for name in names {
+            hub.files.insert(name.split_once('/').unwrap().1.to_owned(), read(&format!("pickles/{name}")));
+        }
+        let cache = tempfile::tempdir().unwrap();
+        let server = Server::start(hub);
+        let settings = settings(&server.endpoint, cache.path(), None);
+        let snapshot = snapshot_with("org/name", None, &settings).unwrap();
+        crate::source::HfDirectory::open(&snapshot.folder).unwrap();
+        assert_eq!(snapshot_with("org/name", None, &Settings { offline: true, ..settings }).unwrap(), snapshot);
+    }
+}
+
+#[test]
 fn a_model_is_opened_by_its_id() {
     let cache = tempfile::tempdir().unwrap();
     let server = Server::start(model());
@@ -292,7 +321,9 @@ fn what_is_not_there_is_named() {
     assert!(without(&["tokenizer.json"]).contains("has no tokenizer.json; name one of its GGUF files"));
     assert!(without(&["tokenizer.json", "q/tiny.gguf"]).contains("has no tokenizer.json"));
     assert!(without(&["model-00001-of-00003.safetensors"]).contains("has no model-00001-of-00003.safetensors"));
-    assert!(without(&["model.safetensors.index.json", "q/tiny.gguf"]).contains("PyTorch pickles"));
+    assert!(
+        without(&["model.safetensors.index.json", "q/tiny.gguf", "pytorch_model.bin"]).contains("has no safetensors")
+    );
     let error = refused(Hub { statuses: vec![("revision/main", 500)], ..model() }, None);
     assert!(error.contains("try again later"), "{error}");
     let error = refused(Hub { commit: Some("../../x"), ..model() }, None);
@@ -484,8 +515,9 @@ fn an_adapter_is_two_files_possibly_in_a_folder() {
     for beside in ["tokenizer.json", "b/chat_template.jinja", "b/additional_chat_templates/tool_use.jinja"] {
         assert_eq!(fs::read_to_string(top.folder.join(beside)).unwrap(), beside);
     }
-    let error = adapter_snapshot_with("org/name", Some("old"), &settings).unwrap_err().to_string();
-    assert!(error.contains("old/adapter_model.safetensors") && error.contains("pickle"), "{error}");
+    // An old one has its weights in a pickle.
+    let old = adapter_snapshot_with("org/name", Some("old"), &settings).unwrap();
+    assert_eq!(fs::read_to_string(old.folder.join(adapter::PICKLE_FILE)).unwrap(), "old/adapter_model.bin");
     for wrong in ["..", "a/../b", "", "/a", "a\\b"] {
         let error = adapter_snapshot_with("org/name", Some(wrong), &settings).unwrap_err().to_string();
         assert!(error.contains("not the name of a folder"), "{wrong}: {error}");
@@ -493,6 +525,7 @@ fn an_adapter_is_two_files_possibly_in_a_folder() {
     // Offline, from the cache.
     let offline = Settings { offline: true, ..settings };
     assert_eq!(adapter_snapshot_with("org/name", Some("b"), &offline).unwrap(), sub);
+    assert_eq!(adapter_snapshot_with("org/name", Some("old"), &offline).unwrap(), old);
     assert!(adapter_snapshot_with("org/name", Some("c"), &offline).is_err());
 }
 

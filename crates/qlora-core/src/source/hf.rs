@@ -1,4 +1,5 @@
-//! A folder as `save_pretrained` writes it: `config.json` with `model.safetensors`, or with shards and their index.
+//! A folder as `save_pretrained` writes it: `config.json` with `model.safetensors`, or with shards and their index; where it has
+//! neither, with the pickles of older versions, `pytorch_model.bin`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,6 +22,10 @@ use crate::spec::HEAD_WEIGHT as HEAD;
 pub(crate) const SINGLE: &str = "model.safetensors";
 /// The file that says which shard holds which tensor.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
+/// The same of pickles.
+pub(crate) const SINGLE_PICKLE: &str = "pytorch_model.bin";
+/// The same of pickles.
+pub(crate) const INDEX_OF_PICKLES: &str = "pytorch_model.bin.index.json";
 
 /// A model folder in Hugging Face's layout, in bf16, f16 or f32, or quantized by one of the methods of
 /// [`CheckpointQuantization`].
@@ -58,7 +63,7 @@ impl HfDirectory {
             Err(_) if options.is_object() => ModelConfig::from_json(&Value::Object(map).to_string(), &path)?,
             _ => ModelConfig::from_json(&text, &path)?,
         };
-        let (index, files) = weight_files(&folder)?;
+        let WeightFiles { index, files, listed_in } = weight_files(&folder)?;
         let shards: Vec<Shard> = files.iter().map(|name| Shard::open(folder.join(name))).collect::<Result<_>>()?;
         let mut tensors = BTreeMap::new();
         let mut unlisted = Vec::new();
@@ -78,7 +83,7 @@ impl HfDirectory {
             }
         }
         if let Some(mapped) = &index {
-            check_index(mapped, &files, &shards, &unlisted, config.tie_word_embeddings)?;
+            check_index(mapped, listed_in, &files, &shards, &unlisted, config.tie_word_embeddings)?;
         }
         Self {
             folder,
@@ -214,26 +219,35 @@ impl WeightSource for HfDirectory {
     }
 }
 
-/// The index, if the model is sharded, and the sorted names of the weight files.
-type WeightFiles = (Option<BTreeMap<String, String>>, Vec<String>);
+struct WeightFiles {
+    /// Tensors to shards, if the model is sharded.
+    index: Option<BTreeMap<String, String>>,
+    /// The sorted names.
+    files: Vec<String>,
+    /// The index's name, for messages.
+    listed_in: &'static str,
+}
 
+/// The first of the four ways to store weights that the folder has.
 fn weight_files(folder: &Path) -> Result<WeightFiles> {
-    if folder.join(SINGLE).exists() {
-        return Ok((None, vec![SINGLE.to_owned()]));
+    for (single, index) in [(SINGLE, INDEX), (SINGLE_PICKLE, INDEX_OF_PICKLES)] {
+        if folder.join(single).exists() {
+            return Ok(WeightFiles { index: None, files: vec![single.to_owned()], listed_in: index });
+        }
+        let path = folder.join(index);
+        if path.exists() {
+            let map = read_index(&path)?;
+            let mut files: Vec<String> = map.values().cloned().collect();
+            files.sort_unstable();
+            files.dedup();
+            return Ok(WeightFiles { index: Some(map), files, listed_in: index });
+        }
     }
-    let path = folder.join(INDEX);
-    if !path.exists() {
-        return Err(no_weights(folder));
-    }
-    let index = read_index(&path)?;
-    let mut files: Vec<String> = index.values().cloned().collect();
-    files.sort_unstable();
-    files.dedup();
-    Ok((Some(index), files))
+    Err(no_weights(folder))
 }
 
 /// Reads the index that assigns tensors to shards. Shard names must be plain file names: an index cannot point outside
-/// its folder.
+/// its folder, nor to a pickle unless it is one of pickles.
 pub(crate) fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     let object = file::read_object(path, LARGE)?;
     let Some(Value::Object(map)) = object.get("weight_map") else {
@@ -242,13 +256,14 @@ pub(crate) fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     if map.is_empty() {
         return Err(Error::format(path, "weight_map is empty"));
     }
+    let end = if path.ends_with(INDEX_OF_PICKLES) { ".bin" } else { ".safetensors" };
     let mut index = BTreeMap::new();
     for (name, value) in map {
         match value.as_str() {
-            Some(file) if is_plain_file_name(file) => index.insert(name.clone(), file.to_owned()),
+            Some(file) if is_plain_file_name(file, end) => index.insert(name.clone(), file.to_owned()),
             _ => {
                 let value = file::shown(value);
-                let message = format!("the shard of {name} is {value}, which is not the name of a .safetensors file");
+                let message = format!("the shard of {name} is {value}, which is not the name of a {end} file");
                 return Err(Error::format(path, message));
             }
         };
@@ -259,9 +274,9 @@ pub(crate) fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
 /// The longest name that file systems have, in bytes.
 const MAX_FILE_NAME: usize = 255;
 
-fn is_plain_file_name(name: &str) -> bool {
+fn is_plain_file_name(name: &str, end: &str) -> bool {
     name.len() <= MAX_FILE_NAME
-        && name.ends_with(".safetensors")
+        && name.ends_with(end)
         && !name.starts_with('.')
         && !name.contains(['/', '\\', ':', '\0'])
 }
@@ -270,6 +285,7 @@ fn is_plain_file_name(name: &str) -> bool {
 /// save models anew often list a tied head that they do not store.
 fn check_index(
     mapped: &BTreeMap<String, String>,
+    index: &str,
     files: &[String],
     shards: &[Shard],
     unlisted: &[(String, usize)],
@@ -277,13 +293,13 @@ fn check_index(
 ) -> Result<()> {
     if let Some((name, number)) = unlisted.first() {
         let place = shards[*number].path().display();
-        return Err(Error::tensor(name, format!("in {place}, but not in {INDEX}")));
+        return Err(Error::tensor(name, format!("in {place}, but not in {index}")));
     }
     for (name, file) in mapped {
         let number = files.binary_search(file).expect("every file of the index was opened");
         let unneeded = ignorable(name) || (tied && name == HEAD);
         if shards[number].shape(name).is_none() && !unneeded {
-            let message = format!("missing in {}, where {INDEX} says it is", shards[number].path().display());
+            let message = format!("missing in {}, where {index} says it is", shards[number].path().display());
             return Err(Error::tensor(name, message));
         }
     }
@@ -345,7 +361,7 @@ fn no_weights(folder: &Path) -> Error {
     let hint = if has(&|name| name == "adapter_config.json") {
         "; this is an adapter: give the model it was trained on, and the adapter separately"
     } else if has(&|name| name.ends_with(".bin") || name.ends_with(".pth")) {
-        "; it has PyTorch pickles, which are not read: convert them with save_pretrained in transformers"
+        "; of PyTorch's pickles only pytorch_model.bin and shards with pytorch_model.bin.index.json are read"
     } else if has(&|name| name.starts_with("consolidated")) {
         "; it has weights in Mistral's own layout, which is not read: use the ones converted to Hugging Face's"
     } else if has(&|name| name.ends_with(".gguf")) {
@@ -363,7 +379,7 @@ mod tests {
     #[test]
     fn shard_names_cannot_leave_the_folder() {
         for name in ["model-00001-of-00002.safetensors", "a b.safetensors"] {
-            assert!(is_plain_file_name(name), "{name}");
+            assert!(is_plain_file_name(name, ".safetensors"), "{name}");
         }
         for name in [
             "",
@@ -375,7 +391,7 @@ mod tests {
             "x.bin",
             ".safetensors",
         ] {
-            assert!(!is_plain_file_name(name), "{name}");
+            assert!(!is_plain_file_name(name, ".safetensors"), "{name}");
         }
     }
 }

@@ -1,6 +1,6 @@
-//! One memory-mapped safetensors file.
+//! One memory-mapped file of weights: safetensors, or a pickle of PyTorch ([`crate::pickle`]).
 //!
-//! Layout: `u64` little-endian header length, a JSON header (name -> dtype, shape, byte range), then the tensors without
+//! safetensors: `u64` little-endian header length, a JSON header (name -> dtype, shape, byte range), then the tensors without
 //! gaps. Everything the header says is checked against the file's length before a tensor is read.
 
 use std::collections::HashMap;
@@ -15,27 +15,31 @@ use safetensors::tensor::{Metadata, TensorInfo};
 
 use super::{PlainTensor, StoredTensor};
 use crate::error::{Error, Result};
+use crate::pickle::{self, Place};
 
 /// The largest header that is read, as in safetensors.
 const MAX_HEADER: u64 = 100_000_000;
 
-/// A safetensors file with its parsed header.
+/// A file of weights with the places of its tensors.
 #[derive(Debug)]
 pub(super) struct Shard {
     path: PathBuf,
     file: MappedFile,
-    header: Metadata,
-    data_start: usize,
+    tensors: HashMap<String, Place>,
     /// Names that tensors go by, where the file calls them otherwise.
     renamed: HashMap<String, String>,
 }
 
 impl Shard {
-    /// Maps the file and checks its header.
+    /// Maps the file and checks where its tensors lie. A name that ends in `.bin` is a pickle's.
     pub(super) fn open(path: PathBuf) -> Result<Self> {
         let file = MappedFile::open(&path).map_err(|e| Error::io(&path, e))?;
-        let (header, data_start) = parse_header(&file).map_err(|message| Error::format(&path, message))?;
-        Ok(Self { path, file, header, data_start, renamed: HashMap::new() })
+        let tensors = match path.extension().is_some_and(|end| end == "bin") {
+            true => pickle::tensors(&file),
+            false => parse_header(&file).map(|(header, data_start)| places(&header, data_start)),
+        };
+        let tensors = tensors.map_err(|message| Error::format(&path, message))?;
+        Ok(Self { path, file, tensors, renamed: HashMap::new() })
     }
 
     /// Lets the tensor that the file calls `stored` go by `name`; a name that was given before is replaced.
@@ -44,11 +48,8 @@ impl Shard {
         self.renamed.insert(name.to_owned(), stored.to_owned());
     }
 
-    fn info(&self, name: &str) -> Option<&TensorInfo> {
-        match self.renamed.get(name) {
-            Some(stored) => self.header.info(stored),
-            None => self.header.info(name),
-        }
+    fn info(&self, name: &str) -> Option<&Place> {
+        self.tensors.get(self.renamed.get(name).map_or(name, String::as_str))
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -57,7 +58,7 @@ impl Shard {
 
     /// The tensors' names in the file, in no particular order.
     pub(super) fn stored_names(&self) -> impl Iterator<Item = String> {
-        self.header.tensors().into_keys()
+        self.tensors.keys().cloned()
     }
 
     pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
@@ -68,24 +69,31 @@ impl Shard {
         self.info(name).map(|info| info.dtype)
     }
 
-    /// The bytes of one tensor.
+    /// The bytes of one tensor, if they lie one after the other.
     pub(super) fn bytes(&self, name: &str) -> Option<&[u8]> {
-        let (start, end) = self.info(name)?.data_offsets;
-        Some(&self.file[self.data_start + start..self.data_start + end])
+        let place = self.info(name).filter(|place| place.strides.is_none())?;
+        Some(&self.file[place.start..place.start + place.len()])
     }
 
-    /// A plain tensor's place in the file.
+    /// A plain tensor's place in the file, if its elements lie one after the other.
     pub(super) fn stored(&self, name: &str) -> Option<StoredTensor<'_>> {
         let dtype = float(self.dtype(name)?)?;
-        let (start, end) = self.info(name)?.data_offsets;
-        Some(StoredTensor { bytes: self.file.bytes(self.data_start + start..self.data_start + end), dtype })
+        let place = self.info(name).filter(|place| place.strides.is_none())?;
+        Some(StoredTensor { bytes: self.file.bytes(place.start..place.start + place.len()), dtype })
     }
 
     /// Copies one tensor out of the file.
     pub(super) fn read(&self, name: &str) -> Result<PlainTensor> {
         let info = self.info(name).ok_or_else(|| Error::tensor(name, format!("not in {}", self.path.display())))?;
-        let Some(StoredTensor { bytes, dtype }) = self.stored(name) else {
-            return Err(unsupported_dtype(name, info.dtype, &self.path));
+        let Some(dtype) = float(info.dtype) else { return Err(unsupported_dtype(name, info.dtype, &self.path)) };
+        let Some(StoredTensor { bytes, .. }) = self.stored(name) else {
+            let bytes = info.gather(&self.file);
+            let data = match dtype {
+                Float::F32 => PlainData::F32(copied(&bytes)),
+                Float::Bf16 => PlainData::Bf16(copied(&bytes)),
+                Float::F16 => PlainData::F16(copied(&bytes)),
+            };
+            return Ok(PlainTensor { data, shape: info.shape.clone() });
         };
         let data = match dtype {
             Float::F32 => read::<f32>(bytes).map(PlainData::F32),
@@ -112,11 +120,25 @@ pub(super) fn unsupported_dtype(name: &str, dtype: Dtype, path: &Path) -> Error 
     Error::tensor(name, message)
 }
 
+fn copied<T: Pod>(bytes: &[u8]) -> Vec<T> {
+    let mut out = vec![T::zeroed(); bytes.len() / size_of::<T>()];
+    bytemuck::cast_slice_mut(&mut out).copy_from_slice(bytes);
+    out
+}
+
 fn read<T: Pod>(bytes: FileBytes) -> std::io::Result<Vec<T>> {
     const { assert!(cfg!(target_endian = "little"), "safetensors are little-endian") };
     let mut out = vec![T::zeroed(); bytes.len() / size_of::<T>()];
     bytes.read_at(0, bytemuck::cast_slice_mut(&mut out))?;
     Ok(out)
+}
+
+fn places(header: &Metadata, data_start: usize) -> HashMap<String, Place> {
+    let place = |(name, info): (String, &TensorInfo)| {
+        let (start, shape) = (data_start + info.data_offsets.0, info.shape.clone());
+        (name, Place { dtype: info.dtype, shape, start, strides: None })
+    };
+    header.tensors().into_iter().map(place).collect()
 }
 
 /// The header and where the data begins. Not `SafeTensors::read_metadata`: that adds lengths from the file unchecked.

@@ -17,28 +17,23 @@ const DECODER: &str = "added_tokens_decoder";
 /// The tokens with a role of their own; further keys that end in `_token` name tokens of one model.
 const NAMED: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
-/// Adds the tokens that the files beside `tokenizer.json` declare and it lacks.
+/// Adds the tokens that the files beside `tokenizer.json` declare and it lacks, and those of `roles` that no file names otherwise.
 ///
 /// # Errors
 /// If a file is damaged.
-pub(super) fn complete(tokenizer: &mut Tokenizer, folder: &Path) -> Result<()> {
-    let read = |name: &str| -> Result<Option<Map<String, Value>>> {
-        let path = folder.join(name);
-        path.exists().then(|| file::read_object(&path, SMALL)).transpose()
-    };
-    let mut config = read(CONFIG)?.unwrap_or_default();
+pub(super) fn complete(tokenizer: &mut Tokenizer, folder: &Path, roles: &Map<String, Value>) -> Result<()> {
+    let mut config = config_of(folder)?;
     let declared = match config.get(DECODER).and_then(Value::as_object) {
         Some(decoder) => by_id(decoder).map_err(|message| Error::format(folder.join(CONFIG), message))?,
-        None => {
-            let map = read("special_tokens_map.json")?.unwrap_or_default();
-            config.extend(map.into_iter().filter(|(_, value)| !value.is_null()));
-            match read("added_tokens.json")? {
-                Some(ids) => by_text(&ids, &special_texts(&config))
-                    .map_err(|message| Error::format(folder.join("added_tokens.json"), message))?,
-                None => BTreeMap::new(),
-            }
-        }
+        None => match read(folder, "added_tokens.json")? {
+            Some(ids) => by_text(&ids, &special_texts(&config))
+                .map_err(|message| Error::format(folder.join("added_tokens.json"), message))?,
+            None => BTreeMap::new(),
+        },
     };
+    for (key, value) in roles {
+        config.entry(key).or_insert_with(|| value.clone());
+    }
     let known: HashSet<AddedToken> = tokenizer.get_added_tokens_decoder().into_values().collect();
     let named = special_texts(&config);
     let mut texts: HashSet<String> = known.iter().map(|token| token.content.clone()).collect();
@@ -68,15 +63,15 @@ pub(super) fn complete(tokenizer: &mut Tokenizer, folder: &Path) -> Result<()> {
             );
         }
     }
-    note_unused_options(tokenizer, &config, folder);
     Ok(())
 }
 
 /// `add_bos_token` and `add_eos_token` mean nothing beside a `tokenizer.json`, whose post-processor counts (transformers drops
 /// them, too): worth a word where they say something else.
-fn note_unused_options(tokenizer: &Tokenizer, config: &Map<String, Value>, folder: &Path) {
+pub(super) fn note_unused_options(tokenizer: &Tokenizer, folder: &Path) -> Result<()> {
+    let config = config_of(folder)?;
     let encoding = |special: bool| tokenizer.encode_fast("a", special).map(|encoding| encoding.get_ids().to_vec());
-    let (Ok(without), Ok(with)) = (encoding(false), encoding(true)) else { return };
+    let (Ok(without), Ok(with)) = (encoding(false), encoding(true)) else { return Ok(()) };
     let token = |key: &str| text_of(config.get(key)?).and_then(|text| tokenizer.token_to_id(text));
     let adds_bos = with.first() != without.first() && with.first() == token("bos_token").as_ref();
     let adds_eos = with.last() != without.last() && with.last() == token("eos_token").as_ref();
@@ -90,6 +85,22 @@ fn note_unused_options(tokenizer: &Tokenizer, config: &Map<String, Value>, folde
             );
         }
     }
+    Ok(())
+}
+
+/// `tokenizer_config.json`; where it declares no tokens, with the roles of `special_tokens_map.json`.
+pub(super) fn config_of(folder: &Path) -> Result<Map<String, Value>> {
+    let mut config = read(folder, CONFIG)?.unwrap_or_default();
+    if !config.get(DECODER).is_some_and(Value::is_object) {
+        let map = read(folder, "special_tokens_map.json")?.unwrap_or_default();
+        config.extend(map.into_iter().filter(|(_, value)| !value.is_null()));
+    }
+    Ok(config)
+}
+
+fn read(folder: &Path, name: &str) -> Result<Option<Map<String, Value>>> {
+    let path = folder.join(name);
+    path.exists().then(|| file::read_object(&path, SMALL)).transpose()
 }
 
 /// `added_tokens_decoder`: ids to tokens.
@@ -132,7 +143,7 @@ fn special_texts(config: &Map<String, Value>) -> HashSet<String> {
     special_tokens(config).into_iter().map(|token| token.content).collect()
 }
 
-fn text_of(value: &Value) -> Option<&str> {
+pub(super) fn text_of(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value.get("content")?.as_str())
 }
 

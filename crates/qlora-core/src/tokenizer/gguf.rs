@@ -24,10 +24,10 @@ use super::SpecialTokens;
 use crate::source::gguf::{Vocabulary, VocabularyKind, token_type};
 
 /// SentencePiece's character for a space.
-const SPACE: &str = "\u{2581}";
+pub(super) const SPACE: &str = "\u{2581}";
 
 /// Longest token whose merges are derived; longer ones do not occur, and the work grows with the square.
-const MAX_TOKEN_CHARS: usize = 1024;
+pub(super) const MAX_TOKEN_CHARS: usize = 1024;
 
 pub(super) fn build(vocabulary: &Vocabulary<'_>) -> Result<(Tokenizer, SpecialTokens), String> {
     if vocabulary.tokens.is_empty() {

@@ -128,7 +128,9 @@ fn damaged_files_are_errors() {
     let path = folder.path().join("tokenizer.json");
     assert!(Tokenizer::from_folder(folder.path()).unwrap_err().to_string().contains("tokenizer.json is missing"));
     std::fs::write(folder.path().join("tokenizer.model"), "").unwrap();
-    assert!(Tokenizer::from_folder(folder.path()).unwrap_err().to_string().contains("save_pretrained"));
+    assert!(
+        Tokenizer::from_folder(folder.path()).unwrap_err().to_string().contains("tokenizer.model: it has no tokens")
+    );
     let good = std::fs::read_to_string(fixture("llama/tokenizer.json")).unwrap();
     for (from, to, message) in [
         ("{", "[", "not a tokenizer.json"),
@@ -173,5 +175,79 @@ fn hostile_vocabularies_are_errors() {
     ] {
         let error = gguf::build(&vocabulary).unwrap_err();
         assert!(error.contains(message), "{error}");
+    }
+}
+
+/// Ids by transformers (`scripts/fixtures/sentencepiece_models.py`).
+#[test]
+fn sentencepiece_models_alone_give_the_ids_of_transformers() {
+    let expected: Value =
+        serde_json::from_str(&std::fs::read_to_string(fixture("../sentencepiece/expected.json")).unwrap()).unwrap();
+    let mut texts = 0;
+    for (kind, expected) in expected.as_object().unwrap() {
+        let tokenizer = Tokenizer::from_folder(fixture("../sentencepiece").join(kind)).unwrap();
+        assert_eq!(tokenizer.vocab_size(), expected["size"].as_u64().unwrap() as usize, "{kind}");
+        let role = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id));
+        assert_eq!(role(tokenizer.special.bos).as_deref(), expected["bos"].as_str(), "{kind}");
+        assert_eq!(role(tokenizer.special.eos).as_deref(), expected["eos"].as_str(), "{kind}");
+        for row in expected["rows"].as_array().unwrap() {
+            let text = row["text"].as_str().unwrap();
+            let ids = |key: &str| -> Vec<u32> {
+                row[key].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+            };
+            assert_eq!(tokenizer.encode(text, false).unwrap(), ids("ids"), "{kind} {text:?}");
+            assert_eq!(tokenizer.encode(text, true).unwrap(), ids("with_special"), "{kind} {text:?}");
+            assert_eq!(
+                tokenizer.decode(&ids("ids"), false).unwrap(),
+                row["decoded"].as_str().unwrap(),
+                "{kind} {text:?}"
+            );
+            texts += 1;
+        }
+    }
+    assert_eq!(texts, 6 * 23);
+}
+
+#[test]
+fn damaged_sentencepiece_models_are_errors() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tokenizer.model");
+    let read = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).unwrap();
+        Tokenizer::from_folder(folder.path()).map_err(|error| error.to_string())
+    };
+    for kind in ["bpe", "unigram"] {
+        let good = std::fs::read(fixture("../sentencepiece").join(kind).join("tokenizer.model")).unwrap();
+        assert!(read(&good).is_ok());
+        for at in (0..good.len()).step_by(7) {
+            let _ = read(&good[..at]);
+            let mut damaged = good.clone();
+            damaged[at] ^= 0xff;
+            if let Ok(tokenizer) = read(&damaged) {
+                let _ = tokenizer.encode("the water \u{301}x", true);
+            }
+        }
+    }
+    for (bytes, message) in [
+        (&b"\x0a\xff\xff\xff\xff\x0f"[..], "cut short"),
+        (b"\x0a\x03\x0a\x01\xff", "not UTF-8"),
+        (b"\x0a\x03\x0a\x01a\x12\x02\x18\x03", "model type 3"),
+        (b"\x0a\x03\x0a\x01a\x0a\x03\x0a\x01a\x12\x02\x18\x02", "tokens 0 and 1 are equal"),
+        (b"\x0a\x08\x0a\x01a\x15\0\0\xc0\x7f", "score NaN"),
+        (b"\x0a\x02\x0a\0", "0 characters"),
+        (b"\x0b", "encoding 3"),
+        (b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", "more than ten bytes"),
+        (b"{\"version\": 1}", "SentencePiece"),
+    ] {
+        let error = read(bytes).unwrap_err();
+        assert!(error.contains(message) && error.contains("tokenizer.model"), "{}: {error}", bytes.escape_ascii());
+    }
+    let good = std::fs::read(fixture("../sentencepiece/bpe/tokenizer.model")).unwrap();
+    for (config, message) in [
+        (r#"{"tokenizer_class": "T5Tokenizer"}"#, "T5Tokenizer"),
+        (r#"{"add_bos_token": true, "bos_token": ""}"#, "add_bos_token"),
+    ] {
+        std::fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();
+        assert!(read(&good).unwrap_err().contains(message), "{config}");
     }
 }

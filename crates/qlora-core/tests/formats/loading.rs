@@ -194,7 +194,10 @@ fn tensors_that_do_not_fit_are_named() {
     refused(&["neither model.safetensors nor model.safetensors.index.json"]);
     fs::remove_file(path(index)).unwrap();
     fs::write(path("pytorch_model.bin"), "").unwrap();
-    refused(&["PyTorch pickles"]);
+    refused(&["pytorch_model.bin", "not a file of torch.save"]);
+    fs::remove_file(path(index)).unwrap();
+    fs::rename(path("pytorch_model.bin"), path("consolidated.00.pth")).unwrap();
+    refused(&["PyTorch's pickles only pytorch_model.bin"]);
     fs::remove_file(path("config.json")).unwrap();
     refused(&["config.json"]);
 }

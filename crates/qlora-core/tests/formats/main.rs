@@ -7,4 +7,5 @@ mod damage_set;
 mod damage_set_chat;
 mod damage_set_gguf;
 mod loading;
+mod pickles;
 mod quantized_loading;

@@ -13,7 +13,8 @@ use crate::objective::ObjectiveKind;
 const PREFERENCE: &str = "write `objective` in [training]: \"sft\" or \"dpo\"; there are no other objectives";
 const TRACKER: &str = "metrics go to metrics.jsonl in output_dir, from where scripts/sync_wandb.py and scripts/sync_mlflow.py take \
                        them; leave it out";
-const NO_HUB: &str = "nothing is uploaded; leave it out and upload the adapter's folder with `hf upload`";
+const NO_HUB: &str =
+    "nothing is uploaded; leave it out and upload the adapter afterwards with `qlora push OUTPUT_DIR OWNER/NAME`";
 const ONE_DEVICE: &str = "one device trains; leave it out, and choose the device by `device` in [model]";
 const SAVING: &str = "write `save_steps` in [training]; 0 saves one checkpoint at the end";
 

@@ -1,0 +1,143 @@
+//! `qlora push`.
+
+mod card;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use qlora::adapter;
+use qlora::hub::{PushFile, PushOptions, PushStep, files_of, push};
+use serde_json::json;
+
+use crate::output::{self, line};
+
+const CARD: &str = "README.md";
+
+/// Uploads a folder or a file to the Hugging Face hub: an adapter, a merged model, GGUF files.
+///
+/// The repository is made if it does not exist. Only files that differ are sent, and after a transfer that broke off the same command
+/// sends what is missing. Hidden files and the checkpoints of a run are left out. The access token, with the right to write, is that of
+/// HF_TOKEN, or the one that `hf auth login` stored.
+///
+/// A folder without README.md (or with one that `qlora train` wrote) gets a model card: base, data sets, how to use the model, options
+/// and losses of the run. `--dry-run` shows it.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  qlora push output me/my-adapter --private
+  qlora push merged me/my-model --base HuggingFaceTB/SmolLM2-135M-Instruct --license apache-2.0
+  qlora push model-q4_k_m.gguf me/my-model-GGUF
+  qlora push output me/my-adapter --dry-run")]
+pub(crate) struct Args {
+    /// The folder or file.
+    path: PathBuf,
+    /// The repository: owner/name; a name alone is one of the token's owner.
+    repo_id: String,
+    /// Makes a new repository a private one.
+    #[arg(long)]
+    private: bool,
+    /// The branch.
+    #[arg(long, default_value = "main")]
+    revision: String,
+    /// The commit's message.
+    #[arg(long, value_name = "TEXT")]
+    commit_message: Option<String>,
+    /// The licence in the model card, as the hub names it: apache-2.0, mit, llama3.2.
+    #[arg(long, value_name = "ID")]
+    license: Option<String>,
+    /// The base model in the model card; if not given, the one that the adapter names.
+    #[arg(long, value_name = "ID")]
+    base: Option<String>,
+    /// Writes no model card.
+    #[arg(long)]
+    no_card: bool,
+    /// Shows the files and the model card, and sends nothing.
+    #[arg(long)]
+    dry_run: bool,
+    /// Prints JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let mut files = files_of(&args.path)?;
+    if files.is_empty() {
+        bail!("{} holds no files to upload", args.path.display());
+    }
+    let card = if args.no_card { None } else { card_for(args, &files) };
+    // The folder stays as it is.
+    let place = tempfile::tempdir().context("a place for the model card")?;
+    if let Some(card) = &card {
+        let from = place.path().join(CARD);
+        fs::write(&from, card).with_context(|| from.display().to_string())?;
+        files.retain(|file| file.path != CARD);
+        files.push(PushFile::new(from, CARD));
+    }
+    if args.dry_run {
+        return plan(args, &files, card.as_deref());
+    }
+    let mut options = PushOptions::default();
+    options.private = args.private;
+    options.revision = Some(args.revision.clone());
+    options.commit_message.clone_from(&args.commit_message);
+    let bar = output::bar("Uploading", "{bytes} of {total_bytes}");
+    let pushed = push(&files, &args.repo_id, &options, &mut |step| match step {
+        PushStep::Hashing(file) => bar.set_message(file.to_owned()),
+        PushStep::Sending(bytes) => bar.set_length(bytes),
+        PushStep::Sent(_, bytes) => bar.inc(bytes),
+        PushStep::Again(what) => bar.suspend(|| output::remark(format!("{what}: trying again"))),
+        _ => {}
+    });
+    bar.finish_and_clear();
+    let pushed = pushed?;
+    if args.json {
+        return Ok(output::print_json(&json!({
+            "url": pushed.url, "commit": pushed.commit, "changed": pushed.changed, "unchanged": pushed.unchanged,
+            "ignored": pushed.ignored,
+        }))?);
+    }
+    for path in &pushed.ignored {
+        output::remark(format!("{path} is left out: the repository's .gitignore names it"));
+    }
+    match &pushed.commit {
+        Some(commit) => {
+            line!("{}: {} files in commit {commit}, {} unchanged", pushed.url, pushed.changed.len(), pushed.unchanged);
+        }
+        None => line!("{}: nothing to do, all {} files are there", pushed.url, pushed.unchanged),
+    }
+    Ok(())
+}
+
+/// The model card of a folder that has none of a person's.
+fn card_for(args: &Args, files: &[PushFile]) -> Option<String> {
+    let folder = if args.path.is_dir() { &*args.path } else { args.path.parent().unwrap_or(Path::new(".")) };
+    let own = files.iter().find(|file| file.path == CARD);
+    if own.is_some_and(|file| !fs::read_to_string(&file.from).is_ok_and(|text| adapter::is_generated_card(&text))) {
+        return None;
+    }
+    // A file alone may join a repository that has a card.
+    if !args.path.is_dir() && args.path.extension().is_none_or(|end| end != "gguf") {
+        return None;
+    }
+    let paths: Vec<String> = files.iter().map(|file| file.path.clone()).collect();
+    card::text(folder, &paths, &args.repo_id, args.license.as_deref(), args.base.as_deref())
+}
+
+fn plan(args: &Args, files: &[PushFile], card: Option<&str>) -> Result<()> {
+    let sizes = files.iter().map(|file| Ok((&file.path, fs::metadata(&file.from)?.len())));
+    let sizes: Vec<(&String, u64)> = sizes.collect::<std::io::Result<_>>()?;
+    if args.json {
+        let files: Vec<_> = sizes.iter().map(|(path, bytes)| json!({"path": path, "bytes": bytes})).collect();
+        return Ok(output::print_json(&json!({"repo_id": args.repo_id, "files": files, "card": card}))?);
+    }
+    let visibility = if args.private { " (private, if it is new)" } else { "" };
+    let mut text = format!("To {}{visibility}, branch {}:\n", args.repo_id, args.revision);
+    for (path, bytes) in sizes {
+        text += &format!("  {bytes:>14} bytes  {path}\n");
+    }
+    if let Some(card) = card {
+        text += &format!("\nModel card:\n\n{card}");
+    }
+    Ok(output::print(&text)?)
+}

@@ -1,0 +1,159 @@
+//! The files of an upload: which ones of a folder, and their ids.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use sha1::Sha1;
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+
+/// The first bytes of a file, by which the hub decides whether it is text.
+const SAMPLE: u64 = 512;
+/// Folders within each other that are looked into.
+const MAX_DEPTH: usize = 16;
+
+/// A file to upload.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PushFile {
+    /// Its place on this machine.
+    pub from: PathBuf,
+    /// Its path in the repository, with `/` between folders.
+    pub path: String,
+}
+
+impl PushFile {
+    /// The file `from`, to be uploaded as `path`.
+    pub fn new(from: impl Into<PathBuf>, path: impl Into<String>) -> Self {
+        Self { from: from.into(), path: path.into() }
+    }
+}
+
+/// The files of a folder (or the one file), sorted, without what does not belong into a repository: hidden files and folders, and the
+/// checkpoints of a run (`checkpoint-N`), which hold the optimizer's state.
+///
+/// # Errors
+/// If there is no such file or folder, it cannot be read, or a name in it is not UTF-8.
+pub fn files_of(path: &Path) -> Result<Vec<PushFile>> {
+    let metadata = fs::metadata(path).map_err(|error| Error::io(path, error))?;
+    let mut files = Vec::new();
+    if metadata.is_dir() {
+        walk(path, "", 0, &mut files)?;
+        files.sort_by(|left, right| left.path.cmp(&right.path));
+    } else {
+        let name = path.file_name().ok_or_else(|| Error::format(path, "has no file name"))?;
+        files.push(PushFile { from: path.to_owned(), path: plain(path, name)? });
+    }
+    Ok(files)
+}
+
+fn plain(path: &Path, name: &std::ffi::OsStr) -> Result<String> {
+    name.to_str().map(str::to_owned).ok_or_else(|| Error::format(path, "its name is not UTF-8"))
+}
+
+fn walk(folder: &Path, prefix: &str, depth: usize, files: &mut Vec<PushFile>) -> Result<()> {
+    if depth > MAX_DEPTH {
+        return Err(Error::format(folder, format!("more than {MAX_DEPTH} folders within each other")));
+    }
+    for entry in fs::read_dir(folder).map_err(|error| Error::io(folder, error))? {
+        let entry = entry.map_err(|error| Error::io(folder, error))?;
+        let from = entry.path();
+        let name = plain(&from, &entry.file_name())?;
+        if name.starts_with('.') && name != ".gitattributes" && name != ".gitignore" {
+            continue;
+        }
+        let is_checkpoint = name
+            .strip_prefix("checkpoint-")
+            .is_some_and(|step| !step.is_empty() && step.bytes().all(|byte| byte.is_ascii_digit()));
+        let metadata = fs::metadata(&from).map_err(|error| Error::io(&from, error))?;
+        // A link to a folder may lead back to where it is.
+        if metadata.is_dir() && !is_checkpoint && !from.is_symlink() {
+            walk(&from, &format!("{prefix}{name}/"), depth + 1, files)?;
+        } else if metadata.is_file() {
+            files.push(PushFile { path: format!("{prefix}{name}"), from });
+        }
+    }
+    Ok(())
+}
+
+/// A file with what the hub wants to know.
+#[derive(Debug)]
+pub(super) struct Local<'a> {
+    file: &'a PushFile,
+    size: u64,
+    sample: Vec<u8>,
+    large: bool,
+    id: String,
+}
+
+impl<'a> Local<'a> {
+    pub(super) fn read(file: &'a PushFile) -> Result<Self> {
+        let mut sample = Vec::new();
+        let opened = File::open(&file.from).map_err(|error| Error::io(&file.from, error))?;
+        let size = opened.metadata().map_err(|error| Error::io(&file.from, error))?.len();
+        opened.take(SAMPLE).read_to_end(&mut sample).map_err(|error| Error::io(&file.from, error))?;
+        Ok(Self { file, size, sample, large: false, id: String::new() })
+    }
+
+    pub(super) fn path(&self) -> &'a str {
+        &self.file.path
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
+    pub(super) fn sample(&self) -> &[u8] {
+        &self.sample
+    }
+
+    /// Whether it goes to the store for large files.
+    pub(super) fn is_large(&self) -> bool {
+        self.large
+    }
+
+    /// SHA-256 of a large file; else the id that git gives to its content. Empty before [`Self::hash`].
+    pub(super) fn id(&self) -> &str {
+        &self.id
+    }
+
+    pub(super) fn hash(&mut self, large: bool) -> Result<()> {
+        self.large = large;
+        self.id = match large {
+            true => self.digest(Sha256::new())?,
+            false => self.digest(Sha1::new_with_prefix(format!("blob {}\0", self.size)))?,
+        };
+        Ok(())
+    }
+
+    fn digest(&self, mut digest: impl Digest + io::Write) -> Result<String> {
+        let failed = |error| Error::io(&self.file.from, error);
+        let mut file = File::open(&self.file.from).map_err(failed)?;
+        let read = io::copy(&mut file, &mut digest).map_err(failed)?;
+        if read != self.size {
+            return Err(Error::format(&self.file.from, "it changed while it was read"));
+        }
+        Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    pub(super) fn bytes(&self) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        let mut part = self.part(0, self.size)?;
+        part.read_to_end(&mut bytes).map_err(|error| Error::io(&self.file.from, error))?;
+        Ok(bytes)
+    }
+
+    pub(super) fn text(&self) -> Result<String> {
+        Ok(String::from_utf8_lossy(&self.bytes()?).into_owned())
+    }
+
+    /// The bytes of a range.
+    pub(super) fn part(&self, start: u64, length: u64) -> Result<io::Take<File>> {
+        let failed = |error| Error::io(&self.file.from, error);
+        let mut file = File::open(&self.file.from).map_err(failed)?;
+        file.seek(SeekFrom::Start(start)).map_err(failed)?;
+        Ok(file.take(length))
+    }
+}
