@@ -30,6 +30,7 @@ STARTUP = ["system", "case", "seconds", "gpu", "driver", "commit", "date"]
 KERNEL = ["system", "kernel", "shape", "time_us", "rate", "unit", "floor_share", "gpu", "driver", "commit", "date"]
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 OURS = "qlora"
+OURS_FP8 = "qlora-fp8"
 TARGETS = {"all": "all linear layers", "qkvo": "q, k, v, o"}
 PAGE = "book/src/benchmarks.md"
 PICTURE = "book/src/bench.svg"
@@ -64,9 +65,16 @@ def paired(rows: list[dict], key: list[str], best) -> list[tuple[dict, dict | No
     pairs = []
     for (*case, system), row in latest.items():
         if system == OURS:
-            peers = [other for (*where, name), other in latest.items() if where == case and name != OURS]
+            peers = [other for (*where, name), other in latest.items() if where == case and name not in (OURS, OURS_FP8)]
             pairs.append((row, best(peers) if peers else None))
     return pairs
+
+
+def beside_fp8(rows: list[dict]) -> list[tuple[dict, dict]]:
+    """Our last measurement of every case in fp8, and the one without fp8."""
+    latest = {(row["gpu"], row["case"], row["mode"], row["targets"], row["rank"], row["system"]): row for row in rows}
+    found = [(row, latest.get((*case, OURS))) for (*case, system), row in latest.items() if system == OURS_FP8]
+    return sorted(((row, plain) for row, plain in found if plain), key=step_order)
 
 
 def fastest_step(peers: list[dict]) -> dict:
@@ -129,6 +137,14 @@ def step_table(pairs) -> list[str]:
     # The peer's name reads better from the left.
     text[1] = text[1].rsplit("|", 2)[0] + "|---|"
     return text
+
+
+def fp8_table(pairs) -> list[str]:
+    cells = [
+        [row["case"], row["mode"], f"{plain['tok_s']:,.0f}", f"{row['tok_s']:,.0f}", f"{row['tok_s'] / plain['tok_s']:.2f}x", f"{row['peak_gb']:.2f}"]
+        for row, plain in pairs
+    ]
+    return table(["case", "mode", "tokens/s", "in fp8", "speed", "GB"], cells, 2)
 
 
 def kernel_table(pairs) -> list[str]:
@@ -233,7 +249,7 @@ def startup_table(pairs) -> list[str]:
     return short_table(pairs, "seconds", "seconds", lambda x: f"{x:.1f}", lambda a, b: b / a)
 
 
-def block(steps, decode, startup, kernels) -> str:
+def block(steps, fp8, decode, startup, kernels) -> str:
     lines = [
         "One training step of an 8B model (Llama 3.1's shape, random weights): NF4 with double quantization, bf16,",
         "AdamW with f32 state; a case is sequences x tokens, without padding, loss over all tokens. `free` may use the",
@@ -247,6 +263,15 @@ def block(steps, decode, startup, kernels) -> str:
         "",
         f"Measured on {where(steps)} ([raw results]({RESULTS}/train_step.csv)).",
     ]
+    if fp8:
+        lines += [
+            "",
+            '`frozen_compute = "fp8"` on a Hopper GPU, beside the same steps without it:',
+            "",
+            *fp8_table(fp8),
+            "",
+            f"Measured on {where(fp8)}.",
+        ]
     if decode:
         lines += [
             "",
@@ -333,6 +358,10 @@ def main() -> None:
     if not steps:
         sys.exit(f"{results / 'train_step.csv'}: no line of {OURS}")
     steps.sort(key=step_order)
+    fp8 = beside_fp8(rows)
+    # Of a card on which no peer was measured there is nothing to compare.
+    compared = {row["gpu"] for row, peer in steps if peer}
+    steps = [pair for pair in steps if pair[0]["gpu"] in compared] or steps
     decode = []
     if (results / "decode.csv").exists():
         decode = paired(read(results / "decode.csv", DECODE, ["tok_s"]), ["gpu", "case"], fastest_step)
@@ -345,7 +374,7 @@ def main() -> None:
         # In the file's order: it is the order of the benches.
         kernels = paired(rows, ["gpu", "kernel", "shape"], fastest_kernel)
     wanted = {args.root / PICTURE: svg(steps)}
-    for path, text in ((PAGE, block(steps, decode, startup, kernels)), ("README.md", summary(steps, decode, startup))):
+    for path, text in ((PAGE, block(steps, fp8, decode, startup, kernels)), ("README.md", summary(steps, decode, startup))):
         wanted[args.root / path] = replaced(args.root / path, text)
     stale = [path for path, new in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != new]
     if args.check:

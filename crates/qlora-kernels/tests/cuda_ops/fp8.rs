@@ -39,6 +39,10 @@ struct Results {
 
 const NF4: Kind = Kind::Bits4(QuantConfig { quant_type: QuantType::Nf4, blocksize: 64, double_quant: true });
 
+/// Values are rounded one by one.
+const FP4_BY_32: Kind = Kind::Bits4(QuantConfig { quant_type: QuantType::Fp4, blocksize: 32, double_quant: false });
+const NF4_BY_128: Kind = Kind::Bits4(QuantConfig { quant_type: QuantType::Nf4, blocksize: 128, double_quant: true });
+
 fn run(side: &Side, kind: Kind, case: &Case) -> Result<Results> {
     let Case { tokens, inputs, members, residual, dropout, cached, split, fp8 } = *case;
     let workspace = &side.workspace;
@@ -149,7 +153,7 @@ fn rounded_blocks(x: &[f32], cols: usize, blocksize: usize) -> Vec<f64> {
 }
 
 /// y and dx in f64 over the roundings that the GPU makes. `dtype`: of the dequantized weights, none where they are not.
-fn reference(case: &Case, dtype: Option<Dtype>, given: &Results) -> (Vec<f64>, Vec<f64>) {
+fn reference(case: &Case, dtype: Option<Dtype>, blocksize: usize, given: &Results) -> (Vec<f64>, Vec<f64>) {
     let Case { tokens, inputs, members, split, .. } = *case;
     let outputs: usize = members.iter().map(|member| member.0).sum();
     let round = |values: &[f32]| {
@@ -173,7 +177,7 @@ fn reference(case: &Case, dtype: Option<Dtype>, given: &Results) -> (Vec<f64>, V
         let width = piece.len();
         let dy = transposed(&dy_t[piece.start * tokens..piece.end * tokens], tokens);
         let w = transposed(&whole[piece.start * inputs..piece.end * inputs], inputs);
-        let w = if dtype.is_some() { rounded_rows(&w, width) } else { rounded_blocks(&w, width, 64) };
+        let w = if dtype.is_some() { rounded_rows(&w, width) } else { rounded_blocks(&w, width, blocksize) };
         let part = product(&rounded_rows(&dy, width), &w, width);
         dx.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
     }
@@ -236,15 +240,19 @@ fn groups_in_fp8_are_f64_over_the_same_roundings() {
     let mut worst = 0f64;
     for dtype in halves(&device) {
         let bound = if dtype == Dtype::Bf16 { 6e-3 } else { 2e-3 };
-        for kind in [NF4, Kind::Plain(dtype)] {
+        for kind in [NF4, FP4_BY_32, NF4_BY_128, Kind::Plain(dtype)] {
             for members in GROUPS {
                 for (tokens, inputs) in [(1, 64), (37, 96), (130, 1024), (67, 1040)] {
                     for (residual, cached, split) in [(false, true, false), (true, false, false), (true, false, true)] {
                         let case = Case { tokens, inputs, members, residual, dropout: None, cached, split, fp8: true };
                         let given = run(&Side::gpu(&device, dtype, 11), kind, &case).unwrap();
                         // Blocks that cross rows are dequantized first.
-                        let direct = matches!(kind, Kind::Bits4(_)) && inputs.is_multiple_of(64);
-                        let (y, dx) = reference(&case, (!direct).then_some(dtype), &given);
+                        let blocks = match kind {
+                            Kind::Bits4(config) => Some(config.blocksize).filter(|&size| inputs.is_multiple_of(size)),
+                            Kind::Plain(_) => None,
+                        };
+                        let rounded = if blocks.is_some() { None } else { Some(dtype) };
+                        let (y, dx) = reference(&case, rounded, blocks.unwrap_or(1), &given);
                         let errors = [distance(&given.y, &y), distance(&given.dx, &dx)];
                         worst = errors.into_iter().fold(worst, f64::max);
                         assert!(errors.iter().all(|&error| error < bound), "{case:?}, {dtype:?}, {kind:?}: {errors:?}");
