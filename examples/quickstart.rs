@@ -1,4 +1,5 @@
-//! The whole way on the demo task: measure the base model, fine-tune it, measure it again. `scripts/quickstart.sh` runs it.
+//! The whole way on the demo task as a program of its own: measure the base model, fine-tune it, measure it again.
+//! `scripts/quickstart.sh` does the same by the command `qlora`.
 //!
 //!     cargo run --release --example quickstart -- --model SmolLM2-135M-Instruct.gguf
 

@@ -16,6 +16,7 @@ use qlora::generate::{generate, generate_batch};
 use qlora::kernels::ops::adamw::{self, AdamW};
 use qlora::kernels::ops::grad_norm;
 use qlora::kernels::quant::QuantConfig;
+use qlora::kernels::weight::FrozenCompute;
 use qlora::kernels::{Dtype, SequenceLayout, Workspace, cuda};
 use qlora::lora::{LoraConfig, TargetModules, Which};
 use qlora::model::{CausalLm, LoadOptions, Quantization, TrainPass};
@@ -280,6 +281,60 @@ fn twenty_steps_over_the_plain_base_have_the_losses_of_peft() {
 }
 
 /// The losses of 200 steps over the documents of the parity run, and the last log entry.
+/// The gradients of all of A and B, in one arithmetic of the frozen weights.
+fn gradient_in(model: &CausalLm, compute: FrozenCompute, batch: &Batch) -> Vec<f32> {
+    model.set_frozen_compute(compute).unwrap();
+    let len = model.adapter().unwrap().layout().len();
+    let mut gradient = model.workspace().zeros_f32(1, len).unwrap();
+    model.accumulate_gradients(batch, batch.trained_tokens(), TrainPass::default(), gradient.view_mut()).unwrap();
+    gradient.to_vec().unwrap()
+}
+
+/// `QLORA_FP8_COSINES` names a file that gets the cosine of every tensor.
+#[test]
+fn gradients_in_fp8_point_where_those_of_bf16_do() {
+    let Some(device) = gpu() else { return };
+    let workspace = Workspace::new(&device).unwrap();
+    if let Err(error) = workspace.gpu().unwrap().check_fp8() {
+        println!("skipped: {error}");
+        return;
+    }
+    let mut model = load(&device, Dtype::Bf16, NF4);
+    let target_modules = TargetModules::AllLinear;
+    model.add_adapter(LoraConfig { r: 8, lora_alpha: 16.0, target_modules, ..LoraConfig::default() }, 0).unwrap();
+    let adapter = model.adapter().unwrap();
+    let layout = adapter.layout().clone();
+    let mut values = vec![0.0; layout.len()];
+    for entry in layout.entries() {
+        // With B zero, A would have no gradient.
+        let small = if entry.which == Which::B { 0.02 } else { 1.0 };
+        let start = initial_a(&entry.tensor_name(), entry.numel(), entry.cols);
+        values[entry.range()].iter_mut().zip(start).for_each(|(value, a)| *value = small * a);
+    }
+    adapter.set_values(&values).unwrap();
+    let fixture: Value = serde_json::from_str(STEPS).unwrap();
+    let batch = documents(&fixture["micro_batches"][0]);
+    let [bf16, fp8] =
+        [FrozenCompute::Activations, FrozenCompute::Fp8].map(|compute| gradient_in(&model, compute, &batch));
+    let cosine = |range: std::ops::Range<usize>| {
+        let pairs = || bf16[range.clone()].iter().zip(&fp8[range.clone()]).map(|(&a, &b)| (f64::from(a), f64::from(b)));
+        let [ab, aa, bb] = pairs().fold([0f64; 3], |[ab, aa, bb], (a, b)| [ab + a * b, aa + a * a, bb + b * b]);
+        assert!(aa > 0.0 && bb > 0.0);
+        ab / (aa * bb).sqrt()
+    };
+    let all = cosine(0..layout.len());
+    let cosines: Vec<(String, f64)> =
+        layout.entries().iter().map(|entry| (entry.tensor_name(), cosine(entry.range()))).collect();
+    let (worst, least) = cosines.iter().min_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
+    println!("cosine of the gradients in fp8 to those in bf16: {all:.5}; the least, of {worst}: {least:.5}");
+    if let Some(path) = std::env::var_os("QLORA_FP8_COSINES") {
+        let lines: String = cosines.iter().map(|(name, cosine)| format!("{name},{cosine:.6}\n")).collect();
+        std::fs::write(path, format!("tensor,cosine\n{lines}")).unwrap();
+    }
+    assert!(bf16 != fp8, "fp8 was not used");
+    assert!(all > 0.99 && *least > 0.95, "{all} {worst} {least}");
+}
+
 fn train_200_steps(device: &Device, dtype: Dtype) -> (Vec<f64>, TrainLog) {
     let fixture: Value = serde_json::from_str(STEPS).unwrap();
     let documents = fixture["micro_batches"].as_array().unwrap().iter().flat_map(|batch| batch.as_array().unwrap());

@@ -8,7 +8,7 @@ use qlora::trainer::config::{OnOverlong, OnUntrained};
 use qlora::trainer::data::load::load;
 use qlora::trainer::data::loader::eval_batches;
 use qlora::trainer::data::{EncodeOptions, Filters, PlacedRow, Record, RowSet};
-use qlora::trainer::exact_match::answers;
+use qlora::trainer::exact_match::{Answer, answers};
 use serde_json::json;
 
 use crate::model::ModelArgs;
@@ -76,24 +76,30 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     bar.finish_and_clear();
     ensure!(tokens > 0, "the rows have no token with a loss");
     let loss = sum / tokens as f64;
-    let exact = if args.exact_match { Some(exact(args, &set, &loaded)?) } else { None };
+    let given = if args.exact_match { Some(given_answers(args, &set, &loaded)?) } else { None };
+    let right = |given: &[Answer]| given.iter().filter(|answer| answer.is_exact()).count();
     if args.json {
         let value = json!({
             "documents": data.len(), "tokens": tokens, "loss": loss, "perplexity": loss.exp(),
-            "exact_match": exact.map(|(right, all)| json!({ "exact": right, "rows": all })),
+            "exact_match": given.map(|given| json!({ "exact": right(&given), "rows": given.len() })),
         });
         return Ok(output::print_json(&value)?);
     }
     let mut text = format!("{TITLE}loss{TITLE:#}        {loss:.4} over {tokens} tokens of {} documents\n", data.len());
     text += &format!("{TITLE}perplexity{TITLE:#}  {:.3}\n", loss.exp());
-    if let Some((right, all)) = exact {
-        text += &format!("{TITLE}exact{TITLE:#}       {right} of {all} answers\n");
+    if let Some(given) = given {
+        text += &format!("{TITLE}exact{TITLE:#}       {} of {} answers\n", right(&given), given.len());
+        if let Some(answer) = given.first() {
+            let line = |text: &str| text.trim().replace('\n', " ");
+            text += &format!("\nfor example: {}\n  expected   {}\n", line(&answer.prompt), line(&answer.expected));
+            text += &format!("  given      {}\n", line(&answer.given));
+        }
     }
     Ok(output::print(&text)?)
 }
 
-/// The number of exact answers, and of rows.
-fn exact(args: &Args, set: &RowSet, loaded: &crate::model::Loaded) -> Result<(usize, usize)> {
+/// The model's answer to each row.
+fn given_answers(args: &Args, set: &RowSet, loaded: &crate::model::Loaded) -> Result<Vec<Answer>> {
     let record = |row: qlora::trainer::Result<PlacedRow<'_>>| -> Result<Record> {
         let PlacedRow { path, place, row, .. } = row?;
         Ok(row.map_err(|message| anyhow!("{}: {message}", place.in_file(path)))?.record)
@@ -106,5 +112,5 @@ fn exact(args: &Args, set: &RowSet, loaded: &crate::model::Loaded) -> Result<(us
     let (new, size) = (args.max_new_tokens, args.batch_size.max(1));
     let given = answers(&loaded.model, &loaded.files.tokenizer, &encoder, &records, new, size, progress)?;
     bar.finish_and_clear();
-    Ok((given.iter().filter(|answer| answer.is_exact()).count(), given.len()))
+    Ok(given)
 }
