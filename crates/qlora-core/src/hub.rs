@@ -322,6 +322,10 @@ impl Request<'_> {
             return Err(self.lacks(files, TOKENIZER));
         };
         get.file(vocabulary)?;
+        // By the kind of model that the configuration names, a tokenizer.model is read.
+        if vocabulary == MODEL_FILE && files.contains(&CONFIG) {
+            get.file(CONFIG)?;
+        }
         files.iter().filter(|name| is_companion(name)).try_for_each(|name| get.file(name))
     }
 

@@ -172,7 +172,12 @@ type Step<T = ()> = Result<T, String>;
 
 impl<'a> Machine<'a> {
     fn run(&mut self) -> Step<Id> {
+        let start = self.at;
         loop {
+            // Every byte can ask for a few bytes of memory, and in the older layout nothing else says where a pickle ends.
+            if self.at - start > super::MAX_PICKLE as usize {
+                return Err(format!("it is longer than {} bytes", super::MAX_PICKLE));
+            }
             match self.byte()? {
                 0x80 => match self.byte()? {
                     2 => {}

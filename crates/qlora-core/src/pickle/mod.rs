@@ -72,6 +72,18 @@ fn width(dtype: Dtype) -> usize {
 /// # Errors
 /// If it is damaged, or is not a dictionary of tensors alone.
 pub(crate) fn tensors(file: &[u8]) -> Result<HashMap<String, Place>, String> {
+    let places = read(file)?;
+    let total = places.values().fold(0usize, |total, place| total.saturating_add(place.len()));
+    // Tied tables are stored once and named twice.
+    if total > file.len().saturating_mul(4) {
+        return Err(format!(
+            "its tensors have {total} bytes, many times the file's: they are views of the same storages"
+        ));
+    }
+    Ok(places)
+}
+
+fn read(file: &[u8]) -> Result<HashMap<String, Place>, String> {
     if file.starts_with(&MAGIC) {
         return legacy(file);
     }
@@ -237,13 +249,6 @@ pub(crate) fn to_safetensors(file: &[u8]) -> Result<Vec<u8>, String> {
         }
     }
     let places = tensors(file)?;
-    let total = places.values().fold(0usize, |total, place| total.saturating_add(place.len()));
-    // Tied tables are stored once and named twice.
-    if total > file.len().saturating_mul(4) {
-        return Err(format!(
-            "its tensors have {total} bytes, many times the file's: they are views of the same storages"
-        ));
-    }
     let owned = places.into_iter().map(|(name, place)| {
         let data = place.gather(file);
         (name, Owned(place.dtype, place.shape, data))

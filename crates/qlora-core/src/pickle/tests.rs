@@ -68,6 +68,10 @@ fn programs_that_only_want_memory_get_none() {
     let mut many = b"\x80\x02".to_vec();
     many.extend(vec![b')'; 5_000_000]);
     assert!(tensors(&legacy_with(&many)).unwrap_err().contains("objects"));
+    // Two bytes that ask for four, again and again.
+    let mut long = b"\x80\x02)q\0".to_vec();
+    long.extend(b"h\0".repeat(MAX_PICKLE as usize / 2));
+    assert!(tensors(&legacy_with(&long)).unwrap_err().contains("longer than"));
     for (pickle, expected) in [
         (&b"\x80\x04}."[..], "protocol 4"),
         (b"\x80\x02X\xff\xff\xff\xffa", "cut short"),

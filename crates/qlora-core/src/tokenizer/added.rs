@@ -9,6 +9,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 use tokenizers::{AddedToken, Tokenizer};
 
+use super::guard::guarded;
 use crate::error::{Error, Result};
 use crate::file::{self, SMALL};
 
@@ -49,7 +50,8 @@ pub(super) fn complete(tokenizer: &mut Tokenizer, folder: &Path, roles: &Map<Str
         }
     }
     if !added.is_empty() {
-        tokenizer.add_tokens(added).map_err(|error| Error::format(folder, error.to_string()))?;
+        // Normalizes the tokens: a damaged table shows here first.
+        guarded(|| tokenizer.add_tokens(added)).map_err(|error| Error::format(folder, error.to_string()))?;
     }
     if config.get("split_special_tokens") == Some(&Value::Bool(true)) {
         tokenizer.set_encode_special_tokens(true);

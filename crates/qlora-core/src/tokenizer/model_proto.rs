@@ -112,7 +112,15 @@ impl<'a> Model<'a> {
     fn read_normalizer(&mut self, normalizer: &'a [u8]) -> Result<(), String> {
         for field in Fields(normalizer) {
             match field? {
-                (2, Value::Bytes(table)) => self.charsmap = table,
+                (2, Value::Bytes(table)) => {
+                    // The size of a trie, the trie, the texts. The crate that reads it reserves what the size says.
+                    let size = table.first_chunk::<4>().map(|size| u32::from_le_bytes(*size) as usize);
+                    let fits = size.is_some_and(|size| size > 0 && size % 4 == 0 && size <= table.len() - 4);
+                    if !table.is_empty() && !fits {
+                        return Err("precompiled_charsmap is damaged: its trie does not fit into it".to_owned());
+                    }
+                    self.charsmap = table;
+                }
                 (3, Value::Number(value)) => self.add_dummy_prefix = value != 0,
                 (4, Value::Number(value)) => self.remove_extra_whitespaces = value != 0,
                 (5, Value::Number(value)) => self.escape_whitespaces = value != 0,

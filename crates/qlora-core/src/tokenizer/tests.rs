@@ -235,6 +235,8 @@ fn damaged_sentencepiece_models_are_errors() {
         (b"\x0a\x03\x0a\x01a\x0a\x03\x0a\x01a\x12\x02\x18\x02", "tokens 0 and 1 are equal"),
         (b"\x0a\x08\x0a\x01a\x15\0\0\xc0\x7f", "score NaN"),
         (b"\x0a\x02\x0a\0", "0 characters"),
+        (b"\x1a\x06\x12\x04\0\0\0\0", "precompiled_charsmap"),
+        (b"\x1a\x06\x12\x04\xfc\xff\xff\xff", "precompiled_charsmap"),
         (b"\x0b", "encoding 3"),
         (b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", "more than ten bytes"),
         (b"{\"version\": 1}", "SentencePiece"),
