@@ -14,9 +14,11 @@ __device__ __forceinline__ uint16_t two(float a, float b) {
     return __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
 }
 
-// The factor of values with this largest magnitude; NaN if it is not finite, so that all of them become NaN.
+// The factor of values with this largest magnitude; NaN if it is not finite, so that all of them become NaN. Values so small that the
+// factor would be infinite become zeros.
 __device__ __forceinline__ float factor_of(float absmax) {
-    if (absmax == 0.0f) return 0.0f;
+    constexpr float SMALLEST = 2e-36f;   // 448 over it is finite
+    if (absmax < SMALLEST) return 0.0f;
     return isfinite(absmax) ? __fdiv_rn(LARGEST, absmax) : __int_as_float(0x7fffffff);
 }
 

@@ -10,10 +10,6 @@
 // Floor: memory, 1.5 bytes a weight, against 2.5 for a weight in bf16, which a product then reads as 2 bytes instead of 1. The
 // transposed copy goes through tiles of 64 columns by 128 rows in shared memory: a thread decodes 8 columns of 4 rows, whose
 // bytes are one word of each column.
-//
-// A block has 16 different values at most, so its codes are looked up in a table of 16 bytes, which the threads that share the block
-// round together; a byte permutation takes four codes at a time. Blocks of 32 values, which fewer threads share, are rounded value by
-// value. Both give the same bytes.
 
 #include "dependent.cuh"
 #include "fp8.cuh"
@@ -42,34 +38,10 @@ struct Weight {
     int64_t row_blocks;   // blocks of a row
 };
 
-// The 16 bytes that the codes of a block stand for, four a word.
-struct Bytes {
-    uint32_t w[4];
-
-    // `codes`: four nibbles, the first in the lowest.
-    __device__ __forceinline__ uint32_t operator()(uint32_t codes) const {
-        const uint32_t low = codes & 0x7777u;
-        const uint32_t below = __byte_perm(w[0], w[1], low), above = __byte_perm(w[2], w[3], low);
-        // Byte i of the one or the other, by the nibble's upper bit.
-        return __byte_perm(below, above, 0x3210u | (codes >> 1 & 0x4444u));
-    }
-};
-
-// Four values of a table, scaled and rounded.
-__device__ __forceinline__ uint32_t four(const float* table, float s) {
-    const uint32_t low = fp8::two(table[0] * s, table[1] * s), high = fp8::two(table[2] * s, table[3] * s);
-    return low | high << 16;
-}
-
-// Nibbles in the order of the elements: of each byte the upper one comes first.
-__device__ __forceinline__ uint32_t in_order(uint32_t codes) {
-    return (codes & 0x0f0f0f0fu) << 4 | (codes >> 4 & 0x0f0f0f0fu);
-}
-
 constexpr int ROWS_A_BLOCK = 4;
 
 // A warp a row; 16 values a lane at a time, FLIGHT of them in flight.
-template <int FLIGHT, bool TABLE>
+template <int FLIGHT>
 __global__ void __launch_bounds__(32 * ROWS_A_BLOCK) rows_kernel(Weight w, uint8_t* out, float* scale) {
     __shared__ float table[16];
     let_next_begin();
@@ -89,38 +61,27 @@ __global__ void __launch_bounds__(32 * ROWS_A_BLOCK) rows_kernel(Weight w, uint8
     if (lane == 0) scale[row] = fp8::scale_of(most);
     const uint2* codes = reinterpret_cast<const uint2*>(w.codes + row * w.cols / 2);
     const int64_t packs = w.cols / 16;
-    for (int64_t start = 0; start < packs; start += 32 * FLIGHT) {
+    for (int64_t start = lane; start < packs; start += 32 * FLIGHT) {
         uint2 word[FLIGHT];
         float s[FLIGHT];
 #pragma unroll
         for (int k = 0; k < FLIGHT; k++) {
             // Lanes behind the end repeat the last pack.
-            const int64_t pack = min(start + 32 * k + lane, packs - 1);
+            const int64_t pack = start + 32 * k < packs ? start + 32 * k : packs - 1;
             word[k] = __ldcs(codes + pack);
             s[k] = w.scales(first + (pack * 16 >> w.block_shift)) * factor;
         }
 #pragma unroll
         for (int k = 0; k < FLIGHT; k++) {
-            uint4 bytes;
-            if constexpr (TABLE) {
-                // Four lanes share a block; each rounds a quarter of its table. All lanes take part.
-                const uint32_t mine = four(table + threadIdx.x % 4 * 4, s[k]);
-                Bytes of;
+            if (start + 32 * k >= packs) break;
+            Pack<uint16_t, 8> packed;
 #pragma unroll
-                for (int j = 0; j < 4; j++) of.w[j] = __shfl_sync(~0u, mine, j, 4);
-                const uint32_t x = in_order(word[k].x), y = in_order(word[k].y);
-                bytes = make_uint4(of(x), of(x >> 16), of(y), of(y >> 16));
-            } else {
-                const auto pairs = [&](uint32_t codes) {
-                    const uint32_t low = fp8::two(table[codes & 15] * s[k], table[codes >> 4 & 15] * s[k]);
-                    const uint32_t high = fp8::two(table[codes >> 8 & 15] * s[k], table[codes >> 12 & 15] * s[k]);
-                    return low | high << 16;
-                };
-                const uint32_t x = in_order(word[k].x), y = in_order(word[k].y);
-                bytes = make_uint4(pairs(x), pairs(x >> 16), pairs(y), pairs(y >> 16));
+            for (int i = 0; i < 8; i++) {
+                // Byte i, upper nibble first.
+                const uint32_t byte = (i < 4 ? word[k].x : word[k].y) >> (8 * (i % 4));
+                packed.v[i] = fp8::two(table[byte >> 4 & 15] * s[k], table[byte & 15] * s[k]);
             }
-            const int64_t pack = start + 32 * k + lane;
-            if (pack < packs) *reinterpret_cast<uint4*>(out + row * w.cols + pack * 16) = bytes;
+            *reinterpret_cast<Pack<uint16_t, 8>*>(out + row * w.cols + (start + 32 * k) * 16) = packed;
         }
     }
 }
@@ -151,7 +112,6 @@ struct Most {
     }
 };
 
-template <bool TABLE>
 __global__ void __launch_bounds__(256) columns_kernel(Weight w, Most most, uint8_t* out, int64_t ldo, float* scale) {
     // A word of padding: neighbouring columns start in different banks.
     __shared__ uint32_t tile[COLS][ROWS / 4 + 1];
@@ -161,8 +121,6 @@ __global__ void __launch_bounds__(256) columns_kernel(Weight w, Most most, uint8
     const int64_t c0 = static_cast<int64_t>(blockIdx.x) * COLS, r0 = static_cast<int64_t>(blockIdx.y) * ROWS;
     const int eighth = threadIdx.x % 8, quad = threadIdx.x / 8;   // 8 columns, 4 rows
     const int64_t c = c0 + eighth * 8, r = r0 + quad * 4;
-    // With blocks of 64 and more, c is a column for all threads of the tile or, in rows that are there, for none.
-    const uint32_t lanes = __ballot_sync(~0u, c < w.cols && r < w.rows);
     if (c < w.cols && r < w.rows) {
         const int64_t block = c >> w.block_shift;
         const float largest = most(block), factor = fp8::factor_of(largest);
@@ -175,38 +133,12 @@ __global__ void __launch_bounds__(256) columns_kernel(Weight w, Most most, uint8
             codes[k] = __ldg(reinterpret_cast<const uint32_t*>(w.codes + ((r + k) * w.cols + c) / 2));
             s[k] = w.scales((r + k) * w.row_blocks + block) * factor;
         }
-        if constexpr (!TABLE) {
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const int shift = 8 * (i / 2) + (i % 2 == 0 ? 4 : 0);
-                const uint32_t low = fp8::two(table[codes[0] >> shift & 15] * s[0], table[codes[1] >> shift & 15] * s[1]);
-                const uint32_t high = fp8::two(table[codes[2] >> shift & 15] * s[2], table[codes[3] >> shift & 15] * s[3]);
-                tile[eighth * 8 + i][quad] = low | high << 16;
-            }
-        } else {
-            // Four columns of the four rows at a time, then transposed: a word of each row becomes one of each column.
-            uint32_t first[4], second[4];
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                // Eight lanes share the block of a row; the quarters of its table are rounded by four of them.
-                const uint32_t mine = four(table + threadIdx.x % 4 * 4, s[k]);
-                Bytes of;
-#pragma unroll
-                for (int j = 0; j < 4; j++) of.w[j] = __shfl_sync(lanes, mine, j, 4);
-                const uint32_t ordered = in_order(codes[k]);
-                first[k] = of(ordered);
-                second[k] = of(ordered >> 16);
-            }
-            const auto transpose = [&](const uint32_t (&x)[4], int column) {
-                const uint32_t a = __byte_perm(x[0], x[1], 0x5140), b = __byte_perm(x[2], x[3], 0x5140);
-                const uint32_t c = __byte_perm(x[0], x[1], 0x7362), d = __byte_perm(x[2], x[3], 0x7362);
-                tile[column][quad] = __byte_perm(a, b, 0x5410);
-                tile[column + 1][quad] = __byte_perm(a, b, 0x7632);
-                tile[column + 2][quad] = __byte_perm(c, d, 0x5410);
-                tile[column + 3][quad] = __byte_perm(c, d, 0x7632);
-            };
-            transpose(first, eighth * 8);
-            transpose(second, eighth * 8 + 4);
+        for (int i = 0; i < 8; i++) {
+            const int shift = 8 * (i / 2) + (i % 2 == 0 ? 4 : 0);
+            const uint32_t low = fp8::two(table[codes[0] >> shift & 15] * s[0], table[codes[1] >> shift & 15] * s[1]);
+            const uint32_t high = fp8::two(table[codes[2] >> shift & 15] * s[2], table[codes[3] >> shift & 15] * s[3]);
+            tile[eighth * 8 + i][quad] = low | high << 16;
         }
     }
     __syncthreads();
@@ -240,8 +172,7 @@ extern "C" int qlora_fp8_4bit_rows(const QloraBits4* weight, uint8_t* out, float
     if (!made(*weight, w)) return static_cast<int>(cudaErrorInvalidValue);
     if (w.rows == 0 || w.cols == 0) return static_cast<int>(cudaSuccess);
     const dim3 blocks(static_cast<unsigned>(divide_up(w.rows, ROWS_A_BLOCK))), threads(32 * ROWS_A_BLOCK);
-    const auto kernel = weight->blocksize >= 64 ? rows_kernel<4, true> : rows_kernel<4, false>;
-    return launch_early(kernel, blocks, threads, early != 0, stream, w, out, scale);
+    return launch_early(rows_kernel<4>, blocks, threads, early != 0, stream, w, out, scale);
 }
 
 // The largest magnitudes of the columns' blocks: cols / blocksize floats, which are zeros before.
@@ -262,7 +193,6 @@ extern "C" int qlora_fp8_4bit_columns(const QloraBits4* weight, const float* mos
     if (!made(*weight, w) || ldo % 4 != 0 || !most0) return static_cast<int>(cudaErrorInvalidValue);
     if (w.rows == 0 || w.cols == 0) return static_cast<int>(cudaSuccess);
     const dim3 tiles(static_cast<unsigned>(divide_up(w.cols, COLS)), static_cast<unsigned>(divide_up(w.rows, ROWS)));
-    const auto kernel = weight->blocksize >= 64 ? columns_kernel<true> : columns_kernel<false>;
-    kernel<<<tiles, 256, 0, stream>>>(w, Most{{most0, most1, most2}}, out, ldo, scale);
+    columns_kernel<<<tiles, 256, 0, stream>>>(w, Most{{most0, most1, most2}}, out, ldo, scale);
     return static_cast<int>(cudaGetLastError());
 }

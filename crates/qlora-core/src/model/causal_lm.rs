@@ -172,6 +172,9 @@ impl CausalLm {
         if layout.entries().iter().any(|entry| entry.which == Which::Magnitude) != config.use_dora {
             return Err(Error::Invalid(format!("use_dora = {}: the layout is of another kind", config.use_dora)));
         }
+        if config.use_dora && self.frozen_compute() == FrozenCompute::Fp8 {
+            return Err(Error::Invalid(FP8_WITH_DORA.into()));
+        }
         let tables = TrainedTables::new(&config, &layout, &self.config, self.workspace.device().is_cpu())?;
         let stack = self.stack_mut()?;
         let mut changes = AdapterChanges::default();
@@ -247,7 +250,8 @@ impl CausalLm {
     }
 
     /// Chooses the arithmetic of the products with the frozen weights of all blocks, forward and backward: in the type of the
-    /// activations, or in fp8. Few tokens at a time (generation) are always computed in the activations' type.
+    /// activations, or in fp8: in training, in evaluation, and over prompts. Generation's steps of a few tokens read 4-bit weights as
+    /// they are stored, and so are not changed by it.
     ///
     /// # Errors
     /// If it is fp8 and the model is not on a Hopper GPU, or its adapter is a DoRA, whose layers are multiplied one by one.
@@ -255,12 +259,25 @@ impl CausalLm {
         if compute == FrozenCompute::Fp8 {
             check_fp8(&self.workspace)?;
             if self.adapter().is_some_and(|adapter| adapter.config().use_dora) {
-                let message = "frozen_compute = \"fp8\" is not there for DoRA: leave one of the two out";
+                return Err(Error::Invalid(FP8_WITH_DORA.into()));
+            }
+            if !self.has_fp8_layers() {
+                let message = "frozen_compute = \"fp8\" has no layer to run in: LLM.int8's layers round their inputs in their own \
+                               way, and sizes have to be multiples of 16. Leave it out";
                 return Err(Error::Invalid(message.into()));
             }
         }
         self.stack.blocks().iter().for_each(|block| block.policy.set_frozen_compute(compute));
         Ok(())
+    }
+
+    /// Whether there are layers that [`Self::set_frozen_compute`] can run in fp8.
+    pub fn has_fp8_layers(&self) -> bool {
+        let fits = |size: usize| size.is_multiple_of(16);
+        self.stack.blocks().iter().flat_map(|block| block.projections()).any(|projection| {
+            let weight = projection.weight();
+            weight.int8_activations().is_none() && fits(weight.rows()) && fits(weight.cols())
+        })
     }
 
     /// See [`Self::set_frozen_compute`].
@@ -460,6 +477,8 @@ impl CausalLm {
         })
     }
 }
+
+const FP8_WITH_DORA: &str = "frozen_compute = \"fp8\" is not there for DoRA: leave one of the two out";
 
 /// Whether the memory's device multiplies frozen weights in fp8 ([`CausalLm::set_frozen_compute`]).
 ///

@@ -1,6 +1,5 @@
 //! Matrices in 8 bits (e4m3) with a scale a row, as fp8 products take them ([`super::blas::fp8`]).
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use super::buffer::Buffer;
@@ -27,7 +26,7 @@ pub(crate) struct Fp8 {
     cols: usize,
 }
 
-/// Some rows of one.
+/// One that is read.
 #[derive(Clone, Copy)]
 pub(crate) struct Fp8View<'a> {
     pub(super) values: u64,
@@ -41,21 +40,26 @@ impl Gpu {
     /// An error unless the GPU multiplies fp8 matrices with a scale a row.
     ///
     /// # Errors
-    /// On every GPU but Hopper: cuBLASLt takes such scales nowhere else.
+    /// On every GPU but Hopper (cuBLASLt takes such scales nowhere else), and with a cuBLASLt older than CUDA 12.9's.
     pub fn check_fp8(&self) -> Result<()> {
-        let capability = self.limits().capability;
-        match capability == (9, 0) {
-            true => Ok(()),
-            false => {
-                let (major, minor) = capability;
-                let message = format!(
-                    "frozen_compute = \"fp8\" needs a Hopper GPU (H100, H200, GH200: compute capability 9.0): only there cuBLASLt \
-                     multiplies fp8 with a scale a row; {} has {major}.{minor}. Leave it out",
-                    self.name()
-                );
-                Err(Error::invalid(OP, message))
-            }
+        let (major, minor) = self.limits().capability;
+        if (major, minor) != (9, 0) {
+            let message = format!(
+                "frozen_compute = \"fp8\" needs a Hopper GPU (H100, H200, GH200: compute capability 9.0): only there cuBLASLt \
+                 multiplies fp8 with a scale a row; {} has {major}.{minor}. Leave it out",
+                self.name()
+            );
+            return Err(Error::invalid(OP, message));
         }
+        let version = super::blas::fp8::library_version();
+        if version < super::blas::fp8::LEAST_VERSION {
+            let message = format!(
+                "frozen_compute = \"fp8\" needs cuBLASLt of CUDA 12.9 or newer; this program runs with version {version}. Leave it \
+                 out, or install a newer CUDA"
+            );
+            return Err(Error::invalid(OP, message));
+        }
+        Ok(())
     }
 }
 
@@ -163,17 +167,10 @@ impl Fp8 {
     }
 
     pub(crate) fn view(&self) -> Fp8View<'_> {
-        self.rows(0..self.rows)
-    }
-
-    /// # Panics
-    /// If there are not so many.
-    pub(crate) fn rows(&self, range: Range<usize>) -> Fp8View<'_> {
-        assert!(range.start <= range.end && range.end <= self.rows, "rows {range:?} of {}", self.rows);
         Fp8View {
-            values: self.values.ptr() + (range.start * self.cols) as u64,
-            scales: self.scales.ptr() + 4 * range.start as u64,
-            rows: range.len(),
+            values: self.values.ptr(),
+            scales: self.scales.ptr(),
+            rows: self.rows,
             cols: self.cols,
             _memory: std::marker::PhantomData,
         }

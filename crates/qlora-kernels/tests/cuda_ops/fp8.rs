@@ -226,6 +226,18 @@ fn hopper() -> Option<candle_core::Device> {
     }
 }
 
+/// Tokens, inputs and members of cases in which rows take several rounds of a warp, columns several tiles, and inputs every number
+/// of packs a thread.
+const LARGE: [(usize, usize, &Members); 7] = [
+    (5, 2304, &[(272, 4, false), (144, 0, true)]),
+    (3, 16_400, &[(16, 4, false)]),
+    (3, 20_480, &[(16, 0, false)]),
+    (3, 24_576, &[(16, 0, false)]),
+    (3, 28_672, &[(16, 4, false)]),
+    (3, 32_768, &[(16, 0, false)]),
+    (3, 32_784, &[(16, 0, false)]),
+];
+
 const GROUPS: [&Members; 5] = [
     &[(64, 8, false)],
     &[(96, 16, false), (32, 16, false), (32, 16, false)],
@@ -270,6 +282,24 @@ fn groups_in_fp8_are_f64_over_the_same_roundings() {
         }
     }
     println!("the largest error is {worst:.2e}");
+}
+
+#[test]
+fn large_sizes_in_fp8_are_f64_over_the_same_roundings() {
+    let Some(device) = hopper() else { return };
+    for (dtype, bound) in [(Dtype::Bf16, 6e-3), (Dtype::F32, 1e-3)] {
+        for (tokens, inputs, members) in LARGE {
+            for split in [false, true] {
+                let case =
+                    Case { tokens, inputs, members, residual: true, dropout: None, cached: !split, split, fp8: true };
+                let given = run(&Side::gpu(&device, dtype, 13), NF4, &case).unwrap();
+                let rounded = if inputs.is_multiple_of(64) { None } else { Some(dtype) };
+                let (y, dx) = reference(&case, rounded, 64, &given);
+                let errors = [distance(&given.y, &y), distance(&given.dx, &dx)];
+                assert!(errors.iter().all(|&error| error < bound), "{case:?}, {dtype:?}: {errors:?}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -326,8 +356,9 @@ fn what_is_not_finite_shows() {
     for bad in [f32::NAN, f32::INFINITY] {
         let mut values = side.values(3 * 64, 1.0);
         values[64 + 9] = bad;
-        // A row of zeros is zeros.
+        // A row of zeros is zeros, and so is one whose values are too small to be scaled.
         values[128..].fill(0.0);
+        values[130] = if bad.is_nan() { 1e-37 } else { 0.0 };
         let mut x = side.window_of(&values, 3, 64, 0);
         let mut y = workspace.matrix(3, 64).unwrap();
         group.forward(x.view_mut(), None, None, y.view_mut(), workspace).unwrap();

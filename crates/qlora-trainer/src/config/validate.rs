@@ -77,6 +77,11 @@ impl TrainConfig {
             "lora.modules_to_save",
             "must not have an empty name",
         );
+        check.that(
+            !(lora.use_dora && self.model.frozen_compute.is_some()),
+            "lora.use_dora",
+            "is not there with `frozen_compute = \"fp8\"`: leave one of the two out",
+        );
         if let Some(meant) = meant_targets(&lora.target_modules) {
             check.that(false, "lora.target_modules", format!("does not name modules that way: write {meant}"));
         }

@@ -81,7 +81,8 @@ impl Session {
     #[cfg(feature = "cuda")]
     fn expected_gain_of_fp8(&self, gpu: &std::sync::Arc<Gpu>, batch: BatchShape, plan: &MemoryPlan) -> Option<f64> {
         let dora = self.model.adapter().is_some_and(|adapter| adapter.config().use_dora);
-        if self.model.frozen_compute() == FrozenCompute::Fp8 || dora || gpu.check_fp8().is_err() {
+        let there = self.model.frozen_compute() == FrozenCompute::Fp8;
+        if there || dora || !self.model.has_fp8_layers() || gpu.check_fp8().is_err() {
             return None;
         }
         let planner = Planner::on_gpu(&self.model, batch, self.optimizer_bytes()).ok()?;

@@ -111,10 +111,13 @@ impl Planner {
         let pieces = (0..8u32).map(|halvings| self.sizes.tokens.div_ceil(1 << halvings).next_multiple_of(128));
         let pieces = pieces.skip(1).filter(|&rows| rows >= FEWEST_ROWS && rows < self.sizes.tokens).map(Some);
         let pieces: Vec<Option<u64>> = std::iter::once(None).chain(pieces).collect();
+        // In fp8 a backward needs the transposed copy, not the one that the recomputation made.
         let weights = [(true, false), (false, false), (false, true)];
+        let weights = weights.into_iter().filter(|&(shared, _)| !(shared && self.sizes.fp8));
+        let weights: Vec<(bool, bool)> = weights.collect();
         [Keep::Input, Keep::Offload, Keep::OffloadAttention].into_iter().flat_map(move |below| {
             let pieces = pieces.clone();
-            weights.into_iter().flat_map(move |(shared, split)| {
+            weights.clone().into_iter().flat_map(move |(shared, split)| {
                 let choice = Choice { shared, split, ..Choice::leanest_of(below) };
                 pieces.clone().into_iter().map(move |mlp_rows| Choice { mlp_rows, ..choice })
             })

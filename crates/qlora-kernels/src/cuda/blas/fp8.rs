@@ -24,9 +24,20 @@ const A_SCALE_MODE: c_int = 31;
 const B_SCALE_MODE: c_int = 32;
 const OUTER_VECTOR: i32 = 3;
 
+/// The first version of cuBLASLt with a scale a row: CUDA 12.9's.
+pub(in crate::cuda) const LEAST_VERSION: usize = 120_900;
+
 unsafe extern "C" {
+    #[link_name = "cublasLtGetVersion"]
+    fn version() -> usize;
     #[link_name = "cublasLtMatmulDescSetAttribute"]
     fn set_attribute(desc: *mut c_void, attribute: c_int, value: *const c_void, bytes: usize) -> c_int;
+}
+
+/// The version of the library that the program runs with, such as 130000.
+pub(in crate::cuda) fn library_version() -> usize {
+    // SAFETY: it has no preconditions.
+    unsafe { version() }
 }
 
 impl Description {
