@@ -136,6 +136,13 @@ const CANDLE_KERNELS: &[(&str, &str, usize, &str)] = &[
         1,
         "the same; a gradient that comes from our own node is contiguous",
     ),
+    (
+        "qlora-core/src/autograd/tables.rs",
+        "contiguous",
+        2,
+        "trained tables in the graph, for models of one's own; a gradient that comes from our own node is contiguous",
+    ),
+    ("qlora-core/src/autograd/tables.rs", "to_dtype", 1, "the same: one number"),
     ("qlora-kernels/src/ops/dora_linear.rs", "broadcast_mul", 1, "DoRA's gains, over copies in f32"),
     ("qlora-kernels/src/ops/dora_linear.rs", "sum_keepdim", 2, "the gradient of its magnitudes, the same"),
     ("qlora-core/src/nn.rs", "to_dtype", 2, "the layers for models of one's own"),

@@ -35,6 +35,8 @@ pub struct CardPlan {
 pub fn plan_on_card(config: &TrainConfig, card: &Card) -> Result<CardPlan> {
     let mut config = config.clone();
     config.model.device = "cpu".to_owned();
+    // The CPU, on which the model is prepared, has no fp8.
+    let frozen_compute = config.model.frozen_compute.take();
     let Prepared { config, files, beginning, data: (training, _), .. } = Prepared::planned(&config)?;
     let dtype = config.model.bnb_4bit_compute_dtype.map_or_else(|| card.compute_dtype(), Dtype::from);
     if dtype == Dtype::Bf16 && !card.has_bf16() {
@@ -44,7 +46,7 @@ pub fn plan_on_card(config: &TrainConfig, card: &Card) -> Result<CardPlan> {
         );
         return Err(Error::Invalid(message));
     }
-    if config.model.frozen_compute == Some(FrozenCompute::Fp8) && card.compute_capability != (9, 0) {
+    if frozen_compute == Some(FrozenCompute::Fp8) && card.compute_capability != (9, 0) {
         let message = format!(
             "frozen_compute = \"fp8\" needs a Hopper GPU (H100, H200, GH200), and {} is none: leave it out",
             card.name
@@ -59,7 +61,7 @@ pub fn plan_on_card(config: &TrainConfig, card: &Card) -> Result<CardPlan> {
     let planner_of = |batch: qlora_core::model::BatchShape| {
         let attention = AttentionWorkspace::of_own_kernels(model, batch.tokens);
         let planner = Planner::from_config(model, layout, dtype, batch, attention, weights + state as u64);
-        let compute = config.model.frozen_compute.map_or_else(Default::default, Into::into);
+        let compute = frozen_compute.map_or_else(Default::default, Into::into);
         Ok(planner.with_four_bits(matches!(held, TrainedOver::Bits4 { .. })).with_frozen_compute(compute))
     };
     let batch = largest_batch_of(&config, &training)?;
