@@ -17,8 +17,11 @@ const CARD: &str = "README.md";
 /// Uploads a folder or a file to the Hugging Face hub: an adapter, a merged model, GGUF files.
 ///
 /// The repository is made if it does not exist. Only files that differ are sent, and after a transfer that broke off the same command
-/// sends what is missing. Hidden files and the checkpoints of a run are left out. The access token, with the right to write, is that of
-/// HF_TOKEN, or the one that `hf auth login` stored.
+/// sends what is missing. The access token, with the right to write, is that of HF_TOKEN, or the one that `hf auth login` stored.
+///
+/// Of a folder, hidden files are left out, and what a run keeps for itself: its checkpoints (also superseded ones), samples.jsonl,
+/// report.html and runs/, which show rows of the data, and the files of trackers (wandb/, mlruns/, wandb-run-id, mlflow-run-id). The
+/// command names what it leaves out; to upload such a file, name it itself: `qlora push output/report.html me/my-adapter`.
 ///
 /// A folder without README.md (or with one that `qlora train` wrote) gets a model card: base, data sets, how to use the model, options
 /// and losses of the run. `--dry-run` shows it.
@@ -61,7 +64,8 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let mut files = files_of(&args.path)?;
+    let found = files_of(&args.path)?;
+    let (mut files, left_out) = (found.files, found.left_out);
     if files.is_empty() {
         bail!("{} holds no files to upload", args.path.display());
     }
@@ -75,7 +79,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         files.push(PushFile::new(from, CARD));
     }
     if args.dry_run {
-        return plan(args, &files, card.as_deref());
+        return plan(args, &files, &left_out, card.as_deref());
+    }
+    if !left_out.is_empty() {
+        output::remark(format!("left out: {}", left_out.join(", ")));
     }
     let mut options = PushOptions::default();
     options.private = args.private;
@@ -94,7 +101,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.json {
         return Ok(output::print_json(&json!({
             "url": pushed.url, "commit": pushed.commit, "changed": pushed.changed, "unchanged": pushed.unchanged,
-            "ignored": pushed.ignored,
+            "ignored": pushed.ignored, "left_out": left_out,
         }))?);
     }
     for path in &pushed.ignored {
@@ -124,17 +131,22 @@ fn card_for(args: &Args, files: &[PushFile]) -> Option<String> {
     card::text(folder, &paths, &args.repo_id, args.license.as_deref(), args.base.as_deref())
 }
 
-fn plan(args: &Args, files: &[PushFile], card: Option<&str>) -> Result<()> {
+fn plan(args: &Args, files: &[PushFile], left_out: &[String], card: Option<&str>) -> Result<()> {
     let sizes = files.iter().map(|file| Ok((&file.path, fs::metadata(&file.from)?.len())));
     let sizes: Vec<(&String, u64)> = sizes.collect::<std::io::Result<_>>()?;
     if args.json {
         let files: Vec<_> = sizes.iter().map(|(path, bytes)| json!({"path": path, "bytes": bytes})).collect();
-        return Ok(output::print_json(&json!({"repo_id": args.repo_id, "files": files, "card": card}))?);
+        return Ok(output::print_json(
+            &json!({"repo_id": args.repo_id, "files": files, "left_out": left_out, "card": card}),
+        )?);
     }
     let visibility = if args.private { " (private, if it is new)" } else { "" };
     let mut text = format!("To {}{visibility}, branch {}:\n", args.repo_id, args.revision);
     for (path, bytes) in sizes {
         text += &format!("  {bytes:>14} bytes  {path}\n");
+    }
+    if !left_out.is_empty() {
+        text += &format!("Left out: {}\n", left_out.join(", "));
     }
     if let Some(card) = card {
         text += &format!("\nModel card:\n\n{card}");

@@ -27,7 +27,7 @@ use crate::error::{Error, Result};
 use crate::open::OpenOptions;
 use client::Client;
 use files::Local;
-pub use files::{PushFile, files_of};
+pub use files::{PushFile, PushFiles, files_of};
 
 /// Files in one request about them, as in huggingface_hub.
 const CHUNK: usize = 256;

@@ -31,29 +31,57 @@ impl PushFile {
     }
 }
 
-/// The files of a folder (or the one file), sorted, without what does not belong into a repository: hidden files and folders, and the
-/// checkpoints of a run (`checkpoint-N`), which hold the optimizer's state.
+/// The files of a folder that go up, and those that do not.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PushFiles {
+    /// The files to upload, by path.
+    pub files: Vec<PushFile>,
+    /// The files and folders of a run that stay here, by path; folders end in `/`. Hidden ones are not among them.
+    pub left_out: Vec<String>,
+}
+
+/// The files of a folder, sorted, without what does not belong into a repository: hidden files and folders, and what a run keeps for
+/// itself. That is, at any depth, its checkpoints (`checkpoint-N`, `superseded-checkpoint-N`), which hold the optimizer's state, the
+/// files that repeat rows of the data (`samples.jsonl`, `report.html`, `runs/`), and the files of trackers (`wandb/`, `mlruns/`,
+/// `wandb-run-id`, `mlflow-run-id`). A file that is named itself is taken whatever its name is.
 ///
 /// # Errors
 /// If there is no such file or folder, it cannot be read, or a name in it is not UTF-8.
-pub fn files_of(path: &Path) -> Result<Vec<PushFile>> {
+pub fn files_of(path: &Path) -> Result<PushFiles> {
     let metadata = fs::metadata(path).map_err(|error| Error::io(path, error))?;
-    let mut files = Vec::new();
+    let mut found = PushFiles::default();
     if metadata.is_dir() {
-        walk(path, "", 0, &mut files)?;
-        files.sort_by(|left, right| left.path.cmp(&right.path));
+        walk(path, "", 0, &mut found)?;
+        found.files.sort_by(|left, right| left.path.cmp(&right.path));
+        found.left_out.sort();
     } else {
         let name = path.file_name().ok_or_else(|| Error::format(path, "has no file name"))?;
-        files.push(PushFile { from: path.to_owned(), path: plain(path, name)? });
+        found.files.push(PushFile::new(path, plain(path, name)?));
     }
-    Ok(files)
+    Ok(found)
+}
+
+/// Folders of a run that hold rows of the data (TensorBoard's texts) or what trackers keep.
+const PRIVATE_FOLDERS: [&str; 3] = ["runs", "wandb", "mlruns"];
+/// Files of a run that hold rows of the data or the ids of trackers.
+const PRIVATE_FILES: [&str; 4] = ["samples.jsonl", "report.html", "wandb-run-id", "mlflow-run-id"];
+
+/// Whether a folder is a checkpoint of a run, also one that was set aside (`superseded-checkpoint-10.2`) or is half deleted
+/// (`checkpoint-10.tmp-trash`).
+fn is_checkpoint(name: &str) -> bool {
+    let name = name.strip_prefix("superseded-").unwrap_or(name);
+    name.strip_prefix("checkpoint-").is_some_and(|rest| {
+        let end = rest.trim_start_matches(|c: char| c.is_ascii_digit());
+        end.len() < rest.len() && (end.is_empty() || end.starts_with('.'))
+    })
 }
 
 fn plain(path: &Path, name: &std::ffi::OsStr) -> Result<String> {
     name.to_str().map(str::to_owned).ok_or_else(|| Error::format(path, "its name is not UTF-8"))
 }
 
-fn walk(folder: &Path, prefix: &str, depth: usize, files: &mut Vec<PushFile>) -> Result<()> {
+fn walk(folder: &Path, prefix: &str, depth: usize, found: &mut PushFiles) -> Result<()> {
     if depth > MAX_DEPTH {
         return Err(Error::format(folder, format!("more than {MAX_DEPTH} folders within each other")));
     }
@@ -64,15 +92,20 @@ fn walk(folder: &Path, prefix: &str, depth: usize, files: &mut Vec<PushFile>) ->
         if name.starts_with('.') && name != ".gitattributes" && name != ".gitignore" {
             continue;
         }
-        let is_checkpoint = name
-            .strip_prefix("checkpoint-")
-            .is_some_and(|step| !step.is_empty() && step.bytes().all(|byte| byte.is_ascii_digit()));
         let metadata = fs::metadata(&from).map_err(|error| Error::io(&from, error))?;
-        // A link to a folder may lead back to where it is.
-        if metadata.is_dir() && !is_checkpoint && !from.is_symlink() {
-            walk(&from, &format!("{prefix}{name}/"), depth + 1, files)?;
+        let path = format!("{prefix}{name}");
+        if metadata.is_dir() {
+            // A link to a folder may lead back to where it is.
+            if is_checkpoint(&name) || PRIVATE_FOLDERS.contains(&&*name) || from.is_symlink() {
+                found.left_out.push(path + "/");
+            } else {
+                walk(&from, &(path + "/"), depth + 1, found)?;
+            }
         } else if metadata.is_file() {
-            files.push(PushFile { path: format!("{prefix}{name}"), from });
+            match PRIVATE_FILES.contains(&&*name) {
+                true => found.left_out.push(path),
+                false => found.files.push(PushFile::new(from, path)),
+            }
         }
     }
     Ok(())

@@ -72,7 +72,7 @@ impl Server {
         };
         let mut client = Client::new(Settings::new(&open, |_| None)?)?;
         client.pause = Duration::from_millis(1);
-        let result = push_with(&files_of(folder)?, id, options, &client, &mut |_| {});
+        let result = push_with(&files_of(folder)?.files, id, options, &client, &mut |_| {});
         if let Err(error) = &result {
             assert!(!error.to_string().contains(TOKEN), "{error}");
         }
@@ -241,6 +241,56 @@ fn answer(hub: &mut Hub, method: &str, path: &str, body: &[u8], port: u16) -> (u
     panic!("{method} {path}");
 }
 
+#[test]
+fn a_run_keeps_its_rows_and_checkpoints() {
+    let folder = tempfile::tempdir().unwrap();
+    let kept = ["adapter_config.json", "checkpoint-x/notes.txt", "loss.svg", "metrics.jsonl", "nested/a.txt"];
+    let private = [
+        "checkpoint-10/optimizer.safetensors",
+        "checkpoint-10.tmp-trash/rng.json",
+        "superseded-checkpoint-10/train.txt",
+        "superseded-checkpoint-10.2/train.txt",
+        "nested/checkpoint-3/x",
+        "nested/samples.jsonl",
+        "wandb/run/files.txt",
+        "mlruns/0/x",
+        "wandb-run-id",
+        "mlflow-run-id",
+        "runs/events.out.tfevents.1.x",
+        "samples.jsonl",
+        "report.html",
+    ];
+    for name in kept.iter().chain(&private) {
+        let path = folder.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, "a private row").unwrap();
+    }
+    let found = files_of(folder.path()).unwrap();
+    assert_eq!(found.files.iter().map(|file| &*file.path).collect::<Vec<_>>(), kept);
+    let left_out = [
+        "checkpoint-10.tmp-trash/",
+        "checkpoint-10/",
+        "mlflow-run-id",
+        "mlruns/",
+        "nested/checkpoint-3/",
+        "nested/samples.jsonl",
+        "report.html",
+        "runs/",
+        "samples.jsonl",
+        "superseded-checkpoint-10.2/",
+        "superseded-checkpoint-10/",
+        "wandb-run-id",
+        "wandb/",
+    ];
+    assert_eq!(found.left_out, left_out);
+    let server = Server::start(Hub::default());
+    let pushed = server.push(folder.path(), "org/name", &PushOptions::default()).unwrap();
+    assert_eq!(pushed.changed, kept);
+    assert!(server.hub.lock().unwrap().files.keys().eq(kept.iter()));
+    // A file that is named goes up.
+    assert_eq!(files_of(&folder.path().join("report.html")).unwrap().files.len(), 1);
+}
+
 /// A folder with two large files, text and what is not to be sent.
 fn folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
@@ -371,7 +421,7 @@ fn refusals_say_what_to_do() {
 fn files_are_chosen_by_name() {
     let folder = folder();
     let one = files_of(&folder.path().join("README.md")).unwrap();
-    assert_eq!(one.iter().map(|file| &*file.path).collect::<Vec<_>>(), ["README.md"]);
+    assert_eq!(one.files.iter().map(|file| &*file.path).collect::<Vec<_>>(), ["README.md"]);
     assert!(files_of(&folder.path().join("nothing")).unwrap_err().to_string().contains("nothing"));
     let empty = tempfile::tempdir().unwrap();
     let server = Server::start(Hub::default());
