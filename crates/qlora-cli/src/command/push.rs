@@ -6,8 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use qlora::adapter;
-use qlora::hub::{PushFile, PushOptions, PushStep, files_of, push};
+use qlora::hub::{Existing, PushFile, PushOptions, PushStep, files_of, is_generated_card, marked_card, push};
 use serde_json::json;
 
 use crate::output::{self, line};
@@ -24,7 +23,8 @@ const CARD: &str = "README.md";
 /// command names what it leaves out; to upload such a file, name it itself: `qlora push output/report.html me/my-adapter`.
 ///
 /// A folder without README.md (or with one that `qlora train` wrote) gets a model card: base, data sets, how to use the model, options
-/// and losses of the run. `--dry-run` shows it.
+/// and losses of the run. `--dry-run` shows it. In the repository it replaces a card that qlora wrote and nobody edited; any other card
+/// stays, unless `--replace-card` is given.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -52,6 +52,9 @@ pub(crate) struct Args {
     /// The base model in the model card; if not given, the one that the adapter names.
     #[arg(long, value_name = "ID")]
     base: Option<String>,
+    /// Replaces the repository's model card also if a person wrote or edited it.
+    #[arg(long, conflicts_with = "no_card")]
+    replace_card: bool,
     /// Writes no model card.
     #[arg(long)]
     no_card: bool,
@@ -76,7 +79,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let from = place.path().join(CARD);
         fs::write(&from, card).with_context(|| from.display().to_string())?;
         files.retain(|file| file.path != CARD);
-        files.push(PushFile::new(from, CARD));
+        let mut file = PushFile::new(from, CARD);
+        file.existing = match () {
+            () if args.replace_card => Existing::Replaced,
+            () if args.path.is_dir() => Existing::ReplacedIfGenerated,
+            // A file joins a repository, whose card may be about the other files.
+            () => Existing::Kept,
+        };
+        files.push(file);
     }
     if args.dry_run {
         return plan(args, &files, &left_out, card.as_deref());
@@ -89,23 +99,36 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     options.revision = Some(args.revision.clone());
     options.commit_message.clone_from(&args.commit_message);
     let bar = output::bar("Uploading", "{bytes} of {total_bytes}");
-    let pushed = push(&files, &args.repo_id, &options, &mut |step| match step {
+    let pushed = push(&files, &args.repo_id, &options, &mut |step| {
+        match step {
         PushStep::Hashing(file) => bar.set_message(file.to_owned()),
         PushStep::Sending(bytes) => bar.set_length(bytes),
         PushStep::Sent(_, bytes) => bar.inc(bytes),
+        PushStep::AlreadyPublic(id) => bar.suspend(|| {
+            output::remark(format!(
+                "{id} was there before and is public: --private makes new repositories private alone. What is uploaded now can be read \
+                 by everybody; to prevent that, stop here and make it private in its settings"
+            ));
+        }),
         PushStep::Again(what) => bar.suspend(|| output::remark(format!("{what}: trying again"))),
         _ => {}
+    }
     });
     bar.finish_and_clear();
     let pushed = pushed?;
     if args.json {
         return Ok(output::print_json(&json!({
             "url": pushed.url, "commit": pushed.commit, "changed": pushed.changed, "unchanged": pushed.unchanged,
-            "ignored": pushed.ignored, "left_out": left_out,
+            "ignored": pushed.ignored, "kept": pushed.kept, "left_out": left_out,
         }))?);
     }
     for path in &pushed.ignored {
         output::remark(format!("{path} is left out: the repository's .gitignore names it"));
+    }
+    for path in &pushed.kept {
+        output::remark(format!(
+            "the repository's {path} stays: it was written or edited by a person, or covers more files; --replace-card replaces it"
+        ));
     }
     match &pushed.commit {
         Some(commit) => {
@@ -120,15 +143,16 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 fn card_for(args: &Args, files: &[PushFile]) -> Option<String> {
     let folder = if args.path.is_dir() { &*args.path } else { args.path.parent().unwrap_or(Path::new(".")) };
     let own = files.iter().find(|file| file.path == CARD);
-    if own.is_some_and(|file| !fs::read_to_string(&file.from).is_ok_and(|text| adapter::is_generated_card(&text))) {
+    if own.is_some_and(|file| !fs::read_to_string(&file.from).is_ok_and(|text| is_generated_card(&text))) {
         return None;
     }
-    // A file alone may join a repository that has a card.
+    // A file alone gets a card only if it is one that the hub shows a model for.
     if !args.path.is_dir() && args.path.extension().is_none_or(|end| end != "gguf") {
         return None;
     }
     let paths: Vec<String> = files.iter().map(|file| file.path.clone()).collect();
-    card::text(folder, &paths, &args.repo_id, args.license.as_deref(), args.base.as_deref())
+    let text = card::text(folder, &paths, &args.repo_id, args.license.as_deref(), args.base.as_deref())?;
+    Some(marked_card(&text))
 }
 
 fn plan(args: &Args, files: &[PushFile], left_out: &[String], card: Option<&str>) -> Result<()> {
@@ -149,7 +173,9 @@ fn plan(args: &Args, files: &[PushFile], left_out: &[String], card: Option<&str>
         text += &format!("Left out: {}\n", left_out.join(", "));
     }
     if let Some(card) = card {
-        text += &format!("\nModel card:\n\n{card}");
+        let unless =
+            if args.replace_card { "" } else { " (unless the repository has one that a person wrote or edited)" };
+        text += &format!("\nModel card{unless}:\n\n{card}");
     }
     Ok(output::print(&text)?)
 }

@@ -22,12 +22,27 @@ pub struct PushFile {
     pub from: PathBuf,
     /// Its path in the repository, with `/` between folders.
     pub path: String,
+    /// The fate of another file at that path.
+    pub existing: Existing,
+}
+
+/// The fate of a file in the repository whose path an upload has too, with another content.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Existing {
+    /// It is replaced.
+    #[default]
+    Replaced,
+    /// It is replaced if it is a generated model card that nobody edited ([`is_generated_card`](super::is_generated_card)).
+    ReplacedIfGenerated,
+    /// It stays.
+    Kept,
 }
 
 impl PushFile {
     /// The file `from`, to be uploaded as `path`.
     pub fn new(from: impl Into<PathBuf>, path: impl Into<String>) -> Self {
-        Self { from: from.into(), path: path.into() }
+        Self { from: from.into(), path: path.into(), existing: Existing::default() }
     }
 }
 
@@ -111,6 +126,19 @@ fn walk(folder: &Path, prefix: &str, depth: usize, found: &mut PushFiles) -> Res
     Ok(())
 }
 
+fn git_header(size: u64) -> String {
+    format!("blob {size}\0")
+}
+
+/// The id that git gives to a content.
+fn git_id(bytes: &[u8]) -> String {
+    hex(&Sha1::new_with_prefix(git_header(bytes.len() as u64)).chain_update(bytes).finalize())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// A file with what the hub wants to know.
 #[derive(Debug)]
 pub(super) struct Local<'a> {
@@ -132,6 +160,10 @@ impl<'a> Local<'a> {
 
     pub(super) fn path(&self) -> &'a str {
         &self.file.path
+    }
+
+    pub(super) fn existing(&self) -> Existing {
+        self.file.existing
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -156,7 +188,7 @@ impl<'a> Local<'a> {
         self.large = large;
         self.id = match large {
             true => self.digest(Sha256::new())?,
-            false => self.digest(Sha1::new_with_prefix(format!("blob {}\0", self.size)))?,
+            false => self.digest(Sha1::new_with_prefix(git_header(self.size)))?,
         };
         Ok(())
     }
@@ -166,16 +198,24 @@ impl<'a> Local<'a> {
         let mut file = File::open(&self.file.from).map_err(failed)?;
         let read = io::copy(&mut file, &mut digest).map_err(failed)?;
         if read != self.size {
-            return Err(Error::format(&self.file.from, "it changed while it was read"));
+            return Err(self.changed());
         }
-        Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+        Ok(hex(&digest.finalize()))
     }
 
+    /// The content of a text file, which must still be the one that was hashed.
     pub(super) fn bytes(&self) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
         let mut part = self.part(0, self.size)?;
         part.read_to_end(&mut bytes).map_err(|error| Error::io(&self.file.from, error))?;
+        if bytes.len() as u64 != self.size || (!self.id.is_empty() && git_id(&bytes) != self.id) {
+            return Err(self.changed());
+        }
         Ok(bytes)
+    }
+
+    fn changed(&self) -> Error {
+        Error::format(&self.file.from, "it changed while it was read: start the upload again when it is at rest")
     }
 
     pub(super) fn text(&self) -> Result<String> {
