@@ -28,7 +28,9 @@ use crate::source::hf::{INDEX, INDEX_OF_PICKLES, SINGLE, SINGLE_PICKLE, read_ind
 use crate::tokenizer::{MODEL_FILE, TOKENIZER_FILE as TOKENIZER};
 
 pub use dataset::{Choose, DatasetSnapshot, PARQUET_REVISION, dataset_snapshot};
-pub use push::{PushFile, PushOptions, PushStep, Pushed, files_of, push};
+pub use push::{
+    Existing, PushFile, PushFiles, PushOptions, PushStep, Pushed, files_of, is_generated_card, marked_card, push,
+};
 use settings::{Kind, Settings};
 pub use status::HubStatus;
 

@@ -27,6 +27,7 @@ fn a_dry_run_shows_files_and_card() {
     )
     .unwrap();
     fs::write(adapter.join("checkpoint-1/optimizer.safetensors"), "state").unwrap();
+    fs::write(adapter.join("samples.jsonl"), "a private row").unwrap();
     let path = adapter.to_str().unwrap();
     let output = push(folder.path(), &[path, "me/tuned", "--dry-run", "--license", "mit"]);
     let text = String::from_utf8(output.stdout).unwrap();
@@ -34,7 +35,9 @@ fn a_dry_run_shows_files_and_card() {
     for part in ["To me/tuned, branch main:", "adapter_config.json", "base_model: \"org/base\"", "license: \"mit\""] {
         assert!(text.contains(part), "{part}\n{text}");
     }
-    assert!(!text.contains("checkpoint-1") && !adapter.join("README.md").exists(), "{text}");
+    let (listed, left_out) = text.split_once("Left out: ").unwrap();
+    assert!(!listed.contains("checkpoint-1") && !listed.contains("samples") && !adapter.join("README.md").exists());
+    assert!(left_out.starts_with("checkpoint-1/, samples.jsonl\n"), "{text}");
 
     // A card of one's own stays.
     fs::write(adapter.join("README.md"), "mine").unwrap();

@@ -16,8 +16,8 @@ pub fn is_ours(text: &str) -> bool {
 pub(super) fn text(config: &LoraConfig, layout: &AdapterLayout, options: &SaveOptions) -> String {
     let base = options.base_model_name_or_path.as_deref();
     let mut card = String::from("---\n");
-    // The hub takes only ids here. JSON strings are YAML strings.
-    if let Some(id) = base.filter(|name| is_hub_id(name)) {
+    // The hub takes only ids here, and a relative path looks like one. JSON strings are YAML strings.
+    if let Some(id) = base.filter(|name| is_hub_id(name) && !std::path::Path::new(name).exists()) {
         card += &format!("base_model: {}\n", serde_json::Value::from(id));
     }
     card += "library_name: peft\ntags:\n- lora\n---\n";

@@ -13,6 +13,7 @@
 //! | `PUT` to those addresses, without the token | an `ETag` per part, which the address of the object is then told |
 //! | `POST /api/models/ID/commit/REVISION`: a line of JSON per file | the commit |
 
+mod card;
 mod client;
 mod files;
 mod large;
@@ -25,9 +26,10 @@ use super::environment;
 use super::settings::Settings;
 use crate::error::{Error, Result};
 use crate::open::OpenOptions;
+pub use card::{is_generated_card, marked_card};
 use client::Client;
 use files::Local;
-pub use files::{PushFile, files_of};
+pub use files::{Existing, PushFile, PushFiles, files_of};
 
 /// Files in one request about them, as in huggingface_hub.
 const CHUNK: usize = 256;
@@ -62,6 +64,8 @@ pub enum PushStep<'a> {
     Sent(&'a str, u64),
     /// A request failed and is made again.
     Again(&'a str),
+    /// A private repository was wanted, but this one was there before and is public. Nothing was sent so far.
+    AlreadyPublic(&'a str),
 }
 
 /// A finished upload.
@@ -78,6 +82,17 @@ pub struct Pushed {
     pub unchanged: usize,
     /// The files that the repository's `.gitignore` excludes.
     pub ignored: Vec<String>,
+    /// The files that did not take the place of those in the repository ([`Existing`]).
+    pub kept: Vec<String>,
+}
+
+/// The files of an upload, by what happens to them.
+#[derive(Default)]
+struct Sorted<'a> {
+    changed: Vec<Local<'a>>,
+    unchanged: usize,
+    ignored: Vec<String>,
+    kept: Vec<String>,
 }
 
 /// Uploads `files` to the model repository `id` (`owner/name`; a `name` alone is one of the token's owner), which is made if it does
@@ -118,16 +133,17 @@ fn push_with(
         true => id.to_owned(),
         false => format!("{}/{id}", client.owner(step)?),
     };
-    client.create(&id, options.private, step)?;
-    let mut local = Vec::with_capacity(files.len());
-    for file in files {
-        local.push(Local::read(file)?);
+    // A file that cannot be read is found before a repository is made.
+    let local = files.iter().map(Local::read).collect::<Result<Vec<_>>>()?;
+    let existed = client.create(&id, options.private, step)?;
+    if options.private && existed && client.is_public(&id, step)? {
+        step(PushStep::AlreadyPublic(&id));
     }
-    let (changed, unchanged, ignored) = differing(client, &id, local, step)?;
+    let Sorted { changed, unchanged, ignored, kept } = differing(client, &id, local, step)?;
     let url = format!("{}/{id}", client.endpoint());
     let names = |files: &[Local<'_>]| files.iter().map(|file| file.path().to_owned()).collect();
     if changed.is_empty() {
-        return Ok(Pushed { url, commit: None, changed: Vec::new(), unchanged, ignored });
+        return Ok(Pushed { url, commit: None, changed: Vec::new(), unchanged, ignored, kept });
     }
     let large: Vec<&Local<'_>> = changed.iter().filter(|file| file.is_large()).collect();
     step(PushStep::Sending(large.iter().map(|file| file.size()).sum()));
@@ -136,19 +152,21 @@ fn push_with(
     let body = commit(&changed, message)?;
     let path = format!("/api/models/{id}/commit/{}", client.revision());
     let answer = client.post(&path, "application/x-ndjson", body.as_bytes(), &id, step)?;
-    let commit = answer["commitOid"].as_str().unwrap_or_default().to_owned();
-    Ok(Pushed { url, commit: Some(commit), changed: names(&changed), unchanged, ignored })
+    // Without its id nobody knows whether the commit was made: something in between may have answered.
+    let commit = answer["commitOid"].as_str().filter(|commit| !commit.is_empty());
+    let commit = commit.ok_or_else(|| client.not_understood(&id, "the id", "the commit"))?.to_owned();
+    Ok(Pushed { url, commit: Some(commit), changed: names(&changed), unchanged, ignored, kept })
 }
 
-/// The files to send, the number of those that are there already, and the ones that the repository ignores.
+/// The files to send, and the others.
 fn differing<'a>(
     client: &Client,
     id: &str,
     mut files: Vec<Local<'a>>,
     step: &mut dyn FnMut(PushStep<'_>),
-) -> Result<(Vec<Local<'a>>, usize, Vec<String>)> {
+) -> Result<Sorted<'a>> {
     let path = format!("/api/models/{id}/preupload/{}", client.revision());
-    let (mut changed, mut unchanged, mut ignored) = (Vec::new(), 0, Vec::new());
+    let mut sorted = Sorted::default();
     // A .gitignore that is sent along counts already.
     let ignore = files.iter().find(|file| file.path() == ".gitignore").map(Local::text).transpose()?;
     while !files.is_empty() {
@@ -169,19 +187,34 @@ fn differing<'a>(
                 return Err(client.not_understood(id, "the way to upload", file.path()));
             };
             if mode["shouldIgnore"] == Value::Bool(true) {
-                ignored.push(file.path().to_owned());
+                sorted.ignored.push(file.path().to_owned());
                 continue;
             }
             step(PushStep::Hashing(file.path()));
             // The store for large files takes no empty ones.
             file.hash(upload == "lfs" && file.size() > 0)?;
-            match mode["oid"].as_str() == Some(file.id()) {
-                true => unchanged += 1,
-                false => changed.push(file),
+            let there = mode["oid"].as_str();
+            let mut replace = || -> Result<bool> {
+                match file.existing() {
+                    Existing::Replaced => Ok(true),
+                    Existing::Kept => Ok(false),
+                    Existing::ReplacedIfGenerated => {
+                        // It is there; if it cannot be seen, it may be a person's.
+                        let text = client.text(id, file.path(), step)?;
+                        Ok(text.is_some_and(|text| is_generated_card(&text)))
+                    }
+                }
+            };
+            if there == Some(file.id()) {
+                sorted.unchanged += 1;
+            } else if there.is_none() || replace()? {
+                sorted.changed.push(file);
+            } else {
+                sorted.kept.push(file.path().to_owned());
             }
         }
     }
-    Ok((changed, unchanged, ignored))
+    Ok(sorted)
 }
 
 /// The lines of a commit.

@@ -61,7 +61,8 @@ pub(super) fn text(
     let kind = Kind::of(paths)?;
     let adapter = adapter::read_any_config(folder).ok().filter(|_| kind == Kind::Adapter).map(|(config, _)| config);
     let named = adapter.as_ref().and_then(|config| config.base_model_name_or_path.as_deref());
-    let base = base.or(named).filter(|name| is_hub_id(name));
+    // A path with one slash looks like an id; what is a folder here was one then.
+    let base = base.or(named).filter(|name| is_hub_id(name) && !Path::new(name).exists());
     let run = Run::find(folder);
     let name = id.rsplit('/').next().unwrap_or(id);
     let objective = run.value(&["training", "objective"]).unwrap_or_else(|| "sft".to_owned());
@@ -308,6 +309,11 @@ mod tests {
         write(root, "adapter_config.json", &config.replace("org/base", "/data/base"));
         let card = text(root, &paths, "me/tuned", None, None).unwrap();
         assert!(!card.contains("base_model") && !card.contains("/data"), "{card}");
+        // Also one with a relative path, which has the form of an id.
+        assert!(Path::new("src/command").is_dir() && is_hub_id("src/command"));
+        write(root, "adapter_config.json", &config.replace("org/base", "src/command"));
+        let card = text(root, &paths, "me/tuned", None, None).unwrap();
+        assert!(!card.contains("base_model") && !card.contains("src/command"), "{card}");
     }
 
     #[test]

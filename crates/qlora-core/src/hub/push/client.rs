@@ -15,6 +15,8 @@ use crate::hub::settings::Settings;
 const ATTEMPTS: u32 = 5;
 /// The longest wait that the hub may ask for.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
+/// The longest time in which no byte comes or goes. A whole transfer may take as long as it needs.
+const STALLED: Duration = Duration::from_secs(300);
 /// The longest answer that is read.
 const MAX_ANSWER: u64 = 16 << 20;
 
@@ -28,6 +30,7 @@ pub(super) struct Client {
 /// An answer with a status of success.
 pub(super) struct Answer {
     pub(super) body: Value,
+    pub(super) text: String,
     pub(super) etag: Option<String>,
 }
 
@@ -47,6 +50,11 @@ impl Client {
     /// # Errors
     /// If there is no token, or the hub is not to be asked.
     pub(super) fn new(settings: Settings) -> Result<Self> {
+        Self::with_patience(settings, STALLED)
+    }
+
+    /// `stalled` is the longest time in which no byte comes or goes.
+    pub(super) fn with_patience(settings: Settings, stalled: Duration) -> Result<Self> {
         if settings.offline {
             return Err(Error::Invalid("offline (HF_HUB_OFFLINE): nothing can be uploaded".to_owned()));
         }
@@ -61,7 +69,9 @@ impl Client {
             .http_status_as_error(false)
             .max_redirects(0)
             .timeout_connect(Some(Duration::from_secs(10)))
-            .timeout_recv_response(Some(Duration::from_secs(300)))
+            .timeout_recv_response(Some(stalled))
+            .timeout_per_read(Some(stalled))
+            .timeout_per_write(Some(stalled))
             .user_agent(concat!("qlora/", env!("CARGO_PKG_VERSION")))
             .build()
             .new_agent();
@@ -91,8 +101,34 @@ impl Client {
         name.ok_or_else(|| self.not_understood("the token's owner", "a name", "/api/whoami-v2"))
     }
 
-    /// Makes a repository if it does not exist.
-    pub(super) fn create(&self, id: &str, private: bool, step: &mut dyn FnMut(PushStep<'_>)) -> Result<()> {
+    /// Whether anybody can read a repository.
+    pub(super) fn is_public(&self, id: &str, step: &mut dyn FnMut(PushStep<'_>)) -> Result<bool> {
+        let url = self.url(&format!("/api/models/{id}"));
+        let sent = self.retried(id, step, || self.attempt("GET", &url, None, None));
+        let answer = sent.map_err(|failure| self.explain(failure, id))?;
+        let private = answer.body["private"].as_bool();
+        Ok(!private.ok_or_else(|| self.not_understood(id, "the visibility", id))?)
+    }
+
+    /// A text file of the branch; none if it is not there.
+    pub(super) fn text(&self, id: &str, file: &str, step: &mut dyn FnMut(PushStep<'_>)) -> Result<Option<String>> {
+        let mut url = self.url(&format!("/{id}/raw/{}/", self.revision()));
+        for byte in file.bytes() {
+            match byte {
+                b'/' | b'-' | b'_' | b'.' | b'~' => url.push(char::from(byte)),
+                byte if byte.is_ascii_alphanumeric() => url.push(char::from(byte)),
+                byte => url += &format!("%{byte:02X}"),
+            }
+        }
+        match self.retried(id, step, || self.attempt("GET", &url, None, None)) {
+            Ok(answer) => Ok(Some(answer.text)),
+            Err(Failure::Status { status: 404, .. }) => Ok(None),
+            Err(failure) => Err(self.explain(failure, &format!("{id}: {file}"))),
+        }
+    }
+
+    /// Makes a repository if it does not exist, and returns whether it did.
+    pub(super) fn create(&self, id: &str, private: bool, step: &mut dyn FnMut(PushStep<'_>)) -> Result<bool> {
         let (owner, name) = id.split_once('/').unwrap_or_default();
         let mut request = json!({"name": name, "organization": owner, "type": "model"});
         if private {
@@ -103,12 +139,13 @@ impl Client {
         let sent =
             self.retried(id, step, || self.attempt("POST", &url, Some("application/json"), Some(body.as_bytes())));
         match sent {
-            Ok(_) | Err(Failure::Status { status: 409, .. }) => Ok(()),
+            Ok(_) => Ok(false),
+            Err(Failure::Status { status: 409, .. }) => Ok(true),
             // A token that may write to this repository alone cannot make any.
             Err(Failure::Status { status: 403, message, wait }) => {
                 let there = self.url(&format!("/api/models/{id}"));
                 match self.retried(id, step, || self.attempt("GET", &there, None, None)) {
-                    Ok(_) => Ok(()),
+                    Ok(_) => Ok(true),
                     Err(_) => Err(self.explain(Failure::Status { status: 403, message, wait }, id)),
                 }
             }
@@ -137,10 +174,11 @@ impl Client {
     ) -> Result<Value> {
         let url = if path.starts_with('/') { self.url(path) } else { path.to_owned() };
         let sent = self.retried(id, step, || self.attempt("POST", &url, Some(kind), Some(body)));
-        sent.map(|answer| answer.body).map_err(|failure| self.explain(failure, id))
+        sent.map(|answer| answer.body).map_err(|failure| self.explain_at(&url, failure, id))
     }
 
-    /// Puts bytes to an address that the hub named; `body` gives them anew for every attempt.
+    /// Puts bytes to an address that the hub named; `body` gives them anew for every attempt. None if the store no longer takes the
+    /// address (403): it has a time limit, and the hub gives a new one.
     pub(super) fn put<R: Read>(
         &self,
         url: &str,
@@ -148,13 +186,31 @@ impl Client {
         what: &str,
         step: &mut dyn FnMut(PushStep<'_>),
         body: impl Fn() -> Result<R>,
-    ) -> Result<Answer> {
+    ) -> Result<Option<Answer>> {
         let send = || {
             let mut reader = body().map_err(Failure::Final)?;
             let request = self.agent.put(url).header("Content-Length", length.to_string());
             answer(request.send(SendBody::from_reader(&mut reader)))
         };
-        self.retried(what, step, send).map_err(|failure| self.explain(failure, what))
+        match self.retried(what, step, send) {
+            Ok(answer) => Ok(Some(answer)),
+            Err(Failure::Status { status: 403, .. }) if !self.is_ours(url) => Ok(None),
+            Err(failure) => Err(self.explain_at(url, failure, what)),
+        }
+    }
+
+    /// Whether an address is the hub's own, and not one of a store.
+    fn is_ours(&self, url: &str) -> bool {
+        url.strip_prefix(&self.settings.endpoint).is_some_and(|rest| rest.starts_with('/'))
+    }
+
+    fn explain_at(&self, url: &str, failure: Failure, what: &str) -> Error {
+        if self.is_ours(url) { self.explain(failure, what) } else { explain_store(url, failure, what) }
+    }
+
+    /// The error of an address that the store refuses although the hub has just given it.
+    pub(super) fn refused_by_store(&self, url: &str, what: &str) -> Error {
+        explain_store(url, Failure::Status { status: 403, message: String::new(), wait: None }, what)
     }
 
     fn url(&self, path: &str) -> String {
@@ -169,8 +225,7 @@ impl Client {
         body: Option<&[u8]>,
     ) -> std::result::Result<Answer, Failure> {
         // The token is for the hub alone, not for the stores whose addresses it names.
-        let ours = url.strip_prefix(&self.settings.endpoint).is_some_and(|rest| rest.starts_with('/'));
-        let token = self.settings.token.as_ref().filter(|_| ours).map(|token| format!("Bearer {token}"));
+        let token = self.settings.token.as_ref().filter(|_| self.is_ours(url)).map(|token| format!("Bearer {token}"));
         match (method, body) {
             ("POST", Some(body)) => {
                 let mut request = self.agent.post(url);
@@ -253,6 +308,35 @@ impl Client {
     }
 }
 
+/// The error of a store for large files, which knows nothing of tokens and repositories. Its address may hold a signature that
+/// gives the right to write: the message names the host alone.
+fn explain_store(url: &str, failure: Failure, what: &str) -> Error {
+    let host = url.split("://").nth(1).unwrap_or(url).split(['/', '?', '#']).next().unwrap_or_default();
+    let host = host.rsplit('@').next().unwrap_or_default();
+    let again = "start the upload again, which sends only what is missing";
+    let (status, message) = match failure {
+        Failure::Final(error) => return error,
+        Failure::Connection(message) => {
+            let again = "what had arrived is not sent again when the same upload is started anew";
+            return Error::Invalid(format!(
+                "{what}: the connection to the store for large files at {host} failed ({message}); {again}"
+            ));
+        }
+        Failure::Status { status, message, .. } => (status, message),
+    };
+    let advice = match status {
+        401 | 403 => format!(
+            "the store for large files at {host} does not take the address that the hub gave (it has a time limit; is this machine's \
+             clock right, does a proxy change requests?): {again}"
+        ),
+        429 => format!("the store for large files at {host} limits the requests: wait, then {again}"),
+        500.. => format!("the store for large files at {host} has a problem: later, {again}"),
+        _ => format!("the store for large files at {host} refuses: {again}"),
+    };
+    let message = if message.is_empty() { String::new() } else { format!(" (it says: {message})") };
+    Error::Invalid(format!("{what}: {advice} (status {status}){message}"))
+}
+
 /// Git LFS wants its own type accepted.
 fn accepted(kind: &str) -> &str {
     if kind.contains("git-lfs") { kind } else { "application/json" }
@@ -284,5 +368,5 @@ fn answer(sent: std::result::Result<Response<Body>, ureq::Error>) -> std::result
     }
     let text = text.map_err(|error| Failure::Connection(error.to_string()))?;
     // Stores answer with nothing or with XML.
-    Ok(Answer { body: serde_json::from_str(&text).unwrap_or_default(), etag })
+    Ok(Answer { body: serde_json::from_str(&text).unwrap_or_default(), text, etag })
 }

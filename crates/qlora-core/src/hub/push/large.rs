@@ -4,7 +4,7 @@ use std::io::{self, Read};
 
 use serde_json::{Map, Value, json};
 
-use super::client::Client;
+use super::client::{Answer, Client};
 use super::files::Local;
 use super::{CHUNK, PushStep};
 use crate::error::{Error, Result};
@@ -14,30 +14,54 @@ const LFS: &str = "application/vnd.git-lfs+json";
 /// Sends the files that the store does not have.
 pub(super) fn send(client: &Client, id: &str, files: &[&Local<'_>], step: &mut dyn FnMut(PushStep<'_>)) -> Result<()> {
     for chunk in files.chunks(CHUNK) {
-        let objects: Vec<Value> = chunk.iter().map(|file| json!({"oid": file.id(), "size": file.size()})).collect();
-        let request = json!({
-            "operation": "upload", "transfers": ["basic", "multipart"], "objects": objects, "hash_algo": "sha256",
-            "ref": {"name": client.branch()},
-        });
-        let path = format!("/{id}.git/info/lfs/objects/batch");
-        let answer = client.post(&path, LFS, request.to_string().as_bytes(), id, step)?;
-        let answers = answer["objects"].as_array().map_or(&[][..], Vec::as_slice);
+        let answer = batch(client, id, chunk, step)?;
         for file in chunk {
-            let Some(object) = answers.iter().find(|object| object["oid"].as_str() == Some(file.id())) else {
-                return Err(client.not_understood(id, "where to send the bytes", file.path()));
-            };
-            if let Some(error) = object.get("error") {
-                let message: String = error["message"].as_str().unwrap_or("no reason").chars().take(300).collect();
-                return Err(Error::Invalid(format!("{id}: the hub does not take {}: {message}", file.path())));
-            }
-            match object["actions"]["upload"].as_object() {
-                Some(action) => one(client, id, file, action, &object["actions"]["verify"], step)?,
-                // It is there: from another repository, or an upload that broke off.
-                None => step(PushStep::Sent(file.path(), file.size())),
+            if let Some(expired) = object(client, id, file, &answer, step)? {
+                let answer = batch(client, id, &[*file], step)?;
+                if object(client, id, file, &answer, step)?.is_some() {
+                    return Err(client.refused_by_store(&expired, file.path()));
+                }
             }
         }
     }
     Ok(())
+}
+
+/// Asks where to send files.
+fn batch(client: &Client, id: &str, files: &[&Local<'_>], step: &mut dyn FnMut(PushStep<'_>)) -> Result<Value> {
+    let objects: Vec<Value> = files.iter().map(|file| json!({"oid": file.id(), "size": file.size()})).collect();
+    let request = json!({
+        "operation": "upload", "transfers": ["basic", "multipart"], "objects": objects, "hash_algo": "sha256",
+        "ref": {"name": client.branch()},
+    });
+    let path = format!("/{id}.git/info/lfs/objects/batch");
+    client.post(&path, LFS, request.to_string().as_bytes(), id, step)
+}
+
+/// Sends a file as the answer to [`batch`] says. Returns an address that the store no longer takes, if there was one.
+fn object(
+    client: &Client,
+    id: &str,
+    file: &Local<'_>,
+    answer: &Value,
+    step: &mut dyn FnMut(PushStep<'_>),
+) -> Result<Option<String>> {
+    let answers = answer["objects"].as_array().map_or(&[][..], Vec::as_slice);
+    let Some(object) = answers.iter().find(|object| object["oid"].as_str() == Some(file.id())) else {
+        return Err(client.not_understood(id, "where to send the bytes", file.path()));
+    };
+    if let Some(error) = object.get("error") {
+        let message: String = error["message"].as_str().unwrap_or("no reason").chars().take(300).collect();
+        return Err(Error::Invalid(format!("{id}: the hub does not take {}: {message}", file.path())));
+    }
+    match object["actions"]["upload"].as_object() {
+        Some(action) => one(client, id, file, action, &object["actions"]["verify"], step),
+        // It is there: from another repository, or an upload that broke off.
+        None => {
+            step(PushStep::Sent(file.path(), file.size()));
+            Ok(None)
+        }
+    }
 }
 
 fn one(
@@ -47,13 +71,15 @@ fn one(
     action: &Map<String, Value>,
     verify: &Value,
     step: &mut dyn FnMut(PushStep<'_>),
-) -> Result<()> {
+) -> Result<Option<String>> {
     let unclear = || client.not_understood(id, "where to send the bytes", file.path());
     let url = action.get("href").and_then(Value::as_str).ok_or_else(unclear)?;
     let header = action.get("header").and_then(Value::as_object);
     match header.and_then(|header| header.get("chunk_size")) {
         None => {
-            part(client, file, url, 0, file.size(), step)?;
+            if part(client, file, url, 0, file.size(), step)?.is_none() {
+                return Ok(Some(url.to_owned()));
+            }
         }
         Some(size) => {
             // A number or its text.
@@ -66,7 +92,10 @@ fn one(
             let mut parts = Vec::with_capacity(urls.len());
             for (index, url) in urls.iter().enumerate() {
                 let start = index as u64 * size;
-                let etag = part(client, file, url, start, size.min(file.size() - start), step)?.ok_or_else(unclear)?;
+                let Some(answer) = part(client, file, url, start, size.min(file.size() - start), step)? else {
+                    return Ok(Some((*url).to_owned()));
+                };
+                let etag = answer.etag.ok_or_else(unclear)?;
                 parts.push(json!({"partNumber": index + 1, "etag": etag}));
             }
             let done = json!({"oid": file.id(), "parts": parts}).to_string();
@@ -82,7 +111,7 @@ fn one(
             step,
         )?;
     }
-    Ok(())
+    Ok(None)
 }
 
 /// The addresses of the parts, which stand under their numbers.
@@ -93,7 +122,7 @@ fn part_urls(header: &Map<String, Value>) -> Vec<&str> {
     urls.into_iter().map(|(_, url)| url).collect()
 }
 
-/// Sends a range of a file, and returns the store's name for it.
+/// Sends a range of a file, and returns the store's answer; none if the store no longer takes the address.
 fn part(
     client: &Client,
     file: &Local<'_>,
@@ -101,11 +130,13 @@ fn part(
     start: u64,
     length: u64,
     step: &mut dyn FnMut(PushStep<'_>),
-) -> Result<Option<String>> {
-    let answer =
-        client.put(url, length, file.path(), step, || Ok(Whole { bytes: file.part(start, length)?, left: length }))?;
-    step(PushStep::Sent(file.path(), length));
-    Ok(answer.etag)
+) -> Result<Option<Answer>> {
+    let body = || Ok(Whole { bytes: file.part(start, length)?, left: length });
+    let answer = client.put(url, length, file.path(), step, body)?;
+    if answer.is_some() {
+        step(PushStep::Sent(file.path(), length));
+    }
+    Ok(answer)
 }
 
 /// A range of a file that must be as long as was promised: a request would otherwise wait for the rest forever.

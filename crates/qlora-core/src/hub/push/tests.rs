@@ -24,6 +24,12 @@ enum Fault {
     Status(u16),
     /// The connection ends before an answer.
     Break,
+    /// A page in the place of the answer, as a proxy or a portal gives one.
+    Page,
+    /// Nothing is read or answered any more.
+    Stall,
+    /// The answer stops before its end.
+    StalledAnswer,
 }
 
 #[derive(Default)]
@@ -32,6 +38,8 @@ struct Hub {
     private: bool,
     /// The ids of the files in the repository.
     files: BTreeMap<String, String>,
+    /// The contents of those that are text.
+    texts: BTreeMap<String, String>,
     store: HashMap<String, Vec<u8>>,
     parts: HashMap<(String, usize), Vec<u8>>,
     chunk_size: Option<usize>,
@@ -45,6 +53,7 @@ struct Hub {
 struct Server {
     endpoint: String,
     hub: Arc<Mutex<Hub>>,
+    patience: Duration,
 }
 
 impl Server {
@@ -60,19 +69,29 @@ impl Server {
                 thread::spawn(move || serve(stream, &hub, port));
             }
         });
-        Self { endpoint: format!("http://127.0.0.1:{port}"), hub }
+        Self { endpoint: format!("http://127.0.0.1:{port}"), hub, patience: Duration::from_secs(60) }
     }
 
     fn push(&self, folder: &Path, id: &str, options: &PushOptions) -> Result<Pushed> {
+        self.push_files(&files_of(folder)?.files, id, options, &mut |_| {})
+    }
+
+    fn push_files(
+        &self,
+        files: &[PushFile],
+        id: &str,
+        options: &PushOptions,
+        step: &mut dyn FnMut(PushStep<'_>),
+    ) -> Result<Pushed> {
         let open = OpenOptions {
             token: Some(TOKEN.to_owned()),
             endpoint: Some(self.endpoint.clone()),
             cache_dir: Some("unused".into()),
             ..OpenOptions::default()
         };
-        let mut client = Client::new(Settings::new(&open, |_| None)?)?;
+        let mut client = Client::with_patience(Settings::new(&open, |_| None)?, self.patience)?;
         client.pause = Duration::from_millis(1);
-        let result = push_with(&files_of(folder)?, id, options, &client, &mut |_| {});
+        let result = push_with(files, id, options, &client, step);
         if let Err(error) = &result {
             assert!(!error.to_string().contains(TOKEN), "{error}");
         }
@@ -116,15 +135,34 @@ fn serve(mut stream: TcpStream, hub: &Mutex<Hub>, port: u16) -> Option<()> {
             let _ = reader.read_exact(&mut vec![0; length / 2]);
             return None;
         }
+        if matches!(fault, Some(Fault::Stall | Fault::StalledAnswer)) {
+            drop(hub);
+            if matches!(fault, Some(Fault::StalledAnswer)) {
+                reader.read_exact(&mut vec![0; length]).ok()?;
+                write!(stream, "HTTP/1.1 200 X\r\nContent-Length: 100\r\n\r\n{{").ok()?;
+            }
+            thread::sleep(Duration::from_secs(60));
+            return None;
+        }
         let mut body = vec![0; length];
         reader.read_exact(&mut body).ok()?;
         let (status, headers, answer) = match fault {
             Some(Fault::Status(status)) => (status, "X-Error-Message: because\r\n".to_owned(), Value::Null),
+            Some(Fault::Page) => (200, String::new(), json!("<html>welcome</html>")),
             _ => answer(&mut hub, method, path, &body, port),
         };
-        let text = if answer.is_null() { String::new() } else { answer.to_string() };
+        let text = match answer {
+            Value::Null => String::new(),
+            Value::String(text) => text,
+            other => other.to_string(),
+        };
         write!(stream, "HTTP/1.1 {status} X\r\nContent-Length: {}\r\n{headers}\r\n{text}", text.len()).ok()?;
     }
+}
+
+fn git_id(bytes: &[u8]) -> String {
+    let id = sha1::Sha1::digest([format!("blob {}\0", bytes.len()).as_bytes(), bytes].concat());
+    id.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn sha256(bytes: &[u8]) -> String {
@@ -149,7 +187,10 @@ fn answer(hub: &mut Hub, method: &str, path: &str, body: &[u8], port: u16) -> (u
         return ok(json!({"url": "https://hub/org/name", "name": "org/name"}));
     }
     if path == "/api/models/org/name" {
-        return if hub.exists { ok(json!({})) } else { (404, String::new(), Value::Null) };
+        return if hub.exists { ok(json!({"private": hub.private})) } else { (404, String::new(), Value::Null) };
+    }
+    if let Some(file) = path.strip_prefix("/org/name/raw/main/") {
+        return hub.texts.get(file).map_or((404, String::new(), Value::Null), |text| ok(json!(text)));
     }
     if path == "/api/models/org/name/preupload/main" {
         let request = json();
@@ -225,8 +266,8 @@ fn answer(hub: &mut Hub, method: &str, path: &str, body: &[u8], port: u16) -> (u
                 "header" => hub.messages.push(value.clone()),
                 "file" => {
                     let bytes = STANDARD.decode(value["content"].as_str().unwrap()).unwrap();
-                    let id = sha1::Sha1::digest([format!("blob {}\0", bytes.len()).as_bytes(), &bytes].concat());
-                    hub.files.insert(path, id.iter().map(|byte| format!("{byte:02x}")).collect());
+                    hub.files.insert(path.clone(), git_id(&bytes));
+                    hub.texts.insert(path, String::from_utf8(bytes).unwrap());
                 }
                 "lfsFile" => {
                     let oid = value["oid"].as_str().unwrap();
@@ -239,6 +280,183 @@ fn answer(hub: &mut Hub, method: &str, path: &str, body: &[u8], port: u16) -> (u
         return ok(json!({"success": true, "commitOid": COMMIT, "commitUrl": "https://hub/commit"}));
     }
     panic!("{method} {path}");
+}
+
+#[test]
+fn a_card_that_a_person_wrote_or_edited_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let card = |text: &str, existing| {
+        let from = folder.path().join("card");
+        fs::write(&from, marked_card(text)).unwrap();
+        let mut file = PushFile::new(from, "README.md");
+        file.existing = existing;
+        [file]
+    };
+    let server = Server::start(Hub { exists: true, ..Hub::default() });
+    let push = |text: &str, existing| {
+        server.push_files(&card(text, existing), "org/name", &PushOptions::default(), &mut |_| {}).unwrap()
+    };
+    let there = || server.hub.lock().unwrap().texts["README.md"].clone();
+    // A new one, and one that only qlora wrote; the card is looked at only if it differs.
+    assert_eq!(push("# first", Existing::ReplacedIfGenerated).changed, ["README.md"]);
+    assert!(server.requests("/raw/").is_empty());
+    assert_eq!(push("# second", Existing::ReplacedIfGenerated).changed, ["README.md"]);
+    assert_eq!((server.requests("/raw/").len(), there()), (1, marked_card("# second")));
+    assert_eq!(push("# second", Existing::ReplacedIfGenerated).unchanged, 1);
+    // Another file's upload replaces none at all.
+    let pushed = push("# third", Existing::Kept);
+    assert_eq!((pushed.commit, &*pushed.kept), (None, &["README.md".to_owned()][..]));
+    // An edit stays although the mark does, as does a card of a person's.
+    for text in [marked_card("# second").replace("second", "edited"), "# mine\n".to_owned()] {
+        let id = git_id(text.as_bytes());
+        {
+            let mut hub = server.hub.lock().unwrap();
+            hub.files.insert("README.md".to_owned(), id);
+            hub.texts.insert("README.md".to_owned(), text.clone());
+        }
+        let pushed = push("# third", Existing::ReplacedIfGenerated);
+        assert_eq!((pushed.commit, &*pushed.kept, there()), (None, &["README.md".to_owned()][..], text));
+    }
+    // A card that cannot be read is not replaced either.
+    server.hub.lock().unwrap().faults.push(("/raw/", Fault::Status(500), 5));
+    let files = card("# third", Existing::ReplacedIfGenerated);
+    let error = server.push_files(&files, "org/name", &PushOptions::default(), &mut |_| {}).unwrap_err().to_string();
+    assert!(error.contains("README.md") && there() == "# mine\n", "{error}");
+    assert_eq!(push("# third", Existing::Replaced).changed, ["README.md"]);
+}
+
+#[test]
+fn a_page_is_no_commit() {
+    let folder = folder();
+    let server = Server::start(Hub { faults: vec![("/commit/", Fault::Page, 1)], ..Hub::default() });
+    let error = server.push(folder.path(), "org/name", &PushOptions::default()).unwrap_err().to_string();
+    assert!(error.contains("does not say the id of the commit"), "{error}");
+    assert!(server.hub.lock().unwrap().files.is_empty());
+}
+
+#[test]
+fn a_file_that_changes_is_not_sent() {
+    let folder = folder();
+    let path = folder.path().join("README.md");
+    for (text, changed) in [("# card\n", false), ("# ca", true), ("# bard\n", true)] {
+        fs::write(&path, "# card\n").unwrap();
+        let file = PushFile::new(&path, "README.md");
+        let mut local = Local::read(&file).unwrap();
+        local.hash(false).unwrap();
+        fs::write(&path, text).unwrap();
+        let result = commit(&[local], "message");
+        assert_eq!(result.is_err(), changed, "{text}");
+        assert!(result.err().is_none_or(|error| error.to_string().contains("README.md: it changed while it was read")));
+    }
+    // No repository is made for files that cannot be read.
+    let server = Server::start(Hub::default());
+    let files = [PushFile::new(&path, "README.md"), PushFile::new(folder.path().join("missing"), "missing")];
+    let error = server.push_files(&files, "org/name", &PushOptions::default(), &mut |_| {}).unwrap_err().to_string();
+    assert!(error.contains("missing") && server.hub.lock().unwrap().log.is_empty(), "{error}");
+}
+
+#[test]
+fn a_server_that_stalls_is_an_error() {
+    let folder = folder();
+    // Larger than what the sockets' buffers take, so that sending stalls too.
+    fs::remove_file(folder.path().join("a.safetensors")).unwrap();
+    fs::File::create(folder.path().join("b.safetensors")).unwrap().set_len(24 << 20).unwrap();
+    for (part, fault) in [
+        ("/preupload/", Fault::Stall),
+        ("/preupload/", Fault::StalledAnswer),
+        ("/store/", Fault::Stall),
+        ("/store/", Fault::StalledAnswer),
+        ("/commit/", Fault::StalledAnswer),
+    ] {
+        let mut server = Server::start(Hub { faults: vec![(part, fault, 99)], ..Hub::default() });
+        server.patience = Duration::from_millis(300);
+        let error = server.push(folder.path(), "org/name", &PushOptions::default()).unwrap_err().to_string();
+        assert!(error.contains("failed (") && error.contains("timeout"), "{part}: {error}");
+        assert!(server.hub.lock().unwrap().files.is_empty());
+    }
+}
+
+#[test]
+fn an_address_of_the_store_that_ran_out_is_asked_for_again() {
+    let folder = folder();
+    let server = Server::start(Hub { chunk_size: Some(100_000), ..Hub::default() });
+    // The first file as a whole, then the second part of the other.
+    server.hub.lock().unwrap().faults.extend([("/store/", Fault::Status(403), 1), ("/2", Fault::Status(403), 1)]);
+    server.push(folder.path(), "org/name", &PushOptions::default()).unwrap();
+    assert_eq!(server.requests("/batch").len(), 3);
+    assert_eq!(server.hub.lock().unwrap().files.len(), 5);
+    // A new address that does not help is an error of the store, not of the token.
+    for (status, expected) in [(403, "does not take the address"), (400, "refuses"), (404, "refuses")] {
+        let server = Server::start(Hub { faults: vec![("/store/", Fault::Status(status), 99)], ..Hub::default() });
+        let error = server.push(folder.path(), "org/name", &PushOptions::default()).unwrap_err().to_string();
+        assert!(error.contains("the store for large files at localhost") && error.contains(expected), "{error}");
+        assert!(!error.contains("token") && !error.contains("branch") && !error.contains("/store"), "{error}");
+    }
+}
+
+#[test]
+fn a_public_repository_is_not_taken_for_a_private_one() {
+    let folder = folder();
+    let files = files_of(folder.path()).unwrap().files;
+    let options = PushOptions { private: true, ..PushOptions::default() };
+    for (exists, private, told) in [(false, false, false), (true, true, false), (true, false, true)] {
+        let server = Server::start(Hub { exists, private, ..Hub::default() });
+        let mut steps = Vec::new();
+        let mut step = |step: PushStep<'_>| steps.push(format!("{step:?}"));
+        server.push_files(&files, "org/name", &options, &mut step).unwrap();
+        let public = steps.iter().position(|step| step == "AlreadyPublic(\"org/name\")");
+        assert_eq!(public, told.then_some(0), "before anything else: {steps:?}");
+    }
+}
+
+#[test]
+fn a_run_keeps_its_rows_and_checkpoints() {
+    let folder = tempfile::tempdir().unwrap();
+    let kept = ["adapter_config.json", "checkpoint-x/notes.txt", "loss.svg", "metrics.jsonl", "nested/a.txt"];
+    let private = [
+        "checkpoint-10/optimizer.safetensors",
+        "checkpoint-10.tmp-trash/rng.json",
+        "superseded-checkpoint-10/train.txt",
+        "superseded-checkpoint-10.2/train.txt",
+        "nested/checkpoint-3/x",
+        "nested/samples.jsonl",
+        "wandb/run/files.txt",
+        "mlruns/0/x",
+        "wandb-run-id",
+        "mlflow-run-id",
+        "runs/events.out.tfevents.1.x",
+        "samples.jsonl",
+        "report.html",
+    ];
+    for name in kept.iter().chain(&private) {
+        let path = folder.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, "a private row").unwrap();
+    }
+    let found = files_of(folder.path()).unwrap();
+    assert_eq!(found.files.iter().map(|file| &*file.path).collect::<Vec<_>>(), kept);
+    let left_out = [
+        "checkpoint-10.tmp-trash/",
+        "checkpoint-10/",
+        "mlflow-run-id",
+        "mlruns/",
+        "nested/checkpoint-3/",
+        "nested/samples.jsonl",
+        "report.html",
+        "runs/",
+        "samples.jsonl",
+        "superseded-checkpoint-10.2/",
+        "superseded-checkpoint-10/",
+        "wandb-run-id",
+        "wandb/",
+    ];
+    assert_eq!(found.left_out, left_out);
+    let server = Server::start(Hub::default());
+    let pushed = server.push(folder.path(), "org/name", &PushOptions::default()).unwrap();
+    assert_eq!(pushed.changed, kept);
+    assert!(server.hub.lock().unwrap().files.keys().eq(kept.iter()));
+    // A file that is named goes up.
+    assert_eq!(files_of(&folder.path().join("report.html")).unwrap().files.len(), 1);
 }
 
 /// A folder with two large files, text and what is not to be sent.
@@ -371,7 +589,7 @@ fn refusals_say_what_to_do() {
 fn files_are_chosen_by_name() {
     let folder = folder();
     let one = files_of(&folder.path().join("README.md")).unwrap();
-    assert_eq!(one.iter().map(|file| &*file.path).collect::<Vec<_>>(), ["README.md"]);
+    assert_eq!(one.files.iter().map(|file| &*file.path).collect::<Vec<_>>(), ["README.md"]);
     assert!(files_of(&folder.path().join("nothing")).unwrap_err().to_string().contains("nothing"));
     let empty = tempfile::tempdir().unwrap();
     let server = Server::start(Hub::default());
