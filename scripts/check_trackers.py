@@ -4,7 +4,7 @@
     python scripts/check_trackers.py output
 
 MLflow is a database in a temporary folder, Weights & Biases works offline; the output folder is copied before anything is written to it.
-Each script runs twice: the second call must add nothing to MLflow.
+Each script runs more than once: a call without anything new must add nothing, and one after an evaluation of the last step that line.
 """
 
 import json
@@ -75,19 +75,33 @@ def records(log: bytes) -> Iterator[bytes]:
 
 
 def check_wandb(output: Path) -> None:
+    log = output / "metrics.jsonl"
+    # A call between the line of a step and that of its evaluation, one without anything new, one after the evaluation.
+    last = next(reversed(list(entries(output))))
+    evaluation = {"step": last["step"], "epoch": last["epoch"], "eval_loss": 1.5}
     print("wandb:", synced("sync_wandb.py", output, "--offline"))
+    assert synced("sync_wandb.py", output, "--offline") == "0 entries, 0 answers"
+    with log.open("a") as file:
+        file.write(json.dumps(evaluation) + "\n")
+    assert synced("sync_wandb.py", output, "--offline") == "1 entries, 0 answers"
     from wandb.proto.wandb_internal_pb2 import Record
 
-    (file,) = output.glob("wandb/offline-run-*/run-*.wandb")
-    found: dict[str, set[tuple[int, float]]] = {}
-    for data in records(file.read_bytes()):
-        record = Record.FromString(data)
-        row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        for key, value in row.items():
-            if key.startswith(("train/", "eval/")) and key != "train/global_step":
-                found.setdefault(key, set()).add((row["train/global_step"], float(value)))
-    expected = points(output)
-    assert found == expected, found.keys() ^ expected.keys()
+    # Lists, in which nothing may be twice.
+    found: dict[str, list[tuple[int, float]]] = {}
+    for file in output.glob("wandb/offline-run-*/run-*.wandb"):
+        for data in records(file.read_bytes()):
+            record = Record.FromString(data)
+            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            for key, value in row.items():
+                if key.startswith(("train/", "eval/")) and key != "train/global_step":
+                    found.setdefault(key, []).append((row["train/global_step"], float(value)))
+    expected: dict[str, list[tuple[int, float]]] = {}
+    for entry in entries(output):
+        for key, value in rewritten(entry).items():
+            expected.setdefault(key, []).append((entry["step"], float(value)))
+    assert {key: sorted(of) for key, of in found.items()} == {key: sorted(of) for key, of in expected.items()}, (
+        found.keys() ^ expected.keys()
+    )
     print(f"wandb: {len(expected)} metrics: as logged")
 
 

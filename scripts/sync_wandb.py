@@ -5,7 +5,7 @@
 
 --follow goes on until the run has written its adapter and its last line. --offline writes a folder that `wandb sync` uploads later;
 otherwise `wandb login` or WANDB_API_KEY says who you are. WANDB_PROJECT is heeded (default: huggingface, as in transformers). The same
-folder is the same run: its id is kept in OUTPUT/wandb-run-id, so that a second call adds what is new.
+folder is the same run: its id, and how many lines were sent, are kept in OUTPUT/wandb-run-id, so that a second call adds what is new.
 """
 
 import argparse
@@ -28,12 +28,20 @@ def main() -> None:
     import wandb
 
     kept = args.output / "wandb-run-id"
-    if not kept.exists():
-        kept.write_text(secrets.token_hex(4))
+    # The id, and the lines of the log and of the answers that were sent. Steps do not tell what was sent: one has a line of training
+    # and may have one of an evaluation, and offline there is nobody to ask.
+    words = kept.read_text().split() if kept.exists() else []
+    run_id = words[0] if words else secrets.token_hex(4)
+    sent, sent_answers = (int(words[1]), int(words[2])) if len(words) == 3 else (0, 0)
+
+    def keep(lines: int, answers: int) -> None:
+        kept.write_text(f"{run_id} {lines} {answers}\n")
+
+    keep(sent, sent_answers)
     run = wandb.init(
         project=args.project,
         name=args.name or args.output.resolve().name,
-        id=kept.read_text().strip(),
+        id=run_id,
         resume="allow",
         mode="offline" if args.offline else "online",
         dir=args.output,
@@ -41,19 +49,21 @@ def main() -> None:
     )
     run.define_metric("train/global_step")
     run.define_metric("*", step_metric="train/global_step", step_sync=True)
-    seen = run.summary.get("train/global_step") if run.resumed else None
-    logged = 0
-    for entry in entries(args.output, follow=args.follow):
-        if seen is not None and entry["step"] <= seen:
+    lines = sent
+    for number, entry in enumerate(entries(args.output, follow=args.follow), 1):
+        if number <= sent:
             continue
         run.log({**rewritten(entry), "train/global_step": entry["step"]})
-        logged += 1
+        lines = number
+        if args.follow:
+            keep(lines, sent_answers)
     samples = list(entries(args.output, "samples.jsonl"))
-    if samples:
+    if len(samples) > sent_answers:
         columns = ["step", "prompt", "completion", "expected"]
         run.log({"samples": wandb.Table(columns, [[sample.get(column) for column in columns] for sample in samples])})
     run.finish(exit_code=0 if is_finished(args.output) else 1)
-    print(f"{logged} entries, {len(samples)} answers")
+    keep(lines, max(len(samples), sent_answers))
+    print(f"{lines - sent} entries, {max(len(samples) - sent_answers, 0)} answers")
 
 
 if __name__ == "__main__":

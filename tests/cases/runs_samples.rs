@@ -3,8 +3,9 @@
 use std::fs;
 use std::path::Path;
 
-use super::{adapter, job, refused, run, with};
+use super::{Told, adapter, job, refused, run, with};
 use crate::tiny_folder::write_rows;
+use qlora::trainer::progress::{Event, Observer};
 use qlora::trainer::samples::{SAMPLES_FILE, Sample};
 use qlora::trainer::session::Session;
 use qlora::trainer::{Interrupt, Outcome, TrainConfig};
@@ -66,6 +67,49 @@ fn answers_change_no_bit_and_a_resumed_run_has_the_same() {
     assert_eq!(adapter(&parts.training.output_dir), adapter(plain));
 }
 
+/// Asks for a stop when a checkpoint is there: before the answers of its step.
+struct StopAtCheckpoint(Interrupt);
+
+impl Observer for StopAtCheckpoint {
+    fn observe(&mut self, event: &Event<'_>) {
+        if matches!(event, Event::Checkpoint(_)) {
+            self.0.request();
+        }
+    }
+}
+
+#[test]
+fn answers_are_broken_off_behind_the_checkpoint_and_made_by_the_resumed_run() {
+    let (folder, config) = job();
+    let folder = folder.path();
+    let asked = [
+        ("training.max_steps", "5"),
+        ("training.save_steps", "2"),
+        ("training.sample_every", "2"),
+        ("training.sample_prompts", "[\"How much is it?\", \"And now?\"]"),
+        ("training.sample_max_new_tokens", "5"),
+    ];
+    let base = with(&config, &asked);
+    let whole = into(&base, folder, "whole", &[]);
+    run(&whole).unwrap();
+    let parts = into(&base, folder, "parts", &[("training.resume_from_checkpoint", "true")]);
+    for (stop, rounds) in [(2, &[0, 0][..]), (4, &[0, 0, 2, 2][..]), (5, &[0, 0, 2, 2, 4, 4][..])] {
+        let session = Session::open(&parts, |_, _| ()).unwrap();
+        let (training, validation) = session.datasets().unwrap();
+        let (interrupt, told) = (Interrupt::new(), Told::default());
+        let trainer = session.into_trainer(training, validation).unwrap().with_observer(told.clone());
+        let stopped = StopAtCheckpoint(interrupt.clone());
+        let summary = trainer.with_observer(stopped).with_interrupt(interrupt).run().unwrap();
+        assert_eq!((summary.outcome, summary.steps), (Outcome::Interrupted, stop));
+        assert!(told.messages.borrow().iter().any(|text| text.starts_with("stopping: ")), "{stop}");
+        let steps: Vec<_> = samples(&parts.training.output_dir).iter().map(|sample| sample.step).collect();
+        assert_eq!(steps, rounds, "stopped at {stop}");
+    }
+    assert_eq!((run(&parts).unwrap().outcome, samples(&parts.training.output_dir).len()), (Outcome::Finished, 8));
+    assert_eq!(samples(&parts.training.output_dir), samples(&whole.training.output_dir));
+    assert_eq!(adapter(&parts.training.output_dir), adapter(&whole.training.output_dir));
+}
+
 #[test]
 fn rows_of_the_validation_data_are_asked_up_to_their_answer() {
     let (folder, config) = job();
@@ -104,6 +148,11 @@ fn prompts_of_a_file_and_what_is_wrong_with_some() {
     let anew = |config: TrainConfig| with(&config, &[("training.overwrite_output_dir", "true")]);
     fs::write(&file, "{\"prompt\": \"b?\"}\n{\"text\": \"c\"}\n").unwrap();
     assert!(refused(&anew(asks(file.to_str().unwrap()))).contains("ask.jsonl:2: "), "a row that is no prompt");
+    fs::write(&file, format!("{{\"prompt\": {:?}}}\n", "x".repeat(600))).unwrap();
+    assert!(
+        refused(&anew(asks(file.to_str().unwrap()))).contains("ask.jsonl:1: the prompt has "),
+        "too long, by its line"
+    );
     assert!(refused(&anew(asks("How much?"))).contains("sample_prompts = [\"...\"]"), "one text is a path");
     let long = format!("[{:?}]", "x".repeat(600));
     assert!(refused(&anew(asks(&long))).contains("the model takes 512"), "longer than the model can take");

@@ -1,6 +1,6 @@
 //! The interface that the training loop needs of a model.
 
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::path::Path;
 
 pub use qlora_kernels::ops::linear_cross_entropy::LossSum;
@@ -100,11 +100,17 @@ pub trait TrainableModel {
     }
 
     /// Continues a prompt with the weights as they are now and returns the new tokens. Nothing that training depends on changes.
+    /// `on_token` sees every new token as it is made and may end the answer there, as a run does that is asked to stop.
     ///
     /// # Errors
     /// Any failure of the model. A model without it answers no prompts while it is trained.
-    fn generate(&mut self, prompt: &[u32], config: &GenerationConfig) -> Result<Vec<u32>> {
-        let _ = (prompt, config);
+    fn generate(
+        &mut self,
+        prompt: &[u32],
+        config: &GenerationConfig,
+        on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
+    ) -> Result<Vec<u32>> {
+        let _ = (prompt, config, on_token);
         Err(Error::Unsupported("this model generates no text".into()))
     }
 

@@ -116,8 +116,13 @@ impl TrainableModel for QLoraModel {
         self.model.log_probabilities(batch, choice)
     }
 
-    fn generate(&mut self, prompt: &[u32], config: &GenerationConfig) -> Result<Vec<u32>> {
-        let answer = generate(&self.model, prompt, config, |_| ControlFlow::Continue(()))?;
+    fn generate(
+        &mut self,
+        prompt: &[u32],
+        config: &GenerationConfig,
+        on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
+    ) -> Result<Vec<u32>> {
+        let answer = generate(&self.model, prompt, config, on_token)?;
         Ok(answer.tokens)
     }
 

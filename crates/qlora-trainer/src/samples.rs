@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io::{ErrorKind, Write};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use qlora_core::atomic::write_atomically;
@@ -17,6 +18,7 @@ use crate::config::{SamplePrompts, TrainConfig};
 use crate::data::{Conversation, Dataset, JsonLine, Message, TextEncoder, read_json_lines};
 use crate::encoder::ModelEncoder;
 use crate::error::{Error, Result};
+use crate::interrupt::Interrupt;
 use crate::model::TrainableModel;
 
 /// The file of the answers in the output folder.
@@ -52,6 +54,8 @@ pub struct SamplePlan {
 
 #[derive(Debug)]
 struct Prompt {
+    /// Where it is from, for messages.
+    place: String,
     text: String,
     tokens: Vec<u32>,
     expected: Option<String>,
@@ -83,14 +87,14 @@ impl SamplePlan {
                     .to_owned(),
             ));
         }
-        for (i, prompt) in prompts.iter().enumerate() {
-            let (number, tokens) = (i + 1, prompt.tokens.len());
+        for Prompt { place, tokens, .. } in &prompts {
+            let tokens = tokens.len();
             if tokens == 0 {
-                return Err(Error::Invalid(format!("prompt {number} of sample_prompts has no tokens")));
+                return Err(Error::Invalid(format!("{place} has no tokens")));
             }
             if let Some(most) = max_positions.filter(|&most| tokens >= most) {
                 return Err(Error::Invalid(format!(
-                    "prompt {number} of sample_prompts has {tokens} tokens, the model takes {most} with the answer"
+                    "{place} has {tokens} tokens, the model takes {most} with the answer"
                 )));
             }
         }
@@ -107,15 +111,36 @@ impl SamplePlan {
         step.is_multiple_of(self.every)
     }
 
-    /// The answers of a model as it is now.
-    pub(crate) fn answer(&self, model: &mut impl TrainableModel, step: u64, epoch: f64) -> Result<Vec<Sample>> {
-        let answer = |prompt: &Prompt| {
-            let tokens = model.generate(&prompt.tokens, &self.config)?;
-            let completion = self.tokenizer.decode(&tokens, true)?;
-            let Prompt { text, expected, .. } = prompt;
-            Ok(Sample { step, epoch, prompt: text.clone(), completion, expected: expected.clone() })
+    /// The prompts of a round.
+    pub(crate) fn len(&self) -> usize {
+        self.prompts.len()
+    }
+
+    /// The answers of a model as it is now; none if a stop was requested before all were there.
+    pub(crate) fn answer(
+        &self,
+        model: &mut impl TrainableModel,
+        step: u64,
+        epoch: f64,
+        interrupt: &Interrupt,
+    ) -> Result<Option<Vec<Sample>>> {
+        let mut go_on = |_: u32| match interrupt.requested() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
         };
-        self.prompts.iter().map(answer).collect()
+        let mut round = Vec::new();
+        for Prompt { text, tokens, expected, .. } in &self.prompts {
+            if interrupt.requested() {
+                return Ok(None);
+            }
+            let answer = model.generate(tokens, &self.config, &mut go_on)?;
+            if interrupt.requested() {
+                return Ok(None);
+            }
+            let completion = self.tokenizer.decode(&answer, true)?;
+            round.push(Sample { step, epoch, prompt: text.clone(), completion, expected: expected.clone() });
+        }
+        Ok(Some(round))
     }
 }
 
@@ -125,8 +150,9 @@ fn of_texts(texts: &[String], encoder: &ModelEncoder<'_>) -> Result<Vec<Prompt>>
             true => encoder.prompt(&Conversation::new(vec![Message::new("user", text)])),
             false => encoder.encode(text, true),
         };
-        let tokens = tokens.map_err(|error| Error::Invalid(format!("prompt {} of sample_prompts: {error}", i + 1)))?;
-        Ok(Prompt { text: text.clone(), tokens, expected: None })
+        let place = format!("prompt {} of sample_prompts", i + 1);
+        let tokens = tokens.map_err(|error| Error::Invalid(format!("{place}: {error}")))?;
+        Ok(Prompt { place, text: text.clone(), tokens, expected: None })
     };
     texts.iter().enumerate().map(prompt).collect()
 }
@@ -148,7 +174,8 @@ fn of_file(path: &Path, encoder: &ModelEncoder<'_>) -> Result<Vec<Prompt>> {
             false => encoder.prompt(&asked),
         };
         let tokens = tokens.map_err(|error| fail(error.to_string()))?;
-        Ok(Prompt { text, tokens, expected: None })
+        let place = format!("{}:{number}: the prompt", path.display());
+        Ok(Prompt { place, text, tokens, expected: None })
     };
     read_json_lines(path)?.iter().map(prompt).collect()
 }
@@ -167,7 +194,9 @@ fn of_rows(validation: Option<&Dataset>, encoder: &ModelEncoder<'_>) -> Result<V
         let rest = &document.ids[begin..];
         let trained = document.trained[begin..].iter().take_while(|&&trained| trained).count();
         let (tokens, expected) = (document.ids[..begin].to_vec(), &rest[..trained]);
-        Ok(Prompt { text: decode(&tokens, false)?, expected: Some(decode(expected, true)?), tokens })
+        let place =
+            format!("{}: the prompt of this validation row, asked as there are no sample_prompts,", data.origin(i));
+        Ok(Prompt { place, text: decode(&tokens, false)?, expected: Some(decode(expected, true)?), tokens })
     };
     documents.map(prompt).collect()
 }
@@ -181,8 +210,9 @@ pub(crate) struct SamplesFile {
 
 impl SamplesFile {
     /// The file of a run that has done `steps`, and the answers in it of these steps. Others are of steps that are done again, or of
-    /// an earlier run: they are taken out.
-    pub(crate) fn open(folder: &Path, steps: u64) -> Result<(Self, Vec<Sample>)> {
+    /// an earlier run: they are taken out. So is the round after the last of these steps if it has fewer answers than there are
+    /// `prompts`: the run was killed while it wrote them, and makes them again.
+    pub(crate) fn open(folder: &Path, steps: u64, prompts: usize) -> Result<(Self, Vec<Sample>)> {
         let path = folder.join(SAMPLES_FILE);
         let text = match std::fs::read_to_string(&path) {
             Ok(text) => text,
@@ -191,7 +221,10 @@ impl SamplesFile {
         };
         // A line that was cut short was being written when the run was killed: its step is done again.
         let written = text.lines().filter_map(|line| serde_json::from_str::<Sample>(line).ok());
-        let kept: Vec<Sample> = written.filter(|sample| steps > 0 && sample.step <= steps).collect();
+        let mut kept: Vec<Sample> = written.filter(|sample| steps > 0 && sample.step <= steps).collect();
+        if kept.iter().filter(|sample| sample.step == steps).count() < prompts {
+            kept.retain(|sample| sample.step != steps);
+        }
         let lines: String = kept.iter().map(line).collect();
         if lines != text {
             write_atomically(&path, |file| file.write_all(lines.as_bytes()))?;
@@ -230,7 +263,7 @@ mod tests {
     fn a_resumed_run_goes_on_behind_its_checkpoint() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(SAMPLES_FILE);
-        let (mut file, before) = SamplesFile::open(folder.path(), 0).unwrap();
+        let (mut file, before) = SamplesFile::open(folder.path(), 0, 1).unwrap();
         assert!(before.is_empty() && !path.exists(), "no file without an answer");
         [sample(0, "a\n\u{1b}[31m"), sample(2, "b"), sample(4, "c")].iter().for_each(|sample| {
             file.write(std::slice::from_ref(sample)).unwrap();
@@ -238,11 +271,14 @@ mod tests {
         let whole = std::fs::read_to_string(&path).unwrap();
         // Killed in the middle of a line.
         std::fs::write(&path, whole.trim_end_matches("}\n")).unwrap();
-        let (mut file, before) = SamplesFile::open(folder.path(), 3).unwrap();
+        let (mut file, before) = SamplesFile::open(folder.path(), 3, 1).unwrap();
         assert_eq!(before, [sample(0, "a\n\u{1b}[31m"), sample(2, "b")]);
         file.write(&[sample(4, "c")]).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), whole);
-        let (_, before) = SamplesFile::open(folder.path(), 0).unwrap();
+        // The checkpoint of step 4 is written before its answers: of two, one was lost.
+        let (_, before) = SamplesFile::open(folder.path(), 4, 2).unwrap();
+        assert_eq!(before, [sample(0, "a\n\u{1b}[31m"), sample(2, "b")]);
+        let (_, before) = SamplesFile::open(folder.path(), 0, 1).unwrap();
         assert!(before.is_empty() && std::fs::read_to_string(&path).unwrap().is_empty(), "a new run begins anew");
     }
 }

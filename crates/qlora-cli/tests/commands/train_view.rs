@@ -26,9 +26,15 @@ struct Terminal {
 
 impl Terminal {
     fn train(folder: &Path, arguments: &[&str]) -> Self {
+        Self::train_on(Some("xterm"), folder, arguments)
+    }
+
+    /// On a terminal that the environment names so, or not at all.
+    fn train_on(term: Option<&str>, folder: &Path, arguments: &[&str]) -> Self {
         let mut command = Command::new(super::QLORA);
         command.args(["train", "model", "train.jsonl", "--device", "cpu"]).args(arguments).current_dir(folder);
-        command.env("TERM", "xterm").env("HF_HUB_OFFLINE", "1").env_remove("NO_COLOR");
+        command.env_remove("TERM").envs(term.map(|term| ("TERM", term)));
+        command.env("HF_HUB_OFFLINE", "1").env_remove("NO_COLOR");
         let process = PtyProcess::new(command).unwrap();
         let (mut reader, keys) = (process.get_file_handle().unwrap(), process.get_file_handle().unwrap());
         let (send, output) = channel();
@@ -159,6 +165,21 @@ fn a_killed_run_leaves_the_terminal_as_it_was() {
     terminal.process.signal(Signal::SIGKILL).unwrap();
     let (text, code) = terminal.end();
     assert!(code.is_none() && text.contains(is_braille), "{text}");
+}
+
+#[test]
+fn a_terminal_without_a_cursor_gets_every_line() {
+    let folder = folder();
+    for (term, options) in [(Some("dumb"), &[][..]), (None, &[][..]), (Some("dumb"), &["--no-tui"][..])] {
+        let run = ["-v", "--max-steps", "3", "--overwrite-output-dir"];
+        let (text, code) = Terminal::train_on(term, folder.path(), &[&run[..], options].concat()).end();
+        assert_eq!(code, Some(0), "{text}");
+        // Steps, a message of the run, and the log.
+        for part in ["step 1/3  epoch", "step 3/3  epoch", "saved output/checkpoint-3", "INFO "] {
+            assert!(text.contains(part), "{part:?} with TERM={term:?} {options:?}\n{text}");
+        }
+        assert!(!text.contains(is_braille), "{text}");
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //! ████████████░░░░░░░░░░░░ 40/80  epoch 1.50  loss 0.8123  lr 1.1e-4  812 tok/s  3m20s left
 //! ```
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressDrawTarget, ProgressStyle};
@@ -35,12 +35,14 @@ impl Default for ProgressBar {
 }
 
 impl ProgressBar {
-    /// A bar if stderr is a terminal, else a plain line every ten seconds.
+    /// A bar if stderr is a terminal that can draw in place, else a plain line every ten seconds.
     pub fn new() -> Self {
-        if !std::io::stderr().is_terminal() {
+        let target = ProgressDrawTarget::stderr();
+        // No terminal, or one without a cursor to move (TERM unset or `dumb`). There indicatif drops lines that are to stay, too.
+        if target.is_hidden() {
             return Self::lines(std::io::stderr());
         }
-        Self::bar(ProgressDrawTarget::stderr())
+        Self::bar(target)
     }
 
     fn bar(target: ProgressDrawTarget) -> Self {

@@ -50,7 +50,13 @@ fn answer(sample: &Sample) -> String {
 
 /// A text of a model in one line, without characters that a terminal obeys.
 pub(super) fn one_line(text: &str) -> String {
-    text.trim().chars().map(|c| if c == '\n' { '⏎' } else { c }).filter(|c| !c.is_control()).collect()
+    let shown = |c: &char| !c.is_control() && !turns_text(*c);
+    text.trim().chars().map(|c| if c == '\n' { '⏎' } else { c }).filter(shown).collect()
+}
+
+/// Whether a character sets the direction of the text around it, or separates lines: with it a text could look like another one.
+fn turns_text(c: char) -> bool {
+    matches!(c, '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// The beginning of a text, with an ellipsis if something is cut off.
@@ -132,6 +138,7 @@ mod tests {
         let lines = lasting_lines(&Event::Samples(&[sample]));
         assert_eq!(lines.len(), 1);
         assert!(lines[0].starts_with("step 7: ") && lines[0].contains("How much? -> four⏎[2Jxx"), "{}", lines[0]);
+        assert_eq!(one_line("a\u{202e}b\u{2066}c\u{2028}d\u{200f} מים"), "abcd מים");
         assert!(lines[0].ends_with('…') && !lines[0].chars().any(char::is_control), "{}", lines[0]);
     }
 }

@@ -224,6 +224,16 @@ impl<M: TrainableModel> Trainer<'_, M> {
         )))
     }
 
+    /// Whether no rank stops here; if one does, all do.
+    pub(super) fn all_go_on(&mut self, goes_on: bool) -> Result<bool> {
+        if self.comm.size() == 1 {
+            return Ok(goes_on);
+        }
+        let all_go_on = exchange(&mut *self.comm, "answers", &goes_on)?.into_iter().all(|goes_on| goes_on);
+        self.stop_agreed |= !all_go_on;
+        Ok(all_go_on)
+    }
+
     /// Waits until all ranks are here.
     pub(super) fn meet(&mut self, place: &'static str) -> Result<()> {
         if self.comm.size() > 1 {

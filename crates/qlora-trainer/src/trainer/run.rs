@@ -16,7 +16,7 @@ use qlora_kernels::View;
 use crate::metrics::{LogEntry, MetricsFile};
 use crate::model::TrainableModel;
 use crate::progress::{Event, StartInfo};
-use crate::samples::SamplesFile;
+use crate::samples::{SamplePlan, SamplesFile};
 
 impl<M: TrainableModel> Trainer<'_, M> {
     /// Runs to the end, or until a stop is requested. A run that was stopped can be run again, once the request is
@@ -92,21 +92,20 @@ impl<M: TrainableModel> Trainer<'_, M> {
             }
             let complete = step == self.blueprint.schedule.total_steps && !self.eval_is_due(step);
             let stop = self.stops_here() && !complete;
-            if !stop && let Some(samples) = samples {
-                self.sample_if_due(step, samples)?;
-            }
             if self.save_is_due(step) || stop {
-                self.check_same_parameters()?;
-                self.comm.writing(true);
-                let saved = self.save(output);
-                self.comm.writing(false);
-                saved?;
-            }
-            if complete {
-                return Ok(Outcome::Finished);
+                self.save_together(output)?;
             }
             if stop {
                 return Ok(Outcome::Interrupted);
+            }
+            // Answers come after the checkpoint: they may take longer than a scheduler waits. A round that is broken off is made by
+            // the resumed run, from the same parameters.
+            if !self.sample_if_due(step, samples.as_mut())? {
+                self.save_together(output)?;
+                return Ok(Outcome::Interrupted);
+            }
+            if complete {
+                return Ok(Outcome::Finished);
             }
             let info = self.step()?;
             self.count_what_was_made(info.step);
@@ -246,29 +245,55 @@ impl<M: TrainableModel> Trainer<'_, M> {
     fn open_samples(&mut self, output: &Path) -> Result<SamplesFile> {
         // A file beside a checkpoint of another folder is another run's.
         let goes_on = self.progress.checkpoint.is_some();
-        let (file, samples) = SamplesFile::open(output, if goes_on { self.progress.global_step } else { 0 })?;
+        let prompts = self.prompts.as_ref().map_or(0, SamplePlan::len);
+        let (file, samples) = SamplesFile::open(output, if goes_on { self.progress.global_step } else { 0 }, prompts)?;
         self.progress.samples = samples;
         Ok(file)
     }
 
-    /// Answers the prompts where that belongs and was not done yet. An answer that cannot be had ends no run; the other ranks wait.
-    fn sample_if_due(&mut self, step: u64, file: &mut SamplesFile) -> Result<()> {
-        let Some(prompts) = &self.prompts else { return Ok(()) };
+    /// Answers the prompts where that belongs and was not done yet; the other ranks wait. Returns whether the run goes on: not if
+    /// a request to stop came before all answers were there.
+    fn sample_if_due(&mut self, step: u64, file: Option<&mut SamplesFile>) -> Result<bool> {
         let last = step == self.blueprint.schedule.total_steps;
-        let done = self.progress.samples.last().is_some_and(|sample| sample.step == step);
-        if done || !(last || prompts.is_due(step)) {
-            return Ok(());
+        if !self.prompts.as_ref().is_some_and(|prompts| last || prompts.is_due(step)) {
+            return Ok(true);
+        }
+        let goes_on = match file {
+            Some(file) => self.sample(step, file)?,
+            None => true,
+        };
+        self.all_go_on(goes_on)
+    }
+
+    /// The same of the rank that answers. An answer that cannot be had ends no run.
+    fn sample(&mut self, step: u64, file: &mut SamplesFile) -> Result<bool> {
+        let Some(prompts) = &self.prompts else { return Ok(true) };
+        if self.progress.samples.last().is_some_and(|sample| sample.step == step) {
+            return Ok(true);
         }
         let epoch = self.blueprint.feed.epochs();
-        match prompts.answer(&mut self.model, step, epoch) {
-            Ok(samples) => {
+        match prompts.answer(&mut self.model, step, epoch, &self.interrupt) {
+            Ok(Some(samples)) => {
                 file.write(&samples)?;
                 self.notify(&Event::Samples(&samples));
                 self.progress.samples.extend(samples);
             }
+            Ok(None) => {
+                self.announce_interrupt();
+                return Ok(false);
+            }
             Err(error) => self.notify(&Event::Message(&format!("step {step}: the prompts were not answered: {error}"))),
         }
-        Ok(())
+        Ok(true)
+    }
+
+    /// Writes a checkpoint of what all ranks have alike.
+    fn save_together(&mut self, output: Option<&Path>) -> Result<()> {
+        self.check_same_parameters()?;
+        self.comm.writing(true);
+        let saved = self.save(output);
+        self.comm.writing(false);
+        saved
     }
 
     fn save(&mut self, output: Option<&Path>) -> Result<()> {

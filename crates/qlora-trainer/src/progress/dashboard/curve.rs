@@ -42,7 +42,7 @@ pub(super) fn curve(
     (width, height): (usize, usize),
 ) -> Vec<String> {
     let (columns, rows) = (2 * width, 4 * height);
-    let column = |x: f64, columns: usize| ((x / last.max(1.0)) * (columns - 1) as f64).round() as usize;
+    let column = |x: f64, columns: usize| ((x / last.max(1.0)) * columns.saturating_sub(1) as f64).round() as usize;
     let mut sums = vec![(0.0, 0u32); columns];
     for &(x, y) in points.iter().filter(|(_, y)| y.is_finite()) {
         if let Some((sum, count)) = sums.get_mut(column(x, columns)) {

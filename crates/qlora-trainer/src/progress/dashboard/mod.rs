@@ -18,7 +18,6 @@
 mod curve;
 
 use std::fmt::Write;
-use std::io::IsTerminal;
 
 use console::{Style, Term};
 use indicatif::{ProgressDrawTarget, ProgressFinish, ProgressStyle};
@@ -86,11 +85,12 @@ impl Above {
 }
 
 impl Dashboard {
-    /// The view, if stderr is a terminal that is large enough for it.
+    /// The view, if stderr is a terminal that can draw in place and is large enough for it.
     pub fn on_terminal(facts: DashboardFacts) -> Option<Self> {
-        let size = size();
-        let fits = std::io::stderr().is_terminal() && size.0 >= LEAST.0 && size.1 >= LEAST.1;
-        fits.then(|| Self::new(facts, ProgressDrawTarget::stderr()))
+        let (size, target) = (size(), ProgressDrawTarget::stderr());
+        // Hidden also where TERM is unset or `dumb`: lines printed above such a view would be lost.
+        let fits = !target.is_hidden() && size.0 >= LEAST.0 && size.1 >= LEAST.1;
+        fits.then(|| Self::new(facts, target))
     }
 
     fn new(facts: DashboardFacts, target: ProgressDrawTarget) -> Self {
@@ -129,7 +129,7 @@ impl Dashboard {
         lines.extend(self.curve(width));
         if let Some(sample) = self.last_answer() {
             let asked = one_line(&sample.prompt);
-            let skipped = asked.chars().count().saturating_sub(width - 2);
+            let skipped = asked.chars().count().saturating_sub(width.saturating_sub(2));
             let asked: String = asked.chars().skip(skipped).collect();
             lines.push(self.style().dim().apply_to(asked).to_string());
             lines.push(cut(&format!("→ {}", one_line(&sample.completion)), width));
@@ -150,6 +150,7 @@ impl Dashboard {
         if let Some(doing) = &self.doing {
             let _ = write!(right, "  {doing}");
         }
+        let right = cut(&right, width);
         let room = width.saturating_sub(right.chars().count() + 2);
         let title = cut(&one_line(&self.facts.title), room);
         let gap = " ".repeat(width.saturating_sub(title.chars().count() + right.chars().count()));
@@ -196,6 +197,9 @@ impl Dashboard {
         let values = self.losses.iter().chain(&self.eval_losses).map(|point| point.1);
         let Some(range) = Range::of(values) else { return Vec::new() };
         let room = width.saturating_sub(LABEL);
+        if room == 0 {
+            return Vec::new();
+        }
         let lines = curve(&self.losses, &self.eval_losses, self.total_steps as f64, range, (room, CURVE));
         let label = |i: usize| match i {
             0 => format!("{:>8.4} ", range.high),
@@ -361,6 +365,11 @@ mod tests {
             assert!(view.lines(width).iter().all(|line| line.chars().count() <= width), "{width}");
         }
         assert!(!text.contains('\u{1b}'));
+        // Once it is shown the terminal may become as narrow as its owner likes.
+        for width in 0..LEAST.0 {
+            let curve = if width > LABEL { CURVE } else { 0 };
+            assert_eq!(view.lines(width).len(), 4 + curve + 2, "{width}");
+        }
     }
 
     #[test]

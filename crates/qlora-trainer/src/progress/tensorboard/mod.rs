@@ -42,12 +42,14 @@ impl TensorBoard {
         let earlier = last_time(&self.folder)?;
         let now = wall_time();
         // Files are read in the order of their names.
-        let seconds = earlier.map_or(now as u64, |earlier| (now as u64).max(earlier + 1));
+        let seconds = earlier.map_or(now as u64, |earlier| (now as u64).max(earlier.saturating_add(1)));
         let (host, process) = (host_name(), std::process::id());
         let path = self.folder.join(format!("{PREFIX}{seconds:010}.{host}.{process}.0"));
         self.file = Some(File::options().create_new(true).append(true).open(path)?);
         self.write(&Record::version(now))?;
-        self.write(&Record::restart(now, info.first_step + 1))?;
+        // A new run in the folder of another one replaces what that has of step 0, too.
+        let first = if info.first_step == 0 { 0 } else { info.first_step + 1 };
+        self.write(&Record::restart(now, first))?;
         let text = format!("```toml\n{}\n```", self.configuration.trim_end());
         self.write(&Record::text(now, info.first_step, "args", &text))?;
         if earlier.is_none() {
@@ -208,7 +210,7 @@ mod tests {
         assert!(
             holds(&first[3], b"\x0a\x09eval/loss\x15\x00\x00\x00\x40") && holds(&first[3], b"eval/rewards/margins")
         );
-        assert!(first[1].ends_with(&[0x10, 1, 0x3a, 2, 8, 1]) && second[1].ends_with(&[0x10, 2, 0x3a, 2, 8, 1]));
+        assert!(first[1].ends_with(&[0x10, 0, 0x3a, 2, 8, 1]) && second[1].ends_with(&[0x10, 2, 0x3a, 2, 8, 1]));
     }
 
     #[test]
@@ -217,6 +219,19 @@ mod tests {
         let mut board = TensorBoard::new(folder.path(), "");
         board.observe(&Event::Started(&info(2, &[eval(1), eval(2)])));
         assert_eq!(events(&files(folder.path())[0]).len(), 5);
+    }
+
+    #[test]
+    fn a_new_run_in_the_folder_of_another_replaces_all_of_it() {
+        let folder = tempfile::tempdir().unwrap();
+        // Later than any time that there is.
+        let other = folder.path().join(format!("{PREFIX}{}.x", u64::MAX));
+        fs::write(&other, "").unwrap();
+        TensorBoard::new(folder.path(), "").observe(&Event::Started(&info(0, &[])));
+        fs::remove_file(other).unwrap();
+        let files = files(folder.path());
+        assert_eq!(files.len(), 1);
+        assert!(events(&files[0])[1].ends_with(&[0x10, 0, 0x3a, 2, 8, 1]));
     }
 
     #[test]
