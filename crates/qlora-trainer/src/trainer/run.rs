@@ -92,6 +92,10 @@ impl<M: TrainableModel> Trainer<'_, M> {
             }
             let complete = step == self.blueprint.schedule.total_steps && !self.eval_is_due(step);
             let stop = self.stops_here() && !complete;
+            if stop {
+                // Where the request came after the step's last look at it.
+                self.announce_interrupt();
+            }
             if self.save_is_due(step) || stop {
                 self.save_together(output)?;
             }
