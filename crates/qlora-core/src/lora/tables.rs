@@ -137,10 +137,12 @@ pub(super) fn tables(config: &LoraConfig, model: &ModelConfig) -> Result<Vec<(Wh
             None => {}
         }
     }
-    if tied && whole(HEAD) && tokens.of(EMBEDDING).is_some() {
-        let message =
-            "modules_to_save has the head of a tied model, of whose embedding trainable_token_indices trains rows";
-        return Err(Error::Unsupported(message.to_owned()));
+    let targeted = config.targets(HEAD) && config.target_modules != TargetModules::AllLinear;
+    if tied && (whole(HEAD) || targeted) && tokens.of(EMBEDDING).is_some() {
+        let key = if whole(HEAD) { "modules_to_save" } else { "target_modules" };
+        return Err(Error::Unsupported(format!(
+            "{key} has the head of a tied model, of whose embedding trainable_token_indices trains rows"
+        )));
     }
     Ok(parts)
 }
