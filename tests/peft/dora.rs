@@ -2,100 +2,36 @@
 //!
 //! Fixtures: `tests/fixtures/dora_step`, made by `scripts/fixtures/dora_step.py` with PEFT 0.21.2.
 
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{Device, Tensor, Var};
 use qlora::adapter::{self, Adapter, SaveOptions};
 use qlora::autograd;
-use qlora::batch::Batch;
 use qlora::kernels::ops::adamw::{self, AdamW};
 use qlora::kernels::ops::grad_norm;
 use qlora::kernels::quant::QuantConfig;
 use qlora::kernels::{SequenceLayout, Workspace};
 use qlora::lora::Which;
 use qlora::merge::{LoraUpdate, MergeInto, MergedSource, PeftUpdate, Rounding, WeightUpdate};
-use qlora::model::{CausalLm, LoadOptions, Quantization, TrainPass};
+use qlora::model::{CausalLm, LoadOptions, Quantization};
 use qlora::source::HfDirectory;
 
 use crate::common::relative_error;
+use crate::step::{Case, fixture, floats};
 
 /// Cases and their bases.
 const CASES: [(&str, &str, bool); 3] =
     [("llama", "llama", false), ("qwen2", "qwen2", false), ("llama_nf4", "llama_wide", true)];
 
-fn fixture(folder: &str, name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(folder).join(name)
-}
-
-struct Case {
-    model: CausalLm,
-    adapter: Adapter,
-    expected: HashMap<String, Tensor>,
-    batches: Vec<Batch>,
-    items: usize,
-}
-
-fn ints(tensor: &Tensor) -> Vec<i64> {
-    tensor.to_dtype(DType::I64).unwrap().to_vec1().unwrap()
-}
-
-fn floats(tensor: &Tensor) -> Vec<f32> {
-    tensor.flatten_all().unwrap().to_vec1().unwrap()
-}
-
-impl Case {
-    fn load((name, base, bits4): (&str, &str, bool)) -> Self {
-        let quantization = if bits4 { Quantization::Bits4(QuantConfig::default()) } else { Quantization::None };
-        let source = HfDirectory::open(fixture("models", base)).unwrap();
-        let mut model = CausalLm::load(&source, LoadOptions { quantization, ..LoadOptions::default() }).unwrap();
-        let folder = fixture("dora_step", name);
-        let adapter = adapter::load(&folder, model.config()).unwrap();
-        let Adapter { config, layout, weights } = adapter.clone();
-        model.set_adapter(config.lora, layout, weights).unwrap();
-        let expected = candle_core::safetensors::load(folder.join("step.safetensors"), &Device::Cpu).unwrap();
-        let batch = |i: usize| {
-            let ids: Vec<u32> = ints(&expected[&format!("input_ids.{i}")]).into_iter().map(|id| id as u32).collect();
-            Batch::from_documents([(ids.as_slice(), ints(&expected[&format!("labels.{i}")]).as_slice())])
-        };
-        let batches: Vec<Batch> = (0..2).map(batch).collect();
-        let items = batches.iter().map(Batch::trained_tokens).sum();
-        Self { model, adapter, expected, batches, items }
-    }
-
-    fn gradient(&self) -> (f64, Vec<f32>) {
-        let mut gradient = vec![0.0; self.model.adapter().unwrap().layout().len()];
-        let mut sum = 0.0;
-        for batch in &self.batches {
-            let target = (&mut gradient).into();
-            sum += self.model.accumulate_gradients(batch, self.items, TrainPass::default(), target).unwrap().sum;
-        }
-        (sum / self.items as f64, gradient)
-    }
-
-    /// Checks values in the adapter's order against the tensors under `prefix`.
-    fn check(&self, prefix: &str, got: &[f32], tolerance: f32) {
-        for entry in self.adapter.layout.entries() {
-            let expected = floats(&self.expected[&format!("{prefix}.{}", entry.tensor_name())]);
-            let error = relative_error(&got[entry.range()], &expected);
-            assert!(error < tolerance, "{prefix}.{}: {error}", entry.tensor_name());
-        }
-    }
-
-    fn check_logits(&self, model: &CausalLm) {
-        for (i, batch) in self.batches.iter().enumerate() {
-            let got = floats(&model.logits(&batch.tokens, &batch.layout).unwrap());
-            let error = relative_error(&got, &floats(&self.expected[&format!("logits.{i}")]));
-            assert!(error < 1e-4, "logits of document {i}: {error}");
-        }
-    }
+fn load((name, base, bits4): (&str, &str, bool)) -> Case {
+    let quantization = if bits4 { Quantization::Bits4(QuantConfig::default()) } else { Quantization::None };
+    Case::load("dora_step", name, base, quantization)
 }
 
 #[test]
 fn a_fresh_adapter_starts_with_the_magnitudes_of_peft_and_changes_nothing() {
     for case in CASES {
-        let Case { mut model, adapter, expected, batches, .. } = Case::load(case);
+        let Case { mut model, adapter, expected, batches, .. } = load(case);
         model.remove_adapter().unwrap();
         let batch = &batches[0];
         let base = floats(&model.logits(&batch.tokens, &batch.layout).unwrap());
@@ -117,7 +53,7 @@ fn a_fresh_adapter_starts_with_the_magnitudes_of_peft_and_changes_nothing() {
 #[test]
 fn loss_and_gradients_are_those_of_peft() {
     for name in CASES {
-        let case = Case::load(name);
+        let case = load(name);
         case.check_logits(&case.model);
         let (loss, gradient) = case.gradient();
         let expected = f64::from(case.expected["loss"].to_scalar::<f32>().unwrap());
@@ -128,7 +64,7 @@ fn loss_and_gradients_are_those_of_peft() {
 
 #[test]
 fn recomputed_blocks_give_the_same_bits() {
-    let mut case = Case::load(CASES[1]);
+    let mut case = load(CASES[1]);
     for lora_dropout in [0.0, 0.3] {
         let Adapter { mut config, layout, weights } = case.adapter.clone();
         config.lora.lora_dropout = lora_dropout;
@@ -143,7 +79,7 @@ fn recomputed_blocks_give_the_same_bits() {
 #[test]
 fn the_gradient_of_the_input_is_that_of_peft_through_candles_graph() {
     for name in CASES {
-        let Case { model, adapter, expected, batches, items } = Case::load(name);
+        let Case { model, adapter, expected, batches, items } = load(name);
         let mut sum = vec![0.0; adapter.layout.len()];
         for (i, batch) in batches.iter().enumerate() {
             let workspace = Workspace::poisoned();
@@ -170,7 +106,7 @@ fn the_gradient_of_the_input_is_that_of_peft_through_candles_graph() {
 
 #[test]
 fn twenty_steps_give_the_losses_of_peft() {
-    let case = Case::load(CASES[0]);
+    let case = load(CASES[0]);
     let trained = case.model.adapter().unwrap();
     let options = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1 };
     let len = trained.layout().len();
@@ -189,7 +125,7 @@ fn twenty_steps_give_the_losses_of_peft() {
 #[test]
 fn what_is_saved_is_read_trained_on_and_merged() {
     for name in CASES {
-        let mut case = Case::load(name);
+        let mut case = load(name);
         let folder = tempfile::tempdir().unwrap();
         let values = case.model.adapter().unwrap().values().unwrap();
         let lora = &case.adapter.config.lora;
@@ -220,7 +156,7 @@ fn what_is_saved_is_read_trained_on_and_merged() {
 
 #[test]
 fn changed_values_change_what_is_remembered_of_them() {
-    let case = Case::load(CASES[0]);
+    let case = load(CASES[0]);
     let (trained, tokens) = (case.model.adapter().unwrap(), &case.batches[0].tokens);
     let layout = SequenceLayout::from_lengths(&[tokens.len()]);
     let logits = || floats(&case.model.logits(tokens, &layout).unwrap());

@@ -6,5 +6,6 @@ mod dora;
 mod kinds;
 mod replaced;
 mod roundtrip;
+mod step;
 mod trained_by_peft;
 mod trained_here;

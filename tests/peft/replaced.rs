@@ -4,9 +4,9 @@
 //! Fixtures: `tests/fixtures/replaced_step`, made by `scripts/fixtures/replaced_step.py` with PEFT 0.21.2.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Device;
 use qlora::adapter::{self, Adapter, SaveOptions};
 use qlora::batch::Batch;
 use qlora::kernels::ops::adamw::{self, AdamW};
@@ -17,6 +17,7 @@ use qlora::model::{AdapterChoice, CausalLm, LoadOptions, TrainPass};
 use qlora::source::{HfDirectory, WeightSource};
 
 use crate::common::relative_error;
+use crate::step::{Case, fixture, floats};
 
 /// Cases and their bases.
 const CASES: [(&str, &str); 12] = [
@@ -34,80 +35,14 @@ const CASES: [(&str, &str); 12] = [
     ("lora_both", "granite"),
 ];
 
-fn fixture(folder: &str, name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(folder).join(name)
-}
-
-struct Case {
-    model: CausalLm,
-    adapter: Adapter,
-    expected: HashMap<String, Tensor>,
-    batches: Vec<Batch>,
-    items: usize,
-}
-
-fn ints(tensor: &Tensor) -> Vec<i64> {
-    tensor.to_dtype(DType::I64).unwrap().to_vec1().unwrap()
-}
-
-fn floats(tensor: &Tensor) -> Vec<f32> {
-    tensor.flatten_all().unwrap().to_vec1().unwrap()
-}
-
-impl Case {
-    fn load((name, base): (&str, &str)) -> Self {
-        let source = HfDirectory::open(fixture("models", base)).unwrap();
-        let mut model = CausalLm::load(&source, LoadOptions::default()).unwrap();
-        let folder = fixture("replaced_step", name);
-        let adapter = adapter::load(&folder, model.config()).unwrap();
-        let Adapter { config, layout, weights } = adapter.clone();
-        model.set_adapter(config.lora, layout, weights).unwrap();
-        let expected = candle_core::safetensors::load(folder.join("step.safetensors"), &Device::Cpu).unwrap();
-        let batch = |i: usize| {
-            let ids: Vec<u32> = ints(&expected[&format!("input_ids.{i}")]).into_iter().map(|id| id as u32).collect();
-            Batch::from_documents([(ids.as_slice(), ints(&expected[&format!("labels.{i}")]).as_slice())])
-        };
-        let batches: Vec<Batch> = (0..2).map(batch).collect();
-        let items = batches.iter().map(Batch::trained_tokens).sum();
-        Self { model, adapter, expected, batches, items }
-    }
-
-    fn gradient(&self) -> (f64, Vec<f32>) {
-        let mut gradient = vec![0.0; self.model.adapter().unwrap().layout().len()];
-        let mut sum = 0.0;
-        for batch in &self.batches {
-            let target = (&mut gradient).into();
-            sum += self.model.accumulate_gradients(batch, self.items, TrainPass::default(), target).unwrap().sum;
-        }
-        (sum / self.items as f64, gradient)
-    }
-
-    /// Checks a gradient in the adapter's order.
-    fn check_gradient(&self, got: &[f32]) {
-        for entry in self.adapter.layout.entries() {
-            let expected = floats(&self.expected[&format!("grad.{}", entry.tensor_name())]);
-            let error = relative_error(&got[entry.range()], &expected);
-            assert!(error < 1e-4, "{}: {error}", entry.tensor_name());
-        }
-    }
-
-    fn check_logits(&self, model: &CausalLm) {
-        for (i, batch) in self.batches.iter().enumerate() {
-            let got = floats(&model.logits(&batch.tokens, &batch.layout).unwrap());
-            let error = relative_error(&got, &floats(&self.expected[&format!("logits.{i}")]));
-            assert!(error < 1e-4, "logits of document {i}: {error}");
-        }
-    }
-
-    fn loss(&self) -> f64 {
-        f64::from(self.expected["loss"].to_scalar::<f32>().unwrap())
-    }
+fn load((name, base): (&str, &str)) -> Case {
+    Case::load("replaced_step", name, base, LoadOptions::default().quantization)
 }
 
 #[test]
 fn a_fresh_adapter_starts_with_the_base_and_changes_nothing() {
     for case in CASES {
-        let Case { mut model, adapter, batches, .. } = Case::load(case);
+        let Case { mut model, adapter, batches, .. } = load(case);
         model.remove_adapter().unwrap();
         let batch = &batches[0];
         let base = floats(&model.logits(&batch.tokens, &batch.layout).unwrap());
@@ -143,11 +78,11 @@ fn a_fresh_adapter_starts_with_the_base_and_changes_nothing() {
 #[test]
 fn loss_and_gradients_are_those_of_peft() {
     for name in CASES {
-        let case = Case::load(name);
+        let case = load(name);
         case.check_logits(&case.model);
         let (loss, gradient) = case.gradient();
         assert!((loss - case.loss()).abs() < 1e-5 * case.loss(), "{name:?}: {loss} {}", case.loss());
-        case.check_gradient(&gradient);
+        case.check("grad", &gradient, 1e-4);
         // Evaluation and log-probabilities see the trained head, too.
         let sum: f64 = case.batches.iter().map(|batch| case.model.evaluate(batch).unwrap().sum).sum();
         assert!((sum / case.items as f64 - loss).abs() < 1e-6 * loss, "{name:?}: {sum}");
@@ -161,7 +96,7 @@ fn loss_and_gradients_are_those_of_peft() {
 #[test]
 fn candles_graph_and_recomputed_blocks_give_the_same_gradients() {
     for name in CASES {
-        let mut case = Case::load(name);
+        let mut case = load(name);
         let (loss, gradient) = case.gradient();
         case.model.set_gradient_checkpointing(true).unwrap();
         assert_eq!(case.gradient(), (loss, gradient), "{name:?}");
@@ -175,14 +110,14 @@ fn candles_graph_and_recomputed_blocks_give_the_same_gradients() {
             sum.iter_mut().zip(floats(gradient)).for_each(|(sum, g)| *sum += g);
         }
         assert!((total - case.loss()).abs() < 1e-5 * case.loss(), "{name:?}: {total}");
-        case.check_gradient(&sum);
+        case.check("grad", &sum, 1e-4);
     }
 }
 
 #[test]
 fn twenty_steps_give_the_losses_of_peft() {
     for name in CASES {
-        let case = Case::load(name);
+        let case = load(name);
         let trained = case.model.adapter().unwrap();
         let options = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1 };
         let len = trained.layout().len();
@@ -204,7 +139,7 @@ fn twenty_steps_give_the_losses_of_peft() {
 #[test]
 fn what_is_saved_is_read_trained_on_and_merged() {
     for name in CASES {
-        let mut case = Case::load(name);
+        let mut case = load(name);
         let folder = tempfile::tempdir().unwrap();
         let values = case.model.adapter().unwrap().values().unwrap();
         let lora = &case.adapter.config.lora;
@@ -263,7 +198,7 @@ fn what_is_saved_is_read_trained_on_and_merged() {
 
 #[test]
 fn options_that_do_not_fit_are_refused_by_name() {
-    let Case { mut model, adapter, .. } = Case::load(CASES[0]);
+    let Case { mut model, adapter, .. } = load(CASES[0]);
     let fresh = |config: LoraConfig, model: &mut CausalLm| model.add_adapter(config, 1).unwrap_err().to_string();
     let beyond = LoraConfig { trainable_token_indices: TokenIndices::of_embedding([1, 80]), ..LoraConfig::default() };
     assert!(fresh(beyond, &mut model).contains("token 80 is beyond the model's vocabulary of 80"));
@@ -284,7 +219,7 @@ fn options_that_do_not_fit_are_refused_by_name() {
 fn peft_takes_what_is_saved_and_gives_the_same_logits() {
     let python = std::env::var("QLORA_PYTHON").expect("QLORA_PYTHON names a Python interpreter with PEFT");
     for name in CASES {
-        let case = Case::load(name);
+        let case = load(name);
         let folder = tempfile::tempdir().unwrap();
         let Adapter { config, layout, weights } = &case.adapter;
         adapter::save(folder.path(), &config.lora, layout, weights, &SaveOptions::default()).unwrap();
