@@ -118,7 +118,7 @@ fn main() -> anyhow::Result<()> {
                 let choices: Vec<AdapterChoice> = (0..inputs.len()).map(choice).collect();
                 let mut caches = caches.iter_mut().collect::<Vec<_>>();
                 let begin = Instant::now();
-                let logits = model.next_logits_batch_with(&inputs, &mut caches, &choices)?;
+                let logits = model.next_logits(&inputs, &mut caches, &choices)?;
                 enqueueing.set(enqueueing.get() + begin.elapsed().as_secs_f64());
                 let next = argmax::rows(logits.view())?;
                 next.into_iter().map(|token| Ok(vec![token.context("no largest logit")?])).collect()
@@ -159,7 +159,7 @@ fn main() -> anyhow::Result<()> {
     for _ in 0..4 {
         let mut cache = model.new_cache(len);
         let start = Instant::now();
-        model.next_logits_batch_with(&[&text], &mut [&mut cache], &[choice(0)])?.to_vec()?;
+        model.next_logits(&[&text], &mut [&mut cache], &[choice(0)])?.to_vec()?;
         seconds.push(start.elapsed().as_secs_f64());
     }
     seconds.sort_by(f64::total_cmp);

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use qlora::kernels::ops::argmax;
 use qlora::kernels::quant::{IntBits, IntConfig, QuantConfig};
-use qlora::model::{CausalLm, LoadOptions, Quantization};
+use qlora::model::{AdapterChoice, CausalLm, LoadOptions, Quantization};
 use qlora::open::{OpenOptions, open_model};
 use qlora::trainer::memory;
 
@@ -41,12 +41,12 @@ fn main() -> anyhow::Result<()> {
     for _ in 0..3 {
         let mut cache = model.new_cache(PROMPT + NEW);
         let start = Instant::now();
-        let mut next = model.next_logits(&prompt, &mut cache)?;
+        let mut next = model.next_logits(&[&prompt], &mut [&mut cache], AdapterChoice::Active)?;
         prefill.push(start.elapsed().as_secs_f64());
         let start = Instant::now();
         for _ in 1..NEW {
-            let token = argmax::rows(qlora::kernels::View::vector(&next))?[0].unwrap_or(0);
-            next = model.next_logits(&[token], &mut cache)?;
+            let token = argmax::rows(next.view())?[0].unwrap_or(0);
+            next = model.next_logits(&[&[token]], &mut [&mut cache], AdapterChoice::Active)?;
         }
         decode.push(start.elapsed().as_secs_f64());
     }

@@ -20,7 +20,7 @@ use qlora::kernels::ops::argmax;
 use qlora::kernels::quant::QuantConfig;
 use qlora::kernels::{Workspace, cuda};
 use qlora::lora::{LoraConfig, TargetModules};
-use qlora::model::{BatchShape, CausalLm, LoadOptions, Planner, Quantization};
+use qlora::model::{AdapterChoice, BatchShape, CausalLm, LoadOptions, Planner, Quantization};
 use qlora::source::HfDirectory;
 use qlora::trainer::config::Optim;
 use trainee::Trainee;
@@ -85,7 +85,7 @@ fn main() -> anyhow::Result<()> {
     } else {
         let prompt: Vec<u32> = (0..number("--prompt", 128)? as u32).map(|i| i.wrapping_mul(7919) % 128_000).collect();
         let mut cache = model.new_cache(prompt.len() + 1);
-        let logits = model.next_logits_batch(&[&prompt], &mut [&mut cache])?;
+        let logits = model.next_logits(&[&prompt], &mut [&mut cache], AdapterChoice::Active)?;
         let token = argmax::rows(logits.view())?[0].context("no largest logit")?;
         case = format!("first token after {}", prompt.len());
         report(&format!("first token: {token}"))?

@@ -17,7 +17,7 @@ use common::{computes, gpu, relative_error, tiny_config, tiny_model};
 use qlora::adapter::{self, LoraModule, PeftAdapter, Replaced, TokenRows};
 use qlora::batch::Batch;
 use qlora::config::ModelConfig;
-use qlora::generate::{generate, generate_batch_with};
+use qlora::generate::{GenerationRequest, generate};
 use qlora::kernels::weight::PlainData;
 use qlora::kernels::{Dtype, SequenceLayout, Workspace};
 use qlora::lora::{Bias, LoraConfig, TargetModules, TokenIndices};
@@ -70,7 +70,7 @@ fn values(tensor: &Tensor) -> Vec<f32> {
 }
 
 fn logits(model: &CausalLm, tokens: &[u32], choice: AdapterChoice) -> Vec<f32> {
-    values(&model.logits_with(tokens, &one(tokens), &[choice]).unwrap())
+    values(&model.logits(tokens, &one(tokens), &[choice]).unwrap())
 }
 
 /// `norm(got - want) / norm(want)`; NaN if anything is NaN.
@@ -117,7 +117,8 @@ fn every_kind_gives_the_logits_of_peft() {
                 if i == 1 {
                     continue;
                 }
-                let row = model.next_logits(next, &mut cache).unwrap();
+                let row =
+                    model.next_logits(&[next], &mut [&mut cache], AdapterChoice::Active).unwrap().to_vec().unwrap();
                 let at = if i == 0 { 1 } else { i };
                 let largest = want.iter().fold(0f32, |max, x| max.max(x.abs()));
                 let of = &got[at * rows..(at + 1) * rows];
@@ -198,7 +199,7 @@ fn a_mixed_batch_gives_what_each_sequence_gives_alone() {
             .collect();
         let lengths: Vec<usize> = prompts.iter().map(Vec::len).collect();
         let layout = SequenceLayout::from_lengths(&lengths);
-        let mixed = values(&model.logits_with(&prompts.concat(), &layout, &choices).unwrap());
+        let mixed = values(&model.logits(&prompts.concat(), &layout, &choices).unwrap());
         let vocab = model.config().vocab_size;
         let (mut worst, mut differ, mut failures) = (0f64, 0, Vec::new());
         for ((rows, prompt), &choice) in layout.sequences().zip(&prompts).zip(&choices) {
@@ -219,9 +220,9 @@ fn a_mixed_batch_gives_what_each_sequence_gives_alone() {
         if dtype == Dtype::F32 {
             let config = GenerationConfig { max_new_tokens: 8, temperature: None, ..GenerationConfig::default() };
             let slices: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
-            let together = generate_batch_with(&model, &slices, &config, &choices).unwrap();
+            let together = GenerationRequest::new(&slices, &config).with_adapters(&choices).run(&model).unwrap();
             for ((prompt, &choice), got) in slices.iter().zip(&choices).zip(&together) {
-                let alone = generate_batch_with(&model, &[prompt], &config, &[choice]).unwrap();
+                let alone = GenerationRequest::new(&[prompt], &config).with_adapters(&[choice]).run(&model).unwrap();
                 assert_eq!(*got, alone[0], "{choice:?}");
             }
         }
@@ -402,13 +403,13 @@ fn generation(model: &CausalLm, texts: &[Vec<u32>], prompt: usize, choices: &[Ad
     let mut caches: Vec<KvCache> = texts.iter().map(|text| model.new_cache(text.len())).collect();
     let mut got = vec![Vec::new(); texts.len()];
     for (((text, cache), choice), got) in texts.iter().zip(&mut caches).zip(choices).zip(&mut got) {
-        let logits = model.next_logits_batch_with(&[&text[..prompt]], &mut [cache], &[*choice]).unwrap();
+        let logits = model.next_logits(&[&text[..prompt]], &mut [cache], &[*choice]).unwrap();
         got.extend(logits.to_vec().unwrap());
     }
     for at in prompt..texts[0].len() {
         let tokens: Vec<&[u32]> = texts.iter().map(|text| &text[at..=at]).collect();
         let mut caches: Vec<&mut KvCache> = caches.iter_mut().collect();
-        let logits = model.next_logits_batch_with(&tokens, &mut caches, choices).unwrap();
+        let logits = model.next_logits(&tokens, &mut caches, choices).unwrap();
         let values = logits.to_vec().unwrap();
         got.iter_mut().zip(values.chunks_exact(logits.cols())).for_each(|(got, row)| got.extend(row));
     }

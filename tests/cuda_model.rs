@@ -124,7 +124,7 @@ fn gradient(model: &CausalLm, lengths: &[usize], seed: u64) -> (f64, Vec<f32>) {
 }
 
 fn logits(model: &CausalLm, tokens: &[u32]) -> Vec<f32> {
-    let logits = model.logits(tokens, &SequenceLayout::from_lengths(&[tokens.len()])).unwrap();
+    let logits = model.logits(tokens, &SequenceLayout::from_lengths(&[tokens.len()]), AdapterChoice::Active).unwrap();
     logits.to_dtype(candle_core::DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
@@ -413,10 +413,23 @@ fn cached_generation_gives_the_logits_of_the_whole_text() {
             let row = |index: usize| &all[index * 61..(index + 1) * 61];
             let mut cache = model.new_cache(96);
             let mut ends = vec![5, 8, 69];
-            let mut got: Vec<Vec<f32>> =
-                [0..6, 6..9, 9..70].map(|range| model.next_logits(&ids[range], &mut cache).unwrap()).into();
+            let mut got: Vec<Vec<f32>> = [0..6, 6..9, 9..70]
+                .map(|range| {
+                    model
+                        .next_logits(&[&ids[range]], &mut [&mut cache], AdapterChoice::Active)
+                        .unwrap()
+                        .to_vec()
+                        .unwrap()
+                })
+                .into();
             for index in 70..90 {
-                got.push(model.next_logits(&ids[index..=index], &mut cache).unwrap());
+                got.push(
+                    model
+                        .next_logits(&[&ids[index..=index]], &mut [&mut cache], AdapterChoice::Active)
+                        .unwrap()
+                        .to_vec()
+                        .unwrap(),
+                );
                 ends.push(index);
             }
             for (logits, &index) in got.iter().zip(&ends) {
@@ -425,13 +438,15 @@ fn cached_generation_gives_the_logits_of_the_whole_text() {
             }
             let mut caches = [model.new_cache(32), model.new_cache(32)];
             let [first, second] = &mut caches;
-            model.next_logits(&ids[..6], first).unwrap();
-            let logits = model.next_logits_batch(&[&ids[6..9], &ids[..6]], &mut [first, second]).unwrap();
+            model.next_logits(&[&ids[..6]], &mut [first], AdapterChoice::Active).unwrap();
+            let logits =
+                model.next_logits(&[&ids[6..9], &ids[..6]], &mut [first, second], AdapterChoice::Active).unwrap();
             for (logits, index) in logits.to_vec().unwrap().chunks_exact(61).zip([8, 5]) {
                 let error = error(logits, row(index));
                 assert!(error < tolerance, "{} {name}, batched, token {index}: {error:.1e}", dtype.name());
             }
-            let refused = model.next_logits(&[1; 40], &mut cache).unwrap_err().to_string();
+            let refused =
+                model.next_logits(&[&[1; 40]], &mut [&mut cache], AdapterChoice::Active).unwrap_err().to_string();
             assert!(refused.contains("130 tokens"), "{refused}");
             assert_eq!(cache.len(), 90, "a refused call leaves the cache as it was");
         }
@@ -460,7 +475,7 @@ fn steps_that_run_as_a_graph_have_the_bits_of_those_that_do_not() {
                 for index in 0..150 {
                     let tokens: Vec<&[u32]> = texts.iter().map(|text| &text[index..=index]).collect();
                     let mut caches: Vec<_> = caches.iter_mut().collect();
-                    all.push(model.next_logits_batch(&tokens, &mut caches).unwrap().to_vec().unwrap());
+                    all.push(model.next_logits(&tokens, &mut caches, AdapterChoice::Active).unwrap().to_vec().unwrap());
                     graphs += usize::from(model.runs_decode_graph());
                 }
                 (all, graphs)
@@ -475,7 +490,8 @@ fn steps_that_run_as_a_graph_have_the_bits_of_those_that_do_not() {
         // A graph does not look at the caches' width: it is looked at before.
         let mut foreign = KvCache::new(config.num_hidden_layers, 32, 64);
         for _ in 0..3 {
-            let refused = recorded.next_logits(&[1], &mut foreign).unwrap_err().to_string();
+            let refused =
+                recorded.next_logits(&[&[1]], &mut [&mut foreign], AdapterChoice::Active).unwrap_err().to_string();
             assert!(refused.contains("another attention"), "{refused}");
         }
     }

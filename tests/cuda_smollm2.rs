@@ -12,14 +12,14 @@ use candle_core::{DType, Device, Tensor};
 use common::{computes, gpu};
 use qlora::adapter::SaveOptions;
 use qlora::batch::Batch;
-use qlora::generate::{generate, generate_batch};
+use qlora::generate::{GenerationRequest, generate};
 use qlora::kernels::ops::adamw::{self, AdamW};
 use qlora::kernels::ops::grad_norm;
 use qlora::kernels::quant::QuantConfig;
 use qlora::kernels::weight::FrozenCompute;
 use qlora::kernels::{Dtype, SequenceLayout, Workspace, cuda};
 use qlora::lora::{LoraConfig, TargetModules, Which};
-use qlora::model::{CausalLm, LoadOptions, Quantization, TrainPass};
+use qlora::model::{AdapterChoice, CausalLm, LoadOptions, Quantization, TrainPass};
 use qlora::sampling::GenerationConfig;
 use qlora::source::Gguf;
 use qlora::trainer::data::{Dataset, Encoded};
@@ -69,7 +69,8 @@ fn compare_logits(device: &Device, dtype: Dtype) -> (f32, f64) {
     let (mut worst, mut differ, mut positions_seen) = (0f32, 0, 0);
     for text in 0..3 {
         let tokens: Vec<u32> = integers(&format!("input_ids.{text}")).into_iter().map(|id| id as u32).collect();
-        let logits = model.logits(&tokens, &SequenceLayout::from_lengths(&[tokens.len()])).unwrap();
+        let logits =
+            model.logits(&tokens, &SequenceLayout::from_lengths(&[tokens.len()]), AdapterChoice::Active).unwrap();
         let logits = logits.to_dtype(DType::F32).unwrap().to_device(&Device::Cpu).unwrap();
         let largest = |tensor: Tensor| -> f32 {
             tensor.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
@@ -130,7 +131,7 @@ fn greedy_generation_gives_the_tokens_of_transformers() {
     );
     let prompts: Vec<Vec<u32>> = cases.iter().map(|case| ids(&case["input_ids"])).collect();
     let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
-    for (answer, case) in generate_batch(&exact, &prompts, &config).unwrap().iter().zip(cases) {
+    for (answer, case) in GenerationRequest::new(&prompts, &config).run(&exact).unwrap().iter().zip(cases) {
         let expected = ids(&case["new_ids"]);
         assert_eq!(answer.tokens, expected[..answer.tokens.len()], "together: {}", case["prompt"]);
     }

@@ -4,8 +4,8 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use qlora::chat::{Message, TemplateArguments};
-use qlora::generate::{Answer, AnswerText, CachePlan, StopReason, answer_all, generate};
-use qlora::model::{CausalLm, LoadOptions};
+use qlora::generate::{Answer, AnswerText, CachePlan, GenerationRequest, StopReason, generate};
+use qlora::model::{AdapterChoice, CausalLm, LoadOptions};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
 use qlora::sampling::GenerationConfig;
 
@@ -33,13 +33,14 @@ fn answer(files: &ModelFiles, model: &CausalLm, config: &GenerationConfig, size:
     let prompts = prompts(files);
     let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
     let mut answers = Vec::new();
-    answer_all(model, &files.tokenizer, &prompts, config, size, |first, batch| {
+    let request = GenerationRequest::new(&prompts, config).with_batch_size(size);
+    let asked = request.answer_batches(model, &files.tokenizer, |first, batch| {
         assert_eq!(first, answers.len());
         assert!(batch.len() <= size.max(1));
         answers.extend(batch);
         Ok(())
-    })
-    .unwrap();
+    });
+    asked.unwrap();
     assert_eq!(answers.len(), prompts.len());
     answers
 }
@@ -106,10 +107,10 @@ fn the_planned_memory_is_what_caches_hold_in_the_end() {
     for (prompt, new) in [(70, 30), (10, 5), (64, 1)] {
         let plan = CachePlan::new(&model, [prompt], &config(new)).unwrap();
         let mut cache = model.new_cache(prompt + new);
-        model.next_logits(&tokens[..prompt], &mut cache).unwrap();
+        model.next_logits(&[&tokens[..prompt]], &mut [&mut cache], AdapterChoice::Active).unwrap();
         assert!(cache.held_bytes() <= plan.bytes(), "{prompt} + {new}");
         for token in &tokens[prompt..prompt + new] {
-            model.next_logits(&[*token], &mut cache).unwrap();
+            model.next_logits(&[&[*token]], &mut [&mut cache], AdapterChoice::Active).unwrap();
         }
         assert_eq!((cache.len(), cache.held_bytes()), (prompt + new, plan.bytes()), "{plan}");
     }
@@ -123,5 +124,8 @@ fn the_planned_memory_is_what_caches_hold_in_the_end() {
     let error = CachePlan::new(&model, [limit], &config(1)).unwrap_err().to_string();
     assert!(error.contains("8192 tokens"), "{error}");
     let rows = [[1u32; 300].as_slice(), &[1; 10], &[1; 200], &[1; 100]];
-    assert_eq!(CachePlan::of_batches(&model, &rows, &config(10), 2).unwrap().tokens, 310 + 64);
+    let short = config(10);
+    let request = GenerationRequest::new(&rows, &short);
+    assert_eq!(request.with_batch_size(2).cache_plan(&model).unwrap().tokens, 310 + 64);
+    assert_eq!(request.cache_plan(&model).unwrap().tokens, 310 + 64 + 210 + 110);
 }

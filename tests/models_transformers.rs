@@ -68,7 +68,8 @@ fn logits_of_every_architecture_equal_those_of_transformers() {
         let texts: Vec<Vec<u32>> = (0..2).map(|i| ids(&expected[&format!("input_ids.{i}")])).collect();
         let lengths: Vec<usize> = texts.iter().map(Vec::len).collect();
         // Both sequences in one packed batch; transformers ran each alone.
-        let logits = model.logits(&texts.concat(), &SequenceLayout::from_lengths(&lengths)).unwrap();
+        let logits =
+            model.logits(&texts.concat(), &SequenceLayout::from_lengths(&lengths), AdapterChoice::Active).unwrap();
         for (i, start) in [0, lengths[0]].into_iter().enumerate() {
             let got = logits.narrow(0, start, lengths[i]).unwrap();
             let difference = largest_difference(&got, &expected[&format!("logits.{i}")]);
@@ -90,14 +91,18 @@ fn cached_logits_and_greedy_tokens_equal_those_of_transformers() {
         let mut last = Vec::new();
         for end in 5..=tokens.len() {
             let start = if end == 5 { 0 } else { end - 1 };
-            last = model.next_logits(&tokens[start..end], &mut cache).unwrap();
+            last = model
+                .next_logits(&[&tokens[start..end]], &mut [&mut cache], AdapterChoice::Active)
+                .unwrap()
+                .to_vec()
+                .unwrap();
             let difference = last.iter().zip(&rows[end - 1]).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
             assert!(difference < 1e-4, "{name}, token {end}: {difference}");
         }
         for (i, &token) in greedy.iter().enumerate() {
             let best = last.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0 as u32;
             assert_eq!(best, token, "{name}, generated token {i}");
-            last = model.next_logits(&[token], &mut cache).unwrap();
+            last = model.next_logits(&[&[token]], &mut [&mut cache], AdapterChoice::Active).unwrap().to_vec().unwrap();
             generated += 1;
         }
     }
@@ -153,7 +158,7 @@ impl Step {
 
     fn check(&self, tolerance: f32) {
         for (i, batch) in self.batches.iter().enumerate() {
-            let logits = self.model.logits(&batch.tokens, &batch.layout).unwrap();
+            let logits = self.model.logits(&batch.tokens, &batch.layout, AdapterChoice::Active).unwrap();
             let difference = largest_difference(&logits, &self.expected[&format!("logits.{i}")]);
             assert!(difference < 1e-3, "logits of document {i}: {difference}");
         }
@@ -200,7 +205,7 @@ fn adapters_written_by_peft_give_its_logits() {
             model.set_adapter(adapter.config.lora, adapter.layout, adapter.weights).unwrap();
         }
         model.enable_adapter(name != "base");
-        let difference = largest_difference(&model.logits(&tokens, &layout).unwrap(), expected);
+        let difference = largest_difference(&model.logits(&tokens, &layout, AdapterChoice::Active).unwrap(), expected);
         assert!(difference < 1e-3, "{name}: {difference}");
         seen += 1;
     }

@@ -14,7 +14,7 @@ use qlora::kernels::ops::grad_norm;
 use qlora::kernels::quant::QuantConfig;
 use qlora::kernels::{Dtype, SequenceLayout, Workspace};
 use qlora::lora::{LoraConfig, TargetModules, Which};
-use qlora::model::{CausalLm, LoadOptions, Quantization, TrainPass};
+use qlora::model::{AdapterChoice, CausalLm, LoadOptions, Quantization, TrainPass};
 use qlora::sampling::GenerationConfig;
 use qlora::source::Gguf;
 use serde_json::Value;
@@ -52,7 +52,8 @@ fn logits_equal_those_of_transformers() {
     let columns = fixture["columns"].to_dtype(DType::U32).unwrap();
     for text in 0..3 {
         let tokens: Vec<u32> = integers(&format!("input_ids.{text}")).into_iter().map(|id| id as u32).collect();
-        let logits = model.logits(&tokens, &SequenceLayout::from_lengths(&[tokens.len()])).unwrap();
+        let logits =
+            model.logits(&tokens, &SequenceLayout::from_lengths(&[tokens.len()]), AdapterChoice::Active).unwrap();
         let largest = |tensor: Tensor| -> f32 {
             tensor.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
         };

@@ -11,11 +11,11 @@ use candle_nn::Optimizer;
 use common::{add_random_adapter, relative_error, tiny_config, tiny_model};
 use qlora::autograd::ops;
 use qlora::batch::Batch;
-use qlora::generate::{generate, generate_batch};
+use qlora::generate::{GenerationRequest, generate};
 use qlora::kernels::{SequenceLayout, Workspace};
 use qlora::lora::{LoraConfig, TargetModules};
 use qlora::model::policy::Keep;
-use qlora::model::{CausalLm, TrainPass};
+use qlora::model::{AdapterChoice, CausalLm, TrainPass};
 use qlora::sampling::GenerationConfig;
 
 fn lora() -> LoraConfig {
@@ -286,22 +286,25 @@ fn cached_generation_gives_the_logits_of_the_whole_text() {
     let model = trained_model(true);
     let (ids, _) = document(17, 3);
     let layout = SequenceLayout::from_lengths(&[ids.len()]);
-    let all = model.logits(&ids, &layout).unwrap().to_vec2::<f32>().unwrap();
+    let all = model.logits(&ids, &layout, AdapterChoice::Active).unwrap().to_vec2::<f32>().unwrap();
     let mut cache = model.new_cache(32);
-    let mut got = vec![model.next_logits(&ids[..6], &mut cache).unwrap()];
-    got.push(model.next_logits(&ids[6..9], &mut cache).unwrap());
-    got.extend((9..17).map(|i| model.next_logits(&ids[i..=i], &mut cache).unwrap()));
+    let mut got =
+        vec![model.next_logits(&[&ids[..6]], &mut [&mut cache], AdapterChoice::Active).unwrap().to_vec().unwrap()];
+    got.push(model.next_logits(&[&ids[6..9]], &mut [&mut cache], AdapterChoice::Active).unwrap().to_vec().unwrap());
+    got.extend((9..17).map(|i| {
+        model.next_logits(&[&ids[i..=i]], &mut [&mut cache], AdapterChoice::Active).unwrap().to_vec().unwrap()
+    }));
     for (logits, index) in got.iter().zip([5, 8, 9, 10, 11, 12, 13, 14, 15, 16]) {
         assert!(relative_error(logits, &all[index]) < 1e-5, "token {index}");
     }
     let mut caches = [model.new_cache(32), model.new_cache(32)];
     let [first, second] = &mut caches;
-    model.next_logits(&ids[..6], first).unwrap();
-    let logits = model.next_logits_batch(&[&ids[6..9], &ids[..6]], &mut [first, second]).unwrap();
+    model.next_logits(&[&ids[..6]], &mut [first], AdapterChoice::Active).unwrap();
+    let logits = model.next_logits(&[&ids[6..9], &ids[..6]], &mut [first, second], AdapterChoice::Active).unwrap();
     for (row, index) in logits.as_slice().chunks_exact(61).zip([8, 5]) {
         assert!(relative_error(row, &all[index]) < 1e-5, "batched, token {index}");
     }
-    let error = model.next_logits(&[1; 40], &mut cache).unwrap_err().to_string();
+    let error = model.next_logits(&[&[1; 40]], &mut [&mut cache], AdapterChoice::Active).unwrap_err().to_string();
     assert!(error.contains("57 tokens"), "{error}");
     assert_eq!(cache.len(), 17, "a refused call leaves the cache as it was");
 }
@@ -312,7 +315,7 @@ fn prompts_in_pieces_give_the_same_answer() {
     let (prompt, other) = (document(23, 4).0, document(7, 5).0);
     let answers = |prefill_chunk_size| {
         let config = GenerationConfig { max_new_tokens: 12, prefill_chunk_size, ..GenerationConfig::default() };
-        let both = generate_batch(&model, &[&prompt, &other], &config).unwrap();
+        let both = GenerationRequest::new(&[&prompt, &other], &config).run(&model).unwrap();
         let alone = generate(&model, &prompt, &config, |_| ControlFlow::Continue(())).unwrap();
         assert_eq!(both[0], alone);
         both
@@ -332,12 +335,12 @@ fn the_adapter_can_be_switched_off() {
     let mut model = trained_model(true);
     let (ids, _) = document(9, 3);
     let layout = SequenceLayout::from_lengths(&[9]);
-    let with = model.logits(&ids, &layout).unwrap().to_vec2::<f32>().unwrap();
+    let with = model.logits(&ids, &layout, AdapterChoice::Active).unwrap().to_vec2::<f32>().unwrap();
     model.enable_adapter(false);
-    let without = model.logits(&ids, &layout).unwrap().to_vec2::<f32>().unwrap();
+    let without = model.logits(&ids, &layout, AdapterChoice::Active).unwrap().to_vec2::<f32>().unwrap();
     assert_ne!(with, without);
     let base = tiny_model(&tiny_config(), true, 7, Workspace::poisoned());
-    assert_eq!(without, base.logits(&ids, &layout).unwrap().to_vec2::<f32>().unwrap());
+    assert_eq!(without, base.logits(&ids, &layout, AdapterChoice::Active).unwrap().to_vec2::<f32>().unwrap());
 }
 
 #[test]

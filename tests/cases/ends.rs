@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use qlora::adapter;
 use qlora::chat::{Message, TemplateArguments};
-use qlora::generate::answer_all;
+use qlora::generate::GenerationRequest;
 use qlora::gguf_write::{self, GgufOptions, GgufType};
 use qlora::kernels::quant::QuantConfig;
 use qlora::merge::{Companions, FolderOptions, MergeInto, MergedSource, PeftUpdate, Rounding, write_folder};
@@ -49,13 +49,8 @@ fn answer_with(files: &ModelFiles, adapter: Option<&Path>, stop: &[&str]) -> Str
         stop_strings: stop.iter().map(|stop| (*stop).to_owned()).collect(),
         ..GenerationConfig::default()
     };
-    let mut text = String::new();
-    answer_all(&model, &files.tokenizer, &[&prompt], &config, 1, |_, answers| {
-        text = answers[0].text.clone();
-        Ok(())
-    })
-    .unwrap();
-    text
+    let mut answers = GenerationRequest::new(&[&prompt], &config).answer(&model, &files.tokenizer).unwrap();
+    answers.swap_remove(0).text
 }
 
 fn answer(path: &Path) -> String {

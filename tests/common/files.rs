@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use qlora::kernels::SequenceLayout;
-use qlora::model::{CausalLm, LoadOptions};
+use qlora::model::{AdapterChoice, CausalLm, LoadOptions};
 use qlora::source::{HfDirectory, WeightSource};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -82,7 +82,7 @@ pub(crate) fn ids(path: &Path, name: &str) -> Vec<u32> {
 }
 
 pub(crate) fn logits(model: &CausalLm, tokens: &[u32]) -> Vec<f32> {
-    let logits = model.logits(tokens, &SequenceLayout::from_lengths(&[tokens.len()])).unwrap();
+    let logits = model.logits(tokens, &SequenceLayout::from_lengths(&[tokens.len()]), AdapterChoice::Active).unwrap();
     logits.flatten_all().unwrap().to_vec1().unwrap()
 }
 

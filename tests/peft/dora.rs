@@ -13,7 +13,7 @@ use qlora::kernels::quant::QuantConfig;
 use qlora::kernels::{SequenceLayout, Workspace};
 use qlora::lora::Which;
 use qlora::merge::{LoraUpdate, MergeInto, MergedSource, PeftUpdate, Rounding, WeightUpdate};
-use qlora::model::{CausalLm, LoadOptions, Quantization};
+use qlora::model::{AdapterChoice, CausalLm, LoadOptions, Quantization};
 use qlora::source::HfDirectory;
 
 use crate::common::relative_error;
@@ -34,7 +34,7 @@ fn a_fresh_adapter_starts_with_the_magnitudes_of_peft_and_changes_nothing() {
         let Case { mut model, adapter, expected, batches, .. } = load(case);
         model.remove_adapter().unwrap();
         let batch = &batches[0];
-        let base = floats(&model.logits(&batch.tokens, &batch.layout).unwrap());
+        let base = floats(&model.logits(&batch.tokens, &batch.layout, AdapterChoice::Active).unwrap());
         model.add_adapter(adapter.config.lora, 5).unwrap();
         let trained = model.adapter().unwrap();
         assert_eq!(trained.layout(), &adapter.layout);
@@ -45,7 +45,8 @@ fn a_fresh_adapter_starts_with_the_magnitudes_of_peft_and_changes_nothing() {
             magnitudes += 1;
         }
         assert_eq!(magnitudes, trained.layout().modules().count());
-        let error = relative_error(&floats(&model.logits(&batch.tokens, &batch.layout).unwrap()), &base);
+        let error =
+            relative_error(&floats(&model.logits(&batch.tokens, &batch.layout, AdapterChoice::Active).unwrap()), &base);
         assert!(error < 1e-5, "{case:?}: {error}");
     }
 }
@@ -159,7 +160,7 @@ fn changed_values_change_what_is_remembered_of_them() {
     let case = load(CASES[0]);
     let (trained, tokens) = (case.model.adapter().unwrap(), &case.batches[0].tokens);
     let layout = SequenceLayout::from_lengths(&[tokens.len()]);
-    let logits = || floats(&case.model.logits(tokens, &layout).unwrap());
+    let logits = || floats(&case.model.logits(tokens, &layout, AdapterChoice::Active).unwrap());
     let (before, values) = (logits(), trained.values().unwrap());
     assert_eq!(logits(), before);
     let half: Vec<f32> = values.iter().map(|value| value * 0.5).collect();

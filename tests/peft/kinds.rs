@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use qlora::adapter::{self, PeftAdapter, SaveOptions};
 use qlora::batch::Batch;
-use qlora::generate::{generate, generate_batch_with};
+use qlora::generate::{GenerationRequest, generate};
 use qlora::kernels::SequenceLayout;
 use qlora::lora::{LoraConfig, TargetModules};
 use qlora::merge::{MergeInto, MergedSource, PeftUpdate, Rounding};
@@ -67,13 +67,13 @@ fn every_kind_gives_the_logits_of_peft() {
     for (kind, facts) in &kinds {
         let mut model = base(facts["base"].as_str().unwrap());
         let tokens = ids(&expected, kind);
-        let before = model.logits(&tokens, &one(&tokens)).unwrap();
+        let before = model.logits(&tokens, &one(&tokens), AdapterChoice::Active).unwrap();
         model.load_adapter("a", &read(kind, &model)).unwrap();
-        let unused = model.logits(&tokens, &one(&tokens)).unwrap();
+        let unused = model.logits(&tokens, &one(&tokens), AdapterChoice::Active).unwrap();
         assert_eq!(difference(&unused, &before).0, 0.0, "{kind}: loading alone changes nothing");
 
         model.activate_adapter("a").unwrap();
-        let got = model.logits(&tokens, &one(&tokens)).unwrap();
+        let got = model.logits(&tokens, &one(&tokens), AdapterChoice::Active).unwrap();
         let (error, largest) = difference(&got, &expected[&format!("{kind}.logits")]);
         println!("{kind:24} {error:.1e} of {largest:.1}");
         assert!(error < 1e-5 * largest.max(1.0), "{kind}: {error} of {largest}");
@@ -81,7 +81,8 @@ fn every_kind_gives_the_logits_of_peft() {
         // With a cache, token by token.
         let mut cache = model.new_cache(tokens.len());
         for (i, &token) in tokens.iter().enumerate() {
-            let row = model.next_logits(&[token], &mut cache).unwrap();
+            let row =
+                model.next_logits(&[&[token]], &mut [&mut cache], AdapterChoice::Active).unwrap().to_vec().unwrap();
             let row = Tensor::from_vec(row, got.dim(1).unwrap(), &Device::Cpu).unwrap();
             let (error, _) = difference(&row, &got.get(i).unwrap());
             assert!(error < 1e-5 * largest.max(1.0), "{kind}: position {i}: {error}");
@@ -97,7 +98,7 @@ fn every_kind_gives_the_logits_of_peft() {
         assert!((loss.sum as f32 - want).abs() < 1e-4 * want.abs(), "{kind}: loss {} of {want}", loss.sum);
 
         model.disable_adapters();
-        let off = model.logits(&tokens, &one(&tokens)).unwrap();
+        let off = model.logits(&tokens, &one(&tokens), AdapterChoice::Active).unwrap();
         assert_eq!(difference(&off, &before).0, 0.0, "{kind}");
         model.unload_adapter("a").unwrap();
         assert_eq!(model.memory().loaded_adapters, 0);
@@ -122,7 +123,7 @@ fn merged_models_give_the_logits_of_peft() {
         let merged = MergedSource::new(&source, &update, MergeInto::Original, Rounding::None).unwrap();
         let model = CausalLm::load(&merged, LoadOptions::default()).unwrap();
         let tokens = ids(&expected, &kind);
-        let got = model.logits(&tokens, &one(&tokens)).unwrap();
+        let got = model.logits(&tokens, &one(&tokens), AdapterChoice::Active).unwrap();
         let (error, largest) = difference(&got, &expected[&format!("{kind}.logits")]);
         println!("{kind:24} {error:.1e} of {largest:.1}");
         assert!(error < 1e-5 * largest.max(1.0), "{kind}: {error} of {largest}");
@@ -181,14 +182,14 @@ fn a_mixed_batch_gives_what_each_sequence_gives_alone() {
         .collect();
     let lengths: Vec<usize> = prompts.iter().map(Vec::len).collect();
     let layout = SequenceLayout::from_lengths(&lengths);
-    let mixed = model.logits_with(&prompts.concat(), &layout, &choices).unwrap();
+    let mixed = model.logits(&prompts.concat(), &layout, &choices).unwrap();
     let mut base_differs = 0;
     for ((rows, prompt), &choice) in layout.sequences().zip(&prompts).zip(&choices) {
-        let alone = model.logits_with(prompt, &one(prompt), &[choice]).unwrap();
+        let alone = model.logits(prompt, &one(prompt), &[choice]).unwrap();
         let got = mixed.narrow(0, rows.start, rows.len()).unwrap();
         let (error, largest) = difference(&got, &alone);
         assert!(error < 1e-5 * largest, "{choice:?}: {error} of {largest}");
-        let plain = model.logits_with(prompt, &one(prompt), &[AdapterChoice::Base]).unwrap();
+        let plain = model.logits(prompt, &one(prompt), &[AdapterChoice::Base]).unwrap();
         base_differs += usize::from(difference(&alone, &plain).0 > 0.01);
     }
     let bases = choices.iter().filter(|&&choice| choice == AdapterChoice::Base).count();
@@ -197,12 +198,13 @@ fn a_mixed_batch_gives_what_each_sequence_gives_alone() {
     // Generation, in which sequences end at different times.
     let config = GenerationConfig { max_new_tokens: 8, temperature: None, ..GenerationConfig::default() };
     let slices: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
-    let together = generate_batch_with(&model, &slices, &config, &choices).unwrap();
+    let together = GenerationRequest::new(&slices, &config).with_adapters(&choices).run(&model).unwrap();
     for ((prompt, &choice), got) in slices.iter().zip(&choices).zip(&together) {
-        let alone = generate_batch_with(&model, &[prompt], &config, &[choice]).unwrap();
+        let alone = GenerationRequest::new(&[prompt], &config).with_adapters(&[choice]).run(&model).unwrap();
         assert_eq!(*got, alone[0], "{choice:?}");
     }
-    let error = generate_batch_with(&model, &slices, &config, &choices[1..]).unwrap_err().to_string();
+    let error =
+        GenerationRequest::new(&slices, &config).with_adapters(&choices[1..]).run(&model).unwrap_err().to_string();
     assert!(error.contains("as many choices"), "{error}");
 }
 
@@ -250,15 +252,14 @@ fn combined_adapters_are_those_of_peft() {
     for (name, combination) in [("linear", Combination::Linear), ("cat", Combination::Cat)] {
         model.add_weighted_adapter(name, &parts, combination).unwrap();
         model.activate_adapter(name).unwrap();
-        let got = model.logits(&tokens, &one(&tokens)).unwrap();
+        let got = model.logits(&tokens, &one(&tokens), AdapterChoice::Active).unwrap();
         let (error, largest) = difference(&got, &expected[name]);
         assert!(error < 2e-5 * largest, "{name}: {error} of {largest}");
     }
     // A weight of its own is the same as a combination of one.
     model.add_weighted_adapter("half", &[("layers", 0.5)], Combination::Cat).unwrap();
-    let run = |model: &CausalLm, name: &str| {
-        model.logits_with(&tokens, &one(&tokens), &[AdapterChoice::Named(name)]).unwrap()
-    };
+    let run =
+        |model: &CausalLm, name: &str| model.logits(&tokens, &one(&tokens), &[AdapterChoice::Named(name)]).unwrap();
     let (whole, half) = (run(&model, "layers"), run(&model, "half"));
     assert!(difference(&whole, &half).0 > 0.01);
     for (weight, want) in [(0.5, &half), (0.0, &run_base(&model, &tokens)), (1.0, &whole)] {
@@ -280,7 +281,7 @@ fn combined_adapters_are_those_of_peft() {
 }
 
 fn run_base(model: &CausalLm, tokens: &[u32]) -> Tensor {
-    model.logits_with(tokens, &one(tokens), &[AdapterChoice::Base]).unwrap()
+    model.logits(tokens, &one(tokens), &[AdapterChoice::Base]).unwrap()
 }
 
 #[test]
@@ -364,7 +365,7 @@ fn every_kind_is_saved_as_it_was() {
         let mut run = |adapter: &PeftAdapter| {
             model.load_adapter("a", adapter).unwrap();
             model.activate_adapter("a").unwrap();
-            model.logits(&tokens, &one(&tokens)).unwrap()
+            model.logits(&tokens, &one(&tokens), AdapterChoice::Active).unwrap()
         };
         assert_eq!(difference(&run(&first), &run(&again)).0, 0.0, "{kind}");
     }

@@ -45,7 +45,7 @@ fn a_fresh_adapter_starts_with_the_base_and_changes_nothing() {
         let Case { mut model, adapter, batches, .. } = load(case);
         model.remove_adapter().unwrap();
         let batch = &batches[0];
-        let base = floats(&model.logits(&batch.tokens, &batch.layout).unwrap());
+        let base = floats(&model.logits(&batch.tokens, &batch.layout, AdapterChoice::Active).unwrap());
         model.add_adapter(adapter.config.lora, 5).unwrap();
         let trained = model.adapter().unwrap();
         assert_eq!(trained.layout(), &adapter.layout);
@@ -70,7 +70,8 @@ fn a_fresh_adapter_starts_with_the_base_and_changes_nothing() {
                 assert_eq!(row, &rows[*id as usize * entry.cols..][..entry.cols], "{case:?} {id}");
             }
         }
-        let error = relative_error(&floats(&model.logits(&batch.tokens, &batch.layout).unwrap()), &base);
+        let error =
+            relative_error(&floats(&model.logits(&batch.tokens, &batch.layout, AdapterChoice::Active).unwrap()), &base);
         assert!(error < 1e-5, "{case:?}: {error}");
     }
 }
@@ -162,13 +163,14 @@ fn what_is_saved_is_read_trained_on_and_merged() {
         let tokens = case.batches[0].tokens.clone();
         let layout = qlora::kernels::SequenceLayout::from_lengths(&[tokens.len(); 3]);
         let choices = [AdapterChoice::Active, AdapterChoice::Named("saved"), AdapterChoice::Base];
-        let mixed = case.model.logits_with(&tokens.repeat(3), &layout, &choices).unwrap();
+        let mixed = case.model.logits(&tokens.repeat(3), &layout, &choices).unwrap();
         let part = |i: usize| floats(&mixed.narrow(0, i * tokens.len(), tokens.len()).unwrap());
         assert!(relative_error(&part(0), &part(1)) < 1e-5, "{name:?}");
         assert!(relative_error(&part(0), &part(2)) > 1e-2, "{name:?}");
         let mut cache = case.model.new_cache(tokens.len());
         let vocabulary = case.model.config().vocab_size;
-        let last = case.model.next_logits(&tokens, &mut cache).unwrap();
+        let last =
+            case.model.next_logits(&[&tokens], &mut [&mut cache], AdapterChoice::Active).unwrap().to_vec().unwrap();
         assert!(relative_error(&last, &part(0)[(tokens.len() - 1) * vocabulary..]) < 1e-5, "{name:?}");
         case.model.remove_adapter().unwrap();
         case.model.activate_adapter("saved").unwrap();

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use qlora::adapter::{self, Adapter};
 use qlora::batch::Batch;
-use qlora::model::{CausalLm, LoadOptions, Quantization, TrainPass};
+use qlora::model::{AdapterChoice, CausalLm, LoadOptions, Quantization, TrainPass};
 use qlora::source::HfDirectory;
 
 use crate::common::relative_error;
@@ -74,7 +74,7 @@ impl Case {
 
     pub(crate) fn check_logits(&self, model: &CausalLm) {
         for (i, batch) in self.batches.iter().enumerate() {
-            let got = floats(&model.logits(&batch.tokens, &batch.layout).unwrap());
+            let got = floats(&model.logits(&batch.tokens, &batch.layout, AdapterChoice::Active).unwrap());
             let error = relative_error(&got, &floats(&self.expected[&format!("logits.{i}")]));
             assert!(error < 1e-4, "logits of document {i}: {error}");
         }

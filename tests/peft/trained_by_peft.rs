@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use qlora::adapter;
-use qlora::generate::{generate, generate_batch_with};
+use qlora::generate::{GenerationRequest, generate};
 use qlora::model::{AdapterChoice, CausalLm, LoadOptions};
 use qlora::sampling::GenerationConfig;
 use qlora::source::Gguf;
@@ -44,7 +44,7 @@ fn greedy_tokens_are_those_of_peft() {
         cases.iter().take(3).flat_map(|case| [ids(&case["input_ids"]), ids(&case["input_ids"])]).collect();
     let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
     let choices = [AdapterChoice::Named("orders"), AdapterChoice::Base].repeat(3);
-    let answers = generate_batch_with(&model, &prompts, &config, &choices).unwrap();
+    let answers = GenerationRequest::new(&prompts, &config).with_adapters(&choices).run(&model).unwrap();
     for (pair, case) in answers.chunks_exact(2).zip(cases) {
         assert_eq!(pair[0].tokens, expected(case));
         assert_ne!(pair[1].tokens, pair[0].tokens, "the base answers otherwise");

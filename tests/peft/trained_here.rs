@@ -14,7 +14,7 @@ use std::process::Command;
 
 use candle_core::{Device, Tensor};
 use qlora::kernels::SequenceLayout;
-use qlora::model::{CausalLm, LoadOptions};
+use qlora::model::{AdapterChoice, CausalLm, LoadOptions};
 use qlora::source::HfDirectory;
 
 #[test]
@@ -29,7 +29,7 @@ fn peft_loads_the_quickstarts_adapter_and_gives_its_logits() {
     let adapter = qlora::adapter::load(&folder, model.config()).unwrap();
     model.set_adapter(adapter.config.lora, adapter.layout, adapter.weights).unwrap();
     let tokens: Vec<u32> = (0..40).map(|i| 100 + i * 997 % 40_000).collect();
-    let logits = model.logits(&tokens, &SequenceLayout::from_lengths(&[tokens.len()])).unwrap();
+    let logits = model.logits(&tokens, &SequenceLayout::from_lengths(&[tokens.len()]), AdapterChoice::Active).unwrap();
     let ids = Tensor::from_iter(tokens.iter().map(|&id| i64::from(id)), &Device::Cpu).unwrap();
     let file = tempfile::tempdir().unwrap();
     let path = file.path().join("logits.safetensors");

@@ -1,5 +1,6 @@
 //! Text generation with a key-value cache, for one prompt or a batch of them.
 
+mod request;
 mod text;
 
 use std::ops::ControlFlow;
@@ -8,7 +9,8 @@ use candle_core::{Device, Tensor};
 use qlora_kernels::Matrix;
 use qlora_kernels::ops::argmax;
 
-pub use self::text::{Answer, AnswerText, CachePlan, answer_all, answer_batch_with};
+pub use self::request::GenerationRequest;
+pub use self::text::{Answer, AnswerText, CachePlan};
 use crate::error::{Error, Result};
 use crate::model::{AdapterChoice, CausalLm, KvCache};
 use crate::sampling::{GenerationConfig, Sampler};
@@ -33,7 +35,7 @@ pub struct Generation {
     pub stop: StopReason,
 }
 
-/// Continues `prompt`. `on_token` sees every new token as it is made and may end the generation.
+/// Continues `prompt`: a [`GenerationRequest`] of one. `on_token` sees every new token as it is made and may end the generation.
 ///
 /// # Errors
 /// If the configuration is not valid, the prompt is empty, or prompt and answer are longer than the model allows.
@@ -43,31 +45,8 @@ pub fn generate(
     config: &GenerationConfig,
     mut on_token: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Generation> {
-    let mut answers = run(model, &[prompt], config, &[AdapterChoice::Active], 0, |_, token| on_token(token))?;
+    let mut answers = GenerationRequest::new(&[prompt], config).stream(model, |_, token| on_token(token))?;
     Ok(answers.swap_remove(0))
-}
-
-/// Continues several prompts together: every weight is read once for all of them. The answer of each is what
-/// [`generate`] gives for it alone up to rounding; with sampling, each draws from a seed of its own
-/// ([`GenerationConfig::seed_of_row`]).
-///
-/// # Errors
-/// As [`generate`].
-pub fn generate_batch(model: &CausalLm, prompts: &[&[u32]], config: &GenerationConfig) -> Result<Vec<Generation>> {
-    generate_batch_with(model, prompts, config, &vec![AdapterChoice::Active; prompts.len()])
-}
-
-/// [`generate_batch`] with an adapter for every prompt.
-///
-/// # Errors
-/// As [`generate`]; also if there is not one choice a prompt, or a chosen adapter is not loaded.
-pub fn generate_batch_with(
-    model: &CausalLm,
-    prompts: &[&[u32]],
-    config: &GenerationConfig,
-    adapters: &[AdapterChoice],
-) -> Result<Vec<Generation>> {
-    run(model, prompts, config, adapters, 0, |_, _| ControlFlow::Continue(()))
 }
 
 /// The next token of each sequence.
@@ -92,7 +71,7 @@ fn next_tokens(active: &mut [(usize, &mut Sequence)], logits: &Matrix) -> Result
 fn prefill(model: &CausalLm, sequence: &mut Sequence, chunk: usize, adapter: AdapterChoice) -> Result<()> {
     while sequence.pending().len() > chunk {
         let piece = sequence.pending()[..chunk].to_vec();
-        model.next_logits_batch_with(&[&piece], &mut [&mut sequence.cache], &[adapter])?;
+        model.next_logits(&[&piece], &mut [&mut sequence.cache], adapter)?;
     }
     Ok(())
 }
@@ -137,7 +116,7 @@ impl Sequence {
     }
 }
 
-/// `first_row` is the place of the first prompt among all those that are answered with this configuration.
+/// `adapters` has a choice a prompt; `first_row` is the place of the first prompt among all those of the request.
 fn run(
     model: &CausalLm,
     prompts: &[&[u32]],
@@ -147,10 +126,6 @@ fn run(
     mut on_token: impl FnMut(usize, u32) -> ControlFlow<()>,
 ) -> Result<Vec<Generation>> {
     config.validate()?;
-    if adapters.len() != prompts.len() {
-        let (got, expected) = (adapters.len(), prompts.len());
-        return Err(Error::Invalid(format!("{expected} prompts need as many choices of an adapter, {got} were given")));
-    }
     let limit = model.config().max_position_embeddings;
     let new = |(index, prompt): (usize, &&[u32])| Sequence::new(model, prompt, config, first_row + index as u64);
     let mut sequences = prompts.iter().enumerate().map(new).collect::<Result<Vec<_>>>()?;
@@ -167,7 +142,7 @@ fn run(
         let inputs: Vec<&[u32]> = pending.iter().map(Vec::as_slice).collect();
         let choices: Vec<AdapterChoice> = active.iter().map(|(index, _)| adapters[*index]).collect();
         let mut caches: Vec<_> = active.iter_mut().map(|(_, seq)| &mut seq.cache).collect();
-        let logits = model.next_logits_batch_with(&inputs, &mut caches, &choices)?;
+        let logits = model.next_logits(&inputs, &mut caches, &choices)?;
         let tokens = next_tokens(&mut active, &logits)?;
         for ((index, sequence), token) in active.iter_mut().zip(tokens) {
             if config.is_stop_token(token) || model.config().eos_token_ids.contains(&token) {

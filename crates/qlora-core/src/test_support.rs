@@ -2,13 +2,13 @@
 
 use qlora_kernels::SequenceLayout;
 
-use crate::model::{CausalLm, LoadOptions};
+use crate::model::{AdapterChoice, CausalLm, LoadOptions};
 use crate::source::WeightSource;
 
 /// The logits of the model in `source` for one sequence, `[tokens, vocabulary]`.
 pub(crate) fn logits(source: &dyn WeightSource, tokens: &[u32]) -> Vec<f32> {
     let model = CausalLm::load(source, LoadOptions::default()).unwrap();
-    let logits = model.logits(tokens, &SequenceLayout::from_lengths(&[tokens.len()])).unwrap();
+    let logits = model.logits(tokens, &SequenceLayout::from_lengths(&[tokens.len()]), AdapterChoice::Active).unwrap();
     logits.flatten_all().unwrap().to_vec1().unwrap()
 }
 

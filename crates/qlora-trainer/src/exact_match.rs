@@ -3,7 +3,7 @@
 use std::fmt;
 
 use qlora_core::adapter::PeftAdapter;
-use qlora_core::generate::generate_batch;
+use qlora_core::generate::GenerationRequest;
 use qlora_core::merge::{MergeInto, MergedSource, PeftUpdate, Rounding};
 use qlora_core::model::{CausalLm, LoadOptions, Quantization};
 use qlora_core::open::ModelFiles;
@@ -54,7 +54,7 @@ pub fn answers(
     let mut answers = Vec::with_capacity(rows.len());
     for chunk in rows.chunks(batch_size.max(1)) {
         let prompts: Vec<&[u32]> = chunk.iter().map(|(_, _, tokens)| tokens.as_slice()).collect();
-        let generations = generate_batch(model, &prompts, &config)?;
+        let generations = GenerationRequest::new(&prompts, &config).run(model)?;
         for ((prompt, expected, _), generation) in chunk.iter().zip(generations) {
             let given = tokenizer.decode(&generation.tokens, true)?;
             answers.push(Answer { prompt: prompt.clone(), expected: expected.clone(), given });

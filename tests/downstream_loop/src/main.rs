@@ -7,7 +7,7 @@ use qlora::adapter::{self, SaveOptions};
 use qlora::batch::Batch;
 use qlora::kernels::quant::QuantConfig;
 use qlora::lora::{LoraConfig, TargetModules};
-use qlora::model::{CausalLm, LoadOptions, Quantization, TrainPass};
+use qlora::model::{AdapterChoice, CausalLm, LoadOptions, Quantization, TrainPass};
 use qlora::source::HfDirectory;
 
 const STEPS: usize = 30;
@@ -39,7 +39,7 @@ fn main() -> anyhow::Result<()> {
         println!("downstream loop, use_dora = {use_dora}: loss {first:.4} -> {last:.4}");
         ensure!(last < first / 2.0, "the adapter did not learn: {losses:?}");
 
-        let trained = model.logits(&batch.tokens, &batch.layout)?;
+        let trained = model.logits(&batch.tokens, &batch.layout, AdapterChoice::Active)?;
         let saved = std::env::temp_dir().join(format!("qlora-downstream-loop-{}-{use_dora}", std::process::id()));
         let adapter = model.adapter().context("it is still there")?;
         adapter::save(&saved, adapter.config(), adapter.layout(), &adapter.values()?, &SaveOptions::default())?;
@@ -48,7 +48,7 @@ fn main() -> anyhow::Result<()> {
         std::fs::remove_dir_all(&saved)?;
         model.load_adapter("saved", &read)?;
         model.activate_adapter("saved")?;
-        let loaded = model.logits(&batch.tokens, &batch.layout)?;
+        let loaded = model.logits(&batch.tokens, &batch.layout, AdapterChoice::Active)?;
         let difference = (trained - loaded)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
         ensure!(difference < 1e-3, "the saved adapter computes something else: {difference}");
     }

@@ -9,7 +9,7 @@ use anyhow::{Context, ensure};
 use qlora::batch::Batch;
 use qlora::kernels::quant::{IntBits, IntConfig, QuantConfig, QuantType};
 use qlora::lora::linear_modules;
-use qlora::model::{CausalLm, DeviceChoice, LoadOptions, Quantization};
+use qlora::model::{AdapterChoice, CausalLm, DeviceChoice, LoadOptions, Quantization};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
 use qlora::source::WeightSource;
 
@@ -148,11 +148,11 @@ fn measure(
     let steps = args.new_tokens.min(tokens.len() - prompt).max(1);
     let mut cache = model.new_cache(prompt + steps);
     if prompt > 0 {
-        model.next_logits(&tokens[..prompt], &mut cache)?;
+        model.next_logits(&[&tokens[..prompt]], &mut [&mut cache], AdapterChoice::Active)?;
     }
     let start = Instant::now();
     for &token in &tokens[prompt..prompt + steps] {
-        model.next_logits(&[token], &mut cache)?;
+        model.next_logits(&[&[token]], &mut [&mut cache], AdapterChoice::Active)?;
     }
     let writing = steps as f64 / start.elapsed().as_secs_f64();
     Ok(Row {

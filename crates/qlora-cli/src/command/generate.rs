@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
-use qlora::generate::{Answer, CachePlan, answer_all, answer_batch_with};
+use qlora::generate::{Answer, GenerationRequest};
 use qlora::model::AdapterChoice;
 use qlora::trainer::data::{Conversation, JsonLine, Message, read_json_lines};
 
@@ -59,12 +59,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 /// Answers with the base and with every adapter, in one batch.
 fn answer_with_all(asker: &Asker<'_>, prompt: &[u32]) -> Result<()> {
     let Loaded { model, files, adapters, .. } = asker.loaded;
-    let lengths = vec![prompt.len(); adapters.len() + 1];
-    remark(format!("keys and values: {} at most", CachePlan::new(model, lengths, &asker.config)?));
     let named = adapters.iter().map(|name| AdapterChoice::Named(name));
     let choices: Vec<AdapterChoice> = [AdapterChoice::Base].into_iter().chain(named).collect();
     let prompts = vec![prompt; choices.len()];
-    let answers = answer_batch_with(model, &files.tokenizer, &prompts, &asker.config, &choices)?;
+    let request = GenerationRequest::new(&prompts, &asker.config).with_adapters(&choices);
+    remark(format!("keys and values: {} at most", request.cache_plan(model)?));
+    let answers = request.answer(model, &files.tokenizer)?;
     let names = ["base"].into_iter().chain(adapters.iter().map(String::as_str));
     for (name, answer) in names.zip(answers) {
         output::print(&format!("[{name}] {}\n", answer.text))?;
@@ -92,7 +92,8 @@ fn answer_file(asker: &Asker<'_>, input: &Path, output: &Path, system: &[Message
     }
     asker.remark_unused(&conversations);
     let prompts: Vec<&[u32]> = rows.iter().map(|(_, tokens)| tokens.as_slice()).collect();
-    remark(format!("keys and values: {} at most", CachePlan::of_batches(model, &prompts, &asker.config, size)?));
+    let request = GenerationRequest::new(&prompts, &asker.config).with_batch_size(size);
+    remark(format!("keys and values: {} at most", request.cache_plan(model)?));
     let bar = output::bar("", "{pos} of {len} answers, {msg}{elapsed}");
     bar.set_length(rows.len() as u64);
     let file = std::fs::File::create(output).with_context(|| output.display().to_string())?;
@@ -108,7 +109,7 @@ fn answer_file(asker: &Asker<'_>, input: &Path, output: &Path, system: &[Message
         bar.inc(answers.len() as u64);
         file.flush()
     };
-    answer_all(model, &files.tokenizer, &prompts, &asker.config, size, |first, answers| {
+    request.answer_batches(model, &files.tokenizer, |first, answers| {
         write(first, answers).map_err(|source| qlora::Error::Io { path: output.to_owned(), source })
     })?;
     bar.finish_and_clear();

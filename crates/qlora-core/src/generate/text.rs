@@ -66,45 +66,8 @@ pub struct Answer {
     pub stop: StopReason,
 }
 
-/// Answers many prompts with the active adapter, `batch_size` at a time. A stop string ends its answer alone. Every prompt
-/// draws from a seed of its own, whatever the batch size is. `on_answers` gets each batch's answers and the index of the
-/// first one.
-///
-/// # Errors
-/// As [`generate`](super::generate), if a token cannot be decoded, and what `on_answers` returns.
-pub fn answer_all(
-    model: &CausalLm,
-    tokenizer: &Tokenizer,
-    prompts: &[&[u32]],
-    config: &GenerationConfig,
-    batch_size: usize,
-    mut on_answers: impl FnMut(usize, Vec<Answer>) -> Result<()>,
-) -> Result<()> {
-    let size = batch_size.max(1);
-    for (number, prompts) in prompts.chunks(size).enumerate() {
-        let first = number * size;
-        let choices = vec![AdapterChoice::Active; prompts.len()];
-        on_answers(first, answer_from(model, tokenizer, prompts, config, &choices, first as u64)?)?;
-    }
-    Ok(())
-}
-
-/// Answers prompts together, each with an adapter of its own, as [`answer_all`] answers a batch.
-///
-/// # Errors
-/// As [`generate_batch_with`](super::generate_batch_with), and if a token cannot be decoded.
-pub fn answer_batch_with(
-    model: &CausalLm,
-    tokenizer: &Tokenizer,
-    prompts: &[&[u32]],
-    config: &GenerationConfig,
-    adapters: &[AdapterChoice],
-) -> Result<Vec<Answer>> {
-    answer_from(model, tokenizer, prompts, config, adapters, 0)
-}
-
-/// [`answer_batch_with`] of the prompts from number `first` on: each draws from a seed of its own.
-fn answer_from(
+/// The answers to the prompts from number `first` of a request on, each with its choice of an adapter.
+pub(super) fn answer_from(
     model: &CausalLm,
     tokenizer: &Tokenizer,
     prompts: &[&[u32]],
@@ -158,26 +121,6 @@ impl CachePlan {
             plan.tokens += capacity(model, prompt, config)?.max(KvCache::FIRST_ROWS);
         }
         Ok(plan)
-    }
-
-    /// For many prompts that run `batch_size` at a time: the batch that takes the most.
-    ///
-    /// # Errors
-    /// As [`Self::new`].
-    pub fn of_batches(
-        model: &CausalLm,
-        prompts: &[&[u32]],
-        config: &GenerationConfig,
-        batch_size: usize,
-    ) -> Result<Self> {
-        let mut largest = Self::new(model, [], config)?;
-        for prompts in prompts.chunks(batch_size.max(1)) {
-            let plan = Self::new(model, prompts.iter().map(|prompt| prompt.len()), config)?;
-            if plan.tokens > largest.tokens {
-                largest = plan;
-            }
-        }
-        Ok(largest)
     }
 
     /// Bytes of all tokens.

@@ -7,7 +7,7 @@ use super::importance::Importance;
 use super::metadata::{ALIGNMENT, Metadata};
 use crate::atomic::write_atomically;
 use crate::error::{Error, Result};
-use crate::model::{CausalLm, LoadOptions};
+use crate::model::{AdapterChoice, CausalLm, LoadOptions};
 use crate::source::WeightSource;
 
 impl Importance {
@@ -48,7 +48,7 @@ impl Importance {
             })
             .collect();
         for (index, tokens) in texts.iter().enumerate().filter(|(_, tokens)| !tokens.is_empty()) {
-            model.next_logits(tokens, &mut model.new_cache(tokens.len()))?;
+            model.next_logits(&[tokens], &mut [&mut model.new_cache(tokens.len())], AdapterChoice::Active)?;
             progress(index + 1, texts.len());
         }
         let mut columns = HashMap::new();

@@ -16,7 +16,7 @@ use qlora_kernels::SequenceLayout;
 use super::source::{MergeInto, MergedSource, Rounding};
 use super::update::WeightUpdate;
 use crate::error::{Error, Result};
-use crate::model::{CausalLm, LoadOptions, Quantization};
+use crate::model::{AdapterChoice, CausalLm, LoadOptions, Quantization};
 use crate::source::WeightSource;
 
 /// Tokens that are compared at most by default: the logits of 512 tokens over 128,256 entries are 0.26 GB.
@@ -151,7 +151,7 @@ pub fn measure(
 }
 
 fn logits(model: &CausalLm, tokens: &[u32]) -> Result<Vec<f32>> {
-    let logits = model.logits(tokens, &SequenceLayout::from_lengths(&[tokens.len()]))?;
+    let logits = model.logits(tokens, &SequenceLayout::from_lengths(&[tokens.len()]), AdapterChoice::Active)?;
     Ok(logits.to_dtype(candle_core::DType::F32)?.flatten_all()?.to_vec1()?)
 }
 

@@ -7,6 +7,7 @@
 //!
 //! The adapter that is trained ([`CausalLm::add_adapter`]) is not among them, but may be in the same batch.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use qlora_kernels::ops::adapter_rows::{AdapterChanges, AdapterRows, LinearChange
 use qlora_kernels::ops::linear_group::{AdapterPass, LoraSlot};
 use qlora_kernels::tensor::TensorView;
 use qlora_kernels::weight::FrozenWeight;
-use qlora_kernels::{Matrix, SequenceLayout, View};
+use qlora_kernels::{Matrix, View};
 
 use super::adapter_build::build;
 use super::causal_lm::CausalLm;
@@ -33,6 +34,50 @@ pub enum AdapterChoice<'a> {
     Base,
     /// The one that was loaded under this name.
     Named(&'a str),
+}
+
+/// The adapters that compute the sequences of one call: one for all, or one for each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AdapterChoices<'a> {
+    /// The same for every sequence.
+    All(AdapterChoice<'a>),
+    /// One for each sequence, in their order.
+    Each(&'a [AdapterChoice<'a>]),
+}
+
+impl Default for AdapterChoices<'_> {
+    fn default() -> Self {
+        Self::All(AdapterChoice::Active)
+    }
+}
+
+impl<'a> From<AdapterChoice<'a>> for AdapterChoices<'a> {
+    fn from(choice: AdapterChoice<'a>) -> Self {
+        Self::All(choice)
+    }
+}
+
+impl<'a, T: AsRef<[AdapterChoice<'a>]> + ?Sized> From<&'a T> for AdapterChoices<'a> {
+    fn from(choices: &'a T) -> Self {
+        Self::Each(choices.as_ref())
+    }
+}
+
+impl<'a> AdapterChoices<'a> {
+    /// One choice for each of `sequences`.
+    ///
+    /// # Errors
+    /// If there is another number of choices.
+    pub(crate) fn each(self, sequences: usize) -> Result<Cow<'a, [AdapterChoice<'a>]>> {
+        match self {
+            Self::All(choice) => Ok(Cow::Owned(vec![choice; sequences])),
+            Self::Each(choices) if choices.len() == sequences => Ok(Cow::Borrowed(choices)),
+            Self::Each(choices) => Err(Error::Invalid(format!(
+                "{sequences} sequences need as many choices of an adapter, {} were given",
+                choices.len()
+            ))),
+        }
+    }
 }
 
 /// The method by which [`CausalLm::add_weighted_adapter`] combines adapters (PEFT's `combination_type`).
@@ -253,22 +298,6 @@ impl CausalLm {
         Ok(())
     }
 
-    /// [`Self::logits`] with an adapter for every sequence of `layout`.
-    ///
-    /// # Errors
-    /// As there; also if there is not one choice a sequence, or a chosen adapter is not there.
-    pub fn logits_with(
-        &self,
-        tokens: &[u32],
-        layout: &SequenceLayout,
-        choices: &[AdapterChoice],
-    ) -> Result<candle_core::Tensor> {
-        let spans = self.spans(layout.sequences(), choices)?;
-        let hidden = self.hidden(tokens, layout, &spans)?;
-        let logits = self.head_logits(&hidden, &spans)?;
-        Ok(logits.into_tensor((tokens.len(), self.config().vocab_size))?)
-    }
-
     /// Bytes of the loaded adapters.
     pub(super) fn loaded_bytes(&self) -> usize {
         self.adapters.loaded.values().map(LoadedAdapter::bytes).sum()
@@ -278,16 +307,11 @@ impl CausalLm {
     pub(super) fn spans(
         &self,
         rows: impl ExactSizeIterator<Item = Range<usize>>,
-        choices: &[AdapterChoice],
+        choices: AdapterChoices,
     ) -> Result<Vec<Span<'_>>> {
-        if rows.len() != choices.len() {
-            let (got, expected) = (choices.len(), rows.len());
-            return Err(Error::Invalid(format!(
-                "{expected} sequences need as many choices of an adapter, {got} were given"
-            )));
-        }
+        let choices = choices.each(rows.len())?;
         let mut spans: Vec<Span> = Vec::new();
-        for (rows, choice) in rows.zip(choices) {
+        for (rows, choice) in rows.zip(&*choices) {
             let chosen = match choice {
                 AdapterChoice::Base => Chosen::Base,
                 AdapterChoice::Named(name) => Chosen::Loaded(self.loaded_adapter(name)?),

@@ -9,7 +9,7 @@ use qlora_kernels::ops::{embedding, frozen_linear};
 use qlora_kernels::weight::{FrozenCompute, FrozenWeight};
 use qlora_kernels::{Matrix, SequenceLayout, ViewMut, Workspace};
 
-use super::adapters::{AdapterChoice, AdapterSet, Span};
+use super::adapters::{AdapterChoices, AdapterSet, Span};
 use super::block::{Keep, Pass};
 use super::cache::KvCache;
 use super::projection::LoraSlot;
@@ -323,16 +323,27 @@ impl CausalLm {
 
     /// The sum of the losses of a batch, without gradient and without dropout.
     pub fn evaluate(&self, batch: &Batch) -> Result<LossSum> {
-        let spans =
-            self.spans(batch.layout.sequences(), &vec![AdapterChoice::Active; batch.layout.sequences().len()])?;
+        let spans = self.spans(batch.layout.sequences(), AdapterChoices::default())?;
         let hidden = self.hidden(&batch.tokens, &batch.layout, &spans)?;
         self.head_loss(&hidden, &batch.targets, &spans)
     }
 
-    /// The logits of every token of a batch of sequences, `[tokens, vocab_size]`: for tests and analysis (training never
-    /// makes them whole).
-    pub fn logits(&self, tokens: &[u32], layout: &SequenceLayout) -> Result<Tensor> {
-        self.logits_with(tokens, layout, &vec![AdapterChoice::Active; layout.sequences().len()])
+    /// The logits of every token of a batch of sequences, `[tokens, vocab_size]`: for tests and analysis (training never makes them
+    /// whole).
+    ///
+    /// # Errors
+    /// If a token is outside the vocabulary, a sequence is too long, there is not one choice a sequence, or a chosen adapter is not
+    /// loaded.
+    pub fn logits<'a>(
+        &self,
+        tokens: &[u32],
+        layout: &SequenceLayout,
+        adapters: impl Into<AdapterChoices<'a>>,
+    ) -> Result<Tensor> {
+        let spans = self.spans(layout.sequences(), adapters.into())?;
+        let hidden = self.hidden(tokens, layout, &spans)?;
+        let logits = self.head_logits(&hidden, &spans)?;
+        Ok(logits.into_tensor((tokens.len(), self.config.vocab_size))?)
     }
 
     /// An empty cache for a text of at most `capacity` tokens.
@@ -341,33 +352,18 @@ impl CausalLm {
         KvCache::new(self.config.num_hidden_layers, width, capacity)
     }
 
-    /// Runs the next `tokens` of one sequence, whose earlier ones are in `cache`, and returns the logits that follow the
-    /// last of them, `[vocab_size]`.
+    /// Runs the next tokens of each sequence, whose earlier ones are in its cache, and returns the logits that follow the last of
+    /// them, `[sequences, vocab_size]`; each weight is read once for all. The contents of a cache were made with the adapter of its
+    /// sequence: a sequence keeps its choice.
     ///
     /// # Errors
-    /// If there is no token, the cache is too small, or a token is outside the vocabulary. The cache is then as before.
-    pub fn next_logits(&self, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
-        Ok(self.next_logits_batch(&[tokens], &mut [cache])?.to_vec()?)
-    }
-
-    /// [`Self::next_logits`] of several sequences at once, `[sequences, vocab_size]`: each weight is read once for all.
-    ///
-    /// # Errors
-    /// As for one; also if there is not one cache a sequence.
-    pub fn next_logits_batch(&self, sequences: &[&[u32]], caches: &mut [&mut KvCache]) -> Result<Matrix> {
-        self.next_logits_batch_with(sequences, caches, &vec![AdapterChoice::Active; sequences.len()])
-    }
-
-    /// [`Self::next_logits_batch`] with an adapter for every sequence. The contents of a cache were made with the
-    /// adapter of its sequence: a sequence keeps its choice.
-    ///
-    /// # Errors
-    /// As there; also if there is not one choice a sequence, or a chosen adapter is not there.
-    pub fn next_logits_batch_with(
+    /// If a sequence has no token, a cache is too small, a token is outside the vocabulary, there is not one cache or choice a
+    /// sequence, or a chosen adapter is not loaded. The caches are then as before.
+    pub fn next_logits<'a>(
         &self,
         sequences: &[&[u32]],
         caches: &mut [&mut KvCache],
-        choices: &[AdapterChoice],
+        adapters: impl Into<AdapterChoices<'a>>,
     ) -> Result<Matrix> {
         if sequences.len() != caches.len() {
             let (got, expected) = (caches.len(), sequences.len());
@@ -377,7 +373,7 @@ impl CausalLm {
             return Err(Error::Invalid("generation needs at least one token to start from".into()));
         }
         let seen: Vec<usize> = caches.iter().map(|cache| cache.len()).collect();
-        let result = self.run_cached(sequences, caches, &seen, choices);
+        let result = self.run_cached(sequences, caches, &seen, adapters.into());
         if result.is_err() {
             caches.iter_mut().zip(&seen).for_each(|(cache, &len)| cache.truncate(len));
         }
@@ -389,7 +385,7 @@ impl CausalLm {
         sequences: &[&[u32]],
         caches: &mut [&mut KvCache],
         seen: &[usize],
-        choices: &[AdapterChoice],
+        choices: AdapterChoices,
     ) -> Result<Matrix> {
         let tokens = sequences.concat();
         let lengths: Vec<usize> = sequences.iter().map(|tokens| tokens.len()).collect();

@@ -24,7 +24,7 @@ mod trained;
 mod watch;
 
 pub(crate) use adapter_build::embedding_gain;
-pub use adapters::{AdapterChoice, Combination, LoadedAdapter};
+pub use adapters::{AdapterChoice, AdapterChoices, Combination, LoadedAdapter};
 pub use cache::KvCache;
 pub use causal_lm::{CausalLm, MemoryUse, check_fp8};
 pub use compute_dtype::{Capability, compute_dtype};

@@ -106,9 +106,7 @@ impl CausalLm {
     /// # Errors
     /// If the adapter is not there or changes the head, a token or target is outside the vocabulary, or a sequence is too long.
     pub fn log_probabilities(&self, batch: &Batch, choice: AdapterChoice) -> Result<Vec<f64>> {
-        let sequences = batch.layout.sequences();
-        let choices = vec![choice; sequences.len()];
-        let spans = self.spans(sequences, &choices)?;
+        let spans = self.spans(batch.layout.sequences(), choice.into())?;
         if spans.iter().any(super::adapter_ends::loaded_changes_head) {
             let message = "log-probabilities under an adapter that changes the head are not supported";
             return Err(Error::Unsupported(message.into()));

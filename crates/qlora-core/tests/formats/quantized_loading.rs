@@ -12,7 +12,7 @@ use candle_core::{DType, Device, Tensor};
 use qlora_core::batch::Batch;
 use qlora_core::config::{CheckpointQuantization, ModelConfig};
 use qlora_core::lora::{LoraConfig, linear_modules};
-use qlora_core::model::{CausalLm, LoadOptions, Quantization, TrainPass};
+use qlora_core::model::{AdapterChoice, CausalLm, LoadOptions, Quantization, TrainPass};
 use qlora_core::quantized_checkpoint;
 use qlora_core::source::{HfDirectory, PlainTensor, SourceWeight, WeightSource};
 use qlora_kernels::SequenceLayout;
@@ -29,7 +29,7 @@ fn load(folder: &Path) -> CausalLm {
 }
 
 fn logits(model: &CausalLm, ids: &[u32]) -> Vec<f32> {
-    let logits = model.logits(ids, &SequenceLayout::from_lengths(&[ids.len()])).unwrap();
+    let logits = model.logits(ids, &SequenceLayout::from_lengths(&[ids.len()]), AdapterChoice::Active).unwrap();
     logits.flatten_all().unwrap().to_vec1().unwrap()
 }
 
