@@ -34,15 +34,14 @@ fn random_adapter(model: &CausalLm, rank: usize, dora: bool, seed: u64) -> PeftA
         };
         (0..len).map(|_| next()).collect()
     };
-    let projections = model.stack().blocks().iter().flat_map(|block| block.projections());
-    let modules = projections.map(|projection| LoraModule {
-        name: projection.name().to_owned(),
+    let modules = model.linear_weights().map(|linear| LoraModule {
+        name: linear.name.to_owned(),
         rank,
         scaling: 1.0,
-        a: numbers(rank * projection.inputs(), 0.0),
-        b: numbers(rank * projection.outputs(), 0.0),
+        a: numbers(rank * linear.weight.cols(), 0.0),
+        b: numbers(rank * linear.weight.rows(), 0.0),
         bias: None,
-        magnitude: dora.then(|| numbers(projection.outputs(), 1.0)),
+        magnitude: dora.then(|| numbers(linear.weight.rows(), 1.0)),
     });
     let config = AdapterConfig {
         lora: LoraConfig { r: rank, ..LoraConfig::default() },

@@ -80,9 +80,8 @@ fn main() -> anyhow::Result<()> {
 /// Floating-point operations a token that no implementation can avoid: forward and input gradient of the frozen layers
 /// (the lowest block's q, k and v need none) and of the head, three products for the adapters; attention is left out.
 fn useful_flops(model: &CausalLm, trainable: usize) -> f64 {
-    let blocks = model.stack().blocks();
-    let weights: usize = blocks.iter().flat_map(|block| block.projections()).map(|p| p.inputs() * p.outputs()).sum();
-    let lowest: usize = [&blocks[0].q, &blocks[0].k, &blocks[0].v].map(|p| p.inputs() * p.outputs()).iter().sum();
+    let sizes = || model.linear_weights().map(|linear| linear.weight.rows() * linear.weight.cols());
+    let (weights, lowest): (usize, usize) = (sizes().sum(), sizes().take(3).sum());
     let head = model.config().vocab_size * model.config().hidden_size;
     (4 * weights - 2 * lowest + 4 * head + 6 * trainable) as f64
 }

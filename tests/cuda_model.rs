@@ -17,7 +17,7 @@ use qlora::config::{Architecture, ModelConfig};
 use qlora::generate::generate;
 use qlora::kernels::{Dtype, SequenceLayout, Workspace};
 use qlora::lora::{LoraConfig, TargetModules};
-use qlora::model::policy::Keep;
+use qlora::model::Keep;
 use qlora::model::{AdapterChoice, CausalLm, KvCache, TrainPass};
 use qlora::sampling::GenerationConfig;
 use qlora::trainer::data::{Dataset, Encoded};
@@ -297,10 +297,10 @@ fn deterministic_runs_and_recomputation_give_the_same_bits() {
             for first in 0..all.len() {
                 model.set_keep((first..).take(layers).map(|layer| all[layer % all.len()]).collect()).unwrap();
                 for shared in [false, true] {
-                    model.stack().blocks().iter().for_each(|block| block.policy.set_weights_shared(shared));
+                    model.set_shared_weights(shared);
                     assert!(kept == gradient(&model, &lengths, 5), "{}", label("a mixture"));
                 }
-                model.stack().blocks().iter().for_each(|block| block.policy.set_weights_shared(false));
+                model.set_shared_weights(false);
             }
             model.set_gradient_checkpointing(false).unwrap();
             model.set_weight_cache(true);
@@ -335,11 +335,11 @@ fn one_weight_or_one_piece_at_a_time_gives_nearly_the_same() {
             model.set_split_weights(true);
             close(&model, "one weight at a time");
             model.set_split_weights(false);
-            model.stack().blocks().iter().for_each(|block| block.policy.set_mlp_rows(Some(32)));
+            model.set_mlp_rows(Some(32));
             for keep in [Keep::Input, Keep::OffloadAttention] {
                 model.set_keep(vec![keep; config.num_hidden_layers]).unwrap();
                 for shared in [false, true] {
-                    model.stack().blocks().iter().for_each(|block| block.policy.set_weights_shared(shared));
+                    model.set_shared_weights(shared);
                     close(&model, &format!("32 rows at a time, {keep:?}, weights shared: {shared}"));
                 }
             }

@@ -12,10 +12,10 @@ use common::{add_random_adapter, relative_error, tiny_config, tiny_model};
 use qlora::autograd::ops;
 use qlora::batch::Batch;
 use qlora::generate::{GenerationRequest, generate};
+use qlora::kernels::ops::rope::RopeTable;
 use qlora::kernels::{SequenceLayout, Workspace};
-use qlora::lora::{LoraConfig, TargetModules};
-use qlora::model::policy::Keep;
-use qlora::model::{AdapterChoice, CausalLm, TrainPass};
+use qlora::lora::{Entry, LoraConfig, TargetModules};
+use qlora::model::{AdapterChoice, CausalLm, Keep, TrainPass};
 use qlora::sampling::GenerationConfig;
 
 fn lora() -> LoraConfig {
@@ -61,22 +61,23 @@ fn composed(model: &CausalLm, batch: &Batch, num_items: usize) -> (Tensor, Vec<(
     let scale = adapter.config().scaling() as f32;
     let layout = Arc::new(batch.layout.clone());
     let positions = Arc::new(layout.positions().clone());
-    let table = model.stack().rope(layout.max_len()).unwrap().angles().clone();
+    let table = Arc::new(RopeTable::new(&config.rope, config.head_dim, layout.max_len()).unwrap());
     let mut variables = Vec::new();
 
-    let mut linear = |projection: &qlora::model::projection::Projection, x: &Tensor| {
-        let slot = projection.slot().unwrap();
-        let (inputs, outputs) = (projection.inputs(), projection.outputs());
-        let var = |range: std::ops::Range<usize>, shape: (usize, usize)| {
-            Var::from_tensor(&Tensor::from_slice(&values[range], shape, &Device::Cpu).unwrap()).unwrap()
+    let mut linear = |name: &str, x: &Tensor| {
+        let (linear, pair) = (model.linear_weight(name).unwrap(), adapter.layout().get(name).unwrap());
+        let var = |entry: &Entry| {
+            let tensor = Tensor::from_slice(&values[entry.range()], (entry.rows, entry.cols), &Device::Cpu);
+            Var::from_tensor(&tensor.unwrap()).unwrap()
         };
-        let (a, b) = (var(slot.a.clone(), (3, inputs)), var(slot.b.clone(), (outputs, 3)));
-        let weight = projection.weight().clone();
+        let (a, b) = (var(pair.a), var(pair.b));
+        let weight = linear.weight.clone();
         let y = ops::qlora_linear(x, a.as_tensor(), b.as_tensor(), weight, scale, None, &workspace).unwrap();
-        variables.push((projection.name().to_owned(), a, b));
-        let bias = Tensor::new(projection.bias().unwrap().as_slice(), &Device::Cpu).unwrap();
+        variables.push((name.to_owned(), a, b));
+        let bias = Tensor::new(linear.bias.unwrap().as_slice(), &Device::Cpu).unwrap();
         y.broadcast_add(&bias).unwrap()
     };
+    let weight = |name: &str| model.norm_weight(name).unwrap().as_slice();
     let norm = |x: &Tensor, weight: &[f32]| ops::rms_norm(x, weight.into(), config.rms_norm_eps, &workspace).unwrap();
     let rotate = |x: &Tensor| ops::rotary(x, config.head_dim, table.clone(), positions.clone(), &workspace).unwrap();
     let tokens = batch.tokens.len();
@@ -88,20 +89,20 @@ fn composed(model: &CausalLm, batch: &Batch, num_items: usize) -> (Tensor, Vec<(
 
     let embedding = model.embedding().clone();
     let mut x = ops::embedding(&batch.tokens, &*embedding, &workspace).unwrap();
-    for block in model.stack().blocks() {
-        let (q_norm, k_norm) = block.qk_norm.as_ref().unwrap();
-        let n = norm(&x, block.input_norm.as_slice());
-        let q = rotate(&heads(&linear(&block.q, &n), q_norm.as_slice()));
-        let k = rotate(&heads(&linear(&block.k, &n), k_norm.as_slice()));
-        let v = linear(&block.v, &n);
-        let attention = block.attention;
-        let attended = ops::causal_attention(&q, &k, &v, attention, layout.clone(), &workspace).unwrap();
-        x = (&x + linear(&block.o, &attended)).unwrap();
-        let n = norm(&x, block.post_attention_norm.as_slice());
-        let h = ops::swiglu(&linear(&block.gate, &n), &linear(&block.up, &n), &workspace).unwrap();
-        x = (&x + linear(&block.down, &h)).unwrap();
+    for block in &config.spec().blocks {
+        let name = |module: &str| format!("{}.{module}", block.name);
+        let n = norm(&x, weight(&name("input_layernorm")));
+        let q = rotate(&heads(&linear(&name("self_attn.q_proj"), &n), weight(&name("self_attn.q_norm"))));
+        let k = rotate(&heads(&linear(&name("self_attn.k_proj"), &n), weight(&name("self_attn.k_norm"))));
+        let v = linear(&name("self_attn.v_proj"), &n);
+        let attended = ops::causal_attention(&q, &k, &v, block.attention, layout.clone(), &workspace).unwrap();
+        x = (&x + linear(&name("self_attn.o_proj"), &attended)).unwrap();
+        let n = norm(&x, weight(&name("post_attention_layernorm")));
+        let (gate, up) = (linear(&name("mlp.gate_proj"), &n), linear(&name("mlp.up_proj"), &n));
+        let h = ops::swiglu(&gate, &up, &workspace).unwrap();
+        x = (&x + linear(&name("mlp.down_proj"), &h)).unwrap();
     }
-    let hidden = norm(&x, model.stack().final_norm().as_slice());
+    let hidden = norm(&x, weight("model.norm"));
     let loss = ops::linear_cross_entropy(&hidden, &*embedding, &batch.targets, num_items, &workspace).unwrap();
     (loss, variables)
 }
@@ -190,18 +191,18 @@ fn every_policy_gives_the_same_gradients() {
     let items = batch.trained_tokens();
     let kept = direct_gradient(&model, &batch, items, 5);
     for keep in [Keep::Attention, Keep::OffloadAttention, Keep::Input, Keep::Offload] {
-        model.set_keep(vec![keep; model.stack().blocks().len()]).unwrap();
+        model.set_keep(vec![keep; model.config().num_hidden_layers]).unwrap();
         assert!(kept == direct_gradient(&model, &batch, items, 5), "{keep:?}");
         // Pieces of the batch see the same dropout; the gradients of A and B are summed in another order.
         for rows in [57, 16, 1] {
-            model.stack().blocks().iter().for_each(|block| block.policy.set_mlp_rows(Some(rows)));
+            model.set_mlp_rows(Some(rows));
             let pieces = direct_gradient(&model, &batch, items, 5);
             let largest = kept.1.iter().fold(0f32, |largest, x| largest.max(x.abs()));
             let apart = kept.1.iter().zip(&pieces.1).fold(0f32, |apart, (x, y)| apart.max((x - y).abs()));
             assert!(apart < 2e-6 * largest, "{keep:?}, {rows} rows at a time: {apart:e} of {largest:e}");
             assert!((kept.0 - pieces.0).abs() < 1e-6 * kept.0, "{keep:?}, {rows} rows at a time");
         }
-        model.stack().blocks().iter().for_each(|block| block.policy.set_mlp_rows(None));
+        model.set_mlp_rows(None);
     }
 }
 

@@ -8,12 +8,11 @@
 //! - everything elementwise by its bytes at the rate of a large copy: norms, RoPE, SwiGLU, the loss, the adapters' reads
 //!   of activations, AdamW.
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use qlora::kernels::ops::attention::{self, AttentionConfig, LseOrder};
 use qlora::kernels::ops::matmul;
 use qlora::kernels::{Matrix, SequenceLayout, Workspace, cuda::Gpu};
-use qlora::model::policy::Keep;
-use qlora::model::{CausalLm, MemoryPlan};
+use qlora::model::{CausalLm, Keep, LinearWeight, MemoryPlan};
 
 /// Milliseconds.
 #[derive(Clone, Copy, Debug, Default)]
@@ -104,13 +103,15 @@ impl Meter<'_> {
 pub(crate) fn measure(model: &CausalLm, plan: &MemoryPlan, sequences: usize, len: usize) -> anyhow::Result<Parts> {
     let workspace = model.workspace();
     let gpu = workspace.gpu().context("the model is on a GPU")?;
-    let meter = Meter { gpu, workspace };
-    let block = model.stack().blocks().first().context("the model has blocks")?;
+    let (meter, config) = (Meter { gpu, workspace }, model.config());
+    let spec = config.spec();
+    let block = spec.blocks.first().context("the model has blocks")?;
+    let linear: Vec<LinearWeight> = model.linear_weights().take(7).collect();
+    let [q_proj, k_proj, v_proj, o_proj, gate, up, down] = *linear else { bail!("a block has seven linear layers") };
     let (tokens, layers) = (sequences * len, plan.keep.len() as f64);
-    let config = model.config();
     let (hidden, mlp, vocab) = (config.hidden_size, config.intermediate_size, config.vocab_size);
-    let q = block.q.outputs();
-    let qkv = q + block.k.outputs() + block.v.outputs();
+    let q = q_proj.weight.rows();
+    let qkv = q + k_proj.weight.rows() + v_proj.weight.rows();
     let count = |of: &[Keep]| plan.keep.iter().filter(|keep| of.contains(keep)).count() as f64;
     let again_attend = count(&[Keep::Input, Keep::Offload]);
     let again_gate_up = again_attend + count(&[Keep::Attention, Keep::OffloadAttention]);
@@ -131,18 +132,17 @@ pub(crate) fn measure(model: &CausalLm, plan: &MemoryPlan, sequences: usize, len
 
     // Of all seven weights, and of gate and up with those of the first half.
     let mut dequantized = workspace.matrix(mlp.max(qkv), hidden.max(mlp))?;
-    let mut once = |projections: &[&qlora::model::projection::Projection]| -> anyhow::Result<f64> {
+    let mut once = |linear: &[LinearWeight]| -> anyhow::Result<f64> {
         let mut ms = 0.0;
-        for projection in projections {
-            let weight = projection.weight();
+        for LinearWeight { weight, .. } in linear {
             let (rows, cols) = (weight.rows(), weight.cols());
             let cuda = weight.as_cuda().context("the weight is on the GPU")?;
             ms += meter.time(|| cuda.dequantize(dequantized.view_mut().slice_rows(0..rows).slice_cols(0..cols)))?;
         }
         Ok(ms)
     };
-    let first = once(&[&block.q, &block.k, &block.v, &block.o])?;
-    let (gate_up, down) = (once(&[&block.gate, &block.up])?, once(&[&block.down])?);
+    let first = once(&[q_proj, k_proj, v_proj, o_proj])?;
+    let (gate_up, down) = (once(&[gate, up])?, once(&[down])?);
     let uncached = 1.0 - plan.cached_blocks as f64 / layers;
     // The second pass over a recomputed block's weights can be shared with the backward's.
     parts.dequantize = uncached * 2.0 * layers * (first + gate_up + down);

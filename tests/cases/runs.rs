@@ -26,7 +26,7 @@ use std::rc::Rc;
 use crate::tiny_folder::{CHATML, config, write_model, write_rows};
 use qlora::card::Card;
 use qlora::kernels::Dtype;
-use qlora::model::policy::Keep;
+use qlora::model::Keep;
 use qlora::trainer::config::{Paths, Resume, Targets};
 use qlora::trainer::fingerprint::Fingerprint;
 use qlora::trainer::progress::{Event, Observer};

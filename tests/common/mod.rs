@@ -5,16 +5,14 @@ pub(crate) mod bigram;
 
 use std::sync::Arc;
 
-use qlora::config::{Architecture, ModelConfig, Scalings};
+use qlora::config::{Architecture, ModelConfig};
 use qlora::kernels::ops::rope::RopeConfig;
 use qlora::kernels::quant::{QuantConfig, Quantized4bit};
 use qlora::kernels::weight::{FrozenWeight, PlainData, PlainWeight};
 use qlora::kernels::{Matrix, Workspace};
 use qlora::lora::LoraConfig;
-use qlora::model::CausalLm;
-use qlora::model::block::{Block, MemoryPolicy};
-use qlora::model::projection::Projection;
-use qlora::model::stack::Stack;
+use qlora::model::{CausalLm, ModelPart};
+use qlora::spec::Kind;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -111,56 +109,25 @@ pub(crate) fn computes(device: &candle_core::Device, dtype: qlora::kernels::Dtyp
 /// device.
 pub(crate) fn tiny_model(config: &ModelConfig, quantized: bool, seed: u64, workspace: Workspace) -> CausalLm {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let spec = config.spec();
-    let Scalings { embedding: scale, residual, logits, .. } = config.scalings;
-    // A residual stream that is kept divided by the multiplier, as the loader makes it.
-    let eps = config.rms_norm_eps / (residual * residual);
-    let (hidden, mlp, head_dim) = (config.hidden_size, config.intermediate_size, config.head_dim);
-    let (q_width, kv_width) = (config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim);
-    let norm = |rng: &mut ChaCha8Rng, len: usize| -> Matrix {
-        vector(random(rng, len, 0.3).iter().map(|x| 1.0 + x).collect(), &workspace)
-    };
-    let table = |rng: &mut ChaCha8Rng| -> Arc<dyn FrozenWeight> {
-        let data = PlainData::F32(random(rng, config.vocab_size * hidden, 1.0));
-        plain(PlainWeight::new(data, config.vocab_size, hidden), &workspace)
-    };
-    let projection = |rng: &mut ChaCha8Rng, name: String, rows: usize, cols: usize, bias: bool| {
-        let data = PlainData::F32(random(rng, rows * cols, 1.5 / (cols as f32).sqrt()));
-        let weight: Arc<dyn FrozenWeight> = match quantized {
-            true => bits4(Quantized4bit::quantize(&data, rows, cols, &QuantConfig::default()).unwrap(), &workspace),
-            false => plain(PlainWeight::new(data, rows, cols), &workspace),
+    let place = workspace.clone();
+    let parts = CausalLm::from_parts(config, workspace, &mut |tensor| {
+        let (rng, workspace) = (&mut rng, &place);
+        let (len, kind) = (tensor.shape.iter().product(), tensor.module.role.kind());
+        let [rows, cols] = *tensor.shape else {
+            let values = match kind {
+                Kind::Linear => random(rng, len, 0.5),
+                _ => random(rng, len, 0.3).iter().map(|x| 1.0 + x).collect(),
+            };
+            return Ok(ModelPart::Vector(vector(values, workspace)));
         };
-        Projection::new(name, weight, bias.then(|| vector(random(rng, rows, 0.5), &workspace))).unwrap()
-    };
-    let embedding = table(&mut rng);
-    let blocks = (0..config.num_hidden_layers)
-        .map(|layer| {
-            let rng = &mut rng;
-            let name = |part: &str| format!("model.layers.{layer}.{part}");
-            Block {
-                input_norm: norm(rng, hidden),
-                post_attention_norm: norm(rng, hidden),
-                qk_norm: config.qk_norm.then(|| (norm(rng, head_dim), norm(rng, head_dim))),
-                eps,
-                attention: spec.blocks[layer].attention,
-                rotary: spec.blocks[layer].rotary,
-                q: projection(rng, name("self_attn.q_proj"), q_width, hidden, config.qkv_bias),
-                k: projection(rng, name("self_attn.k_proj"), kv_width, hidden, config.qkv_bias),
-                v: projection(rng, name("self_attn.v_proj"), kv_width, hidden, config.qkv_bias),
-                o: projection(rng, name("self_attn.o_proj"), hidden, q_width, config.o_bias),
-                gate: projection(rng, name("mlp.gate_proj"), mlp, hidden, config.mlp_bias),
-                up: projection(rng, name("mlp.up_proj"), mlp, hidden, config.mlp_bias),
-                down: projection(rng, name("mlp.down_proj"), hidden, mlp, config.mlp_bias),
-                policy: MemoryPolicy::default(),
-            }
-        })
-        .collect();
-    let final_norm = norm(&mut rng, hidden);
-    let head = if config.tie_word_embeddings { embedding.clone() } else { table(&mut rng) };
-    let limit = config.max_position_embeddings;
-    let stack = Stack::new(blocks, final_norm, eps, config.rope.clone(), limit).unwrap();
-    let stack = stack.with_scales(scale / residual, 1.0 / logits);
-    CausalLm::new(config.clone(), embedding, head, stack, workspace)
+        let scale = if kind == Kind::Linear { 1.5 / (cols as f32).sqrt() } else { 1.0 };
+        let data = PlainData::F32(random(rng, len, scale));
+        Ok(ModelPart::Weight(match quantized && kind == Kind::Linear {
+            true => bits4(Quantized4bit::quantize(&data, rows, cols, &QuantConfig::default()).unwrap(), workspace),
+            false => plain(PlainWeight::new(data, rows, cols), workspace),
+        }))
+    });
+    parts.unwrap()
 }
 
 /// Gives the model an adapter on all linear layers whose A and B are both random, so that every gradient is non-zero.

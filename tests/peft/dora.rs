@@ -2,8 +2,6 @@
 //!
 //! Fixtures: `tests/fixtures/dora_step`, made by `scripts/fixtures/dora_step.py` with PEFT 0.21.2.
 
-use std::sync::Arc;
-
 use candle_core::{Device, Tensor, Var};
 use qlora::adapter::{self, Adapter, SaveOptions};
 use qlora::autograd;
@@ -13,7 +11,7 @@ use qlora::kernels::quant::QuantConfig;
 use qlora::kernels::{SequenceLayout, Workspace};
 use qlora::lora::Which;
 use qlora::merge::{LoraUpdate, MergeInto, MergedSource, PeftUpdate, Rounding, WeightUpdate};
-use qlora::model::{AdapterChoice, CausalLm, LoadOptions, Quantization};
+use qlora::model::{AdapterChoice, CausalLm, LoadOptions, Quantization, TrainPass};
 use qlora::source::HfDirectory;
 
 use crate::common::relative_error;
@@ -87,8 +85,7 @@ fn the_gradient_of_the_input_is_that_of_peft_through_candles_graph() {
             let x = autograd::ops::embedding(&batch.tokens, &**model.embedding(), &workspace).unwrap();
             let x = Var::from_tensor(&x).unwrap();
             let flat = model.adapter().unwrap().variable();
-            let layout = Arc::new(batch.layout.clone());
-            let hidden = autograd::stack::apply(model.stack(), x.as_tensor(), flat, layout, None, &workspace).unwrap();
+            let hidden = model.hidden_states(x.as_tensor(), &batch.layout, TrainPass::default()).unwrap();
             let head = &**model.head();
             let loss = autograd::ops::linear_cross_entropy(&hidden, head, &batch.targets, items, &workspace).unwrap();
             let gradients = loss.backward().unwrap();

@@ -54,9 +54,8 @@ fn a_fresh_adapter_starts_with_the_base_and_changes_nothing() {
         assert!(replaced + ends[0] + ends[1] > 0);
         let values = trained.values().unwrap();
         for entry in trained.layout().biases() {
-            let mut projections = model.stack().blocks().iter().flat_map(|block| block.projections());
-            let projection = projections.find(|projection| projection.name() == entry.module).unwrap();
-            assert_eq!(values[entry.range()], projection.bias().unwrap().to_vec().unwrap(), "{case:?}");
+            let linear = model.linear_weight(&entry.module).unwrap();
+            assert_eq!(values[entry.range()], linear.bias.unwrap().to_vec().unwrap(), "{case:?}");
         }
         for entry in trained.layout().tables() {
             let table = if entry.module == "lm_head" { model.head() } else { model.embedding() };

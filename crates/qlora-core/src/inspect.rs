@@ -384,7 +384,7 @@ mod tests {
         let kept = |gb| {
             let plan = planner.plan(usable_gpu_bytes(gb)).unwrap();
             assert!(plan.peak <= usable_gpu_bytes(gb));
-            plan.keep.iter().filter(|&&keep| keep == crate::model::block::Keep::Everything).count()
+            plan.keep.iter().filter(|&&keep| keep == crate::model::Keep::Everything).count()
         };
         assert!(kept(16) < kept(24) && kept(24) < kept(48));
         assert_eq!(kept(80), 32);

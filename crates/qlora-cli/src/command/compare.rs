@@ -172,9 +172,8 @@ fn weight_error(model: &CausalLm, source: &dyn WeightSource) -> anyhow::Result<O
         return Ok(None);
     }
     let (mut errors, mut weights) = (0.0, 0.0);
-    for projection in model.stack().blocks().iter().flat_map(|block| block.projections()) {
-        let (weight, expected) =
-            (projection.weight(), source.read(&format!("{}.weight", projection.name()))?.into_f32());
+    for linear in model.linear_weights() {
+        let (weight, expected) = (linear.weight, source.read(&format!("{}.weight", linear.name))?.into_f32());
         let mut row = vec![0.0; weight.cols()];
         for (index, expected) in expected.chunks_exact(weight.cols()).enumerate() {
             weight.dequantize_rows(index..index + 1, &mut row);

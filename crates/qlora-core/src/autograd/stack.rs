@@ -34,7 +34,7 @@ struct StackNode {
 ///
 /// # Errors
 /// If shapes, dtypes or the device do not fit. The backward fails on a second call: what the first one read is gone.
-pub fn apply(
+pub(crate) fn apply(
     stack: &Arc<Stack>,
     x: &Tensor,
     flat: &Tensor,

@@ -8,8 +8,8 @@ use super::{AdapterBytes, Parameters, Precision, WeightBytes, kv_cache_bytes, tr
 use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::lora::{AdapterLayout, LoraConfig};
+use crate::model::Keep;
 use crate::model::Planner;
-use crate::model::block::Keep;
 
 /// Gigabytes that GPUs are sold with.
 const GPUS: [u64; 8] = [8, 12, 16, 24, 40, 48, 80, 141];

@@ -23,55 +23,55 @@ use qlora_kernels::{Matrix, SequenceLayout, View, ViewMut, Workspace};
 
 use super::cache::LayerCache;
 use super::mlp::MlpSaved;
-pub use super::policy::{Keep, MemoryPolicy};
+pub(crate) use super::policy::{Keep, MemoryPolicy};
 use super::projection::{AdapterPass, Projection};
 use super::stack::Rotation;
 use crate::error::Result;
 
 /// A decoder block with its frozen weights and its adapters' places.
 #[derive(Debug)]
-pub struct Block {
+pub(crate) struct Block {
     /// Weight of the norm before attention, one f32 row.
-    pub input_norm: Matrix,
+    pub(crate) input_norm: Matrix,
     /// Weight of the norm before the MLP, one f32 row.
-    pub post_attention_norm: Matrix,
+    pub(crate) post_attention_norm: Matrix,
     /// Weights of the norms on every head of q and k (Qwen3).
-    pub qk_norm: Option<(Matrix, Matrix)>,
+    pub(crate) qk_norm: Option<(Matrix, Matrix)>,
     /// Added to the mean square in every norm.
-    pub eps: f32,
+    pub(crate) eps: f32,
     /// Heads, their width, scale and window.
-    pub attention: AttentionConfig,
+    pub(crate) attention: AttentionConfig,
     /// Whether queries and keys are rotated by their position.
-    pub rotary: bool,
+    pub(crate) rotary: bool,
     /// Query projection.
-    pub q: Projection,
+    pub(crate) q: Projection,
     /// Key projection.
-    pub k: Projection,
+    pub(crate) k: Projection,
     /// Value projection.
-    pub v: Projection,
+    pub(crate) v: Projection,
     /// Attention's output projection.
-    pub o: Projection,
+    pub(crate) o: Projection,
     /// The MLP's gate.
-    pub gate: Projection,
+    pub(crate) gate: Projection,
     /// The MLP's value path.
-    pub up: Projection,
+    pub(crate) up: Projection,
     /// The MLP's output projection.
-    pub down: Projection,
+    pub(crate) down: Projection,
     /// The block's use of memory.
-    pub policy: MemoryPolicy,
+    pub(crate) policy: MemoryPolicy,
 }
 
 /// The inputs of a forward or backward pass that all blocks share.
 #[derive(Clone, Copy, Debug)]
-pub struct Pass<'a> {
+pub(crate) struct Pass<'a> {
     /// The adapter; none runs the base model.
-    pub adapter: Option<AdapterPass<'a>>,
+    pub(crate) adapter: Option<AdapterPass<'a>>,
     /// The batch's sequences.
-    pub layout: &'a SequenceLayout,
+    pub(crate) layout: &'a SequenceLayout,
     /// Rotation angles by position.
-    pub rope: &'a Rotation,
+    pub(crate) rope: &'a Rotation,
     /// The allocator of matrices.
-    pub workspace: &'a Workspace,
+    pub(crate) workspace: &'a Workspace,
 }
 
 impl Pass<'_> {
@@ -163,29 +163,29 @@ pub(super) use group;
 
 impl Block {
     /// The projections in the order of the adapter's layout.
-    pub fn projections(&self) -> [&Projection; 7] {
+    pub(crate) fn projections(&self) -> [&Projection; 7] {
         [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
     }
 
     /// The projections, to give them adapters.
-    pub fn projections_mut(&mut self) -> [&mut Projection; 7] {
+    pub(crate) fn projections_mut(&mut self) -> [&mut Projection; 7] {
         [&mut self.q, &mut self.k, &mut self.v, &mut self.o, &mut self.gate, &mut self.up, &mut self.down]
     }
 
     /// Bytes of the norms and biases.
-    pub fn vector_bytes(&self) -> usize {
+    pub(crate) fn vector_bytes(&self) -> usize {
         let qk = self.qk_norm.as_ref().map_or(0, |(q, k)| q.bytes() + k.bytes());
         let biases: usize = self.projections().iter().map(|p| p.bias().map_or(0, Matrix::bytes)).sum();
         self.input_norm.bytes() + self.post_attention_norm.bytes() + qk + biases
     }
 
     /// Whether an adapter trains anything of the block.
-    pub fn is_trained(&self) -> bool {
+    pub(crate) fn is_trained(&self) -> bool {
         self.projections().iter().any(|projection| projection.is_trained())
     }
 
     /// The margin that the gradient of the residual stream needs: it is what o and down get.
-    pub fn residual_margin(&self) -> usize {
+    pub(crate) fn residual_margin(&self) -> usize {
         margin_of(&[self.o.member(None)]).max(margin_of(&[self.down.member(None)]))
     }
 

@@ -8,22 +8,16 @@
 mod tensor;
 mod threads;
 
-use std::sync::Arc;
-
+use qlora_kernels::Workspace;
 use qlora_kernels::quant::{IntConfig, QuantConfig};
-use qlora_kernels::weight::FrozenWeight;
-use qlora_kernels::{Matrix, Workspace};
 
-use self::tensor::{Context, Job, Loaded, Place};
-use self::threads::Parts;
-use super::block::{Block, MemoryPolicy};
+use self::tensor::{Context, Job, Place};
+use super::assemble::{Use, assemble};
 use super::causal_lm::CausalLm;
-use super::projection::Projection;
-use super::stack::Stack;
-use crate::config::{CheckpointQuantization, ModelConfig, Scalings};
+use crate::config::CheckpointQuantization;
 use crate::error::{Error, Result};
 use crate::source::{WeightSource, again};
-use crate::spec::{BlockSpec, HEAD_WEIGHT, Kind, ModelSpec, Module, Role, Tensor};
+use crate::spec::{HEAD_WEIGHT, Kind, ModelSpec, Role, Tensor};
 
 /// The storage of the frozen projections in memory. A checkpoint that is stored quantized is always held as it is
 /// stored, its plain layers too: with one, [`Quantization::None`] or what it is stored in are the only values that are
@@ -87,28 +81,18 @@ impl CausalLm {
         check_all_used(source, &jobs)?;
         let mut progress = progress;
         let report = |done, total| progress.iter_mut().for_each(|progress| progress(done, total));
-        let parts = threads::load(&Context { source, quantization, workspace: &workspace }, jobs, report)?;
-        Assembly { config, spec: &spec, eps: residual_eps(config)?, parts }.model(offload_embedding, workspace)
+        let mut parts = threads::load(&Context { source, quantization, workspace: &workspace }, jobs, report)?;
+        assemble(config, workspace, offload_embedding, &mut |tensor, of| {
+            let place = place(tensor, offload_embedding && of == Use::Own);
+            let part = parts.remove(&(tensor.name.clone(), place));
+            part.ok_or_else(|| Error::tensor(&tensor.name, "is not among the tensors of the configuration"))
+        })
     }
-}
-
-/// The inputs for building the model once all tensors are on their device.
-struct Assembly<'a> {
-    config: &'a ModelConfig,
-    spec: &'a ModelSpec,
-    eps: f32,
-    parts: Parts,
 }
 
 /// The tensors of a model in the order in which they are read.
 fn jobs(spec: &ModelSpec, offload_embedding: bool) -> Vec<Job> {
-    let place = |tensor: &Tensor| match (tensor.is_weight, tensor.module.role) {
-        (true, Role::Embedding) if offload_embedding => Place::HostTable,
-        (true, role) if role.kind() == Kind::Table => Place::Table,
-        (true, role) if role.kind() == Kind::Linear => Place::Projection,
-        _ => Place::Vector,
-    };
-    let job = |tensor: Tensor| Job { place: place(&tensor), name: tensor.name, shape: tensor.shape };
+    let job = |tensor: Tensor| Job { place: place(&tensor, offload_embedding), name: tensor.name, shape: tensor.shape };
     let mut jobs: Vec<Job> = spec.tensors().map(job).collect();
     // A head that is tied to a table in host memory has its own on the device.
     if spec.tied && offload_embedding {
@@ -118,92 +102,13 @@ fn jobs(spec: &ModelSpec, offload_embedding: bool) -> Vec<Job> {
     jobs
 }
 
-impl Assembly<'_> {
-    fn model(mut self, offload_embedding: bool, workspace: Workspace) -> Result<CausalLm> {
-        let (config, spec) = (self.config, self.spec);
-        let place = if offload_embedding { Place::HostTable } else { Place::Table };
-        let embedding = self.weight(&spec.embedding, place)?;
-        let blocks = spec.blocks.iter().map(|block| self.block(block)).collect::<Result<Vec<_>>>()?;
-        let final_norm = self.vector(&spec.final_norm.weight_name())?;
-        let head = match (spec.tied, offload_embedding) {
-            (false, _) => self.weight(&spec.head, Place::Table)?,
-            (true, false) => embedding.clone(),
-            (true, true) => self.weight(&spec.embedding, Place::Table)?,
-        };
-        let (limit, Scalings { embedding: scale, residual, logits, .. }) =
-            (config.max_position_embeddings, config.scalings);
-        let stack = Stack::new(blocks, final_norm, self.eps, config.rope.clone(), limit)?;
-        let stack = stack.with_scales(scale / residual, 1.0 / logits);
-        Ok(CausalLm::new(config.clone(), embedding, head, stack, workspace))
+fn place(tensor: &Tensor, offload_embedding: bool) -> Place {
+    match (tensor.is_weight, tensor.module.role) {
+        (true, Role::Embedding) if offload_embedding => Place::HostTable,
+        (true, role) if role.kind() == Kind::Table => Place::Table,
+        (true, role) if role.kind() == Kind::Linear => Place::Projection,
+        _ => Place::Vector,
     }
-
-    fn block(&mut self, spec: &BlockSpec) -> Result<Block> {
-        let qk_norm = match (spec.get(Role::QueryNorm), spec.get(Role::KeyNorm)) {
-            (Some(query), Some(key)) => Some((self.vector(&query.weight_name())?, self.vector(&key.weight_name())?)),
-            _ => None,
-        };
-        Ok(Block {
-            input_norm: self.norm(spec, Role::InputNorm)?,
-            post_attention_norm: self.norm(spec, Role::PostAttentionNorm)?,
-            qk_norm,
-            eps: self.eps,
-            attention: spec.attention,
-            rotary: spec.rotary,
-            q: self.projection(spec, Role::Query)?,
-            k: self.projection(spec, Role::Key)?,
-            v: self.projection(spec, Role::Value)?,
-            o: self.projection(spec, Role::Output)?,
-            gate: self.projection(spec, Role::Gate)?,
-            up: self.projection(spec, Role::Up)?,
-            down: self.projection(spec, Role::Down)?,
-            policy: MemoryPolicy::default(),
-        })
-    }
-
-    fn norm(&mut self, block: &BlockSpec, role: Role) -> Result<Matrix> {
-        self.vector(&part(block, role)?.weight_name())
-    }
-
-    fn projection(&mut self, block: &BlockSpec, role: Role) -> Result<Projection> {
-        let module = part(block, role)?;
-        let weight = self.weight(module, Place::Projection)?;
-        let bias = module.bias.then(|| self.vector(&module.bias_name())).transpose()?;
-        Projection::new(&module.name, weight, bias)
-    }
-
-    fn weight(&mut self, module: &Module, place: Place) -> Result<Arc<dyn FrozenWeight>> {
-        let name = module.weight_name();
-        match self.parts.remove(&(name.clone(), place)) {
-            Some(Loaded::Weight(weight)) => Ok(weight),
-            _ => Err(Error::tensor(name, "is not among the tensors of the configuration")),
-        }
-    }
-
-    fn vector(&mut self, name: &str) -> Result<Matrix> {
-        match self.parts.remove(&(name.to_owned(), Place::Vector)) {
-            Some(Loaded::Vector(vector)) => Ok(vector),
-            _ => Err(Error::tensor(name, "is not among the tensors of the configuration")),
-        }
-    }
-}
-
-/// The epsilon of the norms for a residual stream that is kept divided by the residual multiplier `m`.
-///
-/// Such a stream needs no multiplier in the blocks: with `z = x / m`, `x + m f(norm(x; eps))` is `z + f(norm(z; eps / m^2))`, as
-/// a norm keeps its value when its input and the root of eps have the same factor. So the residual sums stay where they are
-/// fastest, in the projections, and adapters' gradients are what they are with `x`.
-fn residual_eps(config: &ModelConfig) -> Result<f32> {
-    let multiplier = config.scalings.residual;
-    if multiplier != 1.0 && config.qk_norm {
-        // Their input is no residual stream: they would need an eps of their own.
-        return Err(Error::Unsupported("a residual multiplier together with norms on q and k".to_owned()));
-    }
-    Ok(config.rms_norm_eps / (multiplier * multiplier))
-}
-
-/// The module of a block that this decoder cannot run without.
-fn part(block: &BlockSpec, role: Role) -> Result<&Module> {
-    block.get(role).ok_or_else(|| Error::Unsupported(format!("{}: a block without {role:?}", block.name)))
 }
 
 /// Refuses tensors that no part of the model reads: the model is then not the one that its configuration describes.

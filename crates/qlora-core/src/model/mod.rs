@@ -3,9 +3,10 @@
 mod adapter_build;
 mod adapter_ends;
 mod adapters;
-pub mod block;
+mod assemble;
+pub(crate) mod block;
 pub mod cache;
-pub mod causal_lm;
+mod causal_lm;
 mod checkpoints;
 mod compute_dtype;
 #[cfg(feature = "cuda")]
@@ -13,23 +14,31 @@ mod decode;
 #[cfg(feature = "cuda")]
 mod decode_graph;
 mod device;
+mod inference;
 mod load;
+mod memory_use;
 mod mlp;
 pub mod plan;
-pub mod policy;
-pub mod projection;
-pub mod stack;
+mod policy;
+pub(crate) mod projection;
+pub(crate) mod stack;
 mod train;
 mod trained;
+mod trained_adapter;
 mod watch;
+mod weights;
 
 pub(crate) use adapter_build::embedding_gain;
 pub use adapters::{AdapterChoice, AdapterChoices, Combination, LoadedAdapter};
+pub use assemble::ModelPart;
 pub use cache::KvCache;
-pub use causal_lm::{CausalLm, MemoryUse, check_fp8};
+pub use causal_lm::CausalLm;
 pub use compute_dtype::{Capability, compute_dtype};
 pub use device::{DeviceChoice, gpus};
 pub use load::{LoadOptions, Quantization};
+pub use memory_use::{MemoryUse, check_fp8};
 pub use plan::{BatchShape, MemoryPlan, Planner};
+pub use policy::Keep;
 pub use train::TrainPass;
 pub use trained::Adapter;
+pub use weights::LinearWeight;

@@ -32,7 +32,7 @@ impl Keep {
 
 /// The caches for the dequantized weights of a block's groups, and the treatment of long batches.
 #[derive(Debug, Default)]
-pub struct MemoryPolicy {
+pub(crate) struct MemoryPolicy {
     pub(super) qkv: WeightCache,
     pub(super) o: WeightCache,
     pub(super) gate_up: WeightCache,
@@ -56,12 +56,12 @@ impl Drop for Shared<'_> {
 impl MemoryPolicy {
     /// Dequantizes one weight at a time instead of those that share an input together (CUDA only): less memory, more
     /// time, sums in another order.
-    pub fn set_split(&self, split: bool) {
+    pub(crate) fn set_split(&self, split: bool) {
         self.split.store(split, Ordering::Relaxed);
     }
 
     /// See [`Self::set_split`].
-    pub fn is_split(&self) -> bool {
+    pub(crate) fn is_split(&self) -> bool {
         self.split.load(Ordering::Relaxed)
     }
 
@@ -70,17 +70,17 @@ impl MemoryPolicy {
     }
 
     /// Chooses the arithmetic of the products with the block's weights (CUDA only), and frees what is kept for another one.
-    pub fn set_frozen_compute(&self, compute: FrozenCompute) {
+    pub(crate) fn set_frozen_compute(&self, compute: FrozenCompute) {
         self.caches().iter().for_each(|cache| cache.set_compute(compute));
     }
 
     /// See [`Self::set_frozen_compute`].
-    pub fn frozen_compute(&self) -> FrozenCompute {
+    pub(crate) fn frozen_compute(&self) -> FrozenCompute {
         self.qkv.compute()
     }
 
     /// Keeps the dequantized weights of the whole block from their next use on, or frees them.
-    pub fn set_weights_kept(&self, kept: bool) {
+    pub(crate) fn set_weights_kept(&self, kept: bool) {
         self.kept.store(kept, Ordering::Relaxed);
         self.caches().iter().for_each(|cache| cache.set_enabled(kept));
     }
@@ -88,17 +88,17 @@ impl MemoryPolicy {
     /// Lets uses of a weight that follow each other share one dequantization: those of a recomputed block, and those of
     /// the pieces of a batch. The block's weights then exist together for a while. Without effect where weights are
     /// dequantized one at a time.
-    pub fn set_weights_shared(&self, shared: bool) {
+    pub(crate) fn set_weights_shared(&self, shared: bool) {
         self.shared.store(shared, Ordering::Relaxed);
     }
 
     /// Runs the MLP over at most so many rows of a batch at a time; none: over all of them.
-    pub fn set_mlp_rows(&self, rows: Option<usize>) {
+    pub(crate) fn set_mlp_rows(&self, rows: Option<usize>) {
         self.mlp_rows.store(rows.unwrap_or(0), Ordering::Relaxed);
     }
 
     /// See [`Self::set_mlp_rows`].
-    pub fn mlp_rows(&self) -> Option<usize> {
+    pub(crate) fn mlp_rows(&self) -> Option<usize> {
         Some(self.mlp_rows.load(Ordering::Relaxed)).filter(|&rows| rows > 0)
     }
 

@@ -5,7 +5,7 @@
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
-pub use qlora_kernels::ops::linear_group::{AdapterPass, LoraSlot};
+pub(crate) use qlora_kernels::ops::linear_group::{AdapterPass, LoraSlot};
 
 use qlora_kernels::ops::linear_group::Member;
 use qlora_kernels::weight::FrozenWeight;
@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 
 /// A linear layer of a block.
 #[derive(Debug)]
-pub struct Projection {
+pub(crate) struct Projection {
     name: String,
     weight: Arc<dyn FrozenWeight>,
     bias: Option<Matrix>,
@@ -31,7 +31,7 @@ impl Projection {
     ///
     /// # Errors
     /// If the bias does not have one element an output feature.
-    pub fn new(name: impl Into<String>, weight: Arc<dyn FrozenWeight>, bias: Option<Matrix>) -> Result<Self> {
+    pub(crate) fn new(name: impl Into<String>, weight: Arc<dyn FrozenWeight>, bias: Option<Matrix>) -> Result<Self> {
         let name = name.into();
         if let Some(bias) = bias.as_ref().filter(|bias| bias.rows() * bias.cols() != weight.rows()) {
             let elements = bias.rows() * bias.cols();
@@ -42,42 +42,42 @@ impl Projection {
     }
 
     /// The module's name, such as `model.layers.0.self_attn.q_proj`.
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
     /// The frozen weight.
-    pub fn weight(&self) -> &Arc<dyn FrozenWeight> {
+    pub(crate) fn weight(&self) -> &Arc<dyn FrozenWeight> {
         &self.weight
     }
 
     /// The bias, if there is one.
-    pub fn bias(&self) -> Option<&Matrix> {
+    pub(crate) fn bias(&self) -> Option<&Matrix> {
         self.bias.as_ref()
     }
 
     /// Input features.
-    pub fn inputs(&self) -> usize {
+    pub(crate) fn inputs(&self) -> usize {
         self.weight.cols()
     }
 
     /// Output features.
-    pub fn outputs(&self) -> usize {
+    pub(crate) fn outputs(&self) -> usize {
         self.weight.rows()
     }
 
     /// The adapter's place, if this projection has one.
-    pub fn slot(&self) -> Option<&LoraSlot> {
+    pub(crate) fn slot(&self) -> Option<&LoraSlot> {
         self.slot.as_ref()
     }
 
     /// Gives the projection an adapter, or takes it away.
-    pub fn set_slot(&mut self, slot: Option<LoraSlot>) {
+    pub(crate) fn set_slot(&mut self, slot: Option<LoraSlot>) {
         self.slot = slot;
     }
 
     /// The place of a trained bias in the adapter's values, if this projection has one.
-    pub fn bias_place(&self) -> Option<&Range<usize>> {
+    pub(crate) fn bias_place(&self) -> Option<&Range<usize>> {
         self.bias_place.as_ref()
     }
 
@@ -85,7 +85,7 @@ impl Projection {
     ///
     /// # Errors
     /// If the base has no bias, or one of another length.
-    pub fn set_bias_place(&mut self, place: Option<Range<usize>>) -> Result<()> {
+    pub(crate) fn set_bias_place(&mut self, place: Option<Range<usize>>) -> Result<()> {
         let own = self.bias.as_ref().map_or(0, |bias| bias.rows() * bias.cols());
         if let Some(place) = place.as_ref().filter(|place| place.len() != own) {
             let message = format!("has {} elements, the base's bias {own}", place.len());

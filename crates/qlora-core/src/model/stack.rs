@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 
 /// All blocks of a decoder and its final norm.
 #[derive(Debug)]
-pub struct Stack {
+pub(crate) struct Stack {
     blocks: Vec<Block>,
     final_norm: Matrix,
     eps: f32,
@@ -31,7 +31,7 @@ pub struct Stack {
 
 /// The activations that a forward of the stack saves for its backward.
 #[derive(Debug)]
-pub struct SavedStack {
+pub(crate) struct SavedStack {
     blocks: Checkpoints,
     last: Matrix,
     rstd: Matrix,
@@ -39,18 +39,13 @@ pub struct SavedStack {
 
 /// The rotation tables of a pass.
 #[derive(Debug)]
-pub struct Rotation {
+pub(crate) struct Rotation {
     angles: Arc<RopeTable>,
     /// For blocks that are not rotated, where a kernel needs a table.
     identity: Option<Arc<RopeTable>>,
 }
 
 impl Rotation {
-    /// The angles by position.
-    pub fn angles(&self) -> &Arc<RopeTable> {
-        &self.angles
-    }
-
     /// The table for a kernel that rotates in any case.
     pub(super) fn of(&self, block: &Block) -> &RopeTable {
         match &self.identity {
@@ -74,7 +69,13 @@ struct RopeTables {
 
 impl Stack {
     /// Puts a stack together; `limit` is the longest sequence it takes.
-    pub fn new(blocks: Vec<Block>, final_norm: Matrix, eps: f32, rope: RopeConfig, limit: usize) -> Result<Self> {
+    pub(crate) fn new(
+        blocks: Vec<Block>,
+        final_norm: Matrix,
+        eps: f32,
+        rope: RopeConfig,
+        limit: usize,
+    ) -> Result<Self> {
         let Some(first) = blocks.first() else {
             return Err(Error::Invalid("a decoder needs at least one block".into()));
         };
@@ -86,7 +87,7 @@ impl Stack {
     }
 
     /// The same stack with its input multiplied by `input` and its output by `output`.
-    pub fn with_scales(self, input: f32, output: f32) -> Self {
+    pub(crate) fn with_scales(self, input: f32, output: f32) -> Self {
         Self { scales: [input, output], ..self }
     }
 
@@ -97,7 +98,7 @@ impl Stack {
     }
 
     /// The blocks, from the embedding up.
-    pub fn blocks(&self) -> &[Block] {
+    pub(crate) fn blocks(&self) -> &[Block] {
         &self.blocks
     }
 
@@ -110,17 +111,17 @@ impl Stack {
     }
 
     /// The weight of the last norm, one f32 row.
-    pub fn final_norm(&self) -> &Matrix {
+    pub(crate) fn final_norm(&self) -> &Matrix {
         &self.final_norm
     }
 
     /// The blocks, to give them adapters.
-    pub fn blocks_mut(&mut self) -> &mut [Block] {
+    pub(crate) fn blocks_mut(&mut self) -> &mut [Block] {
         &mut self.blocks
     }
 
     /// Whether blocks recompute their forward in the backward instead of keeping it.
-    pub fn set_gradient_checkpointing(&mut self, on: bool) {
+    pub(crate) fn set_gradient_checkpointing(&mut self, on: bool) {
         self.keep.fill(if on { Keep::Input } else { Keep::Everything });
     }
 
@@ -128,7 +129,7 @@ impl Stack {
     ///
     /// # Errors
     /// If there is not one choice a block.
-    pub fn set_keep(&mut self, keep: Vec<Keep>) -> Result<()> {
+    pub(crate) fn set_keep(&mut self, keep: Vec<Keep>) -> Result<()> {
         if keep.len() != self.blocks.len() {
             return Err(Error::Invalid(format!("{} choices for {} blocks", keep.len(), self.blocks.len())));
         }
@@ -137,7 +138,7 @@ impl Stack {
     }
 
     /// The activations that each block keeps, by block.
-    pub fn keep(&self) -> &[Keep] {
+    pub(crate) fn keep(&self) -> &[Keep] {
         &self.keep
     }
 
@@ -145,12 +146,12 @@ impl Stack {
     ///
     /// # Errors
     /// If that is longer than the model allows.
-    pub fn rope(&self, tokens: usize) -> Result<Arc<Rotation>> {
+    pub(crate) fn rope(&self, tokens: usize) -> Result<Arc<Rotation>> {
         self.rope.up_to(tokens)
     }
 
     /// Without a backward.
-    pub fn infer(&self, x: Matrix, pass: &Pass) -> Result<Matrix> {
+    pub(crate) fn infer(&self, x: Matrix, pass: &Pass) -> Result<Matrix> {
         let mut x = self.enter(x)?;
         for block in &self.blocks {
             x = block.forward(x, pass, Keep::Nothing)?.0;
@@ -159,7 +160,7 @@ impl Stack {
     }
 
     /// The next tokens of several sequences, as `pass.layout` cuts them; the earlier ones of each are in its cache.
-    pub fn infer_cached(
+    pub(crate) fn infer_cached(
         &self,
         x: Matrix,
         positions: &Positions,
@@ -175,7 +176,7 @@ impl Stack {
     }
 
     /// With what [`Self::backward`] needs. With `needs_dx`, the backward reaches the input.
-    pub fn forward(&self, x: Matrix, pass: &Pass, needs_dx: bool) -> Result<(Matrix, SavedStack)> {
+    pub(crate) fn forward(&self, x: Matrix, pass: &Pass, needs_dx: bool) -> Result<(Matrix, SavedStack)> {
         let mut x = self.enter(x)?;
         let lowest = self.lowest_with_backward(needs_dx);
         let mut saved = Checkpoints::new(self.blocks.len());
@@ -192,7 +193,7 @@ impl Stack {
     }
 
     /// Adds the adapters' gradients to `gradient` and, with `needs_dx`, returns the input's.
-    pub fn backward(
+    pub(crate) fn backward(
         &self,
         saved: SavedStack,
         mut dy: Matrix,

@@ -5,16 +5,20 @@
 //! ([`CausalLm::accumulate_gradients`]). Where the weights depend on the log-probabilities of whole sequences, the head runs
 //! twice: once for the log-probabilities, and once for the gradient ([`CausalLm::accumulate_weighted_gradients`]).
 
+use std::sync::Arc;
+
+use candle_core::Tensor;
 use qlora_kernels::ops::linear_cross_entropy::{self, GradScale, LossSum};
 use qlora_kernels::ops::trained_tables::Table;
 use qlora_kernels::tensor::TensorView;
-use qlora_kernels::{Matrix, ViewMut};
+use qlora_kernels::{Matrix, SequenceLayout, ViewMut};
 
 use super::adapters::{AdapterChoice, Chosen};
 use super::block::Pass;
 use super::causal_lm::CausalLm;
 use super::projection::AdapterPass;
 use super::trained::Adapter;
+use crate::autograd;
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 
@@ -50,6 +54,34 @@ impl TrainPass {
 }
 
 impl CausalLm {
+    /// Runs the decoder with the trained adapter on `inputs_embeds [tokens, hidden_size]` (f32), as one node of candle's graph: the
+    /// final norm's output `[tokens, hidden_size]`, which the head reads. `backward` gives the gradients of [`Adapter::variable`]
+    /// and, where candle tracks it, of `inputs_embeds`.
+    ///
+    /// # Errors
+    /// If there is no adapter, shapes, dtypes or the device do not fit, or a sequence is too long. The backward fails on a second
+    /// call: what the first one read is gone.
+    pub fn hidden_states(&self, inputs_embeds: &Tensor, layout: &SequenceLayout, train: TrainPass) -> Result<Tensor> {
+        let adapter = self.adapter_to_train()?;
+        let (flat, layout, dropout) = (adapter.flat.as_tensor(), Arc::new(layout.clone()), adapter.dropout(train));
+        autograd::stack::apply(&self.stack, inputs_embeds, flat, layout, dropout, &self.workspace)
+    }
+
+    /// The mean loss over `num_items` trained tokens as a candle scalar: `loss.backward()` gives the gradient of
+    /// [`Adapter::variable`]. `num_items` counts the whole optimizer step, so that micro-batches add up.
+    ///
+    /// # Errors
+    /// If there is no adapter, a token or target is outside the vocabulary, or a sequence is too long.
+    pub fn loss(&self, batch: &Batch, num_items: usize, train: TrainPass) -> Result<Tensor> {
+        let adapter = self.adapter_to_train()?;
+        let trained = (adapter.tables(), adapter.flat.as_tensor());
+        let x = autograd::tables::embedding(&batch.tokens, &self.embedding, trained, &self.workspace)?;
+        let hidden = self.hidden_states(&x, &batch.layout, train)?;
+        let dropout = adapter.dropout(train);
+        let (head, targets) = (&self.head, &batch.targets);
+        autograd::tables::linear_cross_entropy(&hidden, head, trained, dropout, targets, num_items, &self.workspace)
+    }
+
     /// One forward and backward without a candle graph: adds the gradient of `loss_scale * sum of losses / num_items` to
     /// `gradient` (laid out as the adapter) and returns the sum of the losses. The same operations as [`Self::loss`], the same
     /// bits, and no copy of the gradient.

@@ -186,13 +186,19 @@ impl Module {
         self.shape.get(1).copied().unwrap_or(1)
     }
 
+    /// The weight.
+    pub fn weight(&self) -> Tensor<'_> {
+        Tensor { name: self.weight_name(), shape: self.shape.clone(), is_weight: true, module: self }
+    }
+
+    /// The bias, if there is one.
+    pub fn bias(&self) -> Option<Tensor<'_>> {
+        let shape = vec![self.rows()];
+        self.bias.then(|| Tensor { name: self.bias_name(), shape, is_weight: false, module: self })
+    }
+
     fn tensors(&self) -> impl Iterator<Item = Tensor<'_>> {
-        let weight = Tensor { name: self.weight_name(), shape: self.shape.clone(), is_weight: true, module: self };
-        let bias = self.bias.then(|| {
-            let shape = vec![self.rows()];
-            Tensor { name: self.bias_name(), shape, is_weight: false, module: self }
-        });
-        std::iter::once(weight).chain(bias)
+        std::iter::once(self.weight()).chain(self.bias())
     }
 
     /// Elements of weight and bias.

@@ -364,7 +364,7 @@ fn integers_while_loading() {
 fn llm_int8_of_what_it_read_is_what_it_read() {
     let source = HfDirectory::open(quantized("bnb_int8")).unwrap();
     let plain = load_as(&source, Quantization::None);
-    assert!(format!("{:?}", plain.stack().blocks()[0].projections()[0].weight()).contains("LLM.int8"));
+    assert!(format!("{:?}", plain.linear_weights().next().unwrap().weight).contains("LLM.int8"));
     let name = "model.layers.0.mlp.gate_proj.weight";
     let SourceWeight::Int(read) = source.read_weight(name).unwrap() else { panic!("not integers") };
     let values = Dequantized(source).read(name).unwrap().data;

@@ -8,6 +8,7 @@ use qlora_kernels::quant::{Quantized4bit, QuantizedInt};
 use qlora_kernels::weight::{FrozenWeight, Int8Activations, PlainData, PlainWeight};
 use qlora_kernels::{Matrix, Workspace};
 
+use super::super::assemble::ModelPart;
 use super::Quantization;
 use crate::error::{Error, Result};
 use crate::source::{PlainTensor, SourceWeight, StoredTensor, WeightSource};
@@ -31,12 +32,6 @@ pub(super) struct Job {
     pub(super) name: String,
     pub(super) shape: Vec<usize>,
     pub(super) place: Place,
-}
-
-/// A tensor on its device.
-pub(super) enum Loaded {
-    Vector(Matrix),
-    Weight(Arc<dyn FrozenWeight>),
 }
 
 /// The state that all threads that load a model share.
@@ -79,21 +74,21 @@ impl Context<'_> {
     /// # Errors
     /// If the tensor cannot be read, has another shape than the configuration gives, or holds values that it cannot; the
     /// message names it.
-    pub(super) fn load(&self, job: &Job, tools: &mut Tools) -> Result<Loaded> {
+    pub(super) fn load(&self, job: &Job, tools: &mut Tools) -> Result<ModelPart> {
         match (job.place, self.stored(job)) {
-            (Place::Vector, _) => self.vector(job).map(Loaded::Vector),
+            (Place::Vector, _) => self.vector(job).map(ModelPart::Vector),
             (Place::HostTable, _) => {
                 let tensor = self.source.read(&job.name)?;
                 self.check_shape(job, &tensor.shape)?;
                 check_finite(&job.name, &tensor.data)?;
-                Ok(Loaded::Weight(Arc::new(tensor.into_weight(&job.name)?)))
+                Ok(ModelPart::Weight(Arc::new(tensor.into_weight(&job.name)?)))
             }
             #[cfg(feature = "cuda")]
-            (_, Some(stored)) => self.upload(job, stored, tools).map(Loaded::Weight),
+            (_, Some(stored)) => self.upload(job, stored, tools).map(ModelPart::Weight),
             _ => {
                 let weight = self.source.read_weight(&job.name)?;
                 self.check_shape(job, &weight.shape())?;
-                self.weight(job, weight, tools).map(Loaded::Weight)
+                self.weight(job, weight, tools).map(ModelPart::Weight)
             }
         }
     }

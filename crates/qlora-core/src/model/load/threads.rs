@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError, mpsc};
 use std::thread;
 
-use super::tensor::{Context, Job, Loaded, Place, Tools};
+use super::tensor::{Context, Job, Place, Tools};
 use crate::error::Result;
+use crate::model::ModelPart;
 
 /// The most threads for a GPU: more do not make a disk or the page cache faster.
 const MOST_THREADS: usize = 8;
@@ -15,7 +16,7 @@ const MOST_THREADS: usize = 8;
 const MOST_IN_MEMORY: u64 = 1 << 30;
 
 /// The loaded tensors.
-pub(super) type Parts = HashMap<(String, Place), Loaded>;
+pub(super) type Parts = HashMap<(String, Place), ModelPart>;
 
 /// Loads all tensors; `progress` gets bytes of the files. On the CPU one after the other, so that memory holds no more than
 /// one tensor in its stored precision besides the model: quantizing uses all cores there.
@@ -26,7 +27,7 @@ pub(super) fn load(context: &Context, jobs: Vec<Job>, mut progress: impl FnMut(u
     let bytes: Vec<u64> = jobs.iter().map(|job| context.source.stored_bytes(&job.name)).collect();
     let (mut done, total) = (0, bytes.iter().sum());
     let mut parts = Parts::with_capacity(jobs.len());
-    let mut arrived = |index: usize, loaded: Loaded| {
+    let mut arrived = |index: usize, loaded: ModelPart| {
         let Job { name, place, .. } = &jobs[index];
         parts.insert((name.clone(), *place), loaded);
         done += bytes[index];
