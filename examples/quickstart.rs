@@ -9,9 +9,8 @@ use std::time::Instant;
 use clap::Parser;
 use indicatif::{ProgressBar as Bar, ProgressStyle};
 use qlora::model::CausalLm;
-use qlora::tokenizer::Tokenizer;
 use qlora::trainer::data::{Record, read_records};
-use qlora::trainer::encoder::ModelEncoder;
+use qlora::trainer::encoder::ModelText;
 use qlora::trainer::exact_match::{Answer, answers};
 use qlora::trainer::progress::{LossPlot, ProgressBar};
 use qlora::trainer::session::Session;
@@ -44,11 +43,9 @@ fn main() -> anyhow::Result<()> {
     let (training, validation) = session.datasets()?;
     println!("training data: {}", training.stats());
 
-    // The trainer takes the model; what reads and writes text stays here.
-    let files = qlora::open::open_model(&config.model.model_name_or_path, &Default::default())?;
-    let ends = &files.generation.eos_token_ids;
-    let encoder = ModelEncoder::new(&files.tokenizer, files.chat_template.as_ref(), ends);
-    let before = measure("before", session.model(), &files.tokenizer, &encoder, &heldout)?;
+    // The trainer takes the model; the tokenizer and the template stay here.
+    let text = session.text().clone();
+    let before = measure("before", session.model(), &text, &heldout)?;
 
     let output = config.training.output_dir.clone();
     let plot = output.join("loss.svg");
@@ -63,23 +60,18 @@ fn main() -> anyhow::Result<()> {
         std::process::exit(interrupt.exit_code());
     }
     let model = trainer.into_model();
-    let after = measure("after", model.model(), &files.tokenizer, &encoder, &heldout)?;
+    let after = measure("after", model.model(), &text, &heldout)?;
     report(&before, &after, &plot, summary.adapter.as_deref());
     let peak = memory::peak_resident().unwrap_or_default() as f64 / 1e9;
     println!("{:.0} s in all, peak memory {peak:.2} GB", start.elapsed().as_secs_f64());
     Ok(())
 }
 
-fn measure(
-    when: &str,
-    model: &CausalLm,
-    tokenizer: &Tokenizer,
-    encoder: &ModelEncoder,
-    heldout: &[Record],
-) -> anyhow::Result<Vec<Answer>> {
+fn measure(when: &str, model: &CausalLm, text: &ModelText, heldout: &[Record]) -> anyhow::Result<Vec<Answer>> {
     let style = ProgressStyle::with_template("{msg} {bar:24} {pos}/{len} answers")?;
     let bar = Bar::new(heldout.len() as u64).with_style(style).with_message(format!("measuring {when}"));
-    let answers = answers(model, tokenizer, encoder, heldout, 48, 25, |done| bar.set_position(done as u64))?;
+    let answers =
+        answers(model, text.tokenizer(), &text.encoder(), heldout, 48, 25, |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();
     println!("exact match {when} training: {} of {}", exact(&answers), answers.len());
     Ok(answers)

@@ -14,6 +14,10 @@
 //! | [`tokenizer`], [`chat`], [`end_tokens`], [`generate`], [`sampling`] | text in and out |
 //! | [`kernels`] | the operations, the 4-bit formats, frozen weights |
 
+mod any_error;
+
+pub use any_error::{Error, Result};
+pub use qlora_core as core;
 pub use qlora_core::*;
 pub use qlora_kernels as kernels;
 pub use qlora_trainer as trainer;

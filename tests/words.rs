@@ -3,7 +3,7 @@
 #[test]
 fn nothing_is_said_twice_in_a_chain_of_errors() {
     use qlora::kernels::Error as KernelError;
-    use qlora::{Error as CoreError, trainer::Error};
+    use qlora::{core::Error as CoreError, trainer::Error};
 
     let io = || std::io::Error::new(std::io::ErrorKind::NotFound, "no such thing");
     let core = || CoreError::io("a", io());

@@ -70,8 +70,8 @@ impl WeightSource for RandomWeights {
         self.shapes.iter().find(|(other, _)| other == name).map(|(_, shape)| shape.clone())
     }
 
-    fn read(&self, name: &str) -> qlora::Result<PlainTensor> {
-        let shape = self.shape(name).ok_or_else(|| qlora::Error::Invalid(format!("no tensor {name}")))?;
+    fn read(&self, name: &str) -> qlora::core::Result<PlainTensor> {
+        let shape = self.shape(name).ok_or_else(|| qlora::core::Error::Invalid(format!("no tensor {name}")))?;
         let len = shape.iter().product();
         let data = match shape.len() {
             1 => vec![bf16::ONE; len],

@@ -88,7 +88,7 @@ fn tokens(config: &TrainConfig) -> (usize, String) {
     let (training, _) = session.datasets().unwrap();
     let labels: Vec<i64> = (0..training.len()).flat_map(|row| training.document(row).labels()).collect();
     let ids: Vec<u32> = labels.iter().filter_map(|&label| u32::try_from(label).ok()).collect();
-    (labels.len(), session.tokenizer().decode(&ids, false).unwrap())
+    (labels.len(), session.text().tokenizer().decode(&ids, false).unwrap())
 }
 
 fn read(path: PathBuf) -> Value {

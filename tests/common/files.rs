@@ -64,7 +64,7 @@ impl Checkpoint {
         folder
     }
 
-    pub(crate) fn open(&self) -> qlora::Result<HfDirectory> {
+    pub(crate) fn open(&self) -> qlora::core::Result<HfDirectory> {
         HfDirectory::open(self.folder().path())
     }
 }

@@ -11,9 +11,9 @@
 
 use qlora::adapter::{self, AdapterDtype, SaveOptions};
 use qlora::config::{Architecture, ModelConfig};
+use qlora::core::{Error, Result};
 use qlora::kernels::ops::rope::RopeConfig;
 use qlora::lora::{AdapterLayout, LoraConfig, ModuleFilter, ModulePattern, TargetModules, linear_modules};
-use qlora::{Error, Result};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use std::collections::BTreeSet;

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+pub use qlora_kernels::ErrorKind;
+
 /// The result of anything in this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -43,6 +45,15 @@ pub enum Error {
     #[error("not supported: {0}")]
     Unsupported(String),
 
+    /// The Hugging Face hub refused or failed, or cannot be reached.
+    #[error("{subject}: {message}")]
+    Hub {
+        /// The repository, or the file of it.
+        subject: String,
+        /// A description of the problem, with advice.
+        message: String,
+    },
+
     /// An argument or a configuration makes no sense.
     #[error("{0}")]
     Invalid(String),
@@ -57,6 +68,25 @@ pub enum Error {
 }
 
 impl Error {
+    /// The kind of the error.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Io { .. } => ErrorKind::Io,
+            Self::Format { .. } | Self::Tensor { .. } => ErrorKind::Format,
+            Self::Unsupported(_) => ErrorKind::Unsupported,
+            Self::Hub { .. } => ErrorKind::Hub,
+            Self::Invalid(_) => ErrorKind::Invalid,
+            Self::Kernel(error) => error.kind(),
+            Self::Candle(error) => ErrorKind::of_candle(error),
+        }
+    }
+
+    /// An [`Error::Hub`] about a repository or a file of one.
+    #[cfg(feature = "hub")]
+    pub(crate) fn hub(subject: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::Hub { subject: subject.into(), message: message.into() }
+    }
+
     /// An [`Error::Io`] for `path`.
     pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
         Self::Io { path: path.as_ref().to_owned(), source }

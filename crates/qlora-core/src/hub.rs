@@ -108,13 +108,13 @@ fn request(request: &Request<'_>) -> Result<Snapshot> {
     let Request { id, settings, .. } = *request;
     if settings.offline {
         return request.cached().map_err(|missing| {
-            Error::Invalid(format!(
-                "{}: offline, and the cache in {} has not all files of revision {}: {missing}. Download it once while online, or \
-                 give the path of a folder",
-                errors::named(id),
+            let message = format!(
+                "offline, and the cache in {} has not all files of revision {}: {missing}. Download it once while online, or give the \
+                 path of a folder",
                 settings.cache.display(),
                 settings.revision
-            ))
+            );
+            Error::hub(errors::named(id), message)
         });
     }
     if let Err(reason) = settings.check_reachable() {
@@ -243,7 +243,7 @@ impl Request<'_> {
             .map_err(|error| explain(error, ""))?;
         let info = api.repo(self.repo(&settings.revision)).info().map_err(|error| explain(error, ""))?;
         if !is_commit(&info.sha) {
-            return Err(Error::Invalid(format!("{}: the hub names {:?} as its commit", self.id, info.sha)));
+            return Err(Error::hub(self.id, format!("the hub names {:?} as its commit", info.sha)));
         }
         let files: Vec<&str> = info.siblings.iter().map(|sibling| sibling.rfilename.as_str()).collect();
         let snapshot = Snapshot { folder: self.folder(&info.sha), commit: info.sha.clone() };

@@ -35,5 +35,5 @@ pub mod spec;
 mod test_support;
 pub mod tokenizer;
 
-pub use error::{Error, Result};
+pub use error::{Error, ErrorKind, Result};
 pub use spec::config;

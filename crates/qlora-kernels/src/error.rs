@@ -3,6 +3,50 @@
 /// The result of an operation.
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// The kind of an error, for programs that act on it. Every error of this project has one (`kind()`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// Reading or writing a file or folder failed: it is not there, not allowed, or the disk is full.
+    Io,
+    /// A file is damaged, or is not what its name says.
+    Format,
+    /// A configuration or an argument makes no sense.
+    Invalid,
+    /// A row of a data file is not usable.
+    Data,
+    /// A model, an option or a device is known but not supported.
+    Unsupported,
+    /// The Hugging Face hub refused, failed, or cannot be reached.
+    Hub,
+    /// The memory of a device is used up.
+    OutOfMemory,
+    /// A device, its driver or a library failed.
+    Device,
+    /// A checkpoint of a run is damaged, in the way, or of another run.
+    Checkpoint,
+    /// A loss, a gradient or a weight is NaN or infinite, or there is no gradient where there must be one.
+    NonFinite,
+    /// Another rank of the run failed or is gone.
+    Rank,
+    /// Something that fits no other kind, such as an error inside candle.
+    Other,
+}
+
+impl ErrorKind {
+    /// The kind of an error of candle's. One of ours that passed through candle has lost its kind, not its message.
+    pub fn of_candle(error: &candle_core::Error) -> Self {
+        match error {
+            candle_core::Error::Io(_) => Self::Io,
+            candle_core::Error::Cuda(_) => Self::Device,
+            candle_core::Error::Context { inner, .. }
+            | candle_core::Error::WithPath { inner, .. }
+            | candle_core::Error::WithBacktrace { inner, .. } => Self::of_candle(inner),
+            _ => Self::Other,
+        }
+    }
+}
+
 /// An error of an operation.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -83,6 +127,18 @@ pub enum Error {
 }
 
 impl Error {
+    /// The kind of the error.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Shape { .. } | Self::Invalid { .. } => ErrorKind::Invalid,
+            Self::OutOfMemory { .. } => ErrorKind::OutOfMemory,
+            Self::Cuda { .. } => ErrorKind::Device,
+            Self::Device { .. } => ErrorKind::Unsupported,
+            Self::Io { .. } => ErrorKind::Io,
+            Self::Candle(error) => ErrorKind::of_candle(error),
+        }
+    }
+
     /// An [`Error::Invalid`] for `op`.
     pub fn invalid(op: &'static str, message: impl Into<String>) -> Self {
         Self::Invalid { op, message: message.into() }
@@ -136,6 +192,15 @@ impl From<Error> for candle_core::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn errors_have_kinds() {
+        assert_eq!(Error::invalid("rope", "theta is 0").kind(), ErrorKind::Invalid);
+        let io = std::io::Error::from(std::io::ErrorKind::NotFound);
+        let candle = candle_core::Error::Io(io).context("reading").with_path("file");
+        assert_eq!(Error::from(candle_core::Error::msg("bad")).kind(), ErrorKind::Other);
+        assert_eq!(Error::from(candle).kind(), ErrorKind::Io);
+    }
 
     #[test]
     fn faults_that_show_late_say_how_to_find_their_place() {

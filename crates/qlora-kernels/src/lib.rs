@@ -47,7 +47,7 @@ pub mod weight;
 
 pub use device_limits::DeviceLimits;
 pub use dtype::Dtype;
-pub use error::{Error, Result};
+pub use error::{Error, ErrorKind, Result};
 pub use mapped::{FileBytes, MappedFile};
 pub use matrix::{Matrix, Workspace};
 pub use sequence::SequenceLayout;

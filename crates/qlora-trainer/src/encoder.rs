@@ -7,6 +7,33 @@ use serde_json::{Map, Value};
 use crate::data::encode::{EncodeError, Notes};
 use crate::data::{Conversation, Encoded, TextEncoder};
 
+/// The text side of a model: tokenizer, chat template with its arguments, and the tokens that end an answer.
+#[derive(Debug)]
+pub struct ModelText {
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) chat_template: Option<ChatTemplate>,
+    pub(crate) ends: Vec<u32>,
+    pub(crate) template_kwargs: Map<String, Value>,
+}
+
+impl ModelText {
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// The chat template, if the model has one.
+    pub fn chat_template(&self) -> Option<&ChatTemplate> {
+        self.chat_template.as_ref()
+    }
+
+    /// Turns rows into tokens the way training sees them.
+    pub fn encoder(&self) -> ModelEncoder<'_> {
+        ModelEncoder::new(&self.tokenizer, self.chat_template.as_ref(), &self.ends)
+            .with_template_kwargs(&self.template_kwargs)
+    }
+}
+
 /// A [`TextEncoder`] over a tokenizer and, for conversations, a chat template.
 #[derive(Clone, Copy, Debug)]
 pub struct ModelEncoder<'a> {

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+pub use qlora_core::ErrorKind;
+
 /// The result of anything in this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -184,6 +186,20 @@ fn list(names: &[String]) -> String {
 }
 
 impl Error {
+    /// The kind of the error.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Io { .. } => ErrorKind::Io,
+            Self::Config(_) | Self::Invalid(_) => ErrorKind::Invalid,
+            Self::Data { .. } => ErrorKind::Data,
+            Self::Checkpoint { .. } | Self::Mismatch { .. } => ErrorKind::Checkpoint,
+            Self::NonFinite { .. } | Self::NoGradient { .. } => ErrorKind::NonFinite,
+            Self::Rank { .. } => ErrorKind::Rank,
+            Self::Core(error) | Self::Step { source: error, .. } => error.kind(),
+            Self::Kernel(error) => error.kind(),
+        }
+    }
+
     /// An [`Error::Io`] for `path`.
     pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
         Self::Io { path: path.as_ref().to_owned(), source }
@@ -216,6 +232,14 @@ mod tests {
         assert_eq!(Error::data("train.jsonl", None, "empty").to_string(), "train.jsonl: empty");
         let problem = |line| Problem { path: Some("a.toml".into()), line, message: "bad".into() };
         assert_eq!(Error::Config(vec![problem(Some(3)), problem(None)]).to_string(), "a.toml:3: bad\na.toml: bad");
+    }
+
+    #[test]
+    fn an_error_of_a_step_is_of_the_kind_of_its_cause() {
+        let cause = || qlora_core::Error::from(qlora_kernels::Error::invalid("attention", "no head"));
+        assert_eq!(Error::Step { step: 3, micro_batch: 1, source: cause() }.kind(), ErrorKind::Invalid);
+        assert_eq!(Error::from(qlora_core::Error::tensor("lm_head.weight", "is missing")).kind(), ErrorKind::Format);
+        assert_eq!(Error::rank(2, "is gone").kind(), ErrorKind::Rank);
     }
 
     #[test]

@@ -47,7 +47,7 @@ pub mod session;
 pub mod trainer;
 
 pub use config::TrainConfig;
-pub use error::{Error, Result};
+pub use error::{Error, ErrorKind, Result};
 pub use interrupt::Interrupt;
 pub use model::{LossSum, Parameter, TrainPass, TrainableModel};
 pub use trainer::{Outcome, Summary, Trainer};

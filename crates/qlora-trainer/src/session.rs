@@ -20,16 +20,14 @@ mod plan;
 mod prepare;
 mod weights;
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use qlora_core::adapter::{AdapterDtype, SaveOptions, TrainedOver};
-use qlora_core::chat::ChatTemplate;
 use qlora_core::companions::Companions;
 use qlora_core::config::ModelConfig;
 use qlora_core::lora::{ByModule, LoraConfig, ModuleFilter, ModulePattern, TargetModules};
 use qlora_core::model::{CausalLm, DeviceChoice, LoadOptions, Quantization};
-use qlora_core::open::{GenerationDefaults, ModelFiles};
-use qlora_core::tokenizer::Tokenizer;
+use qlora_core::open::ModelFiles;
 use qlora_kernels::quant::{QuantConfig, QuantType};
 use qlora_kernels::{Dtype, Workspace};
 
@@ -37,7 +35,7 @@ pub use self::card::{CardPlan, plan_on_card};
 use crate::comm::{Alone, Communicator, or_tell_all};
 use crate::config::{self, GradientCheckpointing, LoraOptions, ModelOptions, Targets, Tracker, TrainConfig};
 use crate::data::{Dataset, TrainingData};
-use crate::encoder::ModelEncoder;
+use crate::encoder::{ModelEncoder, ModelText};
 use crate::error::{Error, Result};
 use crate::progress::TensorBoard;
 use crate::qlora_model::{QLoraModel, REFERENCE};
@@ -51,9 +49,7 @@ use prepare::{Data, Prepared};
 pub struct Session {
     config: TrainConfig,
     model: CausalLm,
-    tokenizer: Tokenizer,
-    template: Option<ChatTemplate>,
-    generation: GenerationDefaults,
+    text: Arc<ModelText>,
     companions: Companions,
     name: String,
     trained_over: TrainedOver,
@@ -110,7 +106,9 @@ impl Session {
         let Prepared { config, start, files, template_time, beginning, reference, workspace, identity, data, prompts } =
             prepared;
         let companions = Companions::of_adapter(&files)?;
-        let ModelFiles { source, tokenizer, chat_template: template, generation, name, .. } = files;
+        let ModelFiles { source, tokenizer, chat_template, generation, name, .. } = files;
+        let template_kwargs = config.data.chat_template_kwargs.as_map().clone();
+        let text = ModelText { tokenizer, chat_template, ends: generation.eos_token_ids, template_kwargs };
         let quantization = quantization(&config.model);
         let trained_over = TrainedOver::of(&*source, quantization)?;
         let load = LoadOptions {
@@ -133,9 +131,7 @@ impl Session {
         Ok(Self {
             config,
             model,
-            tokenizer,
-            template,
-            generation,
+            text: Arc::new(text),
             companions,
             name,
             trained_over,
@@ -174,15 +170,14 @@ impl Session {
         &self.model
     }
 
-    /// The tokenizer.
-    pub fn tokenizer(&self) -> &Tokenizer {
-        &self.tokenizer
+    /// The tokenizer and the chat template. They are kept where a clone of this is, also when the trainer has the model.
+    pub fn text(&self) -> &Arc<ModelText> {
+        &self.text
     }
 
     /// Turns rows into tokens the way training sees them.
     pub fn encoder(&self) -> ModelEncoder<'_> {
-        ModelEncoder::new(&self.tokenizer, self.template.as_ref(), &self.generation.eos_token_ids)
-            .with_template_kwargs(self.config.data.chat_template_kwargs.as_map())
+        self.text.encoder()
     }
 
     /// A note on the compute type if it is not bfloat16, which most GPUs use, and that the memory plan does not state, or on

@@ -206,7 +206,7 @@ impl WeightUpdate for Nothing {
         Vec::new()
     }
 
-    fn apply(&self, _: &str, _: std::ops::Range<usize>, _: usize, _: &mut [f32]) -> qlora::Result<()> {
+    fn apply(&self, _: &str, _: std::ops::Range<usize>, _: usize, _: &mut [f32]) -> qlora::core::Result<()> {
         Ok(())
     }
 

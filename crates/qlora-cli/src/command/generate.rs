@@ -110,7 +110,7 @@ fn answer_file(asker: &Asker<'_>, input: &Path, output: &Path, system: &[Message
         file.flush()
     };
     request.answer_batches(model, &files.tokenizer, |first, answers| {
-        write(first, answers).map_err(|source| qlora::Error::Io { path: output.to_owned(), source })
+        write(first, answers).map_err(|source| qlora::core::Error::Io { path: output.to_owned(), source })
     })?;
     bar.finish_and_clear();
     let seconds = start.elapsed().as_secs_f64();

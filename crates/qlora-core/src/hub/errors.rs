@@ -48,12 +48,11 @@ pub(super) fn explain(error: &ApiError, id: &str, what: &str, settings: &Setting
     };
     let request = match error {
         ApiError::RequestError(request) => &**request,
-        ApiError::IoError(io) => return Error::Invalid(format!("{id}: {}{io}", prefix(what))),
+        ApiError::IoError(io) => return Error::hub(id, format!("{}{io}", prefix(what))),
         ApiError::LockAcquisition(path) => {
-            let message = format!("{id}: another process is downloading {what} (lock {})", path.display());
-            return Error::Invalid(message);
+            return Error::hub(id, format!("another process is downloading {what} (lock {})", path.display()));
         }
-        other => return Error::Invalid(format!("{id}: {}the hub's answer is not understood: {other}", prefix(what))),
+        other => return Error::hub(id, format!("{}the hub's answer is not understood: {other}", prefix(what))),
     };
     let Settings { endpoint, revision, token, token_source, .. } = settings;
     let (page, kind) = match settings.kind {
@@ -99,7 +98,7 @@ pub(super) fn explain(error: &ApiError, id: &str, what: &str, settings: &Setting
         ureq::Error::StatusCode(401 | 404) if what.is_empty() => named(id),
         _ => id.to_owned(),
     };
-    Error::Invalid(format!("{id}: {message}"))
+    Error::hub(id, message)
 }
 
 /// The error for a hub that cannot be reached.
@@ -108,13 +107,13 @@ pub(super) fn unreachable(id: &str, settings: &Settings, reason: &str) -> Error 
         Kind::Model => "model",
         Kind::Dataset => "data set",
     };
-    Error::Invalid(format!(
-        "{}: cannot reach {} ({reason}). If the {kind} was downloaded before, set HF_HUB_OFFLINE=1 to use the cache in {}; else \
+    let message = format!(
+        "cannot reach {} ({reason}). If the {kind} was downloaded before, set HF_HUB_OFFLINE=1 to use the cache in {}; else \
          download it where there is a network and give the path of its folder",
-        named(id),
         settings.endpoint,
         settings.cache.display()
-    ))
+    );
+    Error::hub(named(id), message)
 }
 
 fn prefix(what: &str) -> String {

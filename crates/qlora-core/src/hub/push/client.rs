@@ -269,7 +269,7 @@ impl Client {
 
     /// The error for an answer that is not as the hub's are.
     pub(super) fn not_understood(&self, id: &str, what: &str, of: &str) -> Error {
-        Error::Invalid(format!("{id}: {} does not say {what} of {of}; is it a hub?", self.settings.endpoint))
+        Error::hub(id, format!("{} does not say {what} of {of}; is it a hub?", self.settings.endpoint))
     }
 
     fn explain(&self, failure: Failure, what: &str) -> Error {
@@ -278,7 +278,7 @@ impl Client {
             Failure::Final(error) => return error,
             Failure::Connection(message) => {
                 let again = "what had arrived is not sent again when the same upload is started anew";
-                return Error::Invalid(format!("{what}: the connection to {endpoint} failed ({message}); {again}"));
+                return Error::hub(what, format!("the connection to {endpoint} failed ({message}); {again}"));
             }
             Failure::Status { status, message, .. } => (status, message),
         };
@@ -304,7 +304,7 @@ impl Client {
             _ => "the hub refuses".to_owned(),
         };
         let message = if message.is_empty() { String::new() } else { format!(" (it says: {message})") };
-        Error::Invalid(format!("{what}: {advice} (status {status}){message}"))
+        Error::hub(what, format!("{advice} (status {status}){message}"))
     }
 }
 
@@ -318,9 +318,8 @@ fn explain_store(url: &str, failure: Failure, what: &str) -> Error {
         Failure::Final(error) => return error,
         Failure::Connection(message) => {
             let again = "what had arrived is not sent again when the same upload is started anew";
-            return Error::Invalid(format!(
-                "{what}: the connection to the store for large files at {host} failed ({message}); {again}"
-            ));
+            let message = format!("the connection to the store for large files at {host} failed ({message}); {again}");
+            return Error::hub(what, message);
         }
         Failure::Status { status, message, .. } => (status, message),
     };
@@ -334,7 +333,7 @@ fn explain_store(url: &str, failure: Failure, what: &str) -> Error {
         _ => format!("the store for large files at {host} refuses: {again}"),
     };
     let message = if message.is_empty() { String::new() } else { format!(" (it says: {message})") };
-    Error::Invalid(format!("{what}: {advice} (status {status}){message}"))
+    Error::hub(what, format!("{advice} (status {status}){message}"))
 }
 
 /// Git LFS wants its own type accepted.
