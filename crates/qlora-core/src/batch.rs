@@ -1,9 +1,7 @@
 //! A micro-batch: documents one after the other, each token with the token it has to predict.
 
 use qlora_kernels::SequenceLayout;
-
-/// The label of a token that is not trained, as in PyTorch.
-pub const IGNORE_INDEX: i64 = -100;
+pub use qlora_kernels::ops::linear_cross_entropy::IGNORE_INDEX;
 
 /// Documents without padding, ready for a model's forward.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -16,6 +16,7 @@ pub mod generate;
 pub mod gguf_write;
 #[cfg(feature = "hub")]
 pub mod hub;
+pub mod hub_id;
 pub mod inspect;
 mod licence;
 pub mod lora;

@@ -16,8 +16,6 @@ use std::path::Path;
 
 use qlora_kernels::weight::{PlainData, PlainWeight};
 use qlora_kernels::{Dtype, FileBytes};
-use rayon::iter::IndexedParallelIterator;
-use rayon::slice::ParallelSlice;
 
 use crate::config::{CheckpointQuantization, ModelConfig};
 use crate::error::{Error, Result};
@@ -62,16 +60,7 @@ impl PlainTensor {
 
     /// The index of the first element that is NaN or infinite.
     pub fn first_non_finite(&self) -> Option<usize> {
-        fn find<T: Sync>(data: &[T], finite: impl Fn(&T) -> bool + Sync) -> Option<usize> {
-            const CHUNK: usize = 1 << 16;
-            let chunk = data.par_chunks(CHUNK).position_first(|chunk| !chunk.iter().all(&finite))?;
-            data[chunk * CHUNK..].iter().position(|x| !finite(x)).map(|i| chunk * CHUNK + i)
-        }
-        match &self.data {
-            PlainData::F32(data) => find(data, |x| x.is_finite()),
-            PlainData::Bf16(data) => find(data, |x| x.is_finite()),
-            PlainData::F16(data) => find(data, |x| x.is_finite()),
-        }
+        self.data.first_non_finite()
     }
 }
 
@@ -208,7 +197,7 @@ fn unknown_tensor(source: &dyn WeightSource, name: &str) -> Error {
 }
 
 /// Tensors that old checkpoints carry and no model needs.
-fn ignorable(name: &str) -> bool {
+pub(crate) fn ignorable(name: &str) -> bool {
     name.ends_with("rotary_emb.inv_freq") || name.ends_with(".self_attn.masked_bias")
 }
 

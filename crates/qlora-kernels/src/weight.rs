@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use half::{bf16, f16};
+use rayon::prelude::*;
 
 /// A frozen weight `[rows = output features, cols = input features]`: plain, 4-bit, integers.
 ///
@@ -162,6 +163,20 @@ impl PlainData {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The index of the first element that is NaN or infinite.
+    pub fn first_non_finite(&self) -> Option<usize> {
+        fn find<T: Sync>(data: &[T], finite: impl Fn(&T) -> bool + Sync) -> Option<usize> {
+            const CHUNK: usize = 1 << 16;
+            let chunk = data.par_chunks(CHUNK).position_first(|chunk| !chunk.iter().all(&finite))?;
+            data[chunk * CHUNK..].iter().position(|x| !finite(x)).map(|i| chunk * CHUNK + i)
+        }
+        match self {
+            Self::F32(data) => find(data, |x| x.is_finite()),
+            Self::Bf16(data) => find(data, |x| x.is_finite()),
+            Self::F16(data) => find(data, |x| x.is_finite()),
+        }
     }
 
     /// Writes the elements in `range` as f32.

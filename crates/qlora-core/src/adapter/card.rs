@@ -2,6 +2,7 @@
 
 use super::config_file::last_names;
 use super::save::SaveOptions;
+use crate::hub_id;
 use crate::lora::{AdapterLayout, LoraConfig};
 use std::fmt::Write;
 
@@ -45,14 +46,9 @@ pub(super) fn text(config: &LoraConfig, layout: &AdapterLayout, options: &SaveOp
     card
 }
 
-/// Whether a name has the form `name` or `owner/name` of the hub.
+/// Whether the name of a base model is the id of a repository, as far as its form says, and not that of a file.
 fn is_hub_id(name: &str) -> bool {
-    let parts: Vec<&str> = name.split('/').collect();
-    let valid = |part: &str| {
-        part.starts_with(|c: char| c.is_ascii_alphanumeric())
-            && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-    };
-    parts.len() <= 2 && parts.into_iter().all(valid) && !name.ends_with(".gguf")
+    hub_id::is_hub_id(name) && !name.ends_with(".gguf")
 }
 
 #[cfg(test)]

@@ -356,10 +356,12 @@ impl Expected {
                 return Err(error(format!("has dtype {:?}; adapters are F32, F16 or BF16", view.dtype())));
             }
             let data = plain(view.dtype(), view.data());
-            if let Some((index, value)) = first_not_finite(&data) {
+            if let Some(index) = data.first_non_finite() {
                 let columns = tensor.shape.last().copied().unwrap_or(1).max(1);
                 let place = format!("row {}, column {}", index / columns, index % columns);
-                return Err(error(format!("holds {value} at {place}")));
+                let mut value = [0.0];
+                data.to_f32(index..index + 1, &mut value);
+                return Err(error(format!("holds {} at {place}", value[0])));
             }
         }
         Ok(())
@@ -394,13 +396,5 @@ fn plain(dtype: Dtype, bytes: &[u8]) -> PlainData {
         Dtype::F16 => PlainData::F16(bytes.chunks_exact(2).map(|b| f16::from_le_bytes(two(b))).collect()),
         Dtype::BF16 => PlainData::Bf16(bytes.chunks_exact(2).map(|b| bf16::from_le_bytes(two(b))).collect()),
         _ => PlainData::F32(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
-    }
-}
-
-fn first_not_finite(data: &PlainData) -> Option<(usize, f32)> {
-    match data {
-        PlainData::F32(data) => data.iter().position(|x| !x.is_finite()).map(|i| (i, data[i])),
-        PlainData::Bf16(data) => data.iter().position(|x| !x.is_finite()).map(|i| (i, data[i].to_f32())),
-        PlainData::F16(data) => data.iter().position(|x| !x.is_finite()).map(|i| (i, data[i].to_f32())),
     }
 }

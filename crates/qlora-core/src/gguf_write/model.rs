@@ -85,19 +85,6 @@ pub(super) fn describe(config: &ModelConfig, options: &GgufOptions<'_>, metadata
 
 /// The divisors of the rotary frequencies under Llama 3's scaling, `[head_dim / 2]`.
 pub(super) fn rope_table(config: &ModelConfig) -> Option<Vec<f32>> {
-    let Some(RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings }) =
-        config.rope.scaling
-    else {
-        return None;
-    };
-    let original = original_max_position_embeddings as f64;
-    let divisor = |i: usize| {
-        let exponent = 2.0 * i as f64 / config.head_dim as f64;
-        let wavelength = std::f64::consts::TAU * config.rope.theta.powf(exponent);
-        // 1 where the wavelength is short and the frequency is kept, 0 where it is long and divided.
-        let kept = (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
-        let kept = kept.clamp(0.0, 1.0);
-        (1.0 / ((1.0 - kept) / factor + kept)) as f32
-    };
-    Some((0..config.head_dim / 2).map(divisor).collect())
+    let divisors = config.rope.llama3_divisors(config.head_dim)?;
+    Some(divisors.into_iter().map(|divisor| divisor as f32).collect())
 }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use super::settings::{Kind, Settings};
 use super::{Request, Snapshot, Wanted, request};
 use crate::error::{Error, Result};
+use crate::hub_id::is_hub_id;
 use crate::open::OpenOptions;
 
 /// The branch on which the hub keeps every public data set as Parquet: `{config}/{split}/NNNN.parquet`.
@@ -37,11 +38,7 @@ pub fn dataset_snapshot(id: &str, options: &OpenOptions, choose: &Choose<'_>) ->
 }
 
 pub(super) fn dataset_snapshot_with(id: &str, settings: &Settings, choose: &Choose<'_>) -> Result<DatasetSnapshot> {
-    let part = |part: &str| {
-        let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
-        !part.is_empty() && !part.starts_with('.') && part.chars().all(plain)
-    };
-    if id.split('/').count() > 2 || !id.split('/').all(part) {
+    if !is_hub_id(id) {
         return Err(Error::Invalid(format!(
             "{id:?} is no file or folder here, and not the id of a data set on the hub (org/name)"
         )));

@@ -25,6 +25,7 @@ use serde_json::{Value, json};
 use super::environment;
 use super::settings::Settings;
 use crate::error::{Error, Result};
+use crate::hub_id::is_hub_id;
 use crate::open::OpenOptions;
 pub use card::{is_generated_card, marked_card};
 use client::Client;
@@ -122,11 +123,7 @@ fn push_with(
     if files.is_empty() {
         return Err(Error::Invalid("there are no files to upload".to_owned()));
     }
-    let part = |part: &str| {
-        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-        !part.is_empty() && part.len() <= 96 && !part.starts_with(['.', '-']) && part.chars().all(plain)
-    };
-    if id.split('/').count() > 2 || !id.split('/').all(part) {
+    if !is_hub_id(id) {
         return Err(Error::Invalid(format!("{id:?} is not the id of a repository, such as owner/name")));
     }
     let id = match id.contains('/') {

@@ -15,6 +15,7 @@ use super::adapters::{Chosen, Span};
 use super::causal_lm::CausalLm;
 use super::trained::Adapter;
 use crate::adapter::kinds::HEAD;
+use crate::batch::IGNORE_INDEX;
 use crate::error::{Error, Result};
 
 pub(super) fn loaded_changes_head((_, chosen): &Span) -> bool {
@@ -116,7 +117,7 @@ impl CausalLm {
             let spans: Vec<Span> = inside.map(|(span, chosen)| (clip(span), *chosen)).collect();
             let logits = self.head_logits(&part, &spans)?.to_vec()?;
             for (row, &target) in logits.chunks_exact(self.config().vocab_size).zip(&targets[rows]) {
-                if target == -100 {
+                if target == IGNORE_INDEX {
                     continue;
                 }
                 let chosen = usize::try_from(target).ok().and_then(|target| row.get(target)).ok_or_else(|| {

@@ -16,7 +16,7 @@ use super::assemble::{Use, assemble};
 use super::causal_lm::CausalLm;
 use crate::config::CheckpointQuantization;
 use crate::error::{Error, Result};
-use crate::source::{WeightSource, again};
+use crate::source::{WeightSource, again, ignorable};
 use crate::spec::{HEAD_WEIGHT, Kind, ModelSpec, Role, Tensor};
 
 /// The storage of the frozen projections in memory. A checkpoint that is stored quantized is always held as it is
@@ -114,7 +114,7 @@ fn place(tensor: &Tensor, offload_embedding: bool) -> Place {
 /// Refuses tensors that no part of the model reads: the model is then not the one that its configuration describes.
 fn check_all_used(source: &dyn WeightSource, jobs: &[Job]) -> Result<()> {
     let tied = source.config().tie_word_embeddings;
-    let harmless = |name: &str| name.ends_with("rotary_emb.inv_freq") || (tied && name == HEAD_WEIGHT);
+    let harmless = |name: &str| ignorable(name) || (tied && name == HEAD_WEIGHT);
     let used: std::collections::HashSet<_> = jobs.iter().map(|job| &job.name).collect();
     let unused: Vec<_> = source.names().into_iter().filter(|name| !used.contains(name) && !harmless(name)).collect();
     if unused.is_empty() {

@@ -31,6 +31,27 @@ pub struct RopeConfig {
     pub scaling: Option<RopeScaling>,
 }
 
+impl RopeConfig {
+    /// The divisors of the frequencies of heads of `head_dim` elements under Llama 3's scaling, `[head_dim / 2]`, which GGUF files hold
+    /// instead of its options; none under another scaling.
+    pub fn llama3_divisors(&self, head_dim: usize) -> Option<Vec<f64>> {
+        let Some(RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings }) =
+            self.scaling
+        else {
+            return None;
+        };
+        let original = original_max_position_embeddings as f64;
+        let divisor = |i: usize| {
+            let wavelength = std::f64::consts::TAU * self.theta.powf(2.0 * i as f64 / head_dim as f64);
+            // 1 where the wavelength is short and the frequency is kept, 0 where it is long and divided.
+            let kept = (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+            let kept = kept.clamp(0.0, 1.0);
+            1.0 / ((1.0 - kept) / factor + kept)
+        };
+        Some((0..head_dim / 2).map(divisor).collect())
+    }
+}
+
 /// The scalings of Hugging Face's `rope_scaling`.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
@@ -337,6 +358,25 @@ fn attention_factor(config: &RopeConfig) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn llama3_divides_the_frequencies_by_its_divisors() {
+        let scaling = RopeScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings: 8192,
+        };
+        let config = RopeConfig { theta: 500_000.0, scaling: Some(scaling) };
+        let plain = inverse_frequencies(&RopeConfig { scaling: None, ..config.clone() }, 128).unwrap();
+        let scaled = inverse_frequencies(&config, 128).unwrap();
+        let divisors = config.llama3_divisors(128).unwrap();
+        assert!(divisors.len() == 64 && divisors[0] == 1.0 && divisors[63] == 8.0);
+        for ((plain, scaled), divisor) in plain.iter().zip(&scaled).zip(divisors) {
+            let got = f64::from(*plain) / f64::from(*scaled);
+            assert!((got - divisor).abs() < 1e-5 * divisor, "{got} {divisor}");
+        }
+    }
+
     use super::*;
     use crate::testing::{Window, assert_close, numeric_gradient, random, to_f64};
 

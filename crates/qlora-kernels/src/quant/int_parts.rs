@@ -154,12 +154,10 @@ fn check_outliers(outliers: &OutlierColumns, rows: usize, cols: usize) -> Result
             format!("{n} outlier columns of {rows} rows need {rows} x {n} values, got {got}"),
         ));
     }
-    let bad = match values {
-        PlainData::F32(_) => return Err(Error::invalid(OP, "outlier columns are bf16 or f16, not f32")),
-        PlainData::Bf16(values) => values.iter().position(|x| !x.is_finite()),
-        PlainData::F16(values) => values.iter().position(|x| !x.is_finite()),
-    };
-    match bad {
+    if matches!(values, PlainData::F32(_)) {
+        return Err(Error::invalid(OP, "outlier columns are bf16 or f16, not f32"));
+    }
+    match values.first_non_finite() {
         Some(i) => {
             let (row, column) = (i / columns.len(), columns[i % columns.len()]);
             Err(Error::invalid(OP, format!("the outlier at row {row}, column {column} is not finite")))

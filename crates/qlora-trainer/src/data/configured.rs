@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use qlora_core::hub_id;
 use qlora_core::open::OpenOptions;
 
 #[cfg(feature = "hub")]
@@ -239,10 +240,8 @@ const CARD: &str = "README.md";
 /// Whether a path that does not exist may be the id of a data set: `org/name`, or `name` alone.
 fn is_hub_id(path: &Path) -> bool {
     let Some(text) = path.to_str() else { return false };
-    let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
-    let part = |part: &str| !part.is_empty() && !part.starts_with(['.', '-']) && part.chars().all(plain);
     let has_data_name = data_extension(path).is_some_and(|end| data_extensions().any(|known| known == end));
-    text.split('/').count() <= 2 && text.split('/').all(part) && !has_data_name
+    hub_id::is_hub_id(text) && !has_data_name
 }
 
 #[cfg(feature = "hub")]

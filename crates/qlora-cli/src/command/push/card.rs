@@ -8,6 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use qlora::adapter;
+use qlora::hub_id;
 use serde_json::Value;
 use toml::Table;
 
@@ -255,13 +256,9 @@ fn newest_checkpoint(folder: &Path) -> Option<PathBuf> {
     entries.map(|entry| entry.path()).filter_map(|path| Some((step(&path)?, path))).max().map(|(_, path)| path)
 }
 
-/// Whether a name has the form of an id on the hub, and is no path on this machine.
+/// Whether a name has the form of an id on the hub, and not that of a file.
 fn is_hub_id(name: &str) -> bool {
-    let part = |part: &str| {
-        part.starts_with(|c: char| c.is_ascii_alphanumeric())
-            && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-    };
-    name.split('/').count() <= 2 && name.split('/').all(part) && !name.ends_with(".gguf")
+    hub_id::is_hub_id(name) && !name.ends_with(".gguf")
 }
 
 #[cfg(test)]

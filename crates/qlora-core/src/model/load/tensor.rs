@@ -222,12 +222,7 @@ fn uploader(tools: &mut Tools) -> Result<&mut Uploader> {
 }
 
 fn check_finite(name: &str, data: &PlainData) -> Result<()> {
-    let position = match data {
-        PlainData::F32(data) => data.iter().position(|x| !x.is_finite()),
-        PlainData::Bf16(data) => data.iter().position(|x| !x.is_finite()),
-        PlainData::F16(data) => data.iter().position(|x| !x.is_finite()),
-    };
-    match position {
+    match data.first_non_finite() {
         None => Ok(()),
         Some(index) => Err(Error::tensor(name, format!("element {index} is not finite (NaN or infinity)"))),
     }

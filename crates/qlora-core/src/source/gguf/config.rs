@@ -262,20 +262,18 @@ fn llama3(
         return Ok(None);
     }
     let factor = divisors.iter().copied().fold(0.0, f64::max);
-    let fits = divisors.iter().enumerate().all(|(i, divisor)| {
-        let wavelength = std::f64::consts::TAU * theta.powf(2.0 * i as f64 / head_dim as f64);
-        let kept = ((ORIGINAL as f64 / wavelength - LOW) / (HIGH - LOW)).clamp(0.0, 1.0);
-        let expected = 1.0 / ((1.0 - kept) / factor + kept);
-        (divisor - expected).abs() <= 1e-3 * expected
-    });
-    if !fits || !factor.is_finite() {
-        let message = "rope_freqs.weight with other divisors than those of Llama 3.1 to 3.3";
-        return Err(Problem::Unsupported(message.to_owned()));
-    }
-    Ok(Some(RopeScaling::Llama3 {
+    let scaling = RopeScaling::Llama3 {
         factor,
         low_freq_factor: LOW,
         high_freq_factor: HIGH,
         original_max_position_embeddings: ORIGINAL,
-    }))
+    };
+    let rope = RopeConfig { theta, scaling: Some(scaling) };
+    let expected = rope.llama3_divisors(head_dim).unwrap_or_default();
+    let fits = divisors.iter().zip(&expected).all(|(divisor, expected)| (divisor - expected).abs() <= 1e-3 * expected);
+    if !fits || !factor.is_finite() {
+        let message = "rope_freqs.weight with other divisors than those of Llama 3.1 to 3.3";
+        return Err(Problem::Unsupported(message.to_owned()));
+    }
+    Ok(rope.scaling)
 }
