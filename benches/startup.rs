@@ -16,12 +16,12 @@ mod trainee;
 
 use anyhow::Context;
 use command::{Arguments, append};
+use qlora::formats::HfDirectory;
 use qlora::kernels::ops::argmax;
 use qlora::kernels::quant::QuantConfig;
 use qlora::kernels::{Workspace, cuda};
 use qlora::lora::{LoraConfig, TargetModules};
 use qlora::model::{AdapterChoice, BatchShape, CausalLm, LoadOptions, Planner, Quantization};
-use qlora::source::HfDirectory;
 use qlora::trainer::config::Optim;
 use trainee::Trainee;
 

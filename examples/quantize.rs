@@ -6,9 +6,9 @@
 use std::path::PathBuf;
 
 use clap::Parser;
+use qlora::export::bitsandbytes;
 use qlora::kernels::quant::QuantConfig;
 use qlora::open::{OpenOptions, open_model};
-use qlora::quantized_checkpoint;
 
 /// Quantizes a model to NF4.
 #[derive(Parser)]
@@ -23,7 +23,7 @@ fn main() -> anyhow::Result<()> {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(tracing::Level::WARN).init();
     let args = Args::parse();
     let files = open_model(&args.model, &OpenOptions::default())?;
-    let size = quantized_checkpoint::write_model(&files, &QuantConfig::default(), &args.out, |_, _| ())?;
+    let size = bitsandbytes::write_model(&files, &QuantConfig::default(), &args.out, |_, _| ())?;
     println!("{}: {:.1} MB, from {:.1} MB", args.out.display(), size.after as f64 / 1e6, size.before as f64 / 1e6);
     Ok(())
 }

@@ -6,9 +6,10 @@
 //! |---|---|
 //! | [`trainer`] | configuration, data, the training loop, checkpoints; [`trainer::session`] puts a run together |
 //! | [`model`], [`config`], [`source`], [`open`] | the decoder and where its weights come from |
+//! | [`formats`] | safetensors, GGUF, bitsandbytes, GPTQ, AWQ, pickles: reading beside writing |
 //! | [`lora`], [`adapter`] | LoRA's configuration and PEFT's files |
 //! | [`companions`] | what goes wherever a model goes: tokenizer, chat template, end tokens, licence |
-//! | [`merge`], [`gguf_write`] | merged models as folders and GGUF files |
+//! | [`merge`], [`export`] | merged models as folders, GGUF files, 4-bit folders, Modelfiles |
 //! | [`inspect`], [`card`] | what a model takes, and what a run would be on a graphics card |
 //! | [`nn`], [`autograd`] | layers and graph nodes for models of your own |
 //! | [`tokenizer`], [`chat`], [`end_tokens`], [`generate`], [`sampling`] | text in and out |

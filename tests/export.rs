@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use qlora::adapter;
-use qlora::gguf_write::{self, GgufOptions, GgufType};
+use qlora::export::gguf::{self, GgufOptions, GgufType};
+use qlora::formats::HfDirectory;
 use qlora::merge::{Companions, FolderOptions, LoraUpdate, MergeInto, MergedSource, Rounding, write_folder};
-use qlora::source::{HfDirectory, WeightSource};
+use qlora::source::WeightSource;
 use qlora::tokenizer::Tokenizer;
 
 fn fixtures() -> PathBuf {
@@ -88,7 +89,7 @@ fn the_gguf_package_finds_its_own_bytes() {
                 eos_token_ids: &[2, 5],
                 ..GgufOptions::new(kind)
             };
-            gguf_write::write(&source, &tokenizer, &out, &options, |_, _| ()).unwrap();
+            gguf::write(&source, &tokenizer, &out, &options, |_, _| ()).unwrap();
             let (file, folder) = (out.to_str().unwrap(), folder.to_str().unwrap());
             let mut arguments = vec!["--gguf", file, "--folder", folder, "--ends", "2,5"];
             // Rows of the others are no whole blocks.
@@ -103,7 +104,7 @@ fn the_gguf_package_finds_its_own_bytes() {
     let out = temporary.path().join("model.gguf");
     let folder = fixtures().join("models/llama_wide");
     let options = GgufOptions::new(GgufType::F32);
-    gguf_write::write(&HfDirectory::open(&folder).unwrap(), &tokenizer, &out, &options, |_, _| ()).unwrap();
+    gguf::write(&HfDirectory::open(&folder).unwrap(), &tokenizer, &out, &options, |_, _| ()).unwrap();
     let arguments = ["--gguf", out.to_str().unwrap(), "--folder", folder.to_str().unwrap(), "--transformers", "1e-3"];
     println!("{}", check("check_gguf.py", &arguments));
 }

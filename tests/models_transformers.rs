@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use common::relative_error;
 use qlora::batch::Batch;
+use qlora::formats::HfDirectory;
 use qlora::kernels::SequenceLayout;
 use qlora::kernels::ops::adamw::{self, AdamW};
 use qlora::kernels::ops::grad_norm;
 use qlora::kernels::quant::QuantConfig;
 use qlora::model::{AdapterChoice, CausalLm, LoadOptions, Quantization, TrainPass};
-use qlora::source::HfDirectory;
 use qlora::trainer::{TrainConfig, objective};
 use serde_json::Value;
 

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use qlora::export::bitsandbytes;
+use qlora::formats::HfDirectory;
 use qlora::kernels::quant::{Absmax, QuantConfig, Quantized4bit};
-use qlora::quantized_checkpoint;
-use qlora::source::{HfDirectory, WeightSource};
+use qlora::source::WeightSource;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
@@ -20,7 +21,7 @@ fn written(quantization: &QuantConfig) -> (HfDirectory, tempfile::TempDir, Vec<u
     let temporary = tempfile::tempdir().unwrap();
     let out = temporary.path().join("out");
     let mut done = 0;
-    let size = quantized_checkpoint::write(&source, &config, quantization, &out, |n, _| done = n).unwrap();
+    let size = bitsandbytes::write(&source, &config, quantization, &out, |n, _| done = n).unwrap();
     assert_eq!(done, source.names().len());
     let bytes = std::fs::read(out.join("model.safetensors")).unwrap();
     assert_eq!(bytes.len() as u64, size.after);
@@ -98,6 +99,6 @@ fn what_is_written_is_what_is_trained_on() {
 fn an_existing_folder_is_left_alone() {
     let folder = fixtures().join("models/llama_wide");
     let source = HfDirectory::open(&folder).unwrap();
-    let error = quantized_checkpoint::write(&source, "{}", &QuantConfig::default(), &folder, |_, _| ()).unwrap_err();
+    let error = bitsandbytes::write(&source, "{}", &QuantConfig::default(), &folder, |_, _| ()).unwrap_err();
     assert!(error.to_string().contains("exists already"), "{error}");
 }

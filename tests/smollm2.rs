@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use qlora::batch::Batch;
+use qlora::formats::Gguf;
 use qlora::generate::generate;
 use qlora::kernels::ops::adamw::{self, AdamW};
 use qlora::kernels::ops::grad_norm;
@@ -16,7 +17,6 @@ use qlora::kernels::{Dtype, SequenceLayout, Workspace};
 use qlora::lora::{LoraConfig, TargetModules, Which};
 use qlora::model::{AdapterChoice, CausalLm, LoadOptions, Quantization, TrainPass};
 use qlora::sampling::GenerationConfig;
-use qlora::source::Gguf;
 use serde_json::Value;
 
 fn fixtures() -> PathBuf {

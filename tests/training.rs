@@ -11,11 +11,11 @@ use std::sync::{Arc, Mutex};
 
 use common::{add_random_adapter, relative_error, tiny_config, tiny_model};
 use qlora::adapter::SaveOptions;
+use qlora::formats::HfDirectory;
 use qlora::kernels::quant::QuantConfig;
 use qlora::kernels::{Dtype, Workspace};
 use qlora::lora::{LoraConfig, TargetModules};
 use qlora::model::{CausalLm, LoadOptions, Quantization};
-use qlora::source::HfDirectory;
 use qlora::trainer::data::{Dataset, Encoded};
 use qlora::trainer::progress::{Event, Observer};
 use qlora::trainer::qlora_model::QLoraModel;

@@ -19,6 +19,8 @@ use crate::files::{
 };
 use qlora::adapter::{self, PeftAdapter, TrainedOver};
 use qlora::config::ModelConfig;
+use qlora::export::bitsandbytes;
+use qlora::formats::HfDirectory;
 use qlora::kernels::Dtype;
 use qlora::kernels::quant::{QuantConfig, QuantType};
 use qlora::merge::{
@@ -26,8 +28,7 @@ use qlora::merge::{
 };
 use qlora::model::{CausalLm, LoadOptions, Quantization};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
-use qlora::quantized_checkpoint;
-use qlora::source::{HfDirectory, WeightSource};
+use qlora::source::WeightSource;
 
 /// Writes an adapter's folder anew with other tensors.
 fn adapter_with(from: &Path, to: &Path, tensors: &Tensors) {
@@ -175,7 +176,7 @@ fn resized_vocabularies_go_over_four_bits_and_are_checked() {
     let nf4 = temporary.path().join("nf4");
     let text = fs::read_to_string(folder.path().join("config.json")).unwrap();
     let source = HfDirectory::open(folder.path()).unwrap();
-    quantized_checkpoint::write(&source, &text, &QuantConfig::default(), &nf4, |_, _| ()).unwrap();
+    bitsandbytes::write(&source, &text, &QuantConfig::default(), &nf4, |_, _| ()).unwrap();
     write_tokenizer(&nf4, 24);
     let stored =
         open_model(nf4.to_str().unwrap(), &OpenOptions::default()).unwrap().with_vocabulary_of(&adapter).unwrap();
@@ -247,7 +248,7 @@ fn case_37_merge_onto_4bit() {
             .enumerate()
     {
         let folder = temporary.path().join(format!("stored-{number}"));
-        quantized_checkpoint::write(&source, &config_json, &config, &folder, |_, _| ()).unwrap();
+        bitsandbytes::write(&source, &config_json, &config, &folder, |_, _| ()).unwrap();
         let stored = HfDirectory::open(&folder).unwrap();
         // The quantization that it was trained over is known from the base, whatever else is said.
         let choice = MergeChoice::new(&stored, None);
@@ -288,7 +289,7 @@ fn bases_in_integers_merge_too() {
         let layout = qlora::lora::AdapterLayout::for_model(&lora, base.config()).unwrap();
         let weights = (0..layout.len()).map(|i| ((i * 37 % 101) as f32 - 50.0) / 2000.0).collect();
         let config = adapter::AdapterConfig { lora, base_model_name_or_path: None, revision: None };
-        let adapter = adapter::Adapter { config, layout, weights };
+        let adapter = adapter::SavedAdapter { config, layout, weights };
         let update = qlora::merge::LoraUpdate::new(&adapter).unwrap();
         let merged = MergedSource::new(&base, &update, MergeInto::Original, Rounding::To(Dtype::F32)).unwrap();
         let mut unmerged = CausalLm::load(&base, LoadOptions::default()).unwrap();

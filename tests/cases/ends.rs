@@ -14,15 +14,15 @@ use std::path::{Path, PathBuf};
 
 use qlora::adapter;
 use qlora::chat::{Message, TemplateArguments};
+use qlora::export::bitsandbytes;
+use qlora::export::gguf::{self, GgufOptions, GgufType};
+use qlora::formats::HfDirectory;
 use qlora::generate::GenerationRequest;
-use qlora::gguf_write::{self, GgufOptions, GgufType};
 use qlora::kernels::quant::QuantConfig;
 use qlora::merge::{Companions, FolderOptions, MergeInto, MergedSource, PeftUpdate, Rounding, write_folder};
 use qlora::model::{CausalLm, LoadOptions};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
-use qlora::quantized_checkpoint;
 use qlora::sampling::GenerationConfig;
-use qlora::source::HfDirectory;
 use qlora::tokenizer::Tokenizer;
 use qlora::trainer::TrainConfig;
 use qlora::trainer::session::Session;
@@ -351,10 +351,10 @@ fn case_39_gguf_eot() {
     let tokenizer = Tokenizer::from_folder(at("model")).unwrap();
     let write = |name: &str, template: Option<&str>| {
         let options = GgufOptions { chat_template: template, ..GgufOptions::new(GgufType::F32) };
-        gguf_write::write(&source, &tokenizer, &at(name), &options, |_, _| ()).unwrap();
+        gguf::write(&source, &tokenizer, &at(name), &options, |_, _| ()).unwrap();
     };
     write("model.gguf", Some(&template));
-    let raw = qlora::source::Gguf::open(at("model.gguf")).unwrap();
+    let raw = qlora::formats::Gguf::open(at("model.gguf")).unwrap();
     assert_eq!(qlora::source::WeightSource::config(&raw).eos_token_ids, [0], "the file names one end");
     assert_eq!(answer(&at("model.gguf")), "Hi");
     // Without a template, by its text.
@@ -365,7 +365,7 @@ fn case_39_gguf_eot() {
 
     // A GGUF file that we write from the model names the turn's end, and a model that we train ends with it.
     gguf(&open(&at("model"), &OpenOptions::default()), &at("ours.gguf"));
-    let raw = qlora::source::Gguf::open(at("ours.gguf")).unwrap();
+    let raw = qlora::formats::Gguf::open(at("ours.gguf")).unwrap();
     assert_eq!(qlora::source::WeightSource::config(&raw).eos_token_ids, [0, 2]);
     for model in ["model", "model.gguf", "ours.gguf"] {
         assert_eq!(tokens(&run(folder.path(), model, &[("x", "Hi")], "")).1, "Hi<|eot_id|>", "{model}");
@@ -411,7 +411,7 @@ fn case_29_pad_is_eos() {
 
 fn quantize(model: &Path, out: &Path) {
     let files = open(model, &OpenOptions::default());
-    quantized_checkpoint::write_model(&files, &QuantConfig::default(), out, |_, _| ()).unwrap();
+    bitsandbytes::write_model(&files, &QuantConfig::default(), out, |_, _| ()).unwrap();
 }
 
 fn merge(files: &ModelFiles, adapter: &Path, out: &Path) {
@@ -429,5 +429,5 @@ fn gguf(files: &ModelFiles, out: &Path) {
         eos_token_ids: &files.generation.eos_token_ids,
         ..GgufOptions::new(GgufType::F32)
     };
-    gguf_write::write(&*files.source, &files.tokenizer, out, &options, |_, _| ()).unwrap();
+    gguf::write(&*files.source, &files.tokenizer, out, &options, |_, _| ()).unwrap();
 }

@@ -16,14 +16,15 @@ use crate::files::{
 };
 use qlora::adapter::{self, TrainedOver};
 use qlora::batch::Batch;
-use qlora::gguf_write::{self, GgufOptions, GgufType};
+use qlora::export::bitsandbytes;
+use qlora::export::gguf::{self, GgufOptions, GgufType};
+use qlora::formats::{Gguf, HfDirectory};
 use qlora::kernels::quant::QuantConfig;
 use qlora::lora::{AdapterLayout, LoraConfig};
 use qlora::merge::{Companions, FolderOptions, LoraUpdate, MergeInto, MergedSource, Rounding, write_folder};
 use qlora::model::{CausalLm, LoadOptions, Quantization};
 use qlora::open::{OpenOptions, open_config, open_model};
-use qlora::quantized_checkpoint;
-use qlora::source::{Gguf, HfDirectory, WeightSource};
+use qlora::source::WeightSource;
 use qlora::tokenizer::Tokenizer;
 use qlora::trainer::TrainConfig;
 use qlora::trainer::session::Session;
@@ -117,8 +118,7 @@ fn a_model_that_was_saved_without_its_head_loads_where_the_head_is_tied() {
     // Written anew, it has the usual names.
     let out = tempfile::tempdir().unwrap();
     let out = out.path().join("nf4");
-    quantized_checkpoint::write(&source, &checkpoint.config.to_string(), &QuantConfig::default(), &out, |_, _| ())
-        .unwrap();
+    bitsandbytes::write(&source, &checkpoint.config.to_string(), &QuantConfig::default(), &out, |_, _| ()).unwrap();
     let written = Checkpoint::read(&out);
     assert_eq!(written.config["architectures"], json!(["Qwen2ForCausalLM"]));
     assert!(written.tensors.contains_key(EMBEDDING) && !written.tensors.contains_key("embed_tokens.weight"));
@@ -165,12 +165,12 @@ fn case_34_tied_different_head() {
     let config_json = fs::read_to_string(folder.join("own/config.json")).unwrap();
     let head = read_head(&source);
     let nf4 = temporary.path().join("nf4");
-    quantized_checkpoint::write(&source, &config_json, &QuantConfig::default(), &nf4, |_, _| ()).unwrap();
+    bitsandbytes::write(&source, &config_json, &QuantConfig::default(), &nf4, |_, _| ()).unwrap();
     let lora = LoraConfig { r: 2, ..LoraConfig::default() };
     let layout = AdapterLayout::for_model(&lora, source.config()).unwrap();
     let weights = vec![0.0; layout.len()];
     let config = adapter::AdapterConfig { lora, base_model_name_or_path: None, revision: None };
-    let nothing = adapter::Adapter { config, layout, weights };
+    let nothing = adapter::SavedAdapter { config, layout, weights };
     let update = LoraUpdate::new(&nothing).unwrap();
     let merged = MergedSource::new(&source, &update, MergeInto::Original, Rounding::Stored).unwrap();
     let out = temporary.path().join("merged");
@@ -188,7 +188,7 @@ fn case_34_tied_different_head() {
     let tokenizer = Tokenizer::from_folder(temporary.path()).unwrap();
     let options = GgufOptions { eos_token_ids: &[2], ..GgufOptions::new(GgufType::F32) };
     let gguf = temporary.path().join("model.gguf");
-    gguf_write::write(&source, &tokenizer, &gguf, &options, |_, _| ()).unwrap();
+    gguf::write(&source, &tokenizer, &gguf, &options, |_, _| ()).unwrap();
     let read = Gguf::open(&gguf).unwrap();
     assert!(!read.config().tie_word_embeddings);
     assert!(largest(&logits_of(&read, &tokens), &own) < 1e-5);
@@ -277,7 +277,7 @@ fn case_35_leftover_quantization_config() {
         assert_eq!(CausalLm::load(&source, bits4).unwrap().memory().projections, projections, "{options}");
         let out = temporary.path().join(number.to_string());
         let config = leftover.config.to_string();
-        quantized_checkpoint::write(&source, &config, &QuantConfig::default(), &out, |_, _| ()).unwrap();
+        bitsandbytes::write(&source, &config, &QuantConfig::default(), &out, |_, _| ()).unwrap();
         let written = HfDirectory::open(&out).unwrap();
         assert!(written.quantization().is_some() && written.is_packed("model.layers.0.mlp.up_proj.weight"));
         assert!(written.remarks().is_empty());
@@ -302,7 +302,7 @@ fn plain_layers_among_quantized_ones_are_named_where_no_list_does() {
     let source = clean.open().unwrap();
     let temporary = tempfile::tempdir().unwrap();
     let out = temporary.path().join("nf4");
-    quantized_checkpoint::write(&source, &clean.config.to_string(), &QuantConfig::default(), &out, |_, _| ()).unwrap();
+    bitsandbytes::write(&source, &clean.config.to_string(), &QuantConfig::default(), &out, |_, _| ()).unwrap();
     let mut mixed = Checkpoint::read(&out);
     let name = "model.layers.0.self_attn.o_proj.weight";
     mixed.tensors.retain(|other, _| !other.starts_with(name));
@@ -335,7 +335,7 @@ fn a_run_says_beside_its_adapter_what_it_was_trained_over() {
     let nf4 = temporary.path().join("nf4");
     let config_json = checkpoint.config.to_string();
     let fp4 = QuantConfig { quant_type: qlora::kernels::quant::QuantType::Fp4, blocksize: 128, double_quant: false };
-    quantized_checkpoint::write(&HfDirectory::open(&model).unwrap(), &config_json, &fp4, &nf4, |_, _| ()).unwrap();
+    bitsandbytes::write(&HfDirectory::open(&model).unwrap(), &config_json, &fp4, &nf4, |_, _| ()).unwrap();
     write_tokenizer(&nf4, 24);
     for (folder, four_bit, expected) in [
         (&model, true, TrainedOver::Bits4 { config: QuantConfig::default(), stored: false }),
@@ -371,7 +371,7 @@ fn a_gguf_of_few_bits_says_what_it_is_stored_in() {
     for (kind, expected) in [(GgufType::Q4_0, Some("Q4_0")), (GgufType::Q8_0, None), (GgufType::F16, None)] {
         let options = GgufOptions { eos_token_ids: &[2], ..GgufOptions::new(kind) };
         let path = temporary.path().join(format!("{kind}.gguf"));
-        gguf_write::write(&source, &tokenizer, &path, &options, |_, _| ()).unwrap();
+        gguf::write(&source, &tokenizer, &path, &options, |_, _| ()).unwrap();
         let gguf = Gguf::open(&path).unwrap();
         assert_eq!(gguf.block_type(), expected, "{kind}");
         // Merging keeps it: what is written in few bits again is rounded twice.
@@ -379,7 +379,7 @@ fn a_gguf_of_few_bits_says_what_it_is_stored_in() {
         let layout = AdapterLayout::for_model(&lora, gguf.config()).unwrap();
         let weights = vec![0.0; layout.len()];
         let config = adapter::AdapterConfig { lora, base_model_name_or_path: None, revision: None };
-        let nothing = adapter::Adapter { config, layout, weights };
+        let nothing = adapter::SavedAdapter { config, layout, weights };
         let update = LoraUpdate::new(&nothing).unwrap();
         let merged = MergedSource::new(&gguf, &update, MergeInto::Original, Rounding::None).unwrap();
         assert_eq!(merged.block_type(), expected, "{kind}");
@@ -397,7 +397,7 @@ fn a_tokenizer_can_be_given_by_hand() {
     let source = HfDirectory::open(case("34-tied-different-head/own")).unwrap();
     let options = GgufOptions { eos_token_ids: &[2], ..GgufOptions::new(GgufType::F32) };
     let gguf = temporary.path().join("model.gguf");
-    gguf_write::write(&source, &tokenizer, &gguf, &options, |_, _| ()).unwrap();
+    gguf::write(&source, &tokenizer, &gguf, &options, |_, _| ()).unwrap();
     // A way of splitting text that nobody knows.
     let mut bytes = fs::read(&gguf).unwrap();
     let at = bytes.windows(5).position(|window| window == b"gpt-2").unwrap();
@@ -424,7 +424,7 @@ fn own_heads_answer_the_same_over_four_bits() {
     let temporary = tempfile::tempdir().unwrap();
     let out = temporary.path().join("nf4");
     let config = fs::read_to_string(folder.join("config.json")).unwrap();
-    quantized_checkpoint::write(&source, &config, &QuantConfig::default(), &out, |_, _| ()).unwrap();
+    bitsandbytes::write(&source, &config, &QuantConfig::default(), &out, |_, _| ()).unwrap();
     let stored = CausalLm::load(&HfDirectory::open(&out).unwrap(), LoadOptions::default()).unwrap();
     let tokens = [3, 7, 1, 19];
     assert_eq!(logits(&model, &tokens), logits(&stored, &tokens));

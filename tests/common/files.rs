@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use qlora::formats::HfDirectory;
 use qlora::kernels::SequenceLayout;
 use qlora::model::{AdapterChoice, CausalLm, LoadOptions};
-use qlora::source::{HfDirectory, WeightSource};
+use qlora::source::WeightSource;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use qlora::gguf_write::{self, GgufOptions, GgufType};
+use qlora::export::gguf::{self, GgufOptions, GgufType};
 use qlora::open::{OpenOptions, open_model};
 use qlora::trainer::TrainConfig;
 use qlora::trainer::session::Session;
@@ -55,7 +55,7 @@ impl Seeds {
             eos_token_ids: &[2],
             ..GgufOptions::new(GgufType::Q8_0)
         };
-        gguf_write::write(&*files.source, &files.tokenizer, &gguf, &options, |_, _| {})?;
+        gguf::write(&*files.source, &files.tokenizer, &gguf, &options, |_, _| {})?;
         let checkpoint = train(folder, &model)?;
         Ok(Self { model, gguf, checkpoint })
     }

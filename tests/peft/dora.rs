@@ -3,8 +3,9 @@
 //! Fixtures: `tests/fixtures/dora_step`, made by `scripts/fixtures/dora_step.py` with PEFT 0.21.2.
 
 use candle_core::{Device, Tensor, Var};
-use qlora::adapter::{self, Adapter, SaveOptions};
+use qlora::adapter::{self, SaveOptions, SavedAdapter};
 use qlora::autograd;
+use qlora::formats::HfDirectory;
 use qlora::kernels::ops::adamw::{self, AdamW};
 use qlora::kernels::ops::grad_norm;
 use qlora::kernels::quant::QuantConfig;
@@ -12,7 +13,6 @@ use qlora::kernels::{SequenceLayout, Workspace};
 use qlora::lora::Which;
 use qlora::merge::{LoraUpdate, MergeInto, MergedSource, PeftUpdate, Rounding, WeightUpdate};
 use qlora::model::{AdapterChoice, CausalLm, LoadOptions, Quantization, TrainPass};
-use qlora::source::HfDirectory;
 
 use crate::common::relative_error;
 use crate::step::{Case, fixture, floats};
@@ -65,7 +65,7 @@ fn loss_and_gradients_are_those_of_peft() {
 fn recomputed_blocks_give_the_same_bits() {
     let mut case = load(CASES[1]);
     for lora_dropout in [0.0, 0.3] {
-        let Adapter { mut config, layout, weights } = case.adapter.clone();
+        let SavedAdapter { mut config, layout, weights } = case.adapter.clone();
         config.lora.lora_dropout = lora_dropout;
         case.model.set_adapter(config.lora, layout, weights).unwrap();
         case.model.set_gradient_checkpointing(false).unwrap();

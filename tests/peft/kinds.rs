@@ -12,13 +12,14 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use qlora::adapter::{self, PeftAdapter, SaveOptions};
 use qlora::batch::Batch;
+use qlora::formats::HfDirectory;
 use qlora::generate::{GenerationRequest, generate};
 use qlora::kernels::SequenceLayout;
 use qlora::lora::{LoraConfig, TargetModules};
 use qlora::merge::{MergeInto, MergedSource, PeftUpdate, Rounding};
 use qlora::model::{AdapterChoice, CausalLm, Combination, LoadOptions};
 use qlora::sampling::GenerationConfig;
-use qlora::source::{HfDirectory, WeightSource};
+use qlora::source::WeightSource;
 use serde_json::Value;
 
 fn fixtures() -> PathBuf {

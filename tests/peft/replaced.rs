@@ -7,14 +7,15 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::Device;
-use qlora::adapter::{self, Adapter, SaveOptions};
+use qlora::adapter::{self, SaveOptions, SavedAdapter};
 use qlora::batch::Batch;
+use qlora::formats::HfDirectory;
 use qlora::kernels::ops::adamw::{self, AdamW};
 use qlora::kernels::ops::grad_norm;
 use qlora::lora::{LoraConfig, TokenIndices, Which};
 use qlora::merge::{LoraUpdate, MergeInto, MergedSource, PeftUpdate, Rounding, WeightUpdate};
 use qlora::model::{AdapterChoice, CausalLm, LoadOptions, TrainPass};
-use qlora::source::{HfDirectory, WeightSource};
+use qlora::source::WeightSource;
 
 use crate::common::relative_error;
 use crate::step::{Case, fixture, floats};
@@ -206,7 +207,7 @@ fn options_that_do_not_fit_are_refused_by_name() {
     let norm = LoraConfig { modules_to_save: vec!["norm".into()], ..LoraConfig::default() };
     assert!(fresh(norm, &mut model).contains("modules_to_save: \"norm\""));
     // A layout with rows, options without.
-    let Adapter { config, layout, weights } = adapter;
+    let SavedAdapter { config, layout, weights } = adapter;
     let options = LoraConfig { trainable_token_indices: TokenIndices::default(), ..config.lora };
     let error = model.set_adapter(options.clone(), layout.clone(), weights.clone()).unwrap_err().to_string();
     assert!(error.contains("trainable_tokens_delta") && error.contains("has shape"), "{error}");
@@ -222,7 +223,7 @@ fn peft_takes_what_is_saved_and_gives_the_same_logits() {
     for name in CASES {
         let case = load(name);
         let folder = tempfile::tempdir().unwrap();
-        let Adapter { config, layout, weights } = &case.adapter;
+        let SavedAdapter { config, layout, weights } = &case.adapter;
         adapter::save(folder.path(), &config.lora, layout, weights, &SaveOptions::default()).unwrap();
         let tensors = [("input_ids", "input_ids.0"), ("logits", "logits.0")];
         let tensors: HashMap<_, _> = tensors.map(|(to, from)| (to, case.expected[from].clone())).into();

@@ -5,10 +5,10 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use qlora::adapter::{self, Adapter};
+use qlora::adapter::{self, SavedAdapter};
 use qlora::batch::Batch;
+use qlora::formats::HfDirectory;
 use qlora::model::{AdapterChoice, CausalLm, LoadOptions, Quantization, TrainPass};
-use qlora::source::HfDirectory;
 
 use crate::common::relative_error;
 
@@ -19,7 +19,7 @@ pub(crate) fn fixture(folder: &str, name: &str) -> PathBuf {
 /// A model with PEFT's adapter, and what PEFT made of two documents.
 pub(crate) struct Case {
     pub(crate) model: CausalLm,
-    pub(crate) adapter: Adapter,
+    pub(crate) adapter: SavedAdapter,
     pub(crate) expected: HashMap<String, Tensor>,
     pub(crate) batches: Vec<Batch>,
     pub(crate) items: usize,
@@ -40,7 +40,7 @@ impl Case {
         let mut model = CausalLm::load(&source, LoadOptions { quantization, ..LoadOptions::default() }).unwrap();
         let folder = fixture(fixtures, name);
         let adapter = adapter::load(&folder, model.config()).unwrap();
-        let Adapter { config, layout, weights } = adapter.clone();
+        let SavedAdapter { config, layout, weights } = adapter.clone();
         model.set_adapter(config.lora, layout, weights).unwrap();
         let expected = candle_core::safetensors::load(folder.join("step.safetensors"), &Device::Cpu).unwrap();
         let batch = |i: usize| {

@@ -6,10 +6,10 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use qlora::adapter;
+use qlora::formats::Gguf;
 use qlora::generate::{GenerationRequest, generate};
 use qlora::model::{AdapterChoice, CausalLm, LoadOptions};
 use qlora::sampling::GenerationConfig;
-use qlora::source::Gguf;
 use serde_json::Value;
 
 fn ids(value: &Value) -> Vec<u32> {

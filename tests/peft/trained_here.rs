@@ -13,9 +13,9 @@ use std::path::Path;
 use std::process::Command;
 
 use candle_core::{Device, Tensor};
+use qlora::formats::HfDirectory;
 use qlora::kernels::SequenceLayout;
 use qlora::model::{AdapterChoice, CausalLm, LoadOptions};
-use qlora::source::HfDirectory;
 
 #[test]
 #[ignore = "needs Python, SmolLM2 as a Hugging Face folder and the quickstart's adapter"]

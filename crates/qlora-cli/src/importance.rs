@@ -5,7 +5,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use qlora::gguf_write::Importance;
+use qlora::export::gguf::Importance;
 use qlora::open::ModelFiles;
 use qlora::source::WeightSource;
 use qlora::trainer::config::{OnOverlong, OnUntrained};

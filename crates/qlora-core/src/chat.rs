@@ -30,7 +30,8 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::file::{self, SMALL};
-use crate::source::{Gguf, WeightSource};
+use crate::formats::Gguf;
+use crate::source::WeightSource;
 use crate::tokenizer::Tokenizer;
 
 use environment::Marks;
@@ -62,7 +63,7 @@ pub struct RenderedChat {
     /// The text; special tokens are written out in it.
     pub text: String,
     /// The assistant's answers, in the order of the text.
-    pub answers: Vec<Answer>,
+    pub answers: Vec<AnswerSpan>,
     /// The assistant's messages (by their place in the conversation) that were not found in the text, such as those that the
     /// template leaves out or changes.
     pub not_found: Vec<usize>,
@@ -71,7 +72,7 @@ pub struct RenderedChat {
 /// An answer of the assistant in a [`RenderedChat`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Answer {
+pub struct AnswerSpan {
     /// The message, by its place in the conversation.
     pub message: usize,
     /// Its bytes in the text, with the marker that ends its turn and without the header that begins it.

@@ -105,7 +105,7 @@ impl Companions {
         for (name, bytes) in &self.files {
             let path = folder.join(name);
             make_parent(&path)?;
-            fs::write(&path, bytes).map_err(|error| crate::safetensors_stream::disk(&path, error))?;
+            fs::write(&path, bytes).map_err(|error| crate::formats::safetensors::disk(&path, error))?;
         }
         Ok(())
     }

@@ -22,9 +22,9 @@ use crate::adapter;
 use crate::companions::is_companion;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::formats::gguf::split::part_names;
+use crate::formats::hf::{INDEX, INDEX_OF_PICKLES, SINGLE, SINGLE_PICKLE, read_index};
 use crate::open::OpenOptions;
-use crate::source::gguf::split::part_names;
-use crate::source::hf::{INDEX, INDEX_OF_PICKLES, SINGLE, SINGLE_PICKLE, read_index};
 use crate::tokenizer::{MODEL_FILE, TOKENIZER_FILE as TOKENIZER};
 
 pub use dataset::{Choose, DatasetSnapshot, PARQUET_REVISION, dataset_snapshot};

@@ -11,8 +11,9 @@ use crate::config::ModelConfig;
 use crate::end_tokens::end_tokens;
 use crate::error::{Error, Result};
 use crate::file::{self, SMALL};
-use crate::source::gguf::split;
-use crate::source::{Gguf, HfDirectory, WeightSource};
+use crate::formats::gguf::split;
+use crate::formats::{Gguf, HfDirectory};
+use crate::source::WeightSource;
 use crate::tokenizer::Tokenizer;
 
 /// Options of finding and opening a model. The defaults are those of Hugging Face's libraries, their environment

@@ -4,25 +4,16 @@
 //! memory for the tensor at hand only. Names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`), whatever the
 //! file calls them, and rows lie in Hugging Face's order.
 
-pub mod gguf;
-pub(crate) mod hf;
-mod leftovers;
-mod packed;
-mod shard;
-
 use std::collections::BTreeSet;
 use std::fmt;
 use std::path::Path;
 
+use qlora_kernels::quant::{Quantized4bit, QuantizedInt};
 use qlora_kernels::weight::{PlainData, PlainWeight};
 use qlora_kernels::{Dtype, FileBytes};
 
-use crate::config::{CheckpointQuantization, ModelConfig};
+use crate::config::{ModelConfig, StoredQuantization};
 use crate::error::{Error, Result};
-
-pub use gguf::Gguf;
-pub use hf::HfDirectory;
-pub use packed::SourceWeight;
 
 /// A tensor in the precision it was stored in, row-major.
 #[derive(Clone)]
@@ -75,6 +66,46 @@ impl fmt::Debug for PlainTensor {
     }
 }
 
+/// A weight as a source holds it.
+#[derive(Clone, Debug)]
+pub enum SourceWeight {
+    /// In 16 or 32 bits.
+    Plain(PlainTensor),
+    /// NF4 or FP4.
+    FourBit(Quantized4bit),
+    /// LLM.int8, GPTQ or AWQ.
+    Int(QuantizedInt),
+}
+
+impl SourceWeight {
+    /// The sizes of the dimensions, the outermost first.
+    pub fn shape(&self) -> Vec<usize> {
+        use qlora_kernels::weight::FrozenWeight;
+        match self {
+            Self::Plain(tensor) => tensor.shape.clone(),
+            Self::FourBit(weight) => vec![weight.rows(), weight.cols()],
+            Self::Int(weight) => vec![weight.rows(), weight.cols()],
+        }
+    }
+
+    /// The values that the weight stands for: 4-bit weights in the type they had before they were quantized, integers in
+    /// f32.
+    pub fn into_plain(self) -> PlainTensor {
+        use qlora_kernels::weight::FrozenWeight;
+        let shape = self.shape();
+        let data = match self {
+            Self::Plain(tensor) => return tensor,
+            Self::FourBit(weight) => weight.dequantize(weight.source_dtype()),
+            Self::Int(weight) => {
+                let mut data = vec![0.0; shape.iter().product()];
+                weight.dequantize_rows(0..weight.rows(), &mut data);
+                PlainData::F32(data)
+            }
+        };
+        PlainTensor { data, shape }
+    }
+}
+
 /// A tensor in its file, in the form in which it is used.
 #[derive(Clone, Copy, Debug)]
 pub struct StoredTensor<'a> {
@@ -107,7 +138,7 @@ pub trait WeightSource: Send + Sync + fmt::Debug {
 
     /// The quantization of the linear layers, if they are stored quantized. Not all of them need be: see
     /// [`Self::is_packed`].
-    fn quantization(&self) -> Option<&CheckpointQuantization> {
+    fn quantization(&self) -> Option<&StoredQuantization> {
         None
     }
 
@@ -192,7 +223,7 @@ pub(crate) fn again(source: &dyn WeightSource, target: &str) -> Option<String> {
 }
 
 /// The error for a name that a source does not have.
-fn unknown_tensor(source: &dyn WeightSource, name: &str) -> Error {
+pub(crate) fn unknown_tensor(source: &dyn WeightSource, name: &str) -> Error {
     Error::tensor(name, format!("not in {}", source.path().display()))
 }
 
@@ -202,7 +233,7 @@ pub(crate) fn ignorable(name: &str) -> bool {
 }
 
 /// Checks that a source holds the tensors of its configuration with the right shapes, and no others.
-fn check_tensors(source: &dyn WeightSource) -> Result<()> {
+pub(crate) fn check_tensors(source: &dyn WeightSource) -> Result<()> {
     let place = |name: &str| source.file_of(name).unwrap_or(source.path()).display().to_string();
     let mut left: BTreeSet<String> = source.names().into_iter().collect();
     for (name, expected) in source.config().tensor_shapes() {

@@ -17,7 +17,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::file::{self, LARGE, SMALL};
-use crate::source::gguf::{Gguf, read_vocabulary};
+use crate::formats::gguf::{Gguf, read_vocabulary};
 use guard::guarded;
 
 pub(crate) use gguf::pre_tokenizer_of;

@@ -6,7 +6,8 @@ use std::fs::{self, File};
 use std::io::{Seek, Write};
 
 use qlora_core::config::ModelConfig;
-use qlora_core::source::{HfDirectory, WeightSource};
+use qlora_core::formats::HfDirectory;
+use qlora_core::source::WeightSource;
 use serde_json::{Map, json};
 
 /// Anonymous resident memory and resident pages of files, in bytes.

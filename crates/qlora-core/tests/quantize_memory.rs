@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use qlora_core::config::ModelConfig;
+use qlora_core::formats::HfDirectory;
 use qlora_core::model::{CausalLm, LoadOptions, Quantization};
-use qlora_core::source::HfDirectory;
 use qlora_kernels::quant::QuantConfig;
 use serde_json::{Map, json};
 

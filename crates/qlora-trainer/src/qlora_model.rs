@@ -48,7 +48,7 @@ impl QLoraModel {
         self.model
     }
 
-    fn adapter(&self) -> &qlora_core::model::Adapter {
+    fn adapter(&self) -> &qlora_core::model::TrainedAdapter {
         self.model.adapter().expect("checked in new; nothing takes the adapter away")
     }
 }

@@ -8,7 +8,7 @@ use qlora::batch::Batch;
 use qlora::kernels::quant::QuantConfig;
 use qlora::lora::{LoraConfig, TargetModules};
 use qlora::model::{AdapterChoice, CausalLm, LoadOptions, Quantization, TrainPass};
-use qlora::source::HfDirectory;
+use qlora::formats::HfDirectory;
 
 const STEPS: usize = 30;
 

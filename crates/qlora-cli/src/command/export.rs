@@ -7,12 +7,12 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use qlora::adapter::{self, PeftAdapter, TrainedOver};
 use qlora::config::ModelConfig;
-use qlora::gguf_write::{self, GgufOptions, GgufType, WrittenGguf};
+use qlora::export::gguf::{self, GgufOptions, GgufType, WrittenGguf};
+use qlora::export::modelfile::{Modelfile, go_template};
 use qlora::kernels::Dtype;
 use qlora::merge::{
     Companions, FolderOptions, MergeChoice, MergeInto, MergedSource, PeftUpdate, Rounding, WeightUpdate, write_folder,
 };
-use qlora::modelfile::{Modelfile, go_template};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
 use qlora::source::WeightSource;
 use serde_json::{Value, json};
@@ -246,7 +246,7 @@ fn export_gguf(args: &Args, opened: &Opened) -> Result<()> {
     let written = opened.weights(Rounding::None, |source| {
         let importance = args.importance.of(files, source)?;
         let options = GgufOptions { importance: importance.as_ref(), ..options };
-        Ok(gguf_write::write(source, &files.tokenizer, &out, &options, progress)?)
+        Ok(gguf::write(source, &files.tokenizer, &out, &options, progress)?)
     })?;
     bar.finish_and_clear();
     remark_fallbacks(&written);
@@ -264,7 +264,7 @@ fn export_adapter(args: &Args, opened: &Opened) -> Result<()> {
     let kind = args.kind.unwrap_or(GgufType::F32);
     let name = opened.name(args);
     let out = file(args, || format!("{name}-lora-{}.gguf", kind.name().to_uppercase()))?;
-    let written = gguf_write::write_adapter(adapter, opened.files.source.config(), &out, kind, Some(&name))?;
+    let written = gguf::write_adapter(adapter, opened.files.source.config(), &out, kind, Some(&name))?;
     let modelfile = match args.modelfile {
         true => Some(write_modelfile(args, &opened.files, &written, Some(&opened.files.name))?),
         false => None,

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 use qlora::adapter::{self, PeftAdapter, TrainedOver};
-use qlora::gguf_write::{self, GgufOptions, GgufType};
+use qlora::export::gguf::{self, GgufOptions, GgufType};
+use qlora::formats::{Gguf, HfDirectory};
 use qlora::kernels::Dtype;
 use qlora::kernels::quant::{QuantConfig, QuantType};
 use qlora::merge::{
@@ -13,7 +14,7 @@ use qlora::merge::{
 };
 use qlora::model::{CausalLm, LoadOptions, Quantization};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
-use qlora::source::{Gguf, HfDirectory, WeightSource};
+use qlora::source::WeightSource;
 use qlora::trainer::data::read_records;
 use qlora::trainer::encoder::ModelEncoder;
 use qlora::trainer::exact_match::{answers, merge_match};
@@ -251,7 +252,7 @@ fn write_gguf(
         eos_token_ids: &files.generation.eos_token_ids,
         ..GgufOptions::new(args.outtype.unwrap_or(GgufType::F16))
     };
-    let written = gguf_write::write(merged, &files.tokenizer, out, &options, progress)?;
+    let written = gguf::write(merged, &files.tokenizer, out, &options, progress)?;
     super::export::remark_fallbacks(&written);
     Ok(written.bytes)
 }

@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use qlora::gguf_write::{self, GgufOptions, GgufType};
+use qlora::export::bitsandbytes;
+use qlora::export::gguf::{self, GgufOptions, GgufType};
 use qlora::kernels::quant::{QuantConfig, QuantType};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
-use qlora::quantized_checkpoint;
 use qlora::trainer::memory;
 
 use crate::importance::ImportanceArgs;
@@ -67,7 +67,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let quantization =
         QuantConfig { quant_type: args.quant_type, blocksize: args.blocksize, double_quant: !args.no_double_quant };
     let bar = output::bar("", "{pos} of {len} tensors");
-    let size = quantized_checkpoint::write_model(&files, &quantization, &args.out, output::count_of(&bar))?;
+    let size = bitsandbytes::write_model(&files, &quantization, &args.out, output::count_of(&bar))?;
     bar.finish_and_clear();
     let megabytes = |bytes: u64| bytes as f64 / 1e6;
     let out = args.out.display();
@@ -92,7 +92,7 @@ fn write_gguf(args: &Args, files: &ModelFiles) -> Result<()> {
         ..GgufOptions::new(args.kind.unwrap_or(GgufType::Q4KM))
     };
     let bar = output::bar("", "{pos} of {len} tensors");
-    let written = gguf_write::write(&*files.source, &files.tokenizer, out, &options, output::count_of(&bar))?;
+    let written = gguf::write(&*files.source, &files.tokenizer, out, &options, output::count_of(&bar))?;
     bar.finish_and_clear();
     super::export::remark_fallbacks(&written);
     let megabytes = written.bytes as f64 / 1e6;

@@ -16,7 +16,7 @@ use std::path::Path;
 
 /// An adapter from disk.
 #[derive(Clone, Debug)]
-pub struct Adapter {
+pub struct SavedAdapter {
     /// Its options, and the base model that it names.
     pub config: AdapterConfig,
     /// The places of the factors in `weights`.
@@ -30,7 +30,7 @@ pub struct Adapter {
 /// # Errors
 /// If a file is missing or broken, if an option is not supported, or if the tensors are not exactly those that the
 /// options give for this model, in F32, F16 or BF16, with the right shapes and finite numbers.
-pub fn load(dir: impl AsRef<Path>, model: &ModelConfig) -> Result<Adapter> {
+pub fn load(dir: impl AsRef<Path>, model: &ModelConfig) -> Result<SavedAdapter> {
     let dir = dir.as_ref();
     let config = read_config(dir)?;
     let (path, weights) = Weights::open(dir)?;
@@ -38,7 +38,12 @@ pub fn load(dir: impl AsRef<Path>, model: &ModelConfig) -> Result<Adapter> {
 }
 
 /// The adapter of these options and this tensor file; `path`, of a file in the adapter's folder, is for messages.
-pub(super) fn assemble(path: &Path, mut config: AdapterConfig, file: &[u8], model: &ModelConfig) -> Result<Adapter> {
+pub(super) fn assemble(
+    path: &Path,
+    mut config: AdapterConfig,
+    file: &[u8],
+    model: &ModelConfig,
+) -> Result<SavedAdapter> {
     let dir = path.parent().unwrap_or(path);
     drop_unmatched(&mut config.lora, model, dir);
     // On a model whose tables are two it has no effect.
@@ -46,7 +51,7 @@ pub(super) fn assemble(path: &Path, mut config: AdapterConfig, file: &[u8], mode
     let layout = AdapterLayout::for_model(&config.lora, model).map_err(|error| prefixed(dir, error))?;
     let mut weights = vec![0.0; layout.len()];
     fill(path, file, &config.lora, &layout, &mut weights)?;
-    Ok(Adapter { config, layout, weights })
+    Ok(SavedAdapter { config, layout, weights })
 }
 
 /// Reads the adapter in the folder `dir` into the buffer of a model that is being trained, to go on from it. The target

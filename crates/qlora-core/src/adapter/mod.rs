@@ -31,7 +31,7 @@ mod weights;
 pub use card::is_ours as is_generated_card;
 pub use config_file::AdapterConfig;
 pub use kinds::{AdapterKinds, TrainedBias};
-pub use load::{Adapter, load, load_into, read_any_config, read_config};
+pub use load::{SavedAdapter, load, load_into, read_any_config, read_config};
 pub use open::{locate, open};
 pub use peft::{LoraModule, PeftAdapter, Replaced, TokenRows, open_folder};
 pub(crate) use resized::resize;

@@ -19,7 +19,7 @@ use super::save::{AdapterDtype, SaveOptions};
 use super::{CONFIG_FILE, WEIGHTS_FILE};
 use crate::atomic::{PendingFile, replace_directory};
 use crate::companions::Companions;
-use crate::safetensors_file::write_safetensors;
+use crate::formats::safetensors::write_safetensors;
 use crate::{Error, Result};
 
 impl PeftAdapter {

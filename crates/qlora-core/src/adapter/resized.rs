@@ -11,7 +11,7 @@ use qlora_kernels::weight::PlainData;
 
 use super::kinds::{EMBEDDING, HEAD};
 use super::peft::PeftAdapter;
-use crate::config::{CheckpointQuantization, ModelConfig};
+use crate::config::{ModelConfig, StoredQuantization};
 use crate::source::{PlainTensor, SourceWeight, StoredTensor, WeightSource};
 use crate::{Error, Result};
 
@@ -81,7 +81,7 @@ impl WeightSource for Resized {
         }
     }
 
-    fn quantization(&self) -> Option<&CheckpointQuantization> {
+    fn quantization(&self) -> Option<&StoredQuantization> {
         self.base.quantization()
     }
 

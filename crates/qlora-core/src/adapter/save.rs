@@ -6,8 +6,8 @@
 use super::{CARD_FILE, CONFIG_FILE, HEAD_TENSOR, TRAINED_OVER_FILE, TrainedOver, WEIGHTS_FILE, card, config_file};
 use crate::atomic::{PendingFile, cannot_write, replace_directory};
 use crate::companions::Companions;
+use crate::formats::safetensors::write_safetensors;
 use crate::lora::{AdapterLayout, Bias, Entry, LoraConfig, Which};
-use crate::safetensors_file::write_safetensors;
 use crate::{Error, Result};
 use half::{bf16, f16};
 use safetensors::Dtype;

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 
 use super::load::read_any_config;
 use super::{CARD_FILE, TRAINED_OVER_FILE};
-use crate::config::CheckpointQuantization;
+use crate::config::StoredQuantization;
 use crate::file::{self, SMALL};
 use crate::model::Quantization;
 use crate::source::{SourceWeight, WeightSource};
@@ -42,7 +42,7 @@ impl TrainedOver {
     /// If a layer that is stored in 4 bits cannot be read.
     pub fn of(source: &dyn WeightSource, quantization: Quantization) -> Result<Self> {
         match (source.quantization(), quantization) {
-            (Some(CheckpointQuantization::Bnb4bit), _) => {
+            (Some(StoredQuantization::Bnb4bit), _) => {
                 let spec = source.config().spec();
                 let names = spec.linear().map(Module::weight_name);
                 let packed = names.into_iter().find(|name| source.is_packed(name));

@@ -7,7 +7,8 @@ use qlora_kernels::mapped::MappedFile;
 
 use super::WEIGHTS_FILE;
 use super::load::missing;
-use crate::{Error, Result, pickle};
+use crate::formats::pickle;
+use crate::{Error, Result};
 
 /// The name of the file with the tensors in old adapters.
 pub(crate) const PICKLE_FILE: &str = "adapter_model.bin";

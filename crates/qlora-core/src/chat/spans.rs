@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::environment::{ANSWER_BEGIN, ANSWER_END, MARKED};
 use super::sentinel;
 use super::shape::{End, Shape};
-use super::{Answer, ChatTemplate, Message, RenderedChat, TemplateArguments};
+use super::{AnswerSpan, ChatTemplate, Message, RenderedChat, TemplateArguments};
 use crate::error::{Error, Result};
 
 /// By the template's generation blocks, which put marks around the answers.
@@ -32,7 +32,7 @@ pub(super) fn by_marks(
         owners(template, messages, arguments, &text, &blocks, &speakers)
     };
     let not_found = speakers.into_iter().filter(|speaker| !owners.contains(speaker)).collect();
-    let answers = owners.into_iter().zip(blocks).map(|(message, span)| Answer { message, span });
+    let answers = owners.into_iter().zip(blocks).map(|(message, span)| AnswerSpan { message, span });
     Ok(RenderedChat { answers: answers.filter(|answer| !answer.span.is_empty()).collect(), not_found, text })
 }
 
@@ -86,14 +86,14 @@ pub(super) fn by_sentinels(
     arguments: &TemplateArguments,
 ) -> Result<RenderedChat> {
     let text = template.render(messages, false, arguments)?;
-    let (mut answers, mut not_found): (Vec<Answer>, Vec<usize>) = (Vec::new(), Vec::new());
+    let (mut answers, mut not_found): (Vec<AnswerSpan>, Vec<usize>) = (Vec::new(), Vec::new());
     let mut shape = None;
     for message in (0..messages.len()).filter(|&i| messages[i].is_assistant()) {
         let shape = shape.get_or_insert_with(|| Shape::new(template, messages, arguments, &text));
         let behind = answers.last().map_or(0, |answer| answer.span.end);
         match answer(shape, message).filter(|span| span.start >= behind) {
             Some(span) if span.is_empty() => {}
-            Some(span) => answers.push(Answer { message, span }),
+            Some(span) => answers.push(AnswerSpan { message, span }),
             None => not_found.push(message),
         }
     }

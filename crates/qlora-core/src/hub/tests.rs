@@ -247,7 +247,7 @@ fn pickles_are_downloaded_where_there_is_nothing_else() {
         let server = Server::start(hub);
         let settings = settings(&server.endpoint, cache.path(), None);
         let snapshot = snapshot_with("org/name", None, &settings).unwrap();
-        crate::source::HfDirectory::open(&snapshot.folder).unwrap();
+        crate::formats::HfDirectory::open(&snapshot.folder).unwrap();
         assert_eq!(snapshot_with("org/name", None, &Settings { offline: true, ..settings }).unwrap(), snapshot);
     }
 }

@@ -13,9 +13,9 @@ use crate::atomic::replace_directory;
 use crate::companions::Companions;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::safetensors_stream::{SafetensorsStream, disk};
+use crate::formats::hf::{INDEX, SINGLE};
+use crate::formats::safetensors::{SafetensorsStream, disk};
 use crate::source::WeightSource;
-use crate::source::hf::{INDEX, SINGLE};
 use crate::spec::Module;
 
 /// Options of writing a model folder.

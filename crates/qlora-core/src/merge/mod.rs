@@ -11,7 +11,7 @@
 //! - [`MergeChoice`] says which weights an adapter belongs into, from what its folder says about its training
 //!   ([`TrainedOver`](crate::adapter::TrainedOver)).
 //! - [`MergedSource`] is a [`WeightSource`](crate::source::WeightSource): it can be loaded, written as a folder
-//!   ([`write_folder`]) or as GGUF ([`crate::gguf_write`]), one tensor at a time.
+//!   ([`write_folder`]) or as GGUF ([`crate::export::gguf`]), one tensor at a time.
 //! - [`WeightUpdate`] is what an adapter does to a base's weights; [`LoraUpdate`] is LoRA's, [`PeftUpdate`] that of any
 //!   of PEFT's kinds.
 //! - [`Companions`] are the files that belong to a model beside its weights.

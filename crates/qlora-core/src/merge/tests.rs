@@ -8,12 +8,13 @@ use qlora_kernels::weight::PlainData;
 use safetensors::SafeTensors;
 
 use super::*;
-use crate::adapter::{self, Adapter};
+use crate::adapter::{self, SavedAdapter};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::formats::HfDirectory;
 use crate::model::{CausalLm, LoadOptions, Quantization};
 use crate::open::{OpenOptions, open_model};
-use crate::source::{HfDirectory, PlainTensor, WeightSource};
+use crate::source::{PlainTensor, WeightSource};
 use crate::test_support::{largest, logits};
 
 fn fixtures() -> PathBuf {
@@ -24,7 +25,7 @@ fn base() -> HfDirectory {
     HfDirectory::open(fixtures().join("peft/base")).unwrap()
 }
 
-fn adapter_of(name: &str, source: &HfDirectory) -> Adapter {
+fn adapter_of(name: &str, source: &HfDirectory) -> SavedAdapter {
     adapter::load(fixtures().join("peft").join(name), source.config()).unwrap()
 }
 
@@ -198,7 +199,7 @@ fn tied_heads_stay_absent_and_resized_vocabularies_are_written() {
     let layout = crate::lora::AdapterLayout::for_model(&lora, &model).unwrap();
     let weights = vec![0.05; layout.len()];
     let config = adapter::AdapterConfig { lora, base_model_name_or_path: None, revision: None };
-    let adapter = Adapter { config, layout, weights };
+    let adapter = SavedAdapter { config, layout, weights };
     let update = LoraUpdate::new(&adapter).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("merged");
@@ -249,14 +250,14 @@ fn what_does_not_fit_is_named_and_nothing_is_left() {
     let error = write_folder(&merged, &Companions::default(), &out, &FolderOptions::default(), |_, _| ()).unwrap_err();
     assert!(error.to_string().contains("do not fit the adapter's"), "{error}");
     // A buffer that is too short, values that do not fit f16, an existing folder, a damaged configuration.
-    let short = Adapter { weights: vec![0.0; 3], ..adapter.clone() };
+    let short = SavedAdapter { weights: vec![0.0; 3], ..adapter.clone() };
     assert!(LoraUpdate::new(&short).unwrap_err().to_string().contains("holds 3"));
-    let huge = Adapter { weights: vec![1e3; adapter.weights.len()], ..adapter.clone() };
+    let huge = SavedAdapter { weights: vec![1e3; adapter.weights.len()], ..adapter.clone() };
     let update = LoraUpdate::new(&huge).unwrap();
     let merged = MergedSource::new(&source, &update, MergeInto::Original, Rounding::To(Dtype::F16)).unwrap();
     let error = write_folder(&merged, &Companions::default(), &out, &FolderOptions::default(), |_, _| ()).unwrap_err();
     assert!(error.to_string().contains("choose bf16 or f32"), "{error}");
-    let nan = Adapter { weights: vec![f32::NAN; adapter.weights.len()], ..adapter.clone() };
+    let nan = SavedAdapter { weights: vec![f32::NAN; adapter.weights.len()], ..adapter.clone() };
     let nan_update = LoraUpdate::new(&nan).unwrap();
     let merged = MergedSource::new(&source, &nan_update, MergeInto::Original, Rounding::Stored).unwrap();
     let error = write_folder(&merged, &Companions::default(), &out, &FolderOptions::default(), |_, _| ()).unwrap_err();

@@ -7,7 +7,7 @@ use qlora_kernels::ViewMut;
 use qlora_kernels::ops::matmul;
 use qlora_kernels::weight::PlainData;
 
-use crate::adapter::Adapter;
+use crate::adapter::SavedAdapter;
 use crate::adapter::kinds::{EMBEDDING, HEAD, dora};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
@@ -44,7 +44,7 @@ pub trait WeightUpdate: Send + Sync + fmt::Debug {
 /// biases in place of the base's.
 #[derive(Debug)]
 pub struct LoraUpdate<'a> {
-    adapter: &'a Adapter,
+    adapter: &'a SavedAdapter,
 }
 
 impl<'a> LoraUpdate<'a> {
@@ -53,7 +53,7 @@ impl<'a> LoraUpdate<'a> {
     /// # Errors
     /// If its buffer is not the layout's, a scaling is not finite, or it has A and B of the embedding or the head, or the whole of
     /// either.
-    pub fn new(adapter: &'a Adapter) -> Result<Self> {
+    pub fn new(adapter: &'a SavedAdapter) -> Result<Self> {
         if adapter.weights.len() != adapter.layout.len() {
             let (got, expected) = (adapter.weights.len(), adapter.layout.len());
             return Err(Error::Invalid(format!("the adapter has {expected} values by its layout, but holds {got}")));

@@ -13,7 +13,7 @@ use qlora_kernels::weight::WeightCache;
 
 use super::adapters::{Chosen, Span};
 use super::causal_lm::CausalLm;
-use super::trained::Adapter;
+use super::trained::TrainedAdapter;
 use crate::adapter::kinds::HEAD;
 use crate::batch::IGNORE_INDEX;
 use crate::error::{Error, Result};
@@ -29,7 +29,7 @@ impl CausalLm {
     }
 
     /// The trained adapter and its values, where it holds parts of the embedding or the head.
-    fn trained_tables(&self) -> Result<Option<(&Adapter, TensorView<'_>)>> {
+    fn trained_tables(&self) -> Result<Option<(&TrainedAdapter, TensorView<'_>)>> {
         let Some(adapter) = self.adapter().filter(|adapter| !adapter.tables().is_empty()) else { return Ok(None) };
         Ok(Some((adapter, TensorView::new("adapter", adapter.flat.as_tensor())?)))
     }

@@ -10,7 +10,7 @@ use qlora_kernels::weight::FrozenWeight;
 
 use super::adapters::AdapterSet;
 use super::stack::Stack;
-use super::trained::Adapter;
+use super::trained::TrainedAdapter;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 
@@ -21,7 +21,7 @@ pub struct CausalLm {
     pub(super) embedding: Arc<dyn FrozenWeight>,
     pub(super) head: Arc<dyn FrozenWeight>,
     pub(super) stack: Arc<Stack>,
-    pub(super) adapter: Option<Adapter>,
+    pub(super) adapter: Option<TrainedAdapter>,
     pub(super) adapters: AdapterSet,
     pub(super) enabled: bool,
     pub(super) workspace: Workspace,
@@ -58,7 +58,7 @@ impl CausalLm {
     }
 
     /// The adapter that is trained, if there is one.
-    pub fn adapter(&self) -> Option<&Adapter> {
+    pub fn adapter(&self) -> Option<&TrainedAdapter> {
         self.adapter.as_ref()
     }
 

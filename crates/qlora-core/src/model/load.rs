@@ -14,7 +14,7 @@ use qlora_kernels::quant::{IntConfig, QuantConfig};
 use self::tensor::{Context, Job, Place};
 use super::assemble::{Use, assemble};
 use super::causal_lm::CausalLm;
-use crate::config::CheckpointQuantization;
+use crate::config::StoredQuantization;
 use crate::error::{Error, Result};
 use crate::source::{WeightSource, again, ignorable};
 use crate::spec::{HEAD_WEIGHT, Kind, ModelSpec, Role, Tensor};
@@ -126,11 +126,11 @@ fn check_all_used(source: &dyn WeightSource, jobs: &[Job]) -> Result<()> {
 }
 
 /// Refuses to quantize weights that are quantized already, which would lose precision without saying so.
-fn check_quantization(asked: Quantization, stored: &CheckpointQuantization, source: &dyn WeightSource) -> Result<()> {
+fn check_quantization(asked: Quantization, stored: &StoredQuantization, source: &dyn WeightSource) -> Result<()> {
     let asked = match (asked, stored) {
         (Quantization::None, _)
-        | (Quantization::Bits4(_), CheckpointQuantization::Bnb4bit)
-        | (Quantization::Int8, CheckpointQuantization::Bnb8bit { .. }) => return Ok(()),
+        | (Quantization::Bits4(_), StoredQuantization::Bnb4bit)
+        | (Quantization::Int8, StoredQuantization::Bnb8bit { .. }) => return Ok(()),
         (Quantization::Bits4(config), _) => config.quant_type.to_string(),
         (Quantization::Int8, _) => "LLM.int8".to_owned(),
         (Quantization::Int(config), _) => format!("{}-bit integers", config.bits.bits()),

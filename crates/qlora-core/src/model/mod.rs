@@ -40,5 +40,5 @@ pub use memory_use::{MemoryUse, check_fp8};
 pub use plan::{BatchShape, MemoryPlan, Planner};
 pub use policy::Keep;
 pub use train::TrainPass;
-pub use trained::Adapter;
+pub use trained::TrainedAdapter;
 pub use weights::LinearWeight;

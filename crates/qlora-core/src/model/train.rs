@@ -17,7 +17,7 @@ use super::adapters::{AdapterChoice, Chosen};
 use super::block::Pass;
 use super::causal_lm::CausalLm;
 use super::projection::AdapterPass;
-use super::trained::Adapter;
+use super::trained::TrainedAdapter;
 use crate::autograd;
 use crate::batch::Batch;
 use crate::error::{Error, Result};
@@ -55,7 +55,7 @@ impl TrainPass {
 
 impl CausalLm {
     /// Runs the decoder with the trained adapter on `inputs_embeds [tokens, hidden_size]` (f32), as one node of candle's graph: the
-    /// final norm's output `[tokens, hidden_size]`, which the head reads. `backward` gives the gradients of [`Adapter::variable`]
+    /// final norm's output `[tokens, hidden_size]`, which the head reads. `backward` gives the gradients of [`TrainedAdapter::variable`]
     /// and, where candle tracks it, of `inputs_embeds`.
     ///
     /// # Errors
@@ -68,7 +68,7 @@ impl CausalLm {
     }
 
     /// The mean loss over `num_items` trained tokens as a candle scalar: `loss.backward()` gives the gradient of
-    /// [`Adapter::variable`]. `num_items` counts the whole optimizer step, so that micro-batches add up.
+    /// [`TrainedAdapter::variable`]. `num_items` counts the whole optimizer step, so that micro-batches add up.
     ///
     /// # Errors
     /// If there is no adapter, a token or target is outside the vocabulary, or a sequence is too long.
@@ -188,7 +188,7 @@ impl CausalLm {
     }
 }
 
-fn check_length(adapter: &Adapter, gradient: &ViewMut) -> Result<()> {
+fn check_length(adapter: &TrainedAdapter, gradient: &ViewMut) -> Result<()> {
     let (got, expected) = (gradient.rows() * gradient.cols(), adapter.layout().len());
     if got == expected {
         return Ok(());

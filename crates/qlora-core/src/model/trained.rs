@@ -17,7 +17,7 @@ use crate::lora::{AdapterLayout, LoraConfig};
 
 /// An adapter in memory that can be trained.
 #[derive(Clone, Debug)]
-pub struct Adapter {
+pub struct TrainedAdapter {
     config: LoraConfig,
     layout: AdapterLayout,
     pub(super) flat: Var,
@@ -42,7 +42,7 @@ struct Remembered {
     with_gains: Option<Arc<Matrix>>,
 }
 
-impl Adapter {
+impl TrainedAdapter {
     pub(super) fn new(
         config: LoraConfig,
         layout: AdapterLayout,

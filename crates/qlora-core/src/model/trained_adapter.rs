@@ -7,7 +7,7 @@ use qlora_kernels::weight::FrozenCompute;
 use super::causal_lm::CausalLm;
 use super::memory_use::FP8_WITH_DORA;
 use super::projection::LoraSlot;
-use super::trained::Adapter;
+use super::trained::TrainedAdapter;
 use crate::adapter::kinds::tables::{self, TrainedTables};
 use crate::adapter::kinds::{EMBEDDING, HEAD, dora};
 use crate::error::{Error, Result};
@@ -118,7 +118,7 @@ impl CausalLm {
             )));
         }
         let flat = Var::from_tensor(&Tensor::from_vec(values, layout.len(), &self.workspace.device())?)?;
-        self.adapter = Some(Adapter::new(config, layout, flat, changes, tables));
+        self.adapter = Some(TrainedAdapter::new(config, layout, flat, changes, tables));
         Ok(())
     }
 
@@ -142,7 +142,7 @@ impl CausalLm {
         self.enabled
     }
 
-    pub(super) fn adapter_to_train(&self) -> Result<&Adapter> {
+    pub(super) fn adapter_to_train(&self) -> Result<&TrainedAdapter> {
         self.adapter.as_ref().ok_or_else(|| {
             Error::Invalid("the model has no adapter to train: call add_adapter or set_adapter first".into())
         })

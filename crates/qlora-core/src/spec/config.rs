@@ -17,7 +17,7 @@ pub use super::arch::Architecture;
 pub(crate) use json::Fields;
 pub(crate) use layers::LayerTypes;
 pub(crate) use limits::MAX_LAYERS;
-pub use quantization::CheckpointQuantization;
+pub use quantization::StoredQuantization;
 pub(crate) use write::decimal;
 
 /// A decoder's parts and sizes, in the names of Hugging Face's `config.json`.

@@ -21,7 +21,7 @@ use tokenizers::{
 };
 
 use super::SpecialTokens;
-use crate::source::gguf::{Vocabulary, VocabularyKind, token_type};
+use crate::formats::gguf::{Vocabulary, VocabularyKind, token_type};
 
 /// SentencePiece's character for a space.
 pub(super) const SPACE: &str = "\u{2581}";

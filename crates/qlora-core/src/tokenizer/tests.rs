@@ -145,7 +145,7 @@ fn damaged_files_are_errors() {
 
 #[test]
 fn hostile_vocabularies_are_errors() {
-    use crate::source::gguf::{Vocabulary, VocabularyKind};
+    use crate::formats::gguf::{Vocabulary, VocabularyKind};
     let vocabulary = |kind, pre, tokens: &[&'static str], merges: &[&'static str], scores: &[f32]| Vocabulary {
         kind,
         pre,

@@ -19,8 +19,8 @@ use crate::common::tally::{Tally, cuts};
 use crate::common::{Checkpoint, FOLDERS, Raw, fixtures, quantized};
 use qlora_core::adapter;
 use qlora_core::config::ModelConfig;
+use qlora_core::formats::HfDirectory;
 use qlora_core::model::{CausalLm, LoadOptions};
-use qlora_core::source::HfDirectory;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 

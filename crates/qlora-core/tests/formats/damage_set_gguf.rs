@@ -9,8 +9,8 @@ use crate::common::tally::{Tally, cuts};
 use candle_core::quantized::gguf_file::{self, Value as Meta};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
+use qlora_core::formats::Gguf;
 use qlora_core::model::{CausalLm, LoadOptions};
-use qlora_core::source::Gguf;
 
 /// A GGUF file taken apart.
 struct Parts {

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 
 use qlora_core::chat::{Message, TemplateArguments};
 use qlora_core::config::{Architecture, ModelConfig};
+use qlora_core::formats::{Gguf, HfDirectory};
 use qlora_core::open::{OpenOptions, open_model};
-use qlora_core::source::{Gguf, HfDirectory, WeightSource};
+use qlora_core::source::WeightSource;
 use qlora_core::tokenizer::Tokenizer;
 use qlora_kernels::ops::rope::{RopeConfig, RopeScaling};
 use qlora_kernels::weight::PlainData;

@@ -7,8 +7,9 @@ use crate::common::tally::{Tally, cuts};
 
 use qlora_core::adapter;
 use qlora_core::config::ModelConfig;
+use qlora_core::formats::HfDirectory;
 use qlora_core::lora::AdapterLayout;
-use qlora_core::source::{HfDirectory, WeightSource};
+use qlora_core::source::WeightSource;
 use serde_json::Value;
 
 fn fixture(name: &str) -> PathBuf {

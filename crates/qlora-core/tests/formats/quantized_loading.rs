@@ -10,11 +10,12 @@ use std::process::Command;
 use crate::common::{Checkpoint, FOLDERS, fixtures, quantized};
 use candle_core::{DType, Device, Tensor};
 use qlora_core::batch::Batch;
-use qlora_core::config::{CheckpointQuantization, ModelConfig};
+use qlora_core::config::{ModelConfig, StoredQuantization};
+use qlora_core::export::bitsandbytes;
+use qlora_core::formats::HfDirectory;
 use qlora_core::lora::{LoraConfig, linear_modules};
 use qlora_core::model::{AdapterChoice, CausalLm, LoadOptions, Quantization, TrainPass};
-use qlora_core::quantized_checkpoint;
-use qlora_core::source::{HfDirectory, PlainTensor, SourceWeight, WeightSource};
+use qlora_core::source::{PlainTensor, SourceWeight, WeightSource};
 use qlora_kernels::SequenceLayout;
 use qlora_kernels::quant::{IntBits, IntConfig, QuantConfig, QuantType};
 use qlora_kernels::weight::{FrozenWeight, PlainData};
@@ -320,7 +321,7 @@ fn quantized_weights_are_not_quantized_again() {
         let error = source.read(weight).unwrap_err().to_string();
         assert!(error.contains("is stored quantized") && error.contains(weight), "{error}");
         let out = tempfile::tempdir().unwrap();
-        let error = quantized_checkpoint::write(&source, "{}", &config, &out.path().join("x"), |_, _| ()).unwrap_err();
+        let error = bitsandbytes::write(&source, "{}", &config, &out.path().join("x"), |_, _| ()).unwrap_err();
         assert!(error.to_string().contains("already"), "{error}");
     }
     // Asking for the stored quantization is no contradiction, and plain layers of a skip list stay plain.
@@ -328,7 +329,7 @@ fn quantized_weights_are_not_quantized_again() {
     assert_eq!(load_as(&source, nf4).memory(), load_as(&source, Quantization::None).memory());
     let source = HfDirectory::open(quantized("bnb_int8")).unwrap();
     assert_eq!(load_as(&source, Quantization::Int8).memory(), load_as(&source, Quantization::None).memory());
-    assert_eq!(source.quantization(), Some(&CheckpointQuantization::Bnb8bit { threshold: 6.0 }));
+    assert_eq!(source.quantization(), Some(&StoredQuantization::Bnb8bit { threshold: 6.0 }));
 }
 
 /// Loads a plain model in every integer kind: the finer the steps, the closer the logits.
@@ -381,7 +382,7 @@ fn written(quant_type: QuantType, double_quant: bool, out: &Path) -> QuantConfig
     let config = QuantConfig { quant_type, double_quant, ..QuantConfig::default() };
     let source = HfDirectory::open(&folder).unwrap();
     let json = std::fs::read_to_string(folder.join("config.json")).unwrap();
-    quantized_checkpoint::write(&source, &json, &config, out, |_, _| ()).unwrap();
+    bitsandbytes::write(&source, &json, &config, out, |_, _| ()).unwrap();
     config
 }
 

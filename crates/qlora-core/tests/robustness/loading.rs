@@ -10,7 +10,8 @@ use std::sync::LazyLock;
 use crate::check_memory;
 use proptest::prelude::*;
 use qlora_core::config::ModelConfig;
-use qlora_core::source::{Gguf, HfDirectory, WeightSource};
+use qlora_core::formats::{Gguf, HfDirectory};
+use qlora_core::source::WeightSource;
 use qlora_core::tokenizer::Tokenizer;
 use serde_json::Value;
 

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use crate::check_memory;
 use crate::common::{Checkpoint, FOLDERS, quantized};
 use proptest::prelude::*;
+use qlora_core::formats::HfDirectory;
 use qlora_core::model::{CausalLm, LoadOptions};
-use qlora_core::source::HfDirectory;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 

@@ -19,7 +19,7 @@ pub(super) enum Beginning {
     /// Not there yet.
     Fresh(Box<LoraConfig>, AdapterLayout),
     /// Read from a folder.
-    Trained(Box<adapter::Adapter>),
+    Trained(Box<adapter::SavedAdapter>),
 }
 
 impl Beginning {
@@ -97,7 +97,7 @@ fn table<T: Copy>(of: &ByModule<T>) -> BTreeMap<String, T> {
 }
 
 /// Checks that the given options, where they are not the default, are the adapter's; else names those that are not.
-fn agree(asked: &LoraOptions, trained: &adapter::Adapter, model: &ModelConfig) -> std::result::Result<(), String> {
+fn agree(asked: &LoraOptions, trained: &adapter::SavedAdapter, model: &ModelConfig) -> std::result::Result<(), String> {
     let (default, has) = (LoraOptions::default(), &trained.config.lora);
     let differs =
         |name: &str, asked: String, has: String| Err(format!("the adapter has {name} = {has}, not {asked} as"));

@@ -15,7 +15,7 @@ use crate::file;
 /// The quantization of a checkpoint's linear layers. Modules that are stored plain (skip lists) are always allowed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
-pub enum CheckpointQuantization {
+pub enum StoredQuantization {
     /// bitsandbytes' NF4 or FP4; each tensor carries its own state.
     Bnb4bit,
     /// bitsandbytes' LLM.int8.
@@ -45,7 +45,7 @@ pub enum CheckpointQuantization {
 const SUPPORTED: &str = "bitsandbytes (4-bit NF4 and FP4, 8-bit), gptq (4 and 8 bits; checkpoint_format gptq and \
                          gptq_v2) and awq (4 bits; version gemm)";
 
-impl CheckpointQuantization {
+impl StoredQuantization {
     /// Reads `quantization_config` from the text of a `config.json`; none if the weights are stored plain. `path` is only
     /// named in errors.
     ///
@@ -57,7 +57,7 @@ impl CheckpointQuantization {
     }
 }
 
-impl fmt::Display for CheckpointQuantization {
+impl fmt::Display for StoredQuantization {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Bnb4bit => f.write_str("bitsandbytes 4-bit"),
@@ -68,7 +68,7 @@ impl fmt::Display for CheckpointQuantization {
     }
 }
 
-pub(super) fn parse(fields: &Fields<'_>) -> Result<Option<CheckpointQuantization>> {
+pub(super) fn parse(fields: &Fields<'_>) -> Result<Option<StoredQuantization>> {
     const KEY: &str = "quantization_config";
     let Some(map) = fields.object(KEY)? else { return Ok(None) };
     let fields = &fields.inside(KEY, map);
@@ -83,13 +83,13 @@ pub(super) fn parse(fields: &Fields<'_>) -> Result<Option<CheckpointQuantization
     };
     Ok(Some(match method {
         "bitsandbytes" => match (load("4bit")?, load("8bit")?) {
-            (true, false) => CheckpointQuantization::Bnb4bit,
+            (true, false) => StoredQuantization::Bnb4bit,
             (false, true) => {
                 let threshold = fields.f64("llm_int8_threshold")?.unwrap_or(6.0) as f32;
                 if !(threshold.is_finite() && threshold >= 0.0) {
                     return Err(fields.invalid(&format!("llm_int8_threshold is {threshold}; expected 0 or more")));
                 }
-                CheckpointQuantization::Bnb8bit { threshold }
+                StoredQuantization::Bnb8bit { threshold }
             }
             (true, true) => return Err(fields.invalid("load_in_4bit and load_in_8bit are both true")),
             (false, false) => return Err(fields.invalid("neither load_in_4bit nor load_in_8bit is true")),
@@ -109,13 +109,13 @@ pub(super) fn parse(fields: &Fields<'_>) -> Result<Option<CheckpointQuantization
                 Some(_) => group_size(fields, "group_size")?,
                 None => group_size(fields, "q_group_size")?,
             };
-            CheckpointQuantization::Awq { group_size }
+            StoredQuantization::Awq { group_size }
         }
         other => return Err(unsupported(fields, &format!("quant_method \"{other}\""))),
     }))
 }
 
-fn gptq(fields: &Fields<'_>) -> Result<CheckpointQuantization> {
+fn gptq(fields: &Fields<'_>) -> Result<StoredQuantization> {
     let bits = fields.usize("bits")?.ok_or_else(|| fields.invalid("bits is missing"))?;
     if !matches!(bits, 4 | 8) {
         return Err(unsupported(fields, &format!("GPTQ in {bits} bits")));
@@ -136,7 +136,7 @@ fn gptq(fields: &Fields<'_>) -> Result<CheckpointQuantization> {
         return Err(unsupported(fields, &format!("GPTQ with pack_dtype \"{dtype}\"")));
     }
     let per_module = fields.object("dynamic")?.is_some_and(|rules| !rules.is_empty());
-    Ok(CheckpointQuantization::Gptq { bits, group_size: group_size(fields, "group_size")?, zero_offset, per_module })
+    Ok(StoredQuantization::Gptq { bits, group_size: group_size(fields, "group_size")?, zero_offset, per_module })
 }
 
 fn either(fields: &Fields<'_>, key: &str, other: &str) -> Result<Option<usize>> {
@@ -168,29 +168,29 @@ fn unsupported(fields: &Fields<'_>, what: &str) -> crate::Error {
 mod tests {
     use super::*;
 
-    fn read(options: &str) -> Result<Option<CheckpointQuantization>> {
-        CheckpointQuantization::from_json(&format!(r#"{{"quantization_config": {options}}}"#), Path::new("config.json"))
+    fn read(options: &str) -> Result<Option<StoredQuantization>> {
+        StoredQuantization::from_json(&format!(r#"{{"quantization_config": {options}}}"#), Path::new("config.json"))
     }
 
     #[test]
     fn methods_are_told_apart() {
         assert_eq!(read("null").unwrap(), None);
-        assert_eq!(CheckpointQuantization::from_json("{}", Path::new("x")).unwrap(), None);
-        let bnb = CheckpointQuantization::Bnb4bit;
+        assert_eq!(StoredQuantization::from_json("{}", Path::new("x")).unwrap(), None);
+        let bnb = StoredQuantization::Bnb4bit;
         assert_eq!(read(r#"{"load_in_4bit": true, "load_in_8bit": false}"#).unwrap(), Some(bnb));
         assert_eq!(read(r#"{"_load_in_4bit": true, "quant_method": "bitsandbytes"}"#).unwrap(), Some(bnb));
-        let int8 = |threshold| Some(CheckpointQuantization::Bnb8bit { threshold });
+        let int8 = |threshold| Some(StoredQuantization::Bnb8bit { threshold });
         assert_eq!(read(r#"{"load_in_8bit": true, "quant_method": "bitsandbytes"}"#).unwrap(), int8(6.0));
         assert_eq!(read(r#"{"load_in_8bit": true, "llm_int8_threshold": 0}"#).unwrap(), int8(0.0));
         let gptq = |bits, group_size, zero_offset, per_module| {
-            Some(CheckpointQuantization::Gptq { bits, group_size, zero_offset, per_module })
+            Some(StoredQuantization::Gptq { bits, group_size, zero_offset, per_module })
         };
         let with = |options: &str| read(&format!(r#"{{"quant_method": "gptq", {options}}}"#)).unwrap();
         assert_eq!(with(r#""bits": 4"#), gptq(4, Some(128), 1, false));
         assert_eq!(with(r#""bits": 8, "group_size": -1, "format": "gptq_v2""#), gptq(8, None, 0, false));
         let dynamic = r#""bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2", "dynamic": {"-:.*": {}}"#;
         assert_eq!(with(dynamic), gptq(4, Some(32), 0, true));
-        let awq = |group_size| Some(CheckpointQuantization::Awq { group_size });
+        let awq = |group_size| Some(StoredQuantization::Awq { group_size });
         assert_eq!(read(r#"{"quant_method": "awq", "bits": 4, "version": "gemm"}"#).unwrap(), awq(Some(128)));
         assert_eq!(
             read(r#"{"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "version": "GEMM"}"#).unwrap(),

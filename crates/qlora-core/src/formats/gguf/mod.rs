@@ -1,12 +1,14 @@
-//! Llama-style models in GGUF files (llama.cpp).
+//! GGUF files (llama.cpp): Llama-style models in them, and the pieces that [`export`](crate::export::gguf) writes them of.
 //!
 //! Read are the architectures of [`Architecture`](crate::config::Architecture) (Mistral models are written as `llama`), with weights
 //! of the types that candle dequantizes, and IQ4_NL and IQ4_XS. Tensors are named and ordered as Hugging Face's; the configuration, tokenizer
 //! and chat template come from the metadata.
 
+pub mod blocks;
 mod config;
 mod header;
 mod iq4;
+pub(crate) mod metadata;
 pub(crate) mod rows;
 pub(crate) mod split;
 mod types;
@@ -21,9 +23,9 @@ use self::header::Header;
 use self::split::Part;
 use self::types::GgmlType;
 pub(crate) use self::vocabulary::{Vocabulary, VocabularyKind, token_type};
-use super::{PlainTensor, WeightSource, check_tensors, ignorable, unknown_tensor};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::source::{PlainTensor, WeightSource, check_tensors, ignorable, unknown_tensor};
 
 /// The vocabulary of a GGUF file that need not hold a model.
 pub(crate) fn read_vocabulary<T>(
@@ -199,5 +201,4 @@ impl WeightSource for Gguf {
 }
 
 #[cfg(test)]
-#[path = "gguf/tests.rs"]
 mod tests;

@@ -5,8 +5,8 @@ use std::str::FromStr;
 
 use qlora_kernels::ggml::BlockType;
 
-use super::blocks;
 use crate::error::{Error, Result};
+use crate::formats::gguf::blocks;
 
 /// The type of a GGUF file: that of most of its matrices. Which matrices have another one is llama.cpp's choice for the same name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! One memory-mapped file of weights: safetensors, or a pickle of PyTorch ([`crate::pickle`]).
+//! One memory-mapped file of weights: safetensors, or a pickle of PyTorch ([`pickle`](crate::formats::pickle)).
 //!
 //! safetensors: `u64` little-endian header length, a JSON header (name -> dtype, shape, byte range), then the tensors without
 //! gaps. Everything the header says is checked against the file's length before a tensor is read.
@@ -13,16 +13,16 @@ use qlora_kernels::{Dtype as Float, FileBytes, MappedFile};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
-use super::{PlainTensor, StoredTensor};
 use crate::error::{Error, Result};
-use crate::pickle::{self, Place};
+use crate::formats::pickle::{self, Place};
+use crate::source::{PlainTensor, StoredTensor};
 
 /// The largest header that is read, as in safetensors.
 const MAX_HEADER: u64 = 100_000_000;
 
 /// A file of weights with the places of its tensors.
 #[derive(Debug)]
-pub(super) struct Shard {
+pub(in crate::formats) struct Shard {
     path: PathBuf,
     file: MappedFile,
     tensors: HashMap<String, Place>,
@@ -32,7 +32,7 @@ pub(super) struct Shard {
 
 impl Shard {
     /// Maps the file and checks where its tensors lie. A name that ends in `.bin` is a pickle's.
-    pub(super) fn open(path: PathBuf) -> Result<Self> {
+    pub(in crate::formats) fn open(path: PathBuf) -> Result<Self> {
         let file = MappedFile::open(&path).map_err(|e| Error::io(&path, e))?;
         let tensors = match path.extension().is_some_and(|end| end == "bin") {
             true => pickle::tensors(&file),
@@ -43,7 +43,7 @@ impl Shard {
     }
 
     /// Lets the tensor that the file calls `stored` go by `name`; a name that was given before is replaced.
-    pub(super) fn rename(&mut self, stored: &str, name: &str) {
+    pub(in crate::formats) fn rename(&mut self, stored: &str, name: &str) {
         self.renamed.retain(|_, other| other != stored);
         self.renamed.insert(name.to_owned(), stored.to_owned());
     }
@@ -52,38 +52,38 @@ impl Shard {
         self.tensors.get(self.renamed.get(name).map_or(name, String::as_str))
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(in crate::formats) fn path(&self) -> &Path {
         &self.path
     }
 
     /// The tensors' names in the file, in no particular order.
-    pub(super) fn stored_names(&self) -> impl Iterator<Item = String> {
+    pub(in crate::formats) fn stored_names(&self) -> impl Iterator<Item = String> {
         self.tensors.keys().cloned()
     }
 
-    pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
+    pub(in crate::formats) fn shape(&self, name: &str) -> Option<&[usize]> {
         self.info(name).map(|info| info.shape.as_slice())
     }
 
-    pub(super) fn dtype(&self, name: &str) -> Option<Dtype> {
+    pub(in crate::formats) fn dtype(&self, name: &str) -> Option<Dtype> {
         self.info(name).map(|info| info.dtype)
     }
 
     /// The bytes of one tensor, if they lie one after the other.
-    pub(super) fn bytes(&self, name: &str) -> Option<&[u8]> {
+    pub(in crate::formats) fn bytes(&self, name: &str) -> Option<&[u8]> {
         let place = self.info(name).filter(|place| place.strides.is_none())?;
         Some(&self.file[place.start..place.start + place.len()])
     }
 
     /// A plain tensor's place in the file, if its elements lie one after the other.
-    pub(super) fn stored(&self, name: &str) -> Option<StoredTensor<'_>> {
+    pub(in crate::formats) fn stored(&self, name: &str) -> Option<StoredTensor<'_>> {
         let dtype = float(self.dtype(name)?)?;
         let place = self.info(name).filter(|place| place.strides.is_none())?;
         Some(StoredTensor { bytes: self.file.bytes(place.start..place.start + place.len()), dtype })
     }
 
     /// Copies one tensor out of the file.
-    pub(super) fn read(&self, name: &str) -> Result<PlainTensor> {
+    pub(in crate::formats) fn read(&self, name: &str) -> Result<PlainTensor> {
         let info = self.info(name).ok_or_else(|| Error::tensor(name, format!("not in {}", self.path.display())))?;
         let Some(dtype) = float(info.dtype) else { return Err(unsupported_dtype(name, info.dtype, &self.path)) };
         let Some(StoredTensor { bytes, .. }) = self.stored(name) else {
@@ -115,7 +115,7 @@ fn float(dtype: Dtype) -> Option<Float> {
 }
 
 /// The error for a dtype that is not read.
-pub(super) fn unsupported_dtype(name: &str, dtype: Dtype, path: &Path) -> Error {
+pub(in crate::formats) fn unsupported_dtype(name: &str, dtype: Dtype, path: &Path) -> Error {
     let message = format!("has dtype {dtype:?} in {}; supported are F32, BF16 and F16", path.display());
     Error::tensor(name, message)
 }

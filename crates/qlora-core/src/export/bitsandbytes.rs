@@ -18,8 +18,8 @@ use crate::atomic::replace_directory;
 use crate::companions::Companions;
 use crate::error::{Error, Result};
 use crate::file;
+use crate::formats::safetensors::SafetensorsStream;
 use crate::open::ModelFiles;
-use crate::safetensors_stream::SafetensorsStream;
 use crate::source::WeightSource;
 use crate::spec::Module;
 

@@ -254,7 +254,8 @@ pub(crate) fn to_safetensors(file: &[u8]) -> Result<Vec<u8>, String> {
         (name, Owned(place.dtype, place.shape, data))
     });
     let mut out = Vec::new();
-    crate::safetensors_file::write_safetensors(&mut out, owned.collect(), None).map_err(|error| error.to_string())?;
+    crate::formats::safetensors::write_safetensors(&mut out, owned.collect(), None)
+        .map_err(|error| error.to_string())?;
     Ok(out)
 }
 

@@ -14,8 +14,8 @@
 use qlora_kernels::quant::{IntBits, IntParts};
 use safetensors::Dtype;
 
-use super::words::{self, words};
-use super::{Raw, words::SCALE_TYPES};
+use super::packed::Raw;
+use super::words::{self, SCALE_TYPES, words};
 use crate::error::{Error, Result};
 
 /// The packing of a layer.

@@ -1,7 +1,7 @@
 //! Writes a safetensors file whose tensors become known one after the other.
 //!
 //! The header stands before the data but depends on it: room is left for the longest header there can be, and what is not
-//! needed is filled with spaces, as the format allows. [`write_safetensors`](crate::safetensors_file::write_safetensors)
+//! needed is filled with spaces, as the format allows. [`write_safetensors`](crate::formats::safetensors::write_safetensors)
 //! is for tensors that are all known beforehand.
 
 use std::fs::File;

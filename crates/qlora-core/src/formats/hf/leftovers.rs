@@ -15,10 +15,10 @@ use half::{bf16, f16};
 use qlora_kernels::Dtype;
 use serde_json::Value;
 
-use super::StoredTensor;
-use super::shard::Shard;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::formats::safetensors::shard::Shard;
+use crate::source::StoredTensor;
 use crate::spec::{EMBEDDING_WEIGHT as EMBEDDING, HEAD_WEIGHT as HEAD};
 
 /// Gives the tensors of a model that was saved without its head (`LlamaModel`) the names that they have with one.

@@ -14,15 +14,15 @@ use qlora_kernels::quant::{Absmax, BLOCKSIZES, NestedAbsmax, Parts, QuantType};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-use super::Raw;
 use crate::error::{Error, Result};
+use crate::formats::packed::Raw;
 
 /// The largest JSON state that is read; real ones have some 200 bytes.
 const MAX_STATE: usize = 1 << 14;
 
 /// The JSON quantization state of a tensor.
 #[derive(Debug)]
-pub(super) struct State {
+pub(in crate::formats) struct State {
     quant_type: QuantType,
     blocksize: usize,
     dtype: Float,
@@ -31,7 +31,11 @@ pub(super) struct State {
 }
 
 /// The state, and the names of all tensors, that of the codes first.
-pub(super) fn find(raw: &Raw<'_>, module: &str, [rows, cols]: [usize; 2]) -> Result<Option<(State, Vec<String>)>> {
+pub(in crate::formats) fn find(
+    raw: &Raw<'_>,
+    module: &str,
+    [rows, cols]: [usize; 2],
+) -> Result<Option<(State, Vec<String>)>> {
     let weight = format!("{module}.weight");
     let part = |suffix: &str| format!("{weight}.{suffix}");
     let state_name = |quant_type: QuantType| part(&format!("quant_state.bitsandbytes__{}", quant_type.name()));
@@ -129,7 +133,7 @@ fn parse(raw: &Raw<'_>, name: &str, quant_type: QuantType, shape: [usize; 2]) ->
     Ok(State { quant_type, blocksize, dtype, nested })
 }
 
-pub(super) fn read(raw: &Raw<'_>, module: &str, [rows, cols]: [usize; 2], state: &State) -> Result<Parts> {
+pub(in crate::formats) fn read(raw: &Raw<'_>, module: &str, [rows, cols]: [usize; 2], state: &State) -> Result<Parts> {
     let weight = format!("{module}.weight");
     let part = |suffix: &str| format!("{weight}.{suffix}");
     let map = raw.f32(&part("quant_map"))?;

@@ -3,9 +3,9 @@
 use qlora_kernels::ops::rope::RopeScaling;
 
 use super::GgufOptions;
-use super::metadata::Metadata;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::formats::gguf::metadata::Metadata;
 use crate::spec::gguf::Value;
 
 /// The tensor that holds the divisors of Llama 3's rotary frequencies.

@@ -9,11 +9,11 @@ use std::io::Write;
 use serde_json::Value;
 
 use super::GgufOptions;
-use super::metadata::Metadata;
 use crate::config::ModelConfig;
 use crate::end_tokens::llama_cpp_knows;
 use crate::error::{Error, Result};
-use crate::source::gguf::token_type;
+use crate::formats::gguf::metadata::Metadata;
+use crate::formats::gguf::token_type;
 use crate::tokenizer::{Tokenizer, pre_tokenizer_of};
 
 /// Tokens that only fill the embedding's rows.

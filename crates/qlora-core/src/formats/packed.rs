@@ -4,64 +4,19 @@
 //! headers say is checked when the source is opened: presence, dtypes, shapes, the JSON state of 4-bit tensors. Values are
 //! checked when a weight is read. Codes are taken over as they are.
 
-mod awq;
-mod bnb4;
-mod bnb8;
-mod gptq;
-mod words;
-
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use qlora_kernels::quant::{Quantized4bit, QuantizedInt};
-use qlora_kernels::weight::PlainData;
 use safetensors::Dtype;
 
-use super::PlainTensor;
-use super::shard::Shard;
-use crate::config::{CheckpointQuantization, ModelConfig};
+use super::bitsandbytes::{bits4, bits8};
+use super::safetensors::shard::Shard;
+use super::{awq, gptq};
+use crate::config::{ModelConfig, StoredQuantization};
 use crate::error::{Error, Result};
+use crate::source::SourceWeight;
 use crate::spec::Role;
-
-/// A weight as a source holds it.
-#[derive(Clone, Debug)]
-pub enum SourceWeight {
-    /// In 16 or 32 bits.
-    Plain(PlainTensor),
-    /// NF4 or FP4.
-    FourBit(Quantized4bit),
-    /// LLM.int8, GPTQ or AWQ.
-    Int(QuantizedInt),
-}
-
-impl SourceWeight {
-    /// The sizes of the dimensions, the outermost first.
-    pub fn shape(&self) -> Vec<usize> {
-        use qlora_kernels::weight::FrozenWeight;
-        match self {
-            Self::Plain(tensor) => tensor.shape.clone(),
-            Self::FourBit(weight) => vec![weight.rows(), weight.cols()],
-            Self::Int(weight) => vec![weight.rows(), weight.cols()],
-        }
-    }
-
-    /// The values that the weight stands for: 4-bit weights in the type they had before they were quantized, integers in
-    /// f32.
-    pub fn into_plain(self) -> PlainTensor {
-        use qlora_kernels::weight::FrozenWeight;
-        let shape = self.shape();
-        let data = match self {
-            Self::Plain(tensor) => return tensor,
-            Self::FourBit(weight) => weight.dequantize(weight.source_dtype()),
-            Self::Int(weight) => {
-                let mut data = vec![0.0; shape.iter().product()];
-                weight.dequantize_rows(0..weight.rows(), &mut data);
-                PlainData::F32(data)
-            }
-        };
-        PlainTensor { data, shape }
-    }
-}
 
 /// A quantized linear layer of the checkpoint.
 #[derive(Debug)]
@@ -77,7 +32,7 @@ pub(super) struct Packed {
 
 #[derive(Debug)]
 enum Kind {
-    Bnb4(bnb4::State),
+    Bnb4(bits4::State),
     Bnb8 { threshold: f32 },
     Gptq(gptq::Layout),
     Awq { group_size: usize },
@@ -91,20 +46,20 @@ pub(super) struct Raw<'a> {
 }
 
 impl Raw<'_> {
-    fn has(&self, name: &str) -> bool {
+    pub(super) fn has(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
     }
 
-    fn shard(&self, name: &str) -> Option<&Shard> {
+    pub(super) fn shard(&self, name: &str) -> Option<&Shard> {
         self.tensors.get(name).map(|&number| &self.shards[number])
     }
 
-    fn dtype(&self, name: &str) -> Option<Dtype> {
+    pub(super) fn dtype(&self, name: &str) -> Option<Dtype> {
         self.shard(name)?.dtype(name)
     }
 
     /// Checks that a tensor is there in one of the dtypes, with one of the shapes. `owner` is what needs it.
-    fn expect(&self, name: &str, owner: &str, dtypes: &[Dtype], shapes: &[&[usize]]) -> Result<()> {
+    pub(super) fn expect(&self, name: &str, owner: &str, dtypes: &[Dtype], shapes: &[&[usize]]) -> Result<()> {
         let missing = || Error::tensor(name, format!("missing in {}; {owner} needs it", self.folder.display()));
         let shard = self.shard(name).ok_or_else(missing)?;
         let (dtype, shape) = (shard.dtype(name).ok_or_else(missing)?, shard.shape(name).ok_or_else(missing)?);
@@ -120,12 +75,12 @@ impl Raw<'_> {
         Ok(())
     }
 
-    fn bytes(&self, name: &str) -> Result<&[u8]> {
+    pub(super) fn bytes(&self, name: &str) -> Result<&[u8]> {
         let bytes = self.shard(name).and_then(|shard| shard.bytes(name));
         bytes.ok_or_else(|| Error::tensor(name, format!("missing in {}", self.folder.display())))
     }
 
-    fn f32(&self, name: &str) -> Result<Vec<f32>> {
+    pub(super) fn f32(&self, name: &str) -> Result<Vec<f32>> {
         match self.shard(name) {
             Some(shard) => Ok(shard.read(name)?.into_f32()),
             None => Err(Error::tensor(name, format!("missing in {}", self.folder.display()))),
@@ -133,7 +88,7 @@ impl Raw<'_> {
     }
 
     /// [`Self::f32`] of a tensor in which no value may be NaN, infinite or less than `least`.
-    fn scales(&self, name: &str, least: f32) -> Result<Vec<f32>> {
+    pub(super) fn scales(&self, name: &str, least: f32) -> Result<Vec<f32>> {
         let values = self.f32(name)?;
         match values.iter().position(|value| !(value.is_finite() && *value >= least)) {
             None => Ok(values),
@@ -141,7 +96,7 @@ impl Raw<'_> {
         }
     }
 
-    fn place(&self, name: &str) -> String {
+    pub(super) fn place(&self, name: &str) -> String {
         self.shard(name).map_or(self.folder, Shard::path).display().to_string()
     }
 }
@@ -151,7 +106,7 @@ impl Raw<'_> {
 pub(super) fn find(
     raw: &Raw<'_>,
     config: &ModelConfig,
-    quantization: &CheckpointQuantization,
+    quantization: &StoredQuantization,
 ) -> Result<(BTreeMap<String, Packed>, Vec<String>)> {
     let (mut packed, mut parts) = (BTreeMap::new(), Vec::new());
     let spec = config.spec();
@@ -159,17 +114,17 @@ pub(super) fn find(
         let &[rows, cols] = &*described.shape else { continue };
         let (module, shape) = (&*described.name, [rows, cols]);
         let found = match quantization {
-            CheckpointQuantization::Bnb4bit => {
-                bnb4::find(raw, module, shape)?.map(|(state, parts)| (Kind::Bnb4(state), parts))
+            StoredQuantization::Bnb4bit => {
+                bits4::find(raw, module, shape)?.map(|(state, parts)| (Kind::Bnb4(state), parts))
             }
-            CheckpointQuantization::Bnb8bit { threshold } => {
-                bnb8::find(raw, module, shape)?.map(|parts| (Kind::Bnb8 { threshold: *threshold }, parts))
+            StoredQuantization::Bnb8bit { threshold } => {
+                bits8::find(raw, module, shape)?.map(|parts| (Kind::Bnb8 { threshold: *threshold }, parts))
             }
-            CheckpointQuantization::Gptq { bits, group_size, zero_offset, per_module } => {
+            StoredQuantization::Gptq { bits, group_size, zero_offset, per_module } => {
                 gptq::find(raw, module, shape, (*bits, *group_size), *zero_offset, *per_module)?
                     .map(|(layout, parts)| (Kind::Gptq(layout), parts))
             }
-            CheckpointQuantization::Awq { group_size } => awq::find(raw, module, shape, *group_size)?
+            StoredQuantization::Awq { group_size } => awq::find(raw, module, shape, *group_size)?
                 .map(|parts| (Kind::Awq { group_size: group_size.unwrap_or(cols) }, parts)),
         };
         let Some((kind, mut own)) = found else { continue };
@@ -196,10 +151,10 @@ pub(super) fn read(raw: &Raw<'_>, name: &str, packed: &Packed) -> Result<SourceW
     let tensor = |error: qlora_kernels::Error| Error::tensor(name, format!("{error}, in {}", place()));
     Ok(match &packed.kind {
         Kind::Bnb4(state) => {
-            SourceWeight::FourBit(Quantized4bit::from_parts(bnb4::read(raw, module, shape, state)?).map_err(tensor)?)
+            SourceWeight::FourBit(Quantized4bit::from_parts(bits4::read(raw, module, shape, state)?).map_err(tensor)?)
         }
         Kind::Bnb8 { threshold } => {
-            SourceWeight::Int(QuantizedInt::from_parts(bnb8::read(raw, module, shape, *threshold)?).map_err(tensor)?)
+            SourceWeight::Int(QuantizedInt::from_parts(bits8::read(raw, module, shape, *threshold)?).map_err(tensor)?)
         }
         Kind::Gptq(layout) => {
             SourceWeight::Int(QuantizedInt::from_parts(gptq::read(raw, module, shape, layout)?).map_err(tensor)?)

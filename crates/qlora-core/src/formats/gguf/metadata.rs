@@ -1,13 +1,13 @@
 //! The header of a GGUF file in bytes.
 
 /// Tensors begin at multiples of this (the format's default).
-pub(super) const ALIGNMENT: u64 = 32;
+pub(crate) const ALIGNMENT: u64 = 32;
 
 const VERSION: u32 = 3;
 
 /// The metadata in the order in which it was added.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Metadata {
+pub(crate) struct Metadata {
     count: u64,
     bytes: Vec<u8>,
 }
@@ -19,32 +19,32 @@ impl Metadata {
         self.bytes.extend(kind.to_le_bytes());
     }
 
-    pub(super) fn u16(&mut self, key: &str, value: u16) {
+    pub(crate) fn u16(&mut self, key: &str, value: u16) {
         self.key(key, 2);
         self.bytes.extend(value.to_le_bytes());
     }
 
-    pub(super) fn i32(&mut self, key: &str, value: i32) {
+    pub(crate) fn i32(&mut self, key: &str, value: i32) {
         self.key(key, 5);
         self.bytes.extend(value.to_le_bytes());
     }
 
-    pub(super) fn u32(&mut self, key: &str, value: u32) {
+    pub(crate) fn u32(&mut self, key: &str, value: u32) {
         self.key(key, 4);
         self.bytes.extend(value.to_le_bytes());
     }
 
-    pub(super) fn f32(&mut self, key: &str, value: f32) {
+    pub(crate) fn f32(&mut self, key: &str, value: f32) {
         self.key(key, 6);
         self.bytes.extend(value.to_le_bytes());
     }
 
-    pub(super) fn bool(&mut self, key: &str, value: bool) {
+    pub(crate) fn bool(&mut self, key: &str, value: bool) {
         self.key(key, 7);
         self.bytes.push(u8::from(value));
     }
 
-    pub(super) fn string(&mut self, key: &str, value: &str) {
+    pub(crate) fn string(&mut self, key: &str, value: &str) {
         self.key(key, 8);
         string(&mut self.bytes, value);
     }
@@ -55,24 +55,24 @@ impl Metadata {
         self.bytes.extend((len as u64).to_le_bytes());
     }
 
-    pub(super) fn strings<S: AsRef<str>>(&mut self, key: &str, values: &[S]) {
+    pub(crate) fn strings<S: AsRef<str>>(&mut self, key: &str, values: &[S]) {
         self.array(key, 8, values.len());
         values.iter().for_each(|value| string(&mut self.bytes, value.as_ref()));
     }
 
-    pub(super) fn ints(&mut self, key: &str, values: &[i32]) {
+    pub(crate) fn ints(&mut self, key: &str, values: &[i32]) {
         self.array(key, 5, values.len());
         self.bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
     }
 
-    pub(super) fn floats(&mut self, key: &str, values: &[f32]) {
+    pub(crate) fn floats(&mut self, key: &str, values: &[f32]) {
         self.array(key, 6, values.len());
         self.bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
     }
 
     /// Everything before the first tensor's bytes. A tensor is its name, its shape with the outermost size first, ggml's
     /// number of its type, and its bytes; each begins at the next multiple of the alignment.
-    pub(super) fn header(&self, tensors: &[(&str, &[usize], u32, u64)]) -> Vec<u8> {
+    pub(crate) fn header(&self, tensors: &[(&str, &[usize], u32, u64)]) -> Vec<u8> {
         let mut out = b"GGUF".to_vec();
         out.extend(VERSION.to_le_bytes());
         out.extend((tensors.len() as u64).to_le_bytes());

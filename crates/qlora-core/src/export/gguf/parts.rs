@@ -7,9 +7,9 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::Planned;
-use super::metadata::{ALIGNMENT, Metadata};
 use crate::error::{Error, Result};
-use crate::source::gguf::split::part_names;
+use crate::formats::gguf::metadata::{ALIGNMENT, Metadata};
+use crate::formats::gguf::split::part_names;
 
 /// One file.
 pub(super) struct Part {

@@ -11,7 +11,7 @@ use std::path::Path;
 use qlora_kernels::MappedFile;
 
 use crate::error::{Error, Result};
-use crate::source::gguf::named_floats;
+use crate::formats::gguf::named_floats;
 
 /// An importance a column, by the names of a GGUF file's matrices.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -148,8 +148,8 @@ impl<'a> Reader<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::metadata::Metadata;
     use super::*;
+    use crate::formats::gguf::metadata::Metadata;
 
     fn written(bytes: &[u8]) -> Result<Importance> {
         let folder = tempfile::tempdir().unwrap();

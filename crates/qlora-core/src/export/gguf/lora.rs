@@ -10,14 +10,14 @@ use std::path::Path;
 use qlora_kernels::weight::PlainData;
 
 use super::kind::{GgufType, TensorType};
-use super::metadata::{ALIGNMENT, Metadata};
 use super::{WrittenGguf, encode_piece, full};
 use crate::adapter::PeftAdapter;
 use crate::adapter::kinds::{EMBEDDING, HEAD};
 use crate::atomic::PendingFile;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::source::gguf::rows;
+use crate::formats::gguf::metadata::{ALIGNMENT, Metadata};
+use crate::formats::gguf::rows;
 
 struct Factor {
     name: String,

@@ -13,12 +13,10 @@
 //! Before the first is read, the tokenizer is written, read back and compared with the original on a text in many
 //! scripts: a model whose tokens differ answers badly without any error.
 
-pub mod blocks;
 mod importance;
 mod kind;
 mod lora;
 mod measure;
-mod metadata;
 mod mix;
 mod model;
 mod parts;
@@ -38,13 +36,13 @@ pub use self::importance::Importance;
 pub use self::kind::GgufType;
 use self::kind::TensorType;
 pub use self::lora::write_adapter;
-use self::metadata::{ALIGNMENT, Metadata};
 use self::mix::Mix;
 use crate::atomic::PendingFile;
 use crate::error::{Error, Result};
+use crate::formats::gguf::metadata::{ALIGNMENT, Metadata};
+use crate::formats::gguf::{blocks, rows};
+use crate::formats::safetensors::disk;
 use crate::merge::require_space;
-use crate::safetensors_stream::disk;
-use crate::source::gguf::rows;
 use crate::source::{PlainTensor, WeightSource, again};
 use crate::tokenizer::Tokenizer;
 

@@ -6,11 +6,11 @@ use qlora_kernels::quant::{IntBits, IntParts};
 use qlora_kernels::weight::Int8Activations;
 use safetensors::Dtype;
 
-use super::Raw;
 use crate::error::{Error, Result};
+use crate::formats::packed::Raw;
 
 /// The names of all tensors, that of the codes first.
-pub(super) fn find(raw: &Raw<'_>, module: &str, [rows, cols]: [usize; 2]) -> Result<Option<Vec<String>>> {
+pub(in crate::formats) fn find(raw: &Raw<'_>, module: &str, [rows, cols]: [usize; 2]) -> Result<Option<Vec<String>>> {
     let [weight, scb, format] = ["weight", "SCB", "weight_format"].map(|part| format!("{module}.{part}"));
     if !raw.has(&scb) && raw.dtype(&weight) != Some(Dtype::I8) {
         return Ok(None);
@@ -30,7 +30,12 @@ pub(super) fn find(raw: &Raw<'_>, module: &str, [rows, cols]: [usize; 2]) -> Res
     Ok(Some(parts))
 }
 
-pub(super) fn read(raw: &Raw<'_>, module: &str, [rows, cols]: [usize; 2], threshold: f32) -> Result<IntParts> {
+pub(in crate::formats) fn read(
+    raw: &Raw<'_>,
+    module: &str,
+    [rows, cols]: [usize; 2],
+    threshold: f32,
+) -> Result<IntParts> {
     let scb = raw.scales(&format!("{module}.SCB"), 0.0)?;
     Ok(IntParts {
         codes: raw.bytes(&format!("{module}.weight"))?.to_vec(),

@@ -3,9 +3,10 @@ use std::path::PathBuf;
 
 use super::*;
 use crate::adapter;
+use crate::formats::HfDirectory;
+use crate::formats::gguf::named_floats;
 use crate::merge::{PeftUpdate, WeightUpdate};
-use crate::source::gguf::named_floats;
-use crate::source::{HfDirectory, WeightSource};
+use crate::source::WeightSource;
 
 fn fixtures() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures")
@@ -44,7 +45,7 @@ fn check(name: &str, adapter: &PeftAdapter, base: &HfDirectory, bytes: &[u8]) ->
         update.apply(&tensor.name, 0..rows, cols, &mut expected).unwrap();
         if let Some(heads) = tensor.module.interleaved_heads {
             let mut data = PlainData::F32(expected);
-            crate::source::gguf::rows::permute(&mut data, heads, config.head_dim);
+            crate::formats::gguf::rows::permute(&mut data, heads, config.head_dim);
             let PlainData::F32(data) = data else { unreachable!() };
             expected = data;
             interleaved += 1;

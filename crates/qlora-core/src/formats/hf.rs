@@ -1,6 +1,8 @@
 //! A folder as `save_pretrained` writes it: `config.json` with `model.safetensors`, or with shards and their index; where it has
 //! neither, with the pickles of older versions, `pytorch_model.bin`.
 
+mod leftovers;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,13 +11,11 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 use super::packed::{self, Packed, Raw};
-use super::shard::{Shard, unsupported_dtype};
-use super::{
-    PlainTensor, SourceWeight, StoredTensor, WeightSource, check_tensors, ignorable, leftovers, unknown_tensor,
-};
-use crate::config::{CheckpointQuantization, ModelConfig};
+use super::safetensors::shard::{Shard, unsupported_dtype};
+use crate::config::{ModelConfig, StoredQuantization};
 use crate::error::{Error, Result};
 use crate::file::{self, LARGE, SMALL};
+use crate::source::{PlainTensor, SourceWeight, StoredTensor, WeightSource, check_tensors, ignorable, unknown_tensor};
 use crate::spec::HEAD_WEIGHT as HEAD;
 
 /// The one file of a model that is not sharded.
@@ -28,7 +28,7 @@ pub(crate) const SINGLE_PICKLE: &str = "pytorch_model.bin";
 pub(crate) const INDEX_OF_PICKLES: &str = "pytorch_model.bin.index.json";
 
 /// A model folder in Hugging Face's layout, in bf16, f16 or f32, or quantized by one of the methods of
-/// [`CheckpointQuantization`].
+/// [`StoredQuantization`].
 #[derive(Debug)]
 pub struct HfDirectory {
     folder: PathBuf,
@@ -36,7 +36,7 @@ pub struct HfDirectory {
     shards: Vec<Shard>,
     // Plain tensors: name to the index in `shards`, without what no model needs.
     tensors: BTreeMap<String, usize>,
-    quantization: Option<CheckpointQuantization>,
+    quantization: Option<StoredQuantization>,
     // The linear layers that are stored quantized, by the names that their weights would have.
     packed: BTreeMap<String, Packed>,
     // The tensors that the quantized layers consist of.
@@ -56,7 +56,7 @@ impl HfDirectory {
         let path = folder.join("config.json");
         let text = file::read_text(&path, SMALL)?;
         let mut map = file::parse_object(&text, &path)?;
-        let quantization = CheckpointQuantization::from_json(&text, &path);
+        let quantization = StoredQuantization::from_json(&text, &path);
         let options = map.shift_remove("quantization_config").unwrap_or_default();
         // How weights are stored is said by the tensors: see below.
         let config = match &quantization {
@@ -99,7 +99,7 @@ impl HfDirectory {
     }
 
     /// Finds out which of the tensors are which part of the model.
-    fn settle(mut self, quantization: Result<Option<CheckpointQuantization>>, options: &Value) -> Result<Self> {
+    fn settle(mut self, quantization: Result<Option<StoredQuantization>>, options: &Value) -> Result<Self> {
         leftovers::name_as_with_a_head(&mut self.shards, &mut self.tensors);
         let head = leftovers::settle_head(&mut self.config, &mut self.tensors, &mut self.shards)?;
         self.remarks.extend(head);
@@ -119,8 +119,7 @@ impl HfDirectory {
             (Ok(()), Ok(Some(stored))) => {
                 let without =
                     leftovers::plain_without_reason(&self.config, options, |name| self.packed.contains_key(name));
-                let bitsandbytes =
-                    matches!(stored, CheckpointQuantization::Bnb4bit | CheckpointQuantization::Bnb8bit { .. });
+                let bitsandbytes = matches!(stored, StoredQuantization::Bnb4bit | StoredQuantization::Bnb8bit { .. });
                 if self.packed.is_empty() && !without.is_empty() {
                     self.remarks.push(leftovers::left_over(&stored.to_string()));
                 } else {
@@ -180,7 +179,7 @@ impl WeightSource for HfDirectory {
         }
     }
 
-    fn quantization(&self) -> Option<&CheckpointQuantization> {
+    fn quantization(&self) -> Option<&StoredQuantization> {
         self.quantization.as_ref()
     }
 
@@ -312,7 +311,7 @@ fn twice(name: &str, first: &Path, second: &Path) -> Error {
 
 /// Checks that the tensors beside the quantized layers are plain: companions that no quantized layer needs, or
 /// integers, mean that files and configuration do not fit.
-fn refuse_quantized(shard: &Shard, name: &str, quantization: Option<&CheckpointQuantization>) -> Result<()> {
+fn refuse_quantized(shard: &Shard, name: &str, quantization: Option<&StoredQuantization>) -> Result<()> {
     const COMPANIONS: [&str; 14] = [
         ".absmax",
         ".nested_absmax",

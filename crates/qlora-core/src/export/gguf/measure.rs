@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use super::importance::Importance;
-use super::metadata::{ALIGNMENT, Metadata};
 use crate::atomic::write_atomically;
 use crate::error::{Error, Result};
+use crate::formats::gguf::metadata::{ALIGNMENT, Metadata};
 use crate::model::{AdapterChoice, CausalLm, LoadOptions};
 use crate::source::WeightSource;
 
@@ -101,7 +101,7 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
-    use crate::source::HfDirectory;
+    use crate::formats::HfDirectory;
 
     #[test]
     fn the_squares_are_those_of_what_matrices_read() {

@@ -4,7 +4,7 @@ use safetensors::SafeTensors;
 
 use super::*;
 use crate::config::ModelConfig;
-use crate::source::{Gguf, HfDirectory};
+use crate::formats::{Gguf, HfDirectory};
 use crate::test_support::{largest, logits};
 
 fn fixtures() -> PathBuf {

@@ -1,0 +1,5 @@
+//! Whole models written for other programs.
+
+pub mod bitsandbytes;
+pub mod gguf;
+pub mod modelfile;

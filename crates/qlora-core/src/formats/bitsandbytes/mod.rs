@@ -1,0 +1,4 @@
+//! The tensors of linear layers as bitsandbytes stores them.
+
+pub(super) mod bits4;
+pub(super) mod bits8;
