@@ -42,6 +42,7 @@ fn lines(history: &[LogEntry]) -> (Vec<TrainLog>, Vec<EvalLog>) {
         match entry {
             LogEntry::Train(entry) => train.push(entry.clone()),
             LogEntry::Eval(entry) => eval.push(entry.clone()),
+            other => panic!("{other:?}"),
         }
     }
     (train, eval)

@@ -81,6 +81,7 @@ pub struct AnswerSpan {
 
 /// A conversation as tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct EncodedChat {
     /// The token ids.
     pub tokens: Vec<u32>,

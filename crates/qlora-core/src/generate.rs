@@ -17,6 +17,7 @@ use crate::sampling::{GenerationConfig, Sampler};
 
 /// The reason why a generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum StopReason {
     /// The model produced this end token; it is not part of the answer.
     EndToken(u32),
@@ -28,6 +29,7 @@ pub enum StopReason {
 
 /// One finished answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Generation {
     /// The new tokens, without the end token.
     pub tokens: Vec<u32>,

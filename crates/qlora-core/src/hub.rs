@@ -36,6 +36,7 @@ pub use status::HubStatus;
 
 /// The files of a model in the cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Snapshot {
     /// The folder that holds them.
     pub folder: PathBuf,

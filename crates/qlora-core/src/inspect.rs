@@ -32,6 +32,7 @@ use crate::spec::{BlockSpec, Kind};
 
 /// The precision of the blocks' linear layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Precision {
     /// 32-bit.
     F32,
@@ -80,6 +81,7 @@ impl Precision {
 
 /// Parameters of a model by part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Parameters {
     /// The blocks' linear layers, without biases.
     pub linear: u64,
@@ -113,6 +115,7 @@ impl Parameters {
 
 /// Bytes of a model in memory, by part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct WeightBytes {
     /// The blocks' linear layers.
     pub linear: u64,
@@ -140,6 +143,7 @@ impl WeightBytes {
 
 /// The memory of an adapter in training, beside the weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct AdapterBytes {
     /// Trainable parameters.
     pub parameters: u64,

@@ -68,6 +68,7 @@ impl fmt::Debug for PlainTensor {
 
 /// A weight as a source holds it.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub enum SourceWeight {
     /// In 16 or 32 bits.
     Plain(PlainTensor),

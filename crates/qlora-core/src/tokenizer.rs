@@ -42,6 +42,7 @@ struct SpecialTokens {
 
 /// A token of an encoded text.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Piece {
     /// The token's id.
     pub id: u32,

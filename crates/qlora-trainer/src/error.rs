@@ -121,6 +121,7 @@ pub enum Error {
 
 /// One thing that is wrong with a configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Problem {
     /// The file, if the configuration came from one.
     pub path: Option<PathBuf>,

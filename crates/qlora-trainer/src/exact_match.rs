@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 
 /// One row of an evaluation.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Answer {
     /// The last message before the answer.
     pub prompt: String,
@@ -69,6 +70,7 @@ const TOGETHER: usize = 25;
 
 /// Exact answers of an adapter over its base, and of the models that merging makes of the two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct MergeMatch {
     /// Rows that were answered.
     pub rows: usize,

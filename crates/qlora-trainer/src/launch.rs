@@ -30,6 +30,7 @@ const LAUNCHED: &str = "QLORA_LAUNCHED";
 
 /// The number of processes that `--nproc-per-node` asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Processes {
     /// One for each GPU.
     Auto,

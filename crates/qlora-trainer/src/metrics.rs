@@ -13,6 +13,7 @@ use qlora_core::atomic::write_atomically;
 /// A line of the log.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
+#[non_exhaustive]
 pub enum LogEntry {
     /// An evaluation. First, because its keys tell it apart.
     Eval(EvalLog),
@@ -32,6 +33,7 @@ impl LogEntry {
 
 /// Training since the last entry of this kind.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct TrainLog {
     /// Optimizer steps done.
     pub step: u64,
@@ -80,6 +82,7 @@ fn null_is_infinite<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::
 
 /// An evaluation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct EvalLog {
     /// Optimizer steps done.
     pub step: u64,

@@ -28,6 +28,7 @@ pub struct Parameter {
 
 /// The weights that compute log-probabilities.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Weights {
     /// As they are now.
     Trained,

@@ -29,6 +29,7 @@ const ROWS: usize = 3;
 
 /// An answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Sample {
     /// Optimizer steps done.
     pub step: u64,

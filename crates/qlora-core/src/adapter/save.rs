@@ -19,6 +19,7 @@ use std::path::Path;
 
 /// The dtype of an adapter's tensors on disk. Training holds them in f32; PEFT's default is F32 too.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum AdapterDtype {
     /// 32-bit: keeps what was trained.
     #[default]

@@ -25,6 +25,7 @@ use crate::spec::Module;
 
 /// The size of a quantized checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct QuantizedSize {
     /// Bytes of all weights in their source.
     pub before: u64,

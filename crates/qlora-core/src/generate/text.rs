@@ -57,6 +57,7 @@ impl<'a> AnswerText<'a> {
 
 /// A finished answer as text.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Answer {
     /// The text, without the stop string that ended it.
     pub text: String,
@@ -96,6 +97,7 @@ pub(super) fn answer_from(
 
 /// The upper bound of the memory of a generation's KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct CachePlan {
     /// Sequences that run together.
     pub sequences: usize,

@@ -19,6 +19,7 @@ const LEAST_CACHE: u64 = 1024;
 
 /// The highest precision that fits a given memory, and the cache tokens that fit beside the weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct InferenceFit {
     /// The highest of bf16, int8 and NF4 with double quantization whose weights fit.
     pub precision: Precision,

@@ -6,6 +6,7 @@ use crate::spec::Module;
 
 /// A linear layer of a decoder.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct LinearModule {
     /// Full name, without `.weight`: `model.layers.3.self_attn.q_proj`.
     pub name: String,

@@ -13,6 +13,7 @@ use std::fmt;
 
 /// Selects modules by a list of names or by a regular expression.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ModuleFilter {
     /// Names, whole or as the last parts of a name.
     List(Vec<String>),
@@ -50,6 +51,7 @@ pub(super) fn entry_matches(entry: &str, module: &str) -> bool {
 
 /// The linear layers that get an adapter.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum TargetModules {
     /// Every linear layer of the blocks, without the output head.
     AllLinear,

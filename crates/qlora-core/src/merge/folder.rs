@@ -36,6 +36,7 @@ impl Default for FolderOptions {
 
 /// The size of a written model folder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct WrittenFolder {
     /// Bytes of all weight files.
     pub bytes: u64,

@@ -24,6 +24,7 @@ pub const DEFAULT_TOKENS: usize = 512;
 
 /// The difference of two models on a text.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Gap {
     /// Tokens of the text that were used.
     pub tokens: usize,

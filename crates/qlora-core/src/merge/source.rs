@@ -28,6 +28,7 @@ const PIECE: usize = 1 << 20;
 /// The weights to which an adapter is added. Of a base that is stored quantized these are in any case the ones that its
 /// layers stand for, and layers that it stores plain stay as they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum MergeInto {
     /// The weights as they are stored.
     Original,
@@ -47,6 +48,7 @@ impl fmt::Display for MergeInto {
 
 /// The precision of a merged model's tensors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Rounding {
     /// Each tensor's own (blocks of a GGUF file become f32; of a layer that is stored in 4 bits, what it was before).
     #[default]
@@ -59,6 +61,7 @@ pub enum Rounding {
 
 /// Statistics of a merge: the number of merged tensors and the size of their changes.
 #[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct MergeFigures {
     /// Tensors that were merged.
     pub layers: usize,

@@ -26,6 +26,7 @@ use crate::error::{Error, Result};
 
 /// The adapter that computes a sequence.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum AdapterChoice<'a> {
     /// The one that is switched on: the last that was activated, else the trained one, else none.
     #[default]
@@ -38,6 +39,7 @@ pub enum AdapterChoice<'a> {
 
 /// The adapters that compute the sequences of one call: one for all, or one for each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum AdapterChoices<'a> {
     /// The same for every sequence.
     All(AdapterChoice<'a>),
@@ -82,6 +84,7 @@ impl<'a> AdapterChoices<'a> {
 
 /// The method by which [`CausalLm::add_weighted_adapter`] combines adapters (PEFT's `combination_type`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Combination {
     /// The weighted sums of the A and of the B, all of one rank, each with the root of weight times scaling: cheap, and a rough
     /// approximation, as the sum of products is not the product of sums.

@@ -16,6 +16,7 @@ use crate::spec::{BlockSpec, Module, Role, Tensor};
 
 /// A tensor of a model, on the model's device.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum ModelPart {
     /// A norm's weight or a bias: one f32 row.
     Vector(Matrix),

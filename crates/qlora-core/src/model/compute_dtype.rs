@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 
 /// A GPU's compute capability: 8.0 is `Capability { major: 8, minor: 0 }`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
 pub struct Capability {
     /// The generation: 7 for Volta and Turing, 8 for Ampere and Ada, 9 for Hopper.
     pub major: u32,

@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 
 /// A device as users name it: `auto`, `cpu`, `cuda` or `cuda:1`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum DeviceChoice {
     /// The first GPU if there is one and the program is built for it, otherwise the CPU.
     #[default]

@@ -23,6 +23,7 @@ use crate::spec::{HEAD_WEIGHT, Kind, ModelSpec, Role, Tensor};
 /// stored, its plain layers too: with one, [`Quantization::None`] or what it is stored in are the only values that are
 /// not refused.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub enum Quantization {
     /// As stored: LoRA without quantization.
     #[default]

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 
 /// Bytes held by a model, by part.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct MemoryUse {
     /// The blocks' frozen projections.
     pub projections: usize,

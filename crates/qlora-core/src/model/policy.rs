@@ -8,6 +8,7 @@ use qlora_kernels::weight::{FrozenCompute, WeightCache};
 
 /// The activations that a block's forward keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Keep {
     /// Nothing: no backward follows.
     Nothing,

@@ -109,6 +109,7 @@ fn codes_are_taken_over_bit_for_bit() {
                     }
                     packed += 1;
                 }
+                other => panic!("{other:?}"),
             }
             assert_eq!(source.is_packed(&weight), !matches!(source.read_weight(&weight), Ok(SourceWeight::Plain(_))));
         }
@@ -211,6 +212,7 @@ impl WeightSource for Dequantized {
             SourceWeight::Plain(tensor) => return Ok(tensor),
             SourceWeight::FourBit(weight) => Box::new(weight),
             SourceWeight::Int(weight) => Box::new(weight),
+            other => panic!("{other:?}"),
         };
         let mut data = vec![f32::NAN; shape.iter().product()];
         frozen.dequantize_rows(0..shape[0], &mut data);

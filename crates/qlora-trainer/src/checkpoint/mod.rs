@@ -42,6 +42,7 @@ const CONFIG: &str = "config.toml";
 
 /// The contents of a checkpoint besides the adapter.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Checkpoint {
     /// The progress of the run.
     pub state: TrainerState,

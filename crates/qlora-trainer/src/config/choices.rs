@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 /// The 4-bit data type of the base's linear layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum QuantType {
     /// Four-bit floating point.
     Fp4,
@@ -19,6 +20,7 @@ pub enum QuantType {
 /// The type of activations on a GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum ComputeDtype {
     /// bfloat16.
     #[serde(alias = "bf16", alias = "torch.bfloat16")]
@@ -62,6 +64,7 @@ impl From<ComputeDtype> for qlora_kernels::Dtype {
 /// Whether the backward recomputes activations instead of keeping them: `"auto"`, `true` or `false`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "CheckpointingValue", into = "CheckpointingValue")]
+#[non_exhaustive]
 pub enum GradientCheckpointing {
     /// The fastest choice that fits into the available memory.
     #[default]
@@ -108,6 +111,7 @@ impl From<GradientCheckpointing> for CheckpointingValue {
 /// The optimizer, by transformers' names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Optim {
     /// AdamW with moments of 32 bits.
     #[serde(alias = "adamw_torch_fused", alias = "paged_adamw_32bit", alias = "paged_adamw", alias = "adamw_hf")]
@@ -121,6 +125,7 @@ pub enum Optim {
 /// The learning rate schedule after the warmup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Scheduler {
     /// Stays, without warmup.
     Constant,
@@ -136,6 +141,7 @@ pub enum Scheduler {
 /// The treatment of a document of more than `max_length` tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum OnOverlong {
     /// It is left out.
     Drop,
@@ -148,6 +154,7 @@ pub enum OnOverlong {
 /// The treatment of a row that has no token to train on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum OnUntrained {
     /// The run stops.
     Error,
@@ -158,6 +165,7 @@ pub enum OnUntrained {
 /// The order of the data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum SamplingStrategy {
     /// Shuffled, another way in each epoch.
     Random,
@@ -206,6 +214,7 @@ impl From<&Path> for Paths {
 /// The prompts that are answered while training: a JSONL file, or texts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "expected a list of prompts, or the path of a JSONL file")]
+#[non_exhaustive]
 pub enum SamplePrompts {
     /// Rows with `messages` or `prompt`.
     File(PathBuf),
@@ -230,6 +239,7 @@ impl Default for SamplePrompts {
 /// The linear layers that get an adapter, as PEFT reads `target_modules`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "expected \"all-linear\", a regular expression or a list of module names")]
+#[non_exhaustive]
 pub enum Targets {
     /// `"all-linear"`, or a regular expression that must match a module's whole name.
     Pattern(String),
@@ -240,6 +250,7 @@ pub enum Targets {
 /// Whether a run goes on from a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, from = "ResumeValue", into = "ResumeValue")]
+#[non_exhaustive]
 pub enum Resume {
     /// It starts anew.
     No,

@@ -25,6 +25,7 @@ pub struct Position {
 
 /// Everything an optimizer step trains on.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct StepBatch {
     /// The micro-batches.
     pub micro_batches: Vec<Batch>,

@@ -43,6 +43,7 @@ pub(super) struct Order {
 
 /// The largest micro-batch of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct LargestBatch {
     /// The most tokens of a micro-batch.
     pub tokens: usize,

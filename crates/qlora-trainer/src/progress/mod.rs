@@ -70,6 +70,7 @@ pub enum Event<'a> {
 
 /// The facts of a run that are known before its first step.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct StartInfo<'a> {
     /// Steps that are done already, in a resumed run.
     pub first_step: u64,
@@ -93,6 +94,7 @@ pub struct StartInfo<'a> {
 
 /// An optimizer step that is done.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct StepInfo {
     /// Its number, from 1.
     pub step: u64,

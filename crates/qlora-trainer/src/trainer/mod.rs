@@ -38,6 +38,7 @@ use qlora_kernels::Dtype;
 
 /// The outcome of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Outcome {
     /// All steps are done.
     Finished,
@@ -47,6 +48,7 @@ pub enum Outcome {
 
 /// The result of a run.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Summary {
     /// The outcome of the run.
     pub outcome: Outcome,

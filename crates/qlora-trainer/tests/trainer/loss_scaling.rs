@@ -30,7 +30,7 @@ fn every_step(output: &Path) -> TrainConfig {
 fn train_lines(history: &[LogEntry]) -> Vec<TrainLog> {
     let train = |entry: &LogEntry| match entry {
         LogEntry::Train(entry) => Some(entry.clone()),
-        LogEntry::Eval(_) => None,
+        _ => None,
     };
     history.iter().filter_map(train).collect()
 }

@@ -53,7 +53,7 @@ fn the_log_says_what_happened() {
     assert_eq!(log, trainer.history());
     let train = log.iter().filter_map(|entry| match entry {
         LogEntry::Train(entry) => Some(entry),
-        LogEntry::Eval(_) => None,
+        _ => None,
     });
     let train: Vec<_> = train.collect();
     // Every second step, and the last.

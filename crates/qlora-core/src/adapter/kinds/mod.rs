@@ -44,6 +44,7 @@ pub struct AdapterKinds {
 
 /// The subset of the base's biases that an adapter holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum TrainedBias {
     /// None.
     #[default]
