@@ -5,10 +5,10 @@ use anyhow::{Context, ensure};
 use candle_nn::Optimizer;
 use qlora::adapter::{self, SaveOptions};
 use qlora::batch::Batch;
+use qlora::formats::HfDirectory;
 use qlora::kernels::quant::QuantConfig;
 use qlora::lora::{LoraConfig, TargetModules};
 use qlora::model::{AdapterChoice, CausalLm, LoadOptions, Quantization, TrainPass};
-use qlora::formats::HfDirectory;
 
 const STEPS: usize = 30;
 
