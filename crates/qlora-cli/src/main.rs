@@ -4,10 +4,15 @@
 mod card;
 mod chat;
 mod command;
+mod cuda_libraries;
+#[cfg(not(feature = "cuda"))]
+mod front;
 mod importance;
 mod logging;
 mod model;
 mod output;
+#[cfg(not(feature = "cuda"))]
+mod platform;
 mod sampling;
 
 use std::process::ExitCode;
@@ -71,11 +76,31 @@ enum Command {
     Completions(command::completions::Args),
 }
 
+impl Command {
+    /// Whether it runs on a GPU where there is one.
+    #[cfg(not(feature = "cuda"))]
+    fn uses_gpu(&self) -> bool {
+        matches!(
+            self,
+            Self::Train(_) | Self::Chat(_) | Self::Generate(_) | Self::Eval(_) | Self::Compare(_) | Self::Doctor(_)
+        )
+    }
+}
+
 fn main() -> ExitCode {
     let Cli { global, command } = Cli::parse();
     global.color.apply();
     logging::start(global.verbose, global.quiet);
     output::set_quiet(global.quiet);
+    #[cfg(not(feature = "cuda"))]
+    if command.uses_gpu() {
+        match (front::hand_over(), &command) {
+            // It says itself what is missing.
+            (_, Command::Doctor(_)) => (),
+            (Ok(remark), _) => remark.into_iter().for_each(output::remark),
+            (Err(error), _) => return report(Err(error)),
+        }
+    }
     let done = match command {
         Command::Train(args) => return report(command::train::run(&args)),
         Command::Chat(args) => command::chat::run(args),

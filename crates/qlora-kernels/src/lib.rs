@@ -9,6 +9,7 @@
 //! | [`view`], [`matrix`] | windows into memory, and the memory itself with the pool it returns to |
 //! | [`mapped`] | read-only memory-mapped files |
 //! | [`dtype`] | element types |
+//! | [`libraries`] | where NVIDIA's libraries lie |
 //! | [`device_limits`] | what a GPU allows, and how to try another card's limits |
 //! | `cuda` (with the feature `cuda`) | GPUs: streams, memory, kernels |
 //! | [`sequence`] | how the tokens of a batch fall into sequences |
@@ -28,6 +29,7 @@ mod driver;
 pub mod dtype;
 pub mod error;
 pub mod ggml;
+pub mod libraries;
 #[cfg(any(test, feature = "cuda"))]
 mod lru;
 pub mod mapped;

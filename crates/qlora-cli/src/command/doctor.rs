@@ -4,8 +4,11 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::Result;
+use qlora::kernels::libraries::LibrarySearch;
 use serde_json::{Map, Value, json};
 
+#[cfg(feature = "cuda")]
+use crate::cuda_libraries::{self, OPENED};
 use crate::output::{self, BAD, GOOD, TITLE, WARNING};
 
 /// Says what this machine can do: GPU, driver, libraries, memory, disk, hub; and what is missing and how to get it.
@@ -141,15 +144,46 @@ fn nvidia_smi() -> Option<String> {
 
 #[cfg(not(feature = "cuda"))]
 fn gpu() -> Vec<Finding> {
-    const HINT: &str = "build with `--features cuda` (the README says how; scripts/cuda-toolkit.sh makes a toolkit)";
-    vec![match nvidia_smi() {
-        Some(found) => {
-            Finding::missing("GPU", format!("{found}; this program was built without CUDA and does not use it"), HINT)
+    use crate::front::Cuda;
+
+    let search = LibrarySearch::of_this_process();
+    let driver = nvidia_smi();
+    let cuda = match Cuda::find(&search) {
+        Ok(cuda) => cuda,
+        Err(error) => return vec![Finding::wrong("GPU", error.to_string(), "change the variable, or unset it")],
+    };
+    let finding = match (cuda.obstacle(&search), &cuda) {
+        // The program has been started if it could be.
+        (None, _) => Finding::wrong("GPU", "qlora-cuda, beside this program, does not start", "install it again"),
+        (Some((what, advice)), Cuda::Missing(_)) => Finding::wrong("GPU", what, advice),
+        (Some((what, advice)), Cuda::NotInstalled) => match &driver {
+            Some(found) => Finding::missing("GPU", format!("{found}; {what}"), advice),
+            None => Finding::missing("GPU", CPU_ONLY, advice),
+        },
+        (Some((what, advice)), Cuda::NoDriver | Cuda::NoCard) => {
+            Finding::missing("GPU", format!("{what}; {CPU_ONLY}"), advice)
         }
-        None => {
-            Finding::missing("GPU", "no NVIDIA driver found: runs use the CPU, which suits models up to about 1B", HINT)
-        }
-    }]
+        (Some((what, advice)), _) => Finding::missing("GPU", what, advice),
+    };
+    vec![finding]
+}
+
+#[cfg(not(feature = "cuda"))]
+const CPU_ONLY: &str = "runs use the CPU, which suits models up to about 1B";
+
+/// What is opened at run time, where it is and what brings it.
+#[cfg(feature = "cuda")]
+fn libraries() -> Finding {
+    let search = LibrarySearch::of_this_process();
+    let (there, missing): (Vec<_>, Vec<_>) = OPENED.iter().partition(|library| library.find(&search).is_some());
+    match missing.is_empty() {
+        true => Finding::good("libraries", cuda_libraries::names(&there)),
+        false => Finding::missing(
+            "libraries",
+            format!("missing: {}; they are optional", cuda_libraries::names(&missing)),
+            cuda_libraries::pip_command(&search, &missing),
+        ),
+    }
 }
 
 #[cfg(feature = "cuda")]
@@ -170,7 +204,7 @@ fn gpu() -> Vec<Finding> {
             return vec![Finding::missing("GPU", error.to_string(), hint)];
         }
     };
-    let mut findings = Vec::new();
+    let mut findings = vec![libraries()];
     if let Some(gpu) = workspace.gpu() {
         findings.push(Finding::good("GPU", driver.unwrap_or_else(|| gpu.name())));
         findings.push(Finding::good("attention", gpu.attention().describe()));

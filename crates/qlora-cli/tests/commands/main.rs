@@ -9,6 +9,8 @@ mod chat;
 mod data_kinds;
 mod errors;
 mod export;
+#[cfg(all(unix, not(feature = "cuda")))]
+mod front;
 mod push;
 #[cfg(target_os = "linux")]
 mod terminal;

@@ -3,10 +3,11 @@
 use std::env;
 use std::path::{Path, PathBuf};
 
-use super::super::libraries::{children, folders};
+use super::super::libraries::folders;
 use super::api::Api;
 use super::companions;
 use super::error::{CudnnError, Result};
+use crate::libraries::children;
 
 /// Names the library, or the directory that holds it, and goes before all other places.
 const VARIABLE: &str = "QLORA_CUDNN_PATH";
