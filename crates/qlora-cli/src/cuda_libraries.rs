@@ -10,12 +10,13 @@ pub(crate) struct CudaLibrary {
     /// The name that the loader asks for.
     pub(crate) file: &'static str,
     /// Its folder below `nvidia/` among Python's packages.
-    folder: &'static str,
+    pub(crate) folder: &'static str,
     /// The Python package, with the versions that have this file.
     package: &'static str,
 }
 
 /// What the program is linked to; it does not start without. `scripts/dist.sh` checks that a program needs no other.
+#[cfg(not(feature = "cuda"))]
 pub(crate) static LINKED: [CudaLibrary; 4] = [
     CudaLibrary { file: "libcudart.so.13", folder: "cu13", package: "nvidia-cuda-runtime==13.*" },
     CudaLibrary { file: "libcublas.so.13", folder: "cu13", package: "nvidia-cublas==13.*" },
