@@ -101,7 +101,7 @@ archive() { # NAME, then files as PATH=PLACE
     *-windows-*) (cd "$work" && "$tools/bin/python" -m zipfile -c "$name.zip" "$name") && mv "$work/$name.zip" "$out/" ;;
     *) tar -C "$work" --sort=name --owner=0 --group=0 --numeric-owner --mtime="@$SOURCE_DATE_EPOCH" -cf - "$name" | gzip -9n >"$out/$name.tar.gz" ;;
     esac
-    say "$name: programs $(du -cb "$work/$name"/bin "$work/$name"/libexec 2>/dev/null | tail -n 1 | cut -f 1) bytes"
+    say "$name: programs of $(find "$work/$name"/bin "$work/$name"/libexec -type f -printf "%s + " 2>/dev/null | sed "s/ + \$//") bytes"
 }
 exe=
 case $target in *-windows-*) exe=.exe ;; esac
