@@ -38,7 +38,7 @@ def crates(target, features):
             if normal and dependency["pkg"] not in seen:
                 seen.add(dependency["pkg"])
                 todo.append(dependency["pkg"])
-    return sorted((packages[id] for id in seen if packages[id]["source"]), key=lambda package: package["name"])
+    return sorted((packages[id] for id in seen if packages[id]["source"]), key=lambda package: (package["name"], package["version"]))
 
 
 def files(package):

@@ -164,8 +164,8 @@ fn library_path(search: &LibrarySearch) -> Option<OsString> {
     if added.is_empty() {
         return None;
     }
-    let given =
-        search.variable("LD_LIBRARY_PATH").map(|value| env::split_paths(value).collect()).unwrap_or_else(Vec::new);
+    let given: Vec<PathBuf> =
+        search.variable("LD_LIBRARY_PATH").map(|value| env::split_paths(value).collect()).unwrap_or_default();
     // A folder with the separator in its name cannot be given to the loader at all.
     env::join_paths(given.into_iter().chain(added)).ok()
 }

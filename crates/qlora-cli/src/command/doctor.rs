@@ -86,11 +86,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 fn program() -> Finding {
-    let features: Vec<&str> = [("cuda", cfg!(feature = "cuda")), ("hub", cfg!(feature = "hub"))]
-        .iter()
-        .filter(|(_, on)| *on)
-        .map(|(name, _)| *name)
-        .collect();
+    let features: Vec<&str> =
+        [("cuda", cfg!(feature = "cuda")), ("hub", cfg!(feature = "hub")), ("parquet", cfg!(feature = "parquet"))]
+            .iter()
+            .filter(|(_, on)| *on)
+            .map(|(name, _)| *name)
+            .collect();
     let features = if features.is_empty() { "none".to_owned() } else { features.join(", ") };
     Finding::good("qlora", format!("{}, built with: {features}", env!("CARGO_PKG_VERSION")))
 }
@@ -158,7 +159,7 @@ fn gpu() -> Vec<Finding> {
         (Some((what, advice)), Cuda::Missing(_)) => Finding::wrong("GPU", what, advice),
         (Some((what, advice)), Cuda::NotInstalled) => match &driver {
             Some(found) => Finding::missing("GPU", format!("{found}; {what}"), advice),
-            None => Finding::missing("GPU", CPU_ONLY, advice),
+            None => Finding::missing("GPU", format!("no NVIDIA driver found; {CPU_ONLY}"), advice),
         },
         (Some((what, advice)), Cuda::NoDriver | Cuda::NoCard) => {
             Finding::missing("GPU", format!("{what}; {CPU_ONLY}"), advice)
