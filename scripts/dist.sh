@@ -63,6 +63,11 @@ if [ -z "$binary" ]; then
     say "built $binary in $((SECONDS - start)) s"
 fi
 case $target in *-linux-gnu) scripts/dist/elf_needs.py "$binary" --glibc $glibc --allow ;; esac
+# A program of another system says nothing here.
+case $("$binary" --version 2>/dev/null || true) in
+"" | "qlora $version") ;;
+*) say "$binary is $("$binary" --version), not $version" && exit 1 ;;
+esac
 if [ -n "$cuda" ]; then
     [ -n "$cuda_binary" ] || { scripts/build-cuda.sh >&2 && cuda_binary=${CARGO_TARGET_DIR:-target}/release/qlora; }
     strip -o "$work/qlora-cuda" "$cuda_binary"
