@@ -81,7 +81,9 @@ impl Cuda {
             Self::Ready { .. } => return None,
             Self::NotInstalled => (
                 "this program is built without CUDA, and there is no qlora-cuda beside it".to_owned(),
-                "install the build for NVIDIA GPUs: pip install 'qlora-cli[cuda]', or the archive with cuda in its name; from source, build with --features cuda".to_owned(),
+                "install the build for NVIDIA GPUs: pip install 'qlora-cli[cuda]', or the archive with cuda in its name; \
+                 from source, build with --features cuda"
+                    .to_owned(),
             ),
             Self::NotWanted => (format!("{BACKEND}=cpu"), format!("unset {BACKEND} to use a GPU")),
             Self::NoDriver => (
