@@ -13,4 +13,5 @@ mod answers;
 mod ends;
 mod prompts;
 mod runs;
+mod trl;
 mod weights;

@@ -4,7 +4,9 @@
 //! - `prompt` + `completion`: the tokens of the joined text, EOS appended; trained from the first token in which the joined
 //!   text differs from the prompt alone (with most tokenizers the completion's first token).
 //! - pairs of answers: two documents, trained from the first token that is not the prompt's.
-//! - conversations: what the chat template gives; the trained messages' tokens, each with the end-of-turn token after it.
+//! - `prompt` + `completion` of messages, the latter a single one: what the chat template gives, trained from the first token
+//!   in which it differs from the prompt as the template asks for the answer, to the end (as TRL's `SFTTrainer` has it).
+//! - other conversations: what the chat template gives; the trained messages' tokens, each with the end-of-turn token after it.
 //!   A conversation that would end without a trained end token gets EOS.
 //!
 //! So every document teaches the model to stop, unless `max_length` cut its end off.
@@ -13,6 +15,11 @@ use std::error::Error as StdError;
 
 use super::record::{Conversation, Record};
 use crate::config::{DataOptions, OnOverlong, OnUntrained};
+use crate::fingerprint::Fingerprint;
+
+/// The version of the rules by which rows become tokens. It counts up when other tokens, or others to train, come out of the same
+/// row, so that tokens that were kept by earlier versions are made again.
+pub(super) const ENCODING: u32 = 1;
 
 /// The error of a [`TextEncoder`].
 pub type EncodeError = Box<dyn StdError + Send + Sync>;
@@ -45,6 +52,12 @@ pub trait TextEncoder: Sync {
     fn unused(&self, conversation: &Conversation) -> Vec<String> {
         let _ = conversation;
         Vec::new()
+    }
+
+    /// Stands for everything that the tokens of a row depend on besides the row, so that they can be kept; none if that cannot be
+    /// said, or changes from day to day.
+    fn fingerprint(&self) -> Option<Fingerprint> {
+        None
     }
 
     /// The token that begins a text.
@@ -228,7 +241,7 @@ fn completion_tokens(
         alone.pop();
     }
     let ids = encoder.encode(&format!("{prompt}{completion}"), true)?;
-    let common = alone.iter().zip(&ids).take_while(|(a, b)| a == b).count();
+    let common = common_prefix(&alone, &ids);
     notes.boundary_merged = common < alone.len();
     let trained = (0..ids.len()).map(|i| i >= common).collect();
     let mut encoded = Encoded { ids, trained };
@@ -238,6 +251,11 @@ fn completion_tokens(
         encoded.trained.fill(false);
     }
     Ok(encoded)
+}
+
+/// The number of tokens with which both begin.
+fn common_prefix(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
 fn chat(
@@ -259,7 +277,15 @@ fn chat(
         }
         return Ok(encoded);
     }
-    let mut encoded = encoder.encode_chat(conversation, notes)?;
+    let mut encoded = match conversation.prompt_of_completion() {
+        Some(prompt) => {
+            let (alone, ids) = (encoder.encode_prompt(&prompt)?, encoder.encode_whole_chat(conversation)?);
+            let common = common_prefix(&alone, &ids);
+            notes.boundary_merged = common < alone.len();
+            Encoded { trained: (0..ids.len()).map(|i| i >= common).collect(), ids }
+        }
+        None => encoder.encode_chat(conversation, notes)?,
+    };
     if encoded.ids.len() != encoded.trained.len() {
         let (ids, flags) = (encoded.ids.len(), encoded.trained.len());
         return Err(format!("the encoder returned {ids} tokens and {flags} flags").into());
@@ -365,6 +391,25 @@ mod tests {
         assert_eq!(marked(&conversation(&[("assistant", "b"), ("user", "c")]), &encoder), "^<a>[b|]<u>c|");
         // EOS behind it would teach to end the user's text.
         assert_eq!(marked(&conversation(&[("assistant", "b"), ("user", "c")]), &bare), "^<a>[b]<u>c");
+    }
+
+    /// As TRL has it: of one message everything behind the prompt, of several what the assistant says.
+    #[test]
+    fn completions_of_messages() {
+        let turn = |role: &str, content: &str| serde_json::json!({"role": role, "content": content});
+        let row = |completion: &[serde_json::Value]| {
+            let prompt = [turn("user", "a"), turn("assistant", "b"), turn("user", "c")];
+            Record::from_json(&serde_json::json!({"prompt": prompt, "completion": completion})).unwrap()
+        };
+        // What the template writes behind the end of the turn is trained with a single message.
+        let encoder = ToyEncoder { end_of_turn: "|.", ..ToyEncoder::default() };
+        let one = row(&[turn("assistant", "d")]);
+        assert_eq!(marked(&one, &encoder), "^<u>a|.<a>b|.<u>c|.<a>[d|.]");
+        let several = row(&[turn("assistant", "d"), turn("user", "e"), turn("assistant", "f")]);
+        let plain = ToyEncoder::default();
+        assert_eq!(marked(&several, &plain), "^<u>a|<a>b|<u>c|<a>[d|]<u>e|<a>[f|]");
+        let bare = ToyEncoder { end_of_turn: "", ..ToyEncoder::default() };
+        assert_eq!(marked(&one, &bare), "^<u>a<a>b<u>c<a>[d$]");
     }
 
     #[test]

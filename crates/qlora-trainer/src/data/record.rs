@@ -15,7 +15,8 @@
 //! The first format whose first key is there counts; the other keys are ignored and named by [`Row::unused`]. A key whose
 //! value is null is a key that is not there, in messages and tools too: files that went through Arrow have every key in every
 //! row. In a conversation the assistant's messages are trained, unless one says `"weight": 0` (OpenAI) or `"train": false`;
-//! of `prompt` and `completion` only the latter.
+//! of `prompt` and `completion` only the latter. Unpaired preferences (`prompt`, `completion`, `label`), stepwise supervision and
+//! prompts alone, which TRL knows too, are refused by name: no objective reads them.
 
 mod columns;
 mod messages;
@@ -63,12 +64,21 @@ pub struct Conversation {
     pub tools: Option<Value>,
     /// The row's `chat_template_kwargs`: further arguments of the template, such as `enable_thinking`.
     pub template_kwargs: Map<String, Value>,
+    /// Of a row of `prompt` and `completion` the number of messages in the latter, which are the last ones; 0 for other rows.
+    pub completion_messages: usize,
 }
 
 impl Conversation {
     /// A conversation without tools.
     pub fn new(messages: Vec<Message>) -> Self {
         Self { messages, ..Self::default() }
+    }
+
+    /// The prompt of a row whose completion is one message that is trained.
+    pub(super) fn prompt_of_completion(&self) -> Option<Self> {
+        let (last, before) = self.messages.split_last()?;
+        let is_answer = self.completion_messages == 1 && !before.is_empty() && last.trained;
+        is_answer.then(|| Self { messages: before.to_vec(), completion_messages: 0, ..self.clone() })
     }
 
     /// Reads a row that asks for an answer: `messages` or `conversations`, or `prompt` as a text or as messages, with
@@ -248,24 +258,41 @@ fn with_columns(
             _ => messages.insert(0, Message::new("system", text)),
         }
     }
-    Ok((Conversation { messages, tools, template_kwargs }, used))
+    Ok((Conversation { messages, tools, template_kwargs, completion_messages: 0 }, used))
 }
+
+/// Rows of TRL's KTO and BCO trainers. As prompt and completion the bad answers would be learned, too.
+const UNPAIRED: &str = "`prompt`, `completion` and `label` are an unpaired preference (TRL's KTOTrainer); no objective here reads \
+     it. To train on the good answers, keep the rows whose `label` is true and leave the column out; with a good and a bad \
+     answer to each prompt write `chosen` and `rejected`, for objective = \"dpo\"";
+/// Rows of TRL's process reward models.
+const STEPWISE: &str = "`prompt` without `completion`: `completions` and `labels` are steps with a verdict each (TRL's stepwise \
+     supervision, for reward models); no objective here reads them";
+/// Rows of TRL's online trainers.
+const PROMPT_ONLY: &str = "`prompt` without `completion`: a prompt alone (as TRL's GRPO and RLOO trainers read) has nothing to train \
+     on; `qlora generate --batch` answers such rows, and its output can be trained on";
 
 fn completion(row: &Map<String, Value>) -> Result<Used, Refusal> {
     const KEYS: [&str; 2] = ["prompt", "completion"];
+    if let Some(Value::Bool(_)) = row.get("label") {
+        return Err(UNPAIRED.to_owned());
+    }
     match KEYS.map(|key| row.get(key)) {
         [None, _] => Err("`completion` without `prompt`".to_owned()),
-        [_, None] => Err("`prompt` without `completion`".to_owned()),
+        [_, None] if row.contains_key("completions") => Err(STEPWISE.to_owned()),
+        [_, None] => Err(PROMPT_ONLY.to_owned()),
         [Some(Value::String(prompt)), Some(Value::String(completion))] => {
             Ok((Record::Completion { prompt: prompt.clone(), completion: completion.clone() }, KEYS.to_vec()))
         }
         [Some(prompt @ Value::Array(_)), Some(completion @ Value::Array(_))] => {
             let mut messages = message_list(prompt, "prompt", Reader::OpenAi)?;
             messages.iter_mut().for_each(|message| message.trained = false);
-            messages.extend(message_list(completion, "completion", Reader::OpenAi)?);
+            let completion = message_list(completion, "completion", Reader::OpenAi)?;
+            let completion_messages = completion.len();
+            messages.extend(completion);
             let (conversation, mut used) = with_columns(row, messages)?;
             used.extend(KEYS);
-            Ok((Record::Chat(conversation), used))
+            Ok((Record::Chat(Conversation { completion_messages, ..conversation }), used))
         }
         [Some(prompt), Some(completion)] => Err(format!(
             "`prompt` and `completion` must be two strings or two lists of messages, not {} and {}",
