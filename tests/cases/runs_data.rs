@@ -117,3 +117,32 @@ fn a_stream_goes_on_with_the_same_data_only() {
     let session = Session::open_dry_run(&config, |_, _| ()).unwrap();
     assert!(session.datasets().unwrap_err().to_string().contains("use Session::data"));
 }
+
+/// Tokens that were kept train as those that are made: no bit of the adapter or the log differs. A planned run keeps nothing.
+#[test]
+fn runs_out_of_the_cache_are_the_same() {
+    let (folder, mut config) = job();
+    let answers: Vec<String> = (0..4000).map(|i| format!("answer {i} {}", "y".repeat(250 + i % 60))).collect();
+    write_rows(&folder.path().join("train.jsonl"), &answers.iter().map(String::as_str).collect::<Vec<_>>());
+    config.training.max_steps = 4;
+    config.data.max_length = 48;
+    let cache = folder.path().join("prepared");
+    config.data.dataset_prepared_path = Some(cache.clone());
+    let remark = |config: &TrainConfig| {
+        let session = Session::open_dry_run(config, |_, _| ()).unwrap();
+        session.data().unwrap().0.remarks().remove(0)
+    };
+    assert!(remark(&config).starts_with("4000 rows tokenized"));
+    assert!(!cache.exists(), "a planned run writes nothing");
+    let mut ended = Vec::new();
+    for (name, dataset_cache) in [("without", false), ("made", true), ("read", true)] {
+        config.data.dataset_cache = dataset_cache;
+        config.training.output_dir = folder.path().join(name);
+        run(&config, u64::MAX);
+        ended.push((losses(&config.training.output_dir), adapter(&config.training.output_dir)));
+        assert_eq!(cache.exists(), dataset_cache);
+    }
+    assert!(remark(&config).starts_with("4000 rows are ready out of the cache"), "{}", remark(&config));
+    assert!(!ended[0].0.is_empty());
+    assert!(ended[0] == ended[1] && ended[0] == ended[2]);
+}

@@ -209,6 +209,14 @@ impl ChatTemplate {
         environment::set_time(&mut self.environment, time);
     }
 
+    /// A text that is the same for templates that write the same: their sources and special tokens. The time is no part of it
+    /// ([`ChatTemplate::reads_clock`]).
+    pub fn identity(&self) -> String {
+        let special_tokens = Value::Object(self.special_tokens.clone());
+        let tool_use = self.tool_use.as_ref().map(|template| template.identity()).unwrap_or_default();
+        format!("{}\u{0}{special_tokens}\u{0}{tool_use}", self.source)
+    }
+
     /// Renders a conversation. With `add_generation_prompt` the text ends where the assistant's next answer begins.
     ///
     /// # Errors

@@ -230,6 +230,12 @@ impl Tokenizer {
         DecodeStream::new(self, skip_special_tokens)
     }
 
+    /// A text that is the same for tokenizers that give the same tokens: the whole tokenizer as JSON, and the roles of its tokens.
+    /// None if it has no such form.
+    pub fn identity(&self) -> Option<String> {
+        Some(format!("{}{:?}", self.inner.to_string(false).ok()?, self.special))
+    }
+
     /// The token that begins a text.
     pub fn bos_token_id(&self) -> Option<u32> {
         self.special.bos

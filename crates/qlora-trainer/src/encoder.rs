@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 
 use crate::data::encode::{EncodeError, Notes};
 use crate::data::{Conversation, Encoded, TextEncoder};
+use crate::fingerprint::Fingerprint;
 
 /// The text side of a model: tokenizer, chat template with its arguments, and the tokens that end an answer.
 #[derive(Debug)]
@@ -148,6 +149,23 @@ impl TextEncoder for ModelEncoder<'_> {
         unused
     }
 
+    fn fingerprint(&self) -> Option<Fingerprint> {
+        let mut fingerprint = Fingerprint::new();
+        fingerprint.bytes(self.tokenizer.identity()?.as_bytes());
+        match self.template {
+            None => fingerprint.word(0),
+            // Its tokens are those of one time only.
+            Some(template) if template.reads_clock() => return None,
+            Some(template) => fingerprint.word(1).bytes(template.identity().as_bytes()),
+        };
+        for &end in self.ends {
+            fingerprint.word(u64::from(end));
+        }
+        let kwargs = self.template_kwargs.cloned().unwrap_or_default();
+        fingerprint.bytes(Value::Object(kwargs).to_string().as_bytes());
+        Some(fingerprint)
+    }
+
     fn bos(&self) -> Option<u32> {
         self.tokenizer.bos_token_id()
     }
@@ -215,6 +233,10 @@ impl TextEncoder for OwnedEncoder {
 
     fn unused(&self, conversation: &Conversation) -> Vec<String> {
         self.borrowed().unused(conversation)
+    }
+
+    fn fingerprint(&self) -> Option<Fingerprint> {
+        self.borrowed().fingerprint()
     }
 
     fn bos(&self) -> Option<u32> {

@@ -6,7 +6,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use qlora::hub::{Existing, PushFile, PushOptions, PushStep, files_of, is_generated_card, marked_card, push};
+use qlora::hub::{
+    Existing, HubStatus, PushFile, PushOptions, PushStep, files_of, is_generated_card, marked_card, push,
+};
+use qlora::open::OpenOptions;
 use serde_json::json;
 
 use crate::output::{self, line};
@@ -135,6 +138,46 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             line!("{}: {} files in commit {commit}, {} unchanged", pushed.url, pushed.changed.len(), pushed.unchanged);
         }
         None => line!("{}: nothing to do, all {} files are there", pushed.url, pushed.unchanged),
+    }
+    Ok(())
+}
+
+/// Uploads the folder of a run that has ended.
+///
+/// # Errors
+/// As `qlora push`; the message says that the run is safe, and the command that uploads it.
+pub(crate) fn after_run(folder: &Path, repo_id: &str, private: bool) -> Result<()> {
+    let args = Args {
+        path: folder.to_owned(),
+        repo_id: repo_id.to_owned(),
+        private,
+        revision: "main".to_owned(),
+        commit_message: None,
+        license: None,
+        base: None,
+        replace_card: false,
+        no_card: false,
+        dry_run: false,
+        json: false,
+    };
+    run(&args).with_context(|| {
+        let (folder, flag) = (folder.display(), if private { " --private" } else { "" });
+        format!(
+            "the run has ended well and is saved, but not uploaded (`qlora push {folder} {repo_id}{flag}` does that)"
+        )
+    })
+}
+
+/// Fails before a run whose adapter could not be uploaded at its end.
+pub(crate) fn check_before_run() -> Result<()> {
+    let status = HubStatus::of(&OpenOptions::default())?;
+    if status.offline {
+        bail!("push_to_hub in [training] needs the hub, and HF_HUB_OFFLINE says that it is not to be asked");
+    }
+    if status.token_source.is_none() {
+        bail!(
+            "push_to_hub in [training] needs an access token with the right to write: set HF_TOKEN, or run `hf auth login`"
+        );
     }
     Ok(())
 }

@@ -8,6 +8,7 @@ use anyhow::{Result, ensure};
 use qlora::trainer::comm::tcp::TcpOptions;
 use qlora::trainer::comm::{self, Alone, Communicator, Ranks};
 use qlora::trainer::config::Tracker;
+use qlora::trainer::data::TokenCache;
 #[cfg(unix)]
 use qlora::trainer::launch::{self, Processes};
 use qlora::trainer::progress::{Dashboard, DashboardFacts, HtmlReport, LossPlot, Observer, ProgressBar, ReportFacts};
@@ -65,6 +66,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         plan.training.remarks().into_iter().for_each(remark);
         output::print(&plan.on.to_string())?;
         return Ok(ExitCode::SUCCESS);
+    }
+    let upload = config.training.hub_repository();
+    if upload.is_some() && !args.dry_run {
+        super::push::check_before_run()?;
     }
     let comm = if args.dry_run { Box::new(Alone) } else { ranks()? };
     remark(format!("loading {}", config.model.model_name_or_path));
@@ -138,6 +143,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let folder = output.display();
     output::print(&format!("adapter: {folder}\nreport: {}\n", report.display()))?;
     remark(format!("try it: qlora chat --adapter {folder}"));
+    if let Some(id) = &upload {
+        super::push::after_run(&output, id, config.training.hub_private_repo)?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -202,8 +210,16 @@ fn would_do(config: &TrainConfig) -> String {
         true => format!(", and to {}: TensorBoard's events", options.resolved_logging_dir().display()),
         false => String::new(),
     };
+    let upload = options.hub_repository().map_or_else(String::new, |id| {
+        let private = if options.hub_private_repo { " (private, if it is new)" } else { "" };
+        format!("; then it would upload the adapter to {id}{private}")
+    });
+    let tokens = match TokenCache::of(config, true).filter(|_| !config.data.streaming) {
+        Some(cache) => format!("; tokens of sets of 1 MB and more to {}", cache.folder.display()),
+        None => String::new(),
+    };
     format!(
         "a run would take {until} and write to {folder}: the adapter, {checkpoints}, metrics.jsonl, report.html, \
-         loss.svg{samples}{board}"
+         loss.svg{samples}{board}{tokens}{upload}"
     )
 }

@@ -12,6 +12,7 @@ mod export;
 #[cfg(all(unix, not(feature = "cuda")))]
 mod front;
 mod push;
+mod push_to_hub;
 #[cfg(target_os = "linux")]
 mod terminal;
 #[cfg(target_os = "linux")]

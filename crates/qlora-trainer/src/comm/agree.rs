@@ -10,7 +10,7 @@ use crate::config::TrainConfig;
 use crate::error::{Error, Result};
 
 /// Settings of a host (paths and the device), which may differ between ranks; contents are compared instead.
-const OF_A_HOST: [&str; 8] = [
+const OF_A_HOST: [&str; 11] = [
     "model.model_name_or_path",
     "model.tokenizer_name_or_path",
     "model.cache_dir",
@@ -18,6 +18,9 @@ const OF_A_HOST: [&str; 8] = [
     "lora.adapter_name_or_path",
     "data.train_file",
     "data.validation_file",
+    "data.dataset_cache",
+    "data.dataset_prepared_path",
+    "data.overwrite_cache",
     "training.output_dir",
 ];
 

@@ -236,6 +236,14 @@ pub struct DataOptions {
     pub streaming: bool,
     /// With `streaming`: the documents that are shuffled together. Default: 16384, as in LLaMA-Factory.
     pub buffer_size: usize,
+    /// Keep tokenized rows on the disk, so that the next start with the same data, tokenizer and template is ready at once; of sets
+    /// of 1 MB and more, not streamed. Default: true.
+    pub dataset_cache: bool,
+    /// The folder of tokenized rows (Axolotl's name). Default: `qlora-tokens` beside what Python's `datasets` keeps
+    /// (`HF_DATASETS_CACHE`, `HF_HOME`).
+    pub dataset_prepared_path: Option<PathBuf>,
+    /// Tokenize again what was kept. Default: false.
+    pub overwrite_cache: bool,
     /// `[[data.datasets]]`: sets of rows with the roles of their columns, behind those of `train_file`. Default: none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub datasets: Vec<DatasetOptions>,
@@ -269,6 +277,9 @@ impl Default for DataOptions {
             interleave_probs: Vec::new(),
             streaming: false,
             buffer_size: 16_384,
+            dataset_cache: true,
+            dataset_prepared_path: None,
+            overwrite_cache: false,
             datasets: Vec::new(),
             test_datasets: Vec::new(),
             chat_template_path: None,
@@ -370,6 +381,12 @@ pub struct TrainingOptions {
     /// The folder of TensorBoard's event files. Default: none, the environment's `TENSORBOARD_LOGGING_DIR` or else `runs` in
     /// `output_dir`.
     pub logging_dir: Option<PathBuf>,
+    /// Upload the adapter to the Hugging Face hub when the run has ended: `qlora train` does what `qlora push` does. Default: false.
+    pub push_to_hub: bool,
+    /// The repository to upload to: `owner/name`, or a name of the token's owner. Default: none, the name of `output_dir`.
+    pub hub_model_id: Option<String>,
+    /// Make a new repository a private one. Default: false.
+    pub hub_private_repo: bool,
 }
 
 impl Default for TrainingOptions {
@@ -411,6 +428,9 @@ impl Default for TrainingOptions {
             sample_max_new_tokens: 64,
             report_to: ReportTo::default(),
             logging_dir: None,
+            push_to_hub: false,
+            hub_model_id: None,
+            hub_private_repo: false,
         }
     }
 }
@@ -438,6 +458,12 @@ impl TrainingOptions {
             (None, None) if self.lr_scheduler_type == Scheduler::Constant => 0,
             (None, None) => of_ratio(DEFAULT_RATIO),
         }
+    }
+
+    /// The repository that the adapter is uploaded to; none if nothing is uploaded, or `output_dir` has no name.
+    pub fn hub_repository(&self) -> Option<String> {
+        let name = || Some(self.output_dir.file_name()?.to_string_lossy().into_owned());
+        self.push_to_hub.then(|| self.hub_model_id.clone().or_else(name)).flatten()
     }
 
     /// The folder of TensorBoard's event files.

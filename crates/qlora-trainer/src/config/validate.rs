@@ -225,6 +225,11 @@ impl TrainConfig {
         self.check_samples(check);
         let on_start = !training.eval_on_start || evaluates;
         check.that(on_start, "training.eval_on_start", "needs a validation_file or a val_size in [data]");
+        check.that(
+            !training.push_to_hub || training.hub_repository().is_some(),
+            "training.push_to_hub",
+            "needs `hub_model_id`, the repository to upload to",
+        );
         // TOML and JSON consumers read integers as i64.
         for (key, seed) in [("training.seed", Some(training.seed)), ("training.data_seed", training.data_seed)] {
             check.that(seed.is_none_or(|seed| seed <= i64::MAX as u64), key, "must be below 2^63");

@@ -3,9 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use indicatif::{ProgressBar, ProgressStyle};
 use qlora_core::hub_id;
 use qlora_core::open::OpenOptions;
 
+use super::cache::TokenCache;
 #[cfg(feature = "hub")]
 use super::card::Refusal;
 use super::card::{Wanted, select};
@@ -86,7 +88,7 @@ impl Sets {
         files.map(|file| file.path.as_path()).find(|path| is_pipe(path))
     }
 
-    /// Reads the data, or opens it if it is read while it is trained on.
+    /// Reads the data, or opens it if it is read while it is trained on. `writes` lets tokens be kept for the next start.
     ///
     /// # Errors
     /// As [`Sets::load`]; of a stream for the documents that are read first.
@@ -94,15 +96,20 @@ impl Sets {
         self,
         config: &TrainConfig,
         encoder: ModelEncoder<'_>,
+        writes: bool,
     ) -> Result<(TrainingData, Option<Dataset>)> {
+        let cache = TokenCache::of(config, writes);
         if !config.data.streaming {
-            let (training, validation) = self.load(config, &encoder)?;
+            let (training, validation) = self.load(config, &encoder, cache.as_ref())?;
             return Ok((training.into(), validation));
         }
         let (options, filters) = (EncodeOptions::from(&config.data), Filters::from(&config.data));
         let mut validation = match self.validation.as_slice() {
             [] => None,
-            sets => Some(load::load(sets, &encoder, &options, &Filters { max_samples: None, ..filters })?.0),
+            sets => {
+                let filters = Filters { max_samples: None, ..filters };
+                Some(read(sets, &encoder, &options, &filters, cache.as_ref())?.0)
+            }
         };
         let encoder = Arc::new(OwnedEncoder::from(encoder));
         let (stream, first) = Stream::open(self.training, encoder, StreamOptions::from(config))?;
@@ -114,13 +121,21 @@ impl Sets {
     ///
     /// # Errors
     /// The first problem, with its file and line or row; if nothing is left, or `val_size` leaves nothing to train on.
-    pub(crate) fn load(&self, config: &TrainConfig, encoder: &dyn TextEncoder) -> Result<(Dataset, Option<Dataset>)> {
+    pub(crate) fn load(
+        &self,
+        config: &TrainConfig,
+        encoder: &dyn TextEncoder,
+        cache: Option<&TokenCache>,
+    ) -> Result<(Dataset, Option<Dataset>)> {
         let (data, seed) = (&config.data, config.training.resolved_data_seed());
         let options = EncodeOptions::from(data);
-        let (mut training, ranges) = load::load(&self.training, encoder, &options, &Filters::from(data))?;
+        let (mut training, ranges) = read(&self.training, encoder, &options, &Filters::from(data), cache)?;
         let mut validation = match self.validation.as_slice() {
             [] => None,
-            sets => Some(load::load(sets, encoder, &options, &Filters { max_samples: None, ..Filters::from(data) })?.0),
+            sets => {
+                let filters = Filters { max_samples: None, ..Filters::from(data) };
+                Some(read(sets, encoder, &options, &filters, cache)?.0)
+            }
         };
         // The documents of a group are of one row: they are drawn and split off together.
         let size = training.group_size();
@@ -149,6 +164,25 @@ impl Sets {
         }
         Ok((training, validation))
     }
+}
+
+/// Loads sets under a progress bar, which is shown on terminals and not with `-q`.
+fn read(
+    sets: &[RowSet],
+    encoder: &dyn TextEncoder,
+    options: &EncodeOptions,
+    filters: &Filters,
+    cache: Option<&TokenCache>,
+) -> Result<(Dataset, Vec<std::ops::Range<usize>>)> {
+    let bar = match tracing::enabled!(tracing::Level::WARN) {
+        true => ProgressBar::new_spinner(),
+        false => ProgressBar::hidden(),
+    };
+    let style = ProgressStyle::with_template("{spinner} data: {human_pos} rows, {per_sec}");
+    bar.set_style(style.expect("the template is valid"));
+    let loaded = load::load_cached(sets, encoder, options, filters, cache, &mut |rows| bar.set_position(rows as u64));
+    bar.finish_and_clear();
+    loaded
 }
 
 impl From<&DataOptions> for Filters {

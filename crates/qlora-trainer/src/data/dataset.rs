@@ -27,6 +27,8 @@ pub struct Dataset {
     /// The documents that count, in their order; without it all of them.
     view: Option<Vec<u32>>,
     stats: DataStats,
+    /// A remark on how the tokens were made.
+    note: Option<String>,
 }
 
 /// A file that rows came from.
@@ -80,7 +82,7 @@ struct Dropped {
 }
 
 /// The unused parts of a file's rows: names, in the order in which they occurred.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Unused {
     /// Columns that mean nothing in the rows' format.
     pub(super) columns: Vec<String>,
@@ -166,6 +168,7 @@ impl Dataset {
             dropped: Vec::new(),
             view: None,
             stats: DataStats::default(),
+            note: None,
         }
     }
 
@@ -290,15 +293,15 @@ impl Dataset {
         fingerprint
     }
 
-    /// Remarks on unused parts of the files, a line for each file and reason: columns that mean nothing in the rows'
-    /// format, and those that the chat template does not read.
+    /// Remarks, a line each: on the cache of tokens, where it was used; for each file and reason on columns that mean nothing in
+    /// the rows' format, on those that the chat template does not read, and on rows that were left out.
     pub fn remarks(&self) -> Vec<String> {
         let list = |names: &[String]| {
             let shown: Vec<_> = names.iter().take(20).map(|name| format!("`{name}`")).collect();
             let more = names.len().saturating_sub(shown.len());
             shown.join(", ") + &if more > 0 { format!(" and {more} more") } else { String::new() }
         };
-        let mut remarks = Vec::new();
+        let mut remarks: Vec<String> = self.note.iter().cloned().collect();
         for (file, unused) in self.files.iter().zip(&self.unused) {
             let path = file.path.display();
             if !unused.columns.is_empty() {
@@ -344,6 +347,19 @@ impl Dataset {
     pub fn batch(&self, documents: &[usize]) -> Batch {
         let labelled: Vec<_> = documents.iter().map(|&i| (self.document(i).ids, self.document(i).labels())).collect();
         Batch::from_documents(labelled.iter().map(|(ids, labels)| (*ids, labels.as_slice())))
+    }
+
+    /// Makes room for rows and tokens that are about to come.
+    pub(super) fn reserve(&mut self, rows: usize, tokens: usize) {
+        self.ids.reserve(tokens);
+        self.trained.reserve(tokens);
+        self.bounds.reserve(rows);
+        self.origins.reserve(rows);
+    }
+
+    /// A remark on how the tokens were made.
+    pub(super) fn note(&mut self, note: String) {
+        self.note = Some(note);
     }
 
     /// `by_row` if its rows are known by their number, not by a line.

@@ -2,13 +2,16 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
 
+use super::cache::TokenCache;
 use super::dataset::{Dataset, DropReason, Unused};
 use super::encode::{EncodeOptions, Encoded, Notes, Outcome, TextEncoder, encode};
 use super::mapping::Mapping;
+use super::pipeline::{Origins, Pipeline};
 use super::record::{Record, Row};
 use super::rows::{DataFile, Place, RawRow, RowSource};
 use crate::error::{Error, Result};
@@ -125,61 +128,124 @@ pub fn load(
     options: &EncodeOptions,
     filters: &Filters,
 ) -> Result<(Dataset, Vec<Range<usize>>)> {
+    load_cached(sets, encoder, options, filters, None, &mut |_| ())
+}
+
+/// As [`load`], with rows that were tokenized before out of a cache; `watch` is called with the number of rows that are ready.
+/// The data are the same, but for [`Dataset::remarks`], which say what the cache did.
+///
+/// # Errors
+/// As [`load`]; that the cache cannot be read or written is none.
+pub fn load_cached(
+    sets: &[RowSet],
+    encoder: &dyn TextEncoder,
+    options: &EncodeOptions,
+    filters: &Filters,
+    cache: Option<&TokenCache>,
+    watch: &mut (dyn FnMut(usize) + Send),
+) -> Result<(Dataset, Vec<Range<usize>>)> {
+    let start = Instant::now();
     let mut dataset = Dataset::new();
     let mut known = filters.exact_deduplication.then(Known::default);
-    let mut ranges = Vec::new();
+    let (mut ranges, mut prepared) = (Vec::new(), Prepared::new());
     for set in sets {
-        let start = dataset.len();
-        load_set(set, encoder, options, filters, &mut known, &mut dataset)?;
-        ranges.push(start..dataset.len());
+        let (cached, folders) = (cache.and_then(|cache| cache.of_set(set, encoder, options)), prepared.folders.len());
+        if let Some(cached) = &cached {
+            prepared.folders.push(cached.folder().to_owned());
+            let (rows, tokens) = cached.promised();
+            dataset.reserve(rows as usize, tokens as usize);
+        }
+        let first = dataset.len();
+        let most = filters.max_samples.unwrap_or(usize::MAX);
+        // Of the set's files, the last one and its place among those of the data set.
+        let mut file: Option<(usize, u32)> = None;
+        let mut sink = |i: usize, rows: Vec<EncodedRow>| {
+            take_rows(set, i, rows, filters, &mut file, &mut known, &mut dataset)?;
+            watch(dataset.stats().rows);
+            Ok(())
+        };
+        let origins = Pipeline::new(set, encoder, options, most).run(cached, &mut sink)?;
+        // The others are too small to be worth a word.
+        if prepared.folders.len() > folders {
+            prepared.add(origins);
+        }
+        ranges.push(first..dataset.len());
     }
     if dataset.is_empty() {
         let names: Vec<_> = sets.iter().flat_map(RowSet::names).collect();
         let stats = dataset.stats();
         return Err(Error::Invalid(format!("{}: none of {} rows is left: {stats}", names.join(", "), stats.rows)));
     }
+    if !prepared.folders.is_empty() {
+        dataset.note(prepared.describe(start.elapsed()));
+    }
     tracing::debug!(files = sets.iter().map(|set| set.files.len()).sum::<usize>(), "{}", dataset.stats());
     Ok((dataset, ranges))
 }
 
-fn load_set(
+/// The part that the cache had in a data set.
+struct Prepared {
+    folders: Vec<PathBuf>,
+    origins: Origins,
+}
+
+impl Prepared {
+    fn new() -> Self {
+        Self { folders: Vec::new(), origins: Origins { kept: true, ..Origins::default() } }
+    }
+
+    fn add(&mut self, Origins { cached, tokenized, kept }: Origins) {
+        self.origins.cached += cached;
+        self.origins.tokenized += tokenized;
+        self.origins.kept &= kept;
+    }
+
+    /// One line.
+    fn describe(&self, took: Duration) -> String {
+        let Origins { cached, tokenized, kept } = self.origins;
+        let seconds = took.as_secs_f64();
+        let folders: Vec<String> = self.folders.iter().map(|folder| folder.display().to_string()).collect();
+        let folders = folders.join(", ");
+        if tokenized == 0 {
+            return format!("{cached} rows are ready out of the cache, in {seconds:.1} s ({folders})");
+        }
+        let speed = tokenized as f64 / seconds.max(1e-3);
+        let others = if cached > 0 { format!("{cached} rows out of the cache, ") } else { String::new() };
+        let kept = if kept { format!("; kept for the next start ({folders})") } else { String::new() };
+        format!("{others}{tokenized} rows tokenized, in {seconds:.1} s ({speed:.0} rows/s){kept}")
+    }
+}
+
+/// Adds the documents of rows of one file, as far as the filters leave them.
+fn take_rows(
     set: &RowSet,
-    encoder: &dyn TextEncoder,
-    options: &EncodeOptions,
+    i: usize,
+    rows: Vec<EncodedRow>,
     filters: &Filters,
+    file: &mut Option<(usize, u32)>,
     known: &mut Option<Known>,
     dataset: &mut Dataset,
 ) -> Result<()> {
-    let mut source = RowSource::new(set.files.clone());
-    let mut left = filters.max_samples.unwrap_or(usize::MAX);
-    // Of the set's files, the last one and its place among those of the data set.
-    let mut file: Option<(usize, u32)> = None;
-    while left > 0
-        && let Some((i, rows)) = source.next(CHUNK.min(left))?
-    {
-        left -= rows.len();
-        let path = &set.files[i].path;
-        for row in encode_rows(path, rows, &set.mapping, encoder, options) {
-            let EncodedRow { place, outcome, unused } = row?;
-            let index = match file {
-                Some((of, index)) if of == i => index,
-                _ => dataset.add_file(path, matches!(place, Place::Row(_))),
-            };
-            file = Some((i, index));
-            let origin = (index, place.number());
-            dataset.note_unused(index, unused);
-            dataset.count_row();
-            match filtered(outcome, filters.min_sample_len) {
-                Ok((documents, notes)) => {
-                    if known.as_mut().is_none_or(|known| known.is_new(&documents, dataset)) {
-                        let pushed = dataset.push_row(&documents, notes, Some(origin));
-                        pushed.map_err(|message| place.refuse(path, message))?;
-                    } else {
-                        dataset.drop_row(origin, DropReason::Duplicate);
-                    }
+    let path = &set.files[i].path;
+    for EncodedRow { place, outcome, unused } in rows {
+        let index = match *file {
+            Some((of, index)) if of == i => index,
+            _ => dataset.add_file(path, matches!(place, Place::Row(_))),
+        };
+        *file = Some((i, index));
+        let origin = (index, place.number());
+        dataset.note_unused(index, unused);
+        dataset.count_row();
+        match filtered(outcome, filters.min_sample_len) {
+            Ok((documents, notes)) => {
+                if known.as_mut().is_none_or(|known| known.is_new(&documents, dataset)) {
+                    let pushed = dataset.push_row(&documents, notes, Some(origin));
+                    pushed.map_err(|message| place.refuse(path, message))?;
+                } else {
+                    dataset.drop_row(origin, DropReason::Duplicate);
                 }
-                Err(reason) => dataset.drop_row(origin, reason),
             }
+            Err(reason) => dataset.drop_row(origin, reason),
         }
     }
     Ok(())
@@ -204,6 +270,7 @@ pub fn check(set: &RowSet) -> Result<()> {
 }
 
 /// A row that was encoded.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct EncodedRow {
     pub(super) place: Place,
     pub(super) outcome: Outcome,

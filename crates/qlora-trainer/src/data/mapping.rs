@@ -2,7 +2,7 @@
 //!
 //! A mapping names columns; those it does not name are left out, as in LLaMA-Factory. Without one a row stays as it is.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 
@@ -30,7 +30,7 @@ struct Column {
 #[derive(Clone, Debug, Default, PartialEq)]
 struct MessageKeys {
     keys: Vec<(String, String)>,
-    roles: HashMap<String, String>,
+    roles: BTreeMap<String, String>,
 }
 
 impl MessageKeys {
@@ -214,7 +214,7 @@ fn message_keys(options: &DatasetOptions) -> MessageKeys {
             tags;
         let pair = |from: &String, to: &str| (from.clone(), to.to_owned());
         keys.keys = vec![pair(role_tag, "role"), pair(content_tag, "content")];
-        keys.roles = HashMap::from([
+        keys.roles = BTreeMap::from([
             pair(user_tag, "user"),
             pair(assistant_tag, "assistant"),
             pair(observation_tag, "tool"),

@@ -7,6 +7,8 @@
 //! | [`record`] | the row formats: `messages`, `conversations`, `prompt`/`completion`, Alpaca, `text` |
 //! | [`encode`] | rows to token ids, with the tokens to train on; the [`TextEncoder`] that does it for a model |
 //! | [`load`](mod@load) | sets of rows to a [`Dataset`], with errors that name file and line |
+//! | `pipeline` | the rows of a set, encoded while the next ones are read |
+//! | [`cache`] | tokenized rows on the disk, for the next start |
 //! | [`jsonl`] | JSONL files alone |
 //! | `mix` | several sets as one; documents split off for validation |
 //! | `card` | the files of a split, of a data set on the hub or a folder |
@@ -20,6 +22,7 @@
 //! | [`stream`] | the same of data that is read while it is trained on |
 //! | [`feed`] | what a run is fed with: one or the other |
 
+pub mod cache;
 mod card;
 pub(crate) mod configured;
 pub mod dataset;
@@ -33,6 +36,7 @@ pub mod mapping;
 mod mix;
 pub mod order;
 pub mod packing;
+mod pipeline;
 mod preference;
 pub mod record;
 pub mod rows;
@@ -40,6 +44,7 @@ pub mod stream;
 #[cfg(test)]
 mod testing;
 
+pub use cache::TokenCache;
 pub use configured::training_sets;
 pub use dataset::{DataStats, Dataset, Document, DropReason};
 pub use encode::{EncodeOptions, Encoded, TextEncoder};

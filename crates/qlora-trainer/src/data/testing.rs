@@ -2,6 +2,7 @@
 
 use super::encode::{EncodeError, Encoded, Notes, TextEncoder};
 use super::record::Conversation;
+use crate::fingerprint::Fingerprint;
 
 /// `^` is BOS, `$` EOS, `|` the end of a turn; a turn is `<r>content|` with the first letter of its role.
 pub(crate) struct ToyEncoder {
@@ -76,6 +77,14 @@ impl TextEncoder for ToyEncoder {
         let mut ids = self.encode_whole_chat(conversation)?;
         ids.extend(self.encode("<a>", false)?);
         Ok(ids)
+    }
+
+    fn fingerprint(&self) -> Option<Fingerprint> {
+        let mut fingerprint = Fingerprint::new();
+        let merge = self.merge.unwrap_or_default();
+        fingerprint
+            .bytes(format!("{} {} {} {} {merge}", self.bos, self.eos, self.template, self.end_of_turn).as_bytes());
+        Some(fingerprint)
     }
 
     fn bos(&self) -> Option<u32> {

@@ -95,7 +95,7 @@ impl Prepared {
             max_positions: Some(model.max_position_embeddings),
         };
         let encoder = encoder(&files).with_template_kwargs(config.data.chat_template_kwargs.as_map());
-        let data = sets.open(&config, encoder)?;
+        let data = sets.open(&config, encoder, writes)?;
         let data = check(&config, &facts, start.as_ref(), &mut **comm, data)?;
         let prompts = SamplePlan::of(&config, &encoder, data.1.as_ref(), facts.max_positions)?;
         Ok(Self {
@@ -148,7 +148,7 @@ fn micro_batches(config: &TrainConfig, start: Option<&Start>, ranks: usize) -> R
 
 /// The data of a configuration, as tokens.
 pub(super) fn load(config: &TrainConfig, encoder: &ModelEncoder<'_>) -> Result<Data> {
-    Sets::find(config)?.open(config, *encoder)
+    Sets::find(config)?.open(config, *encoder, false)
 }
 
 pub(super) fn encoder(files: &ModelFiles) -> ModelEncoder<'_> {

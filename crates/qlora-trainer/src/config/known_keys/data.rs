@@ -169,10 +169,8 @@ pub(super) const KEYS: &[KnownKey] = &[
         &[
             "dataset_num_proc",
             "dataset_processes",
-            "dataset_prepared_path",
             "dataset_batch_size",
             "preprocessing_num_workers",
-            "overwrite_cache",
             "num_of_sequences",
             "chars_per_token",
             "dataset_keep_in_memory",
@@ -181,6 +179,9 @@ pub(super) const KEYS: &[KnownKey] = &[
         ],
         Nothing,
     ),
+    key(&["tokenized_path", "dataset_prepared_dir"], Ours("data.dataset_prepared_path")),
+    key(&["load_from_cache_file"], Opposite("data.overwrite_cache")),
+    key(&["overwrite_dataset_cache", "reset_cache"], Ours("data.overwrite_cache")),
     key(&["pretraining_dataset"], Anyway(&[Off], "write `train_file` and `streaming = true` in [data]")),
     key(&["shuffle_buffer_size", "streaming_multipack_buffer_size", "streaming_buffer_size"], Ours("data.buffer_size")),
     key(

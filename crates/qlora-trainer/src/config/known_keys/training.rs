@@ -13,8 +13,8 @@ use crate::objective::ObjectiveKind;
 const PREFERENCE: &str = "write `objective` in [training]: \"sft\" or \"dpo\"; there are no other objectives";
 const TRACKER: &str = "metrics go to metrics.jsonl in output_dir, from where scripts/sync_wandb.py and scripts/sync_mlflow.py take \
                        them; leave it out";
-const NO_HUB: &str =
-    "nothing is uploaded; leave it out and upload the adapter afterwards with `qlora push OUTPUT_DIR OWNER/NAME`";
+const AT_THE_END: &str = "the adapter is uploaded when the run has ended (\"end\"); leave it out, and upload a checkpoint of a run that \
+                          goes on with `qlora push OUTPUT_DIR/checkpoint-N OWNER/NAME`";
 const ONE_DEVICE: &str = "one device trains; leave it out, and choose the device by `device` in [model]";
 const SAVING: &str = "write `save_steps` in [training]; 0 saves one checkpoint at the end";
 
@@ -182,8 +182,13 @@ pub(super) const KEYS: &[KnownKey] = &[
         ],
         Anyway(&[Off], "metrics go to metrics.jsonl in output_dir; leave it out"),
     ),
-    key(&["push_to_hub", "hub_model_id", "hub_always_push"], Anyway(&[Off], NO_HUB)),
-    key(&["hub_strategy", "hub_private_repo", "hub_revision"], Nothing),
+    key(&["push_to_hub_model_id", "hub_repo_id"], Ours("training.hub_model_id")),
+    key(
+        &["hub_strategy"],
+        If(|config, value| !config.training.push_to_hub || value.as_str() == Some("end"), AT_THE_END),
+    ),
+    key(&["hub_always_push"], Anyway(&[Off], AT_THE_END)),
+    key(&["hub_revision"], Anyway(&[Off, Text("main")], "the branch is `main`; `qlora push --revision` takes another")),
     key(
         &[
             "fsdp",

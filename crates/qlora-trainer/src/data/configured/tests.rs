@@ -16,7 +16,7 @@ fn config(toml: &str) -> TrainConfig {
 }
 
 fn load(config: &TrainConfig) -> Result<(Vec<String>, Option<Vec<String>>)> {
-    let (training, validation) = Sets::find(config)?.load(config, &ToyEncoder::default())?;
+    let (training, validation) = Sets::find(config)?.load(config, &ToyEncoder::default(), None)?;
     let texts = |dataset: &Dataset| -> Vec<String> {
         let encoder = ToyEncoder::default();
         let text = |i| dataset.document(i).marked_text(&encoder, "", "").unwrap();
@@ -194,7 +194,7 @@ fn data_sets_come_from_the_hub() {
         OpenOptions { endpoint: Some(hub(FILES)), cache_dir: Some(cache.path().to_owned()), ..OpenOptions::default() };
     let of = |extra: &str| -> Result<Vec<String>> {
         let config = config(&format!("[[data.datasets]]\npath = \"org/name\"\n{extra}"));
-        let (training, _) = Sets::find_with(&config.data, &options)?.load(&config, &ToyEncoder::default())?;
+        let (training, _) = Sets::find_with(&config.data, &options)?.load(&config, &ToyEncoder::default(), None)?;
         Ok((0..training.len())
             .map(|i| training.document(i).marked_text(&ToyEncoder::default(), "", "").unwrap())
             .collect())
