@@ -3,7 +3,7 @@
     PY scripts/bench/stream_train.py --qlora target/release/qlora --gb 20 --log benches/results/stream_train.txt
 
 Every row is read, parsed and tokenized; 63 of 64 are longer than `max_length` and left out, so that a tiny model can train on the others
-in reasonable time. The peak of the process is compared with that of the same run over a few rows: what is over it is what the
+in reasonable time; so blocks of the shuffle buffer are small, and what full ones take is measured by `stream_memory.sh`. The peak of the process is compared with that of the same run over a few rows: what is over it is what the
 stream takes. Fails at 256 MB. Only Linux states the peak.
 """
 
@@ -45,7 +45,7 @@ def rows_of(gb: float) -> tuple:
 def train(qlora: pathlib.Path, work: pathlib.Path, gb: float, name: str) -> dict:
     block, times = rows_of(gb)
     command = [qlora, "train", work / "model", "-", "--streaming", "--max-steps", times // BATCH, "--max-length", "128", "--on-overlong", "drop",
-               "--per-device-train-batch-size", BATCH, "--device", "cpu", "--r", "1", "--no-tui", "--save-steps", "0", "--output-dir", work / name]
+               "--per-device-train-batch-size", BATCH, "--gradient-accumulation-steps", 1, "--device", "cpu", "--r", "1", "--no-tui", "--save-steps", "0", "--output-dir", work / name]
     start = time.monotonic()
     with (work / f"{name}.log").open("w") as log:
         process = subprocess.Popen([str(part) for part in command], stdin=subprocess.PIPE, stdout=log, stderr=log)
