@@ -2,7 +2,7 @@
 //!
 //! A set of rows has a folder, named after everything that its tokens depend on: the contents of its files, the tokenizer, the chat
 //! template, the options of encoding, the mapping of its columns, and the versions of this format and of the encoding. In it lie
-//! **shards** ([`shard`]), each the rows of a stretch of a file, with the position in the files at which it begins and ends. They are
+//! **shards**, each the rows of a stretch of a file, with the position in the files at which it begins and ends. They are
 //! written one after the other while rows are tokenized, so what a killed run has made is there for the next one, which goes on
 //! behind it. A shard that is damaged is made again. Filters, mixtures and splits come later and are no part of it.
 //!
