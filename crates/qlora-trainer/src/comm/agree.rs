@@ -10,7 +10,7 @@ use crate::config::TrainConfig;
 use crate::error::{Error, Result};
 
 /// Settings of a host (paths and the device), which may differ between ranks; contents are compared instead.
-const OF_A_HOST: [&str; 8] = [
+const OF_A_HOST: [&str; 9] = [
     "model.model_name_or_path",
     "model.tokenizer_name_or_path",
     "model.cache_dir",
@@ -19,6 +19,7 @@ const OF_A_HOST: [&str; 8] = [
     "data.train_file",
     "data.validation_file",
     "training.output_dir",
+    "training.preemption_file",
 ];
 
 /// Checks that all ranks are configured alike, before anything expensive is done.
