@@ -29,11 +29,12 @@ impl<M: TrainableModel> Trainer<'_, M> {
     /// gradient is not finite. The checkpoints that were written before stay.
     pub fn run(&mut self) -> Result<Summary> {
         let ended = self.run_to_end();
+        let ended = or_tell_all(&mut *self.comm, ended);
         // Also of a run that failed: what it saved is what the next one goes on from.
         let sent = self.finish_uploads();
-        let ended = ended.and_then(|summary| sent.map(|()| summary));
-        let summary = or_tell_all(&mut *self.comm, ended)?;
+        let summary = ended?;
         self.comm.leave();
+        sent?;
         Ok(summary)
     }
 

@@ -159,7 +159,9 @@ impl Times {
     }
 
     fn straggler(&self) -> Option<Straggler> {
-        self.slow_rank().or_else(|| self.slow_connection())
+        // The one that costs the others more.
+        let both = self.slow_rank().into_iter().chain(self.slow_connection());
+        both.max_by(|a, b| (a.seconds - a.others).total_cmp(&(b.seconds - b.others)))
     }
 
     /// The rank whose messages take much longer than those of the others.
