@@ -190,7 +190,7 @@ impl Mirror {
     }
 
     fn manifest(&self, key: &str) -> Result<Manifest> {
-        let temporary = tempfile::tempdir().map_err(|error| Error::io(&std::env::temp_dir(), error))?;
+        let temporary = tempfile::tempdir().map_err(|error| Error::io(std::env::temp_dir(), error))?;
         let path = temporary.path().join("manifest.json");
         self.attempt(key, || self.store.get(key, &path))?;
         let content = fs::read(&path).map_err(|error| Error::io(&path, error))?;
