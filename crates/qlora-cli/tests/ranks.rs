@@ -306,7 +306,7 @@ fn a_request_to_one_rank_saves_everywhere_and_the_run_goes_on_with_the_same_bits
     let (code, said) = running.end(END);
     assert!(matches!(code, Some(130 | 143)), "{code:?}: {said}");
     let reached = reached(here, "asked");
-    assert!(reached > 20 && reached % 20 != 0 || reached >= 20, "{reached}");
+    assert!(reached >= 20, "{reached}");
     let until = (reached + 10).to_string();
     let more = ["--max-steps", &until, "--lr-scheduler-type", "constant", "--save-steps", "0"];
     run(here, "asked", &[&more[..], &["--nproc-per-node", "2", "--resume-from-checkpoint", "true"]].concat());

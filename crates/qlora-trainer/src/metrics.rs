@@ -82,6 +82,7 @@ pub struct TrainLog {
 /// The time of several ranks in the steps of an entry, in seconds. What happens between steps (evaluation, checkpoints) and the
 /// optimizer's update is not in it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct RankTimes {
     /// Computing gradients: the mean over the ranks.
     pub compute_seconds: f64,
