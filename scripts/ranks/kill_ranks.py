@@ -250,7 +250,7 @@ class Case:
         """Checks that every other rank names the one that is gone, and the step; or that the launcher does, if the rank had not met it."""
         said, steps = self.said(), []
         for rank in self.others():
-            named = re.search(rf"rank {self.victim} (\(process \d+ on |at |failed|ended)(?!.*slow)[^\n]*", said[rank])
+            named = re.search(rf"rank {self.victim} (\(process \d+ on (?!.*slow)|at .* has not been heard|failed|ended)[^\n]*", said[rank])
             if named:
                 step = re.search(r"this rank was in step (\d+)|this rank had not begun its first step", named[0])
                 steps.append(f"in step {step[1]}" if step and step[1] else "before its first step" if step else "while meeting")
