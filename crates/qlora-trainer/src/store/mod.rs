@@ -13,7 +13,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`mirror`] | this order of things over any store |
-//! | [`upload`] | sends checkpoints while the run goes on |
+//! | `upload` | sends checkpoints while the run goes on |
 //! | [`folder`] | a folder as a store (`file://`) |
 //! | `cloud` | stores of the crate `object_store` (feature `object-store`) |
 

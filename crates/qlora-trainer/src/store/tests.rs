@@ -12,11 +12,14 @@ use super::mirror::Opened;
 use super::upload::Uploader;
 use super::{Mirror, Store, open};
 
-/// A folder of which some operations fail: by a part of the key, and how often.
+/// An operation, a part of the key, and how often it fails.
+type Faults = Arc<Mutex<Vec<(&'static str, &'static str, usize)>>>;
+
+/// A folder of which some operations fail.
 #[derive(Debug)]
 struct Faulty {
     store: Folder,
-    faults: Arc<Mutex<Vec<(&'static str, &'static str, usize)>>>,
+    faults: Faults,
 }
 
 impl Faulty {
@@ -64,7 +67,7 @@ impl Store for Faulty {
 
 struct Place {
     folder: tempfile::TempDir,
-    faults: Arc<Mutex<Vec<(&'static str, &'static str, usize)>>>,
+    faults: Faults,
 }
 
 impl Place {
