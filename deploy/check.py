@@ -230,6 +230,12 @@ class Cluster:
         return {"SLURM_CONF": str(self.config)}
 
     def __exit__(self, *_):
+        # A step whose job ends with the daemons would be left.
+        deadline = time.monotonic() + 30
+        while len(self.daemons) == 3 and time.monotonic() < deadline:
+            if not subprocess.run(["squeue", "-h"], capture_output=True, text=True, check=False).stdout.strip():
+                break
+            time.sleep(0.5)
         for daemon in reversed(self.daemons):
             daemon.terminate()
             try:
