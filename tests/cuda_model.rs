@@ -617,6 +617,7 @@ fn the_trainer_runs_and_resumes_on_the_gpu() {
         let loss = |entry: &LogEntry| match entry {
             LogEntry::Train(entry) => entry.loss,
             LogEntry::Eval(entry) => entry.eval_loss,
+            other => panic!("{other:?}"),
         };
         let (gpu, cpu) = (loss(gpu), loss(cpu));
         assert!((gpu - cpu).abs() < 1e-3 * cpu, "{gpu} {cpu}");

@@ -6,6 +6,8 @@ use std::sync::{Mutex, PoisonError};
 use qlora::trainer::progress::Above;
 use tracing::Level;
 
+use crate::output;
+
 /// Warnings alone, with `-v` information, with `-vv` everything; with `-q` errors alone.
 pub(crate) fn start(verbose: u8, quiet: bool) {
     let level = match (quiet, verbose) {
@@ -29,10 +31,13 @@ struct Log;
 
 impl Write for Log {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let speaker = output::speaker();
+        let spoken = [speaker.as_bytes(), bytes].concat();
         let view = VIEW.lock().unwrap_or_else(PoisonError::into_inner).clone();
         match view {
-            Some(view) => view.line(String::from_utf8_lossy(bytes).trim_end()),
-            None => io::stderr().write_all(bytes)?,
+            Some(view) => view.line(String::from_utf8_lossy(&spoken).trim_end()),
+            // One write: lines of several processes stay whole.
+            None => io::stderr().write_all(&spoken)?,
         }
         Ok(bytes.len())
     }

@@ -1,6 +1,7 @@
 //! Results on stdout, everything else on stderr; progress bars and colours on terminals alone.
 
 use std::io::{self, Write};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anstream::ColorChoice;
@@ -93,9 +94,21 @@ pub(crate) fn remark(text: impl std::fmt::Display) {
     }
 }
 
+/// Which of several processes of a run this is, for before its lines.
+static SPEAKER: OnceLock<String> = OnceLock::new();
+
+/// From here on what is said of errors and in the log begins with `speaker`.
+pub(crate) fn set_speaker(speaker: String) {
+    let _ = SPEAKER.set(speaker);
+}
+
+pub(crate) fn speaker() -> &'static str {
+    SPEAKER.get().map_or("", String::as_str)
+}
+
 /// Says why a command failed.
 pub(crate) fn error(error: &anyhow::Error) {
-    let _ = writeln!(anstream::stderr(), "{BAD}error:{BAD:#} {error:#}");
+    let _ = writeln!(anstream::stderr(), "{}{BAD}error:{BAD:#} {error:#}", speaker());
 }
 
 /// Whether an error says that the reader of the output has closed it.

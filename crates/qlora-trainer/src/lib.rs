@@ -38,12 +38,14 @@ pub mod metrics;
 pub mod model;
 pub mod objective;
 pub mod optimizer;
+mod preemption;
 pub mod progress;
 pub mod qlora_model;
 mod rng;
 pub mod samples;
 pub mod schedule;
 pub mod session;
+pub mod store;
 pub mod trainer;
 
 pub use config::TrainConfig;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{Error, Result};
 use crate::objective::Metrics;
+use crate::trainer::times::Times;
 use qlora_core::atomic::write_atomically;
 
 /// A line of the log.
@@ -70,9 +71,29 @@ pub struct TrainLog {
     /// In such a run: the steps so far that were skipped because a gradient overflowed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skipped_steps: Option<u64>,
+    /// In a run of several ranks: where their time went.
+    #[serde(flatten)]
+    pub ranks: Option<RankTimes>,
     /// The objective's metrics besides the loss, by TRL's names: means over the steps of the entry.
     #[serde(flatten)]
     pub metrics: Metrics,
+}
+
+/// The time of several ranks in the steps of an entry, in seconds. What happens between steps (evaluation, checkpoints) and the
+/// optimizer's update is not in it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct RankTimes {
+    /// Computing gradients: the mean over the ranks.
+    pub compute_seconds: f64,
+    /// The same of the rank that took longest.
+    pub slowest_compute_seconds: f64,
+    /// Adding the gradients, once all ranks are there.
+    pub communication_seconds: f64,
+    /// Waiting for slower ranks before the gradients are added: the mean over the ranks.
+    pub waiting_seconds: f64,
+    /// By how much the largest share of a step's tokens exceeds an equal one: 0.01 is 1%.
+    pub token_imbalance: f64,
 }
 
 /// JSON has no infinity: it is written as null.
@@ -110,6 +131,9 @@ pub(crate) struct LogWindow {
     /// Sums of the steps' metrics.
     #[serde(default, skip_serializing_if = "Metrics::is_empty")]
     pub(crate) metrics: Metrics,
+    /// The ranks' time; a resumed run, which may have other ranks, begins anew.
+    #[serde(skip)]
+    pub(crate) times: Times,
 }
 
 /// `metrics.jsonl` while a run writes it.
@@ -166,6 +190,7 @@ mod tests {
             gpu_peak_memory: Some(9_705_000_000),
             loss_scale: None,
             skipped_steps: None,
+            ranks: None,
             metrics: Metrics::new(),
         })
     }

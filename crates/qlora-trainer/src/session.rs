@@ -34,7 +34,8 @@ use qlora_kernels::{Dtype, Workspace};
 pub use self::card::{CardPlan, plan_on_card};
 use crate::comm::{Alone, Communicator, or_tell_all};
 use crate::config::{self, GradientCheckpointing, LoraOptions, ModelOptions, Targets, Tracker, TrainConfig};
-use crate::data::{Dataset, TrainingData};
+use crate::data::balance::imbalance;
+use crate::data::{Dataset, LoaderOptions, TrainingData};
 use crate::encoder::{ModelEncoder, ModelText};
 use crate::error::{Error, Result};
 use crate::progress::TensorBoard;
@@ -158,6 +159,21 @@ impl Session {
         let (batch, each) = (options.per_device_train_batch_size, micro_batches.div_ceil(ranks));
         let items = if self.config.data.packing { "bins" } else { "rows" };
         Some(format!("{described}; {} {items} a step: batches of {batch}, {each} on each rank", batch * micro_batches))
+    }
+
+    /// How evenly the ranks share the tokens of a step, for a line at the start of the run; none for a process of its own, and for data
+    /// that is streamed.
+    ///
+    /// # Errors
+    /// If the data does not fit the options.
+    pub fn balance_note(&self, training: &TrainingData) -> Result<Option<String>> {
+        let (ranks, TrainingData::Whole(data)) = (self.comm.size(), training) else { return Ok(None) };
+        if ranks == 1 {
+            return Ok(None);
+        }
+        let uneven = imbalance(data, LoaderOptions::from(&self.config), ranks)?;
+        let hint = if uneven > 0.02 && !self.config.data.packing { "; packing = true evens them out" } else { "" };
+        Ok(Some(format!("the ranks' shares of a step's tokens are uneven by {:.2}%{hint}", 100.0 * uneven)))
     }
 
     /// The configuration.

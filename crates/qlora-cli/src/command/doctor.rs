@@ -1,5 +1,7 @@
 //! `qlora doctor`.
 
+mod ranks;
+
 use std::path::Path;
 use std::process::Command;
 
@@ -11,13 +13,16 @@ use serde_json::{Map, Value, json};
 use crate::cuda_libraries::{self, OPENED};
 use crate::output::{self, BAD, GOOD, TITLE, WARNING};
 
-/// Says what this machine can do: GPU, driver, libraries, memory, disk, hub; and what is missing and how to get it.
+/// Says what this machine can do: GPU, driver, libraries, memory, disk, several ranks, hub; and what is missing and how to get it.
 #[derive(clap::Args)]
 #[command(after_help = "The exit code is 1 if something is wrong that stops every run.")]
 pub(crate) struct Args {
     /// Prints JSON.
     #[arg(long)]
     json: bool,
+    /// Tries whether another host of a run can be reached from here; may be given again.
+    #[arg(long, value_name = "HOST:PORT")]
+    peer: Vec<String>,
 }
 
 /// The severity of a finding.
@@ -55,7 +60,10 @@ impl Finding {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let findings: Vec<Finding> =
-        [vec![program(), processor()], memory(), disk(), gpu(), hub()].into_iter().flatten().collect();
+        [vec![program(), processor()], memory(), disk(), gpu(), ranks::findings(&args.peer), hub()]
+            .into_iter()
+            .flatten()
+            .collect();
     if args.json {
         let entry = |finding: &Finding| {
             let state = match finding.state {

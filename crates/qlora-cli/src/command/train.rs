@@ -10,7 +10,7 @@ use qlora::trainer::comm::{self, Alone, Communicator, Ranks};
 use qlora::trainer::config::Tracker;
 use qlora::trainer::data::TokenCache;
 #[cfg(unix)]
-use qlora::trainer::launch::{self, Processes};
+use qlora::trainer::launch::{self, HostOptions, Processes};
 use qlora::trainer::progress::{Dashboard, DashboardFacts, HtmlReport, LossPlot, Observer, ProgressBar, ReportFacts};
 use qlora::trainer::session::{Session, plan_on_card};
 use qlora::trainer::{Interrupt, Outcome, TrainConfig};
@@ -34,6 +34,7 @@ Examples:
   zcat rows.jsonl.gz | qlora train model - --streaming --max-steps 1000
   qlora train qlora.toml --memory-budget 8 --dry-run
   qlora train qlora.toml --nproc-per-node auto
+  qlora train qlora.toml --nproc-per-node auto --nnodes 2 --node-rank 0 --master-addr HOST
   qlora train qlora.toml --dry-run --card T4")]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -45,6 +46,22 @@ pub(crate) struct Args {
     #[cfg(unix)]
     #[arg(long, value_name = "N", conflicts_with = "dry_run")]
     nproc_per_node: Option<Processes>,
+    /// Train on several hosts, with this command on each: their number.
+    #[cfg(unix)]
+    #[arg(long, value_name = "N", conflicts_with = "dry_run")]
+    nnodes: Option<usize>,
+    /// Which of the hosts this is, from 0.
+    #[cfg(unix)]
+    #[arg(long, value_name = "N")]
+    node_rank: Option<usize>,
+    /// Where host 0 is, on every host.
+    #[cfg(unix)]
+    #[arg(long, value_name = "HOST")]
+    master_addr: Option<String>,
+    /// The port on host 0 [default: 29500].
+    #[cfg(unix)]
+    #[arg(long, value_name = "PORT")]
+    master_port: Option<u16>,
     /// Show progress as one line instead of the view with curve and figures.
     #[arg(long)]
     no_tui: bool,
@@ -92,6 +109,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     }
     let (training, validation) = session.data()?;
     remark(&training);
+    session.balance_note(&training)?.into_iter().for_each(remark);
     if let Some(validation) = &validation {
         remark(format!("to evaluate on: {}", validation.stats()));
     }
@@ -168,9 +186,16 @@ fn progress_of(args: &Args, report: &ReportFacts) -> Option<Box<dyn Observer>> {
 #[cfg(unix)]
 fn start_ranks(args: &Args) -> Result<Option<ExitCode>> {
     launch::end_with_launcher();
-    match args.nproc_per_node.map(Processes::number) {
-        Some(size) if size > 1 && Ranks::from_env()?.is_none() => Ok(Some(ExitCode::from(launch::launch(size)?))),
-        _ => Ok(None),
+    if args.dry_run || launch::is_launched() || Ranks::from_env()?.is_some() {
+        return Ok(None);
+    }
+    let mut options = HostOptions::default();
+    options.nproc_per_node = args.nproc_per_node;
+    (options.nnodes, options.node_rank) = (args.nnodes, args.node_rank);
+    (options.master_addr, options.master_port) = (args.master_addr.clone(), args.master_port);
+    match options.share()? {
+        Some(share) => Ok(Some(ExitCode::from(launch::launch(&share)?))),
+        None => Ok(None),
     }
 }
 
@@ -186,6 +211,14 @@ fn ranks() -> Result<Box<dyn Communicator>> {
         std::process::exit(1);
     });
     let comm = comm::from_env(&TcpOptions { when_lost, ..TcpOptions::default() })?;
+    #[cfg(unix)]
+    let is_named = launch::is_launched();
+    #[cfg(not(unix))]
+    let is_named = false;
+    if comm.size() > 1 && !is_named {
+        // Where nobody else says whose lines they are.
+        output::set_speaker(format!("[rank {}] ", comm.rank()));
+    }
     if comm.rank() > 0 {
         output::set_quiet(true);
     }

@@ -10,7 +10,7 @@ use crate::config::TrainConfig;
 use crate::error::{Error, Result};
 
 /// Settings of a host (paths and the device), which may differ between ranks; contents are compared instead.
-const OF_A_HOST: [&str; 11] = [
+const OF_A_HOST: [&str; 12] = [
     "model.model_name_or_path",
     "model.tokenizer_name_or_path",
     "model.cache_dir",
@@ -22,6 +22,7 @@ const OF_A_HOST: [&str; 11] = [
     "data.dataset_prepared_path",
     "data.overwrite_cache",
     "training.output_dir",
+    "training.preemption_file",
 ];
 
 /// Checks that all ranks are configured alike, before anything expensive is done.

@@ -89,6 +89,17 @@ pub trait Communicator: fmt::Debug + Send {
     /// Leaves in peace: the other ranks have everything that they need of this one.
     fn leave(&mut self) {}
 
+    /// How many seconds receiving data from each rank took since this was last asked, from the first byte of a message to its last:
+    /// where gradients come that way.
+    fn receiving(&mut self) -> Vec<(usize, f64)> {
+        Vec::new()
+    }
+
+    /// A rank in messages: its number, and where known its process and host.
+    fn name(&self, rank: usize) -> String {
+        format!("rank {rank}")
+    }
+
     /// A description of the ranks' connection, for a line at the start of the run; none for a process of its own.
     fn describe(&self) -> Option<String> {
         None

@@ -164,6 +164,10 @@ impl Communicator for Gpus {
         self.control.leave();
     }
 
+    fn name(&self, rank: usize) -> String {
+        self.control.name(rank)
+    }
+
     fn describe(&self) -> Option<String> {
         self.control.describe()
     }

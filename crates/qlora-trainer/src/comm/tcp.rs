@@ -76,6 +76,8 @@ struct Shared {
     step: AtomicU64,
     /// Whether it writes something that must not be cut short.
     writing: AtomicBool,
+    /// Whether the rank that was lost is there, but cannot be understood.
+    damaged: AtomicBool,
 }
 
 impl Shared {
@@ -92,7 +94,7 @@ impl Shared {
 
     fn error(&self) -> Option<Error> {
         let step = match self.step.load(Ordering::SeqCst) {
-            0 => String::new(),
+            0 => "; this rank had not begun its first step".to_owned(),
             step => format!("; this rank was in step {step}"),
         };
         self.lost().map(|(rank, why)| Error::rank(rank, format!("{why}{step}")))
@@ -230,7 +232,12 @@ impl Communicator for Tcp {
             for line in &self.lines {
                 // Rank 0 may leave before its watch has told the others why. A rank that is gone may be one that does not read.
                 match &lost {
-                    Some((rank, _)) if *rank == line.rank => continue,
+                    Some((rank, why)) if *rank == line.rank => {
+                        if self.shared.damaged.load(Ordering::SeqCst) {
+                            line.tell_failure(self.place.rank, &format!("says that rank {rank} {why}"));
+                        }
+                        continue;
+                    }
                     Some((rank, why)) => line.tell_failure(*rank, why),
                     None => (),
                 }
@@ -245,6 +252,15 @@ impl Communicator for Tcp {
 
     fn writing(&self, on: bool) {
         self.shared.writing.store(on, Ordering::SeqCst);
+    }
+
+    fn receiving(&mut self) -> Vec<(usize, f64)> {
+        self.lines.iter().map(|line| (line.rank, line.handle().take_received().as_secs_f64())).collect()
+    }
+
+    fn name(&self, rank: usize) -> String {
+        let line = self.lines.iter().find(|line| line.rank == rank);
+        line.map_or_else(|| format!("rank {rank}"), |line| format!("rank {rank} {}", line.name))
     }
 
     fn describe(&self) -> Option<String> {

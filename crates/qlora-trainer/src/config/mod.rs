@@ -367,6 +367,13 @@ pub struct TrainingOptions {
     pub save_steps: u64,
     /// The number of checkpoints that are kept; 0 for all. Default: 2.
     pub save_total_limit: usize,
+    /// A store to which every checkpoint is sent while the run goes on, and from which `resume_from_checkpoint = true` takes the newest
+    /// if the output folder has no newer one: `s3://`, `gs://` or `az://` with bucket and prefix (feature `object-store`), or
+    /// `file:///folder`. Default: none.
+    pub checkpoint_store: Option<String>,
+    /// A file whose appearance, or change, asks the run to save a checkpoint and end, as SIGTERM does: for notices of preemption.
+    /// With several ranks it is looked for on every host. Default: none.
+    pub preemption_file: Option<PathBuf>,
     /// Steps between two rounds of greedy answers to the same prompts, which go to `samples.jsonl` and the report; there is also one
     /// before the first step and one after the last. They change no bit of the run. Default: none, no answers.
     pub sample_every: Option<u64>,
@@ -423,6 +430,8 @@ impl Default for TrainingOptions {
             eval_on_start: false,
             save_steps: 100,
             save_total_limit: 2,
+            checkpoint_store: None,
+            preemption_file: None,
             sample_every: None,
             sample_prompts: SamplePrompts::default(),
             sample_max_new_tokens: 64,

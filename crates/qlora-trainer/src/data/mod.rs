@@ -18,10 +18,12 @@
 //! | [`packing`] | documents into bins of limited size |
 //! | `preference` | pairs of answers to token ids |
 //! | [`order`] | which documents are computed together, and when; the largest batch of a run |
+//! | [`balance`] | how evenly the ranks of a run share its tokens |
 //! | [`loader`] | whole optimizer steps, shuffled, from any position |
 //! | [`stream`] | the same of data that is read while it is trained on |
 //! | [`feed`] | what a run is fed with: one or the other |
 
+pub mod balance;
 pub mod cache;
 mod card;
 pub(crate) mod configured;

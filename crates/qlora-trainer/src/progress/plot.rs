@@ -130,6 +130,7 @@ mod tests {
                 gpu_peak_memory: None,
                 loss_scale: None,
                 skipped_steps: None,
+                ranks: None,
                 metrics: Default::default(),
                 anonymous_memory: None,
             }));

@@ -251,6 +251,7 @@ mod tests {
             anonymous_memory: None,
             loss_scale: None,
             skipped_steps: None,
+            ranks: None,
             metrics: Default::default(),
         })
     }

@@ -12,11 +12,13 @@ mod ranks;
 mod run;
 pub(crate) mod start;
 mod step;
+pub(crate) mod times;
 
 use std::path::PathBuf;
 
 use blueprint::{Blueprint, ModelFacts};
 use start::Start;
+use times::{Times, Watch};
 
 use crate::checkpoint::state::{FORMAT_VERSION, QloraState, StatefulCallbacks, TrainerState};
 use crate::comm::{Alone, Communicator};
@@ -32,8 +34,10 @@ use crate::metrics::{LogEntry, LogWindow};
 use crate::model::{Parameter, TrainableModel};
 use crate::objective::{self, Objective};
 use crate::optimizer::Optimizer;
+use crate::preemption::Notice;
 use crate::progress::{Event, Observer};
 use crate::samples::{Sample, SamplePlan};
+use crate::store::upload::Uploader;
 use qlora_kernels::Dtype;
 
 /// The outcome of a run.
@@ -79,10 +83,16 @@ pub struct Trainer<'a, M> {
     template_time: Option<String>,
     observers: Vec<Box<dyn Observer + 'a>>,
     interrupt: Interrupt,
+    preemption: Option<Notice>,
+    /// Sends checkpoints to the store, if there is one.
+    uploader: Option<Uploader>,
     /// The prompts to answer while training.
     prompts: Option<SamplePlan>,
     /// The other processes of the run.
     comm: Box<dyn Communicator>,
+    /// The time of all ranks in this run.
+    times: Times,
+    watch: Watch,
     /// Whether the ranks have agreed to stop.
     stop_agreed: bool,
     /// Whether the observers know of the request to stop.
@@ -145,8 +155,12 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
             progress: Progress { initial_parameters, loss_scale, ..Progress::default() },
             observers: Vec::new(),
             interrupt: Interrupt::new(),
+            preemption: config.training.preemption_file.as_deref().map(Notice::watch),
             prompts: None,
             comm: Box::new(Alone),
+            uploader: None,
+            times: Times::default(),
+            watch: Watch::default(),
             stop_agreed: false,
             interrupt_announced: false,
             start: None,
@@ -225,8 +239,13 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
         self.observers.iter_mut().for_each(|observer| observer.observe(event));
     }
 
-    /// Tells the observers once of a request to stop: until the step is done that is all a person sees of it.
+    /// Looks for a notice of preemption, and tells the observers once of a request to stop: until the step is done that is all a
+    /// person sees of it.
     fn announce_interrupt(&mut self) {
+        if let Some(notice) = self.preemption.take_if(|notice| notice.is_given()) {
+            self.notify(&Event::Message(&format!("{} asks the run to end", notice.path().display())));
+            self.interrupt.request();
+        }
         if self.interrupt.requested() && !self.interrupt_announced {
             self.interrupt_announced = true;
             self.notify(&Event::Message("stopping: finishing the step, then saving; Ctrl-C again exits at once"));

@@ -12,12 +12,14 @@
 use serde::{Deserialize, Serialize};
 
 use super::Trainer;
+use super::times::{Clock, OwnTimes};
 use crate::comm::exchange;
 use crate::data::StepBatch;
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
 use crate::model::{LossSum, TrainableModel};
 use crate::objective::{self, Judged, Metrics};
+use crate::progress::Event;
 
 /// A rank's report at the end of a step.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -28,6 +30,7 @@ struct StepReport {
     data: String,
     /// The loss sum and the metrics of each of its micro-batches.
     parts: Vec<(Bits, Vec<(String, Bits)>)>,
+    times: OwnTimes,
 }
 
 /// A number as its bits: JSON has neither NaN nor infinity.
@@ -109,6 +112,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
         let in_order = self.comm.sums_in_order();
         let micro_batches = batch.micro_batches.len();
         let mut own = StepReport::default();
+        let mut clock = Clock::start();
         self.optimizer.grad.view_mut().fill(0.0)?;
         self.comm.at_step(step);
         for round in 0..micro_batches.div_ceil(ranks) {
@@ -124,16 +128,18 @@ impl<M: TrainableModel> Trainer<'_, M> {
                     return Err(self.non_finite(step, batch, micro_batch, &format!("the loss is {loss}")));
                 }
                 own.parts.push((loss.into(), to_bits(metrics)));
+                clock.computed(batch.micro_batches[micro_batch].tokens.len());
             }
             self.announce_interrupt();
             self.comm.check()?;
             if in_order && ranks > 1 {
-                self.comm.sum("gradient", self.optimizer.grad.view_mut())?;
+                self.sum_gradient(&mut clock)?;
             }
         }
         if !in_order {
-            self.comm.sum("gradient", self.optimizer.grad.view_mut())?;
+            self.sum_gradient(&mut clock)?;
         }
+        own.times = clock.finish(self.comm.receiving());
         own.interrupted = self.interrupt.requested();
         let all = if ranks == 1 {
             vec![own]
@@ -148,12 +154,35 @@ impl<M: TrainableModel> Trainer<'_, M> {
             )));
         }
         self.stop_agreed |= all.iter().any(|report| report.interrupted);
+        if ranks > 1 {
+            self.count_times(step, &all.iter().map(|report| report.times.clone()).collect::<Vec<_>>());
+        }
         let (mut loss_sum, mut sums) = (0.0, Metrics::new());
         for (loss, metrics) in in_turns(all.into_iter().map(|report| report.parts).collect()) {
             loss_sum += f64::from(loss);
             objective::add(&mut sums, &from_bits(metrics));
         }
         Ok((loss_sum, sums))
+    }
+
+    fn sum_gradient(&mut self, clock: &mut Clock) -> Result<()> {
+        clock.sum_begins();
+        self.comm.sum("gradient", self.optimizer.grad.view_mut())?;
+        clock.sum_is_done();
+        Ok(())
+    }
+
+    /// Adds a step's times, and names a rank that the others wait for.
+    fn count_times(&mut self, step: u64, all: &[OwnTimes]) {
+        self.times.add(all);
+        self.progress.window.times.add(all);
+        if let Some(straggler) = self.watch.add(step, all) {
+            let text = straggler.describe(&self.comm.name(straggler.rank));
+            if self.comm.rank() == 0 {
+                tracing::info!(step, "{text}");
+            }
+            self.notify(&Event::Message(&format!("step {step}: {text}")));
+        }
     }
 
     /// The first micro-batch of the step whose gradient alone is not finite, on whichever rank.

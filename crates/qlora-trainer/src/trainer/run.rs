@@ -17,6 +17,8 @@ use crate::metrics::{LogEntry, MetricsFile};
 use crate::model::TrainableModel;
 use crate::progress::{Event, StartInfo};
 use crate::samples::{SamplePlan, SamplesFile};
+use crate::store::Mirror;
+use crate::store::upload::Uploader;
 
 impl<M: TrainableModel> Trainer<'_, M> {
     /// Runs to the end, or until a stop is requested. A run that was stopped can be run again, once the request is
@@ -27,8 +29,12 @@ impl<M: TrainableModel> Trainer<'_, M> {
     /// gradient is not finite. The checkpoints that were written before stay.
     pub fn run(&mut self) -> Result<Summary> {
         let ended = self.run_to_end();
-        let summary = or_tell_all(&mut *self.comm, ended)?;
+        let ended = or_tell_all(&mut *self.comm, ended);
+        // Also of a run that failed: what it saved is what the next one goes on from.
+        let sent = self.finish_uploads();
+        let summary = ended?;
         self.comm.leave();
+        sent?;
         Ok(summary)
     }
 
@@ -65,6 +71,9 @@ impl<M: TrainableModel> Trainer<'_, M> {
         };
         // Who is done early must not look lost to who still writes.
         self.meet("end of the run")?;
+        if let Some(summary) = self.times.summary() {
+            self.notify(&Event::Message(&summary));
+        }
         self.notify(&Event::Finished(outcome));
         let eval_loss = self.progress.history.iter().rev().find_map(|entry| match entry {
             LogEntry::Eval(entry) => Some(entry.eval_loss),
@@ -112,6 +121,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
                 return Ok(Outcome::Finished);
             }
             let info = self.step()?;
+            self.say_what_was_sent();
             self.count_what_was_made(info.step);
             self.notify(&Event::Step(&info));
             if info.step.is_multiple_of(self.config.training.logging_steps) || info.step == info.total_steps {
@@ -119,6 +129,23 @@ impl<M: TrainableModel> Trainer<'_, M> {
                 self.log(entry, metrics)?;
             }
         }
+    }
+
+    /// Says which checkpoints have reached the store, and which have not.
+    fn say_what_was_sent(&mut self) {
+        let news = self.uploader.as_mut().map(Uploader::news).unwrap_or_default();
+        news.iter().for_each(|text| self.notify(&Event::Message(text)));
+    }
+
+    /// Waits until the store has what it was sent.
+    fn finish_uploads(&mut self) -> Result<()> {
+        let Some(uploader) = self.uploader.take() else { return Ok(()) };
+        self.comm.writing(true);
+        let mut said = Vec::new();
+        let finished = uploader.finish(&mut |text| said.push(text.to_owned()));
+        self.comm.writing(false);
+        said.iter().for_each(|text| self.notify(&Event::Message(text)));
+        finished
     }
 
     /// On a GPU: says in which steps memory, plans or graphs were made. Warm steps make none.
@@ -146,7 +173,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
     /// checkpoint that was resumed.
     fn begin(&mut self, start: Start) -> Result<(Option<OutputFolder>, Option<PathBuf>)> {
         let goes_on_inside = start.goes_on_inside();
-        let Start { output, resumed } = start;
+        let Start { output, resumed, mirror } = start;
         let folder = output.as_ref().map(OutputFolder::path);
         let checkpoints = || folder.map_or_else(|| Ok(Vec::new()), folder::list);
         let Some(resumed) = resumed else {
@@ -157,6 +184,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
                 self.notify(&Event::Message(&text));
             }
             checkpoints()?.iter().try_for_each(|(_, path)| folder::remove(path))?;
+            self.start_uploads(mirror);
             return Ok((output, None));
         };
         let changes = self.blueprint.check_resumed(&self.config, &resumed)?;
@@ -177,8 +205,22 @@ impl<M: TrainableModel> Trainer<'_, M> {
                     self.notify(&Event::Message(&format!("{} is now {}", later.display(), aside.display())));
                 }
             }
+            mirror.as_ref().map_or(Ok(()), |mirror| mirror.forget_after(self.progress.global_step))?;
+        }
+        let step = self.progress.global_step;
+        // It was saved, and the run killed, before it could be sent.
+        let is_missing = goes_on_inside
+            && mirror.as_ref().map(Mirror::steps).transpose()?.is_some_and(|steps| !steps.contains(&step));
+        self.start_uploads(mirror);
+        if let (true, Some(uploader)) = (is_missing, &mut self.uploader) {
+            uploader.send(step, &path)?;
         }
         Ok((output, Some(path)))
+    }
+
+    fn start_uploads(&mut self, mirror: Option<Mirror>) {
+        let keep = self.config.training.save_total_limit;
+        self.uploader = mirror.map(|mirror| Uploader::start(mirror, keep));
     }
 
     fn restore(&mut self, resumed: Resumed) -> Result<()> {
@@ -309,6 +351,10 @@ impl<M: TrainableModel> Trainer<'_, M> {
         let tensors = OptimizerTensors { master: self.model.masters()?, moments: self.optimizer.moments()? };
         let path = checkpoint::save(output, &self.model, &tensors, &self.state(), &self.config)?;
         self.notify(&Event::Checkpoint(&path));
+        if let Some(uploader) = &mut self.uploader {
+            // Before the folder may be deleted.
+            uploader.send(step, &path)?;
+        }
         self.progress.checkpoint = Some((step, path));
         folder::limit(output, self.config.training.save_total_limit, step)
     }

@@ -8,6 +8,7 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::comm::{Communicator, exchange, from_first};
 use crate::config::{Resume, TrainingOptions};
 use crate::error::{Error, Result};
+use crate::store::{self, Mirror};
 
 /// The output folder, locked, and the checkpoint to go on from, read.
 #[derive(Debug)]
@@ -15,6 +16,8 @@ pub(crate) struct Start {
     /// None on ranks that write nothing.
     pub(crate) output: Option<OutputFolder>,
     pub(crate) resumed: Option<Resumed>,
+    /// The store to which checkpoints go, on the rank that writes.
+    pub(crate) mirror: Option<Mirror>,
 }
 
 /// A checkpoint to go on from.
@@ -33,11 +36,31 @@ impl Start {
     /// or damaged.
     pub(crate) fn open(options: &TrainingOptions) -> Result<Self> {
         let output = OutputFolder::open(&options.output_dir)?;
+        let mirror = options.checkpoint_store.as_deref().map(store::open).transpose()?;
         let from = match &options.resume_from_checkpoint {
             Resume::No => None,
+            Resume::From(path) if path.to_string_lossy().contains("://") => {
+                return Err(Error::checkpoint(
+                    path,
+                    "a run is resumed from a store by checkpoint_store and resume_from_checkpoint = true, which takes its newest \
+                     checkpoint",
+                ));
+            }
             Resume::From(path) => Some(path.clone()),
-            Resume::Latest => folder::latest(output.path())?,
+            Resume::Latest => newest(output.path(), mirror.as_ref())?,
         };
+        if let (Resume::No, Some(mirror)) = (&options.resume_from_checkpoint, &mirror)
+            && let Some(newest) = mirror.steps()?.first()
+        {
+            if !options.overwrite_output_dir {
+                return Err(Error::checkpoint(
+                    format!("{}/{}", mirror.url(), folder::name(*newest)),
+                    "the store holds an earlier run; set resume_from_checkpoint = true to go on with it, overwrite_output_dir = true \
+                     to delete its checkpoints, or another checkpoint_store",
+                ));
+            }
+            mirror.forget_after(0)?;
+        }
         let load = |path: PathBuf| -> Result<Resumed> {
             check_is_checkpoint(&path)?;
             let checkpoint = checkpoint::load(&path)?;
@@ -45,7 +68,7 @@ impl Start {
         };
         let resumed = from.map(load).transpose()?;
         let earlier = folder::list(output.path())?.pop();
-        let start = Self { resumed, output: Some(output) };
+        let start = Self { resumed, output: Some(output), mirror };
         if !start.goes_on_inside()
             && !options.overwrite_output_dir
             && let Some((_, newest)) = earlier
@@ -73,7 +96,7 @@ impl Start {
         let path = resumed.map(|resumed| resumed.path.display().to_string());
         let path: Option<String> = exchange(comm, "checkpoint", &path)?.swap_remove(0);
         let Some(path) = path.map(PathBuf::from) else {
-            return Ok(own.unwrap_or(Self { output: None, resumed: None }));
+            return Ok(own.unwrap_or(Self { output: None, resumed: None, mirror: None }));
         };
         let (state, tensors) = files.unwrap_or_default();
         let state = from_first(comm, "state of the run", state)?;
@@ -82,7 +105,7 @@ impl Start {
             Some(own) => Ok(own),
             None => {
                 let checkpoint = checkpoint::from_files(&path, &(state, tensors))?;
-                Ok(Self { output: None, resumed: Some(Resumed { path, checkpoint }) })
+                Ok(Self { output: None, resumed: Some(Resumed { path, checkpoint }), mirror: None })
             }
         }
     }
@@ -94,6 +117,14 @@ impl Start {
             _ => false,
         }
     }
+}
+
+/// The newest checkpoint of the folder, or of the store where that has a newer one, which is fetched.
+fn newest(output: &Path, mirror: Option<&Mirror>) -> Result<Option<PathBuf>> {
+    let local = folder::list(output)?.pop();
+    let Some(mirror) = mirror else { return Ok(local.map(|(_, path)| path)) };
+    let fetched = mirror.fetch_newest(output, local.as_ref().map(|(step, _)| *step))?;
+    Ok(fetched.or(local.map(|(_, path)| path)))
 }
 
 /// Refuses folders that are mistaken for a checkpoint: the output folder, or an adapter.

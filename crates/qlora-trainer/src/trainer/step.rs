@@ -185,6 +185,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
             gpu_peak_memory: self.model.workspace().ok().and_then(|workspace| memory::gpu_peak(&workspace)),
             loss_scale: self.progress.loss_scale.map(|scale| scale.scale),
             skipped_steps: self.progress.loss_scale.map(|scale| scale.skipped_steps),
+            ranks: window.times.to_log(),
             metrics: objective::means(&window.metrics, window.steps as usize, ""),
         })
     }

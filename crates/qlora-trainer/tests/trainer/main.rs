@@ -7,4 +7,5 @@ mod loss_scaling;
 mod observers;
 mod refusals;
 mod resume;
+mod stores;
 mod toy;

@@ -1,6 +1,6 @@
 //! The connection to another rank: a thread reads its messages, every thread may send.
 
-use std::io::{self, BufReader, Read};
+use std::io::{self, BufRead as _, BufReader, Read};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -26,6 +26,8 @@ pub(super) struct Handle {
     pub(super) name: String,
     writer: Mutex<TcpStream>,
     heard: Mutex<Instant>,
+    /// How long its data took from the first byte to the last, since this was last asked.
+    received: Mutex<Duration>,
     /// Whether the rank said that it is done.
     left: AtomicBool,
 }
@@ -47,6 +49,7 @@ impl Line {
             name: name.clone(),
             writer: Mutex::new(stream),
             heard: Mutex::new(Instant::now()),
+            received: Mutex::new(Duration::ZERO),
             left: AtomicBool::new(false),
         });
         let (sender, inbox) = mpsc::channel();
@@ -102,6 +105,11 @@ impl Handle {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
     }
 
+    /// See [`Handle::received`]; counted from zero again.
+    pub(super) fn take_received(&self) -> Duration {
+        std::mem::take(&mut *self.received.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     pub(super) fn hear(&self) {
         *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
@@ -121,24 +129,27 @@ impl Read for Heard<'_> {
 fn read(stream: TcpStream, handle: &Handle, inbox: &Sender<Frame>, shared: &Shared) {
     let mut stream = BufReader::with_capacity(1 << 16, Heard(stream, handle));
     loop {
-        match Frame::read(&mut stream, MOST) {
-            Ok(Frame { kind: Kind::Beat, .. }) => (),
-            Ok(frame @ Frame { kind: Kind::Data, .. }) => {
+        // Waits for a message to begin.
+        let begun = stream.fill_buf().map(|_| Instant::now());
+        match begun.and_then(|begun| Ok((begun, Frame::read(&mut stream, MOST)?))) {
+            Ok((_, Frame { kind: Kind::Beat, .. })) => (),
+            Ok((begun, frame @ Frame { kind: Kind::Data, .. })) => {
+                *handle.received.lock().unwrap_or_else(PoisonError::into_inner) += begun.elapsed();
                 if inbox.send(frame).is_err() {
                     return;
                 }
             }
-            Ok(Frame { kind: Kind::Failed, content, .. }) => {
+            Ok((_, Frame { kind: Kind::Failed, content, .. })) => {
                 let told = serde_json::from_slice::<(usize, String)>(&content);
                 let (rank, why) = told.unwrap_or_else(|_| (handle.rank, "failed".to_owned()));
                 shared.lose(rank, why);
                 return;
             }
-            Ok(Frame { kind: Kind::Left, .. }) => {
+            Ok((_, Frame { kind: Kind::Left, .. })) => {
                 handle.left.store(true, Ordering::SeqCst);
                 return;
             }
-            Ok(Frame { kind, .. }) => {
+            Ok((_, Frame { kind, .. })) => {
                 shared.lose(handle.rank, format!("{} sent {kind:?} in the middle of a run", handle.name));
                 return;
             }
@@ -146,7 +157,13 @@ fn read(stream: TcpStream, handle: &Handle, inbox: &Sender<Frame>, shared: &Shar
             Err(error) => {
                 let how = match error.kind() {
                     io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => {
-                        "its process ended or was killed".to_owned()
+                        "its process ended or was killed, or the connection was cut".to_owned()
+                    }
+                    // Not gone, but nothing that it says can be relied on.
+                    io::ErrorKind::InvalidData => {
+                        shared.damaged.store(true, Ordering::SeqCst);
+                        shared.lose(handle.rank, format!("{} cannot be understood: {error}", handle.name));
+                        return;
                     }
                     _ => error.to_string(),
                 };

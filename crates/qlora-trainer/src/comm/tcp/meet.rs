@@ -11,10 +11,11 @@ use super::super::dial::dial;
 use super::super::frame::{Frame, Kind, MOST_OF_STRANGERS};
 use super::super::ranks::Ranks;
 use super::super::store::Store;
+use super::{BEAT, SILENCE};
 use crate::error::{Error, Result};
 
 /// The version of the messages between ranks.
-const PROTOCOL: u32 = 1;
+const PROTOCOL: u32 = 2;
 /// The time limit for a new connection to introduce itself.
 const INTRODUCTION: Duration = Duration::from_secs(5);
 /// The interval at which the missing ranks are named.
@@ -83,10 +84,16 @@ fn receive_all(ranks: &Ranks, deadline: Instant) -> Result<Met> {
     let own = Hello::of(ranks);
     let listener = listen(ranks)?;
     let mut present: BTreeMap<usize, (Hello, TcpStream)> = BTreeMap::new();
-    let mut reminded = Instant::now();
+    let (mut reminded, mut beaten) = (Instant::now(), Instant::now());
     let refuse_all = |present: &mut BTreeMap<usize, (Hello, TcpStream)>, why: String| {
         for (_, stream) in present.values_mut() {
             let _ = Frame::write(stream, Kind::Refused, 0, "", why.as_bytes());
+        }
+        // Who has just come would only see the connection end.
+        while let Ok((mut stream, _)) = listener.accept() {
+            if introduction(&mut stream).is_ok() {
+                let _ = Frame::write(&mut stream, Kind::Refused, 0, "", why.as_bytes());
+            }
         }
         Error::Invalid(why)
     };
@@ -102,6 +109,12 @@ fn receive_all(ranks: &Ranks, deadline: Instant) -> Result<Met> {
         if reminded.elapsed() > REMINDER {
             reminded = Instant::now();
             tracing::warn!("waiting for ranks {}", missing());
+        }
+        if beaten.elapsed() > BEAT {
+            beaten = Instant::now();
+            for (_, stream) in present.values_mut() {
+                let _ = Frame::write(stream, Kind::Beat, 0, "", &[]);
+            }
         }
         // A rank that came and is gone again will not come back by itself.
         if let Some((_, (hello, _))) = present.iter().find(|(_, (_, stream))| is_closed(stream)) {
@@ -221,17 +234,27 @@ fn go_to_first(ranks: &Ranks, deadline: Instant) -> Result<Met> {
         dial(&at, "rank 0", deadline).map_err(|error| Error::rank(0, format!("cannot be reached at {at}: {error}")))?;
     let gone = |error: io::Error| {
         let why = match error.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => "does not answer: are all ranks started?".to_owned(),
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+                format!("at {at} has not been heard of for {} s: is it stopped, or cut off?", SILENCE.as_secs())
+            }
             io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => "ended before the run began".to_owned(),
             _ => format!("at {at} is no rank 0 of qlora: {error}"),
         };
         Error::rank(0, why)
     };
-    let patience = deadline.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
-    stream.set_read_timeout(Some(patience)).map_err(gone)?;
+    stream.set_read_timeout(Some(SILENCE)).map_err(gone)?;
     let hello = serde_json::to_vec(&own).expect("numbers and texts have a JSON form");
     Frame::write(&mut stream, Kind::Hello, 0, "", &hello).map_err(gone)?;
-    let answer = Frame::read(&mut stream, MOST_OF_STRANGERS * 64).map_err(gone)?;
+    let answer = loop {
+        let answer = Frame::read(&mut stream, MOST_OF_STRANGERS * 64).map_err(gone)?;
+        if answer.kind != Kind::Beat {
+            break answer;
+        }
+        // Rank 0 still waits for others.
+        if Instant::now() > deadline {
+            return Err(Error::rank(0, "waits for other ranks: are all of them started?"));
+        }
+    };
     match answer.kind {
         Kind::Welcome => {
             let (names, described): (Vec<String>, String) = serde_json::from_slice(&answer.content)

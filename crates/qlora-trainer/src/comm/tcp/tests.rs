@@ -100,7 +100,7 @@ fn everybody_is_told_who_failed_and_why() {
         comm.gather("step", Vec::new()).unwrap_err().to_string()
     });
     for rank in [0, 1, 3] {
-        assert_eq!(errors[rank], "rank 2 failed: the disk is full");
+        assert_eq!(errors[rank], "rank 2 failed: the disk is full; this rank had not begun its first step");
     }
 }
 
@@ -135,7 +135,7 @@ fn who_does_not_notice_is_told() {
         let comm = Tcp::connect(&ranks(0, 2, port), &TcpOptions { when_lost, ..options() }).unwrap();
         // Busy with a step that takes long.
         let text = told.recv_timeout(Duration::from_secs(10)).unwrap();
-        assert_eq!(text, "rank 1 ended before the run did");
+        assert_eq!(text, "rank 1 ended before the run did; this rank had not begun its first step");
         assert_eq!(comm.check().unwrap_err().to_string(), text);
     });
 }

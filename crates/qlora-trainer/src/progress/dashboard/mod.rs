@@ -330,6 +330,7 @@ mod tests {
             gpu_peak_memory: Some(7_000_000_000),
             loss_scale: None,
             skipped_steps: None,
+            ranks: None,
             metrics,
         })));
     }

@@ -1,0 +1,149 @@
+//! Stores of the crate `object_store`, which is asynchronous: its requests run on a runtime of their own, and each call waits.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read, Write as _};
+use std::path::Path;
+
+use bytes::Bytes;
+use object_store::path::Path as Key;
+use object_store::{ObjectStore, ObjectStoreExt as _, PutMode, WriteMultipart, parse_url_opts};
+use tokio::runtime::{Builder, Runtime};
+use url::Url;
+
+use super::Store;
+use crate::error::{Error, Result};
+
+/// The content of one request: more is sent and fetched in pieces.
+const PIECE: usize = 16 << 20;
+/// Pieces that are on their way at a time.
+const AT_ONCE: usize = 4;
+/// The variables that stores read.
+const VARIABLES: [&str; 3] = ["AWS_", "AZURE_", "GOOGLE_"];
+
+/// A bucket, or a part of one.
+pub(super) struct Cloud {
+    store: Box<dyn ObjectStore>,
+    prefix: Key,
+    runtime: Runtime,
+}
+
+impl Cloud {
+    pub(super) fn open(url: &str) -> Result<Self> {
+        let failed = |why: String| Error::Invalid(format!("{url}: {why}"));
+        let parsed = Url::parse(url).map_err(|error| failed(error.to_string()))?;
+        // Requests are tried again for three minutes, the crate's default.
+        let variables = std::env::vars().filter(|(name, _)| VARIABLES.iter().any(|prefix| name.starts_with(prefix)));
+        let (store, prefix) = parse_url_opts(&parsed, variables).map_err(|error| failed(error.to_string()))?;
+        let runtime = Builder::new_current_thread().enable_all().build().map_err(|error| failed(error.to_string()))?;
+        Ok(Self { store, prefix, runtime })
+    }
+
+    fn key(&self, key: &str) -> Key {
+        Key::from_iter(self.prefix.parts().chain(Key::from(key).parts()))
+    }
+}
+
+fn failed(error: object_store::Error) -> io::Error {
+    use object_store::Error as Of;
+    let kind = match &error {
+        Of::NotFound { .. } => io::ErrorKind::NotFound,
+        Of::AlreadyExists { .. } => io::ErrorKind::AlreadyExists,
+        Of::PermissionDenied { .. } | Of::Unauthenticated { .. } => io::ErrorKind::PermissionDenied,
+        Of::InvalidPath { .. } | Of::NotSupported { .. } => io::ErrorKind::InvalidInput,
+        _ => io::ErrorKind::Other,
+    };
+    // With its causes: the first line of these errors says little.
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(&error);
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    io::Error::new(kind, text)
+}
+
+/// The next piece of a file; shorter at its end.
+fn piece(mut file: &File) -> io::Result<Vec<u8>> {
+    let mut piece = Vec::new();
+    (&mut file).take(PIECE as u64).read_to_end(&mut piece)?;
+    Ok(piece)
+}
+
+impl Store for Cloud {
+    fn put(&self, key: &str, content: &File) -> io::Result<()> {
+        let key = self.key(key);
+        let first = piece(content)?;
+        self.runtime.block_on(async {
+            if first.len() < PIECE {
+                return self.store.put(&key, first.into()).await.map(drop).map_err(failed);
+            }
+            // Nobody sees it before it is finished.
+            let upload = self.store.put_multipart(&key).await.map_err(failed)?;
+            let mut writer = WriteMultipart::new_with_chunk_size(upload, PIECE);
+            writer.write(&first);
+            loop {
+                match piece(content) {
+                    Ok(next) if next.is_empty() => break,
+                    Ok(next) => {
+                        writer.wait_for_capacity(AT_ONCE).await.map_err(failed)?;
+                        writer.put(Bytes::from(next));
+                    }
+                    Err(error) => {
+                        let _ = writer.abort().await;
+                        return Err(error);
+                    }
+                }
+            }
+            writer.finish().await.map(drop).map_err(failed)
+        })
+    }
+
+    fn put_new(&self, key: &str, content: &[u8]) -> io::Result<()> {
+        let (key, content) = (self.key(key), Bytes::copy_from_slice(content));
+        let put = self.store.put_opts(&key, content.into(), PutMode::Create.into());
+        self.runtime.block_on(put).map(drop).map_err(failed)
+    }
+
+    fn get(&self, key: &str, to: &Path) -> io::Result<()> {
+        let key = self.key(key);
+        let mut file = File::create(to)?;
+        self.runtime.block_on(async {
+            let size = self.store.head(&key).await.map_err(failed)?.size;
+            for begin in (0..size).step_by(PIECE) {
+                let end = size.min(begin + PIECE as u64);
+                file.write_all(&self.store.get_range(&key, begin..end).await.map_err(failed)?)?;
+            }
+            Ok(())
+        })
+    }
+
+    fn list(&self, prefix: &str) -> io::Result<Vec<String>> {
+        // Stores list what is below a key, not what begins like it.
+        let (below, _) = prefix.rsplit_once('/').unwrap_or_default();
+        let below = self.key(below);
+        let found = self.runtime.block_on(self.store.list_with_delimiter(Some(&below))).map_err(failed)?;
+        let own = |location: &Key| {
+            let parts = location.prefix_match(&self.prefix)?;
+            Some(parts.map(|part| part.as_ref().to_owned()).collect::<Vec<_>>().join("/"))
+        };
+        let keys = found.objects.iter().filter_map(|object| own(&object.location));
+        Ok(keys.filter(|key| key.starts_with(prefix)).collect())
+    }
+
+    fn delete(&self, key: &str) -> io::Result<()> {
+        match self.runtime.block_on(self.store.delete(&self.key(key))).map_err(failed) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl fmt::Debug for Cloud {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.store, self.prefix)
+    }
+}
