@@ -15,7 +15,7 @@ use qlora::kernels::quant::QuantConfig;
 use qlora::model::{CausalLm, DeviceChoice, LoadOptions, Quantization};
 use qlora::open::{OpenOptions, open_model};
 use qlora::sampling::GenerationConfig;
-use qlora::trainer::data::{Conversation, Message};
+use qlora::trainer::data::{Conversation, ConversationMessage};
 use qlora::trainer::encoder::ModelEncoder;
 
 /// Answers a prompt.
@@ -57,7 +57,7 @@ fn main() -> anyhow::Result<()> {
 
     let template = files.chat_template.as_ref().context("the model has no chat template")?;
     let encoder = ModelEncoder::new(&files.tokenizer, Some(template), &files.generation.eos_token_ids);
-    let conversation = Conversation::new(vec![Message::new("user", args.prompt.as_str())]);
+    let conversation = Conversation::new(vec![ConversationMessage::new("user", args.prompt.as_str())]);
     let prompt = encoder.prompt(&conversation).map_err(|error| anyhow!("{error}"))?;
     let config = GenerationConfig {
         stop_tokens: files.generation.eos_token_ids.clone(),

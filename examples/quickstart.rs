@@ -11,7 +11,7 @@ use indicatif::{ProgressBar as Bar, ProgressStyle};
 use qlora::model::CausalLm;
 use qlora::trainer::data::{Record, read_records};
 use qlora::trainer::encoder::ModelText;
-use qlora::trainer::exact_match::{Answer, answers};
+use qlora::trainer::exact_match::{AnsweredRow, answers};
 use qlora::trainer::progress::{LossPlot, ProgressBar};
 use qlora::trainer::session::Session;
 use qlora::trainer::{Interrupt, Outcome, TrainConfig, memory};
@@ -67,7 +67,7 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn measure(when: &str, model: &CausalLm, text: &ModelText, heldout: &[Record]) -> anyhow::Result<Vec<Answer>> {
+fn measure(when: &str, model: &CausalLm, text: &ModelText, heldout: &[Record]) -> anyhow::Result<Vec<AnsweredRow>> {
     let style = ProgressStyle::with_template("{msg} {bar:24} {pos}/{len} answers")?;
     let bar = Bar::new(heldout.len() as u64).with_style(style).with_message(format!("measuring {when}"));
     let answers =
@@ -77,11 +77,11 @@ fn measure(when: &str, model: &CausalLm, text: &ModelText, heldout: &[Record]) -
     Ok(answers)
 }
 
-fn exact(answers: &[Answer]) -> usize {
+fn exact(answers: &[AnsweredRow]) -> usize {
     answers.iter().filter(|answer| answer.is_exact()).count()
 }
 
-fn report(before: &[Answer], after: &[Answer], plot: &Path, adapter: Option<&Path>) {
+fn report(before: &[AnsweredRow], after: &[AnsweredRow], plot: &Path, adapter: Option<&Path>) {
     println!("\nfor example: {}", before[0].prompt);
     println!("  expected   {}", before[0].expected);
     println!("  before     {}", before[0].given.replace('\n', " "));

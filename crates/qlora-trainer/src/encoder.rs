@@ -262,7 +262,7 @@ fn messages(
     template: &ChatTemplate,
     arguments: &TemplateArguments,
 ) -> Result<Vec<ChatMessage>, EncodeError> {
-    let convert = |(i, message): (usize, &crate::data::Message)| {
+    let convert = |(i, message): (usize, &crate::data::ConversationMessage)| {
         let text = Value::String(message.content.clone());
         let mut content = message.template_content.clone().unwrap_or_else(|| text.clone());
         let mut extra = message.other.clone();

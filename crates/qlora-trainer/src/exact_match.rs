@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 /// One row of an evaluation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Answer {
+pub struct AnsweredRow {
     /// The last message before the answer.
     pub prompt: String,
     /// The answer in the data.
@@ -26,7 +26,7 @@ pub struct Answer {
     pub given: String,
 }
 
-impl Answer {
+impl AnsweredRow {
     /// Whether the two are equal, but for white space around them.
     pub fn is_exact(&self) -> bool {
         self.expected.trim() == self.given.trim()
@@ -46,7 +46,7 @@ pub fn answers(
     max_new_tokens: usize,
     batch_size: usize,
     mut progress: impl FnMut(usize),
-) -> Result<Vec<Answer>> {
+) -> Result<Vec<AnsweredRow>> {
     let mut rows = Vec::with_capacity(records.len());
     for (index, record) in records.iter().enumerate() {
         rows.push(row(record, encoder).map_err(|message| Error::Invalid(format!("row {}: {message}", index + 1)))?);
@@ -58,7 +58,7 @@ pub fn answers(
         let generations = GenerationRequest::new(&prompts, &config).run(model)?;
         for ((prompt, expected, _), generation) in chunk.iter().zip(generations) {
             let given = tokenizer.decode(&generation.tokens, true)?;
-            answers.push(Answer { prompt: prompt.clone(), expected: expected.clone(), given });
+            answers.push(AnsweredRow { prompt: prompt.clone(), expected: expected.clone(), given });
         }
         progress(answers.len());
     }

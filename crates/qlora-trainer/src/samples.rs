@@ -15,7 +15,7 @@ use qlora_core::tokenizer::Tokenizer;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{SamplePrompts, TrainConfig};
-use crate::data::{Conversation, Dataset, JsonLine, Message, TextEncoder, read_json_lines};
+use crate::data::{Conversation, ConversationMessage, Dataset, JsonLine, TextEncoder, read_json_lines};
 use crate::encoder::ModelEncoder;
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
@@ -148,7 +148,7 @@ impl SamplePlan {
 fn of_texts(texts: &[String], encoder: &ModelEncoder<'_>) -> Result<Vec<Prompt>> {
     let prompt = |(i, text): (usize, &String)| {
         let tokens = match encoder.has_chat_template() {
-            true => encoder.prompt(&Conversation::new(vec![Message::new("user", text)])),
+            true => encoder.prompt(&Conversation::new(vec![ConversationMessage::new("user", text)])),
             false => encoder.encode(text, true),
         };
         let place = format!("prompt {} of sample_prompts", i + 1);

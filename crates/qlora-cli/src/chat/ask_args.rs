@@ -1,7 +1,7 @@
 //! The options of the model and the prompt that `chat` and `generate` share.
 
 use anyhow::Result;
-use qlora::trainer::data::Message;
+use qlora::trainer::data::ConversationMessage;
 
 use super::Asker;
 use crate::model::{Loaded, ModelArgs};
@@ -38,7 +38,7 @@ impl AskArgs {
     }
 
     /// The system message, if there is one.
-    pub(crate) fn system(&self) -> Vec<Message> {
-        self.system.iter().map(|text| Message::new("system", text)).collect()
+    pub(crate) fn system(&self) -> Vec<ConversationMessage> {
+        self.system.iter().map(|text| ConversationMessage::new("system", text)).collect()
     }
 }

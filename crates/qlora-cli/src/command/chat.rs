@@ -1,7 +1,7 @@
 //! `qlora chat`.
 
 use anyhow::Result;
-use qlora::trainer::data::{Conversation, Message};
+use qlora::trainer::data::{Conversation, ConversationMessage};
 
 use crate::chat::{AskArgs, Asker, Figures, HELP, Input, Terminal};
 use crate::output::remark;
@@ -25,7 +25,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     talk(&asker, &args.ask.system())
 }
 
-fn talk(asker: &Asker<'_>, system: &[Message]) -> Result<()> {
+fn talk(asker: &Asker<'_>, system: &[ConversationMessage]) -> Result<()> {
     let mut terminal = Terminal::open()?;
     let (mut conversation, mut last, mut turn) = (Conversation::new(system.to_vec()), None::<Figures>, 0);
     remark("Say something. /help lists the commands; Ctrl-D ends the chat.");
@@ -53,12 +53,12 @@ fn talk(asker: &Asker<'_>, system: &[Message]) -> Result<()> {
                 continue;
             }
         };
-        conversation.messages.push(Message::new("user", line.as_str()));
+        conversation.messages.push(ConversationMessage::new("user", line.as_str()));
         terminal.begin_answer();
         let prompt = asker.encode(&conversation, Some(&line));
         match prompt.and_then(|prompt| asker.stream(&prompt, turn, || terminal.is_interrupted())) {
             Ok((answer, figures)) => {
-                conversation.messages.push(Message::new("assistant", answer));
+                conversation.messages.push(ConversationMessage::new("assistant", answer));
                 last = Some(figures);
                 turn += 1;
             }

@@ -9,7 +9,7 @@ use std::fmt::Write;
 use anyhow::{Result, anyhow};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
 use qlora::trainer::TrainConfig;
-use qlora::trainer::data::encode::{EncodeOptions, Notes, Outcome, encode};
+use qlora::trainer::data::encode::{EncodeOptions, Notes, RowOutcome, encode};
 use qlora::trainer::data::{Encoded, PlacedRow, RowSet, training_sets};
 use qlora::trainer::encoder::ModelEncoder;
 use serde_json::json;
@@ -113,9 +113,9 @@ fn read(config: &TrainConfig, sets: &[RowSet], encoder: &ModelEncoder<'_>, args:
                 encode(&row.record, encoder, &whole)
             });
             let (documents, notes) = match encoded {
-                Ok(Outcome::Document(document, notes)) => (vec![document], notes),
+                Ok(RowOutcome::Document(document, notes)) => (vec![document], notes),
                 // Such as a chosen and a rejected answer.
-                Ok(Outcome::Group(documents, notes)) => (documents, notes),
+                Ok(RowOutcome::Group(documents, notes)) => (documents, notes),
                 Ok(_) => {
                     found.left_out.push(format!("{place}: no token to train on"));
                     continue;

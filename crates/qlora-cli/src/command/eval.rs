@@ -8,7 +8,7 @@ use qlora::trainer::config::{OnOverlong, OnUntrained};
 use qlora::trainer::data::load::load;
 use qlora::trainer::data::loader::eval_batches;
 use qlora::trainer::data::{EncodeOptions, Filters, PlacedRow, Record, RowSet};
-use qlora::trainer::exact_match::{Answer, answers};
+use qlora::trainer::exact_match::{AnsweredRow, answers};
 use serde_json::json;
 
 use crate::model::ModelArgs;
@@ -77,7 +77,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     ensure!(tokens > 0, "the rows have no token with a loss");
     let loss = sum / tokens as f64;
     let given = if args.exact_match { Some(given_answers(args, &set, &loaded)?) } else { None };
-    let right = |given: &[Answer]| given.iter().filter(|answer| answer.is_exact()).count();
+    let right = |given: &[AnsweredRow]| given.iter().filter(|answer| answer.is_exact()).count();
     if args.json {
         let value = json!({
             "documents": data.len(), "tokens": tokens, "loss": loss, "perplexity": loss.exp(),
@@ -99,7 +99,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 /// The model's answer to each row.
-fn given_answers(args: &Args, set: &RowSet, loaded: &crate::model::Loaded) -> Result<Vec<Answer>> {
+fn given_answers(args: &Args, set: &RowSet, loaded: &crate::model::Loaded) -> Result<Vec<AnsweredRow>> {
     let record = |row: qlora::trainer::Result<PlacedRow<'_>>| -> Result<Record> {
         let PlacedRow { path, place, row, .. } = row?;
         Ok(row.map_err(|message| anyhow!("{}: {message}", place.in_file(path)))?.record)

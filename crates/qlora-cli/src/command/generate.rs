@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, bail};
 use qlora::generate::{Answer, GenerationRequest};
 use qlora::model::AdapterChoice;
-use qlora::trainer::data::{Conversation, JsonLine, Message, read_json_lines};
+use qlora::trainer::data::{Conversation, ConversationMessage, JsonLine, read_json_lines};
 
 use crate::chat::{AskArgs, Asker};
 use crate::model::Loaded;
@@ -46,7 +46,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     asker.remark_unused([&Conversation::default()]);
     let text = args.prompt.as_deref().unwrap_or_default();
-    let asked = Conversation::new([system, vec![Message::new("user", text)]].concat());
+    let asked = Conversation::new([system, vec![ConversationMessage::new("user", text)]].concat());
     let prompt = asker.encode(&asked, Some(text))?;
     if loaded.all_answer {
         return answer_with_all(&asker, &prompt);
@@ -73,7 +73,13 @@ fn answer_with_all(asker: &Asker<'_>, prompt: &[u32]) -> Result<()> {
 }
 
 /// Answers the lines of a JSONL file, several at a time.
-fn answer_file(asker: &Asker<'_>, input: &Path, output: &Path, system: &[Message], size: usize) -> Result<()> {
+fn answer_file(
+    asker: &Asker<'_>,
+    input: &Path,
+    output: &Path,
+    system: &[ConversationMessage],
+    size: usize,
+) -> Result<()> {
     if output.exists() && input.canonicalize().ok() == output.canonicalize().ok() {
         bail!("{} would be overwritten: give --output another name", input.display());
     }

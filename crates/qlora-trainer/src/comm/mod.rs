@@ -30,7 +30,7 @@ use crate::error::{Error, Result};
 use qlora_kernels::ViewMut;
 
 pub(crate) use agree::{check_same_program, check_same_run};
-pub use ranks::{Place, Ranks};
+pub use ranks::{RankPlace, Ranks};
 
 /// The communication between the ranks of a run. All ranks make the same calls in the same order; `what` says in
 /// messages (and to a rank that is elsewhere in the program) which call it is.

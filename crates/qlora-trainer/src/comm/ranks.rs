@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 
 /// A process among the ranks of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct RankPlace {
     /// Its number, from 0.
     pub rank: usize,
     /// The number of ranks.
@@ -19,7 +19,7 @@ pub struct Place {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ranks {
     /// This process.
-    pub place: Place,
+    pub place: RankPlace,
     /// The host on which rank 0 listens.
     pub address: String,
     /// The port there; of torchrun's store, if `store`.
@@ -58,7 +58,7 @@ impl Ranks {
             let parsed = text.trim().parse();
             parsed.map(Some).map_err(|_| Error::Invalid(format!("{name} is {text:?}, which is not a number of ranks")))
         };
-        let mut found: Option<(&'static str, Place, [&str; 3])> = None;
+        let mut found: Option<(&'static str, RankPlace, [&str; 3])> = None;
         let mut has_local_rank = false;
         for (launcher, names) in FAMILIES {
             let [Some(rank), Some(size)] = [number(names[0])?, number(names[1])?] else { continue };
@@ -91,7 +91,7 @@ impl Ranks {
             }
             has_local_rank = local_rank.is_some();
             // A launcher of one process a host leaves the local rank out.
-            let place = Place { rank, size, local_rank: local_rank.unwrap_or(0) };
+            let place = RankPlace { rank, size, local_rank: local_rank.unwrap_or(0) };
             if rank >= size {
                 return Err(Error::Invalid(format!("{} is {rank}, but {} only {size}", names[0], names[1])));
             }
@@ -196,7 +196,7 @@ mod tests {
             ("TORCHELASTIC_RESTART_COUNT", "2"),
         ]);
         let found = found.unwrap().unwrap();
-        assert_eq!(found.place, Place { rank: 5, size: 8, local_rank: 1 });
+        assert_eq!(found.place, RankPlace { rank: 5, size: 8, local_rank: 1 });
         assert_eq!((found.address.as_str(), found.port, found.store), ("a", 29_400, true));
         assert_eq!((found.job.as_str(), found.launcher), ("x/2", "torchrun"));
     }
@@ -244,7 +244,7 @@ mod tests {
         let with = |more: &[(&'static str, &'static str)]| {
             ranks(&[&slurm[..], more].concat()).map(|found| found.unwrap()).map(|found| (found.place, found.address))
         };
-        let expected = (Place { rank: 3, size: 4, local_rank: 1 }, "node1".to_owned());
+        let expected = (RankPlace { rank: 3, size: 4, local_rank: 1 }, "node1".to_owned());
         assert_eq!(with(&[]).unwrap(), expected);
         // srun --mpi=pmi2, and a script with `export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS`.
         assert_eq!(with(&[("PMI_RANK", "3"), ("PMI_SIZE", "4")]).unwrap(), expected);
@@ -256,7 +256,7 @@ mod tests {
             ("OMPI_COMM_WORLD_LOCAL_RANK", "0"),
             ("MASTER_ADDR", "a"),
         ];
-        assert_eq!(with(&mpi).unwrap(), (Place { rank: 6, size: 8, local_rank: 0 }, "a".to_owned()));
+        assert_eq!(with(&mpi).unwrap(), (RankPlace { rank: 6, size: 8, local_rank: 0 }, "a".to_owned()));
     }
 
     #[test]

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use super::frame::{Frame, Kind};
 use super::ranks::Ranks;
-use super::{Communicator, Place};
+use super::{Communicator, RankPlace};
 use crate::error::{Error, Result};
 use line::Line;
 use qlora_kernels::{View, ViewMut};
@@ -54,7 +54,7 @@ impl Default for TcpOptions {
 
 /// Ranks that talk over TCP.
 pub struct Tcp {
-    place: Place,
+    place: RankPlace,
     /// Rank 0 has all others, in order; they have rank 0.
     lines: Vec<Line>,
     calls: u64,

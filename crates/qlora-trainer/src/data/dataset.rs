@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use qlora_core::batch::{Batch, IGNORE_INDEX};
 
 use super::encode::{EncodeError, Encoded, Notes, TextEncoder};
-use super::rows::Place;
+use super::rows::RowPlace;
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
 
@@ -41,7 +41,7 @@ struct File {
 
 impl File {
     fn place(&self, number: u32) -> String {
-        let place = if self.by_row { Place::Row } else { Place::Line };
+        let place = if self.by_row { RowPlace::Row } else { RowPlace::Line };
         place(number as usize).in_file(&self.path)
     }
 }

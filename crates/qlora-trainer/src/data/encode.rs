@@ -122,7 +122,7 @@ impl From<&DataOptions> for EncodeOptions {
 
 /// The result of encoding a row.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub enum RowOutcome {
     /// A document.
     Document(Encoded, Notes),
     /// Documents that belong together.
@@ -153,7 +153,7 @@ pub struct Notes {
 ///
 /// # Errors
 /// A description of the row's problem, without file and line.
-pub fn encode(record: &Record, encoder: &dyn TextEncoder, options: &EncodeOptions) -> Result<Outcome, String> {
+pub fn encode(record: &Record, encoder: &dyn TextEncoder, options: &EncodeOptions) -> Result<RowOutcome, String> {
     if let Record::Preference(pair) = record {
         return super::preference::encode_pair(pair, encoder, options);
     }
@@ -173,14 +173,14 @@ pub fn encode(record: &Record, encoder: &dyn TextEncoder, options: &EncodeOption
     }
     if encoded.trained_tokens() == 0 {
         return match options.on_untrained {
-            OnUntrained::Skip => Ok(Outcome::Untrained),
+            OnUntrained::Skip => Ok(RowOutcome::Untrained),
             OnUntrained::Error => Err(untrained_message(record, notes)),
         };
     }
     let tokens = encoded.ids.len();
     if tokens > options.max_length {
         match options.on_overlong {
-            OnOverlong::Drop => return Ok(Outcome::Overlong),
+            OnOverlong::Drop => return Ok(RowOutcome::Overlong),
             OnOverlong::Error => {
                 let limit = options.max_length;
                 return Err(format!(
@@ -193,12 +193,12 @@ pub fn encode(record: &Record, encoder: &dyn TextEncoder, options: &EncodeOption
                 encoded.trained.truncate(options.max_length);
                 notes.truncated = true;
                 if encoded.trained_tokens() == 0 {
-                    return Ok(Outcome::UntrainedAfterTruncation);
+                    return Ok(RowOutcome::UntrainedAfterTruncation);
                 }
             }
         }
     }
-    Ok(Outcome::Document(encoded, notes))
+    Ok(RowOutcome::Document(encoded, notes))
 }
 
 fn tokens(
@@ -343,7 +343,7 @@ fn untrained_message(record: &Record, notes: Notes) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::record::Message;
+    use super::super::record::ConversationMessage;
     use super::super::testing::ToyEncoder;
     use super::*;
 
@@ -356,7 +356,7 @@ mod tests {
 
     fn document(record: &Record, encoder: &ToyEncoder, options: &EncodeOptions) -> (Encoded, Notes) {
         match encode(record, encoder, options).unwrap() {
-            Outcome::Document(encoded, notes) => (encoded, notes),
+            RowOutcome::Document(encoded, notes) => (encoded, notes),
             other => panic!("{other:?}"),
         }
     }
@@ -371,7 +371,7 @@ mod tests {
     }
 
     fn conversation(messages: &[(&str, &str)]) -> Record {
-        let messages = messages.iter().map(|(role, content)| Message::new(*role, *content)).collect();
+        let messages = messages.iter().map(|(role, content)| ConversationMessage::new(*role, *content)).collect();
         Record::Chat(Conversation::new(messages))
     }
 
@@ -471,7 +471,7 @@ mod tests {
         ] {
             let message = encode(&record, &encoder, &OPTIONS).unwrap_err();
             assert!(message.starts_with("no token to train on") && message.contains(reason), "{message}");
-            assert_eq!(encode(&record, &encoder, &skip).unwrap(), Outcome::Untrained);
+            assert_eq!(encode(&record, &encoder, &skip).unwrap(), RowOutcome::Untrained);
         }
         // EOS alone, with nothing before it that could predict it.
         let no_bos = ToyEncoder { bos: false, ..ToyEncoder::default() };
@@ -489,8 +489,8 @@ mod tests {
         let whole = document(&record, &encoder, &with(8, OnOverlong::Error));
         assert_eq!((encoder.marked(&whole.0).as_str(), whole.1.truncated), ("^ab[cdef$]", false));
         let outcome = |max_length, on_overlong| encode(&record, &encoder, &with(max_length, on_overlong));
-        assert_eq!(outcome(3, OnOverlong::Truncate).unwrap(), Outcome::UntrainedAfterTruncation);
-        assert_eq!(outcome(7, OnOverlong::Drop).unwrap(), Outcome::Overlong);
+        assert_eq!(outcome(3, OnOverlong::Truncate).unwrap(), RowOutcome::UntrainedAfterTruncation);
+        assert_eq!(outcome(7, OnOverlong::Drop).unwrap(), RowOutcome::Overlong);
         assert!(outcome(7, OnOverlong::Error).unwrap_err().starts_with("8 tokens, more than max_length = 7"));
     }
 

@@ -77,7 +77,7 @@ impl<R: BufRead> Lines<R> {
                 break;
             }
             if read > MAX_ROW_BYTES {
-                return Err(super::rows::too_long(&self.path, super::rows::Place::Line(self.number + 1)));
+                return Err(super::rows::too_long(&self.path, super::rows::RowPlace::Line(self.number + 1)));
             }
             self.split(&bytes);
         }

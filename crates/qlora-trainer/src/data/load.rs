@@ -9,11 +9,11 @@ use rayon::iter::{IntoParallelIterator, ParallelIterator};
 
 use super::cache::TokenCache;
 use super::dataset::{Dataset, DropReason, Unused};
-use super::encode::{EncodeOptions, Encoded, Notes, Outcome, TextEncoder, encode};
+use super::encode::{EncodeOptions, Encoded, Notes, RowOutcome, TextEncoder, encode};
 use super::mapping::Mapping;
 use super::pipeline::{Origins, Pipeline};
 use super::record::{Record, Row};
-use super::rows::{DataFile, Place, RawRow, RowSource};
+use super::rows::{DataFile, RawRow, RowPlace, RowSource};
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
 
@@ -63,7 +63,7 @@ pub struct PlacedRow<'a> {
     /// Its file.
     pub path: &'a Path,
     /// The place of the row in its file.
-    pub place: Place,
+    pub place: RowPlace,
     /// The row as its columns are mapped; or a description of its problem.
     pub row: std::result::Result<Row, String>,
 }
@@ -230,7 +230,7 @@ fn take_rows(
     for EncodedRow { place, outcome, unused } in rows {
         let index = match *file {
             Some((of, index)) if of == i => index,
-            _ => dataset.add_file(path, matches!(place, Place::Row(_))),
+            _ => dataset.add_file(path, matches!(place, RowPlace::Row(_))),
         };
         *file = Some((i, index));
         let origin = (index, place.number());
@@ -272,8 +272,8 @@ pub fn check(set: &RowSet) -> Result<()> {
 /// A row that was encoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct EncodedRow {
-    pub(super) place: Place,
-    pub(super) outcome: Outcome,
+    pub(super) place: RowPlace,
+    pub(super) outcome: RowOutcome,
     pub(super) unused: Unused,
 }
 
@@ -282,8 +282,8 @@ impl EncodedRow {
     pub(super) fn is_left(&self, min_sample_len: usize) -> bool {
         let is_long = |document: &Encoded| document.ids.len() >= min_sample_len;
         match &self.outcome {
-            Outcome::Document(document, _) => is_long(document),
-            Outcome::Group(documents, _) => documents.iter().all(is_long),
+            RowOutcome::Document(document, _) => is_long(document),
+            RowOutcome::Group(documents, _) => documents.iter().all(is_long),
             _ => false,
         }
     }
@@ -321,18 +321,18 @@ fn read(row: RawRow, mapping: &Mapping) -> std::result::Result<Row, String> {
 
 /// A row's documents (several where they form a group), or why it is left out.
 pub(super) fn filtered(
-    outcome: Outcome,
+    outcome: RowOutcome,
     min_sample_len: usize,
 ) -> std::result::Result<(Vec<Encoded>, Notes), DropReason> {
     let is_short = |document: &Encoded| document.ids.len() < min_sample_len;
     match outcome {
-        Outcome::Document(document, _) if is_short(&document) => Err(DropReason::Short),
-        Outcome::Document(document, notes) => Ok((vec![document], notes)),
-        Outcome::Group(documents, _) if documents.iter().any(is_short) => Err(DropReason::Short),
-        Outcome::Group(documents, notes) => Ok((documents, notes)),
-        Outcome::Overlong => Err(DropReason::Overlong),
-        Outcome::Untrained => Err(DropReason::Untrained),
-        Outcome::UntrainedAfterTruncation => Err(DropReason::UntrainedAfterTruncation),
+        RowOutcome::Document(document, _) if is_short(&document) => Err(DropReason::Short),
+        RowOutcome::Document(document, notes) => Ok((vec![document], notes)),
+        RowOutcome::Group(documents, _) if documents.iter().any(is_short) => Err(DropReason::Short),
+        RowOutcome::Group(documents, notes) => Ok((documents, notes)),
+        RowOutcome::Overlong => Err(DropReason::Overlong),
+        RowOutcome::Untrained => Err(DropReason::Untrained),
+        RowOutcome::UntrainedAfterTruncation => Err(DropReason::UntrainedAfterTruncation),
     }
 }
 

@@ -56,6 +56,6 @@ pub use load::{Filters, PlacedRow, RowSet, Rows};
 pub use loader::{Loader, Position, StepBatch};
 pub use mapping::Mapping;
 pub use order::{LargestBatch, LoaderOptions, largest_batch};
-pub use record::{Conversation, Message, Preference, Record, Row};
-pub use rows::{DataFile, Place, RowPosition, RowSource};
+pub use record::{Conversation, ConversationMessage, Preference, Record, Row};
+pub use rows::{DataFile, RowPlace, RowPosition, RowSource};
 pub use stream::{SharedEncoder, Stream, StreamLoader, StreamOptions, StreamPosition};

@@ -4,8 +4,8 @@
 //! prompt and answer together, the trained tokens are those behind what `P` has in common with both `C` and `R`. Texts end
 //! with EOS; conversations as their template ends them.
 
-use super::encode::{EncodeError, EncodeOptions, Encoded, Notes, Outcome, TextEncoder};
-use super::record::{Conversation, Message, Preference};
+use super::encode::{EncodeError, EncodeOptions, Encoded, Notes, RowOutcome, TextEncoder};
+use super::record::{Conversation, ConversationMessage, Preference};
 use crate::config::OnOverlong;
 
 /// Chosen and rejected, in this order.
@@ -13,7 +13,7 @@ pub(super) fn encode_pair(
     pair: &Preference,
     encoder: &dyn TextEncoder,
     options: &EncodeOptions,
-) -> Result<Outcome, String> {
+) -> Result<RowOutcome, String> {
     let mut notes = Notes::default();
     let (prompt, mut answers) = tokens(pair, encoder).map_err(|error| error.to_string())?;
     let common = |ids: &[u32]| prompt.iter().zip(ids).take_while(|(a, b)| a == b).count();
@@ -32,9 +32,9 @@ pub(super) fn encode_pair(
                     options.max_length
                 ));
             }
-            OnOverlong::Drop => return Ok(Outcome::Overlong),
+            OnOverlong::Drop => return Ok(RowOutcome::Overlong),
             // Nothing of an answer would be left.
-            OnOverlong::Truncate if shared >= options.max_length => return Ok(Outcome::UntrainedAfterTruncation),
+            OnOverlong::Truncate if shared >= options.max_length => return Ok(RowOutcome::UntrainedAfterTruncation),
             OnOverlong::Truncate => {
                 answers.iter_mut().for_each(|ids| ids.truncate(options.max_length));
                 notes.truncated = true;
@@ -42,7 +42,7 @@ pub(super) fn encode_pair(
         }
     }
     let document = |ids: Vec<u32>| Encoded { trained: (0..ids.len()).map(|i| i >= shared).collect(), ids };
-    Ok(Outcome::Group(answers.into_iter().map(document).collect(), notes))
+    Ok(RowOutcome::Group(answers.into_iter().map(document).collect(), notes))
 }
 
 /// The prompt's tokens, and those of prompt and answer.
@@ -65,7 +65,7 @@ fn tokens(pair: &Preference, encoder: &dyn TextEncoder) -> Result<(Vec<u32>, [Ve
             Ok((alone, [whole(chosen)?, whole(rejected)?]))
         }
         Preference::Chat { prompt, chosen, rejected } => {
-            let whole = |answer: &[Message]| -> Result<Vec<u32>, EncodeError> {
+            let whole = |answer: &[ConversationMessage]| -> Result<Vec<u32>, EncodeError> {
                 let mut conversation: Conversation = prompt.clone();
                 conversation.messages.extend_from_slice(answer);
                 encoder.encode_whole_chat(&conversation)
@@ -91,13 +91,13 @@ mod tests {
         completion_only_loss: true,
     };
 
-    fn outcome(row: Value, encoder: &ToyEncoder, options: &EncodeOptions) -> Result<Outcome, String> {
+    fn outcome(row: Value, encoder: &ToyEncoder, options: &EncodeOptions) -> Result<RowOutcome, String> {
         encode(&Record::from_json(&row).unwrap(), encoder, options)
     }
 
     fn marked(row: Value, encoder: &ToyEncoder, options: &EncodeOptions) -> (Vec<String>, Notes) {
         match outcome(row, encoder, options).unwrap() {
-            Outcome::Group(documents, notes) => (documents.iter().map(|one| encoder.marked(one)).collect(), notes),
+            RowOutcome::Group(documents, notes) => (documents.iter().map(|one| encoder.marked(one)).collect(), notes),
             other => panic!("{other:?}"),
         }
     }
@@ -132,8 +132,8 @@ mod tests {
         assert_eq!(texts, ["^ab[cd]", "^ab[c$]"]);
         assert!(notes.truncated);
         let of = |options: &EncodeOptions| outcome(row(), &encoder, options);
-        assert_eq!(of(&with(3, OnOverlong::Truncate)), Ok(Outcome::UntrainedAfterTruncation));
-        assert_eq!(of(&with(5, OnOverlong::Drop)), Ok(Outcome::Overlong));
+        assert_eq!(of(&with(3, OnOverlong::Truncate)), Ok(RowOutcome::UntrainedAfterTruncation));
+        assert_eq!(of(&with(5, OnOverlong::Drop)), Ok(RowOutcome::Overlong));
         assert!(of(&with(5, OnOverlong::Error)).unwrap_err().contains("10 tokens, more than max_length = 5"));
     }
 

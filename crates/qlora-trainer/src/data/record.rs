@@ -32,7 +32,7 @@ pub use preference::Preference;
 /// A message of a conversation.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
-pub struct Message {
+pub struct ConversationMessage {
     /// The role of the speaker: `system`, `user`, `assistant`, `tool`, or any other that the chat template knows.
     pub role: String,
     /// The text of the message. Of a message that only calls tools this is empty, or the call as ShareGPT writes it.
@@ -45,7 +45,7 @@ pub struct Message {
     pub trained: bool,
 }
 
-impl Message {
+impl ConversationMessage {
     /// A message with nothing but role and content; an assistant's is trained.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         let role = role.into();
@@ -59,7 +59,7 @@ impl Message {
 #[non_exhaustive]
 pub struct Conversation {
     /// In order.
-    pub messages: Vec<Message>,
+    pub messages: Vec<ConversationMessage>,
     /// The row's `tools`: the functions that the assistant may call.
     pub tools: Option<Value>,
     /// The row's `chat_template_kwargs`: further arguments of the template, such as `enable_thinking`.
@@ -70,7 +70,7 @@ pub struct Conversation {
 
 impl Conversation {
     /// A conversation without tools.
-    pub fn new(messages: Vec<Message>) -> Self {
+    pub fn new(messages: Vec<ConversationMessage>) -> Self {
         Self { messages, ..Self::default() }
     }
 
@@ -93,7 +93,7 @@ impl Conversation {
         } else if row.contains_key("conversations") {
             conversation(&row, "conversations", Reader::ShareGpt)
         } else if let Some(Value::String(prompt)) = row.get("prompt") {
-            Ok(with_columns(&row, vec![Message::new("user", prompt)])?.0)
+            Ok(with_columns(&row, vec![ConversationMessage::new("user", prompt)])?.0)
         } else if row.contains_key("prompt") {
             conversation(&row, "prompt", Reader::OpenAi)
         } else {
@@ -194,13 +194,13 @@ impl Record {
     /// answer is trained. `None` for other rows.
     pub fn instruction_chat(&self) -> Option<Conversation> {
         let Self::Instruction { instruction, input, output, system, history } = self else { return None };
-        let mut messages: Vec<_> = system.iter().map(|system| Message::new("system", system)).collect();
+        let mut messages: Vec<_> = system.iter().map(|system| ConversationMessage::new("system", system)).collect();
         for (question, answer) in history {
-            messages.push(Message::new("user", question));
-            messages.push(Message { trained: false, ..Message::new(ASSISTANT, answer) });
+            messages.push(ConversationMessage::new("user", question));
+            messages.push(ConversationMessage { trained: false, ..ConversationMessage::new(ASSISTANT, answer) });
         }
         let question = if input.is_empty() { instruction.clone() } else { format!("{instruction}\n{input}") };
-        messages.extend([Message::new("user", question), Message::new(ASSISTANT, output)]);
+        messages.extend([ConversationMessage::new("user", question), ConversationMessage::new(ASSISTANT, output)]);
         Some(Conversation::new(messages))
     }
 
@@ -248,14 +248,14 @@ fn conversation(row: &Map<String, Value>, key: &str, reader: Reader) -> Result<C
 /// Messages with the columns that stand beside them, and which of those were used.
 fn with_columns(
     row: &Map<String, Value>,
-    mut messages: Vec<Message>,
+    mut messages: Vec<ConversationMessage>,
 ) -> Result<(Conversation, Vec<&'static str>), Refusal> {
     let ConversationColumns { system, tools, template_kwargs, mut used } = ConversationColumns::read(row)?;
     if let Some((column, text)) = system {
         match messages.first() {
             // The conversation's own counts; one column that says the same is no news.
             Some(first) if first.role == "system" => used.retain(|&key| key != column || first.content == text),
-            _ => messages.insert(0, Message::new("system", text)),
+            _ => messages.insert(0, ConversationMessage::new("system", text)),
         }
     }
     Ok((Conversation { messages, tools, template_kwargs, completion_messages: 0 }, used))

@@ -9,7 +9,7 @@ fn free_port() -> u16 {
 
 fn ranks(rank: usize, size: usize, port: u16) -> Ranks {
     Ranks {
-        place: Place { rank, size, local_rank: rank },
+        place: RankPlace { rank, size, local_rank: rank },
         address: "127.0.0.1".to_owned(),
         port,
         store: false,

@@ -17,9 +17,9 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::data::dataset::Unused;
-use crate::data::encode::{Encoded, Notes, Outcome};
+use crate::data::encode::{Encoded, Notes, RowOutcome};
 use crate::data::load::EncodedRow;
-use crate::data::rows::{Place, RowPosition};
+use crate::data::rows::{RowPlace, RowPosition};
 use crate::fingerprint::Fingerprint;
 
 /// The version of the format.
@@ -167,13 +167,13 @@ const UNTRAINED_AFTER_TRUNCATION: u32 = 4;
 /// found) and, of a group, their number. Returns the number of tokens.
 fn put_row(bytes: &mut Vec<u8>, row: &EncodedRow, unused: u32) -> u64 {
     let number = row.place.number() as u64;
-    let by_row = u32::from(matches!(row.place, Place::Row(_)));
+    let by_row = u32::from(matches!(row.place, RowPlace::Row(_)));
     let (kind, documents, notes) = match &row.outcome {
-        Outcome::Document(document, notes) => (DOCUMENT, std::slice::from_ref(document), *notes),
-        Outcome::Group(documents, notes) => (GROUP, documents.as_slice(), *notes),
-        Outcome::Overlong => (OVERLONG, &[] as &[Encoded], Notes::default()),
-        Outcome::Untrained => (UNTRAINED, &[] as &[Encoded], Notes::default()),
-        Outcome::UntrainedAfterTruncation => (UNTRAINED_AFTER_TRUNCATION, &[] as &[Encoded], Notes::default()),
+        RowOutcome::Document(document, notes) => (DOCUMENT, std::slice::from_ref(document), *notes),
+        RowOutcome::Group(documents, notes) => (GROUP, documents.as_slice(), *notes),
+        RowOutcome::Overlong => (OVERLONG, &[] as &[Encoded], Notes::default()),
+        RowOutcome::Untrained => (UNTRAINED, &[] as &[Encoded], Notes::default()),
+        RowOutcome::UntrainedAfterTruncation => (UNTRAINED_AFTER_TRUNCATION, &[] as &[Encoded], Notes::default()),
     };
     put(bytes, &[number as u32, (number >> 32) as u32, by_row, unused, kind]);
     if kind <= GROUP {
@@ -219,7 +219,7 @@ impl Words<'_> {
     fn row(&mut self, unused: &[(Vec<String>, Vec<String>)]) -> Option<EncodedRow> {
         let number = u64::from(self.word()?) | u64::from(self.word()?) << 32;
         let number = usize::try_from(number).ok()?;
-        let place = if self.word()? == 1 { Place::Row(number) } else { Place::Line(number) };
+        let place = if self.word()? == 1 { RowPlace::Row(number) } else { RowPlace::Line(number) };
         let (columns, by_template) = unused.get(self.word()? as usize)?.clone();
         let outcome = match self.word()? {
             kind @ (DOCUMENT | GROUP) => {
@@ -228,13 +228,13 @@ impl Words<'_> {
                 let notes = Notes { truncated: has(0), double_bos: has(1), boundary_merged: has(2), answers_not_found };
                 let mut documents: Vec<Encoded> = (0..count).map(|_| self.document()).collect::<Option<_>>()?;
                 match kind {
-                    GROUP => Outcome::Group(documents, notes),
-                    _ => Outcome::Document(documents.pop().filter(|_| documents.is_empty())?, notes),
+                    GROUP => RowOutcome::Group(documents, notes),
+                    _ => RowOutcome::Document(documents.pop().filter(|_| documents.is_empty())?, notes),
                 }
             }
-            OVERLONG => Outcome::Overlong,
-            UNTRAINED => Outcome::Untrained,
-            UNTRAINED_AFTER_TRUNCATION => Outcome::UntrainedAfterTruncation,
+            OVERLONG => RowOutcome::Overlong,
+            UNTRAINED => RowOutcome::Untrained,
+            UNTRAINED_AFTER_TRUNCATION => RowOutcome::UntrainedAfterTruncation,
             _ => return None,
         };
         Some(EncodedRow { place, outcome, unused: Unused { columns, by_template } })

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::columns::{describe, json_text, string};
-use super::{ASSISTANT, Message, Refusal};
+use super::{ASSISTANT, ConversationMessage, Refusal};
 
 /// The format of a list of messages.
 #[derive(Clone, Copy)]
@@ -14,7 +14,7 @@ pub(super) enum Reader {
     ShareGpt,
 }
 
-pub(super) fn message_list(value: &Value, key: &str, reader: Reader) -> Result<Vec<Message>, Refusal> {
+pub(super) fn message_list(value: &Value, key: &str, reader: Reader) -> Result<Vec<ConversationMessage>, Refusal> {
     let parsed = match value {
         Value::String(text) if text.trim_start().starts_with('[') => Some(json_text(key, text)?),
         _ => None,
@@ -37,7 +37,7 @@ pub(super) fn message_list(value: &Value, key: &str, reader: Reader) -> Result<V
 }
 
 /// `{"role": ..., "content": ...}` and whatever else the chat template wants.
-fn message(entry: &Map<String, Value>) -> Result<Message, Refusal> {
+fn message(entry: &Map<String, Value>) -> Result<ConversationMessage, Refusal> {
     let role = match string(entry, "role")? {
         // ShareGPT's names for what the other format has fields for.
         FUNCTION_CALL => return function_call(entry, "content"),
@@ -61,7 +61,7 @@ fn message(entry: &Map<String, Value>) -> Result<Message, Refusal> {
         Some(_) => (string(entry, "content")?.to_owned(), None),
     };
     let trained = role == ASSISTANT && message_is_trained(entry)?;
-    Ok(Message { role: role.to_owned(), content, template_content, other, trained })
+    Ok(ConversationMessage { role: role.to_owned(), content, template_content, other, trained })
 }
 
 const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
@@ -123,7 +123,7 @@ fn text_parts(parts: &[Value]) -> Result<String, Refusal> {
 }
 
 /// `{"from": ..., "value": ...}`, with ShareGPT's names for the roles.
-fn sharegpt_message(entry: &Map<String, Value>) -> Result<Message, Refusal> {
+fn sharegpt_message(entry: &Map<String, Value>) -> Result<ConversationMessage, Refusal> {
     // Some files hold OpenAI's messages under ShareGPT's name.
     if !entry.contains_key("from") && entry.contains_key("role") {
         return message(entry);
@@ -145,12 +145,12 @@ fn sharegpt_message(entry: &Map<String, Value>) -> Result<Message, Refusal> {
         other.shift_remove(key);
     }
     let trained = role == ASSISTANT && message_is_trained(entry)?;
-    Ok(Message { trained, other, ..Message::new(role, string(entry, "value")?) })
+    Ok(ConversationMessage { trained, other, ..ConversationMessage::new(role, string(entry, "value")?) })
 }
 
 /// `{"from": "function_call", "value": "{\"name\": ..., \"arguments\": ...}"}`: the assistant calls a tool, or, with a list,
 /// several. The text is kept for chat templates that know no calls.
-fn function_call(entry: &Map<String, Value>, key: &str) -> Result<Message, Refusal> {
+fn function_call(entry: &Map<String, Value>, key: &str) -> Result<ConversationMessage, Refusal> {
     let (text, calls) = match entry.get(key) {
         Some(Value::String(text)) => (text.clone(), json_text(key, text)?),
         Some(value) => (value.to_string(), value.clone()),
@@ -171,5 +171,10 @@ fn function_call(entry: &Map<String, Value>, key: &str) -> Result<Message, Refus
     let calls = calls.into_iter().map(wrapped).collect::<Result<Vec<_>, _>>()?;
     let other = [(TOOL_CALLS.to_owned(), Value::Array(calls))].into_iter().collect();
     let trained = message_is_trained(entry)?;
-    Ok(Message { trained, other, template_content: Some(Value::Null), ..Message::new(ASSISTANT, text) })
+    Ok(ConversationMessage {
+        trained,
+        other,
+        template_content: Some(Value::Null),
+        ..ConversationMessage::new(ASSISTANT, text)
+    })
 }

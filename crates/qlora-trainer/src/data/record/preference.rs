@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::columns::describe;
 use super::messages::{Reader, message_list};
-use super::{ASSISTANT, Conversation, Message, Record, Refusal, Used, with_columns};
+use super::{ASSISTANT, Conversation, ConversationMessage, Record, Refusal, Used, with_columns};
 
 /// A prompt and two answers to it.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,9 +27,9 @@ pub enum Preference {
         /// The prompt of both answers, with the row's tools and template arguments.
         prompt: Conversation,
         /// The better messages.
-        chosen: Vec<Message>,
+        chosen: Vec<ConversationMessage>,
         /// The other ones.
-        rejected: Vec<Message>,
+        rejected: Vec<ConversationMessage>,
     },
 }
 
@@ -63,7 +63,7 @@ pub(super) fn read(row: &Map<String, Value>) -> Result<Used, Refusal> {
                     let shared: Vec<_> = chosen.drain(..shared).collect();
                     match prompt {
                         // The answers alone: the text is the question.
-                        Some(Value::String(text)) if shared.is_empty() => vec![Message::new("user", text)],
+                        Some(Value::String(text)) if shared.is_empty() => vec![ConversationMessage::new("user", text)],
                         _ => shared,
                     }
                 }
@@ -102,7 +102,7 @@ fn pair(preference: Preference) -> Record {
 }
 
 /// The number of messages with which both begin; the last message of the shorter one is never among them.
-fn shared_messages(chosen: &[Message], rejected: &[Message]) -> usize {
+fn shared_messages(chosen: &[ConversationMessage], rejected: &[ConversationMessage]) -> usize {
     let shared = chosen.iter().zip(rejected).take_while(|(a, b)| a == b).count();
     shared.min(chosen.len().min(rejected.len()).saturating_sub(1))
 }
@@ -135,7 +135,7 @@ mod tests {
         Preference::Text { prompt: prompt.into(), chosen: chosen.into(), rejected: rejected.into() }
     }
 
-    fn contents(messages: &[Message]) -> Vec<&str> {
+    fn contents(messages: &[ConversationMessage]) -> Vec<&str> {
         messages.iter().map(|message| message.content.as_str()).collect()
     }
 

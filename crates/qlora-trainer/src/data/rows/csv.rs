@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::input::{Bytes, Input};
-use super::{CHUNK_BYTES, Content, Format, MAX_ROW_BYTES, Mark, Place, RawRow, RowReader, too_long};
+use super::{CHUNK_BYTES, Content, Format, MAX_ROW_BYTES, Mark, RawRow, RowPlace, RowReader, too_long};
 use crate::error::{Error, Result};
 
 pub(super) const CSV: Format =
@@ -26,7 +26,7 @@ fn open(input: Input<'_>, from: Mark, delimiter: u8) -> Result<Box<dyn RowReader
     let mut records = csv::ReaderBuilder::new().delimiter(delimiter).from_reader(bytes);
     let header = records.byte_headers().map_err(|error| explain(&path, error))?.clone();
     if records.get_ref().left == 0 {
-        return Err(too_long(&path, Place::Line(1)));
+        return Err(too_long(&path, RowPlace::Line(1)));
     }
     let name = |(i, bytes): (usize, &[u8])| {
         let bytes = if i == 0 { bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes) } else { bytes };
@@ -56,12 +56,12 @@ impl RowReader for Reader {
             self.records.get_mut().left = MAX_ROW_BYTES;
             let read = self.records.read_byte_record(&mut record);
             if self.records.get_ref().left == 0 {
-                return Err(too_long(&self.path, Place::Line(self.records.position().line() as usize)));
+                return Err(too_long(&self.path, RowPlace::Line(self.records.position().line() as usize)));
             }
             if !read.map_err(|error| explain(&self.path, error))? {
                 break;
             }
-            let place = Place::Line(record.position().map_or(0, |position| position.line() as usize));
+            let place = RowPlace::Line(record.position().map_or(0, |position| position.line() as usize));
             let field = |(i, bytes): (usize, &[u8])| match std::str::from_utf8(bytes) {
                 Ok(text) => Ok(text.to_owned()),
                 Err(_) => Err(place.refuse(&self.path, format!("column `{}` is not UTF-8 text", self.names[i]))),

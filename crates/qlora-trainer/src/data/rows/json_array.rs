@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde_json::Value;
 
 use super::input::{Bytes, Input};
-use super::{CHUNK_BYTES, Content, Format, MAX_ROW_BYTES, Mark, Place, RawRow, RowReader, too_long};
+use super::{CHUNK_BYTES, Content, Format, MAX_ROW_BYTES, Mark, RawRow, RowPlace, RowReader, too_long};
 use crate::data::lines::without_python_numbers;
 use crate::error::{Error, Result};
 
@@ -67,7 +67,7 @@ impl Reader {
 
     fn refuse<T>(&self, message: &str) -> Result<T> {
         let (line, row) = (self.at.lines + 1, self.at.rows + 1);
-        Err(Place::Row(row as usize).refuse(&self.path, format!("not valid JSON: {message} at line {line}")))
+        Err(RowPlace::Row(row as usize).refuse(&self.path, format!("not valid JSON: {message} at line {line}")))
     }
 
     fn begin(&mut self) -> Result<()> {
@@ -103,7 +103,7 @@ impl Reader {
             None | Some(b',' | b']') => return self.refuse("an object was expected"),
             Some(_) => {}
         }
-        let (line, place) = (self.at.lines as usize + 1, Place::Row(self.at.rows as usize + 1));
+        let (line, place) = (self.at.lines as usize + 1, RowPlace::Row(self.at.rows as usize + 1));
         let bytes = self.value(place)?;
         self.at.rows += 1;
         self.mark = self.at;
@@ -121,7 +121,7 @@ impl Reader {
     }
 
     /// The bytes of a value, up to where its brackets are closed. Whether they are JSON is found out when it is parsed.
-    fn value(&mut self, place: Place) -> Result<Vec<u8>> {
+    fn value(&mut self, place: RowPlace) -> Result<Vec<u8>> {
         let mut scan = Scan::default();
         let mut value = Vec::new();
         loop {

@@ -1,7 +1,7 @@
 //! JSONL: one object a line.
 
 use super::input::{Bytes, Input};
-use super::{Content, Format, Mark, Place, RawRow, RowReader};
+use super::{Content, Format, Mark, RawRow, RowPlace, RowReader};
 use crate::data::lines::{Line, Lines};
 use crate::error::Result;
 
@@ -22,7 +22,7 @@ impl RowReader for Reader {
     fn next(&mut self, count: usize) -> Result<Vec<RawRow>> {
         let lines = self.lines.next(count)?;
         self.rows += lines.len() as u64;
-        let row = |line: Line| RawRow { place: Place::Line(line.number), content: Content::Line(line) };
+        let row = |line: Line| RawRow { place: RowPlace::Line(line.number), content: Content::Line(line) };
         Ok(lines.into_iter().map(row).collect())
     }
 

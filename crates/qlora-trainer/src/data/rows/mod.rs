@@ -45,14 +45,14 @@ const CHUNK_BYTES: usize = 16 << 20;
 
 /// The place of a row in its file, from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Place {
+pub enum RowPlace {
     /// The line in which it begins, in formats of lines.
     Line(usize),
     /// Its number among the rows, in formats that have no lines to look it up by.
     Row(usize),
 }
 
-impl Place {
+impl RowPlace {
     /// The line or the row.
     pub fn number(self) -> usize {
         let (Self::Line(number) | Self::Row(number)) = self;
@@ -79,7 +79,7 @@ impl Place {
 /// A row that was read but not parsed: parsing is the larger part of the work, and is done in parallel.
 #[derive(Clone, Debug)]
 pub struct RawRow {
-    place: Place,
+    place: RowPlace,
     content: Content,
 }
 
@@ -100,7 +100,7 @@ enum Content {
 
 impl RawRow {
     /// The place of the row in its file.
-    pub fn place(&self) -> Place {
+    pub fn place(&self) -> RowPlace {
         self.place
     }
 
@@ -242,7 +242,7 @@ impl DataFile {
 }
 
 /// The error of a row that is too long.
-pub(super) fn too_long(path: &Path, place: Place) -> Error {
+pub(super) fn too_long(path: &Path, place: RowPlace) -> Error {
     let limit = MAX_ROW_BYTES >> 20;
     place.refuse(path, format!("a row of more than {limit} MiB: the file is damaged, or in another format"))
 }

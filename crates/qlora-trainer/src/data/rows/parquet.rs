@@ -22,7 +22,7 @@ use parquet::record::{Field, Row};
 use serde_json::{Map, Number, Value, json};
 
 use super::input::{Input, STDIN};
-use super::{CHUNK_BYTES, Content, Format, Mark, Place, RawRow, RowReader};
+use super::{CHUNK_BYTES, Content, Format, Mark, RawRow, RowPlace, RowReader};
 use crate::error::{Error, Result};
 
 /// Rows whose values are decoded together. Their pages are in memory as long.
@@ -102,7 +102,7 @@ impl RowReader for Reader {
         while rows.len() < count && size < CHUNK_BYTES {
             let Some(row) = self.row()? else { break };
             let object = object(row, &mut size);
-            rows.push(RawRow { place: Place::Row(self.rows as usize), content: Content::Object(object) });
+            rows.push(RawRow { place: RowPlace::Row(self.rows as usize), content: Content::Object(object) });
         }
         Ok(rows)
     }
@@ -115,7 +115,7 @@ impl RowReader for Reader {
 /// Runs the crate's reader. Its error, or a panic, becomes an error with the file and the row.
 fn guarded<T>(path: &Path, row: Option<u64>, read: impl FnOnce() -> std::result::Result<T, ParquetError>) -> Result<T> {
     let refuse = |message: String| match row {
-        Some(row) => Place::Row(row as usize).refuse(path, message),
+        Some(row) => RowPlace::Row(row as usize).refuse(path, message),
         None => Error::data(path, None, message),
     };
     match catch_unwind(AssertUnwindSafe(read)) {

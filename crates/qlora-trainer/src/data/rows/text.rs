@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use super::input::{Bytes, Input};
-use super::{CHUNK_BYTES, Content, Format, MAX_ROW_BYTES, Mark, Place, RawRow, RowReader, too_long};
+use super::{CHUNK_BYTES, Content, Format, MAX_ROW_BYTES, Mark, RawRow, RowPlace, RowReader, too_long};
 use crate::error::{Error, Result};
 
 pub(super) const FORMAT: Format = Format { name: "text", extensions: &["txt", "text"], open };
@@ -34,7 +34,7 @@ impl RowReader for Reader {
             }
             self.mark.lines += 1;
             self.mark.bytes += read as u64;
-            let place = Place::Line(self.mark.lines as usize);
+            let place = RowPlace::Line(self.mark.lines as usize);
             if read > MAX_ROW_BYTES {
                 return Err(too_long(&self.path, place));
             }

@@ -9,7 +9,7 @@ use super::{BLOCK_TOKENS, Shared, StreamOptions, is_pipe};
 use crate::data::dataset::Dataset;
 use crate::data::load::{EncodedRow, encode_rows, filtered};
 use crate::data::mix::{TurnState, Turns};
-use crate::data::rows::{Place, RowPosition, RowSource};
+use crate::data::rows::{RowPlace, RowPosition, RowSource};
 use crate::error::{Error, Result};
 use crate::rng::derive_seed;
 
@@ -270,8 +270,8 @@ impl SetReader {
 }
 
 /// A file's place among those of a data set, in which it is made if it is not there.
-fn file_of(dataset: &mut Dataset, path: &std::path::Path, place: Place) -> u32 {
-    dataset.file_index(path).unwrap_or_else(|| dataset.add_file(path, matches!(place, Place::Row(_))))
+fn file_of(dataset: &mut Dataset, path: &std::path::Path, place: RowPlace) -> u32 {
+    dataset.file_index(path).unwrap_or_else(|| dataset.add_file(path, matches!(place, RowPlace::Row(_))))
 }
 
 fn turns(shared: &Shared, epoch: u64) -> Turns {
