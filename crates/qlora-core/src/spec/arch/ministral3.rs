@@ -217,5 +217,9 @@ mod tests {
             let error = config(&options).unwrap_err().to_string();
             assert!(error.contains(message) && error.contains("config.json"), "{options}: {error}");
         }
+        let images = r#"{"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3",
+            "text_config": {"model_type": "ministral3"}, "vision_config": {}}"#;
+        let error = ModelConfig::from_json(images, Path::new("config.json")).unwrap_err().to_string();
+        assert!(error.contains("\"mistral3\", a model around a ministral3, which has to be saved by itself"), "{error}");
     }
 }
