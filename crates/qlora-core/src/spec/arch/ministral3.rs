@@ -66,16 +66,14 @@ impl Definition for Ministral3 {
 
     fn write_json(&self, config: &ModelConfig, map: &mut Map<String, Json>) {
         Mistral.write_json(config, map);
-        // Without options of its own the class takes those of the published models.
-        let theta = json!(config.rope.theta);
-        match map.get_mut("rope_scaling") {
-            Some(Json::Object(options)) => {
-                options.insert(BETA.to_owned(), decimal(config.scalings.llama_4_scaling_beta));
-            }
-            _ => drop(
-                map.insert("rope_scaling".to_owned(), json!({"rope_type": "default", "rope_theta": theta, BETA: 0.0})),
-            ),
+        if let Some(Json::Object(options)) = map.get_mut("rope_scaling") {
+            options.insert(BETA.to_owned(), decimal(config.scalings.llama_4_scaling_beta));
+            return;
         }
+        // Without options the class takes those of the published models, and it cannot run without beta and original length.
+        let plain = json!({"rope_type": "default", "rope_theta": config.rope.theta, BETA: 0.0,
+            "original_max_position_embeddings": config.max_position_embeddings});
+        map.insert("rope_scaling".to_owned(), plain);
     }
 
     /// The original length is YaRN's; `yarn_log_multiplier` is `mscale_all_dim`, beside which llama.cpp takes `mscale` as 1.
@@ -220,6 +218,9 @@ mod tests {
         let images = r#"{"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3",
             "text_config": {"model_type": "ministral3"}, "vision_config": {}}"#;
         let error = ModelConfig::from_json(images, Path::new("config.json")).unwrap_err().to_string();
-        assert!(error.contains("\"mistral3\", a model around a ministral3, which has to be saved by itself"), "{error}");
+        assert!(
+            error.contains("\"mistral3\", a model around a ministral3, which has to be saved by itself"),
+            "{error}"
+        );
     }
 }
