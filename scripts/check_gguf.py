@@ -22,7 +22,7 @@ from gguf.constants import GGMLQuantizationType as Type
 
 
 # Whose rows of q and k llama.cpp's converter permutes.
-INTERLEAVED = ("llama", "granite", "smollm3")
+INTERLEAVED = ("llama", "granite", "smollm3", "mistral3")
 # Keys that an architecture has besides, and the options that they are.
 FACTORS = {
     "granite": {

@@ -61,6 +61,7 @@ fn logits_of_every_architecture_equal_those_of_transformers() {
         "granite_untied",
         "smollm3",
         "smollm3_window",
+        "ministral3",
     ];
     for name in names {
         let model = load(name, Quantization::None);
@@ -81,7 +82,7 @@ fn logits_of_every_architecture_equal_those_of_transformers() {
 #[test]
 fn cached_logits_and_greedy_tokens_equal_those_of_transformers() {
     let mut generated = 0;
-    for name in ["llama", "mistral", "qwen3", "granite", "granite_untied", "smollm3", "smollm3_window"] {
+    for name in ["llama", "mistral", "qwen3", "granite", "granite_untied", "smollm3", "smollm3_window", "ministral3"] {
         let model = load(name, Quantization::None);
         let expected = tensors(fixtures().join("models").join(name).join("expected.safetensors"));
         let (tokens, rows) = (ids(&expected["input_ids.0"]), expected["logits.0"].to_vec2::<f32>().unwrap());
@@ -106,7 +107,19 @@ fn cached_logits_and_greedy_tokens_equal_those_of_transformers() {
             generated += 1;
         }
     }
-    assert_eq!(generated, 4 * 24);
+    assert_eq!(generated, 5 * 24);
+}
+
+/// From position 128 on Ministral 3 scales its queries, which is not supported.
+#[test]
+fn ministral_3_takes_no_sequence_longer_than_its_original_length() {
+    let model = load("ministral3", Quantization::None);
+    let tokens: Vec<u32> = (0..129).map(|i| 3 + i % 70).collect();
+    let logits =
+        |length| model.logits(&tokens[..length], &SequenceLayout::from_lengths(&[length]), AdapterChoice::Active);
+    assert_eq!(logits(128).unwrap().dims(), [128, 80]);
+    let error = logits(129).unwrap_err().to_string();
+    assert!(error.contains("129 tokens") && error.contains("(128)"), "{error}");
 }
 
 struct Step {
@@ -182,6 +195,7 @@ fn one_step_over_a_plain_base_gives_the_gradients_of_pytorch() {
     Step::load("qwen3", "qwen3", Quantization::None).check(1e-4);
     Step::load("granite", "granite", Quantization::None).check(1e-4);
     Step::load("smollm3", "smollm3", Quantization::None).check(1e-4);
+    Step::load("ministral3", "ministral3", Quantization::None).check(1e-4);
 }
 
 #[test]

@@ -67,7 +67,7 @@ pub struct ModelConfig {
     pub eos_token_ids: Vec<u32>,
 }
 
-/// Factors at four places of a decoder; 1, or none, in most architectures.
+/// Factors at places of a decoder; 1, or none, in most architectures.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Scalings {
@@ -79,11 +79,14 @@ pub struct Scalings {
     pub residual: f32,
     /// Logits are divided by it.
     pub logits: f32,
+    /// Rotated queries are multiplied by `1 + llama_4_scaling_beta * ln(1 + floor(position / original length))`; 0: they are not.
+    /// No operation does it: `max_position_embeddings` is at most the original length, before which the factor is 1.
+    pub llama_4_scaling_beta: f32,
 }
 
 impl Default for Scalings {
     fn default() -> Self {
-        Self { embedding: 1.0, attention: None, residual: 1.0, logits: 1.0 }
+        Self { embedding: 1.0, attention: None, residual: 1.0, logits: 1.0, llama_4_scaling_beta: 0.0 }
     }
 }
 

@@ -106,9 +106,17 @@ fn difference_of(name: &str, source: &HfDirectory, kind: GgufType) -> (f32, f32)
 
 #[test]
 fn logits_of_every_architecture_survive() {
-    for name in
-        ["llama", "llama_wide", "llama_rope_linear", "llama_rope_yarn", "mistral", "qwen2", "granite", "smollm3"]
-    {
+    for name in [
+        "llama",
+        "llama_wide",
+        "llama_rope_linear",
+        "llama_rope_yarn",
+        "mistral",
+        "qwen2",
+        "granite",
+        "smollm3",
+        "ministral3",
+    ] {
         let (f32, scale) = difference(name, GgufType::F32);
         assert!(f32 < 1e-4, "{name}: f32 {f32} of {scale}");
         let (f16, _) = difference(name, GgufType::F16);

@@ -131,7 +131,7 @@ fn rows_are_permuted_where_llama_cpp_rotates_neighbours() {
     assert_eq!(rows("llama", &name(q)), [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]);
     assert_eq!(rows("llama", &name(k)), [0, 2, 4, 6, 1, 3, 5, 7]);
     assert_eq!(rows("llama", &name(v)), in_order(8));
-    for prefix in ["granite", "smollm3"] {
+    for prefix in ["granite", "smollm3", "mistral3"] {
         assert_eq!(rows(prefix, &name(q)), rows("llama", &name(q)));
         assert_eq!(rows(prefix, &name(k)), rows("llama", &name(k)));
     }
@@ -139,6 +139,29 @@ fn rows_are_permuted_where_llama_cpp_rotates_neighbours() {
         assert_eq!(rows(prefix, &name(q)), in_order(16));
         assert_eq!(rows(prefix, &name(k)), in_order(8));
     }
+}
+
+#[test]
+fn ministral_3_ends_where_its_queries_are_scaled() {
+    let mut model = Model::new("mistral3");
+    model.set("attention.temperature_scale", Meta::F32(0.25)).set("context_length", Meta::U32(64));
+    assert!(model.refused().contains("mistral3.attention.temperature_scale without YaRN"));
+    model.set("rope.scaling.type", Meta::String("yarn".to_owned())).set("rope.scaling.factor", Meta::F32(4.0));
+    model.set("rope.scaling.original_context_length", Meta::U32(16));
+    let factor = |model: &Model| match model.open().unwrap().config.rope.scaling {
+        Some(RopeScaling::Yarn { attention_factor, .. }) => attention_factor,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(factor(&model), None);
+    model.set("rope.scaling.yarn_log_multiplier", Meta::F32(1.0));
+    assert_eq!(factor(&model), Some(1.0));
+    model.set("rope.scaling.yarn_log_multiplier", Meta::F32(0.5));
+    let expected = (0.1 * 4f64.ln() + 1.0) / (0.05 * 4f64.ln() + 1.0);
+    assert!((factor(&model).unwrap() - expected).abs() < 1e-12);
+    let config = model.open().unwrap().config;
+    assert_eq!((config.max_position_embeddings, config.scalings.llama_4_scaling_beta), (16, 0.25));
+    model.set("attention.temperature_scale", Meta::F32(0.0));
+    assert_eq!(model.open().unwrap().config.max_position_embeddings, 64);
 }
 
 #[test]

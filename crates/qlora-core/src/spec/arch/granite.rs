@@ -104,7 +104,8 @@ mod tests {
                "logits_scaling": 8.0, "attention_bias": true, "mlp_bias": true"#,
         )
         .unwrap();
-        let expected = Scalings { embedding: 12.0, attention: Some(0.0078125), residual: 0.22, logits: 8.0 };
+        let (attention, plain) = (Some(0.0078125), Scalings::default());
+        let expected = Scalings { embedding: 12.0, attention, residual: 0.22, logits: 8.0, ..plain };
         assert_eq!((all.scalings, all.attention(0).scale), (expected, 0.0078125));
         assert!(all.qkv_bias && all.o_bias && all.mlp_bias);
         assert_eq!(ModelConfig::from_json(&all.to_json(), Path::new("config.json")).unwrap(), all);

@@ -5,6 +5,7 @@
 
 mod granite;
 mod llama;
+mod ministral3;
 mod mistral;
 mod qwen2;
 mod qwen3;
@@ -55,6 +56,8 @@ architectures! {
     Granite => granite::Granite,
     /// SmolLM3: every fourth block without rotary embedding.
     SmolLM3 => smollm3::SmolLM3,
+    /// Ministral 3 without its images: YaRN, sequences up to its original length.
+    Ministral3 => ministral3::Ministral3,
 }
 
 impl Architecture {

@@ -139,7 +139,10 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
         None => None,
         Some(kind) => match known.iter().find(|architecture| architecture.model_type() == kind) {
             Some(architecture) => Some(*architecture),
-            None => return Err(fields.unsupported(&format!("model_type \"{kind}\" (supported: {})", supported()))),
+            None => {
+                let around = around(fields, known)?;
+                return Err(fields.unsupported(&format!("model_type \"{kind}\"{around} (supported: {})", supported())));
+            }
         },
     };
     let listed = match fields.get("architectures") {
@@ -160,6 +163,15 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
         (Some(architecture), _) | (None, Some(architecture)) => Ok(architecture),
         (None, None) => Err(fields.invalid("neither architectures nor model_type says what model this is")),
     }
+}
+
+/// For messages about a model with images or sound: whether the text model in it would be supported.
+fn around(fields: &Fields<'_>, known: &[Architecture]) -> Result<String> {
+    let text = fields.object("text_config")?.and_then(|text| text.get("model_type")).and_then(Value::as_str);
+    let supported = text.filter(|text| known.iter().any(|architecture| architecture.model_type() == *text));
+    Ok(supported.map_or_else(String::new, |text| {
+        format!(", a model around a {text}, which has to be saved by itself, without what is beside text_config")
+    }))
 }
 
 /// Classes around a model whose name some programs write; `model_type` then says what the model is.

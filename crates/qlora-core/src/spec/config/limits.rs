@@ -64,7 +64,7 @@ impl ModelConfig {
         if let Some(layer) = self.sliding_window.iter().position(|window| *window == Some(0)) {
             return Err(Error::format(path, format!("the sliding window of layer {layer} is 0")));
         }
-        let Scalings { embedding, attention, residual, logits } = self.scalings;
+        let Scalings { embedding, attention, residual, logits, llama_4_scaling_beta: beta } = self.scalings;
         for (name, value) in [
             ("embedding multiplier", embedding),
             ("attention multiplier", attention.unwrap_or(1.0)),
@@ -74,6 +74,10 @@ impl ModelConfig {
             if !(value.is_finite() && (1e-6..1e6).contains(&value)) {
                 return Err(Error::format(path, format!("the {name} is {value}; it must lie between 1e-6 and 1e6")));
             }
+        }
+        if !(0.0..1e6).contains(&beta) {
+            let what = "the scaling of queries (llama_4_scaling_beta)";
+            return Err(Error::format(path, format!("{what} is {beta}; it must lie between 0 and 1e6")));
         }
         let parameters = self.parameter_count();
         if parameters > MAX_PARAMETERS {

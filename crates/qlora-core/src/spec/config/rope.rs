@@ -10,11 +10,7 @@ use crate::error::{Error, Result};
 /// wins over the same key at the top, as in transformers. `default_theta` is the base where the file names none.
 pub(super) fn parse(config: &Fields<'_>, max_position_embeddings: usize, default_theta: f64) -> Result<RopeConfig> {
     let empty = Map::new();
-    let (option, map) = match (config.object("rope_scaling")?, config.object("rope_parameters")?) {
-        (Some(map), _) if !map.is_empty() => ("rope_scaling", map),
-        (_, Some(map)) => ("rope_parameters", map),
-        _ => ("rope_scaling", &empty),
-    };
+    let (option, map) = config.rope_options()?.unwrap_or(("rope_scaling", &empty));
     if let Some(key) = map.keys().find(|key| matches!(key.as_str(), "full_attention" | "sliding_attention")) {
         return Err(config.unsupported(&format!("{option} with parameters by layer type ({key})")));
     }
@@ -106,7 +102,16 @@ fn yarn(rope: &Fields<'_>, original: usize, max_position_embeddings: usize) -> R
     })
 }
 
-impl Fields<'_> {
+impl<'a> Fields<'a> {
+    /// The object with the options of the rotary embedding, after the key that it stands under, if the file has one.
+    pub(crate) fn rope_options(&self) -> Result<Option<(&'static str, &'a Map<String, Value>)>> {
+        Ok(match (self.object("rope_scaling")?, self.object("rope_parameters")?) {
+            (Some(map), _) if !map.is_empty() => Some(("rope_scaling", map)),
+            (_, Some(map)) => Some(("rope_parameters", map)),
+            _ => None,
+        })
+    }
+
     /// A required, finite number above zero.
     fn positive(&self, key: &str) -> Result<f64> {
         match self.f64(key)? {
