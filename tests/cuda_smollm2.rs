@@ -359,7 +359,7 @@ fn train_200_steps(device: &Device, dtype: Dtype) -> (Vec<f64>, TrainLog) {
     trainer.run().unwrap();
     let lines = trainer.history().iter().filter_map(|entry| match entry {
         LogEntry::Train(entry) => Some(entry.clone()),
-        LogEntry::Eval(_) => None,
+        _ => None,
     });
     let lines: Vec<TrainLog> = lines.collect();
     (lines.iter().map(|line| line.loss).collect(), lines.last().unwrap().clone())

@@ -94,12 +94,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 fn program() -> Finding {
-    let features: Vec<&str> =
-        [("cuda", cfg!(feature = "cuda")), ("hub", cfg!(feature = "hub")), ("parquet", cfg!(feature = "parquet"))]
-            .iter()
-            .filter(|(_, on)| *on)
-            .map(|(name, _)| *name)
-            .collect();
+    let features = [
+        ("cuda", cfg!(feature = "cuda")),
+        ("hub", cfg!(feature = "hub")),
+        ("parquet", cfg!(feature = "parquet")),
+        ("object-store", cfg!(feature = "object-store")),
+    ];
+    let features: Vec<&str> = features.iter().filter(|(_, on)| *on).map(|(name, _)| *name).collect();
     let features = if features.is_empty() { "none".to_owned() } else { features.join(", ") };
     Finding::good("qlora", format!("{}, built with: {features}", env!("CARGO_PKG_VERSION")))
 }

@@ -95,7 +95,7 @@ impl Frame {
         let (magic, rest) = head.split_at_mut(4);
         from.read_exact(magic)?;
         if magic != MAGIC {
-            return Err(wrong("it is no message of qlora's"));
+            return Err(wrong(STRANGER));
         }
         from.read_exact(rest)?;
         let (head, checksum) = head.split_at(HEAD - 4);
@@ -131,8 +131,14 @@ impl Frame {
     }
 }
 
+const STRANGER: &str = "it is no message of qlora's";
 const DAMAGED: &str =
     "a message was damaged on its way (its checksum does not fit): the network, or a proxy in it, changes bytes";
+
+/// Whether an error of [`Frame::read`] is of a message that began as ours do, and cannot be read.
+pub(super) fn is_of_a_rank(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::InvalidData && error.to_string() != STRANGER
+}
 
 fn wrong(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)

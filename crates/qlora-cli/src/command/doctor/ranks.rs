@@ -45,12 +45,16 @@ pub(super) fn findings(peers: &[String]) -> Vec<Finding> {
 
 /// Whether rank 0 can listen where the others look for it.
 fn port(address: &str, port: u16) -> Finding {
-    match TcpListener::bind((address, port)) {
+    // As a run does: a service's name is no address of the host's own.
+    let bound = TcpListener::bind((address, port)).or_else(|error| match error.kind() {
+        io::ErrorKind::AddrNotAvailable => TcpListener::bind(("0.0.0.0", port)),
+        _ => Err(error),
+    });
+    match bound {
         Ok(_) => Finding::good("port", format!("{address}:{port} is free")),
         Err(error) => {
             let hint = match error.kind() {
                 io::ErrorKind::AddrInUse => "another run has it: set MASTER_PORT to a free one, on every rank",
-                io::ErrorKind::AddrNotAvailable => "MASTER_ADDR must be an address of the host of rank 0",
                 _ => "set MASTER_ADDR and MASTER_PORT so that rank 0 may listen there",
             };
             Finding::wrong("port", format!("rank 0 cannot listen on {address}:{port}: {error}"), hint)

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::super::dial::dial;
-use super::super::frame::{Frame, Kind, MOST_OF_STRANGERS};
+use super::super::frame::{Frame, Kind, MOST_OF_STRANGERS, is_of_a_rank};
 use super::super::ranks::Ranks;
 use super::super::store::Store;
 use super::{BEAT, SILENCE};
@@ -58,7 +58,8 @@ impl Hello {
             Err(format!("{what}: {ours} at rank 0, {theirs} at rank {} {}", other.rank, other.name()))
         };
         if self.protocol != other.protocol || self.version != other.version {
-            return differs("the ranks have different versions of qlora", &self.version, &other.version);
+            let of = |hello: &Self| format!("{} (protocol {})", hello.version, hello.protocol);
+            return differs("the ranks have different versions of qlora", &of(self), &of(other));
         }
         if self.size != other.size {
             return differs("the ranks disagree on how many they are", &self.size, &other.size);
@@ -85,6 +86,7 @@ fn receive_all(ranks: &Ranks, deadline: Instant) -> Result<Met> {
     let listener = listen(ranks)?;
     let mut present: BTreeMap<usize, (Hello, TcpStream)> = BTreeMap::new();
     let (mut reminded, mut beaten) = (Instant::now(), Instant::now());
+    let (sender, introduced) = std::sync::mpsc::channel();
     let refuse_all = |present: &mut BTreeMap<usize, (Hello, TcpStream)>, why: String| {
         for (_, stream) in present.values_mut() {
             let _ = Frame::write(stream, Kind::Refused, 0, "", why.as_bytes());
@@ -121,16 +123,26 @@ fn receive_all(ranks: &Ranks, deadline: Instant) -> Result<Met> {
             let why = format!("rank {} {} ended before the run began", hello.rank, hello.name());
             return Err(refuse_all(&mut present, why));
         }
-        let (mut stream, from) = match listener.accept() {
-            Ok(accepted) => accepted,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                std::thread::sleep(Duration::from_millis(20));
-                continue;
+        match listener.accept() {
+            // A stranger may be silent: nobody waits for it.
+            Ok((mut stream, from)) => {
+                let sender = sender.clone();
+                std::thread::spawn(move || {
+                    let hello = introduction(&mut stream);
+                    let _ = sender.send((from, stream, hello));
+                });
             }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(refuse_all(&mut present, format!("rank 0 cannot listen any more: {error}"))),
-        };
-        let hello = match introduction(&mut stream) {
+        }
+        let Ok((from, mut stream, hello)) = introduced.recv_timeout(Duration::from_millis(20)) else { continue };
+        let hello = match hello {
             Ok(hello) => hello,
+            Err(error) if is_of_a_rank(&error) => {
+                let why = format!("{from} is a rank of another version of qlora, or its message was damaged: {error}");
+                let _ = Frame::write(&mut stream, Kind::Refused, 0, "", why.as_bytes());
+                return Err(refuse_all(&mut present, why));
+            }
             Err(error) => {
                 tracing::warn!("{from} connected and is no rank: {error}");
                 continue;

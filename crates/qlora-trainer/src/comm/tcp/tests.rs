@@ -188,6 +188,8 @@ fn strangers_on_the_port_disturb_nobody() {
         std::thread::sleep(Duration::from_millis(200));
         let mut stranger = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
         stranger.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+        // One after the other, they would take longer than a rank waits for a sign of rank 0.
+        let silent = [(); 3].map(|()| std::net::TcpStream::connect(("127.0.0.1", port)).unwrap());
         let second = scope.spawn(move || {
             let mut comm = Tcp::connect(&ranks(1, 2, port), &options()).unwrap();
             comm.gather("hello", vec![2]).unwrap();
@@ -195,6 +197,30 @@ fn strangers_on_the_port_disturb_nobody() {
         });
         second.join().unwrap();
         assert_eq!(first.join().unwrap(), [vec![1], vec![2]]);
+        drop(silent);
+    });
+}
+
+#[test]
+fn a_rank_whose_introduction_cannot_be_read_ends_the_start() {
+    use std::io::{Read as _, Write as _};
+    let port = free_port();
+    let mut hello = Vec::new();
+    Frame::write(&mut hello, Kind::Hello, 0, "", b"{}").unwrap();
+    hello[7] ^= 1;
+    std::thread::scope(|scope| {
+        let first = scope.spawn(move || Tcp::connect(&ranks(0, 3, port), &options()).map(|_| ()).unwrap_err());
+        let second = scope.spawn(move || Tcp::connect(&ranks(1, 3, port), &options()).map(|_| ()).unwrap_err());
+        std::thread::sleep(Duration::from_millis(300));
+        let mut third = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+        third.write_all(&hello).unwrap();
+        for error in [first.join().unwrap(), second.join().unwrap()] {
+            let error = error.to_string();
+            assert!(error.contains("is a rank of another version of qlora, or its message was damaged"), "{error}");
+        }
+        let mut answer = Vec::new();
+        third.read_to_end(&mut answer).unwrap();
+        assert!(String::from_utf8_lossy(&answer).contains("another version"));
     });
 }
 
