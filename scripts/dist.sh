@@ -72,7 +72,7 @@ if [ -n "$cuda" ]; then
     [ -n "$cuda_binary" ] || { scripts/build-cuda.sh >&2 && cuda_binary=${CARGO_TARGET_DIR:-target}/release/qlora; }
     strip -o "$work/qlora-cuda" "$cuda_binary"
     # What the program that starts it looks for, and the driver.
-    known=$(sed -n 's/.*file: "\([^"]*\)".*/\1/p' crates/qlora-cli/src/cuda_libraries.rs)
+    known=$(sed -n '/static LINKED/,/^];/s/.*file: "\([^"]*\)".*/\1/p' crates/qlora-cli/src/cuda_libraries.rs)
     # shellcheck disable=SC2086
     scripts/dist/elf_needs.py "$work/qlora-cuda" --allow libcuda.so.1 $known
 fi

@@ -87,6 +87,15 @@ impl Command {
     }
 }
 
+/// Whether the arguments say that no GPU is used: the device is the CPU, or a run is planned for a card by its name.
+#[cfg(not(feature = "cuda"))]
+fn needs_no_gpu(arguments: impl Iterator<Item = String>) -> bool {
+    let arguments: Vec<String> = arguments.collect();
+    let asks =
+        |argument: &String| argument == "--device=cpu" || argument == "--card" || argument.starts_with("--card=");
+    arguments.iter().any(asks) || arguments.windows(2).any(|pair| pair == ["--device", "cpu"])
+}
+
 fn main() -> ExitCode {
     let Cli { global, command } = Cli::parse();
     global.color.apply();
@@ -98,6 +107,7 @@ fn main() -> ExitCode {
             // It says itself what is missing.
             (_, Command::Doctor(_)) => (),
             (Ok(remark), _) => remark.into_iter().for_each(output::remark),
+            (Err(_), _) if needs_no_gpu(std::env::args()) => (),
             (Err(error), _) => return report(Err(error)),
         }
     }

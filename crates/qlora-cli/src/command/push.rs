@@ -10,6 +10,7 @@ use qlora::hub::{
     Existing, HubStatus, PushFile, PushOptions, PushStep, files_of, is_generated_card, marked_card, push,
 };
 use qlora::open::OpenOptions;
+use qlora::trainer::TrainConfig;
 use serde_json::json;
 
 use crate::output::{self, line};
@@ -67,10 +68,14 @@ pub(crate) struct Args {
     /// Prints JSON.
     #[arg(long)]
     json: bool,
+    /// Files and folders that stay here.
+    #[arg(skip)]
+    keep_here: Vec<PathBuf>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let found = files_of(&args.path)?;
+    let mut found = files_of(&args.path)?;
+    found.leave_out(&args.keep_here);
     let (mut files, left_out) = (found.files, found.left_out);
     if files.is_empty() {
         bail!("{} holds no files to upload", args.path.display());
@@ -146,11 +151,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 ///
 /// # Errors
 /// As `qlora push`; the message says that the run is safe, and the command that uploads it.
-pub(crate) fn after_run(folder: &Path, repo_id: &str, private: bool) -> Result<()> {
+pub(crate) fn after_run(config: &TrainConfig, repo_id: &str) -> Result<()> {
+    let (folder, private) = (&config.training.output_dir, config.training.hub_private_repo);
     let args = Args {
-        path: folder.to_owned(),
+        path: folder.clone(),
         repo_id: repo_id.to_owned(),
         private,
+        keep_here: config.places_of_rows(),
         revision: "main".to_owned(),
         commit_message: None,
         license: None,

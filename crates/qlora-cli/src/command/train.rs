@@ -85,8 +85,11 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let upload = config.training.hub_repository();
-    if upload.is_some() && !args.dry_run {
+    if upload.is_some() && !args.dry_run && Ranks::from_env()?.is_none_or(|ranks| ranks.place.rank == 0) {
+        #[cfg(feature = "hub")]
         super::push::check_before_run()?;
+        #[cfg(not(feature = "hub"))]
+        anyhow::bail!("push_to_hub in [training] needs a program that is built with the feature `hub`");
     }
     let comm = if args.dry_run { Box::new(Alone) } else { ranks()? };
     remark(format!("loading {}", config.model.model_name_or_path));
@@ -161,10 +164,25 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let folder = output.display();
     output::print(&format!("adapter: {folder}\nreport: {}\n", report.display()))?;
     remark(format!("try it: qlora chat --adapter {folder}"));
+    #[cfg(feature = "hub")]
     if let Some(id) = &upload {
-        super::push::after_run(&output, id, config.training.hub_private_repo)?;
+        end_when_asked(&interrupt);
+        super::push::after_run(&config, id)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// From here on a signal ends the process: there is nothing left to save.
+#[cfg(feature = "hub")]
+fn end_when_asked(interrupt: &Interrupt) {
+    interrupt.clear();
+    let interrupt = interrupt.clone();
+    std::thread::spawn(move || {
+        while !interrupt.requested() {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        std::process::exit(interrupt.exit_code());
+    });
 }
 
 /// The view on a terminal, a line where that is wanted or the terminal is small, lines where there is none; nothing with -q.

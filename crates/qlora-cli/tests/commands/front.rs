@@ -50,7 +50,17 @@ impl Installation {
     fn run(&self, program: &Path, backend: &str, arguments: &[&str]) -> Output {
         let mut command = Command::new(program);
         command.args(arguments).current_dir(self.0.path()).env("HF_HUB_OFFLINE", "1").env("QLORA_BACKEND", backend);
-        command.env("LD_LIBRARY_PATH", self.path("driver")).output().unwrap()
+        command.env("LD_LIBRARY_PATH", self.path("driver"));
+        // A process that another test has just started may still hold a program that was written here.
+        for _ in 0..100 {
+            match command.output() {
+                Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {
+                    std::thread::sleep(std::time::Duration::from_millis(50));
+                }
+                output => return output.unwrap(),
+            }
+        }
+        panic!("{} stays busy", program.display());
     }
 }
 

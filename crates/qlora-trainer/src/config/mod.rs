@@ -252,6 +252,18 @@ pub struct DataOptions {
     pub test_datasets: Vec<DatasetOptions>,
 }
 
+impl TrainConfig {
+    /// Files and folders of this machine that hold rows of the data: the data itself, tokenized rows, and TensorBoard's events.
+    pub fn places_of_rows(&self) -> Vec<PathBuf> {
+        let data = &self.data;
+        let files = data.train_file.as_slice().iter().chain(data.validation_file.as_slice());
+        let sets = data.datasets.iter().chain(&data.test_datasets).map(|set| &set.path);
+        let mut places: Vec<PathBuf> = files.chain(sets).chain(&data.dataset_prepared_path).cloned().collect();
+        places.push(self.training.resolved_logging_dir());
+        places
+    }
+}
+
 impl DataOptions {
     /// Whether there is something to evaluate on.
     pub fn evaluates(&self) -> bool {

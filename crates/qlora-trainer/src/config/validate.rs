@@ -225,11 +225,11 @@ impl TrainConfig {
         self.check_samples(check);
         let on_start = !training.eval_on_start || evaluates;
         check.that(on_start, "training.eval_on_start", "needs a validation_file or a val_size in [data]");
-        check.that(
-            !training.push_to_hub || training.hub_repository().is_some(),
-            "training.push_to_hub",
-            "needs `hub_model_id`, the repository to upload to",
-        );
+        let repository = training.hub_repository();
+        let is_id = repository.as_deref().is_some_and(qlora_core::hub_id::is_hub_id);
+        let got = repository.map(|id| format!(": {id:?} is no id of one")).unwrap_or_default();
+        let needs = format!("needs `hub_model_id`, the repository to upload to, such as \"me/my-adapter\"{got}");
+        check.that(!training.push_to_hub || is_id, "training.push_to_hub", needs);
         // TOML and JSON consumers read integers as i64.
         for (key, seed) in [("training.seed", Some(training.seed)), ("training.data_seed", training.data_seed)] {
             check.that(seed.is_none_or(|seed| seed <= i64::MAX as u64), key, "must be below 2^63");

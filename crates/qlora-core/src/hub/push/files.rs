@@ -92,6 +92,24 @@ fn is_checkpoint(name: &str) -> bool {
     })
 }
 
+/// Whether a file holds rows of the data wherever it lies: TensorBoard's events, tokenized rows.
+fn is_of_rows(name: &str) -> bool {
+    name.starts_with("events.out.tfevents.") || name.ends_with(".tokens")
+}
+
+impl PushFiles {
+    /// Leaves out what lies in these folders, or is one of these files.
+    pub fn leave_out(&mut self, private: &[PathBuf]) {
+        let private: Vec<PathBuf> = private.iter().filter_map(|path| path.canonicalize().ok()).collect();
+        let is_private =
+            |file: &Path| file.canonicalize().is_ok_and(|file| private.iter().any(|path| file.starts_with(path)));
+        let (kept, out): (Vec<_>, Vec<_>) = self.files.drain(..).partition(|file| !is_private(&file.from));
+        self.files = kept;
+        self.left_out.extend(out.into_iter().map(|file| file.path));
+        self.left_out.sort();
+    }
+}
+
 fn plain(path: &Path, name: &std::ffi::OsStr) -> Result<String> {
     name.to_str().map(str::to_owned).ok_or_else(|| Error::format(path, "its name is not UTF-8"))
 }
@@ -117,7 +135,7 @@ fn walk(folder: &Path, prefix: &str, depth: usize, found: &mut PushFiles) -> Res
                 walk(&from, &(path + "/"), depth + 1, found)?;
             }
         } else if metadata.is_file() {
-            match PRIVATE_FILES.contains(&&*name) {
+            match PRIVATE_FILES.contains(&&*name) || is_of_rows(&name) {
                 true => found.left_out.push(path),
                 false => found.files.push(PushFile::new(from, path)),
             }

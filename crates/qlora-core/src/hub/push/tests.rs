@@ -425,6 +425,8 @@ fn a_run_keeps_its_rows_and_checkpoints() {
         "wandb-run-id",
         "mlflow-run-id",
         "runs/events.out.tfevents.1.x",
+        "logs/events.out.tfevents.1.x",
+        "prepared/000001.tokens",
         "samples.jsonl",
         "report.html",
     ];

@@ -203,7 +203,7 @@ fn strangers_on_the_port_disturb_nobody() {
 
 #[test]
 fn a_rank_whose_introduction_cannot_be_read_ends_the_start() {
-    use std::io::{Read as _, Write as _};
+    use std::io::Write as _;
     let port = free_port();
     let mut hello = Vec::new();
     Frame::write(&mut hello, Kind::Hello, 0, "", b"{}").unwrap();
@@ -218,9 +218,6 @@ fn a_rank_whose_introduction_cannot_be_read_ends_the_start() {
             let error = error.to_string();
             assert!(error.contains("is a rank of another version of qlora, or its message was damaged"), "{error}");
         }
-        let mut answer = Vec::new();
-        third.read_to_end(&mut answer).unwrap();
-        assert!(String::from_utf8_lossy(&answer).contains("another version"));
     });
 }
 
