@@ -18,7 +18,6 @@ use crate::config::{SamplePrompts, TrainConfig};
 use crate::data::{Conversation, ConversationMessage, Dataset, JsonLine, TextEncoder, read_json_lines};
 use crate::encoder::ModelEncoder;
 use crate::error::{Error, Result};
-use crate::interrupt::Interrupt;
 use crate::model::TrainableModel;
 
 /// The file of the answers in the output folder.
@@ -123,19 +122,19 @@ impl SamplePlan {
         model: &mut impl TrainableModel,
         step: u64,
         epoch: f64,
-        interrupt: &Interrupt,
+        asked_to_stop: &dyn Fn() -> bool,
     ) -> Result<Option<Vec<Sample>>> {
-        let mut go_on = |_: u32| match interrupt.requested() {
+        let mut go_on = |_: u32| match asked_to_stop() {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),
         };
         let mut round = Vec::new();
         for Prompt { text, tokens, expected, .. } in &self.prompts {
-            if interrupt.requested() {
+            if asked_to_stop() {
                 return Ok(None);
             }
             let answer = model.generate(tokens, &self.config, &mut go_on)?;
-            if interrupt.requested() {
+            if asked_to_stop() {
                 return Ok(None);
             }
             let completion = self.tokenizer.decode(&answer, true)?;

@@ -33,7 +33,9 @@ impl Cloud {
         let failed = |why: String| Error::Invalid(format!("{url}: {why}"));
         let parsed = Url::parse(url).map_err(|error| failed(error.to_string()))?;
         // Requests are tried again for three minutes, the crate's default.
-        let variables = std::env::vars().filter(|(name, _)| VARIABLES.iter().any(|prefix| name.starts_with(prefix)));
+        let texts =
+            std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+        let variables = texts.filter(|(name, _)| VARIABLES.iter().any(|prefix| name.starts_with(prefix)));
         let (store, prefix) = parse_url_opts(&parsed, variables).map_err(|error| failed(error.to_string()))?;
         let runtime = Builder::new_current_thread().enable_all().build().map_err(|error| failed(error.to_string()))?;
         Ok(Self { store, prefix, runtime })
@@ -86,13 +88,15 @@ impl Store for Cloud {
             let mut writer = WriteMultipart::new_with_chunk_size(upload, PIECE);
             writer.write(&first);
             loop {
-                match piece(content) {
+                let next = match piece(content) {
                     Ok(next) if next.is_empty() => break,
-                    Ok(next) => {
-                        writer.wait_for_capacity(AT_ONCE).await.map_err(failed)?;
-                        writer.put(Bytes::from(next));
-                    }
+                    Ok(next) => writer.wait_for_capacity(AT_ONCE).await.map(|()| next).map_err(failed),
+                    Err(error) => Err(error),
+                };
+                match next {
+                    Ok(next) => writer.put(Bytes::from(next)),
                     Err(error) => {
+                        // The pieces that have arrived would be paid for.
                         let _ = writer.abort().await;
                         return Err(error);
                     }

@@ -28,7 +28,7 @@ impl Folder {
         let folder = path.parent().unwrap_or(&self.path);
         fs::create_dir_all(folder)?;
         // Nothing that begins with a dot is listed.
-        let mut file = tempfile::Builder::new().prefix(".upload-").tempfile_in(folder)?;
+        let mut file = super::temporary(".upload-", 0o666).tempfile_in(folder)?;
         write(file.as_file_mut())?;
         file.as_file().sync_all()?;
         Ok((file, path))

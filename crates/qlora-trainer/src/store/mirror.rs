@@ -123,16 +123,31 @@ impl Mirror {
     /// Sends a checkpoint: it is in the store when this returns, and not before.
     ///
     /// # Errors
-    /// If a file cannot be read or sent. What was sent of it is no checkpoint, and is deleted where that is possible.
+    /// If a file cannot be read or sent. What was sent of it is no checkpoint, and is deleted where that is possible; but it stays
+    /// where the manifest may have arrived, and only its answer was lost.
     pub fn upload(&self, checkpoint: &Opened) -> Result<()> {
         let step = checkpoint.step;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
         let prefix = format!("{}.{now:x}-{:x}/", folder::name(step), std::process::id());
         let sent = self.send(checkpoint, &prefix);
-        if sent.is_err() {
+        if sent.is_err() && !self.may_be_committed(step, &prefix) {
             self.forget(&prefix);
         }
         sent
+    }
+
+    /// Whether the store's manifest of this step may be the one of these files.
+    fn may_be_committed(&self, step: u64, prefix: &str) -> bool {
+        match self.manifest(&manifest_key(step)) {
+            Ok(manifest) => manifest.prefix == prefix,
+            Err(error) => !self.is_absence(&error),
+        }
+    }
+
+    /// Whether an error says that the store does not have an object.
+    fn is_absence(&self, error: &Error) -> bool {
+        // Files on the disk may be missing, too.
+        matches!(error, Error::Io { path, source } if source.kind() == io::ErrorKind::NotFound && path.starts_with(&self.url))
     }
 
     fn send(&self, checkpoint: &Opened, prefix: &str) -> Result<()> {
@@ -150,24 +165,37 @@ impl Mirror {
         let manifest = Manifest { format_version: FORMAT, step: checkpoint.step, prefix: prefix.to_owned(), files };
         let content = serde_json::to_vec_pretty(&manifest).expect("texts and numbers have a JSON form");
         let key = manifest_key(checkpoint.step);
-        match self.attempt(&key, || self.store.put_new(&key, &content)) {
-            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {
-                // An attempt that arrived though its answer did not; or the step was done before, by a run that was set back.
-                let known = self.manifest(&key)?;
-                if known == manifest {
-                    return Ok(());
-                }
-                if known.files == manifest.files {
-                    self.forget(prefix);
-                    return Ok(());
-                }
-                self.attempt(&key, || self.store.delete(&key))?;
-                self.attempt(&key, || self.store.put_new(&key, &content))?;
-                self.forget(&known.prefix);
-                Ok(())
-            }
-            other => other,
+        let Err(error) = self.attempt(&key, || self.store.put_new(&key, &content)) else { return Ok(()) };
+        if !exists_already(&error) {
+            return Err(error);
         }
+        // An attempt that arrived though its answer did not; or the step was done before, by a run that was set back.
+        let known = self.manifest(&key);
+        match &known {
+            Ok(known) if *known == manifest => return Ok(()),
+            Ok(known) if known.files == manifest.files && self.has_all_files(known)? => {
+                self.forget(prefix);
+                return Ok(());
+            }
+            // One that nobody can read is no checkpoint.
+            Ok(_) | Err(Error::Checkpoint { .. }) => (),
+            Err(_) => return known.map(drop),
+        }
+        self.attempt(&key, || self.store.delete(&key))?;
+        match self.attempt(&key, || self.store.put_new(&key, &content)) {
+            Err(error) if exists_already(&error) && self.manifest(&key)? == manifest => (),
+            put => put?,
+        }
+        if let Ok(known) = known {
+            self.forget(&known.prefix);
+        }
+        Ok(())
+    }
+
+    /// Whether all objects of which a manifest tells are there.
+    fn has_all_files(&self, manifest: &Manifest) -> Result<bool> {
+        let keys = self.attempt(&manifest.prefix, || self.store.list(&manifest.prefix))?;
+        Ok(manifest.files.iter().all(|Entry { name, .. }| keys.contains(&format!("{}{name}", manifest.prefix))))
     }
 
     /// Deletes the files of a checkpoint that has no manifest; what cannot be deleted stays, and is in nobody's way.
@@ -204,19 +232,21 @@ impl Mirror {
     }
 
     /// Fetches the newest checkpoint of a step above `above` into `output_dir`, and returns its folder; none if there is none. One
-    /// that is not whole is passed over, with a warning.
+    /// that is damaged or not whole is passed over, with a warning.
     ///
     /// # Errors
-    /// If the store cannot be listed, the disk not written, or there are newer checkpoints but none is whole.
+    /// If the store cannot be listed or read, the disk not written, or there are newer checkpoints but none is whole.
     pub fn fetch_newest(&self, output_dir: &Path, above: Option<u64>) -> Result<Option<PathBuf>> {
         let mut failed = None;
         for step in self.steps()?.into_iter().filter(|step| above.is_none_or(|above| *step > above)) {
             match self.fetch(step, output_dir) {
                 Ok(path) => return Ok(Some(path)),
-                Err(error) => {
+                Err(error) if matches!(error, Error::Checkpoint { .. }) || self.is_absence(&error) => {
                     tracing::warn!("{error}; trying the checkpoint before it");
                     failed.get_or_insert(error);
                 }
+                // A store that does not answer, or a full disk: the checkpoint is there, and an older one would cost its steps.
+                Err(error) => return Err(error),
             }
         }
         // An older one on the disk is not what the store says there is, but it is whole.
@@ -232,10 +262,8 @@ impl Mirror {
         let at = |error| Error::io(output_dir, error);
         fs::create_dir_all(output_dir).map_err(at)?;
         // The name of what a killed run leaves: the next one removes it.
-        let temporary = tempfile::Builder::new()
-            .prefix(&format!("{}.tmp-", folder::name(step)))
-            .tempdir_in(output_dir)
-            .map_err(at)?;
+        let temporary =
+            super::temporary(&format!("{}.tmp-", folder::name(step)), 0o777).tempdir_in(output_dir).map_err(at)?;
         for Entry { name, size, sha256 } in &manifest.files {
             let damaged =
                 |why: &str| Error::checkpoint(format!("{}/{}{name}", self.url, manifest.prefix), why.to_owned());
@@ -270,15 +298,19 @@ impl Mirror {
         self.steps()?.into_iter().filter(|of| *of > step).try_for_each(|of| self.remove(of))
     }
 
-    /// Deletes the oldest checkpoints until `keep` are left (0: keeps all): the manifest first, so that none is half there.
+    /// Deletes the oldest checkpoints until `keep` are left (0: keeps all), but never the one of `step`: the manifest first, so that
+    /// none is half there.
     ///
     /// # Errors
     /// If they cannot be listed or deleted.
-    pub fn limit(&self, keep: usize) -> Result<()> {
+    pub fn limit(&self, keep: usize, step: u64) -> Result<()> {
         if keep == 0 {
             return Ok(());
         }
-        self.steps()?.into_iter().skip(keep).try_for_each(|step| self.remove(step))
+        let steps = self.steps()?;
+        let surplus = steps.len().saturating_sub(keep);
+        let old = steps.into_iter().rev().filter(|of| *of != step);
+        old.take(surplus).try_for_each(|of| self.remove(of))
     }
 
     fn remove(&self, step: u64) -> Result<()> {
@@ -295,6 +327,10 @@ impl Mirror {
 
 fn manifest_key(step: u64) -> String {
     format!("{}.json", folder::name(step))
+}
+
+fn exists_already(error: &Error) -> bool {
+    matches!(error, Error::Io { source, .. } if source.kind() == io::ErrorKind::AlreadyExists)
 }
 
 fn rewind(mut file: &File) -> io::Result<u64> {

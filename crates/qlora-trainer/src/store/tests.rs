@@ -198,12 +198,12 @@ fn a_manifest_whose_files_are_gone_or_damaged_is_passed_over() {
 fn old_checkpoints_go_manifest_first_and_a_repeated_step_replaces() {
     let place = Place::new();
     (1..6).for_each(|step| place.upload(step));
-    place.mirror().limit(2).unwrap();
+    place.mirror().limit(2, 5).unwrap();
     assert_eq!(place.mirror().steps().unwrap(), [5, 4]);
     assert_eq!(place.objects().len(), 6);
     // Interrupted between the two: only rubbish is left.
     place.fail("delete", "adapter", 9);
-    place.mirror().limit(1).unwrap();
+    place.mirror().limit(1, 5).unwrap();
     assert_eq!(place.mirror().steps().unwrap(), [5]);
     assert_eq!(place.objects().len(), 4);
     place.faults.lock().unwrap().clear();
@@ -218,12 +218,87 @@ fn old_checkpoints_go_manifest_first_and_a_repeated_step_replaces() {
 }
 
 #[test]
+fn what_may_be_committed_is_not_deleted() {
+    let place = Place::new();
+    place.upload(5);
+    // The manifest arrives, its answer does not, and then the store cannot be asked about it.
+    place.fail("answer", "checkpoint-6.json", 1);
+    place.fail("get", "checkpoint-6.json", 2 * 5);
+    let error = place.mirror().upload(&place.checkpoint(6, "a")).unwrap_err().to_string();
+    assert!(error.contains("injected: get"), "{error}");
+    place.faults.lock().unwrap().clear();
+    assert_eq!(place.fetched(None).unwrap().1["adapter.safetensors"], b"adapter 6 a");
+    // A manifest that replaces another arrives, its answer does not.
+    place.fail("answer", "checkpoint-6.json", 1);
+    place.mirror().upload(&place.checkpoint(6, "b")).unwrap();
+    assert_eq!(place.fetched(None).unwrap().1["adapter.safetensors"], b"adapter 6 b");
+    assert_eq!(place.objects().len(), 6, "{:?}", place.objects());
+}
+
+#[test]
+fn the_checkpoint_just_sent_stays_whatever_else_there_is() {
+    let place = Place::new();
+    [3, 4, 8, 9].into_iter().for_each(|step| place.upload(step));
+    place.mirror().limit(2, 4).unwrap();
+    assert_eq!(place.mirror().steps().unwrap(), [9, 4]);
+    place.mirror().limit(1, 4).unwrap();
+    assert_eq!(place.mirror().steps().unwrap(), [4]);
+}
+
+#[test]
+fn a_step_is_sent_again_where_its_files_are_gone_or_its_manifest_cannot_be_read() {
+    let place = Place::new();
+    place.upload(5);
+    let find = |file: &str| place.objects().into_iter().find(|key| key.ends_with(file)).unwrap();
+    let stored = |file: &str| place.folder.path().join("store").join(find(file));
+    fs::remove_file(stored("optimizer.safetensors")).unwrap();
+    place.upload(5);
+    assert_eq!(place.fetched(None).unwrap().1["optimizer.safetensors"], vec![5; 3 << 20]);
+    fs::write(stored(".json"), "{").unwrap();
+    place.upload(5);
+    assert_eq!(place.fetched(None).unwrap().1["optimizer.safetensors"], vec![5; 3 << 20]);
+}
+
+#[test]
+fn a_store_that_does_not_answer_is_not_taken_for_a_damaged_checkpoint() {
+    let place = Place::new();
+    (5..7).for_each(|step| place.upload(step));
+    let output = place.folder.path().join("output");
+    for part in ["checkpoint-6.json", "adapter"] {
+        for above in [None, Some(5)] {
+            place.faults.lock().unwrap().clear();
+            place.fail("get", part, 5);
+            let error = place.mirror().fetch_newest(&output, above).unwrap_err().to_string();
+            assert!(error.contains("checkpoint-6") && error.contains("injected"), "{error}");
+        }
+    }
+    assert_eq!(fs::read_dir(&output).unwrap().count(), 0);
+}
+
+#[cfg(unix)]
+#[test]
+fn others_may_read_what_they_may_read_elsewhere() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let place = Place::new();
+    place.upload(5);
+    let at = |name: &str| place.folder.path().join(name);
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode();
+    fs::write(at("file"), "").unwrap();
+    fs::create_dir(at("output")).unwrap();
+    for key in place.objects() {
+        assert_eq!(mode(&at("store").join(&key)), mode(&at("file")), "{key}");
+    }
+    let fetched = place.mirror().fetch_newest(&at("output"), None).unwrap().unwrap();
+    assert_eq!(mode(&fetched), mode(&at("output")));
+}
+
+#[test]
 fn an_uploader_says_what_became_of_checkpoints_and_the_last_must_arrive() {
     let place = Place::new();
     let disk = place.folder.path().join("disk");
     fs::create_dir_all(&disk).unwrap();
     fs::write(disk.join("adapter.safetensors"), "adapter").unwrap();
-    let finish = |uploader: Uploader| {
+    let finish = |uploader: &mut Uploader| {
         let mut said = Vec::new();
         let finished = uploader.finish(&mut |text| said.push(text.to_owned()));
         (finished, said)
@@ -242,14 +317,15 @@ fn an_uploader_says_what_became_of_checkpoints_and_the_last_must_arrive() {
         "{said:?}"
     );
     uploader.send(2, &disk).unwrap();
-    let (finished, said) = finish(uploader);
+    let (finished, said) = finish(&mut uploader);
     finished.unwrap();
     assert_eq!(said, ["checkpoint-2 is in test://store"]);
-    // The last one fails.
+    assert_eq!(uploader.on_its_way(), None);
+    // The run goes on, and the last one fails.
     place.fail("put_new", "checkpoint-3", 5);
-    let mut uploader = Uploader::start(place.mirror(), 2);
     uploader.send(3, &disk).unwrap();
-    let error = finish(uploader).0.unwrap_err().to_string();
+    assert_eq!(uploader.on_its_way(), Some(3));
+    let error = finish(&mut uploader).0.unwrap_err().to_string();
     assert!(error.contains("of step 3, is on this machine only") && error.contains("injected"), "{error}");
 }
 

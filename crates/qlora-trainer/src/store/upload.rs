@@ -16,26 +16,39 @@ struct Queue {
     changed: Condvar,
 }
 
-/// A thread that sends checkpoints, the newest first.
+/// Sends checkpoints in a thread, the newest first.
 #[derive(Debug)]
 pub(crate) struct Uploader {
+    mirror: Arc<Mirror>,
+    keep: usize,
     queue: Arc<Queue>,
+    sender: Sender<(u64, Result<()>)>,
     results: Receiver<(u64, Result<()>)>,
+    /// None before the first checkpoint, and after [`Self::finish`] until the next.
     thread: Option<JoinHandle<()>>,
-    url: String,
-    /// The newest step that was handed over, and whether it failed.
+    /// The newest step that was handed over.
     last: Option<u64>,
+    /// The newest step of which it is known what became of it, and of one that failed why.
+    known: Option<u64>,
     failed: Option<(u64, String)>,
 }
 
 impl Uploader {
     /// `keep`: checkpoints in the store (0: all).
     pub(crate) fn start(mirror: Mirror, keep: usize) -> Self {
-        let queue = Arc::new(Queue::default());
         let (sender, results) = mpsc::channel();
-        let (url, of_thread) = (mirror.url().to_owned(), Arc::clone(&queue));
-        let thread = std::thread::spawn(move || send_all(&mirror, keep, &of_thread, &sender));
-        Self { queue, results, thread: Some(thread), url, last: None, failed: None }
+        let (mirror, queue) = (Arc::new(mirror), Arc::new(Queue::default()));
+        Self { mirror, keep, queue, sender, results, thread: None, last: None, known: None, failed: None }
+    }
+
+    /// The store's URL.
+    pub(crate) fn url(&self) -> &str {
+        self.mirror.url()
+    }
+
+    /// The step of the newest checkpoint, if it is not known yet what became of it.
+    pub(crate) fn on_its_way(&self) -> Option<u64> {
+        self.last.filter(|last| self.known != Some(*last))
     }
 
     /// Hands over a checkpoint; its files may be deleted from now on.
@@ -44,6 +57,11 @@ impl Uploader {
         self.last = Some(step);
         self.queue.waiting.lock().unwrap_or_else(PoisonError::into_inner).0 = Some(opened);
         self.queue.changed.notify_one();
+        if self.thread.is_none() {
+            let (mirror, keep) = (Arc::clone(&self.mirror), self.keep);
+            let (queue, sender) = (Arc::clone(&self.queue), self.sender.clone());
+            self.thread = Some(std::thread::spawn(move || send_all(&mirror, keep, &queue, &sender)));
+        }
         Ok(())
     }
 
@@ -54,10 +72,11 @@ impl Uploader {
     }
 
     fn note(&mut self, step: u64, result: Result<()>) -> String {
+        self.known = Some(step);
         match result {
             Ok(()) => {
                 self.failed = None;
-                format!("checkpoint-{step} is in {}", self.url)
+                format!("checkpoint-{step} is in {}", self.url())
             }
             Err(error) => {
                 let text = format!("checkpoint-{step} is not in the store: {error}; the run goes on");
@@ -67,17 +86,17 @@ impl Uploader {
         }
     }
 
-    /// Waits until everything is sent.
+    /// Waits until everything is sent. Another checkpoint may be handed over after that.
     ///
     /// # Errors
     /// If the last checkpoint did not arrive.
-    pub(crate) fn finish(mut self, say: &mut dyn FnMut(&str)) -> Result<()> {
+    pub(crate) fn finish(&mut self, say: &mut dyn FnMut(&str)) -> Result<()> {
         self.end();
         self.news().iter().for_each(|text| say(text));
         match self.failed.take() {
-            Some((step, why)) if Some(step) == self.last => Err(Error::Invalid(format!(
-                "the run is done, but its last checkpoint, of step {step}, is on this machine only: {why}"
-            ))),
+            Some((step, why)) if Some(step) == self.last => {
+                Err(Error::Invalid(format!("the last checkpoint, of step {step}, is on this machine only: {why}")))
+            }
             _ => Ok(()),
         }
     }
@@ -88,6 +107,7 @@ impl Uploader {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+        self.queue.waiting.lock().unwrap_or_else(PoisonError::into_inner).1 = false;
     }
 }
 
@@ -104,7 +124,7 @@ fn send_all(mirror: &Mirror, keep: usize, queue: &Queue, results: &Sender<(u64, 
         drop(waiting);
         let sent = mirror.upload(&checkpoint);
         if sent.is_ok()
-            && let Err(error) = mirror.limit(keep)
+            && let Err(error) = mirror.limit(keep, checkpoint.step())
         {
             tracing::warn!("old checkpoints stay in the store: {error}");
         }

@@ -177,7 +177,10 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
     }
 
     /// Begins with the state that was opened before there was a model.
-    pub(crate) fn with_start(mut self, start: Option<Start>, template_time: Option<String>) -> Self {
+    pub(crate) fn with_start(mut self, mut start: Option<Start>, template_time: Option<String>) -> Self {
+        if let Some(notice) = start.as_mut().and_then(|start| start.notice.take()) {
+            self.preemption = Some(notice);
+        }
         (self.start, self.template_time) = (start, template_time);
         self
     }
@@ -237,6 +240,11 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
 
     fn notify(&mut self, event: &Event<'_>) {
         self.observers.iter_mut().for_each(|observer| observer.observe(event));
+    }
+
+    /// Whether a signal, the program or a notice of preemption asks the run to end.
+    fn asked_to_stop(&self) -> bool {
+        self.interrupt.requested() || self.preemption.as_ref().is_some_and(Notice::is_given)
     }
 
     /// Looks for a notice of preemption, and tells the observers once of a request to stop: until the step is done that is all a

@@ -15,6 +15,7 @@ use qlora_kernels::View;
 
 use crate::metrics::{LogEntry, MetricsFile};
 use crate::model::TrainableModel;
+use crate::preemption::Notice;
 use crate::progress::{Event, StartInfo};
 use crate::samples::{SamplePlan, SamplesFile};
 use crate::store::Mirror;
@@ -33,9 +34,21 @@ impl<M: TrainableModel> Trainer<'_, M> {
         // Also of a run that failed: what it saved is what the next one goes on from.
         let sent = self.finish_uploads();
         let summary = ended?;
+        if self.config.training.checkpoint_store.is_some() {
+            // A launcher takes a rank that ends for the end of all, and would end the one that still sends.
+            let met = self.meet("upload of checkpoints");
+            or_tell_all(&mut *self.comm, met)?;
+        }
         self.comm.leave();
-        sent?;
-        Ok(summary)
+        match (sent, summary.outcome) {
+            (Ok(()), _) => Ok(summary),
+            (Err(error), Outcome::Finished) => Err(Error::Invalid(format!("the run is done, but {error}"))),
+            // A run that goes on here has it.
+            (Err(error), Outcome::Interrupted) => {
+                self.notify(&Event::Message(&format!("{error}; the run that goes on from it sends it")));
+                Ok(summary)
+            }
+        }
     }
 
     fn run_to_end(&mut self) -> Result<Summary> {
@@ -139,12 +152,19 @@ impl<M: TrainableModel> Trainer<'_, M> {
 
     /// Waits until the store has what it was sent.
     fn finish_uploads(&mut self) -> Result<()> {
-        let Some(uploader) = self.uploader.take() else { return Ok(()) };
+        self.say_what_was_sent();
+        let Some(mut uploader) = self.uploader.take() else { return Ok(()) };
+        if let Some(step) = uploader.on_its_way() {
+            let text = format!("waiting until {} is in {}", folder::name(step), uploader.url());
+            self.notify(&Event::Message(&text));
+        }
         self.comm.writing(true);
         let mut said = Vec::new();
         let finished = uploader.finish(&mut |text| said.push(text.to_owned()));
         self.comm.writing(false);
         said.iter().for_each(|text| self.notify(&Event::Message(text)));
+        // A run that was stopped can be run again.
+        self.uploader = Some(uploader);
         finished
     }
 
@@ -173,9 +193,14 @@ impl<M: TrainableModel> Trainer<'_, M> {
     /// checkpoint that was resumed.
     fn begin(&mut self, start: Start) -> Result<(Option<OutputFolder>, Option<PathBuf>)> {
         let goes_on_inside = start.goes_on_inside();
-        let Start { output, resumed, mirror } = start;
+        let Start { output, resumed, mirror, .. } = start;
         let folder = output.as_ref().map(OutputFolder::path);
         let checkpoints = || folder.map_or_else(|| Ok(Vec::new()), folder::list);
+        // Another run's, which may be deleted now: [`Start::open`] has refused what may not.
+        let clear = || -> Result<()> {
+            mirror.as_ref().map_or(Ok(()), |mirror| mirror.forget_after(0))?;
+            checkpoints()?.iter().try_for_each(|(_, path)| folder::remove(path))
+        };
         let Some(resumed) = resumed else {
             if let Some(folder) = folder
                 && self.config.training.resume_from_checkpoint == Resume::Latest
@@ -183,13 +208,13 @@ impl<M: TrainableModel> Trainer<'_, M> {
                 let text = format!("{} holds no checkpoint: the run begins", folder.display());
                 self.notify(&Event::Message(&text));
             }
-            checkpoints()?.iter().try_for_each(|(_, path)| folder::remove(path))?;
+            clear()?;
             self.start_uploads(mirror);
             return Ok((output, None));
         };
         let changes = self.blueprint.check_resumed(&self.config, &resumed)?;
         if !goes_on_inside {
-            checkpoints()?.iter().try_for_each(|(_, path)| folder::remove(path))?;
+            clear()?;
         }
         let path = resumed.path.clone();
         self.restore(resumed)?;
@@ -318,7 +343,9 @@ impl<M: TrainableModel> Trainer<'_, M> {
             return Ok(true);
         }
         let epoch = self.blueprint.feed.epochs();
-        match prompts.answer(&mut self.model, step, epoch, &self.interrupt) {
+        let (interrupt, notice) = (&self.interrupt, self.preemption.as_ref());
+        let asked_to_stop = || interrupt.requested() || notice.is_some_and(Notice::is_given);
+        match prompts.answer(&mut self.model, step, epoch, &asked_to_stop) {
             Ok(Some(samples)) => {
                 file.write(&samples)?;
                 self.notify(&Event::Samples(&samples));

@@ -8,6 +8,7 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::comm::{Communicator, exchange, from_first};
 use crate::config::{Resume, TrainingOptions};
 use crate::error::{Error, Result};
+use crate::preemption::Notice;
 use crate::store::{self, Mirror};
 
 /// The output folder, locked, and the checkpoint to go on from, read.
@@ -18,6 +19,8 @@ pub(crate) struct Start {
     pub(crate) resumed: Option<Resumed>,
     /// The store to which checkpoints go, on the rank that writes.
     pub(crate) mirror: Option<Mirror>,
+    /// The notice of preemption, watched since before the model was loaded.
+    pub(crate) notice: Option<Notice>,
 }
 
 /// A checkpoint to go on from.
@@ -35,6 +38,7 @@ impl Start {
     /// If the folder cannot be used, another run has it or it holds one that was not asked for, or the checkpoint is not there
     /// or damaged.
     pub(crate) fn open(options: &TrainingOptions) -> Result<Self> {
+        let notice = options.preemption_file.as_deref().map(Notice::watch);
         let output = OutputFolder::open(&options.output_dir)?;
         let mirror = options.checkpoint_store.as_deref().map(store::open).transpose()?;
         let from = match &options.resume_from_checkpoint {
@@ -49,18 +53,6 @@ impl Start {
             Resume::From(path) => Some(path.clone()),
             Resume::Latest => newest(output.path(), mirror.as_ref())?,
         };
-        if let (Resume::No, Some(mirror)) = (&options.resume_from_checkpoint, &mirror)
-            && let Some(newest) = mirror.steps()?.first()
-        {
-            if !options.overwrite_output_dir {
-                return Err(Error::checkpoint(
-                    format!("{}/{}", mirror.url(), folder::name(*newest)),
-                    "the store holds an earlier run; set resume_from_checkpoint = true to go on with it, overwrite_output_dir = true \
-                     to delete its checkpoints, or another checkpoint_store",
-                ));
-            }
-            mirror.forget_after(0)?;
-        }
         let load = |path: PathBuf| -> Result<Resumed> {
             check_is_checkpoint(&path)?;
             let checkpoint = checkpoint::load(&path)?;
@@ -68,7 +60,18 @@ impl Start {
         };
         let resumed = from.map(load).transpose()?;
         let earlier = folder::list(output.path())?.pop();
-        let start = Self { resumed, output: Some(output), mirror };
+        let start = Self { resumed, output: Some(output), mirror, notice };
+        if !start.goes_on_inside()
+            && !options.overwrite_output_dir
+            && let Some(mirror) = &start.mirror
+            && let Some(newest) = mirror.steps()?.first()
+        {
+            return Err(Error::checkpoint(
+                format!("{}/{}", mirror.url(), folder::name(*newest)),
+                "the store holds an earlier run; set resume_from_checkpoint = true to go on with it, overwrite_output_dir = true \
+                 to delete its checkpoints, or another checkpoint_store",
+            ));
+        }
         if !start.goes_on_inside()
             && !options.overwrite_output_dir
             && let Some((_, newest)) = earlier
@@ -90,13 +93,14 @@ impl Start {
         if comm.size() == 1 {
             return Self::open(options);
         }
+        let notice = options.preemption_file.as_deref().map(Notice::watch);
         let own = if comm.rank() == 0 { Some(Self::open(options)?) } else { None };
         let resumed = own.as_ref().and_then(|start| start.resumed.as_ref());
         let files = resumed.map(|resumed| checkpoint::read_files(&resumed.path)).transpose()?;
         let path = resumed.map(|resumed| resumed.path.display().to_string());
         let path: Option<String> = exchange(comm, "checkpoint", &path)?.swap_remove(0);
         let Some(path) = path.map(PathBuf::from) else {
-            return Ok(own.unwrap_or(Self { output: None, resumed: None, mirror: None }));
+            return Ok(own.unwrap_or(Self { output: None, resumed: None, mirror: None, notice }));
         };
         let (state, tensors) = files.unwrap_or_default();
         let state = from_first(comm, "state of the run", state)?;
@@ -105,7 +109,7 @@ impl Start {
             Some(own) => Ok(own),
             None => {
                 let checkpoint = checkpoint::from_files(&path, &(state, tensors))?;
-                Ok(Self { output: None, resumed: Some(Resumed { path, checkpoint }), mirror: None })
+                Ok(Self { output: None, resumed: Some(Resumed { path, checkpoint }), mirror: None, notice })
             }
         }
     }

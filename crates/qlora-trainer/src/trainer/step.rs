@@ -201,7 +201,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
         let (rank, ranks) = (self.comm.rank(), self.comm.size());
         let mut parts = Vec::new();
         for (i, batch) in batches.enumerate().filter(|(i, _)| i % ranks == rank) {
-            if self.interrupt.requested() {
+            if self.asked_to_stop() {
                 break;
             }
             self.comm.check()?;
@@ -218,6 +218,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
             let event = Event::EvalProgress { done: i + 1, total };
             self.observers.iter_mut().for_each(|observer| observer.observe(&event));
         }
+        self.announce_interrupt();
         let interrupted = self.interrupt.requested();
         let Some(whole) = self.whole_evaluation(parts, interrupted)? else { return Ok(None) };
         let divisor = if self.objective.is_some() { whole.groups } else { whole.trained_tokens };
