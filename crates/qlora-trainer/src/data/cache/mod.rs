@@ -32,8 +32,11 @@ pub(super) use writer::Writer;
 /// Sets whose files are smaller are tokenized in less time than it takes to notice.
 const MIN_BYTES: u64 = 1 << 20;
 
-/// The rows of a shard.
-pub(super) const SHARD_ROWS: usize = 16_384;
+/// A shard with as many rows gets no more.
+const SHARD_ROWS: usize = 16_384;
+
+/// A shard with as many bytes gets no more: several are in memory at once, and a row has up to a model's context of tokens.
+const SHARD_BYTES: usize = 32 << 20;
 
 /// The folder of tokenized rows, and what may be done with it.
 #[derive(Clone, Debug, PartialEq, Eq)]

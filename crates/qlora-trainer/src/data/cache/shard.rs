@@ -77,6 +77,11 @@ impl ShardBuilder {
         self.head.rows as usize
     }
 
+    /// The bytes of the rows.
+    pub(super) fn bytes(&self) -> usize {
+        self.rows.len()
+    }
+
     pub(super) fn push(&mut self, row: &EncodedRow) {
         let Unused { columns, by_template } = &row.unused;
         let known = self.head.unused.iter().position(|known| known.0 == *columns && known.1 == *by_template);
@@ -88,20 +93,19 @@ impl ShardBuilder {
         self.head.tokens += put_row(&mut self.rows, row, unused as u32);
     }
 
-    /// The bytes of the file, with rows up to the position `end`.
-    pub(super) fn finish(mut self, end: RowPosition) -> Vec<u8> {
+    /// The bytes of the file, with rows up to the position `end`: those before the rows, and the rows, which are too many to copy.
+    pub(super) fn finish(mut self, end: RowPosition) -> [Vec<u8>; 2] {
         self.head.end = end;
         self.head.bytes = self.rows.len() as u64;
         self.head.fingerprint = sum(&self.rows);
         let head = serde_json::to_vec(&self.head).expect("plain values have a JSON form");
-        let mut bytes = Vec::with_capacity(FIXED + head.len() + self.rows.len());
+        let mut bytes = Vec::with_capacity(FIXED + head.len());
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
         bytes.extend_from_slice(&(head.len() as u32).to_le_bytes());
         bytes.extend_from_slice(&sum(&head).to_le_bytes());
         bytes.extend_from_slice(&head);
-        bytes.extend_from_slice(&self.rows);
-        bytes
+        [bytes, self.rows]
     }
 }
 

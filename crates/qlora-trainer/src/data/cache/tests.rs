@@ -3,9 +3,10 @@ use std::path::PathBuf;
 
 use super::*;
 use crate::config::{DataOptions, OnUntrained};
-use crate::data::dataset::Dataset;
+use crate::data::dataset::{Dataset, Unused};
+use crate::data::encode::{Encoded, Notes, RowOutcome};
 use crate::data::load::{Filters, load, load_cached};
-use crate::data::rows::DataFile;
+use crate::data::rows::{DataFile, RowPlace};
 use crate::data::testing::ToyEncoder;
 
 /// More than two shards.
@@ -228,12 +229,42 @@ fn a_shard_of_a_file_that_the_set_does_not_have_is_made_again() {
     let (head, rows) = shard::read(&shards[0]).unwrap();
     let mut other = shard::ShardBuilder::new(2, head.start);
     rows.iter().for_each(|row| other.push(row));
-    fs::write(&shards[0], other.finish(head.end)).unwrap();
+    fs::write(&shards[0], other.finish(head.end).concat()).unwrap();
     assert_eq!(shard::read(&shards[0]).unwrap().1, rows);
     let (loaded, remark) = job.cached(&job.cache());
     assert_same(&loaded, &expected);
     assert!(remark.starts_with("10 rows out of the cache, 30 rows tokenized"), "{remark}");
     assert!(job.cached(&job.cache()).1.starts_with("40 rows are ready"));
+}
+
+/// Rows of long documents fill a shard before their number does.
+#[test]
+fn shards_end_by_their_bytes() {
+    const TOKENS: usize = 1 << 20;
+    let job = Job::with_rows(30, 40);
+    let cache = job.cache();
+    let mut set = cache.of_set(&job.set, &job.encoder, &job.options).unwrap();
+    let row = |i: usize| {
+        let encoded = Encoded { ids: vec![i as u32; TOKENS], trained: vec![true; TOKENS] };
+        let outcome = RowOutcome::Document(encoded, Notes::default());
+        EncodedRow { place: RowPlace::Line(i), outcome, unused: Unused::default() }
+    };
+    let position = |file: usize| RowPosition { file, ..RowPosition::default() };
+    let mut writer = set.writer(position(0)).unwrap();
+    // The positions only have to differ.
+    (0..17).for_each(|i| writer.push(0, &[row(i)], position(i + 1)));
+    assert_eq!(writer.shards(), 3);
+    assert!(writer.finish(true));
+    let mut read = 0;
+    for rows in [8, 8, 1] {
+        let (file, shard, end) = set.read(position(read)).unwrap();
+        assert_eq!((file, shard.len(), end), (0, rows, position(read + rows)));
+        assert!(shard.iter().enumerate().all(|(i, found)| *found == row(read + i)));
+        read += rows;
+    }
+    assert!(set.read(position(read)).is_none() && set.ends_at(position(read)));
+    let sizes = job.shards().into_iter().map(|path| fs::metadata(path).unwrap().len() as usize);
+    assert!(sizes.max().unwrap() < SHARD_BYTES + 4 * TOKENS);
 }
 
 #[test]
