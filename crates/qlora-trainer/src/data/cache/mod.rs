@@ -32,8 +32,11 @@ pub(super) use writer::Writer;
 /// Sets whose files are smaller are tokenized in less time than it takes to notice.
 const MIN_BYTES: u64 = 1 << 20;
 
-/// The rows of a shard.
-pub(super) const SHARD_ROWS: usize = 16_384;
+/// A shard with as many rows gets no more.
+const SHARD_ROWS: usize = 16_384;
+
+/// A shard with as many bytes gets no more: several are in memory at once, and a row has up to a model's context of tokens.
+const SHARD_BYTES: usize = 32 << 20;
 
 /// The folder of tokenized rows, and what may be done with it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,7 +99,7 @@ impl TokenCache {
             key.bytes(name.split_once('.').map_or("", |(_, extensions)| extensions).as_bytes());
         }
         let folder = self.folder.join(key.to_string());
-        Some(CachedSet { cache: self, folder, next: 0, tokenizes: self.overwrite })
+        Some(CachedSet { cache: self, folder, files: set.files.len(), next: 0, tokenizes: self.overwrite })
     }
 }
 
@@ -143,6 +146,8 @@ fn of_content(path: &Path) -> io::Result<Fingerprint> {
 pub(super) struct CachedSet<'a> {
     cache: &'a TokenCache,
     folder: PathBuf,
+    /// The files of the set.
+    files: usize,
     /// The number of the next shard.
     next: usize,
     /// Nothing is read any more: what comes now is made.
@@ -162,7 +167,7 @@ impl CachedSet<'_> {
         let promise = |i: usize| {
             let path = self.folder.join(shard_name(i));
             let (head, bytes) = (shard::read_head(&path).ok()?, size(&path)?);
-            // A damaged head may promise anything; no file holds more words than fit into it.
+            // A file that is cut off has fewer than its head says, and none has more words than fit into it.
             Some((head.rows.min(bytes / 4), head.tokens.min(bytes / 4)))
         };
         (0..).map_while(promise).fold((0, 0), |sum, shard| (sum.0 + shard.0, sum.1 + shard.1))
@@ -175,11 +180,11 @@ impl CachedSet<'_> {
         }
         let path = self.folder.join(shard_name(self.next));
         match shard::read(&path) {
-            Ok((head, rows)) if head.start == at => {
+            Ok((head, rows)) if head.start == at && head.file < self.files => {
                 self.next += 1;
                 Some((head.file, rows, head.end))
             }
-            // Of another stretch, because the one before it was made again.
+            // Of another stretch, because the one before it was made again; or of a file that the set does not have.
             Ok(_) => None,
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => {

@@ -1,14 +1,16 @@
 //! A shard: encoded rows of one file, as one file.
 //!
 //! ```text
-//! magic    8 bytes    "qloratok"
-//! version  u32        VERSION
-//! length   u32        of the head
-//! head     JSON       positions, numbers of rows and tokens, what rows did not use, length and fingerprint of the rows
-//! rows     u32 words  see `put_row`
+//! magic        8 bytes    "qloratok"
+//! version      u32        VERSION
+//! length       u32        of the head
+//! fingerprint  u64        of the head
+//! head         JSON       positions, numbers of rows and tokens, what rows did not use, length and fingerprint of the rows
+//! rows         u32 words  see `put_row`
 //! ```
 //!
-//! All words are little-endian. Reading checks everything: lengths, the fingerprint, every number of a row.
+//! All words are little-endian. Reading checks everything: lengths, the fingerprints, every number of a row. The head has a
+//! fingerprint of its own because it is also read alone, and a wrong position in it would leave rows out or double them.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -23,10 +25,12 @@ use crate::data::rows::{RowPlace, RowPosition};
 use crate::fingerprint::Fingerprint;
 
 /// The version of the format.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 const MAGIC: &[u8; 8] = b"qloratok";
 /// The position at which a set ends.
 pub(super) const END_FILE: &str = "end.json";
+/// Bytes before the head.
+const FIXED: usize = 24;
 /// Longer heads are damage.
 const MAX_HEAD: u32 = 16 << 20;
 
@@ -45,6 +49,7 @@ pub(super) struct Head {
     unused: Vec<(Vec<String>, Vec<String>)>,
     /// Bytes of the rows.
     bytes: u64,
+    /// Of the rows.
     fingerprint: u64,
 }
 
@@ -72,6 +77,11 @@ impl ShardBuilder {
         self.head.rows as usize
     }
 
+    /// The bytes of the rows.
+    pub(super) fn bytes(&self) -> usize {
+        self.rows.len()
+    }
+
     pub(super) fn push(&mut self, row: &EncodedRow) {
         let Unused { columns, by_template } = &row.unused;
         let known = self.head.unused.iter().position(|known| known.0 == *columns && known.1 == *by_template);
@@ -83,20 +93,24 @@ impl ShardBuilder {
         self.head.tokens += put_row(&mut self.rows, row, unused as u32);
     }
 
-    /// The bytes of the file, with rows up to the position `end`.
-    pub(super) fn finish(mut self, end: RowPosition) -> Vec<u8> {
+    /// The bytes of the file, with rows up to the position `end`: those before the rows, and the rows, which are too many to copy.
+    pub(super) fn finish(mut self, end: RowPosition) -> [Vec<u8>; 2] {
         self.head.end = end;
         self.head.bytes = self.rows.len() as u64;
-        self.head.fingerprint = Fingerprint::new().bytes(&self.rows).value();
+        self.head.fingerprint = sum(&self.rows);
         let head = serde_json::to_vec(&self.head).expect("plain values have a JSON form");
-        let mut bytes = Vec::with_capacity(16 + head.len() + self.rows.len());
+        let mut bytes = Vec::with_capacity(FIXED + head.len());
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
         bytes.extend_from_slice(&(head.len() as u32).to_le_bytes());
+        bytes.extend_from_slice(&sum(&head).to_le_bytes());
         bytes.extend_from_slice(&head);
-        bytes.extend_from_slice(&self.rows);
-        bytes
+        [bytes, self.rows]
     }
+}
+
+fn sum(bytes: &[u8]) -> u64 {
+    Fingerprint::new().bytes(bytes).value()
 }
 
 pub(super) fn end_file(end: RowPosition) -> Vec<u8> {
@@ -111,12 +125,16 @@ fn damaged(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("the file is damaged: {what}"))
 }
 
+/// Reads the head of a shard, without its rows.
+///
+/// # Errors
+/// If there is none, or its head is damaged in any way.
 pub(super) fn read_head(path: &Path) -> io::Result<Head> {
     head_of(&mut File::open(path)?)
 }
 
 fn head_of(file: &mut File) -> io::Result<Head> {
-    let mut fixed = [0; 16];
+    let mut fixed = [0; FIXED];
     file.read_exact(&mut fixed)?;
     let word = |at: usize| u32::from_le_bytes(fixed[at..at + 4].try_into().expect("four bytes"));
     if &fixed[..8] != MAGIC || word(8) != VERSION {
@@ -127,6 +145,9 @@ fn head_of(file: &mut File) -> io::Result<Head> {
     }
     let mut head = vec![0; word(12) as usize];
     file.read_exact(&mut head)?;
+    if fixed[16..] != sum(&head).to_le_bytes() {
+        return Err(damaged("its fingerprint is not that of its head"));
+    }
     serde_json::from_slice(&head).map_err(|error| damaged(&error.to_string()))
 }
 
@@ -138,12 +159,12 @@ pub(super) fn read(path: &Path) -> io::Result<(Head, Vec<EncodedRow>)> {
     let mut file = File::open(path)?;
     let head = head_of(&mut file)?;
     let mut bytes = Vec::new();
-    // One more than it should have, to notice that. The head is not yet known to be right, so nothing is reserved by it.
+    // One more than it should have, to notice that. The file may be cut off, so nothing is reserved by its head.
     file.take(head.bytes.saturating_add(1)).read_to_end(&mut bytes)?;
     if bytes.len() as u64 != head.bytes {
         return Err(damaged("it is cut off or too long"));
     }
-    if Fingerprint::new().bytes(&bytes).value() != head.fingerprint {
+    if sum(&bytes) != head.fingerprint {
         return Err(damaged("its fingerprint is not that of its rows"));
     }
     let mut words = Words(&bytes);

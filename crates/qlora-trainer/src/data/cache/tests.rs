@@ -3,9 +3,10 @@ use std::path::PathBuf;
 
 use super::*;
 use crate::config::{DataOptions, OnUntrained};
-use crate::data::dataset::Dataset;
+use crate::data::dataset::{Dataset, Unused};
+use crate::data::encode::{Encoded, Notes, RowOutcome};
 use crate::data::load::{Filters, load, load_cached};
-use crate::data::rows::DataFile;
+use crate::data::rows::{DataFile, RowPlace};
 use crate::data::testing::ToyEncoder;
 
 /// More than two shards.
@@ -20,8 +21,13 @@ struct Job {
 }
 
 impl Job {
-    /// Rows of several kinds in two files, among them some that are left out, doubled, cut, or have columns that nobody reads.
     fn new() -> Self {
+        Self::with_rows(30_000, ROWS)
+    }
+
+    /// Rows of several kinds in two files, among them some that are left out, doubled, cut, or have columns that nobody reads:
+    /// those up to `first` in one, those from there to `rows` in the other.
+    fn with_rows(first: usize, rows: usize) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let row = |i: usize| match i % 7 {
             0 => format!("{{\"text\": \"row {}\"}}\n", i / 70),
@@ -37,7 +43,7 @@ impl Job {
             fs::write(&path, rows.map(row).collect::<String>()).unwrap();
             DataFile::new(path)
         };
-        let files = vec![write("a.jsonl", 0..30_000), write("b.jsonl", 30_000..ROWS)];
+        let files = vec![write("a.jsonl", 0..first), write("b.jsonl", first..rows)];
         let options = DataOptions { max_length: 24, on_untrained: OnUntrained::Skip, ..DataOptions::default() };
         let filters = Filters { min_sample_len: 4, exact_deduplication: true, ..Filters::default() };
         let (set, options) = (RowSet::new(files), EncodeOptions::from(&options));
@@ -168,8 +174,8 @@ fn damaged_shards_are_made_again() {
         };
         let longer = [whole.as_slice(), b"more"].concat();
         let middle = whole.len() / 2;
-        // In the magic, the version, the head's length, the head, the rows; cut off, empty, too long.
-        let damages = [0, 8, 12, 15, 40, middle, whole.len() - 1].map(flipped).into_iter();
+        // In the magic, the version, the head's length and fingerprint, the head, the rows; cut off, empty, too long.
+        let damages = [0, 8, 12, 15, 16, 40, middle, whole.len() - 1].map(flipped).into_iter();
         for (n, bytes) in
             damages.chain([whole[..middle].to_vec(), whole[..10].to_vec(), Vec::new(), longer]).enumerate()
         {
@@ -186,6 +192,79 @@ fn damaged_shards_are_made_again() {
     fs::copy(&shards[1], &shards[0]).unwrap();
     assert_same(&job.cached(&job.cache()).0, &expected);
     assert!(job.cached(&job.cache()).1.starts_with("40000 rows are ready"));
+}
+
+/// No bit of what stands before the rows can change without notice: it says which rows a shard has, and of which file.
+#[test]
+fn every_bit_of_a_head_is_checked() {
+    let job = Job::with_rows(30, 40);
+    let expected = job.load();
+    job.cached(&job.cache());
+    // What is damaged stays damaged, so that every bit is tried on the same files.
+    let only_read = TokenCache { write: false, ..job.cache() };
+    for (path, start) in job.shards().iter().zip(["40 rows tokenized", "30 rows out of the cache, 10 rows tokenized"]) {
+        let whole = fs::read(path).unwrap();
+        let before_rows = 24 + u32::from_le_bytes(whole[12..16].try_into().unwrap()) as usize;
+        assert_eq!((whole[24], whole[before_rows - 1]), (b'{', b'}'));
+        for bit in 0..before_rows * 8 {
+            let mut bytes = whole.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            fs::write(path, bytes).unwrap();
+            assert!(shard::read_head(path).is_err() && shard::read(path).is_err(), "bit {bit}");
+            let (loaded, remark) = job.cached(&only_read);
+            assert!(remark.starts_with(start), "bit {bit}: {remark}");
+            assert_same(&loaded, &expected);
+        }
+        fs::write(path, whole).unwrap();
+    }
+    assert!(job.cached(&job.cache()).1.starts_with("40 rows are ready"));
+}
+
+#[test]
+fn a_shard_of_a_file_that_the_set_does_not_have_is_made_again() {
+    let job = Job::with_rows(30, 40);
+    let expected = job.load();
+    job.cached(&job.cache());
+    let shards = job.shards();
+    let (head, rows) = shard::read(&shards[0]).unwrap();
+    let mut other = shard::ShardBuilder::new(2, head.start);
+    rows.iter().for_each(|row| other.push(row));
+    fs::write(&shards[0], other.finish(head.end).concat()).unwrap();
+    assert_eq!(shard::read(&shards[0]).unwrap().1, rows);
+    let (loaded, remark) = job.cached(&job.cache());
+    assert_same(&loaded, &expected);
+    assert!(remark.starts_with("10 rows out of the cache, 30 rows tokenized"), "{remark}");
+    assert!(job.cached(&job.cache()).1.starts_with("40 rows are ready"));
+}
+
+/// Rows of long documents fill a shard before their number does.
+#[test]
+fn shards_end_by_their_bytes() {
+    const TOKENS: usize = 1 << 20;
+    let job = Job::with_rows(30, 40);
+    let cache = job.cache();
+    let mut set = cache.of_set(&job.set, &job.encoder, &job.options).unwrap();
+    let row = |i: usize| {
+        let encoded = Encoded { ids: vec![i as u32; TOKENS], trained: vec![true; TOKENS] };
+        let outcome = RowOutcome::Document(encoded, Notes::default());
+        EncodedRow { place: RowPlace::Line(i), outcome, unused: Unused::default() }
+    };
+    let position = |file: usize| RowPosition { file, ..RowPosition::default() };
+    let mut writer = set.writer(position(0)).unwrap();
+    // The positions only have to differ.
+    (0..17).for_each(|i| writer.push(0, &[row(i)], position(i + 1)));
+    assert_eq!(writer.shards(), 3);
+    assert!(writer.finish(true));
+    let mut read = 0;
+    for rows in [8, 8, 1] {
+        let (file, shard, end) = set.read(position(read)).unwrap();
+        assert_eq!((file, shard.len(), end), (0, rows, position(read + rows)));
+        assert!(shard.iter().enumerate().all(|(i, found)| *found == row(read + i)));
+        read += rows;
+    }
+    assert!(set.read(position(read)).is_none() && set.ends_at(position(read)));
+    let sizes = job.shards().into_iter().map(|path| fs::metadata(path).unwrap().len() as usize);
+    assert!(sizes.max().unwrap() < SHARD_BYTES + 4 * TOKENS);
 }
 
 #[test]

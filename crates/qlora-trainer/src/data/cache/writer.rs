@@ -1,13 +1,14 @@
 //! Writes shards while rows are tokenized: a thread of its own waits for the disk.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
 
 use qlora_core::atomic::write_atomically;
 
-use super::SHARD_ROWS;
 use super::shard::{END_FILE, ShardBuilder, end_file, shard_name};
+use super::{SHARD_BYTES, SHARD_ROWS};
 use crate::data::load::EncodedRow;
 use crate::data::rows::RowPosition;
 
@@ -22,9 +23,12 @@ pub(crate) struct Writer {
     disk: Option<Disk>,
 }
 
+/// What a file has, in two parts.
+type Contents = [Vec<u8>; 2];
+
 /// Files that the thread still has to write are two at most: more would only take memory.
 struct Disk {
-    files: SyncSender<(PathBuf, Vec<u8>)>,
+    files: SyncSender<(PathBuf, Contents)>,
     thread: JoinHandle<Result<(), String>>,
 }
 
@@ -42,7 +46,8 @@ impl Writer {
         if self.disk.is_none() {
             return;
         }
-        if self.shard.as_ref().is_some_and(|shard| shard.file() != file || shard.rows() >= SHARD_ROWS) {
+        let is_full = |shard: &ShardBuilder| shard.rows() >= SHARD_ROWS || shard.bytes() >= SHARD_BYTES;
+        if self.shard.as_ref().is_some_and(|shard| shard.file() != file || is_full(shard)) {
             self.finish_shard();
         }
         let shard = self.shard.get_or_insert_with(|| ShardBuilder::new(file, self.at));
@@ -63,8 +68,8 @@ impl Writer {
         }
     }
 
-    fn send(&mut self, path: PathBuf, bytes: Vec<u8>) {
-        let lost = self.disk.as_ref().is_some_and(|disk| disk.files.send((path, bytes)).is_err());
+    fn send(&mut self, path: PathBuf, contents: Contents) {
+        let lost = self.disk.as_ref().is_some_and(|disk| disk.files.send((path, contents)).is_err());
         if lost {
             self.wait();
         }
@@ -74,7 +79,7 @@ impl Writer {
     pub(crate) fn finish(mut self, ends: bool) -> bool {
         self.finish_shard();
         if ends {
-            self.send(self.folder.join(END_FILE), end_file(self.at));
+            self.send(self.folder.join(END_FILE), [end_file(self.at), Vec::new()]);
         }
         self.wait()
     }
@@ -105,10 +110,11 @@ impl Drop for Writer {
 impl Disk {
     fn new(folder: PathBuf) -> Result<Self, String> {
         std::fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
-        let (files, queue) = sync_channel::<(PathBuf, Vec<u8>)>(1);
+        let (files, queue) = sync_channel::<(PathBuf, Contents)>(1);
         let write = move || {
-            for (path, bytes) in queue {
-                write_atomically(&path, |file| file.write_all(&bytes)).map_err(|error| error.to_string())?;
+            for (path, [first, second]) in queue {
+                let write = |file: &mut dyn Write| file.write_all(&first).and_then(|()| file.write_all(&second));
+                write_atomically(&path, write).map_err(|error| error.to_string())?;
             }
             Ok(())
         };
