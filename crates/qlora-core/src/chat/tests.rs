@@ -191,7 +191,7 @@ fn the_clock_can_be_stopped() {
 #[test]
 fn the_clock_of_the_template_for_tools_can_be_stopped() {
     const CLOCK: &str = "{{ strftime_now('%d %b %Y') }}";
-    let tools = json!({"tools": []}).as_object().unwrap().clone();
+    let tools = serde_json::json!({"tools": []}).as_object().unwrap().clone();
     for (main, tool_use, reads, texts) in [
         ("plain", "tools", false, ["plain", "tools"]),
         ("plain", CLOCK, true, ["plain", "29 Feb 2024"]),
