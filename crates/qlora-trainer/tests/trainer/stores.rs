@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use qlora_trainer::config::{Resume, TrainConfig};
 use qlora_trainer::progress::{Event, Observer};
-use qlora_trainer::{Outcome, store};
+use qlora_trainer::{Interrupt, Outcome, store};
 
 use crate::toy::{Fault, Toy, config, result, trainer};
 
@@ -121,4 +121,37 @@ fn a_notice_of_preemption_saves_and_ends_the_run() {
     assert_eq!((summary.outcome, summary.steps), (Outcome::Finished, STEPS));
     trainer(&config(&at("reference")), Toy::new(1)).run().unwrap();
     assert_eq!(result(&at("output"), STEPS), result(&at("reference"), STEPS));
+}
+
+#[test]
+fn a_run_that_was_stopped_goes_on_sending_and_another_one_does_not_mix_with_it() {
+    struct Stop(Interrupt);
+    impl Observer for Stop {
+        fn observe(&mut self, event: &Event<'_>) {
+            if matches!(event, Event::Step(info) if info.step == 4) {
+                self.0.request();
+            }
+        }
+    }
+    let temporary = tempfile::tempdir().unwrap();
+    let at = |name: &str| temporary.path().join(name);
+    let (interrupt, store) = (Interrupt::new(), at("store"));
+    let config = with_store(&at("output"), &store, Resume::No);
+    let mut run =
+        trainer(&config, Toy::new(1)).with_interrupt(interrupt.clone()).with_observer(Stop(interrupt.clone()));
+    assert_eq!(run.run().unwrap().outcome, Outcome::Interrupted);
+    assert_eq!(steps(&store)[0], 4);
+    interrupt.clear();
+    assert_eq!(run.run().unwrap().outcome, Outcome::Finished);
+    assert_eq!(steps(&store)[0], STEPS);
+    // Another run begins at a checkpoint of this one's folder; the store holds a step that it will not reach.
+    fs::copy(store.join(format!("checkpoint-{STEPS}.json")), store.join("checkpoint-99.json")).unwrap();
+    let from = at("output").join(format!("checkpoint-{}", steps(&store)[2]));
+    let mut other = with_store(&at("other"), &store, Resume::From(from));
+    let error = trainer(&other, Toy::new(1)).run().unwrap_err().to_string();
+    assert!(error.contains("the store holds an earlier run"), "{error}");
+    assert_eq!(steps(&store)[0], 99);
+    other.training.overwrite_output_dir = true;
+    trainer(&other, Toy::new(1)).run().unwrap();
+    assert_eq!(steps(&store)[0], STEPS);
 }
