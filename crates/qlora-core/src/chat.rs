@@ -199,14 +199,19 @@ impl ChatTemplate {
         &self.source
     }
 
-    /// Whether the template asks for the time (`strftime_now`): what it writes then differs from day to day.
+    /// Whether the template, or that for conversations with tools, asks for the time (`strftime_now`): what it writes then differs
+    /// from day to day.
     pub fn reads_clock(&self) -> bool {
-        self.source.contains("strftime_now")
+        self.source.contains("strftime_now") || self.tool_use.as_ref().is_some_and(|template| template.reads_clock())
     }
 
-    /// Stops the template's clock at `time`: everything is rendered as if it were then.
+    /// Stops the template's clock at `time`, and that of the template for conversations with tools: everything is rendered as if it
+    /// were then.
     pub fn set_time(&mut self, time: TemplateTime) {
         environment::set_time(&mut self.environment, time);
+        if let Some(tool_use) = &mut self.tool_use {
+            tool_use.set_time(time);
+        }
     }
 
     /// A text that is the same for templates that write the same: their sources and special tokens. The time is no part of it

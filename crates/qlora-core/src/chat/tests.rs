@@ -187,6 +187,29 @@ fn the_clock_can_be_stopped() {
     }
 }
 
+/// Either of a model's two templates may read the clock.
+#[test]
+fn the_clock_of_the_template_for_tools_can_be_stopped() {
+    const CLOCK: &str = "{{ strftime_now('%d %b %Y') }}";
+    let tools = serde_json::json!({"tools": []}).as_object().unwrap().clone();
+    for (main, tool_use, reads, texts) in [
+        ("plain", "tools", false, ["plain", "tools"]),
+        ("plain", CLOCK, true, ["plain", "29 Feb 2024"]),
+        (CLOCK, "tools", true, ["29 Feb 2024", "tools"]),
+        (CLOCK, CLOCK, true, ["29 Feb 2024", "29 Feb 2024"]),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("additional_chat_templates")).unwrap();
+        std::fs::write(folder.path().join("chat_template.jinja"), main).unwrap();
+        std::fs::write(folder.path().join("additional_chat_templates/tool_use.jinja"), tool_use).unwrap();
+        let mut template = ChatTemplate::from_folder(folder.path(), None).unwrap().unwrap();
+        assert_eq!(template.reads_clock(), reads, "{main}, {tool_use}");
+        template.set_time("2024-02-29T23:59:58+14:00".parse().unwrap());
+        let render = |arguments: &TemplateArguments| template.render(&[], false, arguments).unwrap();
+        assert_eq!([render(&Map::new()), render(&tools)], texts);
+    }
+}
+
 #[test]
 fn templates_are_found_in_a_folder() {
     let folder = tempfile::tempdir().unwrap();
