@@ -21,6 +21,9 @@ use crate::fingerprint::Fingerprint;
 /// row, so that tokens that were kept by earlier versions are made again.
 pub(super) const ENCODING: u32 = 1;
 
+/// The libraries that make text and tokens, with their versions in `Cargo.lock`: another version may make others.
+pub(super) const LIBRARIES: [(&str, &str); 2] = [("minijinja", "3.0.5"), ("tokenizers", "0.23.2")];
+
 /// The error of a [`TextEncoder`].
 pub type EncodeError = Box<dyn StdError + Send + Sync>;
 

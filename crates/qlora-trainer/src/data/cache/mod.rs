@@ -1,7 +1,8 @@
 //! Tokenized rows, kept on the disk: a run that is started again reads tokens instead of making them.
 //!
 //! A set of rows has a folder, named after everything that its tokens depend on: the contents of its files, the tokenizer, the chat
-//! template, the options of encoding, the mapping of its columns, and the versions of this format and of the encoding. In it lie
+//! template, the options of encoding, the mapping of its columns, and the versions of this format, of the encoding and of its
+//! libraries. In it lie
 //! **shards**, each the rows of a stretch of a file, with the position in the files at which it begins and ends. They are
 //! written one after the other while rows are tokenized, so what a killed run has made is there for the next one, which goes on
 //! behind it. A shard that is damaged is made again. Filters, mixtures and splits come later and are no part of it.
@@ -19,7 +20,7 @@ use std::path::{Path, PathBuf};
 
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
 
-use super::encode::{ENCODING, EncodeOptions, TextEncoder};
+use super::encode::{ENCODING, EncodeOptions, LIBRARIES, TextEncoder};
 use super::load::{EncodedRow, RowSet};
 use super::rows::RowPosition;
 use super::stream::is_pipe;
@@ -84,6 +85,9 @@ impl TokenCache {
         key.word(u64::from(shard::VERSION)).word(u64::from(ENCODING)).word(encoder.fingerprint()?.value());
         for text in [env!("CARGO_PKG_VERSION"), &format!("{options:?}"), &format!("{:?}", set.mapping)] {
             key.bytes(text.as_bytes());
+        }
+        for (library, version) in LIBRARIES {
+            key.bytes(library.as_bytes()).bytes(version.as_bytes());
         }
         for file in &set.files {
             let content = match of_content(&file.path) {

@@ -337,6 +337,19 @@ fn whatever_tokens_depend_on_has_a_folder_of_its_own() {
     assert!(job.cache().of_set(&job.set, &job.encoder, &job.options).is_none());
 }
 
+#[test]
+fn the_versions_of_libraries_are_those_of_the_lock_file() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../Cargo.lock");
+    let lock: toml::Table = toml::from_str(&fs::read_to_string(path).unwrap()).unwrap();
+    for (library, version) in LIBRARIES {
+        let packages = lock["package"].as_array().unwrap().iter();
+        let locked: Vec<_> = packages.filter(|package| package["name"].as_str() == Some(library)).collect();
+        assert_eq!(locked.len(), 1, "{library}");
+        let locked = locked[0]["version"].as_str().unwrap();
+        assert_eq!(locked, version, "set the version of {library} in LIBRARIES of data/encode.rs");
+    }
+}
+
 /// The first problem is the same, and what came before it is kept.
 #[test]
 fn a_row_that_cannot_be_used_is_named_as_without_a_cache() {
