@@ -46,6 +46,7 @@ pub mod samples;
 pub mod schedule;
 pub mod session;
 pub mod store;
+mod times;
 pub mod trainer;
 
 pub use config::TrainConfig;

@@ -8,7 +8,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{Error, Result};
 use crate::objective::Metrics;
-use crate::trainer::times::Times;
+pub use crate::times::RankTimes;
+use crate::times::Times;
 use qlora_core::atomic::write_atomically;
 
 /// A line of the log.
@@ -77,23 +78,6 @@ pub struct TrainLog {
     /// The objective's metrics besides the loss, by TRL's names: means over the steps of the entry.
     #[serde(flatten)]
     pub metrics: Metrics,
-}
-
-/// The time of several ranks in the steps of an entry, in seconds. What happens between steps (evaluation, checkpoints) and the
-/// optimizer's update is not in it.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub struct RankTimes {
-    /// Computing gradients: the mean over the ranks.
-    pub compute_seconds: f64,
-    /// The same of the rank that took longest.
-    pub slowest_compute_seconds: f64,
-    /// Adding the gradients, once all ranks are there.
-    pub communication_seconds: f64,
-    /// Waiting for slower ranks before the gradients are added: the mean over the ranks.
-    pub waiting_seconds: f64,
-    /// By how much the largest share of a step's tokens exceeds an equal one: 0.01 is 1%.
-    pub token_imbalance: f64,
 }
 
 /// JSON has no infinity: it is written as null.

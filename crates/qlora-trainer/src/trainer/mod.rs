@@ -12,13 +12,12 @@ mod ranks;
 mod run;
 pub(crate) mod start;
 mod step;
-pub(crate) mod times;
 
 use std::path::PathBuf;
 
+use crate::times::{Times, Watch};
 use blueprint::{Blueprint, ModelFacts};
 use start::Start;
-use times::{Times, Watch};
 
 use crate::checkpoint::state::{FORMAT_VERSION, QloraState, StatefulCallbacks, TrainerState};
 use crate::comm::{Alone, Communicator};

@@ -12,7 +12,6 @@
 use serde::{Deserialize, Serialize};
 
 use super::Trainer;
-use super::times::{Clock, OwnTimes};
 use crate::comm::exchange;
 use crate::data::StepBatch;
 use crate::error::{Error, Result};
@@ -20,6 +19,7 @@ use crate::fingerprint::Fingerprint;
 use crate::model::{LossSum, TrainableModel};
 use crate::objective::{self, Judged, Metrics};
 use crate::progress::Event;
+use crate::times::{Clock, OwnTimes};
 
 /// A rank's report at the end of a step.
 #[derive(Debug, Default, Serialize, Deserialize)]

@@ -12,8 +12,6 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use crate::metrics::RankTimes;
-
 /// Steps over which ranks are compared.
 const COMPARED: u64 = 20;
 /// A rank is a straggler if it computes so much longer than the others' median.
@@ -25,9 +23,26 @@ const NOTABLE: f64 = 0.05;
 /// The steps until the same straggler is named again.
 const AGAIN: u64 = 1000;
 
+/// The time of several ranks in the steps of an entry, in seconds. What happens between steps (evaluation, checkpoints) and the
+/// optimizer's update is not in it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct RankTimes {
+    /// Computing gradients: the mean over the ranks.
+    pub compute_seconds: f64,
+    /// The same of the rank that took longest.
+    pub slowest_compute_seconds: f64,
+    /// Adding the gradients, once all ranks are there.
+    pub communication_seconds: f64,
+    /// Waiting for slower ranks before the gradients are added: the mean over the ranks.
+    pub waiting_seconds: f64,
+    /// By how much the largest share of a step's tokens exceeds an equal one: 0.01 is 1%.
+    pub token_imbalance: f64,
+}
+
 /// One rank's step, as it tells the others.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub(super) struct OwnTimes {
+pub(crate) struct OwnTimes {
     /// Seconds from the beginning of the step to the end of its last sum, without the sums.
     computed: f64,
     /// The seconds of each sum.
@@ -39,13 +54,13 @@ pub(super) struct OwnTimes {
 }
 
 /// Measures a step of this rank.
-pub(super) struct Clock {
+pub(crate) struct Clock {
     last: Instant,
     own: OwnTimes,
 }
 
 impl Clock {
-    pub(super) fn start() -> Self {
+    pub(crate) fn start() -> Self {
         Self { last: Instant::now(), own: OwnTimes::default() }
     }
 
@@ -55,21 +70,21 @@ impl Clock {
     }
 
     /// A micro-batch of so many tokens was computed.
-    pub(super) fn computed(&mut self, tokens: usize) {
+    pub(crate) fn computed(&mut self, tokens: usize) {
         self.own.tokens += tokens;
     }
 
     /// A sum is about to begin: until here there was computing.
-    pub(super) fn sum_begins(&mut self) {
+    pub(crate) fn sum_begins(&mut self) {
         self.own.computed += self.lap();
     }
 
-    pub(super) fn sum_is_done(&mut self) {
+    pub(crate) fn sum_is_done(&mut self) {
         let seconds = self.lap();
         self.own.sums.push(seconds);
     }
 
-    pub(super) fn finish(self, received: Vec<(usize, f64)>) -> OwnTimes {
+    pub(crate) fn finish(self, received: Vec<(usize, f64)>) -> OwnTimes {
         OwnTimes { received, ..self.own }
     }
 }
@@ -93,7 +108,7 @@ pub(crate) struct Times {
 
 impl Times {
     /// Adds a step; `all` has every rank.
-    pub(super) fn add(&mut self, all: &[OwnTimes]) {
+    pub(crate) fn add(&mut self, all: &[OwnTimes]) {
         if self.computed.len() != all.len() {
             let ranks = all.len();
             *self = Self {
@@ -124,7 +139,7 @@ impl Times {
     }
 
     /// For the log; none if there is one rank.
-    pub(super) fn to_log(&self) -> Option<RankTimes> {
+    pub(crate) fn to_log(&self) -> Option<RankTimes> {
         let ranks = self.computed.len() as f64;
         (self.steps > 0 && ranks > 1.0).then(|| RankTimes {
             compute_seconds: self.computed.iter().sum::<f64>() / ranks,
@@ -142,7 +157,7 @@ impl Times {
     }
 
     /// The whole run in a line; none if there is one rank.
-    pub(super) fn summary(&self) -> Option<String> {
+    pub(crate) fn summary(&self) -> Option<String> {
         let log = self.to_log()?;
         let all = log.compute_seconds + log.communication_seconds + log.waiting_seconds;
         let percent = |part: f64| 100.0 * part / all.max(f64::MIN_POSITIVE);
@@ -226,8 +241,8 @@ fn last_max(values: &[f64]) -> (usize, f64) {
 
 /// A rank that the others wait for.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Straggler {
-    pub(super) rank: usize,
+pub(crate) struct Straggler {
+    pub(crate) rank: usize,
     what: &'static str,
     /// That, in seconds a step.
     seconds: f64,
@@ -239,7 +254,7 @@ pub(super) struct Straggler {
 
 impl Straggler {
     /// In words; `name` is that of the rank.
-    pub(super) fn describe(&self, name: &str) -> String {
+    pub(crate) fn describe(&self, name: &str) -> String {
         format!(
             "{name} {} {:.3} s a step, the others' {:.3} s; they wait {:.0}% of their time",
             self.what,
@@ -252,7 +267,7 @@ impl Straggler {
 
 /// Compares the ranks every few steps.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Watch {
+pub(crate) struct Watch {
     /// Of the steps since the last comparison.
     times: Times,
     named: Option<(usize, u64)>,
@@ -261,7 +276,7 @@ pub(super) struct Watch {
 
 impl Watch {
     /// Adds a step; returns the straggler if it is time to name one.
-    pub(super) fn add(&mut self, step: u64, all: &[OwnTimes]) -> Option<Straggler> {
+    pub(crate) fn add(&mut self, step: u64, all: &[OwnTimes]) -> Option<Straggler> {
         // The first step makes what later ones have.
         if !std::mem::replace(&mut self.warm, true) {
             return None;
