@@ -440,10 +440,12 @@ fn a_run_keeps_its_rows_and_checkpoints() {
     let left_out = [
         "checkpoint-10.tmp-trash/",
         "checkpoint-10/",
+        "logs/events.out.tfevents.1.x",
         "mlflow-run-id",
         "mlruns/",
         "nested/checkpoint-3/",
         "nested/samples.jsonl",
+        "prepared/000001.tokens",
         "report.html",
         "runs/",
         "samples.jsonl",
