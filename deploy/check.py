@@ -29,8 +29,7 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "scripts" / "ranks"))
-import tiny  # noqa: E402
-from kill_ranks import MICRO_BATCHES, Failed, environment, latest, result, train  # noqa: E402
+from kill_ranks import MICRO_BATCHES, Failed, environment, latest, result, tiny_model, train  # noqa: E402
 
 
 class Missing(Exception):
@@ -40,9 +39,7 @@ class Missing(Exception):
 class Check:
     def __init__(self, args):
         self.args, self.work = args, pathlib.Path(tempfile.mkdtemp(prefix="deploy-"))
-        tiny.write_model(self.work / "model")
-        tiny.write_rows(self.work / "train.jsonl", 60)
-        tiny.write_rows(self.work / "eval.jsonl", 7)
+        tiny_model.write_run(self.work)
         self.run(train(args, self.work, 1, "alone"), {})
         self.expected = result(self.work / "alone")
 

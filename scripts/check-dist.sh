@@ -22,14 +22,14 @@ if [ ! -e "$base/made" ]; then
     step "a Debian $suite in $base"
     command -v debootstrap >/dev/null || apt-get install -y debootstrap
     rm -rf "$base"
-    debootstrap --variant=minbase --include=python3-venv,python3-pip "$suite" "$base" "${QLORA_MIRROR:-http://deb.debian.org/debian}"
+    debootstrap --variant=minbase --include=python3-venv,python3-pip "$suite" "$base" ${QLORA_MIRROR:+"$QLORA_MIRROR"}
     touch "$base/made"
 fi
 here=$base/check
 rm -rf "$here"
 mkdir "$here"
 cp "$files"/*-"$triple"-*.tar.gz "$files"/*_x86_64.whl "$here/"
-scripts/dist/tiny_model.py "$here/model" "$here/rows.jsonl"
+scripts/tiny_model.py "$here/model" "$here/rows.jsonl"
 
 # Runs a script in the system, which has neither network nor card; its /proc and /dev vanish with it.
 inside() {

@@ -32,7 +32,8 @@ import sys
 import tempfile
 import time
 
-import tiny
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import tiny_model  # noqa: E402
 
 LIMIT = 15.0
 MICRO_BATCHES = 12
@@ -321,10 +322,7 @@ def main() -> None:
     args = parser.parse_args()
     args.qlora = args.qlora.resolve()
     here = (args.work or pathlib.Path(tempfile.mkdtemp(prefix="kill-ranks-"))).resolve()
-    here.mkdir(parents=True, exist_ok=True)
-    tiny.write_model(here / "model")
-    tiny.write_rows(here / "train.jsonl", 60)
-    tiny.write_rows(here / "eval.jsonl", 7)
+    tiny_model.write_run(here)
     log = args.log.open("w")
 
     def say(text: str) -> None:

@@ -26,8 +26,7 @@ import sys
 import tempfile
 import time
 
-import tiny
-from kill_ranks import LIMIT, MICRO_BATCHES, Failed, environment, latest, result, train
+from kill_ranks import LIMIT, MICRO_BATCHES, Failed, environment, latest, result, tiny_model, train
 
 HOSTS = 3
 SWITCH = "qlr-switch"
@@ -200,10 +199,7 @@ def main() -> None:
     args = parser.parse_args()
     args.qlora = args.qlora.resolve()
     here = (args.work or pathlib.Path(tempfile.mkdtemp(prefix="three-hosts-"))).resolve()
-    here.mkdir(parents=True, exist_ok=True)
-    tiny.write_model(here / "model")
-    tiny.write_rows(here / "train.jsonl", 60)
-    tiny.write_rows(here / "eval.jsonl", 7)
+    tiny_model.write_run(here)
     chance, log, failures = random.Random(args.seed), args.log.open("w"), 0
 
     def say(text: str) -> None:

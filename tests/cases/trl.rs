@@ -20,6 +20,7 @@ use qlora::trainer::config::{DataOptions, OnUntrained};
 use qlora::trainer::data::packing::best_fit_decreasing;
 use qlora::trainer::data::{EncodeOptions, Record, load_jsonl};
 use qlora::trainer::encoder::ModelEncoder;
+use qlora::trainer::fingerprint::Fingerprint;
 use serde_json::{Value, json};
 
 /// A document: its row, its ids, and for each whether it is trained.
@@ -143,6 +144,37 @@ fn rows_of_every_kind_are_what_trl_makes_of_them() {
     assert_eq!(kinds.len(), rows.len(), "every kind of row is compared");
     assert_eq!(facts["families"].as_object().unwrap().len(), 6);
     assert!(compared >= 500, "{compared}");
+}
+
+/// Rows become the tokens that they became when `ENCODING` in `crates/qlora-trainer/src/data/encode.rs` was set. Tokens that are
+/// kept on the disk are found by that number, so whoever changes the rules has to raise it.
+#[test]
+fn rows_become_the_tokens_of_this_version_of_the_encoding() {
+    /// Of the ids and masks with `ENCODING = 1`.
+    const TOKENS: &str = "5bbb00f080d7fa5b";
+    let facts = facts();
+    let mut tokens = Fingerprint::new();
+    for (name, values) in facts["families"].as_object().unwrap() {
+        let family = Family::new(values);
+        for case in facts["cases"].as_array().unwrap().iter().filter(|case| case["family"] == name.as_str()) {
+            let max_length = case["max_length"].as_u64().unwrap() as usize;
+            let only_completions = case["completion_only_loss"].as_bool().unwrap();
+            let rows = &facts["rows"][case["kind"].as_str().unwrap()];
+            let documents = family.documents(rows, only_completions, max_length);
+            tokens.word(documents.len() as u64);
+            for (row, ids, trained) in documents {
+                tokens.word(row as u64).word(ids.len() as u64);
+                for (id, trained) in ids.into_iter().zip(trained) {
+                    tokens.word(u64::from(id) << 1 | u64::from(trained));
+                }
+            }
+        }
+    }
+    assert_eq!(
+        tokens.to_string(),
+        TOKENS,
+        "if this changes on purpose, raise ENCODING in crates/qlora-trainer/src/data/encode.rs and set the new value here"
+    );
 }
 
 /// Bins hold documents of the same lengths as those of TRL's `packing_strategy = "bfd"`.

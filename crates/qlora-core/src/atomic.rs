@@ -46,7 +46,8 @@ impl PendingFile {
         let path = path.as_ref().to_owned();
         let (folder, prefix) = temporary_place(&path)?;
         let file = claimed(folder, &prefix, || {
-            let file = builder(&prefix, 0o666).tempfile_in(folder).map_err(|error| cannot_write(folder, error))?;
+            let file =
+                temporary_builder(&prefix, 0o666).tempfile_in(folder).map_err(|error| cannot_write(folder, error))?;
             Ok((leftovers::claim(file.path(), file.as_file()), file))
         })?;
         Ok(Self { writer: BufWriter::with_capacity(1 << 20, file), path })
@@ -97,7 +98,8 @@ pub fn replace_directory<T>(path: impl AsRef<Path>, fill: impl FnOnce(&Path) -> 
     let (folder, prefix) = temporary_place(path)?;
     fs::create_dir_all(folder).map_err(|error| cannot_write(folder, error))?;
     let (temporary, _lock) = claimed(folder, &prefix, || {
-        let temporary = builder(&prefix, 0o777).tempdir_in(folder).map_err(|error| cannot_write(folder, error))?;
+        let temporary =
+            temporary_builder(&prefix, 0o777).tempdir_in(folder).map_err(|error| cannot_write(folder, error))?;
         // Where a folder cannot be opened as a file it has no lock, and cannot be taken for a leftover either.
         let lock = File::open(temporary.path()).ok();
         let claimed = lock.as_ref().is_none_or(|lock| leftovers::claim(temporary.path(), lock));
@@ -140,8 +142,9 @@ fn claimed<T>(folder: &Path, prefix: &str, make: impl Fn() -> Result<(bool, T)>)
     Ok(made.1)
 }
 
-/// Temporary files are private by default; these get the rights that any new file or folder gets.
-fn builder<'a>(prefix: &'a str, mode: u32) -> tempfile::Builder<'a, 'static> {
+/// Names begin with `prefix`. Temporary files and folders are private by default; with `mode` 0o666 or 0o777 they get the rights that
+/// any new file or folder gets.
+pub fn temporary_builder<'a>(prefix: &'a str, mode: u32) -> tempfile::Builder<'a, 'static> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(prefix);
     #[cfg(unix)]
@@ -198,8 +201,9 @@ fn exchange_in_steps(new: &Path, path: &Path) -> Result<()> {
     let (folder, _) = temporary_place(path)?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     // A free name for the old one.
-    let old =
-        builder(&format!("{name}.old-"), 0o777).tempdir_in(folder).map_err(|error| cannot_write(folder, error))?;
+    let old = temporary_builder(&format!("{name}.old-"), 0o777)
+        .tempdir_in(folder)
+        .map_err(|error| cannot_write(folder, error))?;
     fs::remove_dir(old.path()).map_err(|error| Error::io(old.path(), error))?;
     fs::rename(path, old.path()).map_err(|error| Error::io(path, error))?;
     if let Err(error) = fs::rename(new, path) {

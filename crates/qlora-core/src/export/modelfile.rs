@@ -106,7 +106,8 @@ const MARKS: [&str; 4] = ["Zq0systemqZ", "Zq1userqZ", "Zq2answerqZ", "Zq3questio
 
 impl Turns {
     fn of(template: &ChatTemplate) -> Result<Self, String> {
-        if template.reads_clock() {
+        // That for tools is not expressed.
+        if template.source().contains("strftime_now") {
             return Err("it writes today's date, which a Go template cannot".to_owned());
         }
         let [system, user, answer, question] = MARKS;

@@ -4,6 +4,8 @@ use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
+use qlora_core::atomic;
+
 use super::Store;
 
 /// A store in a folder, which is made when the first object is written.
@@ -28,7 +30,7 @@ impl Folder {
         let folder = path.parent().unwrap_or(&self.path);
         fs::create_dir_all(folder)?;
         // Nothing that begins with a dot is listed.
-        let mut file = super::temporary(".upload-", 0o666).tempfile_in(folder)?;
+        let mut file = atomic::temporary_builder(".upload-", 0o666).tempfile_in(folder)?;
         write(file.as_file_mut())?;
         file.as_file().sync_all()?;
         Ok((file, path))

@@ -11,6 +11,7 @@ use sha2::{Digest as _, Sha256};
 use super::Store;
 use crate::checkpoint::folder;
 use crate::error::{Error, Result};
+use qlora_core::atomic;
 
 /// How often something is tried before it counts as failed.
 const ATTEMPTS: u32 = 5;
@@ -262,8 +263,9 @@ impl Mirror {
         let at = |error| Error::io(output_dir, error);
         fs::create_dir_all(output_dir).map_err(at)?;
         // The name of what a killed run leaves: the next one removes it.
-        let temporary =
-            super::temporary(&format!("{}.tmp-", folder::name(step)), 0o777).tempdir_in(output_dir).map_err(at)?;
+        let temporary = atomic::temporary_builder(&format!("{}.tmp-", folder::name(step)), 0o777)
+            .tempdir_in(output_dir)
+            .map_err(at)?;
         for Entry { name, size, sha256 } in &manifest.files {
             let damaged =
                 |why: &str| Error::checkpoint(format!("{}/{}{name}", self.url, manifest.prefix), why.to_owned());

@@ -94,16 +94,5 @@ pub fn open(url: &str) -> Result<Mirror> {
     Ok(Mirror::new(store, url))
 }
 
-/// Temporary files and folders are private by default; these get the rights that any new file or folder gets.
-fn temporary<'a>(prefix: &'a str, mode: u32) -> tempfile::Builder<'a, 'static> {
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(prefix);
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
-    #[cfg(not(unix))]
-    let _ = mode;
-    builder
-}
-
 #[cfg(test)]
 mod tests;

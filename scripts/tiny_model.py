@@ -1,4 +1,7 @@
+#!/usr/bin/env python3
 """A model folder as from the hub, small enough to train in milliseconds, and rows for it. Standard library only.
+
+    scripts/tiny_model.py MODEL ROWS   # writes a folder and a JSONL file
 
 The Python twin of tests/common/tiny_folder.rs: random weights, a tokenizer of bytes, a ChatML template.
 """
@@ -7,6 +10,7 @@ import json
 import pathlib
 import random
 import struct
+import sys
 
 CHATML = (
     "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endfor %}"
@@ -75,3 +79,16 @@ def write_rows(path: pathlib.Path, count: int, longest: int = 160) -> None:
             answer = f"answer {i} " + "x" * (i * 37 % longest)
             messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"messages": messages}) + "\n")
+
+
+def write_run(folder: pathlib.Path) -> None:
+    """`model`, `train.jsonl` and `eval.jsonl` in a folder, which is made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_model(folder / "model")
+    write_rows(folder / "train.jsonl", 60)
+    write_rows(folder / "eval.jsonl", 7)
+
+
+if __name__ == "__main__":
+    write_model(pathlib.Path(sys.argv[1]))
+    write_rows(pathlib.Path(sys.argv[2]), 8)
