@@ -5,13 +5,13 @@ use std::io::{self, Read, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use qlora_core::atomic;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::Store;
 use crate::checkpoint::folder;
 use crate::error::{Error, Result};
-use qlora_core::atomic;
 
 /// How often something is tried before it counts as failed.
 const ATTEMPTS: u32 = 5;
