@@ -15,6 +15,7 @@ pub mod export;
 mod file;
 pub mod formats;
 pub mod generate;
+pub mod hf_home;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod hub_id;

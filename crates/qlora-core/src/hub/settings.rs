@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
+use crate::hf_home::hf_home;
 use crate::open::OpenOptions;
 
 /// The time limit of a connection before the hub counts as unreachable.
@@ -38,15 +39,7 @@ impl Settings {
     /// `env` gives the value of an environment variable, none if it is empty.
     pub(super) fn new(options: &OpenOptions, env: impl Fn(&str) -> Option<String>) -> Result<Self> {
         let first = |names: &[&str]| names.iter().find_map(|name| env(name));
-        let home = match env("HF_HOME") {
-            Some(home) => Some(PathBuf::from(home)),
-            None => match env("XDG_CACHE_HOME") {
-                Some(cache) => Some(PathBuf::from(cache).join("huggingface")),
-                None => {
-                    first(&["HOME", "USERPROFILE"]).map(|home| PathBuf::from(home).join(".cache").join("huggingface"))
-                }
-            },
-        };
+        let home = hf_home(&env);
         let cache = options.cache_dir.clone();
         let cache = cache.or_else(|| first(&["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"]).map(PathBuf::from));
         let Some(cache) = cache.or_else(|| home.as_ref().map(|home| home.join("hub"))) else {

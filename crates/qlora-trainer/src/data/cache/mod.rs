@@ -18,6 +18,7 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
+use qlora_core::hf_home::hf_home;
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
 
 use super::encode::{ENCODING, EncodeOptions, LIBRARIES, TextEncoder};
@@ -109,15 +110,8 @@ impl TokenCache {
 
 /// Beside what Python's `datasets` keeps.
 fn default_folder() -> Option<PathBuf> {
-    let env = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let datasets = env("HF_DATASETS_CACHE").or_else(|| {
-        let home = env("HF_HOME").or_else(|| {
-            let cache = env("XDG_CACHE_HOME");
-            let cache = cache.or_else(|| env("HOME").or_else(|| env("USERPROFILE")).map(|home| home.join(".cache")));
-            cache.map(|cache| cache.join("huggingface"))
-        });
-        home.map(|home| home.join("datasets"))
-    });
+    let env = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    let datasets = env("HF_DATASETS_CACHE").map(PathBuf::from).or_else(|| Some(hf_home(env)?.join("datasets")));
     datasets.map(|folder| folder.join("qlora-tokens"))
 }
 
