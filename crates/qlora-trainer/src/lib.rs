@@ -6,14 +6,15 @@
 //! | [`data`] | JSONL to tokens, packing, whole optimizer steps |
 //! | [`session`] | from a configuration to a model, its data and a run |
 //! | [`model`], [`qlora_model`] | what the loop asks of a model, and the decoder that answers |
-//! | [`encoder`] | a model's tokenizer and chat template as the data code sees them |
+//! | [`encoder`] | a model's tokenizer and chat template, for programs and as the data code sees them |
 //! | [`trainer`] | the loop |
 //! | [`objective`] | what a run minimises: a loss of the tokens' log-probabilities |
 //! | [`optimizer`], [`schedule`] | AdamW with clipping, the learning rate |
 //! | [`loss_scale`] | what keeps float16 gradients in range |
 //! | [`checkpoint`] | atomic checkpoints, resumed bit for bit |
+//! | [`store`] | copies of checkpoints in object stores and folders |
 //! | [`exact_match`] | generated answers against expected ones |
-//! | [`comm`] | the ranks of a run: several processes that train one model |
+//! | [`comm`], `launch` | the ranks of a run: several processes that train one model, and their start |
 //! | [`metrics`], [`progress`] | the log, a progress bar, a plot of the loss |
 //! | [`samples`] | answers to the same prompts again and again while training |
 //! | [`interrupt`], [`memory`], [`fingerprint`] | Ctrl-C, memory of the process, fingerprints |

@@ -15,7 +15,6 @@ mod step;
 
 use std::path::PathBuf;
 
-use crate::times::{Times, Watch};
 use blueprint::{Blueprint, ModelFacts};
 use start::Start;
 
@@ -37,6 +36,7 @@ use crate::preemption::Notice;
 use crate::progress::{Event, Observer};
 use crate::samples::{Sample, SamplePlan};
 use crate::store::upload::Uploader;
+use crate::times::{Times, Watch};
 use qlora_kernels::Dtype;
 
 /// The outcome of a run.
