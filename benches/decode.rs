@@ -1,10 +1,11 @@
 //! Generation with an 8B model on a GPU: tokens per second while decoding, and of a prompt.
 //!
 //!     cargo bench --features cuda --bench decode -- [--batch 1,8] [--prompt 128] [--new 128] [--prefill 2048] [--rank 16]
-//!         [--layers 32] [--graph 0] [--loaded 8] [--dora 1] [--out decode.csv] [--gpu H100] [--driver 580] [--commit abc] [--date 2026-11-22] [--profile 1]
+//!         [--layers 32] [--graph 0] [--fp8 1] [--loaded 8] [--dora 1] [--out decode.csv] [--gpu H100] [--driver 580] [--commit abc] [--date 2026-11-22] [--profile 1]
 //!
 //! Llama-3.1-8B's shape with random weights, NF4 with double quantization, bf16, an all-linear adapter, greedy. Decoding
 //! is timed without the prompt: from the first new token to the last, each brought to the host before the next begins.
+//! With `--fp8 1` frozen weights are multiplied in fp8 from 32 rows on, and kept so (`frozen_compute`).
 //! `--loaded N` takes N loaded adapters of this rank instead, which the sequences have in turn; with `--dora 1` of DoRA's kind.
 
 #[path = "common/command.rs"]
@@ -19,6 +20,7 @@ use command::{Arguments, append};
 use qlora::adapter::{AdapterConfig, AdapterKinds, LoraModule, PeftAdapter};
 use qlora::kernels::ops::argmax;
 use qlora::kernels::quant::QuantConfig;
+use qlora::kernels::weight::FrozenCompute;
 use qlora::kernels::{Workspace, cuda};
 use qlora::lora::{LoraConfig, TargetModules};
 use qlora::model::{AdapterChoice, CausalLm, KvCache, LoadOptions, Quantization};
@@ -78,6 +80,10 @@ fn main() -> anyhow::Result<()> {
     let quantization = Quantization::Bits4(QuantConfig::default());
     let options = LoadOptions { quantization, ..LoadOptions::default() };
     let mut model = CausalLm::load_on(&RandomWeights::new(config), options, workspace.clone())?;
+    if value("--fp8").is_some() {
+        model.set_frozen_compute(FrozenCompute::Fp8)?;
+        model.set_weight_cache(true);
+    }
     model.set_decode_graph(value("--graph").as_deref() != Some("0"));
     let rank = number("--rank", 16)?;
     let loaded = number("--loaded", 0)?;
@@ -166,8 +172,9 @@ fn main() -> anyhow::Result<()> {
     println!("prefill {len}: {rate:.0} tok/s ({:.1} ms)", seconds[1] * 1e3);
     lines.push(format!("prefill {len},{rate:.1}"));
     println!("{:.2} GB at most", gpu.pool().peak()? as f64 / 1e9);
+    let system = if value("--fp8").is_some() { "qlora-fp8" } else { "qlora" };
     for line in lines {
-        let line = format!("qlora,{line},{}", arguments.place());
+        let line = format!("{system},{line},{}", arguments.place());
         append(value("--out").as_deref(), "system,case,tok_s,gpu,driver,commit,date", &line)?;
     }
     Ok(())

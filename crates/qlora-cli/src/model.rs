@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use qlora::adapter;
 use qlora::kernels::quant::QuantConfig;
+use qlora::kernels::weight::FrozenCompute;
 use qlora::model::{CausalLm, DeviceChoice, LoadOptions, Quantization};
 use qlora::open::{ModelFiles, OpenOptions, open_model};
 use qlora::trainer::config::TemplateKwargs;
@@ -42,6 +43,10 @@ pub(crate) struct ModelArgs {
     /// Keep the weights as stored instead of quantizing them to NF4.
     #[arg(long)]
     pub(crate) no_quantization: bool,
+    /// Multiplies with the model's weights in 8 bits, on a Hopper GPU: prompts, evaluation, and answers to 32 prompts and more at a
+    /// time are then faster, and a little less exact (as in training: frozen_compute).
+    #[arg(long, value_name = "fp8", value_parser = ["fp8"])]
+    pub(crate) frozen_compute: Option<String>,
 }
 
 /// A model that is ready to answer.
@@ -98,6 +103,10 @@ impl ModelArgs {
         let options = LoadOptions { quantization, progress: Some(&mut progress), ..LoadOptions::default() };
         let mut model = CausalLm::load_on(&*files.source, options, workspace)?;
         bar.finish_and_clear();
+        if self.frozen_compute.is_some() {
+            model.set_frozen_compute(FrozenCompute::Fp8)?;
+            model.keep_fp8_weights()?;
+        }
         for (name, adapter) in &adapters {
             model.load_adapter(name, adapter).with_context(|| name.clone())?;
         }

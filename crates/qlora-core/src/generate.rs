@@ -52,17 +52,17 @@ pub fn generate(
 }
 
 /// The next token of each sequence.
-fn next_tokens(active: &mut [(usize, &mut Sequence)], logits: &Matrix) -> Result<Vec<u32>> {
+fn next_tokens(running: &mut [Running], logits: &Matrix) -> Result<Vec<u32>> {
     // The largest logits are found where they are; what has none is left to the sampler, which says why.
-    if active.iter().all(|(_, sequence)| sequence.sampler.takes_the_largest()) {
+    if running.iter().all(|one| one.sequence.sampler.takes_the_largest()) {
         let largest: Option<Vec<u32>> = argmax::rows(logits.view())?.into_iter().collect();
         if let Some(tokens) = largest {
             return Ok(tokens);
         }
     }
     let values = logits.to_vec()?;
-    let rows = active.iter_mut().zip(values.chunks_exact(logits.cols()));
-    rows.map(|((_, sequence), row)| {
+    let rows = running.iter_mut().zip(values.chunks_exact(logits.cols()));
+    rows.map(|(Running { sequence, .. }, row)| {
         let row = Tensor::from_slice(row, row.len(), &Device::Cpu)?;
         sequence.sampler.sample(&row, &sequence.text)
     })
@@ -118,51 +118,130 @@ impl Sequence {
     }
 }
 
-/// `adapters` has a choice a prompt; `first_row` is the place of the first prompt among all those of the request.
+/// An answer in progress, and the index of its prompt.
+struct Running {
+    index: usize,
+    sequence: Sequence,
+}
+
+/// The hooks of a run.
+trait Listener {
+    /// Sees every new token as it is made, with the index of its prompt, and may end the answer.
+    fn token(&mut self, index: usize, token: u32) -> ControlFlow<()>;
+
+    /// Gets each answer as it ends, with the index of its prompt.
+    fn end(&mut self, index: usize, answer: Generation) -> Result<()>;
+}
+
+/// New answers begin when this share of the places is free: their prompts then run together, instead of a step for each.
+const REFILL_SHARE: usize = 4;
+
+/// Continues prompts, at most `together` at a time: where answers have ended, the next prompts begin. `adapters` has a choice a
+/// prompt.
 fn run(
     model: &CausalLm,
     prompts: &[&[u32]],
     config: &GenerationConfig,
     adapters: &[AdapterChoice],
-    first_row: u64,
-    mut on_token: impl FnMut(usize, u32) -> ControlFlow<()>,
-) -> Result<Vec<Generation>> {
+    together: usize,
+    listener: &mut dyn Listener,
+) -> Result<()> {
     config.validate()?;
-    let limit = model.config().max_position_embeddings;
-    let new = |(index, prompt): (usize, &&[u32])| Sequence::new(model, prompt, config, first_row + index as u64);
-    let mut sequences = prompts.iter().enumerate().map(new).collect::<Result<Vec<_>>>()?;
+    // What is wrong with the last prompt is said before the first is answered.
+    for prompt in prompts {
+        if prompt.is_empty() {
+            return Err(Error::Invalid("generation needs at least one token to start from".into()));
+        }
+        capacity(model, prompt.len(), config)?;
+    }
+    let together = together.min(prompts.len()).max(1);
     let chunk = config.prefill_chunk_size.unwrap_or(GenerationConfig::PREFILL_CHUNK);
-    for (sequence, &adapter) in sequences.iter_mut().zip(adapters).filter(|(sequence, _)| sequence.stop.is_none()) {
-        prefill(model, sequence, chunk, adapter)?;
-    }
-    loop {
-        let mut active: Vec<_> = sequences.iter_mut().enumerate().filter(|(_, seq)| seq.stop.is_none()).collect();
-        if active.is_empty() {
-            break;
+    let mut running: Vec<Running> = Vec::new();
+    let mut next = 0;
+    while next < prompts.len() || !running.is_empty() {
+        if running.is_empty() || together - running.len() >= together.div_ceil(REFILL_SHARE) {
+            let begun = running.len();
+            while running.len() < together && next < prompts.len() {
+                let sequence = Sequence::new(model, prompts[next], config, next as u64)?;
+                running.push(Running { index: next, sequence });
+                next += 1;
+            }
+            begin(model, &mut running[begun..], config, adapters, chunk, listener)?;
+            finish(&mut running, listener)?;
         }
-        let pending: Vec<Vec<u32>> = active.iter().map(|(_, seq)| seq.pending().to_vec()).collect();
-        let inputs: Vec<&[u32]> = pending.iter().map(Vec::as_slice).collect();
-        let choices: Vec<AdapterChoice> = active.iter().map(|(index, _)| adapters[*index]).collect();
-        let mut caches: Vec<_> = active.iter_mut().map(|(_, seq)| &mut seq.cache).collect();
-        let logits = model.next_logits(&inputs, &mut caches, &choices)?;
-        let tokens = next_tokens(&mut active, &logits)?;
-        for ((index, sequence), token) in active.iter_mut().zip(tokens) {
-            if config.is_stop_token(token) || model.config().eos_token_ids.contains(&token) {
-                sequence.stop = Some(StopReason::EndToken(token));
-                continue;
-            }
-            sequence.text.push(token);
-            let made = sequence.text.len() - sequence.prompt;
-            if on_token(*index, token).is_break() {
-                sequence.stop = Some(StopReason::Caller);
-            } else if made >= config.max_new_tokens || sequence.text.len() >= limit {
-                sequence.stop = Some(StopReason::Length);
-            }
+        if !running.is_empty() {
+            advance(model, &mut running, config, adapters, listener)?;
+            finish(&mut running, listener)?;
         }
     }
-    let finish = |mut sequence: Sequence| Generation {
-        tokens: sequence.text.split_off(sequence.prompt),
-        stop: sequence.stop.unwrap_or(StopReason::Length),
-    };
-    Ok(sequences.into_iter().map(finish).collect())
+    Ok(())
+}
+
+/// Runs the prompts of new answers up to their first tokens: some together, as long as they have no more than `chunk` tokens.
+fn begin(
+    model: &CausalLm,
+    mut new: &mut [Running],
+    config: &GenerationConfig,
+    adapters: &[AdapterChoice],
+    chunk: usize,
+    listener: &mut dyn Listener,
+) -> Result<()> {
+    if config.max_new_tokens == 0 {
+        return Ok(());
+    }
+    for Running { index, sequence } in new.iter_mut() {
+        prefill(model, sequence, chunk, adapters[*index])?;
+    }
+    while !new.is_empty() {
+        let mut tokens = 0;
+        let fits = |one: &&Running| {
+            tokens += one.sequence.pending().len();
+            tokens <= chunk
+        };
+        let count = new.iter().take_while(fits).count().max(1);
+        let (part, rest) = new.split_at_mut(count);
+        advance(model, part, config, adapters, listener)?;
+        new = rest;
+    }
+    Ok(())
+}
+
+/// Runs what the model has not seen of each answer, and adds the next tokens.
+fn advance(
+    model: &CausalLm,
+    running: &mut [Running],
+    config: &GenerationConfig,
+    adapters: &[AdapterChoice],
+    listener: &mut dyn Listener,
+) -> Result<()> {
+    let limit = model.config().max_position_embeddings;
+    let pending: Vec<Vec<u32>> = running.iter().map(|one| one.sequence.pending().to_vec()).collect();
+    let inputs: Vec<&[u32]> = pending.iter().map(Vec::as_slice).collect();
+    let choices: Vec<AdapterChoice> = running.iter().map(|one| adapters[one.index]).collect();
+    let mut caches: Vec<_> = running.iter_mut().map(|one| &mut one.sequence.cache).collect();
+    let logits = model.next_logits(&inputs, &mut caches, &choices)?;
+    let tokens = next_tokens(running, &logits)?;
+    for (Running { index, sequence }, token) in running.iter_mut().zip(tokens) {
+        if config.is_stop_token(token) || model.config().eos_token_ids.contains(&token) {
+            sequence.stop = Some(StopReason::EndToken(token));
+            continue;
+        }
+        sequence.text.push(token);
+        let made = sequence.text.len() - sequence.prompt;
+        if listener.token(*index, token).is_break() {
+            sequence.stop = Some(StopReason::Caller);
+        } else if made >= config.max_new_tokens || sequence.text.len() >= limit {
+            sequence.stop = Some(StopReason::Length);
+        }
+    }
+    Ok(())
+}
+
+/// Takes out the answers that have ended.
+fn finish(running: &mut Vec<Running>, listener: &mut dyn Listener) -> Result<()> {
+    for Running { index, mut sequence } in running.extract_if(.., |one| one.sequence.stop.is_some()) {
+        let tokens = sequence.text.split_off(sequence.prompt);
+        listener.end(index, Generation { tokens, stop: sequence.stop.unwrap_or(StopReason::Length) })?;
+    }
+    Ok(())
 }

@@ -30,9 +30,10 @@ pub(crate) struct Args {
     /// The output file for the answers of --batch: the same lines with "completion".
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Lines of --batch that are answered together.
-    #[arg(long, default_value_t = 8)]
-    batch_size: usize,
+    /// Lines of --batch that are answered together: where answers have ended, the next ones begin [default: what the memory
+    /// allows, up to 64; 8 on the CPU].
+    #[arg(long, value_name = "N")]
+    batch_size: Option<usize>,
     /// The user's message.
     #[arg(required_unless_present = "batch")]
     prompt: Option<String>,
@@ -42,7 +43,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let loaded = args.ask.load()?;
     let (asker, system) = (args.ask.asker(&loaded), args.ask.system());
     if let (Some(input), Some(output)) = (&args.batch, &args.output) {
-        return answer_file(&asker, input, output, &system, args.batch_size.max(1));
+        return answer_file(&asker, input, output, &system, args.batch_size);
     }
     asker.remark_unused([&Conversation::default()]);
     let text = args.prompt.as_deref().unwrap_or_default();
@@ -78,7 +79,7 @@ fn answer_file(
     input: &Path,
     output: &Path,
     system: &[ConversationMessage],
-    size: usize,
+    size: Option<usize>,
 ) -> Result<()> {
     if output.exists() && input.canonicalize().ok() == output.canonicalize().ok() {
         bail!("{} would be overwritten: give --output another name", input.display());
@@ -98,8 +99,10 @@ fn answer_file(
     }
     asker.remark_unused(&conversations);
     let prompts: Vec<&[u32]> = rows.iter().map(|(_, tokens)| tokens.as_slice()).collect();
-    let request = GenerationRequest::new(&prompts, &asker.config).with_batch_size(size);
-    remark(format!("keys and values: {} at most", request.cache_plan(model)?));
+    let request = GenerationRequest::new(&prompts, &asker.config);
+    let size = size.map_or_else(|| request.default_batch_size(model), |size| Ok(size.max(1)))?;
+    let request = request.with_batch_size(size);
+    remark(format!("batches of {size}; keys and values: {} at most", request.cache_plan(model)?));
     let bar = output::bar("", "{pos} of {len} answers, {msg}{elapsed}");
     bar.set_length(rows.len() as u64);
     let file = std::fs::File::create(output).with_context(|| output.display().to_string())?;

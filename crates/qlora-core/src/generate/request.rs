@@ -1,9 +1,9 @@
 //! A request for text: prompts, how they are continued, and by which adapters.
 
-use std::ops::{ControlFlow, Range};
+use std::ops::ControlFlow;
 
-use super::text::{Answer, CachePlan, answer_from};
-use super::{Generation, run};
+use super::text::{Answer, AnswerTexts, CachePlan};
+use super::{Generation, Listener, run};
 use crate::error::Result;
 use crate::model::{AdapterChoices, CausalLm};
 use crate::sampling::GenerationConfig;
@@ -33,7 +33,7 @@ pub struct GenerationRequest<'a> {
 }
 
 impl<'a> GenerationRequest<'a> {
-    /// All prompts in one batch, by the adapter that is switched on.
+    /// All prompts together, by the adapter that is switched on.
     pub fn new(prompts: &'a [&'a [u32]], config: &'a GenerationConfig) -> Self {
         Self { prompts, config, adapters: AdapterChoices::default(), batch_size: usize::MAX }
     }
@@ -43,7 +43,8 @@ impl<'a> GenerationRequest<'a> {
         Self { adapters: adapters.into(), ..self }
     }
 
-    /// At most so many prompts at a time; the answers do not depend on it, up to rounding.
+    /// At most so many prompts at a time: where answers have ended, the next prompts begin. The answers do not depend on it, up to
+    /// rounding.
     pub fn with_batch_size(self, batch_size: usize) -> Self {
         Self { batch_size: batch_size.max(1), ..self }
     }
@@ -67,14 +68,9 @@ impl<'a> GenerationRequest<'a> {
         mut on_token: impl FnMut(usize, u32) -> ControlFlow<()>,
     ) -> Result<Vec<Generation>> {
         let choices = self.adapters.each(self.prompts.len())?;
-        let mut generations = Vec::with_capacity(self.prompts.len());
-        for rows in self.batches() {
-            let first = rows.start;
-            let on_token = |index: usize, token| on_token(first + index, token);
-            let (prompts, choices) = (&self.prompts[rows.clone()], &choices[rows]);
-            generations.extend(run(model, prompts, self.config, choices, first as u64, on_token)?);
-        }
-        Ok(generations)
+        let mut answers = Collect { on_token: &mut on_token, answers: self.prompts.iter().map(|_| None).collect() };
+        run(model, self.prompts, self.config, &choices, self.batch_size, &mut answers)?;
+        Ok(answers.answers.into_iter().flatten().collect())
     }
 
     /// Every answer as text. A stop string ends its answer alone.
@@ -90,7 +86,8 @@ impl<'a> GenerationRequest<'a> {
         Ok(all)
     }
 
-    /// [`Self::answer`], in which `on_answers` gets each batch's answers and the index of the first one as soon as they are there.
+    /// [`Self::answer`], in which `on_answers` gets answers as soon as they and all before them are there, in the order of the
+    /// prompts, with the index of the first.
     ///
     /// # Errors
     /// As [`Self::answer`], and what `on_answers` returns.
@@ -101,31 +98,59 @@ impl<'a> GenerationRequest<'a> {
         mut on_answers: impl FnMut(usize, Vec<Answer>) -> Result<()>,
     ) -> Result<()> {
         let choices = self.adapters.each(self.prompts.len())?;
-        for rows in self.batches() {
-            let first = rows.start;
-            let (prompts, choices) = (&self.prompts[rows.clone()], &choices[rows]);
-            on_answers(first, answer_from(model, tokenizer, prompts, self.config, choices, first as u64)?)?;
-        }
-        Ok(())
+        let mut texts = AnswerTexts::new(tokenizer, self.config, self.prompts.len(), &mut on_answers);
+        run(model, self.prompts, self.config, &choices, self.batch_size, &mut texts)?;
+        texts.check()
     }
 
-    /// The most memory that keys and values take: that of the largest batch.
+    /// A good number of prompts at a time: on a GPU as many as leave half of its free memory to everything else, 64 at most; 8 on the
+    /// CPU, where more are no faster.
+    ///
+    /// # Errors
+    /// If a prompt is longer than the model allows, or the GPU fails.
+    pub fn default_batch_size(&self, model: &CausalLm) -> Result<usize> {
+        const ON_CPU: usize = 8;
+        let count = self.prompts.len().max(1);
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = model.workspace().gpu() {
+            const ON_GPU: usize = 64;
+            let room = gpu.pool().available()? / 2;
+            let mut size = ON_GPU.min(count);
+            while size > 1 && self.with_batch_size(size).cache_plan(model)?.bytes() as u64 > room {
+                size = size.div_ceil(2);
+            }
+            return Ok(size);
+        }
+        // Of the prompts' lengths, as on a GPU.
+        self.cache_plan(model)?;
+        Ok(ON_CPU.min(count))
+    }
+
+    /// The most memory that keys and values take: that of the longest prompts that may run together.
     ///
     /// # Errors
     /// If a prompt is longer than the model allows.
     pub fn cache_plan(&self, model: &CausalLm) -> Result<CachePlan> {
-        let mut largest = CachePlan::new(model, [], self.config)?;
-        for rows in self.batches() {
-            let plan = CachePlan::new(model, self.prompts[rows].iter().map(|prompt| prompt.len()), self.config)?;
-            if plan.tokens > largest.tokens {
-                largest = plan;
-            }
-        }
-        Ok(largest)
+        let mut lengths: Vec<usize> = self.prompts.iter().map(|prompt| prompt.len()).collect();
+        lengths.sort_unstable_by(|a, b| b.cmp(a));
+        lengths.truncate(self.batch_size);
+        CachePlan::new(model, lengths, self.config)
+    }
+}
+
+/// The answers' tokens by prompt.
+struct Collect<'a> {
+    on_token: &'a mut dyn FnMut(usize, u32) -> ControlFlow<()>,
+    answers: Vec<Option<Generation>>,
+}
+
+impl Listener for Collect<'_> {
+    fn token(&mut self, index: usize, token: u32) -> ControlFlow<()> {
+        (self.on_token)(index, token)
     }
 
-    fn batches(&self) -> impl Iterator<Item = Range<usize>> {
-        let (size, count) = (self.batch_size, self.prompts.len());
-        (0..count.div_ceil(size)).map(move |batch| batch * size..((batch + 1).saturating_mul(size)).min(count))
+    fn end(&mut self, index: usize, answer: Generation) -> Result<()> {
+        self.answers[index] = Some(answer);
+        Ok(())
     }
 }

@@ -1,11 +1,12 @@
 //! Generation in text: tokens decoded as they come, stop strings, files of prompts, and the memory it takes.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::ops::ControlFlow;
 
-use super::{StopReason, capacity, run};
-use crate::error::Result;
-use crate::model::{AdapterChoice, CausalLm, KvCache};
+use super::{Generation, Listener, StopReason, capacity};
+use crate::error::{Error, Result};
+use crate::model::{CausalLm, KvCache};
 use crate::sampling::{GenerationConfig, StopStrings};
 use crate::tokenizer::{DecodeStream, Tokenizer};
 
@@ -67,32 +68,86 @@ pub struct Answer {
     pub stop: StopReason,
 }
 
-/// The answers to the prompts from number `first` of a request on, each with its choice of an adapter.
-pub(super) fn answer_from(
-    model: &CausalLm,
-    tokenizer: &Tokenizer,
-    prompts: &[&[u32]],
-    config: &GenerationConfig,
-    adapters: &[AdapterChoice],
-    first: u64,
-) -> Result<Vec<Answer>> {
-    let mut texts: Vec<_> = prompts.iter().map(|_| (AnswerText::new(tokenizer, config), String::new())).collect();
-    let mut failure = None;
-    let generations = run(model, prompts, config, adapters, first, |index, token| {
-        let (text, whole) = &mut texts[index];
+/// Gets answers in the order of their prompts, with the index of the first.
+type OnAnswers<'a> = &'a mut dyn FnMut(usize, Vec<Answer>) -> Result<()>;
+
+/// The answers of a run as text.
+pub(super) struct AnswerTexts<'a> {
+    tokenizer: &'a Tokenizer,
+    config: &'a GenerationConfig,
+    /// Of the prompts from number `handed_on` on.
+    states: VecDeque<State<'a>>,
+    handed_on: usize,
+    on_answers: OnAnswers<'a>,
+    failure: Option<Error>,
+}
+
+enum State<'a> {
+    Waiting,
+    Running(Box<AnswerText<'a>>, String),
+    Ended(Answer),
+}
+
+impl<'a> AnswerTexts<'a> {
+    pub(super) fn new(
+        tokenizer: &'a Tokenizer,
+        config: &'a GenerationConfig,
+        prompts: usize,
+        on_answers: OnAnswers<'a>,
+    ) -> Self {
+        let states = (0..prompts).map(|_| State::Waiting).collect();
+        Self { tokenizer, config, states, handed_on: 0, on_answers, failure: None }
+    }
+
+    /// The error of the decoder that ended an answer, if one did.
+    pub(super) fn check(self) -> Result<()> {
+        self.failure.map_or(Ok(()), Err)
+    }
+
+    fn new_text(&self) -> (Box<AnswerText<'a>>, String) {
+        (Box::new(AnswerText::new(self.tokenizer, self.config)), String::new())
+    }
+}
+
+impl Listener for AnswerTexts<'_> {
+    fn token(&mut self, index: usize, token: u32) -> ControlFlow<()> {
+        let at = index - self.handed_on;
+        if matches!(self.states[at], State::Waiting) {
+            let (text, whole) = self.new_text();
+            self.states[at] = State::Running(text, whole);
+        }
+        let State::Running(text, whole) = &mut self.states[at] else { return ControlFlow::Break(()) };
         match text.push(token) {
             Ok(piece) => whole.push_str(&piece),
-            Err(error) => failure = Some(error),
+            Err(error) => self.failure = Some(error),
         }
-        if failure.is_some() || text.is_complete() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    })?;
-    if let Some(error) = failure {
-        return Err(error);
+        if self.failure.is_some() || text.is_complete() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
-    let answer = |((text, whole), generation): ((AnswerText, String), super::Generation)| {
-        Ok(Answer { text: whole + &text.finish()?, tokens: generation.tokens.len(), stop: generation.stop })
-    };
-    texts.into_iter().zip(generations).map(answer).collect()
+
+    fn end(&mut self, index: usize, answer: Generation) -> Result<()> {
+        if let Some(error) = self.failure.take() {
+            return Err(error);
+        }
+        let at = index - self.handed_on;
+        let (text, whole) = match std::mem::replace(&mut self.states[at], State::Waiting) {
+            State::Running(text, whole) => (text, whole),
+            _ => self.new_text(),
+        };
+        let text = whole + &text.finish()?;
+        self.states[at] = State::Ended(Answer { text, tokens: answer.tokens.len(), stop: answer.stop });
+        let ended = self.states.iter().take_while(|state| matches!(state, State::Ended(_))).count();
+        let ready: Vec<Answer> = self
+            .states
+            .drain(..ended)
+            .filter_map(|state| if let State::Ended(answer) = state { Some(answer) } else { None })
+            .collect();
+        if !ready.is_empty() {
+            let first = self.handed_on;
+            self.handed_on += ready.len();
+            (self.on_answers)(first, ready)?;
+        }
+        Ok(())
+    }
 }
 
 /// The upper bound of the memory of a generation's KV cache.

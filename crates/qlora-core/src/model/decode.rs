@@ -19,8 +19,8 @@ pub(super) struct Step<'a> {
 }
 
 impl<'a> Step<'a> {
-    /// For sequences of one new token each, if the kernels take this model and this pass. The caches have room for the
-    /// tokens then.
+    /// For sequences of one new token each, if the kernels take this model and this pass, whose rows behind the sequences
+    /// repeat the last of them. The caches have room for the tokens then.
     ///
     /// # Errors
     /// If a cache is full, or the memory cannot be had.
@@ -44,7 +44,7 @@ impl<'a> Step<'a> {
                 caches.push(layer.with_room(1, pass.workspace)?);
             }
         }
-        let tables = DecodeTables::new(gpu, layers, &positions, table)?;
+        let tables = DecodeTables::new(gpu, layers, &positions, pass.layout.sequences().len(), table)?;
         stack.blocks().iter().try_for_each(|block| tables.expect(&block.attention, dtype))?;
         Ok(Some(Self { tables }))
     }

@@ -2,8 +2,11 @@
 //!
 //! Every step enqueues the same few hundred kernels; only the tokens, the positions and the caches' addresses differ, and these
 //! lie in device memory that is written before the step. So the first step with given sizes runs as usual, from memory that is
-//! kept for the next; the second is recorded; from then on a step is one launch. Operations that cannot be recorded (a
-//! product by cuBLAS, an adapter that needs a copy from the host in every step) run as usual.
+//! kept for the next; the second is recorded; from then on a step is one launch. Operations that cannot be recorded (weights
+//! that are dequantized for the step, an adapter that needs a copy from the host in every step) run as usual.
+//!
+//! Where answers end and others begin, the number of sequences changes from step to step. It is rounded up, so that few
+//! numbers occur ([`padded`]), and the graphs of the last ones are kept.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
@@ -11,6 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use qlora_kernels::cuda::decode::TableMemory;
 use qlora_kernels::cuda::{Graph, StepMemory};
 use qlora_kernels::tensor::DeviceTensor;
+use qlora_kernels::weight::FrozenCompute;
 use qlora_kernels::{Matrix, SequenceLayout};
 
 use super::adapters::{Chosen, Span};
@@ -21,21 +25,29 @@ use super::decode::Step;
 use super::stack::Rotation;
 use crate::error::Result;
 
-/// The state of decoding that a model keeps between steps: a CUDA graph and its memory.
+/// The most graphs that are kept: each has some hundred nodes, and logits of its own.
+const MOST_GRAPHS: usize = 8;
+
+/// The rows of a step for so many sequences. The kernels' tiles have 8 tokens at least, so that further rows cost little.
+fn padded(sequences: usize) -> usize {
+    if sequences <= 16 { sequences } else { sequences.next_multiple_of(8) }
+}
+
+/// The state of decoding that a model keeps between steps: CUDA graphs and their memory.
 #[derive(Debug, Default)]
 pub(super) struct DecodeSteps(Mutex<Kept>);
 
 #[derive(Debug, Default)]
 struct Kept {
-    // Before the memory that it was recorded with.
-    last: Option<Last>,
+    // Before the memory that they were recorded with. The last one used is the first.
+    recent: Vec<Recent>,
     memory: Option<StepMemory>,
     disabled: bool,
 }
 
-/// The key of the last step, and its recorded graph.
+/// The key of an earlier step, and its recorded graph.
 #[derive(Debug)]
-struct Last {
+struct Recent {
     key: Key,
     /// None before the step was seen twice, or if it cannot be recorded.
     recorded: Option<Recorded>,
@@ -46,11 +58,12 @@ struct Last {
 /// The parameters that determine the launches of a decode step; a recorded graph is valid for one key.
 #[derive(Debug, PartialEq)]
 struct Key {
-    sequences: usize,
+    rows: usize,
     capacity: usize,
     rope: usize,
     peft_rounding: bool,
-    /// Rows, and the address of their adapter's values.
+    frozen_compute: FrozenCompute,
+    /// Which rows, and the address of their adapter's values.
     spans: Vec<(Range<usize>, usize)>,
 }
 
@@ -67,7 +80,8 @@ impl DecodeSteps {
     /// To be called when the model changes.
     pub(super) fn forget(&mut self) {
         let kept = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
-        (kept.last, kept.memory) = (None, None);
+        kept.recent.clear();
+        kept.memory = None;
     }
 }
 
@@ -75,14 +89,15 @@ impl CausalLm {
     /// Whether steps of generation on a GPU run as one CUDA graph where they can (they do by default).
     pub fn set_decode_graph(&mut self, on: bool) {
         let kept = self.steps.0.get_mut().unwrap_or_else(PoisonError::into_inner);
-        (kept.last, kept.memory) = (None, None);
+        kept.recent.clear();
+        kept.memory = None;
         kept.disabled = !on;
     }
 
     /// Whether the last step of generation ran as a graph.
     pub fn runs_decode_graph(&self) -> bool {
         let kept = self.steps.0.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.last.as_ref().is_some_and(|last| last.recorded.is_some())
+        kept.recent.first().is_some_and(|last| last.recorded.is_some())
     }
 
     /// The logits after one new token of each sequence; none if the kernels for that do not take this model.
@@ -90,11 +105,19 @@ impl CausalLm {
         &self,
         tokens: &[u32],
         caches: &mut [&mut KvCache],
-        layout: &SequenceLayout,
         rope: &Arc<Rotation>,
         spans: &[Span],
     ) -> Result<Option<Matrix>> {
         let Some(gpu) = self.workspace().gpu() else { return Ok(None) };
+        let (sequences, rows) = (tokens.len(), padded(tokens.len()));
+        let mut tokens = tokens.to_vec();
+        tokens.resize(rows, tokens.last().copied().unwrap_or_default());
+        let mut spans = spans.to_vec();
+        if let Some((last, _)) = spans.last_mut() {
+            last.end = last.end.max(rows);
+        }
+        let (tokens, spans) = (&*tokens, &*spans);
+        let layout = &SequenceLayout::from_lengths(&vec![1; rows]);
         // While another thread generates with this model, without what is kept.
         let mut own = Kept { disabled: true, ..Kept::default() };
         let mut shared = match self.steps.0.try_lock() {
@@ -115,18 +138,18 @@ impl CausalLm {
         let values = values.map(|values| DeviceTensor::new("decode", values)).transpose()?;
         let logits = self.with_pass(spans, |adapter| {
             let pass = Pass { adapter, layout, rope, workspace: self.workspace() };
-            let table = kept.last.as_ref().map(|last| last.table.clone());
+            let table = kept.recent.iter().find(|recent| recent.key.rows == rows).map(|recent| recent.table.clone());
             let Some(mut step) = Step::new(self.stack(), caches, &pass, table)? else { return Ok(None) };
-            let key = self.key(tokens.len(), step.tables.capacity(), rope, spans);
+            let key = self.key(rows, step.tables.capacity(), rope, spans);
             let body = |step: &mut Step, x: Matrix| -> Result<Matrix> {
                 let y = step.run(self.stack(), x, &pass)?;
                 self.head_logits(&self.stack().infer_norm(&y, &pass)?, spans)
             };
             // Not from the memory of steps: the caller may keep it.
-            let mut logits = self.workspace().matrix(tokens.len(), self.config().vocab_size)?;
-            let seen = kept.last.take().filter(|last| last.key == key);
+            let mut logits = self.workspace().matrix(sequences, self.config().vocab_size)?;
+            let seen = kept.recent.iter().position(|recent| recent.key == key).map(|at| kept.recent.remove(at));
             let is_new = seen.is_none();
-            let mut last = seen.unwrap_or_else(|| Last {
+            let mut last = seen.unwrap_or_else(|| Recent {
                 key,
                 recorded: None,
                 impossible: kept.disabled,
@@ -134,7 +157,7 @@ impl CausalLm {
             });
             let memory = kept.memory.get_or_insert_with(|| StepMemory::new(gpu)).clone();
             if !is_new && !last.impossible && last.recorded.is_none() {
-                let x = self.workspace().matrix(tokens.len(), self.config().hidden_size)?;
+                let x = self.workspace().matrix(rows, self.config().hidden_size)?;
                 let _reuse = memory.reuse();
                 let recorded = gpu.capture(values.as_slice(), || {
                     let mut start = self.workspace().matrix(x.rows(), x.cols())?;
@@ -147,7 +170,7 @@ impl CausalLm {
             // A step that runs without a graph keeps no memory: it may be much where weights are dequantized in every
             // step.
             let _reuse = (!last.impossible).then(|| memory.reuse());
-            if last.impossible {
+            if last.impossible && kept.recent.iter().all(|recent| recent.recorded.is_none()) {
                 kept.memory = None;
             }
             let x = self.embed_with(tokens, spans)?;
@@ -156,14 +179,15 @@ impl CausalLm {
                 recorded.x.view_mut().copy_from(x.view())?;
                 launched = recorded.graph.launch()?;
                 if launched {
-                    logits.view_mut().copy_from(recorded.logits.view())?;
+                    logits.view_mut().copy_from(recorded.logits.view().slice_rows(0..sequences))?;
                 }
             }
             if !launched {
                 last.recorded = None;
-                logits.view_mut().copy_from(body(&mut step, x)?.view())?;
+                logits.view_mut().copy_from(body(&mut step, x)?.view().slice_rows(0..sequences))?;
             }
-            kept.last = Some(last);
+            kept.recent.insert(0, last);
+            kept.recent.truncate(MOST_GRAPHS);
             Ok(Some(logits))
         })?;
         if logits.is_some() {
@@ -172,7 +196,7 @@ impl CausalLm {
         Ok(logits)
     }
 
-    fn key(&self, sequences: usize, capacity: usize, rope: &Arc<Rotation>, spans: &[Span]) -> Key {
+    fn key(&self, rows: usize, capacity: usize, rope: &Arc<Rotation>, spans: &[Span]) -> Key {
         let address = |chosen: &Chosen| match chosen {
             Chosen::Base => 0,
             Chosen::Trained => 1,
@@ -180,6 +204,13 @@ impl CausalLm {
         };
         let spans = spans.iter().map(|(rows, chosen)| (rows.clone(), address(chosen))).collect();
         let peft_rounding = self.workspace().gpu().is_some_and(|gpu| gpu.peft_rounding());
-        Key { sequences, capacity, rope: Arc::as_ptr(rope).addr(), peft_rounding, spans }
+        Key {
+            rows,
+            capacity,
+            rope: Arc::as_ptr(rope).addr(),
+            peft_rounding,
+            frozen_compute: self.frozen_compute(),
+            spans,
+        }
     }
 }

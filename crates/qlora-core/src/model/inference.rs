@@ -88,7 +88,7 @@ impl CausalLm {
         let spans = self.spans(layout.sequences(), choices)?;
         #[cfg(feature = "cuda")]
         if layout.uniform_len() == Some(1)
-            && let Some(logits) = self.decode_step(&tokens, caches, &layout, &rope, &spans)?
+            && let Some(logits) = self.decode_step(&tokens, caches, &rope, &spans)?
         {
             return Ok(logits);
         }

@@ -7,6 +7,8 @@ use qlora_kernels::weight::FrozenCompute;
 
 use super::causal_lm::CausalLm;
 use super::policy::Keep;
+#[cfg(feature = "cuda")]
+use super::weights::LinearWeight;
 use crate::error::{Error, Result};
 
 /// Bytes held by a model, by part.
@@ -57,7 +59,8 @@ impl CausalLm {
 
     /// Chooses the arithmetic of the products with the frozen weights of all blocks, forward and backward: in the type of the
     /// activations, or in fp8: in training, in evaluation, and over prompts. Generation's steps of a few tokens read 4-bit weights as
-    /// they are stored, and so are not changed by it.
+    /// they are stored, and so are not changed by it; those of 32 sequences and more are, if the weights stay in fp8
+    /// ([`Self::keep_fp8_weights`]).
     ///
     /// # Errors
     /// If it is fp8 and the model is not on a Hopper GPU, or its adapter is a DoRA, whose layers are multiplied one by one.
@@ -75,6 +78,22 @@ impl CausalLm {
         }
         self.stack.blocks().iter().for_each(|block| block.policy.set_frozen_compute(compute));
         Ok(())
+    }
+
+    /// For generation with [`FrozenCompute::Fp8`]: keeps the weights in 8 bits beside those that are loaded, a byte each, if that takes
+    /// no more than half of the free memory. Says whether. Without, they are made again for every prompt.
+    ///
+    /// # Errors
+    /// If the GPU fails.
+    pub fn keep_fp8_weights(&self) -> Result<bool> {
+        #[cfg(feature = "cuda")]
+        if let (Some(gpu), FrozenCompute::Fp8) = (self.workspace.gpu(), self.frozen_compute()) {
+            let elements = |weight: LinearWeight| weight.weight.rows() * weight.weight.cols();
+            let fits = self.linear_weights().map(elements).sum::<usize>() as u64 <= gpu.pool().available()? / 2;
+            self.set_weight_cache(fits);
+            return Ok(fits);
+        }
+        Ok(false)
     }
 
     /// Whether there are layers that [`Self::set_frozen_compute`] can run in fp8.

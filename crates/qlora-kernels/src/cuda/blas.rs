@@ -153,8 +153,9 @@ impl Blas {
                 bytes => Some(gpu.alloc(op, bytes)?),
             };
             gpu.bind(op)?;
+            let stream = gpu.launch_stream();
             // SAFETY: the addresses are windows of live memory with the sizes and strides of the layouts; the workspace
-            // lives until the stream has used it (it is freed on the same stream).
+            // lives until the stream has used it (it is freed on the same stream; a recording notes its address).
             Ok(unsafe {
                 lt::matmul(
                     self.handle,
@@ -172,7 +173,7 @@ impl Blas {
                     &raw const algorithm.algo,
                     workspace.as_ref().map_or(0, |memory| memory.ptr()) as *mut c_void,
                     algorithm.workspace,
-                    gpu.stream().cu_stream().cast(),
+                    stream.cast(),
                 )
             })
         };

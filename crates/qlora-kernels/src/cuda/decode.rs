@@ -51,7 +51,8 @@ impl<'a> DecodeTables<'a> {
     }
 
     /// Of `layers[layer][sequence] = [keys, values]`, each `[capacity, kv_heads * head_dim]`, and the position of each
-    /// sequence's new token: the tokens before it are in the caches.
+    /// sequence's new token: the tokens before it are in the caches. A step has `rows` rows; those behind the sequences
+    /// repeat the last of them, and write its key and value once more.
     ///
     /// `memory` is an earlier table's ([`Self::memory`]), to be written again if it is large enough.
     ///
@@ -61,8 +62,10 @@ impl<'a> DecodeTables<'a> {
         gpu: &Arc<Gpu>,
         layers: Vec<Vec<[&'a mut Matrix; 2]>>,
         positions: &[u32],
+        rows: usize,
         memory: Option<TableMemory>,
     ) -> Result<Self> {
+        let repeated = rows.saturating_sub(positions.len());
         let mut addresses = [Vec::new(), Vec::new()];
         let mut first: Option<(usize, Dtype)> = None;
         let mut capacity = 0;
@@ -71,9 +74,10 @@ impl<'a> DecodeTables<'a> {
             if caches.len() != positions.len() {
                 return Err(Error::invalid(OP, format!("{} caches for {} sequences", caches.len(), positions.len())));
             }
+            let start = addresses[0].len();
             for (caches, &position) in caches.into_iter().zip(positions) {
                 for (matrix, addresses) in caches.into_iter().zip(&mut addresses) {
-                    let rows = matrix.rows();
+                    let room = matrix.rows();
                     let view = matrix.view_mut().cuda(OP)?;
                     let kind = *first.get_or_insert((view.cols(), view.dtype()));
                     one_gpu(OP, gpu, [view.gpu()])?;
@@ -81,15 +85,21 @@ impl<'a> DecodeTables<'a> {
                     if kind != (view.cols(), view.dtype()) || !gapless || !view.ptr().is_multiple_of(16) {
                         return Err(Error::invalid(OP, "the caches are not alike"));
                     }
-                    if position as usize >= rows {
-                        return Err(Error::invalid(OP, format!("position {position} in a cache of {rows} tokens")));
+                    if position as usize >= room {
+                        return Err(Error::invalid(OP, format!("position {position} in a cache of {room} tokens")));
                     }
-                    capacity = capacity.max(rows);
+                    capacity = capacity.max(room);
                     addresses.push(view.ptr());
                 }
             }
+            for addresses in addresses.iter_mut().filter(|addresses| addresses.len() > start) {
+                let last = addresses[addresses.len() - 1];
+                addresses.resize(addresses.len() + repeated, last);
+            }
         }
         let Some((width, dtype)) = first else { return Err(Error::invalid(OP, "no sequence")) };
+        let mut positions = positions.to_vec();
+        positions.resize(positions.len() + repeated, positions[positions.len() - 1]);
         let [mut table, values] = addresses;
         table.extend(values);
         for pair in positions.chunks(2) {
@@ -103,16 +113,7 @@ impl<'a> DecodeTables<'a> {
             None => (Arc::new(Buffer::upload(gpu, OP, &table)?), Arc::default()),
         };
         lives.store(true, Ordering::SeqCst);
-        Ok(Self {
-            table,
-            lives,
-            layers: count,
-            positions: positions.to_vec(),
-            capacity,
-            width,
-            dtype,
-            caches: PhantomData,
-        })
+        Ok(Self { table, lives, layers: count, positions, capacity, width, dtype, caches: PhantomData })
     }
 
     /// An error unless the caches are of this attention, in this type: what launches that are recorded do not look at again.

@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::buffer::Buffer;
 use super::ffi;
 use super::gpu::Gpu;
-use super::linear_group::{add_biases, check_gpu};
+use super::linear_group::{add_biases, check_gpu, keeps_fp8};
 use super::step_memory::lasting;
 use super::view::{CudaView, CudaViewMut, one_gpu};
 use crate::dtype::Dtype;
@@ -30,6 +30,9 @@ const MOST_OF_GEMV: usize = 16;
 
 /// Up to here one column tile of the tensor cores holds all tokens.
 const MOST_OF_EIGHT: usize = 8;
+
+/// From here on a product with weights that are kept in fp8 is faster: one byte a weight is read and none is decoded.
+const LEAST_OF_FP8: usize = 32;
 
 /// Memory of the kernels' own, zero at first; each leaves its counters, which lie at the beginning, as it found them.
 #[derive(Debug, Default)]
@@ -106,6 +109,9 @@ pub(crate) fn forward(
     let types = [Some(y.dtype()), residual.map(|residual| residual.dtype())];
     let same = types.into_iter().flatten().all(|dtype| dtype == x.dtype());
     let fits = (1..=most_tokens(y.gpu())).contains(&tokens) && x.dtype() != Dtype::F32 && same;
+    if tokens >= LEAST_OF_FP8 && keeps_fp8(group) {
+        return Ok(false);
+    }
     let biased = group.members.iter().any(|member| member.bias.is_some());
     let rounds = y.gpu().peft_rounding() && adapter.is_some();
     if !fits || !aligned(x) || (swiglu && biased) || rounds || adapter.is_some_and(AdapterPass::drops) {

@@ -408,10 +408,15 @@ impl Gpu {
         self.stream.context().bind_to_thread().map_err(|error| cuda_error(op, error))
     }
 
+    /// The stream for this thread's launches: the GPU's own, or the one that records them.
+    pub(super) fn launch_stream(&self) -> sys::CUstream {
+        graph::recording(self).unwrap_or(self.stream.cu_stream())
+    }
+
     /// Runs one launcher and turns its status into an error that names `op`.
     pub(super) fn launch(&self, op: &'static str, launch: impl FnOnce(ffi::Stream) -> i32) -> Result<()> {
         self.bind(op)?;
-        let stream = graph::recording(self).unwrap_or(self.stream.cu_stream());
+        let stream = self.launch_stream();
         let launch = || match launch(stream.cast()) {
             0 => Ok(()),
             code => Err(status_error(op, code)),

@@ -22,6 +22,7 @@ use crate::weight::FrozenWeight;
 
 pub(crate) use backward::{backward_adapter, backward_input};
 pub(crate) use fp8::Fp8Weights;
+pub(super) use fp8::keeps_fp8;
 
 /// Sizes of a group and the places of its adapters.
 struct Plan<'a> {
@@ -146,14 +147,14 @@ impl<'a> Plan<'a> {
 /// The fused weight `[n, k]` with its extra columns (the margin) and rows.
 fn weights(plan: &Plan, group: &Group, adapter: Option<&AdapterPass>, workspace: &Workspace) -> Result<Matrix> {
     let Plan { op, n, k, rp, .. } = *plan;
-    // Weights that are not written yet must not get into the cache.
-    graph::refuse(op)?;
     let mut kept = group.cache.weights.lock().unwrap_or_else(PoisonError::into_inner);
     // The cache is filled with room for the adapters, which may come later than the first use.
     let usable = |matrix: &Matrix| matrix.rows() >= n + rp && matrix.margin() >= rp;
     let mut fused = match kept.take().filter(usable) {
         Some(fused) => fused,
         None => {
+            // Weights that are not written yet must not get into the cache.
+            graph::refuse(op)?;
             let mut fused = workspace.with_margin(n + rp, k, rp)?;
             let mut row = 0;
             for member in group.members {

@@ -244,7 +244,7 @@ pub(crate) fn step(side: &Side, cfg: &AttentionConfig, seen: &[usize], gpu: Opti
     if let Some(gpu) = gpu {
         let layer = caches.iter_mut().map(|[keys, values]| [keys, values]).collect();
         let gpu = Gpu::of(&gpu.device())?;
-        let mut tables = DecodeTables::new(&gpu, vec![layer], &positions, None)?;
+        let mut tables = DecodeTables::new(&gpu, vec![layer], &positions, positions.len(), None)?;
         tables.append(0, cfg, qkv.view_mut(), &table)?;
         tables.attention(0, cfg, qkv.view().slice_cols(0..q), out.view_mut())?;
     } else {

@@ -14,6 +14,7 @@ use super::{Plan, add_biases, dequantize, parts, shrink_into};
 use crate::cuda::blas::Kind;
 use crate::cuda::fp8::{Fp8, MULTIPLE};
 use crate::cuda::graph;
+use crate::cuda::step_memory::lasting;
 use crate::cuda::view::{CudaView, CudaViewMut};
 use crate::error::Result;
 use crate::matrix::{Matrix, Workspace};
@@ -43,6 +44,11 @@ pub(super) fn takes(group: &Group) -> bool {
         && group.members.iter().all(|member| fits(member.weight.rows()) && member.weight.int8_activations().is_none())
 }
 
+/// Whether the group multiplies with weights in fp8 that stay from one product to the next.
+pub(in crate::cuda) fn keeps_fp8(group: &Group) -> bool {
+    takes(group) && group.cache.enabled() && !group.split
+}
+
 /// The weights that are multiplied together: of the whole group, or of one member at a time.
 fn pieces(group: &Group) -> Vec<Range<usize>> {
     match group.split {
@@ -60,10 +66,10 @@ fn with_weights(
     workspace: &Workspace,
     multiply: impl FnOnce(&Fp8) -> Result<()>,
 ) -> Result<()> {
-    // Weights that are not written yet must not get into the cache.
-    graph::refuse(plan.op)?;
     let inside = |columns: &Range<usize>| columns.start >= piece.start && columns.end <= piece.end;
     let make = || {
+        // Weights that are not written yet must not get into the cache.
+        graph::refuse(plan.op)?;
         let members = parts(group).filter(|(_, columns)| inside(columns)).map(|(member, _)| member.weight.as_cuda());
         if let Some(weights) = members.collect::<Option<Vec<_>>>() {
             let made = match side {
@@ -84,14 +90,14 @@ fn with_weights(
         let whole = whole.view().cuda(plan.op)?;
         if side == Side::Forward { Fp8::of_rows(whole) } else { Fp8::of_columns(whole) }
     };
-    if !group.cache.enabled() || group.split {
+    if !keeps_fp8(group) {
         return multiply(&make()?);
     }
     let mut kept = group.cache.fp8.lock().unwrap_or_else(PoisonError::into_inner);
     let slot = if side == Side::Forward { &mut kept.forward } else { &mut kept.backward };
     let weights = match slot.take() {
         Some(weights) => weights,
-        None => make()?,
+        None => lasting(make)?,
     };
     multiply(slot.insert(weights))
 }
