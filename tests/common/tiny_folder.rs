@@ -29,10 +29,15 @@ const LAYERS: usize = 2;
 
 /// Writes the folder; the same seed gives the same model.
 pub(crate) fn write_model(folder: &Path, seed: u64, template: &str) {
+    write_model_of(folder, seed, template, LAYERS);
+}
+
+/// [`write_model`] with another number of layers.
+pub(crate) fn write_model_of(folder: &Path, seed: u64, template: &str, layers: usize) {
     fs::create_dir_all(folder).unwrap();
     let config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN, "intermediate_size": MLP, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+        "hidden_size": HIDDEN, "intermediate_size": MLP, "num_hidden_layers": layers, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "rope_theta": 10000.0,
         "tie_word_embeddings": false, "torch_dtype": "float32", "eos_token_id": BYTES + 2,
     });
@@ -41,17 +46,17 @@ pub(crate) fn write_model(folder: &Path, seed: u64, template: &str) {
     let options = json!({ "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL[2], "clean_up_tokenization_spaces": false });
     fs::write(folder.join("tokenizer_config.json"), options.to_string()).unwrap();
     fs::write(folder.join("chat_template.jinja"), template).unwrap();
-    fs::write(folder.join("model.safetensors"), weights(seed)).unwrap();
+    fs::write(folder.join("model.safetensors"), weights(seed, layers)).unwrap();
 }
 
-fn weights(seed: u64) -> Vec<u8> {
+fn weights(seed: u64, layers: usize) -> Vec<u8> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut shapes = vec![
         ("model.embed_tokens.weight".to_owned(), vec![VOCABULARY, HIDDEN]),
         ("model.norm.weight".to_owned(), vec![HIDDEN]),
         ("lm_head.weight".to_owned(), vec![VOCABULARY, HIDDEN]),
     ];
-    for layer in 0..LAYERS {
+    for layer in 0..layers {
         let mut add =
             |name: &str, shape: &[usize]| shapes.push((format!("model.layers.{layer}.{name}.weight"), shape.to_vec()));
         add("input_layernorm", &[HIDDEN]);

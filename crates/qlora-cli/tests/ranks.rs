@@ -2,6 +2,8 @@
 //! them ends.
 #![cfg(target_os = "linux")]
 
+#[path = "ranks/placement.rs"]
+mod placement;
 #[path = "../../../tests/common/tiny_folder.rs"]
 mod tiny_folder;
 

@@ -7,6 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use crate::dtype::Dtype;
+use crate::error::Result;
+use crate::packed::{Packed, PackedForm, PackedKind};
+
 /// A frozen weight `[rows = output features, cols = input features]`: plain, 4-bit, integers.
 ///
 /// Training and inference only need to read rows of it; [`crate::ops::frozen_linear`] multiplies with any of them.
@@ -43,6 +47,25 @@ pub trait FrozenWeight: Send + Sync + fmt::Debug {
     /// Elements that share a scale where the weight has 4 bits and its blocks do not cross rows.
     fn row_blocks_of_4bit(&self) -> Option<usize> {
         None
+    }
+
+    /// The weight's arrays as they lie in host memory, for kinds that can travel ([`crate::packed`]).
+    fn packed(&self) -> Option<Packed<'_>> {
+        None
+    }
+
+    /// Waits until the weight is where it is read, for one that is not always there ([`crate::travel`]). An operation that multiplies
+    /// with it calls this before.
+    ///
+    /// # Errors
+    /// If it cannot be had; the message names the process that holds it.
+    fn arrive(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Whether the weight is not always in the memory of its device.
+    fn travels(&self) -> bool {
+        false
     }
 
     /// The weight on its GPU, if it is on one.
@@ -235,6 +258,16 @@ impl FrozenWeight for PlainWeight {
             PlainData::F32(data) => Some(data),
             _ => None,
         }
+    }
+
+    fn packed(&self) -> Option<Packed<'_>> {
+        let (dtype, bytes) = match &self.data {
+            PlainData::F32(data) => (Dtype::F32, bytemuck::cast_slice(data)),
+            PlainData::Bf16(data) => (Dtype::Bf16, bytemuck::cast_slice(data)),
+            PlainData::F16(data) => (Dtype::F16, bytemuck::cast_slice(data)),
+        };
+        let form = PackedForm { rows: self.rows, cols: self.cols, kind: PackedKind::Plain(dtype) };
+        Some(Packed { form, arrays: vec![bytes] })
     }
 }
 

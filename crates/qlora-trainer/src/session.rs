@@ -16,6 +16,7 @@
 
 mod adapter;
 mod card;
+mod placement;
 mod plan;
 mod prepare;
 mod weights;
@@ -26,12 +27,13 @@ use qlora_core::adapter::{AdapterDtype, SaveOptions, TrainedOver};
 use qlora_core::companions::Companions;
 use qlora_core::config::ModelConfig;
 use qlora_core::lora::{ByModule, LoraConfig, ModuleFilter, ModulePattern, TargetModules};
-use qlora_core::model::{CausalLm, DeviceChoice, LoadOptions, Quantization};
+use qlora_core::model::{BasePlacement, CausalLm, DeviceChoice, LoadOptions, PlacementKind, Quantization};
 use qlora_core::open::ModelFiles;
 use qlora_kernels::quant::{QuantConfig, QuantType};
 use qlora_kernels::{Dtype, Workspace};
 
 pub use self::card::{CardPlan, plan_on_card};
+use crate::comm::shares::SharingRanks;
 use crate::comm::{Alone, Communicator, or_tell_all};
 use crate::config::{self, GradientCheckpointing, LoraOptions, ModelOptions, Targets, Tracker, TrainConfig};
 use crate::data::balance::imbalance;
@@ -43,6 +45,7 @@ use crate::qlora_model::{QLoraModel, REFERENCE};
 use crate::samples::SamplePlan;
 use crate::trainer::Trainer;
 use crate::trainer::start::Start;
+use placement::Placing;
 use prepare::{Data, Prepared};
 
 /// A loaded model with its adapter, its tokenizer and its chat template, under a configuration.
@@ -90,7 +93,8 @@ impl Session {
         mut comm: Box<dyn Communicator>,
         progress: impl FnMut(u64, u64),
     ) -> Result<Self> {
-        let opened = Prepared::new(config, true, &mut comm).and_then(|prepared| Self::load(prepared, progress));
+        let prepared = Prepared::new(config, true, &mut comm);
+        let opened = prepared.and_then(|prepared| Self::load(prepared, &mut *comm, progress));
         let session = or_tell_all(&mut *comm, opened)?;
         Ok(Self { comm, ..session })
     }
@@ -100,10 +104,10 @@ impl Session {
     /// # Errors
     /// As [`Session::open`].
     pub fn open_dry_run(config: &TrainConfig, progress: impl FnMut(u64, u64)) -> Result<Self> {
-        Self::load(Prepared::planned(config)?, progress)
+        Self::load(Prepared::planned(config)?, &mut Alone, progress)
     }
 
-    fn load(prepared: Prepared, mut progress: impl FnMut(u64, u64)) -> Result<Self> {
+    fn load(prepared: Prepared, comm: &mut dyn Communicator, mut progress: impl FnMut(u64, u64)) -> Result<Self> {
         let Prepared { config, start, files, template_time, beginning, reference, workspace, identity, data, prompts } =
             prepared;
         let companions = Companions::of_adapter(&files)?;
@@ -112,13 +116,30 @@ impl Session {
         let text = ModelText { tokenizer, chat_template, ends: generation.eos_token_ids, template_kwargs };
         let quantization = quantization(&config.model);
         let trained_over = TrainedOver::of(&*source, quantization)?;
+        let kind = Placing {
+            config: &config,
+            source: &*source,
+            quantization,
+            held: &trained_over,
+            layout: beginning.layout(),
+            workspace: &workspace,
+            training: &data.0,
+        }
+        .choose(comm)?;
+        let mut ranks = SharingRanks::new(comm);
         let load = LoadOptions {
             quantization,
             offload_embedding: config.model.offload_embedding,
+            placement: match kind {
+                PlacementKind::Streamed => BasePlacement::Streamed,
+                PlacementKind::Sharded => BasePlacement::Sharded(&mut ranks),
+                _ => BasePlacement::Resident,
+            },
             progress: Some(&mut progress),
         };
         let on = workspace.clone();
-        let mut model = beside_attention(&on, source.config(), || CausalLm::load_on(&*source, load, workspace))?;
+        let loaded = beside_attention(&on, source.config(), || CausalLm::load_on(&*source, load, workspace));
+        let mut model = loaded.map_err(|error| ranks.failed.take().unwrap_or_else(|| error.into()))?;
         beginning.add_to(&mut model, config.training.seed)?;
         if let Some(reference) = &reference {
             model.load_adapter(REFERENCE, reference)?;
@@ -159,6 +180,11 @@ impl Session {
         let (batch, each) = (options.per_device_train_batch_size, micro_batches.div_ceil(ranks));
         let items = if self.config.data.packing { "bins" } else { "rows" };
         Some(format!("{described}; {} {items} a step: batches of {batch}, {each} on each rank", batch * micro_batches))
+    }
+
+    /// Where the base is, for a line at the start of the run; none where it is whole on the device.
+    pub fn base_note(&self) -> Option<String> {
+        self.model.base_memory().map(ToString::to_string)
     }
 
     /// How evenly the ranks share the tokens of a step, for a line at the start of the run; none for a process of its own, and for data

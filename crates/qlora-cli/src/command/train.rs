@@ -107,6 +107,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         memory.projections as f64 / 1e6,
         memory.adapter as f64 / 1e6
     ));
+    session.base_note().into_iter().for_each(remark);
     if let Some(note) = session.ranks_note() {
         remark(note);
     }

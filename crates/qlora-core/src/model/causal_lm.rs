@@ -9,6 +9,7 @@ use qlora_kernels::Workspace;
 use qlora_kernels::weight::FrozenWeight;
 
 use super::adapters::AdapterSet;
+use super::placement::BaseMemory;
 use super::stack::Stack;
 use super::trained::TrainedAdapter;
 use crate::config::ModelConfig;
@@ -25,6 +26,8 @@ pub struct CausalLm {
     pub(super) adapters: AdapterSet,
     pub(super) enabled: bool,
     pub(super) workspace: Workspace,
+    /// Of a base that is not whole on the device.
+    pub(super) base: Option<BaseMemory>,
     #[cfg(feature = "cuda")]
     pub(super) steps: super::decode_graph::DecodeSteps,
 }
@@ -47,6 +50,7 @@ impl CausalLm {
             adapters: AdapterSet::default(),
             enabled: true,
             workspace,
+            base: None,
             #[cfg(feature = "cuda")]
             steps: super::decode_graph::DecodeSteps::default(),
         }

@@ -5,15 +5,18 @@
 //! ([`threads`]), and what lies plain in a file goes there piece by piece, quantized on the way: the whole model in 16 bits is
 //! never anywhere, and no whole tensor of it either.
 
+mod placer;
 mod tensor;
 mod threads;
 
 use qlora_kernels::Workspace;
 use qlora_kernels::quant::{IntConfig, QuantConfig};
 
+use self::placer::Placer;
 use self::tensor::{Context, Job, Place};
 use super::assemble::{Use, assemble};
 use super::causal_lm::CausalLm;
+use super::placement::BasePlacement;
 use crate::config::StoredQuantization;
 use crate::error::{Error, Result};
 use crate::source::{WeightSource, again, ignorable};
@@ -44,6 +47,8 @@ pub struct LoadOptions<'a> {
     /// Leave the embedding's table in host memory: only the rows of a batch go to the GPU. A head that is tied to it is
     /// on the GPU in any case.
     pub offload_embedding: bool,
+    /// Where the projections are.
+    pub placement: BasePlacement<'a>,
     /// Called after each tensor with the bytes of the files that were read, and their total.
     pub progress: Option<&'a mut dyn FnMut(u64, u64)>,
 }
@@ -63,7 +68,7 @@ impl CausalLm {
     /// # Errors
     /// As there; also if the device's memory does not hold the model.
     pub fn load_on(source: &dyn WeightSource, options: LoadOptions<'_>, workspace: Workspace) -> Result<Self> {
-        let LoadOptions { mut quantization, offload_embedding, progress } = options;
+        let LoadOptions { mut quantization, offload_embedding, placement, progress } = options;
         if let Some(stored) = source.quantization() {
             check_quantization(quantization, stored, source)?;
             quantization = Quantization::None;
@@ -78,16 +83,22 @@ impl CausalLm {
         }
         let config = source.config();
         let spec = config.spec();
-        let jobs = jobs(&spec, offload_embedding);
+        let mut jobs = jobs(&spec, offload_embedding);
         check_all_used(source, &jobs)?;
+        let placer = Placer::new(&placement, source, quantization, &workspace)?;
+        jobs.retain(|job| placer.as_ref().is_none_or(|placer| placer.loads(job)));
         let mut progress = progress;
         let report = |done, total| progress.iter_mut().for_each(|progress| progress(done, total));
-        let mut parts = threads::load(&Context { source, quantization, workspace: &workspace }, jobs, report)?;
-        assemble(config, workspace, offload_embedding, &mut |tensor, of| {
+        let context = Context { source, quantization, workspace: &workspace, placer: placer.as_ref() };
+        let mut parts = threads::load(&context, jobs, report)?;
+        let base = placer.map(|placer| placer.finish(placement, &mut parts)).transpose()?;
+        let mut model = assemble(config, workspace, offload_embedding, &mut |tensor, of| {
             let place = place(tensor, offload_embedding && of == Use::Own);
             let part = parts.remove(&(tensor.name.clone(), place));
             part.ok_or_else(|| Error::tensor(&tensor.name, "is not among the tensors of the configuration"))
-        })
+        })?;
+        model.base = base;
+        Ok(model)
     }
 }
 

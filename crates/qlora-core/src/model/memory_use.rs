@@ -6,6 +6,7 @@ use qlora_kernels::Workspace;
 use qlora_kernels::weight::FrozenCompute;
 
 use super::causal_lm::CausalLm;
+use super::placement::BaseMemory;
 use super::policy::Keep;
 #[cfg(feature = "cuda")]
 use super::weights::LinearWeight;
@@ -17,6 +18,8 @@ use crate::error::{Error, Result};
 pub struct MemoryUse {
     /// The blocks' frozen projections.
     pub projections: usize,
+    /// Room for projections that are on the device only while their block runs.
+    pub slots: usize,
     /// The embedding, and the head where it is not the embedding.
     pub embeddings: usize,
     /// Norm weights and biases.
@@ -30,7 +33,7 @@ pub struct MemoryUse {
 impl MemoryUse {
     /// All parts.
     pub fn total(&self) -> usize {
-        self.projections + self.embeddings + self.vectors + self.adapter + self.loaded_adapters
+        self.projections + self.slots + self.embeddings + self.vectors + self.adapter + self.loaded_adapters
     }
 }
 
@@ -45,10 +48,16 @@ impl CausalLm {
             memory.projections += block.projections().iter().map(|p| p.weight().bytes()).sum::<usize>();
             memory.vectors += block.vector_bytes();
         }
+        memory.slots = self.base.map_or(0, |base| base.slots as usize);
         memory.vectors += self.stack.final_norm().bytes();
         memory.loaded_adapters = self.loaded_bytes();
         memory.adapter = self.adapter.as_ref().map_or(0, |adapter| adapter.layout().len() * size_of::<f32>());
         memory
+    }
+
+    /// Where the blocks' projections are, if they are not all on the device.
+    pub fn base_memory(&self) -> Option<&BaseMemory> {
+        self.base.as_ref()
     }
 
     /// Recompute every block in the backward instead of keeping its activations: less memory, more time, same bits.

@@ -12,9 +12,18 @@ use crate::error::Result;
 
 /// Device memory.
 pub struct Buffer {
-    memory: RawMemory,
+    memory: Memory,
     bytes: usize,
     gpu: Arc<Gpu>,
+}
+
+enum Memory {
+    Owned(RawMemory),
+    /// A part of memory that its owner frees.
+    Part {
+        ptr: sys::CUdeviceptr,
+        _owner: Arc<dyn Send + Sync>,
+    },
 }
 
 impl Buffer {
@@ -23,7 +32,21 @@ impl Buffer {
     /// # Errors
     /// If the memory cannot be had.
     pub fn new(gpu: &Arc<Gpu>, op: &'static str, bytes: usize) -> Result<Self> {
-        Ok(Self { memory: gpu.alloc(op, bytes)?, bytes, gpu: gpu.clone() })
+        Ok(Self { memory: Memory::Owned(gpu.alloc(op, bytes)?), bytes, gpu: gpu.clone() })
+    }
+
+    /// A part of other memory of this GPU, which lives as long as this.
+    ///
+    /// # Safety
+    /// `owner` keeps the `bytes` bytes from `ptr` on alive, and everything that writes there does so before what reads the part on the
+    /// GPU's stream.
+    pub(super) unsafe fn part_of(
+        gpu: &Arc<Gpu>,
+        owner: Arc<dyn Send + Sync>,
+        ptr: sys::CUdeviceptr,
+        bytes: usize,
+    ) -> Self {
+        Self { memory: Memory::Part { ptr, _owner: owner }, bytes, gpu: gpu.clone() }
     }
 
     /// A copy of host memory.
@@ -120,20 +143,29 @@ impl Buffer {
     }
 
     pub(crate) fn ptr(&self) -> sys::CUdeviceptr {
-        self.memory.ptr()
+        match &self.memory {
+            Memory::Owned(memory) => memory.ptr(),
+            Memory::Part { ptr, .. } => *ptr,
+        }
     }
 
     pub(super) fn as_ptr<T>(&self) -> *const T {
-        self.memory.ptr() as *const T
+        self.ptr() as *const T
     }
 
     pub(super) fn as_mut_ptr<T>(&mut self) -> *mut T {
-        self.memory.ptr() as *mut T
+        self.ptr() as *mut T
     }
 
     /// Gives the memory up without freeing it.
+    ///
+    /// # Panics
+    /// If it is a part of other memory.
     pub(crate) fn into_ptr(self) -> sys::CUdeviceptr {
-        self.memory.into_ptr()
+        match self.memory {
+            Memory::Owned(memory) => memory.into_ptr(),
+            Memory::Part { .. } => panic!("a part of other memory is not given away"),
+        }
     }
 }
 

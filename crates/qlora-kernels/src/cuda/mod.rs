@@ -11,6 +11,7 @@
 //! | [`AttentionLibrary`] | whether cuDNN's attention may be used |
 //! | [`DeviceFacts`], [`DeviceRates`] | what the driver says of it, and how fast it is |
 //! | [`Counters`] | how much of what is slow to make was made |
+//! | [`DeviceRing`], [`BaseShare`] | weights that come from host memory, or from another GPU, while their block runs |
 //! | [`decode`] | the keys and values of a step of generation |
 //! | [`nccl`] | sums between the GPUs of several processes |
 //! | [`CudaWeight`] | a frozen weight on the GPU |
@@ -48,8 +49,10 @@ pub(crate) mod optimizer;
 mod pool;
 mod profile;
 mod rates;
+mod share;
 mod step_memory;
 mod timing;
+mod travel;
 mod upload;
 mod view;
 mod weight;
@@ -66,7 +69,9 @@ pub use offload::{Arriving, Leaving, Offloaded};
 pub use pool::Pool;
 pub use profile::ProfileEntry;
 pub use rates::{DeviceFacts, DeviceRates};
+pub use share::{BaseShare, OtherShare, ShareHandle};
 pub use step_memory::{MemoryReuse, StepMemory};
+pub use travel::{DeviceRing, HostPiece, Traveller};
 pub use upload::{Source, Uploader};
 pub use view::{CudaView, CudaViewMut};
 pub use weight::CudaWeight;

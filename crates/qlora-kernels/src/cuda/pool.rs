@@ -30,6 +30,9 @@ pub struct Pool {
 /// The limits of the pools that were made with one, by address; they live as long as the process.
 static LIMITS: Mutex<Vec<(usize, u64)>> = Mutex::new(Vec::new());
 
+/// Bytes that were taken beside the pool, by the GPU's number: memory that other processes read cannot come from it.
+static BESIDE: Mutex<Vec<(usize, u64)>> = Mutex::new(Vec::new());
+
 impl super::gpu::Gpu {
     /// Lets the pool take so many bytes more from the system now instead of during a step, if they are there: a run whose
     /// peak is known then takes none anew, whatever batches come.
@@ -83,15 +86,34 @@ impl Pool {
         unsafe { result::device::get_mem_pool(self.device) }.map_err(|error| cuda_error(OP, error))
     }
 
-    /// Bytes in use.
+    /// Bytes in use, those beside the pool included.
     pub fn used(&self) -> Result<u64> {
-        self.get(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)
+        Ok(self.get(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)? + self.beside())
+    }
+
+    /// Bytes in use that did not come from the pool: they count as used, in the peak, and against the limit.
+    pub fn beside(&self) -> u64 {
+        let beside = BESIDE.lock().unwrap_or_else(PoisonError::into_inner);
+        let ordinal = self.context.ordinal();
+        beside.iter().find(|(of, _)| *of == ordinal).map_or(0, |(_, bytes)| *bytes)
+    }
+
+    /// Counts bytes that were taken beside the pool (`taken`), or given back.
+    pub(super) fn count_beside(&self, bytes: u64, taken: bool) {
+        let mut beside = BESIDE.lock().unwrap_or_else(PoisonError::into_inner);
+        let ordinal = self.context.ordinal();
+        if !beside.iter().any(|(of, _)| *of == ordinal) {
+            beside.push((ordinal, 0));
+        }
+        for (_, count) in beside.iter_mut().filter(|(of, _)| *of == ordinal) {
+            *count = if taken { *count + bytes } else { count.saturating_sub(bytes) };
+        }
     }
 
     /// The most bytes in use at one time, since the start or [`Self::reset_peak`].
     pub fn peak(&self) -> Result<u64> {
         let counted = self.get(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?;
-        Ok(counted.max(self.earlier_peak.load(Ordering::Relaxed)))
+        Ok((counted + self.beside()).max(self.earlier_peak.load(Ordering::Relaxed)))
     }
 
     /// Bytes taken from the system, in use or not.
@@ -122,7 +144,7 @@ impl Pool {
     pub fn available(&self) -> Result<u64> {
         self.context.bind_to_thread().map_err(|error| cuda_error(OP, error))?;
         let (free, _) = result::mem_get_info().map_err(|error| cuda_error(OP, error))?;
-        let idle = self.reserved()?.saturating_sub(self.used()?);
+        let idle = (self.reserved()? + self.beside()).saturating_sub(self.used()?);
         let physical = free as u64 + idle;
         Ok(match self.limit() {
             None => physical,
@@ -136,8 +158,9 @@ impl Pool {
     /// # Errors
     /// If the device fails.
     pub fn plannable(&self, budget: Option<u64>) -> Result<u64> {
-        let there = self.used()? + self.available()?;
-        Ok(budget.unwrap_or(u64::MAX).min(there) / 100 * 93)
+        let (there, beside) = (self.used()? + self.available()?, self.beside());
+        // What lies beside the pool is one piece, which loses nothing.
+        Ok(beside + budget.unwrap_or(u64::MAX).min(there).saturating_sub(beside) / 100 * 93)
     }
 
     pub(super) fn out_of_memory(&self, op: &'static str, bytes: usize) -> Error {

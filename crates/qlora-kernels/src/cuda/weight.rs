@@ -10,11 +10,13 @@ use super::buffer::Buffer;
 use super::ffi;
 use super::gpu::{Gpu, cuda_error};
 use super::int_weight::DeviceInt;
+use super::travel::{DeviceRing, PieceMemory};
 use super::upload::{Source, Uploader};
 use super::view::{CudaView, CudaViewMut};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Workspace};
+use crate::packed::{PackedForm, PackedKind};
 use crate::quant::{Absmax, IntParts, NestedAbsmax, Parts, QuantConfig, QuantType, Quantized4bit, QuantizedInt};
 use crate::view::{View, ViewMut};
 use crate::weight::{FrozenWeight, Int8Activations, PlainData, PlainWeight};
@@ -25,6 +27,8 @@ pub struct CudaWeight {
     data: Data,
     rows: usize,
     cols: usize,
+    /// For a weight that is not always there: the slots that it passes through, and its block.
+    travels: Option<(Arc<DeviceRing>, usize)>,
 }
 
 enum Data {
@@ -97,7 +101,7 @@ impl CudaWeight {
             };
             super::ops::cast(source, target)
         })?;
-        Ok(Self { data: Data::Plain { buffer, dtype: to }, rows, cols })
+        Ok(Self { data: Data::Plain { buffer, dtype: to }, rows, cols, travels: None })
     }
 
     /// Copies a 4-bit weight.
@@ -119,7 +123,7 @@ impl CudaWeight {
         let absmax = upload_absmax(uploader, absmax)?;
         let (quant_type, blocksize) = (*quant_type, *blocksize);
         let bits4 = Bits4 { codes, absmax, quant_type, blocksize, column_most: OnceLock::new() };
-        Ok(Self { data: Data::Bits4(Box::new(bits4)), rows: *rows, cols: *cols })
+        Ok(Self { data: Data::Bits4(Box::new(bits4)), rows: *rows, cols: *cols, travels: None })
     }
 
     /// Copies an integer weight. Its products use the dequantized weight; LLM.int8's round their input to 8 bits first.
@@ -129,7 +133,7 @@ impl CudaWeight {
     pub fn integers(weight: &QuantizedInt, workspace: &Workspace) -> Result<Self> {
         let gpu = gpu_of(workspace)?;
         let IntParts { rows, cols, .. } = *weight.parts();
-        Ok(Self { data: Data::Int(Box::new(DeviceInt::new(gpu, weight)?)), rows, cols })
+        Ok(Self { data: Data::Int(Box::new(DeviceInt::new(gpu, weight)?)), rows, cols, travels: None })
     }
 
     /// Quantizes on the GPU: the same bytes as [`Quantized4bit::quantize`]. (The absmax values are doubly quantized on
@@ -231,7 +235,56 @@ impl CudaWeight {
             }
         };
         let bits4 = Bits4 { codes, absmax, quant_type, blocksize, column_most: OnceLock::new() };
-        Ok(Self { data: Data::Bits4(Box::new(bits4)), rows, cols })
+        Ok(Self { data: Data::Bits4(Box::new(bits4)), rows, cols, travels: None })
+    }
+
+    /// A weight whose piece ([`crate::packed`]) lies in `memory` from the byte `at` on; with `travels`, only while its block runs.
+    pub(super) fn of_piece(
+        form: &PackedForm,
+        memory: &PieceMemory,
+        at: usize,
+        travels: Option<(Arc<DeviceRing>, usize)>,
+    ) -> Self {
+        let mut arrays = form.arrays().into_iter().map(|place| memory.part(at + place.start, place.len()));
+        let mut next = || arrays.next().expect("a form has as many arrays as its kind");
+        let data = match form.kind {
+            PackedKind::Plain(dtype) => Data::Plain { buffer: next(), dtype },
+            PackedKind::Bits4 { quant_type, blocksize, nested, .. } => {
+                let codes = next();
+                let absmax = match nested {
+                    None => DeviceAbsmax::Plain(next()),
+                    Some((offset, blocksize)) => {
+                        DeviceAbsmax::Nested { codes: next(), map: next(), absmax: next(), offset, blocksize }
+                    }
+                };
+                Data::Bits4(Box::new(Bits4 { codes, absmax, quant_type, blocksize, column_most: OnceLock::new() }))
+            }
+        };
+        Self { data, rows: form.rows, cols: form.cols, travels }
+    }
+
+    /// The weight's form and its arrays, as [`crate::packed`] has them; none for integers.
+    pub(super) fn piece(&self) -> Option<(PackedForm, Vec<&Buffer>)> {
+        let (kind, arrays) = match &self.data {
+            Data::Plain { buffer, dtype } => (PackedKind::Plain(*dtype), vec![buffer]),
+            Data::Int(_) => return None,
+            Data::Bits4(bits4) => {
+                let (nested, arrays) = match &bits4.absmax {
+                    DeviceAbsmax::Plain(values) => (None, vec![&bits4.codes, values]),
+                    DeviceAbsmax::Nested { codes, map, absmax, offset, blocksize } => {
+                        (Some((*offset, *blocksize)), vec![&bits4.codes, codes, map, absmax])
+                    }
+                };
+                let Bits4 { quant_type, blocksize, .. } = **bits4;
+                (PackedKind::Bits4 { quant_type, blocksize, source_dtype: Dtype::Bf16, nested }, arrays)
+            }
+        };
+        Some((PackedForm { rows: self.rows, cols: self.cols, kind }, arrays))
+    }
+
+    /// The weight's form, if it can travel.
+    pub fn packed_form(&self) -> Option<PackedForm> {
+        self.piece().map(|(form, _)| form)
     }
 
     /// The weight as it lies in memory, if it is plain.
@@ -300,6 +353,7 @@ impl CudaWeight {
         if let Some(made) = bits4.column_most.get() {
             return Ok(made);
         }
+        self.arrive()?;
         let gpu = self.gpu();
         let mut most = Buffer::new(gpu, OP, size_of::<f32>() * (self.cols / blocksize))?;
         most.fill_bytes(0)?;
@@ -324,6 +378,7 @@ impl CudaWeight {
     /// If the shapes do not fit, or the device fails.
     pub fn dequantize_into(&self, first_row: usize, out: CudaViewMut) -> Result<()> {
         const OP: &str = "dequantize_4bit";
+        self.arrive()?;
         Error::check_shape(OP, "out", &[out.cols()], &[self.cols])?;
         if first_row + out.rows() > self.rows {
             return Err(Error::invalid(OP, format!("rows to {} of {}", first_row + out.rows(), self.rows)));
@@ -384,6 +439,7 @@ impl CudaWeight {
     /// If the device fails.
     pub fn to_quantized(&self, source_dtype: Dtype) -> Result<Option<Quantized4bit>> {
         let Data::Bits4(bits4) = &self.data else { return Ok(None) };
+        self.arrive()?;
         let absmax = match &bits4.absmax {
             DeviceAbsmax::Plain(values) => Absmax::Plain(values.download()?),
             DeviceAbsmax::Nested { codes, map, absmax, offset, blocksize } => Absmax::Nested(NestedAbsmax {
@@ -430,8 +486,10 @@ impl FrozenWeight for CudaWeight {
         out.copy_from_slice(&read().expect("the GPU copies a weight to the host"));
     }
 
+    /// None of its own for a weight that travels.
     fn bytes(&self) -> usize {
         match &self.data {
+            _ if self.travels.is_some() => 0,
             Data::Plain { buffer, .. } => buffer.bytes(),
             Data::Int(int) => int.bytes(),
             Data::Bits4(bits4) => {
@@ -466,6 +524,14 @@ impl FrozenWeight for CudaWeight {
             Data::Bits4(bits4) => Some(bits4.blocksize).filter(|&blocksize| self.cols.is_multiple_of(blocksize)),
             Data::Plain { .. } | Data::Int(_) => None,
         }
+    }
+
+    fn arrive(&self) -> Result<()> {
+        self.travels.as_ref().map_or(Ok(()), |(ring, block)| ring.enter(*block))
+    }
+
+    fn travels(&self) -> bool {
+        self.travels.is_some()
     }
 
     fn as_cuda(&self) -> Option<&CudaWeight> {

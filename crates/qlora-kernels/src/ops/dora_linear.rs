@@ -39,6 +39,7 @@ const OP: &str = "dora_linear";
 /// If the shapes do not fit each other, or a view is not on the CPU.
 pub fn row_squares(weight: &dyn FrozenWeight, a: View, b: View, scale: f32) -> Result<Vec<f64>> {
     check(weight, a, b)?;
+    weight.arrive()?;
     let (rows, cols) = (weight.rows(), weight.cols());
     let (a, b) = (a.host(OP)?, b.host(OP)?);
     let mut squares = vec![0.0; rows];
@@ -63,6 +64,7 @@ pub fn row_squares(weight: &dyn FrozenWeight, a: View, b: View, scale: f32) -> R
 pub fn inverse_norms(weight: &dyn FrozenWeight, a: View, b: View, scale: f32, mut out: ViewMut) -> Result<()> {
     check(weight, a, b)?;
     out.expect(OP, "the inverse norms", 1, weight.rows())?;
+    weight.arrive()?;
     #[cfg(feature = "cuda")]
     if let (Some(weight), Some(gpu)) = (weight.as_cuda(), out.gpu()) {
         return on_gpu::inverse_norms(weight, a, b, scale, out, gpu);

@@ -45,6 +45,7 @@ pub fn forward(x: View, weight: &dyn FrozenWeight, y: ViewMut, beta: f32, worksp
     const OP: &str = "frozen_linear_forward";
     x.expect(OP, "x", x.rows(), weight.cols())?;
     y.expect(OP, "y", x.rows(), weight.rows())?;
+    weight.arrive()?;
     #[cfg(feature = "cuda")]
     if y.gpu().is_some() {
         return crate::cuda::linear::frozen_forward(OP, x.cuda(OP)?, weight, y.cuda(OP)?, beta);
@@ -75,6 +76,7 @@ pub fn backward(dy: View, weight: &dyn FrozenWeight, dx: ViewMut, beta: f32, wor
     const OP: &str = "frozen_linear_backward";
     dy.expect(OP, "dy", dy.rows(), weight.rows())?;
     dx.expect(OP, "dx", dy.rows(), weight.cols())?;
+    weight.arrive()?;
     #[cfg(feature = "cuda")]
     if dx.gpu().is_some() {
         return crate::cuda::linear::frozen_backward(OP, dy.cuda(OP)?, weight, dx.cuda(OP)?, beta);

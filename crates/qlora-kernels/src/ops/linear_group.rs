@@ -424,6 +424,7 @@ impl Group<'_> {
         }
         for member in self.members {
             Error::check_shape(Self::OP, "a member's inputs", &[member.weight.cols()], &[self.inputs()])?;
+            member.weight.arrive()?;
         }
         x.expect(Self::OP, "x", x.rows(), self.inputs())
     }

@@ -14,6 +14,7 @@ use super::nested::{Absmax, WithAbsmax};
 use super::quantizer::Quantizer;
 use super::{QuantConfig, check_blocksize};
 use crate::error::{Error, Result};
+use crate::packed::{Packed, PackedForm, PackedKind};
 use crate::weight::{FrozenWeight, PlainData};
 
 /// A 4-bit weight `[rows, cols]`, as bitsandbytes quantizes it.
@@ -191,6 +192,20 @@ impl FrozenWeight for Quantized4bit {
 
     fn bytes(&self) -> usize {
         self.parts.codes.len() + self.parts.absmax.bytes()
+    }
+
+    fn packed(&self) -> Option<Packed<'_>> {
+        let Parts { codes, absmax, rows, cols, quant_type, blocksize, source_dtype } = &self.parts;
+        let (nested, arrays) = match absmax {
+            Absmax::Plain(values) => (None, vec![&codes[..], bytemuck::cast_slice(values)]),
+            Absmax::Nested(nested) => {
+                let (map, scales) = (bytemuck::cast_slice(&nested.quant_map), bytemuck::cast_slice(&nested.absmax));
+                (Some((nested.offset, nested.blocksize)), vec![&codes[..], &nested.codes[..], map, scales])
+            }
+        };
+        let kind =
+            PackedKind::Bits4 { quant_type: *quant_type, blocksize: *blocksize, source_dtype: *source_dtype, nested };
+        Some(Packed { form: PackedForm { rows: *rows, cols: *cols, kind }, arrays })
     }
 }
 

@@ -1,6 +1,6 @@
 //! The ranks of a run: several processes, one for each GPU, that train one model together.
 //!
-//! Every rank holds the whole model and computes every `size`-th micro-batch of a step; the gradients are added, and each rank
+//! Every rank holds the whole model, or a share of its frozen base, and computes every `size`-th micro-batch of a step; the gradients are added, and each rank
 //! makes the same update. The training loop knows of other ranks through [`Communicator`] alone.
 //!
 //! | module | what it is |
@@ -18,6 +18,7 @@ mod frame;
 #[cfg(feature = "cuda")]
 pub mod nccl;
 pub mod ranks;
+pub(crate) mod shares;
 pub mod store;
 pub mod tcp;
 

@@ -33,6 +33,22 @@ pub enum ComputeDtype {
     Float32,
 }
 
+/// Where the frozen linear layers are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum BasePlacement {
+    /// The first of the others, in this order, with which a step fits the memory.
+    #[default]
+    Auto,
+    /// All on every device.
+    Resident,
+    /// In shares on the devices of the ranks.
+    Sharded,
+    /// In host memory.
+    Streamed,
+}
+
 /// The arithmetic of the products with frozen weights on a GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

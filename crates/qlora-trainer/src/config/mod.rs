@@ -44,8 +44,8 @@ use serde::{Deserialize, Serialize};
 pub use crate::objective::{DpoLoss, ObjectiveKind, ObjectiveOptions};
 
 pub use choices::{
-    ComputeDtype, FrozenCompute, GradientCheckpointing, OnOverlong, OnUntrained, Optim, Paths, QuantType, Resume,
-    SamplePrompts, SamplingStrategy, Scheduler, Targets, TemplateKwargs,
+    BasePlacement, ComputeDtype, FrozenCompute, GradientCheckpointing, OnOverlong, OnUntrained, Optim, Paths,
+    QuantType, Resume, SamplePrompts, SamplingStrategy, Scheduler, Targets, TemplateKwargs,
 };
 pub use documented::{DocumentedKey, EXAMPLE, documented_keys};
 
@@ -95,6 +95,10 @@ pub struct ModelOptions {
     /// Leave the embedding's table in host memory while training on a GPU: 1 GB less for Llama 3.1 8B, a little more time.
     /// Default: false.
     pub offload_embedding: bool,
+    /// Where the base's linear layers are: `"resident"` (whole on every GPU), `"sharded"` (each rank of a host holds a share of them; a
+    /// block's come from the other GPUs while the one before it runs), `"streamed"` (in host memory, from where they come likewise),
+    /// `"auto"` (the first of these with which a step fits the memory). All give the same numbers. Default: auto.
+    pub base_placement: BasePlacement,
     /// The device to train on: `"auto"` (the first GPU if the program is built with the feature `cuda` and there is
     /// one, otherwise the CPU), `"cpu"`, `"cuda"` or `"cuda:1"`. Default: auto.
     pub device: String,
@@ -120,6 +124,7 @@ impl Default for ModelOptions {
             bnb_4bit_use_double_quant: true,
             blocksize: 64,
             offload_embedding: false,
+            base_placement: BasePlacement::Auto,
             device: "auto".to_owned(),
             bnb_4bit_compute_dtype: None,
             frozen_compute: None,

@@ -8,10 +8,11 @@ use qlora_core::model::Planner;
 use qlora_core::model::plan::AttentionWorkspace;
 use qlora_kernels::Dtype;
 
+use super::placement::streamed_weights;
 use super::plan::{chosen, largest_batch_of};
 use super::prepare::Prepared;
 use super::quantization;
-use crate::config::{FrozenCompute, TrainConfig};
+use crate::config::{BasePlacement, FrozenCompute, TrainConfig};
 use crate::data::TrainingData;
 use crate::error::{Error, Result};
 use crate::optimizer::Optimizer;
@@ -55,7 +56,16 @@ pub fn plan_on_card(config: &TrainConfig, card: &Card) -> Result<CardPlan> {
     }
     let (model, layout) = (files.source.config(), beginning.layout());
     let held = TrainedOver::of(&*files.source, quantization(&config.model))?;
-    let weights = weights_in_training(model, &held, config.model.offload_embedding);
+    let mut weights = weights_in_training(model, &held, config.model.offload_embedding);
+    match config.model.base_placement {
+        BasePlacement::Auto | BasePlacement::Resident => {}
+        BasePlacement::Streamed => weights = streamed_weights(&*files.source, quantization(&config.model), weights)?,
+        BasePlacement::Sharded => {
+            let message =
+                "--card plans for a single rank, and base_placement is \"sharded\": leave it out, or take \"streamed\"";
+            return Err(Error::Invalid(message.to_owned()));
+        }
+    }
     // The adapter's values, and what the optimizer holds.
     let state = 4 * layout.len() + Optimizer::bytes_for(&config.training, layout.len());
     let planner_of = |batch: qlora_core::model::BatchShape| {

@@ -8,6 +8,7 @@ use crate::checkpoint::folder::{self, OutputFolder};
 use crate::checkpoint::tensors::OptimizerTensors;
 use crate::checkpoint::{self, Checkpoint};
 use crate::comm::or_tell_all;
+use crate::comm::shares::cause_of;
 use crate::config::Resume;
 use crate::data::feed::FeedPosition;
 use crate::error::{Error, Result};
@@ -29,7 +30,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
     /// If the output folder cannot be used, a checkpoint cannot be resumed or written, the model fails, or a loss or
     /// gradient is not finite. The checkpoints that were written before stay.
     pub fn run(&mut self) -> Result<Summary> {
-        let ended = self.run_to_end();
+        let ended = self.run_to_end().map_err(|error| cause_of(error, &*self.comm));
         let ended = or_tell_all(&mut *self.comm, ended);
         // Also of a run that failed: what it saved is what the next one goes on from.
         let sent = self.finish_uploads();

@@ -10,6 +10,7 @@ use qlora_kernels::{Matrix, Workspace};
 
 use super::super::assemble::ModelPart;
 use super::Quantization;
+use super::placer::Placer;
 use crate::error::{Error, Result};
 use crate::source::{PlainTensor, SourceWeight, StoredTensor, WeightSource};
 
@@ -39,6 +40,8 @@ pub(super) struct Context<'a> {
     pub(super) source: &'a dyn WeightSource,
     pub(super) quantization: Quantization,
     pub(super) workspace: &'a Workspace,
+    /// Of a base that is not whole on the device.
+    pub(super) placer: Option<&'a Placer>,
 }
 
 /// The state of a single loading thread.
@@ -71,10 +74,20 @@ impl Context<'_> {
         }
     }
 
+    /// Loads a tensor; none if it has gone to its place already.
+    ///
     /// # Errors
     /// If the tensor cannot be read, has another shape than the configuration gives, or holds values that it cannot; the
     /// message names it.
-    pub(super) fn load(&self, job: &Job, tools: &mut Tools) -> Result<ModelPart> {
+    pub(super) fn load(&self, job: &Job, tools: &mut Tools) -> Result<Option<ModelPart>> {
+        let part = self.part(job, tools)?;
+        match self.placer {
+            Some(placer) => placer.place(job, part),
+            None => Ok(Some(part)),
+        }
+    }
+
+    fn part(&self, job: &Job, tools: &mut Tools) -> Result<ModelPart> {
         match (job.place, self.stored(job)) {
             (Place::Vector, _) => self.vector(job).map(ModelPart::Vector),
             (Place::HostTable, _) => {

@@ -27,9 +27,9 @@ pub(super) fn load(context: &Context, jobs: Vec<Job>, mut progress: impl FnMut(u
     let bytes: Vec<u64> = jobs.iter().map(|job| context.source.stored_bytes(&job.name)).collect();
     let (mut done, total) = (0, bytes.iter().sum());
     let mut parts = Parts::with_capacity(jobs.len());
-    let mut arrived = |index: usize, loaded: ModelPart| {
+    let mut arrived = |index: usize, loaded: Option<ModelPart>| {
         let Job { name, place, .. } = &jobs[index];
-        parts.insert((name.clone(), *place), loaded);
+        parts.extend(loaded.map(|loaded| ((name.clone(), *place), loaded)));
         done += bytes[index];
         progress(done, total);
     };
