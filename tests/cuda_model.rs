@@ -4,6 +4,10 @@
 #[path = "cuda_model/candle_kernels.rs"]
 mod candle_kernels;
 mod common;
+#[path = "cuda_model/placement.rs"]
+mod placement;
+#[path = "common/tiny_folder.rs"]
+mod tiny_folder;
 
 use std::ops::ControlFlow;
 use std::path::Path;

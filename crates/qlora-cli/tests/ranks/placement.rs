@@ -99,3 +99,44 @@ fn a_rank_whose_share_is_gone_is_named_by_the_others() {
         goes_on_with_the_same_bits(here, &output, "3");
     }
 }
+
+/// On two GPUs, each of which reads the other's share.
+#[cfg(feature = "cuda")]
+#[test]
+fn a_base_in_shares_of_two_gpus_gives_the_same_bits() {
+    if qlora::kernels::cuda::device_count() < 2 {
+        println!("skipped: there are no two GPUs");
+        return;
+    }
+    let temporary = folder();
+    let here = temporary.path();
+    write_model_of(&here.join("model"), 5, CHATML, 5);
+    let steps = ["--max-steps", "6", "--logging-steps", "1", "--eval-steps", "3", "--target-modules", "all-linear"];
+    let of = |output: &str, placement: &str| {
+        let more = ["--full-determinism=true", "--nproc-per-node", "2", "--base-placement", placement];
+        let mut command = train_on_gpus(here, output, &[&steps[..], &more].concat());
+        let done = command.output().unwrap();
+        assert!(done.status.success(), "{output}: {}", said(&done));
+        said(&done)
+    };
+    of("whole", "resident");
+    for placement in ["sharded", "streamed"] {
+        let said = of(placement, placement);
+        assert!(said.contains(&format!("base {placement} ")), "{said}");
+        assert_eq!(log(here, placement), log(here, "whole"), "{placement}");
+        assert!(adapter(here, placement) == adapter(here, "whole"), "{placement}: the adapter differs");
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn train_on_gpus(here: &std::path::Path, output: &str, more: &[&str]) -> std::process::Command {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_qlora"));
+    command
+        .args(["train", "model", "train.jsonl", "--validation-file", "eval.jsonl", "--device", "cuda", "--r", "4"])
+        .args(["--per-device-train-batch-size", "2", "--output-dir", output])
+        .args(more)
+        .current_dir(here)
+        .env("HF_HUB_OFFLINE", "1")
+        .env_remove("RANK");
+    command
+}

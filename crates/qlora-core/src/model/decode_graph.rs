@@ -152,7 +152,8 @@ impl CausalLm {
             let mut last = seen.unwrap_or_else(|| Recent {
                 key,
                 recorded: None,
-                impossible: kept.disabled,
+                // A graph would not wait for weights that travel.
+                impossible: kept.disabled || self.base.is_some(),
                 table: step.tables.memory(),
             });
             let memory = kept.memory.get_or_insert_with(|| StepMemory::new(gpu)).clone();
