@@ -9,6 +9,7 @@ use qlora_kernels::Workspace;
 use qlora_kernels::weight::FrozenWeight;
 
 use super::adapters::AdapterSet;
+use super::context::SequenceExchange;
 use super::stack::Stack;
 use super::trained::TrainedAdapter;
 use crate::config::ModelConfig;
@@ -24,6 +25,8 @@ pub struct CausalLm {
     pub(super) adapter: Option<TrainedAdapter>,
     pub(super) adapters: AdapterSet,
     pub(super) enabled: bool,
+    /// The ranks that have the rest of every micro-batch, if there are any.
+    pub(super) exchange: Option<Arc<dyn SequenceExchange>>,
     pub(super) workspace: Workspace,
     #[cfg(feature = "cuda")]
     pub(super) steps: super::decode_graph::DecodeSteps,
@@ -46,6 +49,7 @@ impl CausalLm {
             adapter: None,
             adapters: AdapterSet::default(),
             enabled: true,
+            exchange: None,
             workspace,
             #[cfg(feature = "cuda")]
             steps: super::decode_graph::DecodeSteps::default(),

@@ -33,7 +33,7 @@ impl Session {
             let plan = self.fastest_on(&gpu, batch)?;
             self.fp8_gain = self.expected_gain_of_fp8(&gpu, batch, &plan);
             self.model.apply_plan(&plan)?;
-            gpu.expect_tokens(batch.tokens);
+            gpu.expect_tokens(batch.tokens.div_ceil(self.model.context_ranks()));
             tracing::debug!(%plan, "memory");
             return Ok(Some(plan));
         }

@@ -2,7 +2,7 @@
 
 use qlora_kernels::Dtype;
 
-use super::sizes::Sizes;
+use super::sizes::{Exchange, Sizes};
 use super::{AttentionWorkspace, BatchShape, Planner};
 use crate::card::Rates;
 use crate::config::ModelConfig;
@@ -56,6 +56,29 @@ impl Planner {
         )
     }
 
+    /// The same planner for one of `ranks` ranks that share every micro-batch: it has a share of the tokens, and of attention's heads for
+    /// all tokens. The attention's workspace that the planner was given is one for all heads.
+    pub fn with_context_parallel(mut self, ranks: usize) -> Self {
+        let attention = self.sizes.attention;
+        let part = |bytes: u64| bytes.div_ceil(ranks.max(1) as u64);
+        self.sizes.attention =
+            AttentionWorkspace { forward: part(attention.forward), backward: part(attention.backward) };
+        self.shared_by(ranks)
+    }
+
+    /// [`Self::with_context_parallel`], of a planner that was given the workspace of a rank's heads.
+    pub(super) fn shared_by(mut self, ranks: usize) -> Self {
+        let (ranks, sizes) = (ranks.max(1) as u64, &mut self.sizes);
+        if ranks > 1 {
+            let (kv, head) = ((sizes.qkv - sizes.q) / 2, sizes.q / sizes.heads.max(1));
+            // At least one whole head.
+            sizes.exchange = Some(Exchange { ranks, qkv: sizes.q + 2 * kv.max(ranks * head) });
+            sizes.tokens = sizes.tokens.div_ceil(ranks);
+            sizes.trained = sizes.trained.min(sizes.tokens);
+        }
+        self
+    }
+
     /// For a model of this specification; `rank` gives the rank of a module's adapter, 0 where it has none, `parts` what an adapter
     /// has besides.
     pub(super) fn of_spec(
@@ -102,6 +125,7 @@ impl Planner {
             fp8: false,
             four_bits: false,
             attention,
+            exchange: None,
         };
         let len = (batch.tokens / batch.sequences.max(1)) as u64;
         let lowest = if parts.every_block { 0 } else { lowest.unwrap_or(layers) };
