@@ -4,6 +4,8 @@
 #[path = "cuda_model/candle_kernels.rs"]
 mod candle_kernels;
 mod common;
+#[path = "cuda_model/context.rs"]
+mod context;
 
 use std::ops::ControlFlow;
 use std::path::Path;

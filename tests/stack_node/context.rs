@@ -1,60 +1,17 @@
 //! One micro-batch over several ranks (context parallelism), which are threads here, against one rank that has all of it.
 
-use std::sync::{Arc, Barrier, Mutex};
+use std::sync::Arc;
 
 use qlora::batch::Batch;
-use qlora::kernels::{View, ViewMut, Workspace};
+use qlora::kernels::Workspace;
 use qlora::lora::{LoraConfig, TargetModules, TokenIndices};
-use qlora::model::context::{PlannedExchange, SequenceExchange};
+use qlora::model::context::PlannedExchange;
 use qlora::model::{CausalLm, Keep, TrainPass};
 use qlora::sampling::GenerationConfig;
 
+use super::common::exchange::on_ranks;
 use super::common::{add_random_adapter, relative_error, tiny_config, tiny_model};
 use super::{batch, document, lora};
-
-/// Ranks that are threads: what one sends another lies in the slot of both until it is taken.
-#[derive(Debug)]
-struct Threads {
-    rank: usize,
-    ranks: usize,
-    slots: Arc<Vec<Mutex<Vec<f32>>>>,
-    barrier: Arc<Barrier>,
-}
-
-impl Threads {
-    fn group(ranks: usize) -> Vec<Arc<dyn SequenceExchange>> {
-        let slots: Arc<Vec<_>> = Arc::new((0..ranks * ranks).map(|_| Mutex::default()).collect());
-        let barrier = Arc::new(Barrier::new(ranks));
-        let rank = |rank| Self { rank, ranks, slots: slots.clone(), barrier: barrier.clone() };
-        (0..ranks).map(|number| Arc::new(rank(number)) as Arc<dyn SequenceExchange>).collect()
-    }
-}
-
-impl SequenceExchange for Threads {
-    fn rank(&self) -> usize {
-        self.rank
-    }
-
-    fn ranks(&self) -> usize {
-        self.ranks
-    }
-
-    fn all_to_all(&self, outgoing: &[View<'_>], incoming: Vec<ViewMut<'_>>) -> qlora::core::Result<()> {
-        assert!(outgoing.len() == self.ranks && incoming.len() == self.ranks);
-        assert_eq!((outgoing[self.rank].rows(), incoming[self.rank].rows()), (0, 0), "nothing is sent to itself");
-        for (to, view) in outgoing.iter().enumerate() {
-            *self.slots[self.rank * self.ranks + to].lock().unwrap() = view.to_vec()?;
-        }
-        self.barrier.wait();
-        for (from, to) in incoming.into_iter().enumerate() {
-            let values = self.slots[from * self.ranks + self.rank].lock().unwrap();
-            let [rows, cols] = to.shape();
-            to.copy_from(View::new(&values, rows, cols))?;
-        }
-        self.barrier.wait();
-        Ok(())
-    }
-}
 
 /// A model's work on a batch: the losses of a training pass and of an evaluation, and the gradient.
 fn work(model: &CausalLm, batch: &Batch) -> (f64, f64, Vec<f32>) {
@@ -68,18 +25,10 @@ fn work(model: &CausalLm, batch: &Batch) -> (f64, f64, Vec<f32>) {
 
 /// The sums over ranks, in their order.
 fn shared(ranks: usize, batch: &Batch, model: impl Fn() -> CausalLm + Sync) -> (f64, f64, Vec<f32>) {
-    let group = Threads::group(ranks);
-    let results: Vec<_> = std::thread::scope(|scope| {
-        let start = |exchange: Arc<dyn SequenceExchange>| {
-            let model = &model;
-            scope.spawn(move || {
-                let mut model = model();
-                model.set_sequence_exchange(Some(exchange)).unwrap();
-                work(&model, batch)
-            })
-        };
-        let threads: Vec<_> = group.into_iter().map(start).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    let results = on_ranks(ranks, |exchange| {
+        let mut model = model();
+        model.set_sequence_exchange(Some(exchange)).unwrap();
+        work(&model, batch)
     });
     let mut sum = results[0].clone();
     for (loss, evaluated, gradient) in &results[1..] {

@@ -35,7 +35,7 @@ fn apart(here: &Path, first: &str, second: &str) -> (f32, f32) {
 fn ranks_that_share_sequences_train_as_one() {
     let temporary = folder();
     let here = temporary.path();
-    let packed = ["--packing", "true", "--max-length", "96"];
+    let packed = ["--packing=true", "--max-length", "96"];
     for (data, more) in [("rows", &[][..]), ("bins", &packed[..])] {
         let name = |ranks: &str| format!("{data}-{ranks}");
         run(here, &name("alone"), &[&STEPS[..], &["--gradient-accumulation-steps", "2"], more].concat());

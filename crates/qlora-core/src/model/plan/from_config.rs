@@ -173,4 +173,24 @@ mod tests {
         assert_eq!(tokens.sizes.head() - plain.sizes.head(), (1024 + 4096) * 3 * 2);
         assert_eq!((plain.sizes.embedding(), tokens.sizes.embedding()), (0, 1024 * ((4096 + 3) * 2 + 3 * 4)));
     }
+
+    /// Two ranks take a sequence nearly twice as long as one: what is not shared is the weights, what is sent is small.
+    #[test]
+    fn ranks_that_share_a_sequence_take_a_longer_one() {
+        use super::super::fixtures::planner_8b;
+        let longest = |ranks: usize, own: bool| {
+            let planner = |tokens| Ok(planner_8b(BatchShape::uniform(1, tokens), own).with_context_parallel(ranks));
+            Planner::longest_sequence(1 << 21, 24 << 30, planner).unwrap()
+        };
+        for own in [false, true] {
+            let [one, two, four] = [1, 2, 4].map(|ranks| longest(ranks, own));
+            assert!((1.95..2.02).contains(&(two as f64 / one as f64)), "{own}: {one} {two}");
+            assert!((3.9..4.04).contains(&(four as f64 / one as f64)), "{own}: {one} {four}");
+        }
+        // Of 8 key and value heads, each of 16 ranks has one.
+        let plan = |ranks| planner_8b(BatchShape::uniform(1, 1 << 18), true).with_context_parallel(ranks);
+        let (eight, sixteen) = (plan(8).sizes, plan(16).sizes);
+        assert_eq!(eight.exchange.unwrap().qkv, eight.qkv);
+        assert_eq!(sixteen.exchange.unwrap().qkv, sixteen.q + 2 * 16 * 128);
+    }
 }
