@@ -38,6 +38,7 @@ use crate::card::Card;
 use crate::card::Rates;
 use crate::error::{Error, Result};
 use qlora_kernels::weight::FrozenCompute;
+use serde::{Deserialize, Serialize};
 
 /// The largest micro-batch of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +71,7 @@ pub struct AttentionWorkspace {
 }
 
 /// A plan of a run's recomputation and offloading, with the memory it takes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryPlan {
     /// The activations that each block keeps, by block.
     pub keep: Vec<Keep>,

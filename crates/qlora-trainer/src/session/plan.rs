@@ -8,7 +8,7 @@ use qlora_kernels::cuda::Gpu;
 use qlora_kernels::weight::FrozenCompute;
 
 use super::Session;
-use crate::comm::or_tell_all;
+use crate::comm::{exchange, or_tell_all};
 use crate::config::{GradientCheckpointing, TrainConfig};
 use crate::data::{LargestBatch, LoaderOptions, TrainingData};
 use crate::error::Result;
@@ -31,6 +31,7 @@ impl Session {
         #[cfg(feature = "cuda")]
         if let Some(gpu) = self.model.workspace().gpu().cloned() {
             let plan = self.fastest_on(&gpu, batch)?;
+            let plan = self.agreed(&gpu, plan)?;
             self.fp8_gain = self.expected_gain_of_fp8(&gpu, batch, &plan);
             self.model.apply_plan(&plan)?;
             gpu.expect_tokens(batch.tokens.div_ceil(self.model.context_ranks()));
@@ -46,9 +47,29 @@ impl Session {
                 planner.plan_keeping(free).is_err()
             }
         };
+        let recompute = match self.model.context_ranks() {
+            1 => recompute,
+            // A block that is computed again exchanges again.
+            _ => exchange(&mut *self.comm, "recomputation", &recompute)?.contains(&true),
+        };
         self.model.set_gradient_checkpointing(recompute)?;
         tracing::info!(recompute, "blocks on the CPU");
         Ok(None)
+    }
+
+    /// The plan of all ranks, where some share micro-batches: a block that is computed again exchanges again, so they have to keep the
+    /// same. Of the ranks' own plans it is the one with the lowest peak.
+    #[cfg(feature = "cuda")]
+    fn agreed(&mut self, gpu: &Gpu, plan: MemoryPlan) -> Result<MemoryPlan> {
+        if self.model.context_ranks() == 1 {
+            return Ok(plan);
+        }
+        let budget = plan.budget;
+        let plans = exchange(&mut *self.comm, "memory plans", &(plan, gpu.attention().enabled()))?;
+        let leanest = plans.into_iter().min_by_key(|(plan, _)| plan.peak);
+        let (plan, library) = leanest.expect("this rank's is one of them");
+        gpu.attention().set_enabled(library);
+        Ok(MemoryPlan { budget, ..plan })
     }
 
     /// The fastest plan, with cuDNN's attention or, where its workspace costs more than it gains, without.
