@@ -1,6 +1,9 @@
 //! The sum of two matrices: `y += x`.
 
+use rayon::iter::{IndexedParallelIterator, ParallelIterator};
+
 use crate::error::Result;
+use crate::parallel::rows_per_task;
 use crate::view::{View, ViewMut};
 
 /// Adds `x [rows, cols]` to `y`; the sum is rounded to the elements' type.
@@ -14,10 +17,9 @@ pub fn add(x: View, y: ViewMut) -> Result<()> {
     if y.gpu().is_some() {
         return crate::cuda::ops::add(OP, x.cuda(OP)?, y.cuda(OP)?);
     }
-    let x = x.host(OP)?;
-    for (i, y) in y.host(OP)?.rows_mut().enumerate() {
-        y.iter_mut().zip(x.row(i)).for_each(|(y, x)| *y += x);
-    }
+    let (x, cols) = (x.host(OP)?, y.cols());
+    let rows = y.host(OP)?.par_rows_mut().enumerate().with_min_len(rows_per_task(cols));
+    rows.for_each(|(i, row)| row.iter_mut().zip(x.row(i)).for_each(|(y, x)| *y += x));
     Ok(())
 }
 

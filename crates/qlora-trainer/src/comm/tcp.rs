@@ -25,6 +25,8 @@ use super::ranks::Ranks;
 use super::{Alive, Communicator, RankPlace};
 use crate::error::{Error, Result};
 use line::Line;
+#[cfg(feature = "cuda")]
+pub(crate) use meet::host;
 use qlora_kernels::{View, ViewMut};
 
 /// The interval at which a rank says that it is alive.

@@ -73,8 +73,10 @@ impl Planner {
             let (kv, head) = ((sizes.qkv - sizes.q) / 2, sizes.q / sizes.heads.max(1));
             // At least one whole head.
             sizes.exchange = Some(Exchange { ranks, qkv: sizes.q + 2 * kv.max(ranks * head) });
+            // Where not all tokens of a batch are trained, some of a share may be missing.
+            let all = sizes.trained == sizes.tokens;
             sizes.tokens = sizes.tokens.div_ceil(ranks);
-            sizes.trained = sizes.trained.min(sizes.tokens);
+            sizes.trained = sizes.trained.min(if all { sizes.tokens } else { sizes.tokens.saturating_sub(1) });
         }
         self
     }
@@ -185,7 +187,7 @@ mod tests {
         for own in [false, true] {
             let [one, two, four] = [1, 2, 4].map(|ranks| longest(ranks, own));
             assert!((1.95..2.02).contains(&(two as f64 / one as f64)), "{own}: {one} {two}");
-            assert!((3.9..4.04).contains(&(four as f64 / one as f64)), "{own}: {one} {four}");
+            assert!((3.85..4.04).contains(&(four as f64 / one as f64)), "{own}: {one} {four}");
         }
         // Of 8 key and value heads, each of 16 ranks has one.
         let plan = |ranks| planner_8b(BatchShape::uniform(1, 1 << 18), true).with_context_parallel(ranks);
