@@ -100,6 +100,14 @@ fn failed(error: object_store::Error) -> io::Error {
         }
         cause = error.source();
     }
+    // Of a list the crate says these by their text alone.
+    let kind = match kind {
+        io::ErrorKind::Other if text.contains("NoSuchBucket") => io::ErrorKind::InvalidInput,
+        io::ErrorKind::Other if ["401 Unauthorized", "403 Forbidden"].iter().any(|status| text.contains(status)) => {
+            io::ErrorKind::PermissionDenied
+        }
+        kind => kind,
+    };
     io::Error::new(kind, text)
 }
 
