@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Checks that dependencies point one way: between the crates, and between the top-level modules of each crate.
+"""Checks that dependencies point one way, between the crates and between the top-level modules of each crate; and that code for some
+operating systems only is in one module of each crate, `src/platform.rs`.
 
     scripts/check-layers.py [ROOT]
     scripts/check-layers.py --self-test
@@ -29,6 +30,8 @@ KNOWN = {
 
 USE = re.compile(r"\bcrate::(?:\{([^;]*?)\}\s*;|(\w+))", re.S)
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
+# An attribute, or the macro `cfg!`, that asks for an operating system.
+SYSTEM = re.compile(r"\bcfg(?:_attr)?!?\([^\]{};]*\b(?:unix|windows|target_os|target_family)\b|\bstd::os::(?:unix|windows|linux)\b")
 TESTS = re.compile(r"(?:^tests|_tests|^test_support)$")
 
 
@@ -80,6 +83,12 @@ def modules(source: pathlib.Path) -> dict[str, set[str]]:
     return {module: {name for name in named if name in edges and name != module} for module, named in edges.items()}
 
 
+def outside_platform(source: pathlib.Path) -> list[str]:
+    """The files with code for some operating systems only, besides `platform.rs` and tests."""
+    files = [path for path in source.rglob("*.rs") if not TESTS.search(path.stem) and path != source / "platform.rs"]
+    return sorted(str(path.relative_to(source)) for path in files if SYSTEM.search(without_tests(path.read_text())))
+
+
 def circles(edges: dict[str, set[str]]) -> list[frozenset[str]]:
     """The sets of modules that reach each other."""
 
@@ -107,6 +116,8 @@ def check(root: pathlib.Path, known: dict[str, list[set[str]]]) -> list[str]:
         used = set(re.findall(r"^(qlora[\w-]*)\b", text, re.M))
         higher = sorted(used & set(CRATES[place + 1 :]))
         problems += [f"{name} depends on {other}, which is a higher layer" for other in higher]
+        for file in outside_platform(folders[name] / "src"):
+            problems.append(f"{name}: {file} has code for some operating systems only, which belongs into platform.rs")
         edges = modules(folders[name] / "src")
         found, allowed = circles(edges), known.get(name, [])
         for circle in found:
@@ -137,6 +148,13 @@ def self_test() -> None:
         (source / "text.rs").write_text(clean)
         (problem,) = check(root, {"qlora-core": [{"model", "text"}]})
         assert "not one circle any more" in problem, problem
+        for code in ["#[cfg(all(test, not(unix)))]", 'if cfg!(target_os = "linux") {}', "use std::os::unix::fs;"]:
+            (source / "text.rs").write_text(f"pub fn f() {{ {code} }}\n")
+            (problem,) = check(root, {})
+            assert "text.rs has code" in problem, problem
+        (source / "text.rs").rename(source / "platform.rs")
+        (source / "text.rs").write_text(clean + '#[cfg(feature = "hub")]\n#[cfg(test)]\nmod t {\n    #[cfg(unix)]\n    fn f() {}\n}\n')
+        assert check(root, {}) == [], check(root, {})
         (root / "crates/qlora-core/Cargo.toml").write_text("[dependencies]\nqlora-trainer = 1\n")
         (problem,) = check(root, {})
         assert "qlora-core depends on qlora-trainer" in problem, problem
@@ -152,7 +170,7 @@ def main() -> None:
         print(problem, file=sys.stderr)
     if problems:
         sys.exit(1)
-    print("dependencies point one way, but for the circles in KNOWN")
+    print("dependencies point one way, but for the circles in KNOWN; platform.rs alone asks for the operating system")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
 #!/usr/bin/env python3
-"""Makes the pictures of the book: `qlora train` on a terminal, and the report of the run in a browser.
+"""Makes the pictures of the book: `qlora init`, `data`, `train` and `chat` on a terminal, and the report of a run in a browser.
 
     cargo build --release -p qlora-cli
     scripts/pictures.py [PROGRAM]
 
-The demo task is trained on the demo model (scripts/demo-model.sh) on a pseudo-terminal of 100 by 26. What the program wrote is shown by
-xterm.js (fetched by npm) in a headless Chromium, which takes the pictures, also that of report.html. Needs npm and chromium
-(`apt-get install chromium`; CHROMIUM names another one). PNGs are written to book/src/images.
+The demo task is prepared, trained and tried on the demo model (scripts/demo-model.sh) on a pseudo-terminal; questions of the program are
+answered as a person would. What it wrote is shown by xterm.js (fetched by npm) in a headless Chromium, which takes the pictures, also
+that of report.html. Needs npm and chromium (`apt-get install chromium`; CHROMIUM names another one). PNGs are written to
+book/src/images.
 """
 
 import base64
 import fcntl
 import os
 import pty
+import re
+import select
 import shutil
 import struct
 import subprocess
@@ -31,14 +34,20 @@ STEPS, SHOWN = 40, 28
 SILENCE = 0.01
 
 
-def record(command: list[str], folder: Path) -> bytes:
-    """What the program has written when the view shows step SHOWN."""
+def begin(command: list[str], folder: Path, rows: int) -> tuple[int, int]:
+    """Process and terminal."""
     pid, terminal = pty.fork()
     if pid == 0:
-        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, COLUMNS, 0, 0))
         os.chdir(folder)
         os.environ["TERM"] = "xterm-256color"
         os.execv(command[0], command)
+    return pid, terminal
+
+
+def record(command: list[str], folder: Path) -> bytes:
+    """What the program has written when the view shows step SHOWN."""
+    pid, terminal = begin(command, folder, ROWS)
     written, frame, shown = b"", b"", b""
     last = time.monotonic()
     while True:
@@ -61,6 +70,34 @@ def record(command: list[str], folder: Path) -> bytes:
     return shown
 
 
+def converse(command: list[str], folder: Path, rows: int, turns: list[tuple[str, str]], last: str) -> bytes:
+    """What a command and its program have written when the program waits after its last words: each turn is what the program says (an
+    expression) and what is typed then."""
+    pid, terminal = begin(command, folder, rows)
+    written, seen = b"", 0
+    for expected, typed in [*turns, (last, "\x04")]:
+        deadline = time.monotonic() + 300
+        while not (found := re.search(expected.encode(), written[seen:])):
+            assert time.monotonic() < deadline, (expected, written)
+            ready, _, _ = select.select([terminal], [], [], 1)
+            try:
+                part = os.read(terminal, 65536) if ready else b""
+            except OSError:  # The program has ended.
+                part = b""
+                deadline = min(deadline, time.monotonic() + 1)
+            written += part
+        seen += found.end()
+        shown = written
+        try:
+            os.write(terminal, typed.encode())
+        except OSError:
+            pass
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, written
+    words = [Path(command[0]).name, *(f'"{word}"' if " " in word else word for word in command[1:])]
+    return b"\x1b[2m$\x1b[0m " + " ".join(words).encode() + b"\r\n" + shown
+
+
 def photograph(page: Path, picture: Path, width: int, height: int) -> None:
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     assert chromium, "no chromium: apt-get install chromium"
@@ -75,16 +112,17 @@ def photograph(page: Path, picture: Path, width: int, height: int) -> None:
     print(f"{picture.relative_to(ROOT)}: {size // 1000} KB")
 
 
-def terminal_page(written: bytes, folder: Path) -> Path:
-    subprocess.run(["npm", "pack", "--silent", XTERM], cwd=folder, check=True, capture_output=True)
-    archive = next(folder.glob("xterm-xterm-*.tgz"))
-    subprocess.run(["tar", "xzf", archive.name], cwd=folder, check=True)
+def terminal_page(written: bytes, folder: Path, rows: int) -> Path:
+    if not (folder / "package").exists():
+        subprocess.run(["npm", "pack", "--silent", XTERM], cwd=folder, check=True, capture_output=True)
+        archive = next(folder.glob("xterm-xterm-*.tgz"))
+        subprocess.run(["tar", "xzf", archive.name], cwd=folder, check=True)
     page = folder / "terminal.html"
     page.write_text(
         f"""<!doctype html><meta charset="utf-8"><link rel="stylesheet" href="package/css/xterm.css">
 <style>body {{ margin: 0; background: #14171c }} #terminal {{ padding: 12px }}</style><div id="terminal"></div>
 <script src="package/lib/xterm.js"></script><script>
-const terminal = new Terminal({{ rows: {ROWS}, cols: {COLUMNS}, fontSize: 14, fontFamily: "DejaVu Sans Mono, monospace",
+const terminal = new Terminal({{ rows: {rows}, cols: {COLUMNS}, fontSize: 14, lineHeight: 1.125, fontFamily: "DejaVu Sans Mono, monospace",
   cursorInactiveStyle: "none", theme: {{ background: "#14171c", foreground: "#d6dae0", blue: "#6cb6ff", cyan: "#56d4dd" }} }});
 terminal.open(document.getElementById("terminal"));
 terminal.write(Uint8Array.from(atob("{base64.b64encode(written).decode()}"), c => c.charCodeAt(0)));
@@ -103,7 +141,19 @@ def main() -> None:
         rows = (data / "demo_heldout.jsonl").read_text().splitlines(keepends=True)
         (folder / "heldout.jsonl").write_text("".join(rows[:4]))
         (folder / "SmolLM2-135M-Instruct.gguf").symlink_to(model)
-        command = [str(program), "train", "SmolLM2-135M-Instruct.gguf", str(data / "demo_train.jsonl"), "--device", "cpu"]
+        (folder / "orders.jsonl").symlink_to(data / "demo_train.jsonl")
+        base = "SmolLM2-135M-Instruct.gguf"
+
+        def photograph_terminal(name: str, written: bytes, rows: int) -> None:
+            # 18 pixels a row, and the margin.
+            photograph(terminal_page(written, folder, rows), IMAGES / name, 880, 18 * rows + 24)
+
+        turns = [(r"Model \(", base + "\r"), (r"Data.*: ", "orders.jsonl\r"), (r"Layers to adapt.*: ", "all-linear\r")]
+        init = [str(program), "init", "--device", "cpu", "--max-length", "256"]
+        photograph_terminal("init.png", converse(init, folder, 8, turns, r"next: qlora data[^\n]*\n"), 8)
+        shown = converse([str(program), "data", "qlora.toml", "--rows", "2"], folder, 33, [], r"80 to 89[^\n]*\n")
+        photograph_terminal("data.png", shown, 33)
+        command = [str(program), "train", base, "orders.jsonl", "--device", "cpu"]
         options = {
             "target-modules": "all-linear", "max-length": 256, "max-steps": STEPS, "per-device-train-batch-size": 1,
             "gradient-accumulation-steps": 1, "learning-rate": "1e-3", "lr-scheduler-type": "cosine", "save-steps": 20,
@@ -111,9 +161,12 @@ def main() -> None:
         }  # fmt: skip
         for key, value in options.items():
             command += [f"--{key}", str(value)]
-        written = record(command, folder)
-        photograph(terminal_page(written, folder), IMAGES / "train.png", 880, 470)
+        photograph_terminal("train.png", record(command, folder), ROWS)
         photograph(folder / "output/report.html", IMAGES / "report.png", 960, 1900)
+        chat = [str(program), "chat", "--model", base, "--adapter", "output", "--device", "cpu", "--system", "Turn the order into JSON."]
+        order = "Order for Dr. Weber: three boxes of tea, to Vienna on Friday. Please hurry."
+        turns = [(r"> ", order + "\r"), (r"\}[^>]*> ", "/stats\r")]
+        photograph_terminal("chat.png", converse(chat, folder, 14, turns, r"new tokens at[^\n]*\n"), 14)
 
 
 if __name__ == "__main__":

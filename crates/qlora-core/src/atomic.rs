@@ -12,6 +12,7 @@
 
 pub mod leftovers;
 
+use crate::platform;
 use crate::{Error, Result};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -147,10 +148,7 @@ fn claimed<T>(folder: &Path, prefix: &str, make: impl Fn() -> Result<(bool, T)>)
 pub fn temporary_builder<'a>(prefix: &'a str, mode: u32) -> tempfile::Builder<'a, 'static> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(prefix);
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
-    #[cfg(not(unix))]
-    let _ = mode;
+    platform::set_mode(&mut builder, mode);
     builder
 }
 
@@ -160,12 +158,8 @@ pub(crate) fn cannot_write(folder: &Path, error: io::Error) -> Error {
 
 /// Makes a rename in the folder of `path` last.
 fn sync_parent(path: &Path) -> Result<()> {
-    // Elsewhere a folder cannot be opened as a file.
-    if cfg!(unix) {
-        let (folder, _) = temporary_place(path)?;
-        File::open(folder).and_then(|folder| folder.sync_all()).map_err(|error| Error::io(folder, error))?;
-    }
-    Ok(())
+    let (folder, _) = temporary_place(path)?;
+    platform::sync_folder(folder).map_err(|error| Error::io(folder, error))
 }
 
 fn sync_tree(folder: &Path) -> Result<()> {
@@ -179,22 +173,12 @@ fn sync_tree(folder: &Path) -> Result<()> {
             File::open(&path).and_then(|file| file.sync_all()).map_err(|error| Error::io(&path, error))?;
         }
     }
-    if cfg!(unix) {
-        File::open(folder).and_then(|folder| folder.sync_all()).map_err(at)?;
-    }
-    Ok(())
+    platform::sync_folder(folder).map_err(at)
 }
 
 /// Exchanges two folders, so that `new` becomes `path`.
 fn exchange(new: &Path, path: &Path) -> Result<()> {
-    #[cfg(target_os = "linux")]
-    {
-        use rustix::fs::{CWD, RenameFlags, renameat_with};
-        if renameat_with(CWD, new, CWD, path, RenameFlags::EXCHANGE).is_ok() {
-            return Ok(());
-        }
-    }
-    exchange_in_steps(new, path)
+    if platform::exchange(new, path) { Ok(()) } else { exchange_in_steps(new, path) }
 }
 
 fn exchange_in_steps(new: &Path, path: &Path) -> Result<()> {

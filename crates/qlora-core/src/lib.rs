@@ -26,6 +26,7 @@ pub mod merge;
 pub mod model;
 pub mod nn;
 pub mod open;
+mod platform;
 pub mod sampling;
 pub mod source;
 pub mod spec;

@@ -39,6 +39,7 @@ pub mod matrix;
 pub mod ops;
 pub mod packed;
 mod parallel;
+mod platform;
 pub mod quant;
 pub mod sequence;
 mod simd;

@@ -8,6 +8,8 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::platform::HAS_DLLS;
+
 /// Folders that the dynamic loader searches without being told.
 const LOADER: [&str; 6] =
     ["usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/lib64", "usr/lib", "lib64", "lib"];
@@ -58,14 +60,14 @@ impl LibrarySearch {
     /// (`nvidia/<package>/lib`), `CUDA_HOME` and `CUDA_PATH`, the loader's own folders and those of drivers and toolkits.
     pub fn folders(&self, package: &str) -> Vec<PathBuf> {
         let mut folders = self.paths("LD_LIBRARY_PATH");
-        if cfg!(windows) {
+        if HAS_DLLS {
             folders.extend(self.paths("PATH"));
         }
         for prefix in self.python_prefixes() {
             for library in children(&prefix.join("lib"), "python3").into_iter().chain([prefix.join("Lib")]) {
                 for packages in ["site-packages", "dist-packages"] {
                     let folder = library.join(packages).join("nvidia").join(package);
-                    folders.push(folder.join(if cfg!(windows) { "bin" } else { "lib" }));
+                    folders.push(folder.join(if HAS_DLLS { "bin" } else { "lib" }));
                 }
             }
         }

@@ -5,9 +5,9 @@ use std::io;
 use std::ops::{Deref, Range};
 use std::path::Path;
 
-#[cfg(unix)]
-use memmap2::UncheckedAdvice;
 use memmap2::{Mmap, MmapOptions};
+
+use crate::platform;
 
 /// The bytes of a file, as the operating system pages them in.
 ///
@@ -17,7 +17,6 @@ use memmap2::{Mmap, MmapOptions};
 pub struct MappedFile {
     // None for an empty file, which not every system can map.
     map: Option<Mmap>,
-    #[cfg_attr(not(unix), expect(dead_code, reason = "read from the map there"))]
     file: File,
 }
 
@@ -65,14 +64,9 @@ impl MappedFile {
     /// read again. Without it every page that was read once counts as resident. A hint: where it cannot be followed,
     /// nothing happens.
     pub fn forget(&self, range: Range<usize>) {
-        #[cfg(unix)]
-        if let Some(map) = self.map.as_ref().filter(|map| range.start < range.end && range.end <= map.len()) {
-            // SAFETY: the mapping is never written, so dropped pages come back with the file's content.
-            let _ =
-                unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.end - range.start) };
+        if let Some(map) = &self.map {
+            platform::forget_pages(map, range);
         }
-        #[cfg(not(unix))]
-        let _ = range;
     }
 }
 
@@ -98,14 +92,7 @@ impl FileBytes<'_> {
     /// If there are not so many bytes.
     pub fn read_at(&self, at: usize, to: &mut [u8]) -> io::Result<()> {
         assert!(to.len() <= self.len && at <= self.len - to.len(), "{} bytes from {at} on of {}", to.len(), self.len);
-        let start = self.start + at;
-        #[cfg(unix)]
-        return std::os::unix::fs::FileExt::read_exact_at(&self.file.file, to, start as u64);
-        #[cfg(not(unix))]
-        {
-            to.copy_from_slice(&self.file[start..start + to.len()]);
-            Ok(())
-        }
+        platform::read_at(&self.file.file, self.file, self.start + at, to)
     }
 }
 

@@ -100,6 +100,15 @@ pub enum FrozenCompute {
     Fp8,
 }
 
+impl FrozenCompute {
+    /// The message for a device that does not multiply in fp8, of which `why` says that: "this run is on the CPU".
+    pub fn fp8_is_not_for(why: &str) -> String {
+        format!(
+            "frozen_compute = \"fp8\" needs a Hopper GPU (H100, H200, GH200: compute capability 9.0), and {why}: leave it out"
+        )
+    }
+}
+
 /// A cache for the dequantized weights of a group of layers between uses, if it is enabled: memory for speed. Only CUDA
 /// uses it.
 #[derive(Default)]

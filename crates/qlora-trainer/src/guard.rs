@@ -53,6 +53,7 @@ mod tests {
             shape: vec![2],
             silenced_by,
             may_rest: false,
+            decays: true,
         };
         vec![parameter("x.lora_A", 0..2, Some(1)), parameter("x.lora_B", 2..4, None)]
     }

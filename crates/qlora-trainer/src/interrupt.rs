@@ -5,9 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::error::{Error, Result};
-
-/// SIGINT's number, which also stands for a request without a signal.
-const SIGINT: i32 = 2;
+use crate::platform::{self, SIGINT};
 
 /// A request to stop that the training loop looks at after every step. Clones share the request.
 #[derive(Clone, Debug, Default)]
@@ -36,34 +34,9 @@ impl Interrupt {
             return Err(Error::Invalid("cannot handle Ctrl-C: this process does already".to_owned()));
         }
         let interrupt = Self::new();
-        interrupt.listen().map_err(|error| Error::Invalid(format!("cannot handle Ctrl-C: {error}")))?;
+        platform::listen(&interrupt.requested, &interrupt.signal, exit_code(SIGINT))
+            .map_err(|error| Error::Invalid(format!("cannot handle Ctrl-C: {error}")))?;
         Ok(interrupt)
-    }
-
-    #[cfg(unix)]
-    fn listen(&self) -> std::io::Result<()> {
-        use signal_hook::consts::{SIGHUP, SIGTERM};
-        use signal_hook::flag;
-
-        // First: it must not see what the same Ctrl-C sets below.
-        flag::register_conditional_shutdown(SIGINT, exit_code(SIGINT), Arc::clone(&self.requested))?;
-        for signal in [SIGINT, SIGTERM, SIGHUP] {
-            if signal != SIGHUP || !hangup_is_ignored() {
-                flag::register_usize(signal, Arc::clone(&self.signal), signal as usize)?;
-                flag::register(signal, Arc::clone(&self.requested))?;
-            }
-        }
-        Ok(())
-    }
-
-    #[cfg(not(unix))]
-    fn listen(&self) -> std::result::Result<(), ctrlc::Error> {
-        let request = self.clone();
-        ctrlc::set_handler(move || {
-            if request.request() {
-                std::process::exit(exit_code(SIGINT));
-            }
-        })
     }
 
     /// Asks the loop to stop. Returns whether that had been asked before.
@@ -86,6 +59,7 @@ impl Interrupt {
     /// after Ctrl-C and a request without a signal, 143 after SIGTERM, 129 after SIGHUP.
     pub fn exit_code(&self) -> i32 {
         match self.signal.load(Ordering::SeqCst) {
+            // A request without a signal counts as Ctrl-C.
             0 => exit_code(SIGINT),
             signal => exit_code(signal as i32),
         }
@@ -94,15 +68,6 @@ impl Interrupt {
 
 fn exit_code(signal: i32) -> i32 {
     128 + signal
-}
-
-/// Whether the process was started with SIGHUP ignored, as `nohup` does. Known on Linux only.
-#[cfg(unix)]
-fn hangup_is_ignored() -> bool {
-    const SIGHUP_BIT: u64 = 1;
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & SIGHUP_BIT != 0)
 }
 
 #[cfg(test)]

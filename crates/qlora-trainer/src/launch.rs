@@ -11,19 +11,16 @@ mod hosts;
 use std::env;
 use std::io::{self, BufRead, BufReader, IsTerminal as _, Read, Write};
 use std::net::TcpListener;
-use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use qlora_core::model::gpus;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::error::{Error, Result};
+use crate::platform::{self, SIGTERM};
 pub use hosts::{HostOptions, Share};
 
 /// The time that the other ranks have to end by themselves after one failed.
@@ -74,10 +71,9 @@ impl Processes {
 
 /// To be called early by a program that may be a rank: it ends when the process is gone that started it.
 pub fn end_with_launcher() {
-    #[cfg(target_os = "linux")]
     if is_launched() {
-        // Elsewhere, and if this fails, the ranks notice each other's end all the same.
-        let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
+        // Where that does nothing, the ranks notice each other's end all the same.
+        platform::end_with_parent();
     }
 }
 
@@ -90,8 +86,14 @@ pub fn is_launched() -> bool {
 /// failed, 128 and the signal's number for one that was killed.
 ///
 /// # Errors
-/// If a process cannot be started.
+/// If a process cannot be started; on Windows always: there each rank is started by hand, with torchrun's variables.
 pub fn launch(share: &Share) -> Result<u8> {
+    if !platform::HAS_PROCESS_GROUPS {
+        return Err(Error::Invalid(
+            "ranks cannot be started here: start each by itself, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+                .to_owned(),
+        ));
+    }
     let failed = |what: &str, error: io::Error| Error::Invalid(format!("{what}: {error}"));
     let program =
         env::current_exe().map_err(|error| failed("this program cannot be found to be started again", error))?;
@@ -106,10 +108,7 @@ pub fn launch(share: &Share) -> Result<u8> {
         }
     };
     let signal = Arc::new(AtomicUsize::new(0));
-    for number in [SIGINT, SIGTERM, SIGHUP] {
-        signal_hook::flag::register_usize(number, Arc::clone(&signal), number as usize)
-            .map_err(|error| failed("signals cannot be passed on", error))?;
-    }
+    platform::catch_signals(&signal).map_err(|error| failed("signals cannot be passed on", error))?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = (cores / share.local).max(1).to_string();
     let (mut ranks, mut said) = (Vec::new(), Vec::new());
@@ -134,7 +133,7 @@ pub fn launch(share: &Share) -> Result<u8> {
             command.env("RAYON_NUM_THREADS", &threads);
         }
         // In a group of its own a rank gets a signal once: from here.
-        command.process_group(0);
+        platform::in_own_group(&mut command);
         if rank > 0 {
             command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         }
@@ -186,14 +185,14 @@ fn wait(mut ranks: Vec<Child>, first: usize, signal: &AtomicUsize) -> u8 {
             {
                 ended[rank] = Some(status);
                 // The rank itself has said why, unless something ended it.
-                if let (Some(signal), false) = (status.signal(), asked) {
+                if let (Some(signal), false) = (platform::signal_of(status), asked) {
                     say(&format!("rank {} (process {}) was ended by signal {signal}", first + rank, child.id()));
                 }
                 failed.extend((!status.success()).then_some(status));
             }
         }
         // Of several that are seen at once the one that did not end by itself is the cause.
-        if let Some(cause) = failed.iter().find(|status| status.signal().is_some()).or(failed.first())
+        if let Some(cause) = failed.iter().find(|status| platform::signal_of(**status).is_some()).or(failed.first())
             && first_failure.is_none()
         {
             first_failure = Some(*cause);
@@ -224,7 +223,7 @@ fn wait(mut ranks: Vec<Child>, first: usize, signal: &AtomicUsize) -> u8 {
         }
     }
     first_failure.map_or(0, |status| {
-        let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(1);
+        let code = status.code().or_else(|| platform::signal_of(status).map(|signal| 128 + signal)).unwrap_or(1);
         u8::try_from(code).unwrap_or(1)
     })
 }
@@ -256,15 +255,8 @@ fn is_stopped(process: u32) -> bool {
 }
 
 fn tell(ranks: &[Child], ended: &[Option<ExitStatus>], number: i32) {
-    let signal = match number {
-        SIGINT => Signal::SIGINT,
-        SIGHUP => Signal::SIGHUP,
-        _ => Signal::SIGTERM,
-    };
     for (child, _) in ranks.iter().zip(ended).filter(|(_, ended)| ended.is_none()) {
-        if let Ok(id) = i32::try_from(child.id()) {
-            let _ = kill(Pid::from_raw(id), signal);
-        }
+        platform::send_signal(child.id(), number);
     }
 }
 

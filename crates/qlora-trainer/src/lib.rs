@@ -14,7 +14,7 @@
 //! | [`checkpoint`] | atomic checkpoints, resumed bit for bit |
 //! | [`store`] | copies of checkpoints in object stores and folders |
 //! | [`exact_match`] | generated answers against expected ones |
-//! | [`comm`], `launch` | the ranks of a run: several processes that train one model, and their start |
+//! | [`comm`], [`launch`] | the ranks of a run: several processes that train one model, and their start |
 //! | [`metrics`], [`progress`] | the log, a progress bar, a plot of the loss |
 //! | [`samples`] | answers to the same prompts again and again while training |
 //! | [`interrupt`], [`memory`], [`fingerprint`] | Ctrl-C, memory of the process, fingerprints |
@@ -31,7 +31,6 @@ pub mod exact_match;
 pub mod fingerprint;
 mod guard;
 pub mod interrupt;
-#[cfg(unix)]
 pub mod launch;
 pub mod loss_scale;
 pub mod memory;
@@ -39,6 +38,7 @@ pub mod metrics;
 pub mod model;
 pub mod objective;
 pub mod optimizer;
+mod platform;
 mod preemption;
 pub mod progress;
 pub mod qlora_model;

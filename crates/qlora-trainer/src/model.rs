@@ -24,6 +24,8 @@ pub struct Parameter {
     pub silenced_by: Option<usize>,
     /// Its gradient may be zero for as long as the data has nothing of it: rows of the embedding, whose tokens come or do not.
     pub may_rest: bool,
+    /// Whether `weight_decay` applies to it: as in transformers to everything but biases and the weights of norms.
+    pub decays: bool,
 }
 
 /// The weights that compute log-probabilities.

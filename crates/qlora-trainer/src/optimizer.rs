@@ -2,13 +2,18 @@
 //!
 //! The whole update of a step: `norm = |grad|`, `scale = min(1, max_grad_norm / (norm + 1e-6))`, then PyTorch's AdamW on
 //! `scale * grad`. Gradient, moments and masters are flat f32 buffers of the same length; moments may have 8 bits.
+//!
+//! Weight decay leaves out parameters that say so ([`Parameter::decays`]), as transformers' Trainer does.
+
+use std::ops::Range;
 
 use crate::checkpoint::tensors::MomentTensors;
 use crate::config::{Optim, TrainingOptions};
 use crate::error::Result;
+use crate::model::Parameter;
 use qlora_kernels::ops::adamw::{self, AdamW};
 use qlora_kernels::ops::adamw_8bit::{self, Moments8bit};
-use qlora_kernels::ops::grad_norm;
+use qlora_kernels::ops::{grad_norm, scale};
 use qlora_kernels::{Error as KernelError, Matrix, View, ViewMut, Workspace};
 
 /// Gradient and moments of all trainable parameters, and the settings of the update.
@@ -18,6 +23,8 @@ pub struct Optimizer {
     beta2: f64,
     eps: f64,
     weight_decay: f64,
+    /// The elements that decay, if not all do.
+    decayed: Option<Vec<Range<usize>>>,
     max_grad_norm: f64,
     /// The gradient of the step that is being made, one row.
     pub grad: Matrix,
@@ -47,10 +54,27 @@ impl Optimizer {
             beta2: options.adam_beta2,
             eps: options.adam_epsilon,
             weight_decay: options.weight_decay,
+            decayed: None,
             max_grad_norm: options.max_grad_norm,
             grad: workspace.zeros_f32(1, len)?,
             moments,
         })
+    }
+
+    /// Takes from the parameters which of them decay; without this, all do.
+    #[must_use]
+    pub fn with_decay_of(mut self, parameters: &[Parameter]) -> Self {
+        self.decayed = parameters.iter().any(|parameter| !parameter.decays).then(|| {
+            let mut ranges: Vec<Range<usize>> = Vec::new();
+            for Parameter { range, .. } in parameters.iter().filter(|parameter| parameter.decays) {
+                match ranges.last_mut() {
+                    Some(last) if last.end == range.start => last.end = range.end,
+                    _ => ranges.push(range.clone()),
+                }
+            }
+            ranges
+        });
+        self
     }
 
     /// Bytes of gradient and moments for `len` parameters.
@@ -129,14 +153,22 @@ impl Optimizer {
         learning_rate: f64,
         norm: f64,
         loss_scale: f32,
-        masters: ViewMut,
+        mut masters: ViewMut,
     ) -> qlora_kernels::Result<()> {
         let scale = match self.max_grad_norm {
             max_norm if max_norm > 0.0 => grad_norm::clip_coefficient(norm, max_norm),
             _ => 1.0,
         } / loss_scale;
         let Self { beta1, beta2, eps, weight_decay, .. } = *self;
-        let settings = AdamW { lr: learning_rate, beta1, beta2, eps, weight_decay };
+        let mut settings = AdamW { lr: learning_rate, beta1, beta2, eps, weight_decay };
+        if let Some(decayed) = self.decayed.as_deref().filter(|_| weight_decay > 0.0) {
+            // The step's own first product, with its rounding: what decays gets the bits that a step with decay gives.
+            let factor = (1.0 - learning_rate * weight_decay) as f32;
+            for range in decayed {
+                scale::in_place(masters.reborrow().slice_cols(range.clone()), factor)?;
+            }
+            settings.weight_decay = 0.0;
+        }
         let grad = self.grad.view();
         match &mut self.moments {
             Moments::F32 { exp_avg, exp_avg_sq } => {
@@ -186,6 +218,42 @@ mod tests {
             (masters, optimizer.moments().unwrap())
         };
         assert_eq!(updated(1.0), updated(65_536.0));
+    }
+
+    #[test]
+    fn what_does_not_decay_is_left_out_and_the_rest_gets_the_same_bits() {
+        const LEN: usize = 700;
+        let parameter = |range: Range<usize>, decays| Parameter {
+            name: String::new(),
+            shape: vec![range.len()],
+            range,
+            silenced_by: None,
+            may_rest: false,
+            decays,
+        };
+        // The limits of 8-bit blocks (256) are elsewhere.
+        let parts = [(0..100, true), (100..300, true), (300..313, false), (313..350, false), (350..LEN, true)];
+        let parameters = parts.clone().map(|(range, decays)| parameter(range, decays));
+        for optim in [Optim::AdamwTorch, Optim::Adamw8bit] {
+            let run = |weight_decay, parameters: &[Parameter]| {
+                let options = TrainingOptions { optim, weight_decay, ..Default::default() };
+                let optimizer = Optimizer::new(&options, LEN, &Workspace::cpu()).unwrap();
+                let mut optimizer = optimizer.with_decay_of(parameters);
+                let mut masters: Vec<f32> = (0..LEN).map(|i| (i as f32 * 0.37).sin()).collect();
+                for step in 1..5 {
+                    let gradient = optimizer.grad.as_mut_slice().iter_mut().enumerate();
+                    gradient.for_each(|(i, g)| *g = (i as f32 * 0.11 + step as f32).cos());
+                    optimizer.update(step, 0.01, 1.0, ViewMut::vector(&mut masters)).unwrap();
+                }
+                masters
+            };
+            let (all, none, mixed) = (run(0.3, &[]), run(0.0, &[]), run(0.3, &parameters));
+            for (range, decays) in parts.clone() {
+                let want = if decays { &all } else { &none };
+                assert_eq!(mixed[range.clone()], want[range.clone()], "{optim:?} {range:?}");
+                assert_ne!(all[range.clone()], none[range], "{optim:?}");
+            }
+        }
     }
 
     #[test]

@@ -70,6 +70,7 @@ pub(crate) fn parameters_of(layout: &AdapterLayout) -> Vec<Parameter> {
         shape: entry.shape(),
         silenced_by: silencer(entry),
         may_rest: entry.which == Which::TokenRows,
+        decays: !matches!(entry.which, Which::Bias { .. }),
     };
     entries.iter().map(parameter).collect()
 }

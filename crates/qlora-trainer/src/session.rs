@@ -27,7 +27,9 @@ use qlora_core::adapter::{AdapterDtype, SaveOptions, TrainedOver};
 use qlora_core::companions::Companions;
 use qlora_core::lora::{ByModule, LoraConfig, ModuleFilter, ModulePattern, TargetModules};
 use qlora_core::model::context::heads_of_a_rank;
-use qlora_core::model::{BasePlacement, CausalLm, DeviceChoice, LoadOptions, PlacementKind, Quantization};
+use qlora_core::model::{
+    BasePlacement, BatchShape, CausalLm, DeviceChoice, LoadOptions, MemoryPlan, PlacementKind, Quantization,
+};
 use qlora_core::open::ModelFiles;
 use qlora_kernels::ops::attention::AttentionConfig;
 use qlora_kernels::quant::{QuantConfig, QuantType};
@@ -67,6 +69,8 @@ pub struct Session {
     comm: Box<dyn Communicator>,
     /// How many times as fast the planned steps are expected to be in fp8, where they are not and the GPU has it.
     fp8_gain: Option<f64>,
+    /// The largest batch that was planned for, and its plan.
+    planned: Option<(BatchShape, Option<MemoryPlan>)>,
     /// The data that was read when the session was opened, until it is taken.
     data: Mutex<Option<Data>>,
 }
@@ -166,6 +170,7 @@ impl Session {
             prompts,
             comm: Box::new(Alone),
             fp8_gain: None,
+            planned: None,
             data,
         })
     }

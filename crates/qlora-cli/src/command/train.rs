@@ -9,7 +9,6 @@ use qlora::trainer::comm::tcp::TcpOptions;
 use qlora::trainer::comm::{self, Alone, Communicator, Ranks};
 use qlora::trainer::config::Tracker;
 use qlora::trainer::data::TokenCache;
-#[cfg(unix)]
 use qlora::trainer::launch::{self, HostOptions, Processes};
 use qlora::trainer::progress::{Dashboard, DashboardFacts, HtmlReport, LossPlot, Observer, ProgressBar, ReportFacts};
 use qlora::trainer::session::{Session, plan_on_card};
@@ -43,23 +42,18 @@ pub(crate) struct Args {
     #[arg(long)]
     dry_run: bool,
     /// Train on several GPUs of this host, with a process for each: a number, or auto for all of them.
-    #[cfg(unix)]
     #[arg(long, value_name = "N", conflicts_with = "dry_run")]
     nproc_per_node: Option<Processes>,
     /// Train on several hosts, with this command on each: their number.
-    #[cfg(unix)]
     #[arg(long, value_name = "N", conflicts_with = "dry_run")]
     nnodes: Option<usize>,
     /// Which of the hosts this is, from 0.
-    #[cfg(unix)]
     #[arg(long, value_name = "N")]
     node_rank: Option<usize>,
     /// Where host 0 is, on every host.
-    #[cfg(unix)]
     #[arg(long, value_name = "HOST")]
     master_addr: Option<String>,
     /// The port on host 0 [default: 29500].
-    #[cfg(unix)]
     #[arg(long, value_name = "PORT")]
     master_port: Option<u16>,
     /// Show progress as one line instead of the view with curve and figures.
@@ -71,7 +65,6 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    #[cfg(unix)]
     if let Some(code) = start_ranks(args)? {
         return Ok(code);
     }
@@ -202,7 +195,6 @@ fn progress_of(args: &Args, report: &ReportFacts) -> Option<Box<dyn Observer>> {
 }
 
 /// Starts a process for each GPU, unless this is one of them; then returns the exit code of the processes.
-#[cfg(unix)]
 fn start_ranks(args: &Args) -> Result<Option<ExitCode>> {
     launch::end_with_launcher();
     if args.dry_run || launch::is_launched() || Ranks::from_env()?.is_some() {
@@ -230,11 +222,7 @@ fn ranks() -> Result<Box<dyn Communicator>> {
         std::process::exit(1);
     });
     let comm = comm::from_env(&TcpOptions { when_lost, ..TcpOptions::default() })?;
-    #[cfg(unix)]
-    let is_named = launch::is_launched();
-    #[cfg(not(unix))]
-    let is_named = false;
-    if comm.size() > 1 && !is_named {
+    if comm.size() > 1 && !launch::is_launched() {
         // Where nobody else says whose lines they are.
         output::set_speaker(format!("[rank {}] ", comm.rank()));
     }

@@ -42,13 +42,7 @@ fn place(blob: &Path, file: &Path) -> io::Result<()> {
         // A link to a content that is gone.
         fs::remove_file(file)?;
     }
-    #[cfg(unix)]
-    return std::os::unix::fs::symlink(relative(blob, parent), file);
-    #[cfg(not(unix))]
-    {
-        let _ = relative;
-        fs::hard_link(blob, file).or_else(|_| fs::copy(blob, file).map(drop))
-    }
+    crate::platform::link(blob, &relative(blob, parent), file)
 }
 
 /// `to` as seen from the folder `from`.

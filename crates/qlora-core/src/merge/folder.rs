@@ -103,10 +103,8 @@ fn check_space(source: &dyn WeightSource, folder: &Path, out: &Path) -> Result<(
 }
 
 /// An error if the disk of `folder` has fewer free bytes than needed; `out` is for the message.
-#[cfg(target_os = "linux")]
 pub(crate) fn require_space(folder: &Path, out: &Path, needed: u64) -> Result<()> {
-    let Ok(disk) = rustix::fs::statvfs(folder) else { return Ok(()) };
-    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+    let Some(free) = crate::platform::free_space(folder) else { return Ok(()) };
     if free >= needed {
         return Ok(());
     }
@@ -117,11 +115,6 @@ pub(crate) fn require_space(folder: &Path, out: &Path, needed: u64) -> Result<()
         gb(needed)
     );
     Err(Error::io(out, std::io::Error::new(std::io::ErrorKind::StorageFull, message)))
-}
-
-#[cfg(not(target_os = "linux"))]
-pub(crate) fn require_space(_folder: &Path, _out: &Path, _needed: u64) -> Result<()> {
-    Ok(())
 }
 
 /// Weight files of a limited size. How many there are is known at the end; until then they have numbers only.

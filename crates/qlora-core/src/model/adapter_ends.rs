@@ -105,8 +105,15 @@ impl CausalLm {
             let table = adapter.tables().head(&**self.head(), values.view(), None);
             return Ok(linear_cross_entropy::forward_with(hidden.view(), table, targets, self.workspace())?);
         }
+        let sum = self.head_losses(hidden, targets, spans)?.iter().sum();
+        let trained_tokens = targets.iter().filter(|target| **target != IGNORE_INDEX).count();
+        Ok(LossSum { sum, trained_tokens })
+    }
+
+    /// The loss of every row, 0 without a target, where the heads of adapters are computed by their logits: a few rows at a time.
+    pub(super) fn head_losses(&self, hidden: &Matrix, targets: &[i64], spans: &[Span]) -> Result<Vec<f64>> {
         const ROWS: usize = 64;
-        let mut total = LossSum { sum: 0.0, trained_tokens: 0 };
+        let mut losses = vec![0.0; hidden.rows()];
         for start in (0..hidden.rows()).step_by(ROWS) {
             let rows = start..hidden.rows().min(start + ROWS);
             let mut part = self.workspace().matrix(rows.len(), hidden.cols())?;
@@ -116,7 +123,8 @@ impl CausalLm {
                 |span: &Range<usize>| span.start.max(rows.start) - rows.start..span.end.min(rows.end) - rows.start;
             let spans: Vec<Span> = inside.map(|(span, chosen)| (clip(span), *chosen)).collect();
             let logits = self.head_logits(&part, &spans)?.to_vec()?;
-            for (row, &target) in logits.chunks_exact(self.config().vocab_size).zip(&targets[rows]) {
+            let of_rows = losses[rows.clone()].iter_mut().zip(&targets[rows]);
+            for (row, (loss, &target)) in logits.chunks_exact(self.config().vocab_size).zip(of_rows) {
                 if target == IGNORE_INDEX {
                     continue;
                 }
@@ -125,10 +133,9 @@ impl CausalLm {
                 })?;
                 let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                 let sum: f64 = row.iter().map(|x| f64::from(x - largest).exp()).sum();
-                total.sum += sum.ln() + f64::from(largest) - f64::from(*chosen);
-                total.trained_tokens += 1;
+                *loss = sum.ln() + f64::from(largest) - f64::from(*chosen);
             }
         }
-        Ok(total)
+        Ok(losses)
     }
 }

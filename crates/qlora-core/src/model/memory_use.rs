@@ -167,7 +167,5 @@ pub fn check_fp8(workspace: &Workspace) -> Result<()> {
         return Ok(gpu.check_fp8()?);
     }
     let _ = workspace;
-    let message =
-        "frozen_compute = \"fp8\" needs a Hopper GPU (H100, H200, GH200), and this run is on the CPU: leave it out";
-    Err(Error::Invalid(message.into()))
+    Err(Error::Invalid(FrozenCompute::fp8_is_not_for("this run is on the CPU")))
 }

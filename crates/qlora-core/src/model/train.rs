@@ -147,14 +147,13 @@ impl CausalLm {
     /// rows without a target have 0.
     ///
     /// # Errors
-    /// If the adapter is not there or changes the head, a token or target is outside the vocabulary, or a sequence is too long.
+    /// If the adapter is not there, a token or target is outside the vocabulary, or a sequence is too long.
     pub fn log_probabilities(&self, batch: &Batch, choice: AdapterChoice) -> Result<Vec<f64>> {
         let spans = self.spans(batch.layout.sequences(), choice.into())?;
-        if spans.iter().any(super::adapter_ends::loaded_changes_head) {
-            let message = "log-probabilities under an adapter that changes the head are not supported";
-            return Err(Error::Unsupported(message.into()));
-        }
         let hidden = self.hidden(&batch.tokens, &batch.layout, &spans)?;
+        if spans.iter().any(super::adapter_ends::loaded_changes_head) {
+            return Ok(negated(self.head_losses(&hidden, &batch.targets, &spans)?));
+        }
         let trained = matches!(spans.as_slice(), [(_, Chosen::Trained)]).then(|| self.adapter()).flatten();
         let values = trained.map(|adapter| TensorView::new("adapter", adapter.flat.as_tensor())).transpose()?;
         let head = match (trained, &values) {

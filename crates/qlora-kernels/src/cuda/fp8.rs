@@ -8,7 +8,7 @@ use super::gpu::Gpu;
 use super::view::CudaView;
 use super::weight::CudaWeight;
 use crate::error::{Error, Result};
-use crate::weight::FrozenWeight;
+use crate::weight::{FrozenCompute, FrozenWeight};
 
 const OP: &str = "fp8";
 
@@ -44,12 +44,8 @@ impl Gpu {
     pub fn check_fp8(&self) -> Result<()> {
         let (major, minor) = self.limits().capability;
         if (major, minor) != (9, 0) {
-            let message = format!(
-                "frozen_compute = \"fp8\" needs a Hopper GPU (H100, H200, GH200: compute capability 9.0): only there cuBLASLt \
-                 multiplies fp8 with a scale a row; {} has {major}.{minor}. Leave it out",
-                self.name()
-            );
-            return Err(Error::invalid(OP, message));
+            let has = format!("{} has {major}.{minor}", self.name());
+            return Err(Error::invalid(OP, FrozenCompute::fp8_is_not_for(&has)));
         }
         let version = super::blas::fp8::library_version();
         if version < super::blas::fp8::LEAST_VERSION {

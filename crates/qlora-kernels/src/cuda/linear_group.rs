@@ -357,6 +357,13 @@ fn shrink_into(
     Ok(())
 }
 
+/// The A of all members, `[rp, k]`: an augmented weight of a layer without outputs.
+fn rows_of_a(plan: &Plan, adapter: &AdapterPass, workspace: &Workspace) -> Result<Matrix> {
+    let mut a = workspace.with_margin(plan.rp, plan.k, plan.rp)?;
+    plan.without_outputs().write_factors(adapter, a.view_mut().cuda(plan.op)?)?;
+    Ok(a)
+}
+
 pub(crate) fn shrink(
     op: &'static str,
     group: &Group,
@@ -365,17 +372,14 @@ pub(crate) fn shrink(
     workspace: &Workspace,
 ) -> Result<Shrunk> {
     let plan = Plan::new(op, group, true);
-    let Plan { k, rp, .. } = plan;
+    let rp = plan.rp;
     if rp == 0 {
         return Ok(Shrunk::default());
     }
     let x = x.cuda(op)?;
     one_gpu(op, x.gpu(), adapter.values.gpu())?;
-    // The A rows alone: an augmented weight of a layer without outputs.
-    let mut a = workspace.with_margin(rp, k, rp)?;
-    let only_a = plan.without_outputs();
-    only_a.write_factors(adapter, a.view_mut().cuda(op)?)?;
+    let a = rows_of_a(&plan, adapter, workspace)?;
     let mut s = workspace.matrix(x.rows(), rp)?;
-    shrink_into(&only_a, x, a.view().cuda(op)?, adapter, s.view_mut().cuda(op)?, workspace)?;
+    shrink_into(&plan.without_outputs(), x, a.view().cuda(op)?, adapter, s.view_mut().cuda(op)?, workspace)?;
     Ok(Shrunk::new(vec![Some(s)]))
 }

@@ -58,14 +58,18 @@ const STREAM_OPTIONS: [&str; 10] = [
 ];
 
 /// The entries that may differ with `override_opt_param_scheduler`: they take effect from the next step on.
-pub const OVERRIDABLE: [&str; 6] = [
+pub const OVERRIDABLE: [&str; 7] = [
     "number of steps",
     "training.learning_rate",
     "training.lr_scheduler_type",
     "training.max_grad_norm",
     "training.warmup_steps",
     "training.weight_decay",
+    UNDECAYED,
 ];
+
+/// Written where weight decay leaves parameters out: earlier versions let it take all of them, biases too.
+const UNDECAYED: &str = "training.weight_decay of biases";
 
 /// The names of the layers, which may be written in several ways: what they select counts.
 const LAYERS: &str = "lora.target_modules";
@@ -133,6 +137,9 @@ impl RunIdentity {
                 map.insert(format!("data.{key}"), options["data"][key].clone());
             }
         }
+        if config.training.weight_decay != 0.0 && parameters.iter().any(|parameter| !parameter.decays) {
+            map.insert(UNDECAYED.to_owned(), 0.0.into());
+        }
         map.insert("training data".to_owned(), data.into());
         map.insert(PARAMETERS.to_owned(), describe(parameters).into());
         for (name, value) in model {
@@ -194,4 +201,38 @@ fn describe(parameters: &[Parameter]) -> String {
     }
     let elements: usize = parameters.iter().map(|parameter| parameter.range.len()).sum();
     format!("{} tensors, {elements} elements, fingerprint {fingerprint}", parameters.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::TrainingOptions;
+
+    #[test]
+    fn a_run_whose_biases_decayed_does_not_go_on_unnoticed() {
+        let identity = |weight_decay, decays| {
+            let training = TrainingOptions { weight_decay, ..TrainingOptions::default() };
+            let config = TrainConfig { training, ..TrainConfig::default() };
+            let parameter = |name: &str, range: std::ops::Range<usize>, decays| Parameter {
+                name: name.to_owned(),
+                shape: vec![range.len()],
+                range,
+                silenced_by: None,
+                may_rest: false,
+                decays,
+            };
+            let parameters = [parameter("lora_A", 0..4, true), parameter("bias", 4..6, decays)];
+            RunIdentity::new(&config, &Schedule::new(&config.training, 10), "data", &[], &parameters)
+        };
+        let check = |then: &RunIdentity, now: &RunIdentity, overridden| then.check(Path::new("at"), now, overridden);
+        // As an earlier version wrote it, which let all parameters decay.
+        let (before, now) = (identity(0.1, true), identity(0.1, false));
+        let error = check(&before, &now, false).unwrap_err().to_string();
+        assert!(error.contains("training.weight_decay of biases: nothing in the checkpoint, 0.0 now"), "{error}");
+        assert!(error.contains("override_opt_param_scheduler"), "{error}");
+        assert_eq!(check(&before, &now, true).unwrap().len(), 1);
+        assert!(check(&now, &now, false).unwrap().is_empty());
+        // Without decay nothing is said of it.
+        assert_eq!(identity(0.0, true), identity(0.0, false));
+    }
 }

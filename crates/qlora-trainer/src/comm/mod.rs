@@ -112,6 +112,10 @@ pub trait Communicator: fmt::Debug + Send {
         let _ = why;
     }
 
+    /// After a failure: waits until rank 0 has ended, which may have something to finish that a launcher would cut short. Returns at once
+    /// on rank 0, and soon where it is gone or does not answer.
+    fn wait_for_first(&mut self) {}
+
     /// Leaves in peace: the other ranks have everything that they need of this one.
     fn leave(&mut self) {}
 

@@ -166,6 +166,10 @@ impl Communicator for Gpus {
         self.control.fail(why);
     }
 
+    fn wait_for_first(&mut self) {
+        self.control.wait_for_first();
+    }
+
     fn leave(&mut self) {
         self.control.leave();
     }

@@ -48,11 +48,10 @@ pub fn plan_on_card(config: &TrainConfig, card: &Card) -> Result<CardPlan> {
         return Err(Error::Invalid(message));
     }
     if frozen_compute == Some(FrozenCompute::Fp8) && card.compute_capability != (9, 0) {
-        let message = format!(
-            "frozen_compute = \"fp8\" needs a Hopper GPU (H100, H200, GH200), and {} is none: leave it out",
+        return Err(Error::Invalid(qlora_kernels::weight::FrozenCompute::fp8_is_not_for(&format!(
+            "{} is none",
             card.name
-        );
-        return Err(Error::Invalid(message));
+        ))));
     }
     let (model, layout) = (files.source.config(), beginning.layout());
     let held = TrainedOver::of(&*files.source, quantization(&config.model))?;

@@ -16,7 +16,7 @@ use crate::error::Result;
 impl Session {
     /// Chooses what each block keeps for its backward, for the largest batch of the run and the memory there is, and
     /// applies it. On the CPU there is no plan to show: blocks keep their activations if half of the free memory holds
-    /// them.
+    /// them. The same data is planned for once.
     ///
     /// # Errors
     /// If the data cannot be batched, or even the leanest plan needs more memory than there is; the message says how
@@ -28,6 +28,15 @@ impl Session {
 
     fn plan_of(&mut self, training: &TrainingData) -> Result<Option<MemoryPlan>> {
         let batch = self.largest_batch(training)?;
+        if let Some((_, plan)) = self.planned.as_ref().filter(|(of, _)| *of == batch) {
+            return Ok(plan.clone());
+        }
+        let plan = self.plan_for(batch)?;
+        self.planned = Some((batch, plan.clone()));
+        Ok(plan)
+    }
+
+    fn plan_for(&mut self, batch: BatchShape) -> Result<Option<MemoryPlan>> {
         #[cfg(feature = "cuda")]
         if let Some(gpu) = self.model.workspace().gpu().cloned() {
             let host = self.share_of_host()?;

@@ -4,10 +4,14 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Write as _};
 use std::path::Path;
+use std::time::Duration;
 
 use bytes::Bytes;
+use object_store::aws::AmazonS3Builder;
+use object_store::azure::MicrosoftAzureBuilder;
+use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::path::Path as Key;
-use object_store::{ObjectStore, ObjectStoreExt as _, PutMode, WriteMultipart, parse_url_opts};
+use object_store::{ObjectStore, ObjectStoreExt as _, ObjectStoreScheme, PutMode, RetryConfig, WriteMultipart};
 use tokio::runtime::{Builder, Runtime};
 use url::Url;
 
@@ -21,6 +25,10 @@ const AT_ONCE: usize = 4;
 /// The variables that stores read.
 const VARIABLES: [&str; 3] = ["AWS_", "AZURE_", "GOOGLE_"];
 
+/// How often the crate tries a request again, and for how long: [`Mirror`](super::Mirror) tries again too, and a run that has ended must
+/// not wait a quarter of an hour for a store that is gone.
+const RETRIES: (usize, Duration) = (3, Duration::from_secs(60));
+
 /// A bucket, or a part of one.
 pub(super) struct Cloud {
     store: Box<dyn ObjectStore>,
@@ -32,11 +40,7 @@ impl Cloud {
     pub(super) fn open(url: &str) -> Result<Self> {
         let failed = |why: String| Error::Invalid(format!("{url}: {why}"));
         let parsed = Url::parse(url).map_err(|error| failed(error.to_string()))?;
-        // Requests are tried again for three minutes, the crate's default.
-        let texts =
-            std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
-        let variables = texts.filter(|(name, _)| VARIABLES.iter().any(|prefix| name.starts_with(prefix)));
-        let (store, prefix) = parse_url_opts(&parsed, variables).map_err(|error| failed(error.to_string()))?;
+        let (store, prefix) = build(&parsed).map_err(|error| failed(error.to_string()))?;
         let runtime = Builder::new_current_thread().enable_all().build().map_err(|error| failed(error.to_string()))?;
         Ok(Self { store, prefix, runtime })
     }
@@ -44,6 +48,37 @@ impl Cloud {
     fn key(&self, key: &str) -> Key {
         Key::from_iter(self.prefix.parts().chain(Key::from(key).parts()))
     }
+}
+
+/// The store of a URL with the options of the environment, as the crate's `parse_url_opts` makes it but for [`RETRIES`].
+fn build(url: &Url) -> object_store::Result<(Box<dyn ObjectStore>, Key)> {
+    let (scheme, prefix) = ObjectStoreScheme::parse(url)?;
+    let texts =
+        std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    let variables = texts.filter(|(name, _)| VARIABLES.iter().any(|prefix| name.starts_with(prefix)));
+    let retry = RetryConfig { max_retries: RETRIES.0, retry_timeout: RETRIES.1, ..RetryConfig::default() };
+    macro_rules! store {
+        ($builder:ty) => {{
+            let builder = <$builder>::new().with_url(url.to_string()).with_retry(retry);
+            let configured =
+                variables.fold(builder, |builder, (name, value)| match name.to_ascii_lowercase().parse() {
+                    Ok(key) => builder.with_config(key, value),
+                    Err(_) => builder,
+                });
+            Box::new(configured.build()?) as Box<dyn ObjectStore>
+        }};
+    }
+    let store = match scheme {
+        ObjectStoreScheme::AmazonS3 => store!(AmazonS3Builder),
+        ObjectStoreScheme::GoogleCloudStorage => store!(GoogleCloudStorageBuilder),
+        ObjectStoreScheme::MicrosoftAzure => store!(MicrosoftAzureBuilder),
+        other => {
+            return Err(object_store::Error::NotSupported {
+                source: format!("{other:?} is no store of objects").into(),
+            });
+        }
+    };
+    Ok((store, prefix))
 }
 
 fn failed(error: object_store::Error) -> io::Error {
@@ -65,6 +100,14 @@ fn failed(error: object_store::Error) -> io::Error {
         }
         cause = error.source();
     }
+    // Of a list the crate says these by their text alone.
+    let kind = match kind {
+        io::ErrorKind::Other if text.contains("NoSuchBucket") => io::ErrorKind::InvalidInput,
+        io::ErrorKind::Other if ["401 Unauthorized", "403 Forbidden"].iter().any(|status| text.contains(status)) => {
+            io::ErrorKind::PermissionDenied
+        }
+        kind => kind,
+    };
     io::Error::new(kind, text)
 }
 

@@ -1,7 +1,7 @@
 //! Checkpoints in a store: written manifest last, read manifest first.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Seek as _, SeekFrom};
+use std::io::{self, Read, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -182,11 +182,12 @@ impl Mirror {
             Ok(_) | Err(Error::Checkpoint { .. }) => (),
             Err(_) => return known.map(drop),
         }
-        self.attempt(&key, || self.store.delete(&key))?;
-        match self.attempt(&key, || self.store.put_new(&key, &content)) {
-            Err(error) if exists_already(&error) && self.manifest(&key)? == manifest => (),
-            put => put?,
-        }
+        // In one piece: before it the old checkpoint is there, after it the new one.
+        let file = in_a_file(&content).map_err(|error| Error::io(std::env::temp_dir(), error))?;
+        self.attempt(&key, || {
+            rewind(&file)?;
+            self.store.put(&key, &file)
+        })?;
         if let Ok(known) = known {
             self.forget(&known.prefix);
         }
@@ -333,6 +334,13 @@ fn manifest_key(step: u64) -> String {
 
 fn exists_already(error: &Error) -> bool {
     matches!(error, Error::Io { source, .. } if source.kind() == io::ErrorKind::AlreadyExists)
+}
+
+/// A file without a name that holds this.
+fn in_a_file(content: &[u8]) -> io::Result<File> {
+    let mut file = tempfile::tempfile()?;
+    file.write_all(content)?;
+    Ok(file)
 }
 
 fn rewind(mut file: &File) -> io::Result<u64> {

@@ -5,10 +5,11 @@
 //!
 //! ```text
 //! checkpoint-<step>.<upload>/<file>      its files
-//! checkpoint-<step>.json                 their names, sizes and SHA-256: written last, and only if there is none
+//! checkpoint-<step>.json                 their names, sizes and SHA-256: written last
 //! ```
-//! and a checkpoint without the second does not exist. Whoever resumes lists these manifests, takes the newest, and checks every file
-//! against it; one that does not fit is said, and the one before it is taken.
+//! and a checkpoint without the second does not exist. A step that is done again has files of its own beside the old ones; its
+//! manifest takes the old one's place in one piece, and only then the old files go. Whoever resumes lists these manifests, takes the
+//! newest, and checks every file against it; one that does not fit is said, and the one before it is taken.
 //!
 //! | module | what it is |
 //! |---|---|

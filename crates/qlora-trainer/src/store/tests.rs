@@ -39,7 +39,8 @@ impl Faulty {
 impl Store for Faulty {
     fn put(&self, key: &str, content: &File) -> io::Result<()> {
         self.fails("put", key)?;
-        self.store.put(key, content)
+        self.store.put(key, content)?;
+        self.fails("answer", key)
     }
 
     fn put_new(&self, key: &str, content: &[u8]) -> io::Result<()> {
@@ -213,6 +214,17 @@ fn old_checkpoints_go_manifest_first_and_a_repeated_step_replaces() {
     assert_eq!(place.objects(), before);
     place.mirror().upload(&place.checkpoint(5, "b")).unwrap();
     assert_eq!(place.fetched(None).unwrap().1["adapter.safetensors"], b"adapter 5 b");
+    // What does not arrive leaves what was there, and nothing is deleted before.
+    let before = place.objects();
+    for (operation, part) in [("put", "checkpoint-5.json"), ("put", "optimizer")] {
+        place.fail(operation, part, 5);
+        place.mirror().upload(&place.checkpoint(5, "c")).unwrap_err();
+        place.faults.lock().unwrap().clear();
+        assert_eq!(
+            (place.objects(), place.fetched(None).unwrap().1["adapter.safetensors"].as_slice()),
+            (before.clone(), &b"adapter 5 b"[..])
+        );
+    }
     place.mirror().forget_after(4).unwrap();
     assert!(place.fetched(None).is_none());
 }

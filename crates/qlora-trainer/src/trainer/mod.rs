@@ -145,7 +145,7 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
         }
         let parameters = facts.parameters;
         let workspace = model.workspace()?;
-        let optimizer = Optimizer::new(&config.training, masters.len(), &workspace)?;
+        let optimizer = Optimizer::new(&config.training, masters.len(), &workspace)?.with_decay_of(&parameters);
         let loss_scale = (workspace.gradient_dtype() == Dtype::F16).then(LossScale::default);
         let initial_parameters = Fingerprint::new().floats(&masters).to_string();
         Ok(Self {

@@ -31,12 +31,17 @@ impl<M: TrainableModel> Trainer<'_, M> {
     /// gradient is not finite. The checkpoints that were written before stay.
     pub fn run(&mut self) -> Result<Summary> {
         let ended = self.run_to_end().map_err(|error| cause_of(error, &*self.comm));
-        let ended = or_tell_all(&mut *self.comm, ended);
-        // Also of a run that failed: what it saved is what the next one goes on from.
+        // Also of a run that failed: what it saved is what the next one goes on from. Before the others are told: they end with it, and
+        // a launcher takes a rank that ends for the end of all.
         let sent = self.finish_uploads();
+        let has_store = self.config.training.checkpoint_store.is_some();
+        let ended = or_tell_all(&mut *self.comm, ended);
+        if ended.is_err() && has_store {
+            self.comm.wait_for_first();
+        }
         let summary = ended?;
-        if self.config.training.checkpoint_store.is_some() {
-            // A launcher takes a rank that ends for the end of all, and would end the one that still sends.
+        if has_store {
+            // The same where nothing failed.
             let met = self.meet("upload of checkpoints");
             or_tell_all(&mut *self.comm, met)?;
         }

@@ -197,6 +197,7 @@ impl TrainableModel for Toy {
             shape: if i.is_multiple_of(2) { vec![RANK, VOCAB] } else { vec![VOCAB, RANK] },
             silenced_by: i.is_multiple_of(2).then_some(i + 1),
             may_rest: false,
+            decays: true,
         };
         (0..4).map(parameter).collect()
     }

@@ -144,12 +144,14 @@ fn qwen3_and_llama_3_rotations_survive() {
     let (qwen3, _folder) = edited("qwen3", &[("/use_sliding_window", false.into()), ("/layer_types", full)]);
     let (difference, _) = difference_of("qwen3", &qwen3, GgufType::F32);
     assert!(difference < 1e-4, "qwen3: {difference}");
-    // A file has the divisors only; those of Llama 3.1 are recognized, to f32's precision.
-    let edits = [("/rope_scaling/original_max_position_embeddings", 8192.into())];
-    let (llama3, _folder) = edited("llama_rope_llama3", &edits);
-    let (difference, _) = difference_of("llama3", &llama3, GgufType::F32);
-    assert!(difference < 1e-3, "llama 3: {difference}");
-    assert!(model::rope_table(llama3.config()).unwrap().iter().any(|divisor| *divisor > 1.5));
+    // A file has the divisors only; the length that they were made for follows from them.
+    for original in [8192, 4096, 100, 32] {
+        let edits = [("/rope_scaling/original_max_position_embeddings", original.into())];
+        let (llama3, _folder) = edited("llama_rope_llama3", &edits);
+        let (difference, _) = difference_of("llama3", &llama3, GgufType::F32);
+        assert!(difference < 1e-3, "llama 3, {original}: {difference}");
+        assert!(model::rope_table(llama3.config()).unwrap().iter().any(|divisor| *divisor > 1.5), "{original}");
+    }
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use qlora_kernels::ops::rope::{RopeConfig, RopeScaling};
 
+use super::divisors;
 use super::header::{Header, Parse, TensorInfo};
 use super::split::Part;
 use super::types::GgmlType;
@@ -238,42 +239,24 @@ impl Meta<'_> {
 }
 
 /// The Llama 3 scaling whose frequency divisors a file stores as `rope_freqs.weight` `[head_dim / 2]`.
-///
-/// The file has the divisors only. Every Llama 3.1 to 3.3 model was made with the same wavelength bounds (1, 4 and 8192
-/// positions), so the factor is the largest divisor, and all others must then follow; anything else is refused.
 fn llama3(
     table: &TensorInfo,
     file: &[u8],
     theta: f64,
     head_dim: usize,
 ) -> std::result::Result<Option<RopeScaling>, Problem> {
-    const LOW: f64 = 1.0;
-    const HIGH: f64 = 4.0;
-    const ORIGINAL: usize = 8192;
     if table.kind != GgmlType::F32 || table.shape != [head_dim / 2] {
         return Err(Problem::Format(format!(
             "tensor rope_freqs.weight has type {} and shape {:?}",
             table.kind, table.shape
         )));
     }
-    let divisors: Vec<f64> =
+    let stored: Vec<f64> =
         file[table.bytes.clone()].as_chunks().0.iter().map(|chunk| f64::from(f32::from_le_bytes(*chunk))).collect();
-    if divisors.iter().all(|divisor| *divisor == 1.0) {
+    if stored.iter().all(|divisor| *divisor == 1.0) {
         return Ok(None);
     }
-    let factor = divisors.iter().copied().fold(0.0, f64::max);
-    let scaling = RopeScaling::Llama3 {
-        factor,
-        low_freq_factor: LOW,
-        high_freq_factor: HIGH,
-        original_max_position_embeddings: ORIGINAL,
-    };
-    let rope = RopeConfig { theta, scaling: Some(scaling) };
-    let expected = rope.llama3_divisors(head_dim).unwrap_or_default();
-    let fits = divisors.iter().zip(&expected).all(|(divisor, expected)| (divisor - expected).abs() <= 1e-3 * expected);
-    if !fits || !factor.is_finite() {
-        let message = "rope_freqs.weight with other divisors than those of Llama 3.1 to 3.3";
-        return Err(Problem::Unsupported(message.to_owned()));
-    }
-    Ok(rope.scaling)
+    let scaling = divisors::llama3(&stored, theta, head_dim);
+    let message = "rope_freqs.weight with other divisors than Llama 3's scaling gives";
+    scaling.map(Some).ok_or_else(|| Problem::Unsupported(message.to_owned()))
 }

@@ -6,6 +6,7 @@
 
 pub mod blocks;
 mod config;
+mod divisors;
 mod header;
 mod iq4;
 pub(crate) mod metadata;

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use libloading::Library;
 
 use super::api::Api;
+use crate::platform::HAS_DLLS;
 
 /// Opens cuBLASLt and the run-time compiler; says which of them is missing.
 pub(super) fn open(api: &Api) -> std::result::Result<(), String> {
-    if cfg!(windows) {
+    if HAS_DLLS {
         return Ok(());
     }
     let major = api.cuda_major();

@@ -8,12 +8,13 @@ use super::api::Api;
 use super::companions;
 use super::error::{CudnnError, Result};
 use crate::libraries::children;
+use crate::platform::HAS_DLLS;
 
 /// Names the library, or the directory that holds it, and goes before all other places.
 const VARIABLE: &str = "QLORA_CUDNN_PATH";
 
 /// File name of the library.
-const FILE: &str = if cfg!(windows) { "cudnn64_9.dll" } else { "libcudnn.so.9" };
+const FILE: &str = if HAS_DLLS { "cudnn64_9.dll" } else { "libcudnn.so.9" };
 
 /// The oldest version that is used.
 const MINIMUM: usize = 91_002;

@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::sync::PoisonError;
 
 use super::backward::{add_adapters_part, factors_in_one_pass};
-use super::{Plan, add_biases, dequantize, parts, shrink_into};
+use super::{Plan, add_biases, dequantize, parts, rows_of_a, shrink_into};
 use crate::cuda::blas::Kind;
 use crate::cuda::fp8::{Fp8, MULTIPLE};
 use crate::cuda::graph;
@@ -116,13 +116,6 @@ pub(in crate::cuda) fn multiply_kept(
     with_weights(&plan, group, &(0..group.outputs()), Side::Forward, workspace, |weights| {
         y.gpu().blas().matmul_fp8(op, x.view(), weights.view(), addend, y, beta)
     })
-}
-
-/// The A of all members, `[rp, k]`.
-fn rows_of_a(plan: &Plan, adapter: &AdapterPass, workspace: &Workspace) -> Result<Matrix> {
-    let mut a = workspace.with_margin(plan.rp, plan.k, plan.rp)?;
-    plan.without_outputs().write_factors(adapter, a.view_mut().cuda(plan.op)?)?;
-    Ok(a)
 }
 
 pub(super) fn forward(

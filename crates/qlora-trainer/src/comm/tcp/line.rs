@@ -30,6 +30,8 @@ pub(super) struct Handle {
     received: Mutex<Duration>,
     /// Whether the rank said that it is done.
     left: AtomicBool,
+    /// Whether its messages are read no more.
+    is_over: AtomicBool,
 }
 
 impl Line {
@@ -51,11 +53,24 @@ impl Line {
             heard: Mutex::new(Instant::now()),
             received: Mutex::new(Duration::ZERO),
             left: AtomicBool::new(false),
+            is_over: AtomicBool::new(false),
         });
         let (sender, inbox) = mpsc::channel();
         let (of_thread, shared) = (Arc::clone(&handle), Arc::clone(shared));
-        std::thread::spawn(move || read(reader, &of_thread, &sender, &shared));
+        std::thread::spawn(move || {
+            read(reader, &of_thread, sender, &shared);
+            of_thread.is_over.store(true, Ordering::SeqCst);
+        });
         Ok(Self { rank, name, inbox, handle })
+    }
+
+    pub(super) fn silent_for(&self) -> Duration {
+        self.handle.silent_for()
+    }
+
+    /// Whether nothing comes any more: the rank said that it is done, or the connection ended.
+    pub(super) fn is_over(&self) -> bool {
+        self.handle.is_over.load(Ordering::SeqCst)
     }
 
     pub(super) fn handle(&self) -> Arc<Handle> {
@@ -126,7 +141,8 @@ impl Read for Heard<'_> {
     }
 }
 
-fn read(stream: TcpStream, handle: &Handle, inbox: &Sender<Frame>, shared: &Shared) {
+fn read(stream: TcpStream, handle: &Handle, inbox: Sender<Frame>, shared: &Shared) {
+    let mut inbox = Some(inbox);
     let mut stream = BufReader::with_capacity(1 << 16, Heard(stream, handle));
     loop {
         // Waits for a message to begin.
@@ -135,7 +151,8 @@ fn read(stream: TcpStream, handle: &Handle, inbox: &Sender<Frame>, shared: &Shar
             Ok((_, Frame { kind: Kind::Beat, .. })) => (),
             Ok((begun, frame @ Frame { kind: Kind::Data, .. })) => {
                 *handle.received.lock().unwrap_or_else(PoisonError::into_inner) += begun.elapsed();
-                if inbox.send(frame).is_err() {
+                // Nobody waits for data after a failure.
+                if inbox.as_ref().is_some_and(|inbox| inbox.send(frame).is_err()) {
                     return;
                 }
             }
@@ -143,7 +160,8 @@ fn read(stream: TcpStream, handle: &Handle, inbox: &Sender<Frame>, shared: &Shar
                 let told = serde_json::from_slice::<(usize, String)>(&content);
                 let (rank, why) = told.unwrap_or_else(|_| (handle.rank, "failed".to_owned()));
                 shared.lose(rank, why);
-                return;
+                // It may go on for a while: its beats and its end are still to be heard.
+                inbox = None;
             }
             Ok((_, Frame { kind: Kind::Left, .. })) => {
                 handle.left.store(true, Ordering::SeqCst);

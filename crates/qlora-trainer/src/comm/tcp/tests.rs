@@ -122,6 +122,30 @@ fn everybody_is_told_who_failed_and_why() {
 }
 
 #[test]
+fn after_a_failure_the_others_wait_until_rank_0_has_finished() {
+    const UPLOAD: Duration = Duration::from_millis(700);
+    let finished = std::sync::atomic::AtomicBool::new(false);
+    let waited = on_ranks(3, |comm| {
+        if comm.rank() == 1 {
+            comm.fail("failed: a test");
+        } else {
+            let error = comm.gather("a test", Vec::new()).unwrap_err().to_string();
+            assert!(error.contains("failed: a test"), "{error}");
+        }
+        if comm.rank() == 0 {
+            std::thread::sleep(UPLOAD);
+            finished.store(true, Ordering::SeqCst);
+        } else {
+            // Told by rank 0, this one tells nobody anew.
+            comm.fail("failed too");
+        }
+        comm.wait_for_first();
+        finished.load(Ordering::SeqCst)
+    });
+    assert_eq!(waited, [true; 3]);
+}
+
+#[test]
 fn a_rank_that_ends_without_a_word_is_named_by_all() {
     let errors = on_ranks(3, |comm| {
         if comm.rank() == 1 {
