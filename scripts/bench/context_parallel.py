@@ -83,7 +83,7 @@ class Long(scale_out.Bench):
         return [step for step in steps if "tokens_per_second" in step], used.most
 
     def long(self, case: str) -> None:
-        length, one = self.args.length, None
+        length, rows_of = self.args.length, {}
         budget = ["--memory-budget", str(self.args.budget)] if self.args.budget else []
         for gpus in self.args.gpus:
             more = ["--max-steps", str(self.args.steps), "--max-length", str(length), "--packing=false"]
@@ -93,7 +93,9 @@ class Long(scale_out.Bench):
             row["peak_gb"] = round(max(step.get("gpu_peak_memory") or 0 for step in steps) / 1e9, 3)
             seconds = [round(step["tokens"] / step["tokens_per_second"], 2) for step in steps]
             print(f"{case}, {gpus} GPUs: steps of {seconds} s, losses {[step['loss'] for step in steps]}", flush=True)
-            one = row["tok_s"] if gpus == 1 else one
+            rows_of[gpus] = row
+        for gpus, row in sorted(rows_of.items()):
+            one = rows_of.get(1, {}).get("tok_s")
             row["efficiency"] = round(row["tok_s"] / (gpus * one), 4) if one and gpus > 1 else ""
             self.note({"case": case, "gpus": gpus} | row)
 

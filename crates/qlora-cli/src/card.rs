@@ -16,6 +16,9 @@ pub(crate) struct CardArgs {
     /// That card behind a link to the host of so many GB/s: about 6 for PCIe 3 x8, 12 for PCIe 3 x16, 25 for PCIe 4 x16.
     #[arg(long, value_name = "GB/S", requires = "card")]
     link: Option<f64>,
+    /// That card in a host with so many GB of memory; half of it may hold activations [default: 32].
+    #[arg(long, value_name = "GB", requires = "card")]
+    host_memory: Option<f64>,
 }
 
 impl CardArgs {
@@ -31,6 +34,9 @@ impl CardArgs {
         }
         if let Some(rate) = self.link {
             card = card.with_host_link(rate)?;
+        }
+        if let Some(gb) = self.host_memory {
+            card = card.with_host_memory(gb)?;
         }
         Ok(Some(card))
     }

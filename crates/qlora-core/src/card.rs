@@ -36,6 +36,8 @@ pub struct Card {
     pub bandwidth: f64,
     /// Operations a second in dense 16-bit products with sums in f32, as its maker states.
     pub tensor: f64,
+    /// Bytes of the host's memory, of which plans may page-lock half; 32 GiB if nothing else is said.
+    pub host_memory: u64,
     /// The rates that plans are ranked with.
     rates: Rates,
     /// Whether those rates were measured on such a card.
@@ -86,7 +88,8 @@ impl Card {
         let tensor = each * f64::from(processors) * clock;
         let rates = Rates::of(0.7 * tensor, table::MEMORY_SHARE * bandwidth, table::LINK_GEN3);
         let name = name.to_owned();
-        Self { name, memory, compute_capability, processors, bandwidth, tensor, rates, measured: false }
+        let host_memory = table::HOST_MEMORY;
+        Self { name, memory, compute_capability, processors, bandwidth, tensor, host_memory, rates, measured: false }
     }
 
     /// The card of a GPU.
@@ -121,6 +124,17 @@ impl Card {
             return Err(Error::Invalid(format!("{gb} GB/s is no rate of a link: from 0.1 to 1000")));
         }
         Ok(Self { rates: Rates { host: gb * 1e9, ..self.rates }, ..self })
+    }
+
+    /// The same card in a host with `gb` GiB of memory.
+    ///
+    /// # Errors
+    /// If that is less than 1 or more than 65536.
+    pub fn with_host_memory(self, gb: f64) -> Result<Self> {
+        if !(1.0..=65536.0).contains(&gb) {
+            return Err(Error::Invalid(format!("{gb} GB is no memory of a host: from 1 to 65536")));
+        }
+        Ok(Self { host_memory: (gb * f64::from(1 << 30)) as u64, ..self })
     }
 
     /// The rates that plans are ranked with.

@@ -136,7 +136,20 @@ fn a_card_need_not_be_there() {
     let here = temporary.path();
     let text = printed(here, &["train", "model", "train.jsonl", "--dry-run", "--card", "T4", "--device", "cuda:7"]);
     assert!(text.contains("on T4 (computed") && text.contains("computes in float16"), "{text}");
-    let small = ["inspect", "model", "--shape", "1x64", "--card", "rtx 3060", "--card-memory", "8", "--link", "6"];
+    let small = [
+        "inspect",
+        "model",
+        "--shape",
+        "1x64",
+        "--card",
+        "rtx 3060",
+        "--card-memory",
+        "8",
+        "--link",
+        "6",
+        "--host-memory",
+        "8",
+    ];
     let text = printed(here, &small);
     assert!(text.contains("on RTX 3060 (computed") && text.contains("6 GB/s to the host"), "{text}");
     let card = &json(here, &[&small[..], &["--json"]].concat())["card"];

@@ -50,11 +50,15 @@ impl Row {
             processors: self.processors,
             bandwidth,
             tensor: self.tensor_tflops * 1e12,
+            host_memory: HOST_MEMORY,
             rates: Rates::of(self.reached_tflops * 1e12, memory, self.link),
             measured: self.measured,
         }
     }
 }
+
+/// The memory of a host of which nothing is said.
+pub(super) const HOST_MEMORY: u64 = 32 << 30;
 
 const fn row(
     name: &'static str,

@@ -9,9 +9,6 @@ use crate::error::Result;
 use crate::model::plan::ExpectedSpeed;
 use crate::model::{BatchShape, MemoryPlan, Planner};
 
-/// Bytes of page-locked host memory that a plan for a card elsewhere may take: half of 32 GiB.
-const HOST: u64 = 16 << 30;
-
 /// A predicted training run on a GPU: its memory plan, longest sequence and speed.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -43,7 +40,12 @@ pub fn on_card(
     choose: impl Fn(&Planner, u64) -> Result<MemoryPlan>,
 ) -> Result<OnCard> {
     let bytes = card.plannable(budget);
-    let planner_of = |batch| Ok(planner_of(batch)?.with_rates(card.rates()).with_host_memory(HOST));
+    // Of ranks that share a batch, each takes its part of the host.
+    let planner_of = |batch| {
+        let planner = planner_of(batch)?.with_rates(card.rates());
+        let ranks = planner.context_ranks();
+        Ok(planner.with_host_memory(card.host_memory / 2 / ranks))
+    };
     let planner = planner_of(batch)?;
     let plan = choose(&planner, bytes);
     let speed = plan.as_ref().ok().map(|plan| planner.expected_speed(plan));
@@ -83,7 +85,7 @@ impl fmt::Display for OnCard {
         writeln!(
             f,
             "  the longest single sequence that fits, with at most {:.0} GB of pinned host memory: {} tokens",
-            gb(HOST as f64),
+            gb(card.host_memory as f64 / 2.0),
             self.longest
         )?;
         if let Some(speed) = self.speed {

@@ -9,8 +9,7 @@ use std::net::TcpListener;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use qlora_core::model::context::PlannedExchange;
-use qlora_core::model::context::{SequenceExchange, check_heads};
+use qlora_core::model::context::{PlannedExchange, SequenceExchange, check_heads};
 use qlora_kernels::ops::attention::AttentionConfig;
 use qlora_kernels::{View, ViewMut, Workspace};
 

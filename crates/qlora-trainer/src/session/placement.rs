@@ -93,7 +93,8 @@ impl Placing<'_> {
             let resident = whole.saturating_sub(memory.whole) + memory.on_device() + state as u64;
             let attention = AttentionWorkspace::of_own_kernels(model, batch.tokens);
             let dtype = self.workspace.dtype();
-            let leanest = Planner::from_config(model, self.layout, dtype, batch, attention, resident).leanest();
+            let planner = Planner::from_config(model, self.layout, dtype, batch, attention, resident);
+            let leanest = planner.with_context_parallel(options.context_parallel_size).leanest();
             // As `Pool::plannable`: a share is one piece beside the pool.
             let beside = if kind == PlacementKind::Sharded { memory.own } else { 0 };
             let budget = beside + there.saturating_sub(beside) / 100 * 93;

@@ -66,6 +66,11 @@ impl Planner {
         self.shared_by(ranks)
     }
 
+    /// How many ranks share a micro-batch.
+    pub(crate) fn context_ranks(&self) -> u64 {
+        self.sizes.exchange.map_or(1, |exchange| exchange.ranks)
+    }
+
     /// [`Self::with_context_parallel`], of a planner that was given the workspace of a rank's heads.
     pub(super) fn shared_by(mut self, ranks: usize) -> Self {
         let (ranks, sizes) = (ranks.max(1) as u64, &mut self.sizes);
@@ -186,6 +191,7 @@ mod tests {
         };
         for own in [false, true] {
             let [one, two, four] = [1, 2, 4].map(|ranks| longest(ranks, own));
+            assert!(two >= 250_000, "{own}: {two}");
             assert!((1.95..2.02).contains(&(two as f64 / one as f64)), "{own}: {one} {two}");
             assert!((3.85..4.04).contains(&(four as f64 / one as f64)), "{own}: {one} {four}");
         }

@@ -60,7 +60,6 @@ impl Planner {
         let memory = tokens * layers * (passes + adapters) * sizes.size as f64 / self.rates.memory;
         let seconds = products + attention + memory + layers * BLOCK + plan.overhead_us as f64 * 1e-6;
         // The ranks that share a micro-batch compute at the same time.
-        let ranks = sizes.exchange.map_or(1, |exchange| exchange.ranks);
-        ExpectedSpeed { seconds, tokens_per_second: ranks as f64 * tokens / seconds }
+        ExpectedSpeed { seconds, tokens_per_second: self.context_ranks() as f64 * tokens / seconds }
     }
 }
