@@ -66,6 +66,8 @@ pub struct Session {
     comm: Box<dyn Communicator>,
     /// How many times as fast the planned steps are expected to be in fp8, where they are not and the GPU has it.
     fp8_gain: Option<f64>,
+    /// What each rank's plan says of its peak, in bytes; none on the CPU.
+    peaks: Vec<Option<u64>>,
     /// The data that was read when the session was opened, until it is taken.
     data: Mutex<Option<Data>>,
 }
@@ -163,6 +165,7 @@ impl Session {
             prompts,
             comm: Box::new(Alone),
             fp8_gain: None,
+            peaks: Vec::new(),
             data,
         })
     }
