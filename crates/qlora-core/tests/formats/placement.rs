@@ -140,7 +140,8 @@ fn plain_weights_travel_quantized_or_not() {
     let source = HfDirectory::open(crate::common::fixtures().join("pickles/model")).unwrap();
     check(&source, Quantization::None, "plain");
     check(&source, Quantization::Bits4(QuantConfig::default()), "quantized while loading");
-    let options = LoadOptions { quantization: Quantization::Int8, placement: BasePlacement::Streamed, ..Default::default() };
+    let options =
+        LoadOptions { quantization: Quantization::Int8, placement: BasePlacement::Streamed, ..Default::default() };
     let error = CausalLm::load(&source, options).unwrap_err().to_string();
     assert!(error.contains("LLM.int8 weights are whole on every device"), "{error}");
 }

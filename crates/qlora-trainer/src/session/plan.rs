@@ -36,7 +36,9 @@ impl Session {
         let peaks: Vec<u64> = self.peaks.iter().copied().collect::<Option<_>>()?;
         let shown = |peak: &u64| format!("{:.2}", *peak as f64 / 1e9);
         let differ = peaks.iter().any(|peak| shown(peak) != shown(&peaks[0]));
-        differ.then(|| format!("predicted peaks of the ranks: {} GB", peaks.iter().map(shown).collect::<Vec<_>>().join(", ")))
+        differ.then(|| {
+            format!("predicted peaks of the ranks: {} GB", peaks.iter().map(shown).collect::<Vec<_>>().join(", "))
+        })
     }
 
     fn plan_of(&mut self, training: &TrainingData) -> Result<Option<MemoryPlan>> {
