@@ -50,16 +50,23 @@ impl Placing<'_> {
             BasePlacement::Sharded => PlacementKind::Sharded,
             BasePlacement::Auto => self.first_that_fits(comm)?,
         };
+        if kind == PlacementKind::Resident {
+            return Ok(kind);
+        }
+        // Words for what cannot travel, and for what is missing, before anything is loaded.
+        let memory = BaseMemory::predict(&self.forms()?, kind, comm.rank(), comm.size());
+        let hosts = hosts(comm)?;
         if kind == PlacementKind::Sharded
-            && let Err(why) = one_host(comm)?
+            && let Some(rank) = hosts.iter().position(|host| *host != hosts[0])
         {
-            return Err(Error::Invalid(format!("base_placement = \"sharded\": {why}: take \"streamed\"")));
+            return Err(Error::Invalid(format!(
+                "base_placement = \"sharded\": rank {rank} is on another host than rank 0, and shares are read within one: take \"streamed\""
+            )));
         }
-        if kind != PlacementKind::Resident {
-            // Words for what cannot travel, before anything is loaded.
-            let memory = BaseMemory::predict(&self.forms()?, kind, comm.rank(), comm.size());
-            tracing::info!(%memory, "placement of the base");
-        }
+        let copies = hosts.iter().filter(|host| **host == hosts[comm.rank()]).count() as u64;
+        let there = available_memory().filter(|_| !self.workspace.device().is_cpu());
+        check_host(&memory, copies, there)?;
+        tracing::info!(%memory, "placement of the base");
         Ok(kind)
     }
 
@@ -81,7 +88,8 @@ impl Placing<'_> {
         let place = |kind| order.iter().position(|&of| of == kind).unwrap_or(0);
         let all = exchange(comm, "placement of the base", &place(mine))?;
         let chosen = order[all.into_iter().max().unwrap_or(0).min(order.len() - 1)];
-        if chosen == PlacementKind::Sharded && one_host(comm)?.is_err() {
+        let is_one_host = chosen != PlacementKind::Sharded || hosts(comm)?.windows(2).all(|pair| pair[0] == pair[1]);
+        if !is_one_host {
             return Ok(PlacementKind::Streamed);
         }
         Ok(chosen)
@@ -121,15 +129,25 @@ impl Placing<'_> {
     }
 }
 
-/// Whether all ranks are on one host; if not, which is not.
-fn one_host(comm: &mut dyn Communicator) -> Result<std::result::Result<(), String>> {
+/// The host of each rank.
+fn hosts(comm: &mut dyn Communicator) -> Result<Vec<String>> {
     // The kernel's name for its own start: containers of one host share it.
     let mine = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let hosts = exchange(comm, "hosts", &mine)?;
-    let other = (1..hosts.len()).find(|&rank| hosts[rank] != hosts[0]);
-    Ok(other.map_or(Ok(()), |rank| {
-        Err(format!("rank {rank} is on another host than rank 0, and shares are read within one"))
-    }))
+    exchange(comm, "hosts", &mine)
+}
+
+/// Whether `there` bytes of host memory hold the base of each of `copies` ranks, where it is there.
+fn check_host(memory: &BaseMemory, copies: u64, there: Option<u64>) -> Result<()> {
+    let Some(there) = there.filter(|there| memory.host.saturating_mul(copies) > there / 100 * 95) else {
+        return Ok(());
+    };
+    let gb = |bytes: u64| bytes as f64 / 1e9;
+    let of_ranks = if copies > 1 { format!(" for each of {copies} ranks") } else { String::new() };
+    Err(Error::Invalid(format!(
+        "base_placement = \"streamed\" needs {:.1} GB of host memory{of_ranks}, and {:.1} GB are there: start fewer ranks, or take \"sharded\"",
+        gb(memory.host),
+        gb(there)
+    )))
 }
 
 /// The bytes of weights on a card on which a base is streamed, of `weights` in all.
@@ -229,6 +247,11 @@ mod tests {
         assert_eq!(of(30.0, 30.0, 1), Resident);
         assert_eq!(of(16.0, 60.0, 2), Resident);
         assert_eq!(of(16.0, 500.0, 8), Sharded);
+        let memory = BaseMemory::predict(&placing.forms().unwrap(), Streamed, 0, 1);
+        check_host(&memory, 1, Some(40_000_000_000)).unwrap();
+        check_host(&memory, 2, None).unwrap();
+        let error = check_host(&memory, 2, Some(64_000_000_000)).unwrap_err().to_string();
+        assert!(error.contains("needs 35.3 GB of host memory for each of 2 ranks, and 64.0 GB are there"), "{error}");
         let other = Placing { quantization: Quantization::Int8, ..placing };
         assert_eq!(other.fitting(30_000_000_000, u64::MAX, 0, 2).unwrap(), Resident);
     }
