@@ -223,7 +223,7 @@ mod tests {
         let layout = AdapterLayout::for_model(&lora_config(&config.lora).unwrap(), &source.0).unwrap();
         let document = Encoded { ids: vec![1; 2048], trained: vec![true; 2048] };
         let training = Dataset::from_encoded([document.clone(), document]).unwrap().into();
-        let workspace = Workspace::new(&candle_core::Device::Cpu).unwrap();
+        let workspace = Workspace::cpu();
         let quant = QuantConfig::default();
         let placing = Placing {
             config: &config,
