@@ -4,6 +4,8 @@
 #[path = "cuda_model/candle_kernels.rs"]
 mod candle_kernels;
 mod common;
+#[path = "cuda_model/context.rs"]
+mod context;
 #[path = "cuda_model/placement.rs"]
 mod placement;
 #[path = "common/tiny_folder.rs"]

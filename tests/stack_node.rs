@@ -1,6 +1,8 @@
 //! The large grain (the stack as one node) against the small grain (one node an operation), and its promises.
 
 mod common;
+#[path = "stack_node/context.rs"]
+mod context;
 
 use std::ops::ControlFlow;
 

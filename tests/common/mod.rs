@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub(crate) mod bigram;
+pub(crate) mod exchange;
 
 use std::sync::Arc;
 

@@ -2,6 +2,8 @@
 //! them ends.
 #![cfg(target_os = "linux")]
 
+#[path = "ranks/context.rs"]
+mod context;
 #[path = "ranks/placement.rs"]
 mod placement;
 #[path = "../../../tests/common/tiny_folder.rs"]
@@ -218,11 +220,16 @@ fn reached(here: &Path, output: &str) -> u64 {
 
 /// Resumes a run for a few steps, and compares it with one that nobody disturbed.
 fn goes_on_with_the_same_bits(here: &Path, output: &str, ranks: &str) {
+    goes_on(here, output, &["--nproc-per-node", ranks]);
+}
+
+/// The same with these options.
+fn goes_on(here: &Path, output: &str, options: &[&str]) {
     let until = (reached(here, output) + 5).to_string();
     let more = ["--max-steps", &until, "--lr-scheduler-type", "constant", "--save-steps", "0"];
-    run(here, output, &[&more[..], &["--nproc-per-node", ranks, "--resume-from-checkpoint", "true"]].concat());
+    run(here, output, &[&more[..], options, &["--resume-from-checkpoint", "true"]].concat());
     let through = format!("{output}-through");
-    run(here, &through, &[&more[..], &["--nproc-per-node", ranks]].concat());
+    run(here, &through, &[&more[..], options].concat());
     assert!(adapter(here, output) == adapter(here, &through), "{output}: the adapter differs");
 }
 

@@ -25,10 +25,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use qlora_core::adapter::{AdapterDtype, SaveOptions, TrainedOver};
 use qlora_core::companions::Companions;
-use qlora_core::config::ModelConfig;
 use qlora_core::lora::{ByModule, LoraConfig, ModuleFilter, ModulePattern, TargetModules};
+use qlora_core::model::context::heads_of_a_rank;
 use qlora_core::model::{BasePlacement, CausalLm, DeviceChoice, LoadOptions, PlacementKind, Quantization};
 use qlora_core::open::ModelFiles;
+use qlora_kernels::ops::attention::AttentionConfig;
 use qlora_kernels::quant::{QuantConfig, QuantType};
 use qlora_kernels::{Dtype, Workspace};
 
@@ -110,8 +111,8 @@ impl Session {
     }
 
     fn load(prepared: Prepared, comm: &mut dyn Communicator, mut progress: impl FnMut(u64, u64)) -> Result<Self> {
-        let Prepared { config, start, files, template_time, beginning, reference, workspace, identity, data, prompts } =
-            prepared;
+        let Prepared { config, start, files, template_time, beginning, reference, workspace, exchange, .. } = prepared;
+        let Prepared { identity, data, prompts, .. } = prepared;
         let companions = Companions::of_adapter(&files)?;
         let ModelFiles { source, tokenizer, chat_template, generation, name, .. } = files;
         let template_kwargs = config.data.chat_template_kwargs.as_map().clone();
@@ -140,8 +141,10 @@ impl Session {
             progress: Some(&mut progress),
         };
         let on = workspace.clone();
-        let loaded = beside_attention(&on, source.config(), || CausalLm::load_on(&*source, load, workspace));
+        let attention = heads_of_a_rank(&source.config().attention(0), config.training.context_parallel_size);
+        let loaded = beside_attention(&on, attention, || CausalLm::load_on(&*source, load, workspace));
         let mut model = loaded.map_err(|error| ranks.failed.take().unwrap_or_else(|| error.into()))?;
+        model.set_sequence_exchange(exchange)?;
         beginning.add_to(&mut model, config.training.seed)?;
         if let Some(reference) = &reference {
             model.load_adapter(REFERENCE, reference)?;
@@ -177,12 +180,22 @@ impl Session {
 
     /// A description of the ranks, for a line at the start of the run; none for a process of its own.
     pub fn ranks_note(&self) -> Option<String> {
-        let (ranks, options) = (self.comm.size(), &self.config.training);
+        let (groups, options) = (self.groups(), &self.config.training);
         let described = self.comm.describe()?;
         let micro_batches = options.gradient_accumulation_steps;
-        let (batch, each) = (options.per_device_train_batch_size, micro_batches.div_ceil(ranks));
+        let (batch, each) = (options.per_device_train_batch_size, micro_batches.div_ceil(groups));
         let items = if self.config.data.packing { "bins" } else { "rows" };
-        Some(format!("{described}; {} {items} a step: batches of {batch}, {each} on each rank", batch * micro_batches))
+        let (shared, who) = match options.context_parallel_size {
+            1 => (String::new(), "rank"),
+            context => (format!("; groups of {context} share every sequence"), "group"),
+        };
+        let all = batch * micro_batches;
+        Some(format!("{described}{shared}; {all} {items} a step: batches of {batch}, {each} on each {who}"))
+    }
+
+    /// The number of ranks, or groups of ranks, that have micro-batches of their own.
+    fn groups(&self) -> usize {
+        (self.comm.size() / self.config.training.context_parallel_size).max(1)
     }
 
     /// Where the base is, for a line at the start of the run; none where it is whole on the device.
@@ -196,11 +209,11 @@ impl Session {
     /// # Errors
     /// If the data does not fit the options.
     pub fn balance_note(&self, training: &TrainingData) -> Result<Option<String>> {
-        let (ranks, TrainingData::Whole(data)) = (self.comm.size(), training) else { return Ok(None) };
-        if ranks == 1 {
+        let (groups, TrainingData::Whole(data)) = (self.groups(), training) else { return Ok(None) };
+        if groups == 1 {
             return Ok(None);
         }
-        let uneven = imbalance(data, LoaderOptions::from(&self.config), ranks)?;
+        let uneven = imbalance(data, LoaderOptions::from(&self.config), groups)?;
         let hint = if uneven > 0.02 && !self.config.data.packing { "; packing = true evens them out" } else { "" };
         Ok(Some(format!("the ranks' shares of a step's tokens are uneven by {:.2}%{hint}", 100.0 * uneven)))
     }
@@ -341,16 +354,16 @@ fn workspace(config: &TrainConfig, local_rank: usize) -> Result<Workspace> {
 
 /// Runs `load` while another thread opens and tests cuDNN's attention. Both have ended when this returns: a program that then
 /// ends with an error must not leave the library at work.
-fn beside_attention<T>(workspace: &Workspace, config: &ModelConfig, load: impl FnOnce() -> T) -> T {
+fn beside_attention<T>(workspace: &Workspace, attention: AttentionConfig, load: impl FnOnce() -> T) -> T {
     #[cfg(feature = "cuda")]
     if let Some(gpu) = workspace.gpu() {
-        let (attention, dtype) = (config.attention(0), workspace.dtype());
+        let dtype = workspace.dtype();
         return std::thread::scope(|scope| {
             scope.spawn(move || gpu.attention().prepare(gpu, &attention, dtype));
             load()
         });
     }
-    let _ = (workspace, config);
+    let _ = (workspace, attention);
     load()
 }
 

@@ -51,7 +51,7 @@ pub(crate) fn apply(
         let norms = dora::inverse_norms(stack.adapted(), values.view(), workspace)?;
         let inverse_norms = norms.as_ref().map(Matrix::view);
         let adapter = Some(AdapterPass { dropout, inverse_norms, ..AdapterPass::new(values.view()) });
-        let pass = Pass { adapter, layout: &layout, rope: &rope, workspace };
+        let pass = Pass { adapter, layout: &layout, share: None, rope: &rope, workspace };
         let (result, saved) = stack.forward(copy, &pass, x.track_op())?;
         (result, saved, norms)
     };
@@ -118,7 +118,7 @@ impl CustomOp2 for StackNode {
             let rope = self.stack.rope(self.layout.max_len())?;
             let inverse_norms = self.inverse_norms.as_ref().map(Matrix::view);
             let adapter = Some(AdapterPass { dropout: self.dropout, inverse_norms, ..AdapterPass::new(values.view()) });
-            let pass = Pass { adapter, layout: &self.layout, rope: &rope, workspace: &self.workspace };
+            let pass = Pass { adapter, layout: &self.layout, share: None, rope: &rope, workspace: &self.workspace };
             self.stack.backward(saved, dy, &pass, dflat.view_mut(), x.track_op())?
         };
         let dx = match dx {

@@ -22,6 +22,7 @@ use qlora_kernels::sequence::Positions;
 use qlora_kernels::{Matrix, SequenceLayout, View, ViewMut, Workspace};
 
 use super::cache::LayerCache;
+use super::context::Share;
 use super::mlp::MlpSaved;
 pub(crate) use super::policy::{Keep, MemoryPolicy};
 use super::projection::{AdapterPass, Projection};
@@ -68,6 +69,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) adapter: Option<AdapterPass<'a>>,
     /// The batch's sequences.
     pub(crate) layout: &'a SequenceLayout,
+    /// The rows of the batch that this pass has, if other ranks have the others.
+    pub(crate) share: Option<&'a Share<'a>>,
     /// Rotation angles by position.
     pub(crate) rope: &'a Rotation,
     /// The allocator of matrices.
@@ -75,6 +78,11 @@ pub(crate) struct Pass<'a> {
 }
 
 impl Pass<'_> {
+    /// The position of every row of the pass in its sequence.
+    fn positions(&self) -> &Positions {
+        self.share.map_or(self.layout.positions(), Share::positions)
+    }
+
     /// The columns of margin that the input of a group needs in this pass.
     pub(super) fn margin_of(&self, members: &[Member]) -> usize {
         match self.adapter.and_then(|adapter| adapter.rows) {
@@ -280,13 +288,24 @@ impl Block {
     fn attend(&self, x: Matrix, pass: &Pass) -> Result<Attended> {
         let Pass { workspace, layout, .. } = *pass;
         let tokens = x.rows();
-        let qkv = self.project_qkv(&x, layout.positions(), pass)?;
-        let [q, k, v] = self.split_qkv(qkv.qkv.view());
+        let mut qkv = self.project_qkv(&x, pass.positions(), pass)?;
         group!(o, self, pass, o, o);
-        let mut attn = workspace.with_margin(tokens, q.cols(), pass.margin_of(o.members))?;
-        let mut lse = workspace.matrix_f32(tokens, self.attention.heads)?;
-        let (out, lse_view) = (attn.view_mut(), lse.view_mut());
-        let lse_order = attention::forward(&self.attention, q, k, v, layout, out, lse_view, workspace)?;
+        let attn = || workspace.with_margin(tokens, self.q.outputs(), pass.margin_of(o.members));
+        let [q, k, v] = self.split_qkv(qkv.qkv.view());
+        let (mut attn, lse, lse_order) = match pass.share {
+            None => {
+                let (mut attn, mut lse) = (attn()?, workspace.matrix_f32(tokens, self.attention.heads)?);
+                let (out, lse_view) = (attn.view_mut(), lse.view_mut());
+                let order = attention::forward(&self.attention, q, k, v, layout, out, lse_view, workspace)?;
+                (attn, lse, order)
+            }
+            Some(share) => {
+                qkv.qkv = share.to_heads(&[q, k, v], self.attention.head_dim, workspace)?;
+                let mut attn = attn()?;
+                let (lse, order) = share.attend(&self.attention, &qkv.qkv, layout, attn.view_mut(), workspace)?;
+                (attn, lse, order)
+            }
+        };
         let mut mid = workspace.matrix(tokens, x.cols())?;
         self.o.saw(attn.view())?;
         let s_o = o.forward(attn.view_mut(), pass.adapter.as_ref(), Some(x.view()), mid.view_mut(), workspace)?;
@@ -377,17 +396,28 @@ impl Block {
         drop((ds, s_o));
 
         let Qkv { qkv, rstd, raw, s } = qkv;
-        let [q, k, v] = self.split_qkv(qkv.view());
-        let mut dqkv = workspace.with_margin(tokens, qkv.cols(), self.qkv_margin(pass))?;
-        let (dq, rest) = dqkv.view_mut().split_cols(q.cols());
-        let (dk, dv) = rest.split_cols(k.cols());
-        let (out, lse_view, dout) = (attn.view(), lse.view(), dattn.view());
-        attention::backward(&self.attention, q, k, v, out, lse_view, lse_order, dout, layout, dq, dk, dv, workspace)?;
-        drop((dattn, attn, lse, qkv));
+        let margin = self.qkv_margin(pass);
+        let mut dqkv = match pass.share {
+            None => {
+                let [q, k, v] = self.split_qkv(qkv.view());
+                let mut dqkv = workspace.with_margin(tokens, qkv.cols(), margin)?;
+                let (dq, rest) = dqkv.view_mut().split_cols(q.cols());
+                let (dk, dv) = rest.split_cols(k.cols());
+                let (out, lse_view, dout) = (attn.view(), lse.view(), dattn.view());
+                let config = &self.attention;
+                attention::backward(config, q, k, v, out, lse_view, lse_order, dout, layout, dq, dk, dv, workspace)?;
+                drop((dattn, attn, lse, qkv));
+                dqkv
+            }
+            Some(share) => {
+                let (saved, lse) = ((qkv, attn), (lse, lse_order));
+                share.attend_backward(&self.attention, saved, lse, dattn, layout, margin, workspace)?
+            }
+        };
         let qk_width = self.q.outputs() + self.k.outputs();
         if self.rotary {
             let rotated = dqkv.view_mut().slice_cols(0..qk_width);
-            rope::backward(rotated, self.attention.head_dim, pass.rope.of(self), layout.positions())?;
+            rope::backward(rotated, self.attention.head_dim, pass.rope.of(self), pass.positions())?;
         }
         if let (Some(raw), Some(weights)) = (raw, &self.qk_norm) {
             self.backward_qk_norm(raw, weights, &mut dqkv, workspace)?;

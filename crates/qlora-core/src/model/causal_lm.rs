@@ -9,6 +9,7 @@ use qlora_kernels::Workspace;
 use qlora_kernels::weight::FrozenWeight;
 
 use super::adapters::AdapterSet;
+use super::context::SequenceExchange;
 use super::placement::BaseMemory;
 use super::stack::Stack;
 use super::trained::TrainedAdapter;
@@ -25,6 +26,8 @@ pub struct CausalLm {
     pub(super) adapter: Option<TrainedAdapter>,
     pub(super) adapters: AdapterSet,
     pub(super) enabled: bool,
+    /// The ranks that have the rest of every micro-batch, if there are any.
+    pub(super) exchange: Option<Arc<dyn SequenceExchange>>,
     pub(super) workspace: Workspace,
     /// Of a base that is not whole on the device.
     pub(super) base: Option<BaseMemory>,
@@ -49,6 +52,7 @@ impl CausalLm {
             adapter: None,
             adapters: AdapterSet::default(),
             enabled: true,
+            exchange: None,
             workspace,
             base: None,
             #[cfg(feature = "cuda")]

@@ -137,7 +137,7 @@ impl CausalLm {
         let values = adapter.map(|adapter| adapter.flat.as_tensor());
         let values = values.map(|values| DeviceTensor::new("decode", values)).transpose()?;
         let logits = self.with_pass(spans, |adapter| {
-            let pass = Pass { adapter, layout, rope, workspace: self.workspace() };
+            let pass = Pass { adapter, layout, share: None, rope, workspace: self.workspace() };
             let table = kept.recent.iter().find(|recent| recent.key.rows == rows).map(|recent| recent.table.clone());
             let Some(mut step) = Step::new(self.stack(), caches, &pass, table)? else { return Ok(None) };
             let key = self.key(rows, step.tables.capacity(), rope, spans);

@@ -9,12 +9,20 @@ use super::adapters::{AdapterChoices, Span};
 use super::block::Pass;
 use super::cache::KvCache;
 use super::causal_lm::CausalLm;
-use crate::batch::Batch;
+use super::context::{SequenceExchange, Share, with_a_token_each};
+use crate::batch::{Batch, IGNORE_INDEX};
 use crate::error::{Error, Result};
 
 impl CausalLm {
-    /// The sum of the losses of a batch, without gradient and without dropout.
+    /// The sum of the losses of a batch, without gradient and without dropout; of this rank's share of it, if
+    /// [others share it](Self::set_sequence_exchange).
+    ///
+    /// # Errors
+    /// If a token or target is outside the vocabulary, a sequence is too long, or a rank is gone.
     pub fn evaluate(&self, batch: &Batch) -> Result<LossSum> {
+        if let Some(exchange) = &self.exchange {
+            return self.evaluate_share(batch, &**exchange);
+        }
         let spans = self.spans(batch.layout.sequences(), AdapterChoices::default())?;
         let hidden = self.hidden(&batch.tokens, &batch.layout, &spans)?;
         self.head_loss(&hidden, &batch.targets, &spans)
@@ -94,7 +102,7 @@ impl CausalLm {
         }
         let x = self.embed_with(&tokens, &spans)?;
         let hidden = self.with_pass(&spans, |adapter| {
-            let pass = Pass { adapter, layout: &layout, rope: &rope, workspace: &self.workspace };
+            let pass = Pass { adapter, layout: &layout, share: None, rope: &rope, workspace: &self.workspace };
             self.stack.infer_cached(x, &positions.into(), caches, &pass)
         })?;
         let last = match hidden.rows() == sequences.len() {
@@ -112,11 +120,30 @@ impl CausalLm {
         self.head_logits(&last, &self.spans(rows.into_iter(), choices)?)
     }
 
+    /// The losses of this rank's rows.
+    fn evaluate_share(&self, batch: &Batch, exchange: &dyn SequenceExchange) -> Result<LossSum> {
+        let batch = with_a_token_each(batch, Some(exchange));
+        let share = Share::new(exchange, &batch.layout);
+        let (rows, layout) = (share.rows(), &batch.layout);
+        let rope = self.stack.rope(layout.max_len())?;
+        let spans = self.spans(std::iter::once(0..rows.len()), AdapterChoices::default())?;
+        let x = self.embed_with(&batch.tokens[rows.clone()], &spans)?;
+        let hidden = self.with_pass(&spans, |adapter| {
+            let pass = Pass { adapter, layout, share: Some(&share), rope: &rope, workspace: &self.workspace };
+            self.stack.infer(x, &pass)
+        })?;
+        let targets = &batch.targets[rows];
+        if targets.iter().all(|&target| target == IGNORE_INDEX) {
+            return Ok(LossSum::default());
+        }
+        self.head_loss(&hidden, targets, &spans)
+    }
+
     pub(super) fn hidden(&self, tokens: &[u32], layout: &SequenceLayout, spans: &[Span]) -> Result<Matrix> {
         let rope = self.stack.rope(layout.max_len())?;
         let x = self.embed_with(tokens, spans)?;
         self.with_pass(spans, |adapter| {
-            self.stack.infer(x, &Pass { adapter, layout, rope: &rope, workspace: &self.workspace })
+            self.stack.infer(x, &Pass { adapter, layout, share: None, rope: &rope, workspace: &self.workspace })
         })
     }
 

@@ -9,6 +9,7 @@ pub mod cache;
 mod causal_lm;
 mod checkpoints;
 mod compute_dtype;
+pub mod context;
 #[cfg(feature = "cuda")]
 mod decode;
 #[cfg(feature = "cuda")]

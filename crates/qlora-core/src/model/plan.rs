@@ -30,12 +30,15 @@ use self::sizes::Sizes;
 pub use self::speed::ExpectedSpeed;
 use super::block::Block;
 use super::causal_lm::CausalLm;
+#[cfg(feature = "cuda")]
+use super::context::heads_of_a_rank;
 use super::policy::Keep;
 #[cfg(feature = "cuda")]
 use crate::card::Card;
 use crate::card::Rates;
 use crate::error::{Error, Result};
 use qlora_kernels::weight::FrozenCompute;
+use serde::{Deserialize, Serialize};
 
 /// The largest micro-batch of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,7 +71,7 @@ pub struct AttentionWorkspace {
 }
 
 /// A plan of a run's recomputation and offloading, with the memory it takes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryPlan {
     /// The activations that each block keeps, by block.
     pub keep: Vec<Keep>,
@@ -168,7 +171,8 @@ impl fmt::Display for MemoryPlan {
 }
 
 impl Planner {
-    /// For a model with its adapter. `resident` counts what is on the device before a step and stays: weights, adapter,
+    /// For a model with its adapter; `attention` is the workspace of the heads that this rank computes, if
+    /// [others share](CausalLm::set_sequence_exchange) a batch. `resident` counts what is on the device before a step and stays: weights, adapter,
     /// gradient and optimizer state.
     ///
     /// # Errors
@@ -185,7 +189,8 @@ impl Planner {
         let parts = model.adapter().map(|adapter| Parts::of(adapter.layout())).unwrap_or_default();
         let planner = Self::of_spec(&model.config().spec(), rank, parts, dtype, batch, attention, resident);
         let four_bits = projections().all(|projection| projection.weight().row_blocks_of_4bit().is_some());
-        Ok(planner.with_four_bits(four_bits).with_frozen_compute(model.frozen_compute()))
+        let planner = planner.with_four_bits(four_bits).with_frozen_compute(model.frozen_compute());
+        Ok(planner.shared_by(model.context_ranks()))
     }
 
     /// For a model on a GPU, asked for what its attention takes. `more` is what will stay on the device besides what is
@@ -198,6 +203,7 @@ impl Planner {
         let gpu = model.workspace().gpu().ok_or_else(|| Error::Invalid("the model is not on a GPU".into()))?;
         let config = model.stack().blocks().first().map(|block| block.attention);
         let config = config.ok_or_else(|| Error::Invalid("the model has no block".into()))?;
+        let config = heads_of_a_rank(&config, model.context_ranks());
         let (BatchShape { tokens, sequences, uniform_len, .. }, dtype) = (batch, model.workspace().dtype());
         let workspace = qlora_kernels::cuda::attention::workspace(gpu, &config, dtype, tokens, sequences, uniform_len)?;
         let attention = AttentionWorkspace { forward: workspace[0], backward: workspace[1] };

@@ -5,9 +5,10 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use qlora_kernels::weight::{FrozenCompute, WeightCache};
+use serde::{Deserialize, Serialize};
 
 /// The activations that a block's forward keeps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum Keep {
     /// Nothing: no backward follows.

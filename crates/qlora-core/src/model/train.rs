@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use qlora_kernels::ops::linear_cross_entropy::{self, GradScale, LossSum};
+use qlora_kernels::ops::linear_cross_entropy::{self, GradScale, IGNORE_INDEX, LossSum, PendingLoss};
 use qlora_kernels::ops::trained_tables::Table;
 use qlora_kernels::tensor::TensorView;
 use qlora_kernels::{Matrix, SequenceLayout, ViewMut};
@@ -16,6 +16,7 @@ use qlora_kernels::{Matrix, SequenceLayout, ViewMut};
 use super::adapters::{AdapterChoice, Chosen};
 use super::block::Pass;
 use super::causal_lm::CausalLm;
+use super::context::{Share, with_a_token_each};
 use super::projection::AdapterPass;
 use super::trained::TrainedAdapter;
 use crate::autograd;
@@ -84,7 +85,8 @@ impl CausalLm {
 
     /// One forward and backward without a candle graph: adds the gradient of `loss_scale * sum of losses / num_items` to
     /// `gradient` (laid out as the adapter) and returns the sum of the losses. The same operations as [`Self::loss`], the same
-    /// bits, and no copy of the gradient.
+    /// bits, and no copy of the gradient. Where [other ranks share the batch](Self::set_sequence_exchange), loss and gradient are
+    /// those of this rank's rows.
     ///
     /// # Errors
     /// As [`Self::loss`]; also if `gradient` does not have the adapter's length.
@@ -99,12 +101,17 @@ impl CausalLm {
             return Err(Error::Invalid("there is no trained token to divide the loss by".into()));
         }
         let scale = GradScale::Uniform(train.loss_scale * (1.0 / num_items as f32));
-        self.forward_backward(batch, train, gradient, |hidden, head, dhidden, gradient| {
-            let (targets, workspace) = (&batch.targets, self.workspace());
-            Ok(linear_cross_entropy::enqueue_with(hidden.view(), head, targets, scale, dhidden, gradient, workspace)?)
-        })?
-        .wait()
-        .map_err(Error::from)
+        let pending = self.forward_backward(batch, train, gradient, |hidden, targets, head, dhidden, gradient| {
+            if self.exchange.is_some() && targets.iter().all(|&target| target == IGNORE_INDEX) {
+                // A share may have none.
+                dhidden.fill(0.0)?;
+                return Ok(None);
+            }
+            let (hidden, workspace) = (hidden.view(), self.workspace());
+            let loss = linear_cross_entropy::enqueue_with(hidden, head, targets, scale, dhidden, gradient, workspace)?;
+            Ok(Some(loss))
+        })?;
+        Ok(pending.map(PendingLoss::wait).transpose()?.unwrap_or_default())
     }
 
     /// One forward, then the weights that `weigh` gives the tokens for their log-probabilities, then one backward: adds
@@ -120,8 +127,12 @@ impl CausalLm {
         weigh: &mut dyn FnMut(&[f64]) -> Result<Vec<f32>>,
         gradient: ViewMut,
     ) -> Result<()> {
-        self.forward_backward(batch, train, gradient, |hidden, head, dhidden, gradient| {
-            let (targets, workspace) = (&batch.targets, self.workspace());
+        if self.exchange.is_some() {
+            let message = "weights of whole sequences, where several ranks share a sequence (context_parallel_size)";
+            return Err(Error::Unsupported(message.into()));
+        }
+        self.forward_backward(batch, train, gradient, |hidden, targets, head, dhidden, gradient| {
+            let workspace = self.workspace();
             let losses = linear_cross_entropy::token_losses_with(hidden.view(), head, targets, workspace)?;
             let mut scales = weigh(&negated(losses))?;
             // The op's gradient is that of minus the log-probability.
@@ -160,29 +171,38 @@ impl CausalLm {
         batch: &Batch,
         train: TrainPass,
         mut gradient: ViewMut,
-        head: impl FnOnce(&Matrix, Table, ViewMut, Option<ViewMut>) -> Result<R>,
+        head: impl FnOnce(&Matrix, &[i64], Table, ViewMut, Option<ViewMut>) -> Result<R>,
     ) -> Result<R> {
         let adapter = self.adapter_to_train()?;
         check_length(adapter, &gradient)?;
         let dropout = adapter.dropout(train);
+        let batch = with_a_token_each(batch, self.exchange.as_deref());
+        let share = self.exchange.as_deref().map(|exchange| Share::new(exchange, &batch.layout));
+        let rows = share.as_ref().map_or(0..batch.tokens.len(), Share::rows);
+        let (tokens, targets) = (&batch.tokens[rows.clone()], &batch.targets[rows.clone()]);
         let rope = self.stack().rope(batch.layout.max_len())?;
         let norms = adapter.inverse_norms(self.stack(), self.workspace())?;
         let values = TensorView::new("adapter", adapter.flat.as_tensor())?;
         let inverse_norms = norms.as_deref().map(Matrix::view);
         let embedding = adapter.tables().embedding(&**self.embedding(), values.view());
-        let table = adapter.tables().head(&**self.head(), values.view(), dropout);
+        let mut table = adapter.tables().head(&**self.head(), values.view(), dropout);
+        // The head counts the rows with a target.
+        let trained_before = batch.targets[..rows.start].iter().filter(|&&target| target != IGNORE_INDEX).count();
+        table.dropout = table.dropout.map(|dropout| dropout.at_row(trained_before));
         let needs_dx = embedding.change.is_some();
-        let adapter = Some(AdapterPass { dropout, inverse_norms, ..AdapterPass::new(values.view()) });
-        let pass = Pass { adapter, layout: &batch.layout, rope: &rope, workspace: self.workspace() };
-        let mut x = self.workspace().matrix(batch.tokens.len(), self.config().hidden_size)?;
-        embedding.embed(&batch.tokens, x.view_mut())?;
+        let adapter =
+            Some(AdapterPass { dropout, first_row: rows.start, inverse_norms, ..AdapterPass::new(values.view()) });
+        let (layout, share, workspace) = (&batch.layout, share.as_ref(), self.workspace());
+        let pass = Pass { adapter, layout, share, rope: &rope, workspace };
+        let mut x = workspace.matrix(tokens.len(), self.config().hidden_size)?;
+        embedding.embed(tokens, x.view_mut())?;
         let (hidden, saved) = self.stack().forward(x, &pass, needs_dx)?;
-        let mut dhidden = self.workspace().matrix(hidden.rows(), hidden.cols())?;
-        let result = head(&hidden, table, dhidden.view_mut(), Some(gradient.reborrow()))?;
+        let mut dhidden = workspace.matrix(hidden.rows(), hidden.cols())?;
+        let result = head(&hidden, targets, table, dhidden.view_mut(), Some(gradient.reborrow()))?;
         drop(hidden);
         let dx = self.stack().backward(saved, dhidden, &pass, gradient.reborrow(), needs_dx)?;
         if let Some(dx) = dx {
-            embedding.embed_backward(&batch.tokens, dx.view(), gradient, self.workspace())?;
+            embedding.embed_backward(tokens, dx.view(), gradient, workspace)?;
         }
         Ok(result)
     }

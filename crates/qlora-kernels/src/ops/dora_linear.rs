@@ -24,6 +24,7 @@ use super::dropout::{self, Dropout};
 use super::linear_group::by_member::{AdaptedLinear, Layer};
 use super::linear_group::{DoraPlaces, add_bias};
 use super::matmul::nn_serial;
+use super::residual::add;
 use super::{frozen_linear, lora_linear};
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Workspace};
@@ -276,19 +277,6 @@ fn scale_rows(y: ViewMut, factors: View) -> Result<()> {
     for (row, factor) in y.host(OP)?.rows_mut().zip(factors) {
         row.iter_mut().for_each(|y| *y *= factor);
     }
-    Ok(())
-}
-
-/// `y += x`.
-fn add(x: View, y: ViewMut) -> Result<()> {
-    x.expect(OP, "an addend", y.rows(), y.cols())?;
-    #[cfg(feature = "cuda")]
-    if y.gpu().is_some() {
-        return crate::cuda::ops::add(OP, x.cuda(OP)?, y.cuda(OP)?);
-    }
-    let (x, cols) = (x.host(OP)?, y.cols());
-    let rows = y.host(OP)?.par_rows_mut().enumerate().with_min_len(rows_per_task(cols));
-    rows.for_each(|(i, row)| row.iter_mut().zip(x.row(i)).for_each(|(y, x)| *y += x));
     Ok(())
 }
 

@@ -17,6 +17,7 @@ pub mod linear_cross_entropy;
 pub mod linear_group;
 pub mod lora_linear;
 pub mod matmul;
+pub mod residual;
 pub mod rms_norm;
 pub mod rope;
 pub mod scale;

@@ -9,10 +9,12 @@
 //! | [`tcp`] | messages between processes, sums in the order of the ranks, heartbeats |
 //! | [`store`] | a client of torchrun's key-value store, through which its workers find each other |
 //! | `nccl` | sums between GPUs (feature `cuda`) |
+//! | `context` | the exchange between ranks that share a micro-batch (`context_parallel_size`) |
 //!
 //! A rank that dies, is stopped or fails ends the run on every rank, with an error that names it ([`Error::Rank`]).
 
 mod agree;
+pub(crate) mod context;
 mod dial;
 mod frame;
 #[cfg(feature = "cuda")]
@@ -23,6 +25,10 @@ pub mod store;
 pub mod tcp;
 
 use std::fmt;
+use std::sync::Arc;
+#[cfg(feature = "cuda")]
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -32,6 +38,9 @@ use qlora_kernels::ViewMut;
 
 pub(crate) use agree::{check_same_program, check_same_run};
 pub use ranks::{RankPlace, Ranks};
+
+/// Fails if the run is known to be over.
+pub type Alive = Arc<dyn Fn() -> Result<()> + Send + Sync>;
 
 /// The communication between the ranks of a run. All ranks make the same calls in the same order; `what` says in
 /// messages (and to a rank that is elsewhere in the program) which call it is.
@@ -70,6 +79,22 @@ pub trait Communicator: fmt::Debug + Send {
     /// [`Error::Rank`] with the rank that is gone.
     fn check(&self) -> Result<()> {
         Ok(())
+    }
+
+    /// [`Self::check`] for those who wait for another rank elsewhere than in a call of this.
+    fn alive(&self) -> Alive {
+        Arc::new(|| Ok(()))
+    }
+
+    /// An address of this rank that the others reach, if it is known.
+    fn address(&self) -> Option<String> {
+        None
+    }
+
+    /// The connection of all ranks' GPUs, if there is one.
+    #[cfg(feature = "cuda")]
+    fn nccl(&self) -> Option<Arc<Mutex<qlora_kernels::cuda::nccl::Nccl>>> {
+        None
     }
 
     /// Says in which step this rank is, for messages.
@@ -168,6 +193,22 @@ pub fn exchange<T: Serialize + DeserializeOwned>(
 /// That of `result`.
 pub(crate) fn or_tell_all<T>(comm: &mut dyn Communicator, result: Result<T>) -> Result<T> {
     result.inspect_err(|error| comm.fail(&format!("failed: {error}")))
+}
+
+/// How long it may take until the end of a rank is known after a connection of its GPU broke.
+const AFTERMATH: Duration = Duration::from_secs(2);
+
+/// `error`, or the rank whose end is behind it: a connection that breaks because a rank is gone is that rank's doing, which the others
+/// may not have heard of yet.
+pub(crate) fn of_rank(alive: &Alive, error: Error) -> Error {
+    let until = Instant::now() + AFTERMATH;
+    loop {
+        match alive() {
+            Err(lost) => return lost,
+            Ok(()) if Instant::now() > until => return error,
+            Ok(()) => std::thread::sleep(Duration::from_millis(20)),
+        }
+    }
 }
 
 /// Rank 0's bytes, on every rank. The bytes that the other ranks give are not sent.

@@ -1,19 +1,17 @@
 //! Ranks whose gradients NCCL adds, from GPU to GPU; everything else goes over TCP.
 
 use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use qlora_kernels::cuda::nccl::{self, ID_BYTES, Nccl};
 use qlora_kernels::{ViewMut, Workspace};
 
-use super::{Alone, Communicator, exchange, from_first};
+use super::{Alive, Alone, Communicator, exchange, from_first, of_rank};
 use crate::error::{Error, Result};
 
 /// The time limit for the GPUs to find each other.
-const PATIENCE: Duration = Duration::from_secs(180);
-
-/// How long it may take until the end of a rank is known after a connection of its GPU broke.
-const AFTERMATH: Duration = Duration::from_secs(2);
+pub(super) const PATIENCE: Duration = Duration::from_secs(180);
 
 /// The values of the first sum: as many as make NCCL connect all that larger ones use.
 const FIRST_SUM: usize = 1 << 22;
@@ -50,18 +48,7 @@ pub(crate) fn sum_on_gpus(comm: &mut Box<dyn Communicator>, workspace: &Workspac
     let id = from_first(&mut **comm, "NCCL's id", id)?;
     let id: [u8; ID_BYTES] =
         id.try_into().map_err(|_| Error::rank(0, "sent something else than an id of NCCL's".to_owned()))?;
-    let deadline = Instant::now() + PATIENCE;
-    let keep_waiting = || {
-        comm.check().map_err(|error| error.to_string())?;
-        if Instant::now() > deadline {
-            return Err(format!(
-                "the GPUs did not find each other in {} s: NCCL_DEBUG=INFO says where they look, NCCL_SOCKET_IFNAME names the \
-                 network",
-                PATIENCE.as_secs()
-            ));
-        }
-        Ok(())
-    };
+    let keep_waiting = until_found(comm.alive());
     let mut nccl = Nccl::join(&gpu.device(), id, comm.rank(), comm.size(), &keep_waiting)?;
     // NCCL connects, and takes its memory, at the first sum: before the plan asks what is free.
     nccl.sum(workspace.zeros_f32(1, FIRST_SUM)?.view_mut(), &keep_waiting)?;
@@ -70,8 +57,25 @@ pub(crate) fn sum_on_gpus(comm: &mut Box<dyn Communicator>, workspace: &Workspac
     }
     let control = std::mem::replace(comm, Box::new(Alone));
     let deterministic = gpu.deterministic();
+    let nccl = Arc::new(Mutex::new(nccl));
     *comm = Box::new(Gpus { control, nccl, deterministic });
     Ok(())
+}
+
+/// Whether to go on waiting for GPUs that connect.
+pub(super) fn until_found(alive: Alive) -> impl Fn() -> std::result::Result<(), String> {
+    let deadline = Instant::now() + PATIENCE;
+    move || {
+        alive().map_err(|error| error.to_string())?;
+        if Instant::now() > deadline {
+            return Err(format!(
+                "the GPUs did not find each other in {} s: NCCL_DEBUG=INFO says where they look, NCCL_SOCKET_IFNAME names the \
+                 network",
+                PATIENCE.as_secs()
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// A GPU by its UUID and name, or none for the CPU.
@@ -98,7 +102,7 @@ fn check(gpus: &[Option<(String, String)>]) -> Result<()> {
 /// Ranks with a GPU each.
 struct Gpus {
     control: Box<dyn Communicator>,
-    nccl: Nccl,
+    nccl: Arc<Mutex<Nccl>>,
     deterministic: bool,
 }
 
@@ -126,18 +130,8 @@ impl Communicator for Gpus {
         }
         let control = &self.control;
         let keep_waiting = || control.check().map_err(|error| error.to_string());
-        let summed = self.nccl.sum(values, &keep_waiting);
-        // A connection that breaks because a rank is gone is that rank's doing, which the others may not have heard of yet.
-        summed.map_err(|error| {
-            let until = Instant::now() + AFTERMATH;
-            loop {
-                match self.control.check() {
-                    Err(lost) => return lost,
-                    Ok(()) if Instant::now() > until => return error.into(),
-                    Ok(()) => std::thread::sleep(Duration::from_millis(20)),
-                }
-            }
-        })
+        let summed = self.nccl.lock().unwrap_or_else(PoisonError::into_inner).sum(values, &keep_waiting);
+        summed.map_err(|error| of_rank(&self.control.alive(), error.into()))
     }
 
     fn sums_in_order(&self) -> bool {
@@ -146,6 +140,18 @@ impl Communicator for Gpus {
 
     fn check(&self) -> Result<()> {
         self.control.check()
+    }
+
+    fn alive(&self) -> Alive {
+        self.control.alive()
+    }
+
+    fn address(&self) -> Option<String> {
+        self.control.address()
+    }
+
+    fn nccl(&self) -> Option<Arc<Mutex<Nccl>>> {
+        Some(Arc::clone(&self.nccl))
     }
 
     fn at_step(&self, step: u64) {

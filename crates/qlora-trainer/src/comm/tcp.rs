@@ -22,9 +22,11 @@ use std::time::{Duration, Instant};
 
 use super::frame::{Frame, Kind};
 use super::ranks::Ranks;
-use super::{Communicator, RankPlace};
+use super::{Alive, Communicator, RankPlace};
 use crate::error::{Error, Result};
 use line::Line;
+#[cfg(feature = "cuda")]
+pub(crate) use meet::host;
 use qlora_kernels::{View, ViewMut};
 
 /// The interval at which a rank says that it is alive.
@@ -61,6 +63,7 @@ pub struct Tcp {
     shared: Arc<Shared>,
     watch: Option<JoinHandle<()>>,
     described: String,
+    address: Option<String>,
 }
 
 /// The state that the threads of a communicator share.
@@ -111,10 +114,13 @@ impl Tcp {
         let shared = Arc::new(Shared::default());
         let met = meet::meet(ranks, options.patience)?;
         let described = met.described;
+        // Where rank 0 was reached from, others are reached.
+        let own = met.lines.first().and_then(|(_, _, stream)| stream.local_addr().ok());
+        let address = if place.rank == 0 { Some(ranks.address.clone()) } else { own.map(|own| own.ip().to_string()) };
         let lines = met.lines.into_iter().map(|(rank, name, stream)| Line::new(rank, name, stream, &shared));
         let lines: Vec<Line> = lines.collect::<Result<_>>()?;
         let watch = watch(&lines, &shared, Arc::clone(&options.when_lost));
-        Ok(Self { place, lines, calls: 0, shared, watch: Some(watch), described })
+        Ok(Self { place, lines, calls: 0, shared, watch: Some(watch), described, address })
     }
 
     /// The next call's number.
@@ -159,6 +165,29 @@ impl Tcp {
                 }
             }
         }
+    }
+
+    /// Sends `parts[i]` to rank `i` and returns what each rank sends to this one, through rank 0.
+    ///
+    /// # Errors
+    /// As [`Communicator::gather`].
+    pub(crate) fn all_to_all(&mut self, what: &'static str, parts: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>> {
+        let (sequence, size) = (self.call(), self.place.size);
+        if self.place.rank > 0 {
+            self.send(&self.lines[0], sequence, what, &pack(&parts))?;
+            return unpack(&self.receive(&self.lines[0], sequence, what)?, size);
+        }
+        let mut of_ranks = vec![parts];
+        for line in &self.lines {
+            of_ranks.push(unpack(&self.receive(line, sequence, what)?, size)?);
+        }
+        let mut to = |rank: usize| -> Vec<Vec<u8>> {
+            of_ranks.iter_mut().map(|parts| std::mem::take(&mut parts[rank])).collect()
+        };
+        for line in &self.lines {
+            self.send(line, sequence, what, &pack(&to(line.rank)))?;
+        }
+        Ok(to(0))
     }
 
     /// Sends bytes to everybody else.
@@ -244,6 +273,15 @@ impl Communicator for Tcp {
                 let _ = line.send(Kind::Left, 0, "", &[]);
             }
         }
+    }
+
+    fn alive(&self) -> Alive {
+        let shared = Arc::clone(&self.shared);
+        Arc::new(move || shared.error().map_or(Ok(()), Err))
+    }
+
+    fn address(&self) -> Option<String> {
+        self.address.clone()
     }
 
     fn at_step(&self, step: u64) {

@@ -335,6 +335,10 @@ pub struct TrainingOptions {
     /// Micro-batches in an optimizer step. The loss is normalised by the trained tokens of all of them. Default: 8,
     /// which makes 16 documents a step, as in the QLoRA paper.
     pub gradient_accumulation_steps: usize,
+    /// The number of ranks that share every micro-batch, each with a part of its tokens, for sequences that are too long for one GPU
+    /// (accelerate's and axolotl's name; Ulysses). With N ranks there are N / `context_parallel_size` groups, which have micro-batches
+    /// of their own, and `gradient_accumulation_steps` counts those of a group. Query heads have to divide over it. Default: 1.
+    pub context_parallel_size: usize,
     /// Recompute activations in the backward pass instead of keeping them: less memory, up to a third more time, the same
     /// gradients. `"auto"` takes whatever is fastest in the memory there is, block by block; true recomputes every
     /// block; false recomputes nothing, and a run that does not fit is refused. Default: auto.
@@ -425,6 +429,7 @@ impl Default for TrainingOptions {
             per_device_train_batch_size: 2,
             per_device_eval_batch_size: None,
             gradient_accumulation_steps: 8,
+            context_parallel_size: 1,
             gradient_checkpointing: GradientCheckpointing::Auto,
             memory_budget: None,
             full_determinism: false,

@@ -2,7 +2,7 @@
 
 use qlora_core::model::DeviceChoice;
 
-use super::{MixStrategy, ObjectiveOptions, SamplePrompts, Scheduler, Targets, TrainConfig};
+use super::{MixStrategy, ObjectiveKind, ObjectiveOptions, SamplePrompts, Scheduler, Targets, TrainConfig};
 use crate::data::Mapping;
 use crate::error::{Error, Problem, Result};
 
@@ -207,6 +207,15 @@ impl TrainConfig {
             check.at_least_one("training.per_device_eval_batch_size", size as u64);
         }
         check.at_least_one("training.gradient_accumulation_steps", training.gradient_accumulation_steps as u64);
+        check.at_least_one("training.context_parallel_size", training.context_parallel_size as u64);
+        check.that(
+            training.context_parallel_size <= 1 || training.objective == ObjectiveKind::Sft,
+            "training.context_parallel_size",
+            format!(
+                "must be 1 with the objective \"{}\", which needs the log-probabilities of whole answers on one rank",
+                training.objective.name()
+            ),
+        );
         check.positive("training.learning_rate", training.learning_rate);
         self.check_warmup(check);
         check.not_negative("training.max_grad_norm", training.max_grad_norm);

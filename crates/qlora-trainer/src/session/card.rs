@@ -72,7 +72,8 @@ pub fn plan_on_card(config: &TrainConfig, card: &Card) -> Result<CardPlan> {
         let attention = AttentionWorkspace::of_own_kernels(model, batch.tokens);
         let planner = Planner::from_config(model, layout, dtype, batch, attention, weights + state as u64);
         let compute = frozen_compute.map_or_else(Default::default, Into::into);
-        Ok(planner.with_four_bits(matches!(held, TrainedOver::Bits4 { .. })).with_frozen_compute(compute))
+        let planner = planner.with_four_bits(matches!(held, TrainedOver::Bits4 { .. })).with_frozen_compute(compute);
+        Ok(planner.with_context_parallel(config.training.context_parallel_size))
     };
     let batch = largest_batch_of(&config, &training)?;
     let budget = config.training.memory_budget.map(|budget| (budget * 1e9) as u64);

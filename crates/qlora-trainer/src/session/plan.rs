@@ -45,10 +45,12 @@ impl Session {
         let batch = self.largest_batch(training)?;
         #[cfg(feature = "cuda")]
         if let Some(gpu) = self.model.workspace().gpu().cloned() {
-            let plan = self.fastest_on(&gpu, batch)?;
+            let host = self.share_of_host()?;
+            let plan = self.fastest_on(&gpu, batch, host)?;
+            let plan = self.agreed(&gpu, plan)?;
             self.fp8_gain = self.expected_gain_of_fp8(&gpu, batch, &plan);
             self.model.apply_plan(&plan)?;
-            gpu.expect_tokens(batch.tokens);
+            gpu.expect_tokens(batch.tokens.div_ceil(self.model.context_ranks()));
             tracing::debug!(%plan, "memory");
             return Ok(Some(plan));
         }
@@ -61,20 +63,57 @@ impl Session {
                 planner.plan_keeping(free).is_err()
             }
         };
+        let recompute = match self.model.context_ranks() {
+            1 => recompute,
+            // A block that is computed again exchanges again.
+            _ => exchange(&mut *self.comm, "recomputation", &recompute)?.contains(&true),
+        };
         self.model.set_gradient_checkpointing(recompute)?;
         tracing::info!(recompute, "blocks on the CPU");
         Ok(None)
     }
 
-    /// The fastest plan, with cuDNN's attention or, where its workspace costs more than it gains, without.
+    /// Half of the host's free memory by the ranks on it, where ranks share micro-batches: long sequences go to the host on all of them.
     #[cfg(feature = "cuda")]
-    fn fastest_on(&self, gpu: &std::sync::Arc<Gpu>, batch: BatchShape) -> Result<MemoryPlan> {
+    fn share_of_host(&mut self) -> Result<Option<u64>> {
+        let context = self.model.context_ranks();
+        let Some(free) = available_memory().filter(|_| context > 1) else { return Ok(None) };
+        let mine = crate::comm::tcp::host();
+        let here = exchange(&mut *self.comm, "hosts", &mine)?.into_iter().filter(|host| *host == mine).count();
+        // A plan without other ranks is one for all on this host.
+        Ok(Some(free / 2 / if self.comm.size() == 1 { context } else { here } as u64))
+    }
+
+    /// The plan of all ranks, where some share micro-batches: a block that is computed again exchanges again, so they have to keep the
+    /// same. Of the ranks' own plans it is the one with the lowest peak.
+    #[cfg(feature = "cuda")]
+    fn agreed(&mut self, gpu: &Gpu, plan: MemoryPlan) -> Result<MemoryPlan> {
+        if self.model.context_ranks() == 1 {
+            return Ok(plan);
+        }
+        let budget = plan.budget;
+        let plans = exchange(&mut *self.comm, "memory plans", &(plan, gpu.attention().enabled()))?;
+        let leanest = plans.into_iter().min_by_key(|(plan, _)| plan.peak);
+        let (plan, library) = leanest.expect("this rank's is one of them");
+        gpu.attention().set_enabled(library);
+        Ok(MemoryPlan { budget, ..plan })
+    }
+
+    /// The fastest plan, with cuDNN's attention or, where its workspace costs more than it gains, without. `host`: the pinned memory that
+    /// it may take, if that is not what the planner assumes.
+    #[cfg(feature = "cuda")]
+    fn fastest_on(&self, gpu: &std::sync::Arc<Gpu>, batch: BatchShape, host: Option<u64>) -> Result<MemoryPlan> {
         let options = &self.config.training;
         let budget = gpu.pool().plannable(options.memory_budget.map(|budget| (budget * 1e9) as u64))?;
         let plan = |planner: &Planner| chosen(options.gradient_checkpointing, planner, budget);
         let rates = self.rates(gpu)?;
-        let planner =
-            || Planner::on_gpu(&self.model, batch, self.optimizer_bytes()).map(|planner| planner.with_rates(rates));
+        let planner = || {
+            let planner = Planner::on_gpu(&self.model, batch, self.optimizer_bytes())?.with_rates(rates);
+            Ok::<_, qlora_core::Error>(match host {
+                Some(bytes) => planner.with_host_memory(bytes),
+                None => planner,
+            })
+        };
         let library = gpu.attention();
         if !library.enabled() {
             return Ok(plan(&planner()?)?);

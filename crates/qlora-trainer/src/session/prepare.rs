@@ -1,15 +1,18 @@
 //! Everything of a run that needs no weights, in the order in which it is cheap: options, output folder, lock, checkpoint, data
 //! files, the model's description, its tokenizer, the data as tokens, whether the checkpoint belongs to it.
 
+use std::sync::Arc;
+
 use qlora_core::adapter::{self, PeftAdapter};
 use qlora_core::chat::TemplateTime;
 use qlora_core::config::ModelConfig;
+use qlora_core::model::context::SequenceExchange;
 use qlora_core::open::{ModelFiles, OpenOptions, open_model};
 use qlora_kernels::Workspace;
 
 use super::adapter::Beginning;
 use super::weights;
-use crate::comm::{Alone, Communicator, check_same_program, check_same_run, exchange};
+use crate::comm::{Alone, Communicator, check_same_program, check_same_run, context, exchange};
 use crate::config::TrainConfig;
 use crate::data::configured::Sets;
 use crate::data::{Dataset, TrainingData};
@@ -36,6 +39,8 @@ pub(super) struct Prepared {
     /// The adapter that the run began from, where the objective compares with it.
     pub(super) reference: Option<PeftAdapter>,
     pub(super) workspace: Workspace,
+    /// The ranks that share every micro-batch with this one.
+    pub(super) exchange: Option<Arc<dyn SequenceExchange>>,
     pub(super) identity: Vec<(String, String)>,
     pub(super) data: Data,
     /// The prompts to answer while training.
@@ -53,11 +58,16 @@ impl Prepared {
         config.validate()?;
         check_same_program(&mut **comm, config)?;
         let mut config = config.clone();
+        let context = config.training.context_parallel_size;
+        if writes {
+            context::check_ranks(comm.size(), context)?;
+        }
         if objective::disables_dropout(&config) {
             config.lora.lora_dropout = 0.0;
         }
         let start = if writes { Some(Start::open_on(&config.training, &mut **comm)?) } else { None };
-        config.training.gradient_accumulation_steps = micro_batches(&config, start.as_ref(), comm.size())?;
+        config.training.gradient_accumulation_steps =
+            micro_batches(&config, start.as_ref(), (comm.size() / context).max(1))?;
         let sets = Sets::find(&config)?;
         if comm.size() > 1
             && let Some(pipe) = sets.pipe()
@@ -86,6 +96,7 @@ impl Prepared {
         let mut files = open_model(&config.model.model_name_or_path, &options)?;
         let template_time = stop_clock(&mut files, start.as_ref(), &mut **comm)?;
         let model = files.source.config();
+        let exchange = context::connect(&mut **comm, context, &model.attention(0), &workspace, !writes)?;
         let beginning = Beginning::of(&mut config, model, start.as_ref(), &options)?;
         let reference = reference(&config, model, &options)?;
         let facts = ModelFacts {
@@ -106,6 +117,7 @@ impl Prepared {
             beginning,
             reference,
             workspace,
+            exchange,
             identity: facts.identity,
             data,
             prompts,
@@ -121,7 +133,8 @@ fn reference(config: &TrainConfig, model: &ModelConfig, options: &OpenOptions) -
     Ok(spec.map(|spec| adapter::open(spec, None, options, model)).transpose()?)
 }
 
-/// Micro-batches of a step over all ranks. A run that goes on with another number of ranks keeps that of its checkpoint.
+/// Micro-batches of a step over all ranks. A run that goes on with another number of ranks keeps that of its checkpoint. Ranks that share
+/// micro-batches count as one.
 fn micro_batches(config: &TrainConfig, start: Option<&Start>, ranks: usize) -> Result<usize> {
     let wanted = config.training.gradient_accumulation_steps * ranks;
     let Some(resumed) = start.and_then(|start| start.resumed.as_ref()) else { return Ok(wanted) };

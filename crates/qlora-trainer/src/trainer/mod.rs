@@ -295,7 +295,7 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
                     initial_parameters: progress.initial_parameters.clone(),
                     template_time: self.template_time.clone(),
                     loss_scale: progress.loss_scale,
-                    ranks: progress.ranks.unwrap_or(self.comm.size()),
+                    ranks: progress.ranks.unwrap_or(self.groups().1),
                     optimizer_fingerprint: String::new(),
                     identity: self.blueprint.identity.clone(),
                 },

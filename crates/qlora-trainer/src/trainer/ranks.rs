@@ -7,6 +7,9 @@
 //! micro-batch's gradient, which a process alone adds to the sum while it is made: where the adapter's scaling is a power of
 //! two, as it is by default, that changes no bit.)
 //!
+//! With `context_parallel_size` ranks that follow each other form groups: micro-batch `i` is that of group `i % groups`, each rank of
+//! which has a share of its tokens. A step then has the same bits for any number of groups of that size.
+//!
 //! [`Communicator::sums_in_order`]: crate::comm::Communicator::sums_in_order
 
 use serde::{Deserialize, Serialize};
@@ -109,18 +112,19 @@ impl<M: TrainableModel> Trainer<'_, M> {
     /// The gradient of a step, summed over all ranks. Returns the sums of its losses and metrics.
     pub(super) fn gradient(&mut self, step: u64, batch: &StepBatch) -> Result<(f64, Metrics)> {
         let (rank, ranks) = (self.comm.rank(), self.comm.size());
+        let (group, groups) = self.groups();
         let in_order = self.comm.sums_in_order();
         let micro_batches = batch.micro_batches.len();
         let mut own = StepReport::default();
         let mut clock = Clock::start();
         self.optimizer.grad.view_mut().fill(0.0)?;
         self.comm.at_step(step);
-        for round in 0..micro_batches.div_ceil(ranks) {
+        for round in 0..micro_batches.div_ceil(groups) {
             // Rank 0 has the sum so far.
             if in_order && rank > 0 && round > 0 {
                 self.optimizer.grad.view_mut().fill(0.0)?;
             }
-            let micro_batch = round * ranks + rank;
+            let micro_batch = round * groups + group;
             if micro_batch < micro_batches {
                 let mut metrics = Metrics::new();
                 let loss = self.accumulate(step, batch, micro_batch, &mut metrics)?;
@@ -128,7 +132,7 @@ impl<M: TrainableModel> Trainer<'_, M> {
                     return Err(self.non_finite(step, batch, micro_batch, &format!("the loss is {loss}")));
                 }
                 own.parts.push((loss.into(), to_bits(metrics)));
-                clock.computed(batch.micro_batches[micro_batch].tokens.len());
+                clock.computed(self.share_of(batch.micro_batches[micro_batch].tokens.len()));
             }
             self.announce_interrupt();
             self.comm.check()?;
@@ -165,6 +169,25 @@ impl<M: TrainableModel> Trainer<'_, M> {
         Ok((loss_sum, sums))
     }
 
+    /// The number of this rank's group, and how many groups there are. The ranks of a group have the same micro-batches.
+    pub(super) fn groups(&self) -> (usize, usize) {
+        let context = self.context_ranks();
+        (self.comm.rank() / context, self.comm.size() / context)
+    }
+
+    /// How many ranks share a micro-batch.
+    pub(super) fn context_ranks(&self) -> usize {
+        if self.comm.size() == 1 { 1 } else { self.config.training.context_parallel_size }
+    }
+
+    /// The tokens that this rank has of a micro-batch of so many.
+    fn share_of(&self, tokens: usize) -> usize {
+        let context = self.context_ranks();
+        let until = |rank: usize| tokens * rank / context;
+        let place = self.comm.rank() % context;
+        until(place + 1) - until(place)
+    }
+
     fn sum_gradient(&mut self, clock: &mut Clock) -> Result<()> {
         clock.sum_begins();
         self.comm.sum("gradient", self.optimizer.grad.view_mut())?;
@@ -188,11 +211,21 @@ impl<M: TrainableModel> Trainer<'_, M> {
     /// The first micro-batch of the step whose gradient alone is not finite, on whichever rank.
     pub(super) fn first_non_finite(&mut self, step: u64, batch: &StepBatch) -> Option<Error> {
         let (rank, ranks) = (self.comm.rank(), self.comm.size());
+        let (group, groups) = self.groups();
         let mut own = None;
-        for micro_batch in (rank..batch.micro_batches.len()).step_by(ranks) {
-            own = self.problem_of(step, batch, micro_batch).map(|error| (micro_batch, error));
-            if own.is_some() {
-                break;
+        for micro_batch in (group..batch.micro_batches.len()).step_by(groups) {
+            match self.problem_of(step, batch, micro_batch) {
+                None => {}
+                // Who computes nothing more would leave the rest of its group waiting: they are told at once.
+                Some(error) if self.context_ranks() > 1 && !matches!(error, Error::NonFinite { .. }) => {
+                    return Some(error);
+                }
+                Some(error) => {
+                    own.get_or_insert((micro_batch, error));
+                    if self.context_ranks() == 1 {
+                        break;
+                    }
+                }
             }
         }
         if ranks == 1 {

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use super::Trainer;
 use super::ranks::EvalPart;
+use crate::comm::exchange;
 use crate::data::StepBatch;
 use crate::data::loader::eval_batches;
 use crate::error::{Error, Result};
@@ -123,7 +124,11 @@ impl<M: TrainableModel> Trainer<'_, M> {
                 accumulate_judged(&mut self.model, &**objective, tokens, shares, pass, metrics, grad)
             }
         };
-        result.map_err(|source| Error::Step { step, micro_batch: micro_batch + 1, source })
+        result.map_err(|source| {
+            // An exchange that another rank was missing from: it is named.
+            let lost = if self.context_ranks() > 1 { self.comm.check().err() } else { None };
+            lost.unwrap_or(Error::Step { step, micro_batch: micro_batch + 1, source })
+        })
     }
 
     /// The step's gradient is not finite: finds the micro-batch by computing each one's gradient again.
@@ -198,11 +203,20 @@ impl<M: TrainableModel> Trainer<'_, M> {
         let batch_size = options.per_device_eval_batch_size.unwrap_or(options.per_device_train_batch_size);
         let batches = eval_batches(validation, batch_size);
         let total = batches.len();
-        let (rank, ranks) = (self.comm.rank(), self.comm.size());
+        let ((group, groups), context) = (self.groups(), self.context_ranks());
         let mut parts = Vec::new();
-        for (i, batch) in batches.enumerate().filter(|(i, _)| i % ranks == rank) {
-            if self.asked_to_stop() {
+        for (i, batch) in batches.enumerate() {
+            if i % groups == 0 && {
+                let asked = self.asked_to_stop();
+                // The ranks that share a batch stop at the same one.
+                let all =
+                    if context == 1 { vec![asked] } else { exchange(&mut *self.comm, "evaluation goes on", &asked)? };
+                all.contains(&true)
+            } {
                 break;
+            }
+            if i % groups != group {
+                continue;
             }
             self.comm.check()?;
             parts.push(match &self.objective {

@@ -2,7 +2,7 @@
 
 use qlora_kernels::Dtype;
 
-use super::sizes::Sizes;
+use super::sizes::{Exchange, Sizes};
 use super::{AttentionWorkspace, BatchShape, Planner};
 use crate::card::Rates;
 use crate::config::ModelConfig;
@@ -56,6 +56,31 @@ impl Planner {
         )
     }
 
+    /// The same planner for one of `ranks` ranks that share every micro-batch: it has a share of the tokens, and of attention's heads for
+    /// all tokens. The attention's workspace that the planner was given is one for all heads.
+    pub fn with_context_parallel(mut self, ranks: usize) -> Self {
+        let attention = self.sizes.attention;
+        let part = |bytes: u64| bytes.div_ceil(ranks.max(1) as u64);
+        self.sizes.attention =
+            AttentionWorkspace { forward: part(attention.forward), backward: part(attention.backward) };
+        self.shared_by(ranks)
+    }
+
+    /// [`Self::with_context_parallel`], of a planner that was given the workspace of a rank's heads.
+    pub(super) fn shared_by(mut self, ranks: usize) -> Self {
+        let (ranks, sizes) = (ranks.max(1) as u64, &mut self.sizes);
+        if ranks > 1 {
+            let (kv, head) = ((sizes.qkv - sizes.q) / 2, sizes.q / sizes.heads.max(1));
+            // At least one whole head.
+            sizes.exchange = Some(Exchange { ranks, qkv: sizes.q + 2 * kv.max(ranks * head) });
+            // Where not all tokens of a batch are trained, some of a share may be missing.
+            let all = sizes.trained == sizes.tokens;
+            sizes.tokens = sizes.tokens.div_ceil(ranks);
+            sizes.trained = sizes.trained.min(if all { sizes.tokens } else { sizes.tokens.saturating_sub(1) });
+        }
+        self
+    }
+
     /// For a model of this specification; `rank` gives the rank of a module's adapter, 0 where it has none, `parts` what an adapter
     /// has besides.
     pub(super) fn of_spec(
@@ -102,6 +127,7 @@ impl Planner {
             fp8: false,
             four_bits: false,
             attention,
+            exchange: None,
         };
         let len = (batch.tokens / batch.sequences.max(1)) as u64;
         let lowest = if parts.every_block { 0 } else { lowest.unwrap_or(layers) };
@@ -148,5 +174,25 @@ mod tests {
         assert!(tokens.leanest().peak > plain.leanest().peak);
         assert_eq!(tokens.sizes.head() - plain.sizes.head(), (1024 + 4096) * 3 * 2);
         assert_eq!((plain.sizes.embedding(), tokens.sizes.embedding()), (0, 1024 * ((4096 + 3) * 2 + 3 * 4)));
+    }
+
+    /// Two ranks take a sequence nearly twice as long as one: what is not shared is the weights, what is sent is small.
+    #[test]
+    fn ranks_that_share_a_sequence_take_a_longer_one() {
+        use super::super::fixtures::planner_8b;
+        let longest = |ranks: usize, own: bool| {
+            let planner = |tokens| Ok(planner_8b(BatchShape::uniform(1, tokens), own).with_context_parallel(ranks));
+            Planner::longest_sequence(1 << 21, 24 << 30, planner).unwrap()
+        };
+        for own in [false, true] {
+            let [one, two, four] = [1, 2, 4].map(|ranks| longest(ranks, own));
+            assert!((1.95..2.02).contains(&(two as f64 / one as f64)), "{own}: {one} {two}");
+            assert!((3.85..4.04).contains(&(four as f64 / one as f64)), "{own}: {one} {four}");
+        }
+        // Of 8 key and value heads, each of 16 ranks has one.
+        let plan = |ranks| planner_8b(BatchShape::uniform(1, 1 << 18), true).with_context_parallel(ranks);
+        let (eight, sixteen) = (plan(8).sizes, plan(16).sizes);
+        assert_eq!(eight.exchange.unwrap().qkv, eight.qkv);
+        assert_eq!(sixteen.exchange.unwrap().qkv, sixteen.q + 2 * 16 * 128);
     }
 }

@@ -155,10 +155,14 @@ impl<'a> Fastest<'a> {
             return Ok(planner.describe(&choice, budget));
         }
         Err(Error::Invalid(format!(
-            "a step over {} tokens needs at least {:.2} GB of GPU memory ({:.2} GB of it for the model, its adapter \
+            "a step over {} tokens{} needs at least {:.2} GB of GPU memory ({:.2} GB of it for the model, its adapter \
              and the optimizer), {:.2} GB are there: use shorter sequences, fewer at a time (with more \
              gradient_accumulation_steps), or a smaller rank",
             planner.sizes.tokens,
+            planner
+                .sizes
+                .exchange
+                .map_or(String::new(), |exchange| format!(" (the share of one of {} ranks)", exchange.ranks)),
             planner.leanest().peak as f64 / 1e9,
             planner.resident as f64 / 1e9,
             budget as f64 / 1e9

@@ -11,7 +11,7 @@ use crate::model::policy::Keep;
 /// Sizes of a model and a batch.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Sizes {
-    /// Tokens of the batch, and how many of them have a target.
+    /// Tokens of the batch, and how many of them have a target; of this rank's share, if others share it.
     pub(super) tokens: u64,
     pub(super) trained: u64,
     /// Bytes of an activation's element.
@@ -34,6 +34,17 @@ pub(super) struct Sizes {
     /// Whether all frozen weights have 4 bits: no dequantized weight stands beside its copy in 8 bits.
     pub(super) four_bits: bool,
     pub(super) attention: AttentionWorkspace,
+    /// How ranks share a batch, if they do.
+    pub(super) exchange: Option<Exchange>,
+}
+
+/// The sizes of context parallelism.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Exchange {
+    pub(super) ranks: u64,
+    /// q, k and v by heads: bytes of all tokens and a rank's heads, as columns of this rank's tokens and all heads. More than
+    /// `qkv` where several ranks have the same key and value heads.
+    pub(super) qkv: u64,
 }
 
 /// [`padded_cols`] in the planner's numbers.
@@ -126,6 +137,16 @@ impl Sizes {
         if self.by_member { rows * self.hidden.max(self.q).max(self.mlp) * self.size + CANDLE } else { 0 }
     }
 
+    /// What a rank sends, or receives, in an exchange of so many columns: all but its own part.
+    fn sent(&self, cols: u64) -> u64 {
+        self.exchange.map_or(0, |Exchange { ranks, .. }| self.activation(cols) * (ranks - 1) / ranks)
+    }
+
+    /// q, k and v as attention reads them, in columns.
+    fn qkv_of_attention(&self) -> u64 {
+        self.exchange.map_or(self.qkv, |exchange| exchange.qkv)
+    }
+
     /// q and k before their norms.
     fn raw(&self) -> u64 {
         if self.qk_norm { self.activation(self.qkv) + self.statistic(2 * self.heads) } else { 0 }
@@ -139,11 +160,12 @@ impl Sizes {
     /// The same, matrix by matrix, in bytes: `Saved::large` of the block.
     pub(super) fn offloaded_matrices(&self, keep: Keep) -> Vec<u64> {
         let Self { q, qkv, hidden, rp, qk_norm, .. } = *self;
+        let by_heads = self.qkv_of_attention();
         let widths = match keep {
             Keep::Offload => vec![hidden],
             // x, q|k|v, attention's output, mid; q and k before their norms.
-            Keep::OffloadAttention if qk_norm => vec![hidden, qkv, padded(q, rp[1]), hidden, qkv],
-            Keep::OffloadAttention => vec![hidden, qkv, padded(q, rp[1]), hidden],
+            Keep::OffloadAttention if qk_norm => vec![hidden, by_heads, padded(q, rp[1]), hidden, qkv],
+            Keep::OffloadAttention => vec![hidden, by_heads, padded(q, rp[1]), hidden],
             _ => Vec::new(),
         };
         widths.into_iter().map(|cols| self.activation(cols)).collect()
@@ -151,7 +173,8 @@ impl Sizes {
 
     /// Bytes of [`Attended`](super::super::block).
     fn attended(&self) -> u64 {
-        let Self { q, qkv, hidden, heads, rp, .. } = *self;
+        let Self { q, hidden, heads, rp, .. } = *self;
+        let qkv = self.qkv_of_attention();
         self.activation(2 * hidden + qkv + padded(q, rp[1]) + rp[0] + rp[1]) + self.statistic(1 + heads) + self.raw()
     }
 
@@ -178,9 +201,17 @@ impl Sizes {
         let rounded = |cols| self.rounded(self.tokens, cols);
         let project =
             live + act(padded(hidden, rp[0]) + qkv + rp[0]) + self.scratch(0, choice, cached) + rounded(hidden);
-        live += act(qkv + rp[0]) + self.raw() + kept;
-        let attend = live + act(padded(q, rp[1])) + stat(heads) + self.attention.forward;
-        live += act(padded(q, rp[1])) + stat(heads);
+        live += act(rp[0]) + self.raw() + kept;
+        let by_heads = self.qkv_of_attention();
+        let attend = match self.exchange {
+            None => live + act(qkv + padded(q, rp[1])) + stat(heads) + self.attention.forward,
+            Some(_) => {
+                let there = live + act(qkv + by_heads) + self.sent(by_heads);
+                let live = live + act(by_heads + padded(q, rp[1]) + q) + stat(heads);
+                there.max(live + self.attention.forward).max(live + self.sent(q))
+            }
+        };
+        live += act(by_heads + padded(q, rp[1])) + stat(heads);
         let out = live + act(hidden + rp[1]) + self.scratch(1, choice, cached) + rounded(q);
         [project, attend, out].into_iter().max().unwrap_or(0)
     }
@@ -267,8 +298,18 @@ impl Sizes {
         let shared1 = if shares && matches!(keep, Keep::Input | Keep::Offload) { weight(1) } else { 0 };
         let out_weight = weight(1) - shared1.min(weight(1)) + self.rounded(self.tokens, hidden);
         let out = live + act(q + rp[1]) + out_weight.max(factors(hidden, q, 1));
-        let attend = live - act(rp[1]) + act(q) + act(padded(qkv, rp[0])) + self.attention.backward;
-        let after = live - act(rp[1]) - act(qkv + padded(q, rp[1])) - self.statistic(heads);
+        let by_heads = self.qkv_of_attention();
+        let after = live - act(rp[1]) - act(by_heads + padded(q, rp[1])) - self.statistic(heads);
+        let attend = match self.exchange {
+            None => live - act(rp[1]) + act(q) + act(padded(qkv, rp[0])) + self.attention.backward,
+            Some(_) => {
+                // Attention's output by heads beside that by rows, then its gradient, then what the backward makes of them.
+                let there = live - act(rp[1]) + act(2 * q) + self.sent(q);
+                let live = after + act(by_heads + 2 * q) + self.statistic(heads);
+                let back = after + act(by_heads + padded(qkv, rp[0])) + self.sent(by_heads);
+                there.max(live + act(q) + self.sent(q)).max(live + act(by_heads) + self.attention.backward).max(back)
+            }
+        };
         let shared0 = if shared1 > 0 { weight(0) } else { 0 };
         let input = after
             + act(padded(qkv, rp[0]) + hidden + rp[0])

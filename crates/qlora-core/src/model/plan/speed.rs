@@ -22,7 +22,7 @@ const BLOCK: f64 = 250e-6;
 pub struct ExpectedSpeed {
     /// Seconds of a micro-batch.
     pub seconds: f64,
-    /// Tokens a second.
+    /// Tokens a second, of all ranks that share a micro-batch.
     pub tokens_per_second: f64,
 }
 
@@ -59,6 +59,8 @@ impl Planner {
         }
         let memory = tokens * layers * (passes + adapters) * sizes.size as f64 / self.rates.memory;
         let seconds = products + attention + memory + layers * BLOCK + plan.overhead_us as f64 * 1e-6;
-        ExpectedSpeed { seconds, tokens_per_second: tokens / seconds }
+        // The ranks that share a micro-batch compute at the same time.
+        let ranks = sizes.exchange.map_or(1, |exchange| exchange.ranks);
+        ExpectedSpeed { seconds, tokens_per_second: ranks as f64 * tokens / seconds }
     }
 }

@@ -102,6 +102,22 @@ fn with_weights(
     multiply(slot.insert(weights))
 }
 
+/// `y = x W^T + beta addend` (`beta y` without one) with the weights of a group that keeps them.
+pub(in crate::cuda) fn multiply_kept(
+    op: &'static str,
+    group: &Group,
+    x: &Fp8,
+    addend: Option<CudaView>,
+    y: CudaViewMut,
+    beta: f32,
+    workspace: &Workspace,
+) -> Result<()> {
+    let plan = Plan::new(op, group, false);
+    with_weights(&plan, group, &(0..group.outputs()), Side::Forward, workspace, |weights| {
+        y.gpu().blas().matmul_fp8(op, x.view(), weights.view(), addend, y, beta)
+    })
+}
+
 /// The A of all members, `[rp, k]`.
 fn rows_of_a(plan: &Plan, adapter: &AdapterPass, workspace: &Workspace) -> Result<Matrix> {
     let mut a = workspace.with_margin(plan.rp, plan.k, plan.rp)?;

@@ -58,7 +58,8 @@ impl Config {
 /// `ncclSuccess`, `ncclInProgress`.
 pub(super) const SUCCESS: c_int = 0;
 pub(super) const IN_PROGRESS: c_int = 7;
-/// `ncclFloat32`, `ncclSum`.
+/// `ncclUint8`, `ncclFloat32`, `ncclSum`.
+pub(super) const BYTES: c_int = 1;
 pub(super) const F32: c_int = 7;
 pub(super) const SUM: c_int = 0;
 
@@ -76,6 +77,10 @@ function_table! {
     get_unique_id: "ncclGetUniqueId" = fn(*mut UniqueId) -> c_int;
     init_rank: "ncclCommInitRankConfig" = fn(*mut Comm, c_int, UniqueId, c_int, *mut Config) -> c_int;
     all_reduce: "ncclAllReduce" = fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, *mut c_void) -> c_int;
+    send: "ncclSend" = fn(*const c_void, usize, c_int, c_int, Comm, *mut c_void) -> c_int;
+    recv: "ncclRecv" = fn(*mut c_void, usize, c_int, c_int, Comm, *mut c_void) -> c_int;
+    group_start: "ncclGroupStart" = fn() -> c_int;
+    group_end: "ncclGroupEnd" = fn() -> c_int;
     async_error: "ncclCommGetAsyncError" = fn(Comm, *mut c_int) -> c_int;
     abort: "ncclCommAbort" = fn(Comm) -> c_int;
     error_string: "ncclGetErrorString" = fn(c_int) -> *const c_char;

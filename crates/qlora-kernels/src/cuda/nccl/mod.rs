@@ -1,9 +1,11 @@
-//! Sums between the GPUs of several processes by NCCL, which is opened at run time: no program needs it to start.
+//! Sums between the GPUs of several processes, and exchanges of matrices, by NCCL, which is opened at run time: no program needs it to
+//! start.
 //!
 //! Communicators are nonblocking: while the library or the GPU waits for another process, the caller is asked again and again
 //! whether to go on waiting. That, and [abort](Nccl) in the end, is what keeps a process from hanging when another is gone.
 
 mod api;
+mod exchange;
 
 use std::ffi::c_int;
 use std::fmt;
@@ -32,6 +34,7 @@ pub struct Nccl {
     api: &'static Api,
     comm: Comm,
     gpu: Arc<Gpu>,
+    size: usize,
 }
 
 // SAFETY: NCCL allows a communicator to be used from any thread, one at a time; all uses take `&mut self`.
@@ -79,7 +82,7 @@ impl Nccl {
     ) -> Result<Self> {
         let (api, gpu) = (Api::get()?, Gpu::of(device)?);
         gpu.bind(OP)?;
-        let mut this = Self { api, comm: std::ptr::null_mut(), gpu };
+        let mut this = Self { api, comm: std::ptr::null_mut(), gpu, size };
         let mut config = Config::nonblocking();
         let number = |n: usize| c_int::try_from(n).map_err(|_| Error::invalid(OP, format!("{n} ranks are too many")));
         let (size, rank) = (number(size)?, number(rank)?);

@@ -313,7 +313,8 @@ fn describe(own: &Hello, others: &[Hello]) -> String {
     format!("{} ranks: {}", own.size, hosts.join(", "))
 }
 
-fn host() -> String {
+/// This host's name.
+pub(crate) fn host() -> String {
     let read = |path| std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
     let named = read("/proc/sys/kernel/hostname").or_else(|| std::env::var("HOSTNAME").ok());
     named.filter(|name| !name.is_empty()).unwrap_or_else(|| "this host".to_owned())

@@ -55,6 +55,23 @@ fn messages_arrive_in_the_order_of_the_ranks() {
 }
 
 #[test]
+fn everybody_gets_what_each_sends_it() {
+    let content = |from: usize, to: usize, round: usize| vec![(16 * from + to) as u8; (from + 3 * to + round) * 10_000];
+    for size in 2..5 {
+        on_ranks(size, |comm| {
+            let own = comm.rank();
+            for round in 0..3 {
+                let parts = (0..size).map(|to| content(own, to, round)).collect();
+                let received = comm.all_to_all("parts", parts).unwrap();
+                let expected: Vec<_> = (0..size).map(|from| content(from, own, round)).collect();
+                assert!(received == expected, "rank {own} of {size}");
+            }
+            comm.leave();
+        });
+    }
+}
+
+#[test]
 fn sums_have_the_bits_of_an_addition_in_order() {
     // Three values whose sum depends on the order.
     let value = |rank: usize, i: usize| [1e8, 1.0, -1e8][(rank + i) % 3] * (1.0 + i as f32 * 1e-3);

@@ -190,17 +190,12 @@ pub(super) const KEYS: &[KnownKey] = &[
     key(&["hub_always_push"], Anyway(&[Off], AT_THE_END)),
     key(&["hub_revision"], Anyway(&[Off, Text("main")], "the branch is `main`; `qlora push --revision` takes another")),
     key(
-        &[
-            "fsdp",
-            "fsdp_config",
-            "deepspeed",
-            "ddp_backend",
-            "tensor_parallel_size",
-            "parallelism_config",
-            "context_parallel_size",
-            "sequence_parallel_degree",
-        ],
+        &["fsdp", "fsdp_config", "deepspeed", "ddp_backend", "tensor_parallel_size", "parallelism_config"],
         Anyway(&[Off, Number(1.0)], ONE_DEVICE),
+    ),
+    key(
+        &["sequence_parallel_degree", "cp_size", "sp_size", "ulysses_sequence_parallel_size"],
+        Ours("training.context_parallel_size"),
     ),
     key(
         &[
