@@ -7,7 +7,7 @@ use super::blas::Kind;
 use super::ffi;
 use super::linear_group::check_gpu;
 use super::ops::{cast, same_dtype, vector};
-use super::view::{CudaView, one_gpu};
+use super::view::{CudaView, CudaViewMut, one_gpu};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Workspace};
