@@ -71,6 +71,8 @@ pub struct Session {
     fp8_gain: Option<f64>,
     /// The largest batch that was planned for, and its plan.
     planned: Option<(BatchShape, Option<MemoryPlan>)>,
+    /// What each rank's plan says of its peak, in bytes; none on the CPU.
+    peaks: Vec<Option<u64>>,
     /// The data that was read when the session was opened, until it is taken.
     data: Mutex<Option<Data>>,
 }
@@ -171,6 +173,7 @@ impl Session {
             comm: Box::new(Alone),
             fp8_gain: None,
             planned: None,
+            peaks: Vec::new(),
             data,
         })
     }

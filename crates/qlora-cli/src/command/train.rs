@@ -120,6 +120,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         Some(plan) => {
             let note = session.compute_note().map(|note| format!("; {note}")).unwrap_or_default();
             remark(format!("memory plan: {plan}{note}"));
+            session.peaks_note().into_iter().for_each(remark);
             (facts.memory_plan, facts.planned_peak) = (Some(plan.to_string()), Some(plan.peak));
         }
         None => remark("training on the CPU: there is no memory plan"),

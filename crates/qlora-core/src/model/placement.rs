@@ -262,7 +262,7 @@ mod tests {
         let two = BaseMemory::predict(&blocks, PlacementKind::Sharded, 0, 2);
         assert_eq!(
             two.to_string(),
-            "base sharded over 2 ranks: 17.66 of 35.31 GB here, 0.49 GB of room for two blocks of the others'"
+            "base sharded over 2 ranks: 17.66 of 35.31 GB here, 0.48 GB of room for two blocks of the others'"
         );
         let streamed = BaseMemory::predict(&blocks, PlacementKind::Streamed, 0, 1);
         assert_eq!((streamed.host, streamed.own), (two.whole, 0));

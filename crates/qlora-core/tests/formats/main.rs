@@ -8,4 +8,5 @@ mod damage_set_chat;
 mod damage_set_gguf;
 mod loading;
 mod pickles;
+mod placement;
 mod quantized_loading;

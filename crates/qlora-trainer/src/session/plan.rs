@@ -23,7 +23,22 @@ impl Session {
     /// much.
     pub fn plan_memory(&mut self, training: &TrainingData) -> Result<Option<MemoryPlan>> {
         let planned = self.plan_of(training);
-        or_tell_all(&mut *self.comm, planned)
+        let planned = or_tell_all(&mut *self.comm, planned)?;
+        if self.comm.size() > 1 {
+            let peak = planned.as_ref().map(|plan| plan.peak);
+            self.peaks = exchange(&mut *self.comm, "planned peaks", &peak)?;
+        }
+        Ok(planned)
+    }
+
+    /// The peak that is predicted of each rank's memory, where they differ, for a line at the start of the run; once memory is planned.
+    pub fn peaks_note(&self) -> Option<String> {
+        let peaks: Vec<u64> = self.peaks.iter().copied().collect::<Option<_>>()?;
+        let shown = |peak: &u64| format!("{:.2}", *peak as f64 / 1e9);
+        let differ = peaks.iter().any(|peak| shown(peak) != shown(&peaks[0]));
+        differ.then(|| {
+            format!("predicted peaks of the ranks: {} GB", peaks.iter().map(shown).collect::<Vec<_>>().join(", "))
+        })
     }
 
     fn plan_of(&mut self, training: &TrainingData) -> Result<Option<MemoryPlan>> {

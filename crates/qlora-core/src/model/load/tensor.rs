@@ -11,6 +11,7 @@ use qlora_kernels::{Matrix, Workspace};
 use super::super::assemble::ModelPart;
 use super::Quantization;
 use super::placer::Placer;
+use crate::config::StoredQuantization;
 use crate::error::{Error, Result};
 use crate::source::{PlainTensor, SourceWeight, StoredTensor, WeightSource};
 
@@ -70,6 +71,10 @@ impl Context<'_> {
     pub(super) fn host_bytes(&self, job: &Job) -> u64 {
         match self.stored(job) {
             Some(_) => 0,
+            // In the file's form: its arrays, and what is made of them.
+            None if matches!(self.source.quantization(), Some(StoredQuantization::Bnb4bit)) => {
+                2 * self.source.stored_bytes(&job.name)
+            }
             None => 4 * job.shape.iter().product::<usize>() as u64,
         }
     }
