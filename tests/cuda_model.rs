@@ -504,16 +504,16 @@ fn steps_that_run_as_a_graph_have_the_bits_of_those_that_do_not() {
     }
 }
 
-/// The logits of steps with fewer and fewer sequences, by step and sequence, and the number of steps that ran as a graph.
-fn shrinking(model: &CausalLm, steps: usize) -> (Vec<Vec<f32>>, usize) {
-    let texts: Vec<Vec<u32>> = (0..40).map(|seed| document(60, 3 + seed).0).collect();
+/// The logits of steps with fewer and fewer sequences, `first` at first, by step and sequence, and the number of steps that ran as a graph.
+fn shrinking(model: &CausalLm, first: usize, steps: usize) -> (Vec<Vec<f32>>, usize) {
+    let texts: Vec<Vec<u32>> = (0..first as u32).map(|seed| document(60, 3 + seed).0).collect();
     let mut caches: Vec<_> = texts.iter().map(|_| model.new_cache(60)).collect();
     let (mut all, mut graphs) = (Vec::new(), 0);
     for index in 0..steps {
-        let tokens: Vec<&[u32]> = texts[..40 - index].iter().map(|text| &text[index..=index]).collect();
-        let mut caches: Vec<_> = caches[..40 - index].iter_mut().collect();
+        let tokens: Vec<&[u32]> = texts[..first - index].iter().map(|text| &text[index..=index]).collect();
+        let mut caches: Vec<_> = caches[..first - index].iter_mut().collect();
         let logits = model.next_logits(&tokens, &mut caches, AdapterChoice::Active).unwrap();
-        assert_eq!((logits.rows(), logits.cols()), (40 - index, 61));
+        assert_eq!((logits.rows(), logits.cols()), (first - index, 61));
         all.extend(logits.to_vec().unwrap().chunks_exact(61).map(<[f32]>::to_vec));
         graphs += usize::from(model.runs_decode_graph());
     }
@@ -526,11 +526,11 @@ fn answers_that_end_leave_the_others_as_they_are() {
     let config = ModelConfig { intermediate_size: 192, ..wide_config() };
     let dtype = half(&device);
     let mut model = trained(&config, true, lora(0.0), Workspace::with_dtype(&device, dtype).unwrap());
-    let (got, graphs) = shrinking(&model, 28);
+    let (got, graphs) = shrinking(&model, 40, 28);
     // Of each number of rows (40, 32, 24, 16 and every one below) the second step is the first.
     assert!(graphs >= 3 * 6, "{graphs} of 28 steps ran as a graph");
     model.set_decode_graph(false);
-    let (expected, none) = shrinking(&model, 28);
+    let (expected, none) = shrinking(&model, 40, 28);
     assert_eq!(none, 0);
     assert!(got == expected, "a graph has other bits");
     // Alone, a sequence takes other kernels.
@@ -555,17 +555,17 @@ fn many_answers_in_fp8_are_near_those_in_16_bits() {
     }
     let config = ModelConfig { intermediate_size: 192, ..wide_config() };
     let model = trained(&config, true, lora(0.0), workspace);
-    // Nine steps: of 32 and more sequences.
-    let (plain, _) = shrinking(&model, 9);
+    // Nine steps: of 64 and more sequences.
+    let (plain, _) = shrinking(&model, 72, 9);
     model.set_frozen_compute(FrozenCompute::Fp8).unwrap();
     assert!(model.keep_fp8_weights().unwrap());
-    let (fp8, graphs) = shrinking(&model, 9);
+    let (fp8, graphs) = shrinking(&model, 72, 9);
     assert!(graphs >= 6, "{graphs} of 9 steps ran as a graph");
     assert!(fp8 != plain, "nothing ran in fp8");
     let worst = fp8.iter().zip(&plain).map(|(a, b)| error(a, b)).fold(0.0, f64::max);
     assert!(worst < 0.2, "{worst:.1e}");
     model.set_frozen_compute(FrozenCompute::Activations).unwrap();
-    assert!(shrinking(&model, 9).0 == plain, "fp8 leaves nothing behind");
+    assert!(shrinking(&model, 72, 9).0 == plain, "fp8 leaves nothing behind");
 }
 
 #[test]

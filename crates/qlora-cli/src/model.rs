@@ -43,7 +43,7 @@ pub(crate) struct ModelArgs {
     /// Keep the weights as stored instead of quantizing them to NF4.
     #[arg(long)]
     pub(crate) no_quantization: bool,
-    /// Multiplies with the model's weights in 8 bits, on a Hopper GPU: prompts, evaluation, and answers to 32 prompts and more at a
+    /// Multiplies with the model's weights in 8 bits, on a Hopper GPU: prompts, evaluation, and answers to 64 prompts and more at a
     /// time are then faster, and a little less exact (as in training: frozen_compute).
     #[arg(long, value_name = "fp8", value_parser = ["fp8"])]
     pub(crate) frozen_compute: Option<String>,

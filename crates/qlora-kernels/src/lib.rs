@@ -17,7 +17,7 @@
 //! | [`ggml`] | llama.cpp's quantized blocks |
 //! | [`quant`] | bitsandbytes' 4-bit formats, bit for bit |
 //! | [`weight`] | the one interface of a frozen weight: dequantize, multiply, bytes |
-//! | [`packed`], [`travel`] | weights as pieces of bytes, and those that are on a device only while their block runs |
+//! | [`weight::packed`], [`weight::travel`] | weights as pieces of bytes, and those that are on a device only while their block runs |
 //! | [`ops`] | one operation a file |
 //!
 //! This is the one crate of the workspace that holds unsafe code.
@@ -37,7 +37,6 @@ pub mod mapped;
 mod math;
 pub mod matrix;
 pub mod ops;
-pub mod packed;
 mod parallel;
 mod platform;
 pub mod quant;
@@ -47,7 +46,6 @@ pub mod tensor;
 #[cfg(test)]
 mod testing;
 mod transpose;
-pub mod travel;
 pub mod view;
 pub mod weight;
 

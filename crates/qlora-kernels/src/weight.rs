@@ -1,5 +1,8 @@
 //! The one interface of a frozen weight.
 
+pub mod packed;
+pub mod travel;
+
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,7 +12,7 @@ use rayon::prelude::*;
 
 use crate::dtype::Dtype;
 use crate::error::Result;
-use crate::packed::{Packed, PackedForm, PackedKind};
+use crate::weight::packed::{Packed, PackedForm, PackedKind};
 
 /// A frozen weight `[rows = output features, cols = input features]`: plain, 4-bit, integers.
 ///
@@ -49,12 +52,12 @@ pub trait FrozenWeight: Send + Sync + fmt::Debug {
         None
     }
 
-    /// The weight's arrays as they lie in host memory, for kinds that can travel ([`crate::packed`]).
+    /// The weight's arrays as they lie in host memory, for kinds that can travel ([`crate::weight::packed`]).
     fn packed(&self) -> Option<Packed<'_>> {
         None
     }
 
-    /// Waits until the weight is where it is read, for one that is not always there ([`crate::travel`]). An operation that multiplies
+    /// Waits until the weight is where it is read, for one that is not always there ([`crate::weight::travel`]). An operation that multiplies
     /// with it calls this before.
     ///
     /// # Errors

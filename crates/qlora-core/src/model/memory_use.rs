@@ -68,7 +68,7 @@ impl CausalLm {
 
     /// Chooses the arithmetic of the products with the frozen weights of all blocks, forward and backward: in the type of the
     /// activations, or in fp8: in training, in evaluation, and over prompts. Generation's steps of a few tokens read 4-bit weights as
-    /// they are stored, and so are not changed by it; those of 32 sequences and more are, if the weights stay in fp8
+    /// they are stored, and so are not changed by it; those of 64 sequences and more are, if the weights stay in fp8
     /// ([`Self::keep_fp8_weights`]).
     ///
     /// # Errors

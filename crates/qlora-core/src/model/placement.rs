@@ -3,15 +3,15 @@
 //! Only the linear layers of the decoder blocks are placed; embedding, head, norms and biases are whole on every device (the embedding
 //! may be on the host: [`offload_embedding`](super::LoadOptions::offload_embedding)). A share is made of whole tensors: each tensor of a
 //! block belongs to the rank that has the fewest elements so far, largest tensors first, so shares are equal to within one tensor and a
-//! rank reads, quantizes and keeps its own tensors only. The others' come while their block runs ([`qlora_kernels::travel`]). The bits of a
+//! rank reads, quantizes and keeps its own tensors only. The others' come while their block runs ([`qlora_kernels::weight::travel`]). The bits of a
 //! weight do not depend on where it is, so losses, gradients and adapters do not either.
 
 use std::fmt;
 use std::sync::Arc;
 
 use qlora_kernels::Dtype;
-use qlora_kernels::packed::{PackedForm, PackedKind};
-use qlora_kernels::travel::slot_bytes;
+use qlora_kernels::weight::packed::{PackedForm, PackedKind};
+use qlora_kernels::weight::travel::slot_bytes;
 
 use super::Quantization;
 use crate::config::StoredQuantization;
@@ -80,7 +80,7 @@ pub trait Peers {
 
 /// The tensors that this rank keeps for all, on the CPU.
 pub trait OwnShare: Send + Sync {
-    /// The piece ([`qlora_kernels::packed`]) of the tensor with this number; none if it is another rank's.
+    /// The piece ([`qlora_kernels::weight::packed`]) of the tensor with this number; none if it is another rank's.
     fn piece(&self, number: usize) -> Option<Vec<u8>>;
 }
 

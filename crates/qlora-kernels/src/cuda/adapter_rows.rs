@@ -7,7 +7,7 @@ use super::blas::Kind;
 use super::ffi;
 use super::linear_group::check_gpu;
 use super::ops::{cast, same_dtype, vector};
-use super::view::{CudaView, CudaViewMut, one_gpu};
+use super::view::{CudaView, one_gpu};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Workspace};
@@ -232,45 +232,6 @@ impl<'a, 'b> Launch<'a, 'b> {
         }
         Ok(())
     }
-}
-
-/// `y = y + s S B^T + residual` of one adapter for all rows, whose places are those of `weights`.
-pub(super) fn finish_one(
-    op: &'static str,
-    group: &Group,
-    weights: &ffi::FewWeights,
-    s: &Matrix,
-    residual: Option<CudaView>,
-    y: CudaViewMut,
-) -> Result<()> {
-    let mut span = ffi::RowsSpan { rows: y.rows() as i64, columns: s.cols() as i32, ..Default::default() };
-    for (change, few) in span.m.iter_mut().zip(&weights.m[..group.members.len()]) {
-        if few.rank > 0 && !few.lora_b.is_null() {
-            // S is there already: any address but null says that the adapter has a low-rank part.
-            (change.a, change.b) = (few.lora_b, few.lora_b);
-            (change.scale, change.rank, change.r0) = (few.scale, few.rank, few.r0);
-        }
-    }
-    let spans = launch_of(group, &[span]);
-    let dtype = same_dtype(op, &[y.dtype(), residual.map_or(y.dtype(), |residual| residual.dtype())])?;
-    let (residual, ldr) = residual.map_or((std::ptr::null(), 0), |view| (view.ptr() as *const _, view.ld()));
-    let s = s.view().cuda(op)?;
-    // SAFETY: the windows are live and have the rows and columns of the span; B lies in the flat buffer, as `places` checked.
-    // Launched early, B is read ahead: nothing writes it (see `Group::infer`).
-    y.gpu().launch(op, |stream| unsafe {
-        ffi::qlora_rows_finish(
-            dtype,
-            &raw const spans,
-            s.ptr() as *const f32,
-            s.ld(),
-            residual,
-            ldr,
-            y.ptr() as *mut _,
-            y.ld(),
-            y.gpu().early(),
-            stream,
-        )
-    })
 }
 
 fn launch_of(group: &Group, spans: &[ffi::RowsSpan]) -> ffi::RowsSpans {

@@ -22,7 +22,7 @@ use crate::weight::FrozenWeight;
 
 pub(crate) use backward::{backward_adapter, backward_input};
 pub(crate) use fp8::Fp8Weights;
-pub(super) use fp8::{keeps_fp8, multiply_kept};
+pub(super) use fp8::keeps_fp8;
 
 /// Sizes of a group and the places of its adapters.
 struct Plan<'a> {

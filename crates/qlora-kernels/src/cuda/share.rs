@@ -13,7 +13,7 @@ use super::gpu::{Gpu, cuda_error};
 use super::travel::PieceMemory;
 use super::weight::CudaWeight;
 use crate::error::{Error, Result};
-use crate::packed::PackedForm;
+use crate::weight::packed::PackedForm;
 
 const OP: &str = "share of the base";
 

@@ -18,8 +18,8 @@ use super::gpu::{Gpu, cuda_error};
 use super::share::OtherShare;
 use super::weight::CudaWeight;
 use crate::error::{Error, Result};
-use crate::packed::PackedForm;
-use crate::travel::{SLOTS, next_block};
+use crate::weight::packed::PackedForm;
+use crate::weight::travel::{SLOTS, next_block};
 
 const OP: &str = "travelling weights";
 

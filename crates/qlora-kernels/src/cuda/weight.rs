@@ -16,9 +16,9 @@ use super::view::{CudaView, CudaViewMut};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Workspace};
-use crate::packed::{PackedForm, PackedKind};
 use crate::quant::{Absmax, IntParts, NestedAbsmax, Parts, QuantConfig, QuantType, Quantized4bit, QuantizedInt};
 use crate::view::{View, ViewMut};
+use crate::weight::packed::{PackedForm, PackedKind};
 use crate::weight::{FrozenWeight, Int8Activations, PlainData, PlainWeight};
 
 /// A frozen weight `[rows, cols]` on a GPU: plain, in 4 bits, or in integers.
@@ -238,7 +238,7 @@ impl CudaWeight {
         Ok(Self { data: Data::Bits4(Box::new(bits4)), rows, cols, travels: None })
     }
 
-    /// A weight whose piece ([`crate::packed`]) lies in `memory` from the byte `at` on; with `travels`, only while its block runs.
+    /// A weight whose piece ([`crate::weight::packed`]) lies in `memory` from the byte `at` on; with `travels`, only while its block runs.
     pub(super) fn of_piece(
         form: &PackedForm,
         memory: &PieceMemory,
@@ -263,7 +263,7 @@ impl CudaWeight {
         Self { data, rows: form.rows, cols: form.cols, travels }
     }
 
-    /// The weight's form and its arrays, as [`crate::packed`] has them; none for integers.
+    /// The weight's form and its arrays, as [`crate::weight::packed`] has them; none for integers.
     pub(super) fn piece(&self) -> Option<(PackedForm, Vec<&Buffer>)> {
         let (kind, arrays) = match &self.data {
             Data::Plain { buffer, dtype } => (PackedKind::Plain(*dtype), vec![buffer]),

@@ -14,7 +14,7 @@ use super::nested::{Absmax, WithAbsmax};
 use super::quantizer::Quantizer;
 use super::{QuantConfig, check_blocksize};
 use crate::error::{Error, Result};
-use crate::packed::{Packed, PackedForm, PackedKind};
+use crate::weight::packed::{Packed, PackedForm, PackedKind};
 use crate::weight::{FrozenWeight, PlainData};
 
 /// A 4-bit weight `[rows, cols]`, as bitsandbytes quantizes it.

@@ -9,7 +9,7 @@ use qlora_core::model::plan::{AttentionWorkspace, available_memory};
 use qlora_core::model::{BaseMemory, PlacementKind, Quantization};
 use qlora_core::source::WeightSource;
 use qlora_kernels::Workspace;
-use qlora_kernels::packed::PackedForm;
+use qlora_kernels::weight::packed::PackedForm;
 
 use super::plan::largest_batch_of;
 use crate::comm::{Communicator, exchange};

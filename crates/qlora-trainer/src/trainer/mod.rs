@@ -149,7 +149,10 @@ impl<'a, M: TrainableModel> Trainer<'a, M> {
         let loss_scale = (workspace.gradient_dtype() == Dtype::F16).then(LossScale::default);
         let initial_parameters = Fingerprint::new().floats(&masters).to_string();
         Ok(Self {
-            guard: GradientGuard::new(&parameters),
+            guard: match loss_scale {
+                Some(_) => GradientGuard::new(&parameters).of_float16(),
+                None => GradientGuard::new(&parameters),
+            },
             objective: objective::of(&config),
             progress: Progress { initial_parameters, loss_scale, ..Progress::default() },
             observers: Vec::new(),

@@ -7,12 +7,12 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use qlora_kernels::Workspace;
 #[cfg(feature = "cuda")]
 use qlora_kernels::cuda::{BaseShare, DeviceRing, Gpu, HostPiece, OtherShare, ShareHandle, Traveller};
-use qlora_kernels::packed::PackedForm;
-use qlora_kernels::travel::{Home, HostRing};
 use qlora_kernels::weight::FrozenWeight;
-use qlora_kernels::{Workspace, travel};
+use qlora_kernels::weight::packed::PackedForm;
+use qlora_kernels::weight::travel::{self, Home, HostRing};
 
 use super::super::assemble::ModelPart;
 use super::super::placement::{BaseMemory, BasePlacement, OtherShares, OwnShare, Peers, PlacementKind, forms, owners};

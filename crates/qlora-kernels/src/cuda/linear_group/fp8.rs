@@ -17,7 +17,7 @@ use crate::cuda::graph;
 use crate::cuda::step_memory::lasting;
 use crate::cuda::view::{CudaView, CudaViewMut};
 use crate::error::Result;
-use crate::matrix::{Matrix, Workspace};
+use crate::matrix::Workspace;
 use crate::ops::linear_group::{AdapterPass, Group, Shrunk};
 use crate::weight::FrozenCompute;
 
@@ -100,22 +100,6 @@ fn with_weights(
         None => lasting(make)?,
     };
     multiply(slot.insert(weights))
-}
-
-/// `y = x W^T + beta addend` (`beta y` without one) with the weights of a group that keeps them.
-pub(in crate::cuda) fn multiply_kept(
-    op: &'static str,
-    group: &Group,
-    x: &Fp8,
-    addend: Option<CudaView>,
-    y: CudaViewMut,
-    beta: f32,
-    workspace: &Workspace,
-) -> Result<()> {
-    let plan = Plan::new(op, group, false);
-    with_weights(&plan, group, &(0..group.outputs()), Side::Forward, workspace, |weights| {
-        y.gpu().blas().matmul_fp8(op, x.view(), weights.view(), addend, y, beta)
-    })
 }
 
 pub(super) fn forward(

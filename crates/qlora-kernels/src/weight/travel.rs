@@ -13,8 +13,8 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::Result;
-use crate::packed::PackedForm;
 use crate::weight::FrozenWeight;
+use crate::weight::packed::PackedForm;
 
 /// Blocks that have room at a time: the one that runs and the one that comes.
 pub const SLOTS: usize = 2;
@@ -182,7 +182,7 @@ mod tests {
 
     #[test]
     fn a_block_is_fetched_once_while_it_runs_and_a_failure_is_told() {
-        let form = PackedForm { rows: 2, cols: 4, kind: crate::packed::PackedKind::Plain(crate::Dtype::F32) };
+        let form = PackedForm { rows: 2, cols: 4, kind: crate::weight::packed::PackedKind::Plain(crate::Dtype::F32) };
         let home = Arc::new(Counting::default());
         let blocks = (0..4).map(|block| vec![(form, 2 * block), (form, 2 * block + 1)]).collect();
         let weights = HostRing::weights(blocks, home.clone());
