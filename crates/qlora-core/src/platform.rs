@@ -33,6 +33,7 @@ pub(crate) fn exchange(one: &Path, other: &Path) -> bool {
 
 /// Makes `file` a link to `target`, whose path from the folder of `file` is `relative`; where there are no links of that kind, another
 /// name of it, or a copy.
+#[cfg(feature = "hub")]
 pub(crate) fn link(target: &Path, relative: &Path, file: &Path) -> io::Result<()> {
     #[cfg(unix)]
     {
